@@ -1,0 +1,344 @@
+"""The Gaussian algebra of diffusion: noising, its posterior, and one reverse step.
+
+Notation, fixed once (DDPM's own alpha_t = 1 - beta_t never gets a name):
+
+  alpha, sigma   x_t = alpha x0 + sigma eps; in DDPM sqrt(abar_t), sqrt(1 - abar_t)
+  logsnr         2 (log alpha - log sigma)
+  t, s           times with s < t: a reverse step goes from t to s (DDPM: s = t - 1)
+
+The equations that the code below refers to, with D = logsnr_t - logsnr_s <= 0:
+
+  (1)  x_t = alpha_t x0 + sigma_t eps                     Eq. 4, Ho et al. 2020
+  (2)  q(x_s | x_t, x0) = N(c0 x0 + ct x_t, v)            Eqs. 6, 7
+         c0 = alpha_s (1 - e^D)
+         ct = (alpha_s / alpha_t) e^D
+         v  = sigma_s^2 (1 - e^D)
+  (3)  x0 = (x_t - sigma_t eps) / alpha_t                 Eq. 15
+  (4)  v  = alpha_t eps - sigma_t x0                      Sec. 4, Salimans and Ho 2022
+  (5)  v_large = sigma_t^2 (1 - e^D) = beta_t             Sec. 3.2, Ho et al. 2020
+
+(2) and (5) are DDPM's expressions in terms of log-SNR: 1 - e^D is an expm1, which
+keeps its digits where 1 - alpha_bar_{t-1} / 1 - alpha_bar_t would lose them, and it
+holds for any two times, so that a chain may skip steps.
+"""
+
+import difflib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from diffusion_jax.schedule import NoiseLevel, Schedule
+
+KINDS = ("eps", "x0", "v", "mean")
+VARIANCES = ("small", "large", "learned")
+
+
+class Prediction(NamedTuple):
+    """What a network believes of x_t, in both coordinates.
+
+    n parameterisations need n readers (`predict`), not n^2 converters.
+    """
+
+    x0: jax.Array
+    """The clean data, [B, ...]."""
+    eps: jax.Array
+    """The noise, [B, ...]."""
+    log_variance: jax.Array | None = None
+    """Log of the learned reverse variance, [B, ...], where there is one."""
+
+
+Denoiser = Callable[[jax.Array, jax.Array], Prediction]
+
+
+def q_sample(x0: jax.Array, eps: jax.Array, level: NoiseLevel) -> jax.Array:
+    """Returns x_t drawn from q(x_t | x0), by equation (1).
+
+    Args:
+      x0: clean data, [B, ...], scaled to [-1, 1].
+      eps: standard normal noise of the same shape.
+      level: noise level at t, [B] or scalar.
+
+    Returns:
+      x_t, [B, ...].
+
+    >>> from diffusion_jax import schedule
+    >>> x_t = q_sample(jnp.ones([1, 2]), jnp.zeros([1, 2]), schedule.linear()(1000))
+    >>> print(x_t.round(5))
+    [[0.00635 0.00635]]
+    """
+    level = level.like(x0)
+    return level.alpha * x0 + level.sigma * eps
+
+
+def q_posterior(
+    x0: jax.Array, x_t: jax.Array, level: NoiseLevel, prev_level: NoiseLevel
+) -> tuple[jax.Array, jax.Array]:
+    """Returns mean and variance of q(x_s | x_t, x0), by equation (2).
+
+    Args:
+      x0: clean data, [B, ...].
+      x_t: noisy data at t, [B, ...].
+      level: noise level at t, [B] or scalar.
+      prev_level: noise level at s < t, [B] or scalar.
+
+    Returns:
+      The mean, [B, ...], and the variance, [B, 1, ...] (zero at s = 0).
+    """
+    c0, ct = _posterior_coefficients(level.like(x0), prev_level.like(x0))
+    variance = reverse_variance("small", level.like(x0), prev_level.like(x0))
+    return c0 * x0 + ct * x_t, variance
+
+
+def predict(
+    kind: str,
+    output: jax.Array,
+    x_t: jax.Array,
+    level: NoiseLevel,
+    prev_level: NoiseLevel | None = None,
+) -> Prediction:
+    """Returns what a network's output says of x0 and eps.
+
+    Args:
+      kind: what the output stands for: "eps" (the paper's choice), "x0", "v"
+        (equation 4) or "mean" (of q(x_s | x_t, x0), the paper's mu-tilde).
+      output: the network's output, [B, ...].
+      x_t: its input, [B, ...].
+      level: noise level at t, [B] or scalar.
+      prev_level: noise level at s; only for "mean".
+
+    Returns:
+      A prediction with x_t = alpha x0 + sigma eps.
+
+    Raises:
+      ValueError: an unknown kind, or "mean" without prev_level.
+
+    >>> from diffusion_jax import schedule
+    >>> level = schedule.linear()(500)
+    >>> x_t = q_sample(jnp.full([1, 2], 0.5), jnp.ones([1, 2]), level)
+    >>> print(predict("eps", jnp.ones([1, 2]), x_t, level).x0.round(4))
+    [[0.5 0.5]]
+    """
+    _check_kind(kind, prev_level)
+    level = level.like(x_t)
+    alpha, sigma = level.alpha, level.sigma
+    if kind == "eps":
+        return Prediction((x_t - sigma * output) / alpha, output)
+    if kind == "v":
+        # alpha^2 + sigma^2 is 1 for every variance-preserving schedule.
+        norm = alpha**2 + sigma**2
+        return Prediction(
+            (alpha * x_t - sigma * output) / norm, (sigma * x_t + alpha * output) / norm
+        )
+    x0 = output
+    if kind == "mean":
+        assert prev_level is not None  # held by _check_kind
+        c0, ct = _posterior_coefficients(level, prev_level.like(x_t))
+        x0 = (output - ct * x_t) / c0
+    return Prediction(x0, (x_t - alpha * x0) / sigma)
+
+
+def target(
+    kind: str,
+    x0: jax.Array,
+    eps: jax.Array,
+    level: NoiseLevel,
+    prev_level: NoiseLevel | None = None,
+) -> jax.Array:
+    """Returns what a network of this kind should put out: the inverse of `predict`.
+
+    Args:
+      kind: "eps", "x0", "v" or "mean".
+      x0: clean data, [B, ...].
+      eps: noise, [B, ...].
+      level: noise level at t, [B] or scalar.
+      prev_level: noise level at s; only for "mean".
+
+    Raises:
+      ValueError: an unknown kind, or "mean" without prev_level.
+    """
+    _check_kind(kind, prev_level)
+    if kind == "eps":
+        return eps
+    if kind == "x0":
+        return x0
+    level = level.like(x0)
+    if kind == "v":
+        return level.alpha * eps - level.sigma * x0
+    assert prev_level is not None  # held by _check_kind
+    c0, ct = _posterior_coefficients(level, prev_level.like(x0))
+    return c0 * x0 + ct * (level.alpha * x0 + level.sigma * eps)
+
+
+def reverse_variance(kind: str, level: NoiseLevel, prev_level: NoiseLevel) -> jax.Array:
+    """Returns a fixed variance for p(x_s | x_t), of the shape of the levels.
+
+    "small" is the variance of the posterior, equation (2), right for data that are
+    one point; "large" is beta_t, equation (5), right for standard normal data. The
+    paper's CIFAR-10 samples use large, its 256x256 samples small.
+
+    >>> from diffusion_jax import schedule
+    >>> lin = schedule.linear()
+    >>> print(reverse_variance("large", lin(1000), lin(999)).round(4))
+    0.02
+    """
+    if kind not in ("small", "large"):
+        raise_unknown("variance", kind, VARIANCES)
+    sigma = prev_level.sigma if kind == "small" else level.sigma
+    return sigma**2 * -jnp.expm1(level.logsnr - prev_level.logsnr)
+
+
+def p_sample(
+    key: jax.Array,
+    pred: Prediction,
+    x_t: jax.Array,
+    level: NoiseLevel,
+    prev_level: NoiseLevel,
+    *,
+    variance: str | ArrayLike = "large",
+) -> jax.Array:
+    """Returns x_s drawn from p(x_s | x_t): one line of Algorithm 2 (Ho et al. 2020).
+
+    x_s = c0 x0 + ct x_t + sqrt(variance) z, without noise in the step to s = 0.
+
+    Args:
+      key: one key, or a key an example, [B].
+      pred: the prediction at x_t.
+      x_t: noisy data, [B, ...].
+      level: noise level at t, [B] or scalar.
+      prev_level: noise level at s < t, [B] or scalar.
+      variance: "small", "large", "learned" (pred.log_variance), or the variance
+        itself: a scalar or an array that broadcasts against x_t.
+
+    Raises:
+      ValueError: an unknown variance, or "learned" where nothing was learned.
+
+    >>> from diffusion_jax import schedule
+    >>> lin, x_t = schedule.linear(), jnp.zeros([1, 2])
+    >>> pred = predict("eps", jnp.zeros([1, 2]), x_t, lin(1))
+    >>> print(p_sample(jax.random.key(0), pred, x_t, lin(1), lin(0)))
+    [[0. 0.]]
+    """
+    level, prev_level = level.like(x_t), prev_level.like(x_t)
+    c0, ct = _posterior_coefficients(level, prev_level)
+    if not isinstance(variance, str):
+        chosen = jnp.asarray(variance)
+    elif variance == "learned":
+        chosen = jnp.exp(learned_log_variance(pred))
+    else:
+        chosen = reverse_variance(variance, level, prev_level)
+    scale = jnp.where(prev_level.sigma > 0, jnp.sqrt(chosen), 0.0)
+    return c0 * pred.x0 + ct * x_t + scale * normal(key, x_t.shape, x_t.dtype)
+
+
+def denoiser(
+    apply_fn: Callable[[jax.Array, jax.Array], jax.Array],
+    schedule: Schedule,
+    kind: str,
+    *,
+    clip: bool = False,
+    learned_variance: bool = False,
+    time_shift: int = 1,
+) -> Denoiser:
+    """Returns a function of (x_t, t) that gives the network's prediction.
+
+    Args:
+      apply_fn: the network, a function of x_t [B, ...] and t [B].
+      schedule: the noise schedule that it was trained on.
+      kind: what its output stands for; see `predict`.
+      clip: whether x0 is clipped to [-1, 1], and eps made to agree with it. The
+        paper clips when it samples and when it evaluates, not when it trains. For
+        "mean" this moves the mean too, where the official code leaves it alone.
+      learned_variance: whether the output has twice the channels, the second half
+        being the log of the reverse variance (Table 2, "learned diagonal").
+      time_shift: what is subtracted from t on the way to the network. 1 is DDPM's
+        convention (a network counts from 0); continuous times need 0.
+
+    Returns:
+      A function of x_t [B, ...] and t, [B] or scalar, in steps.
+
+    Raises:
+      ValueError: an unknown kind.
+
+    >>> from diffusion_jax import schedule
+    >>> denoise = denoiser(lambda x, t: 0 * x, schedule.linear(), "x0", clip=True)
+    >>> print(denoise(jnp.ones([1, 2]), 500).x0)
+    [[0. 0.]]
+    """
+    if kind not in KINDS:
+        raise_unknown("prediction", kind, KINDS)
+
+    def denoise(x_t: jax.Array, t: jax.Array) -> Prediction:
+        t = jnp.broadcast_to(jnp.asarray(t), x_t.shape[:1])
+        output = apply_fn(x_t, t - time_shift).astype(x_t.dtype)
+        log_variance = None
+        if learned_variance:
+            output, log_variance = jnp.split(output, 2, axis=-1)
+        level = schedule(t)
+        prev_level = schedule(t - 1) if kind == "mean" else None
+        pred = predict(kind, output, x_t, level, prev_level)
+        if clip:
+            x0, level = jnp.clip(pred.x0, -1, 1), level.like(x_t)
+            pred = Prediction(x0, (x_t - level.alpha * x0) / level.sigma)
+        return pred._replace(log_variance=log_variance)
+
+    return denoise
+
+
+def learned_log_variance(pred: Prediction) -> jax.Array:
+    """Returns pred.log_variance, [B, ...]; raises ValueError where there is none."""
+    if pred.log_variance is None:
+        raise ValueError(
+            "variance='learned' must come with a prediction that has a log_variance; "
+            "got none. Build the denoiser with learned_variance=True."
+        )
+    return pred.log_variance
+
+
+def normal(
+    key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype | None = None
+) -> jax.Array:
+    """Returns standard normal noise; with a key an example, each from its own.
+
+    Args:
+      key: one key for the whole array, or [B] keys for shape (B, ...), so that
+        example i depends on its key alone and not on the batch around it.
+      shape: the shape of the result, batch first.
+      dtype: floating-point type; the default one when not given.
+
+    >>> keys = jax.random.split(jax.random.key(0), 3)
+    >>> noise = normal(keys, (3, 2))
+    >>> bool((noise[1:2] == normal(keys[1:2], (1, 2))).all())
+    True
+    """
+    dtype = dtype or jnp.result_type(float)
+    if key.ndim == 0:
+        return jax.random.normal(key, shape, dtype)
+    return jax.vmap(lambda k: jax.random.normal(k, shape[1:], dtype))(key)
+
+
+def _posterior_coefficients(
+    level: NoiseLevel, prev_level: NoiseLevel
+) -> tuple[jax.Array, jax.Array]:
+    gap = level.logsnr - prev_level.logsnr
+    c0 = prev_level.alpha * -jnp.expm1(gap)
+    return c0, jnp.exp(prev_level.log_alpha - level.log_alpha + gap)
+
+
+def _check_kind(kind: str, prev_level: NoiseLevel | None) -> None:
+    if kind not in KINDS:
+        raise_unknown("prediction", kind, KINDS)
+    if kind == "mean" and prev_level is None:
+        raise ValueError(
+            "prediction 'mean' must come with the level that the step goes to; got "
+            "prev_level=None. Pass schedule(t - 1)."
+        )
+
+
+def raise_unknown(what: str, got: object, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError for a name that is not among those allowed."""
+    near = difflib.get_close_matches(str(got), allowed, 1, cutoff=0.3)
+    hint = f"Did you mean {near[0]!r}?" if near else f"Choose {allowed[0]!r}, say."
+    raise ValueError(f"{what} must be one of {', '.join(allowed)}; got {got!r}. {hint}")

@@ -1,0 +1,5 @@
+"""Networks, in Flax Linen: `init` and `apply` are pure functions of parameters."""
+
+from diffusion_jax.nets import unet
+
+__all__ = ["unet"]

@@ -1,0 +1,246 @@
+"""Sampling: one loop, many rules.
+
+A rule is a function that returns a `Sampler`, two closures in the manner of optax:
+
+  init(x) -> memory                            what the rule carries from step to step
+  step(keys, x_t, memory, t, s) -> Step        one step from time t to time s < t
+
+and `sample` drives any of them down a time grid with one `lax.scan`. A grid is a
+vector of times from noise to data, ending at 0. A chain that skips steps is a grid
+that skips times: there is nothing else to respacing.
+
+Example i is drawn from (key, i) alone: not from the size of the batch around it, nor
+from the number of devices.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax import gaussian
+from diffusion_jax.schedule import Schedule, num_steps
+
+
+class Step(NamedTuple):
+    """What one step of a rule gives back."""
+
+    x: jax.Array
+    """x_s, [B, ...]."""
+    memory: Any
+    """What the rule carries on: a pytree of constant structure."""
+    x0: jax.Array
+    """The clean data as the network saw them from x_t, [B, ...]."""
+
+
+class Sampler(NamedTuple):
+    """A sampling rule."""
+
+    init: Callable[[jax.Array], Any]
+    """From x at the start of the grid to the rule's first memory."""
+    step: Callable[[jax.Array, jax.Array, Any, jax.Array, jax.Array], Step]
+    """From (keys [B], x_t [B, ...], memory, t, s) to a Step; t and s are scalars."""
+
+
+class Trajectory(NamedTuple):
+    """A chain at chosen steps: K records of B examples."""
+
+    t: np.ndarray
+    """The time before each recorded step, [K]."""
+    x_t: jax.Array
+    """The chain before each recorded step, [K, B, ...]."""
+    x0: jax.Array
+    """The clean data as the network saw them there, [K, B, ...]."""
+
+
+def ddpm(
+    denoise: gaussian.Denoiser, schedule: Schedule, *, variance: str = "large"
+) -> Sampler:
+    """Returns ancestral sampling (Algorithm 2, Ho et al. 2020).
+
+    On the full grid T, T-1, ..., 0 this is the paper's sampler. On a coarser one each
+    step draws from p(x_s | x_t) with the posterior of the jump t -> s.
+
+    Args:
+      denoise: the network's prediction as a function of (x_t, t).
+      schedule: its noise schedule.
+      variance: of the reverse steps: "small", "large" or "learned".
+
+    >>> from diffusion_jax import schedule
+    >>> lin = schedule.linear(10)
+    >>> rule = ddpm(gaussian.denoiser(lambda x, t: 0 * x, lin, "x0"), lin)
+    >>> images = sample(jax.random.key(0), rule, uniform_grid(lin), (1, 2))
+    >>> bool((images == 0).all())
+    True
+    """
+    if variance not in gaussian.VARIANCES:
+        gaussian.raise_unknown("variance", variance, gaussian.VARIANCES)
+
+    def init(x: jax.Array) -> tuple[()]:
+        return ()
+
+    def step(
+        keys: jax.Array, x_t: jax.Array, memory: tuple[()], t: jax.Array, s: jax.Array
+    ) -> Step:
+        pred = denoise(x_t, t)
+        x_s = gaussian.p_sample(
+            keys, pred, x_t, schedule(t), schedule(s), variance=variance
+        )
+        return Step(x_s, memory, pred.x0)
+
+    return Sampler(init, step)
+
+
+def uniform_grid(schedule: Schedule, steps: int | None = None) -> np.ndarray:
+    """Returns [steps + 1] integer times evenly spaced from T to 0.
+
+    Args:
+      schedule: a discrete schedule.
+      steps: number of steps, at most T; all T when not given.
+
+    Raises:
+      ValueError: steps is not in 1..T.
+
+    >>> from diffusion_jax import schedule
+    >>> uniform_grid(schedule.linear(1000), 4)
+    array([1000,  750,  500,  250,    0])
+    """
+    total = num_steps(schedule)
+    steps = total if steps is None else steps
+    if not 1 <= steps <= total:
+        raise ValueError(
+            f"steps must be in 1..{total}, the number of steps of the schedule; got "
+            f"{steps}. A discrete schedule has no times in between."
+        )
+    return np.rint(np.linspace(total, 0, steps + 1)).astype(np.int64)
+
+
+def sample(
+    key: jax.Array,
+    sampler: Sampler,
+    grid: np.ndarray,
+    shape: tuple[int, ...],
+    *,
+    start: jax.Array | None = None,
+    first: int | jax.Array = 0,
+) -> jax.Array:
+    """Returns examples drawn by a rule, [B, ...].
+
+    Compiled once for each sampler object, grid length and shape. To draw with changing
+    parameters without compiling again, build the sampler inside a function of the
+    parameters and put that under `jit`.
+
+    Args:
+      key: one key.
+      sampler: the rule.
+      grid: times from noise to data, [steps + 1], strictly decreasing.
+      shape: (B, ...), the batch first.
+      start: x at grid[0], [B, ...]; drawn from N(0, I) when not given, the prior of
+        the paper.
+      first: index of the first example: sample(key, ..., (4, ...), first=2) are the
+        examples 2..5 of sample(key, ..., (6, ...)).
+
+    Raises:
+      ValueError: the grid does not decrease, or start has another shape.
+    """
+    x, _ = _run(key, sampler, grid, shape, start, first, record=())
+    return x
+
+
+def trajectory(
+    key: jax.Array,
+    sampler: Sampler,
+    grid: np.ndarray,
+    shape: tuple[int, ...],
+    steps: Sequence[int],
+    *,
+    start: jax.Array | None = None,
+    first: int | jax.Array = 0,
+) -> tuple[jax.Array, Trajectory]:
+    """Returns the examples of `sample` and the chain at chosen steps.
+
+    Only the chosen steps are held in memory.
+
+    Args:
+      key, sampler, grid, shape, start, first: as in `sample`.
+      steps: numbers of the steps to record, 0 (from pure noise) to len(grid) - 2 (the
+        step that ends in data).
+
+    Raises:
+      ValueError: as `sample`, or a step that the grid does not have.
+    """
+    count = len(grid) - 1
+    steps = tuple(int(step) for step in steps)
+    if (
+        not steps
+        or len(set(steps)) < len(steps)
+        or not all(0 <= step < count for step in steps)
+    ):
+        raise ValueError(
+            f"steps must be different numbers in 0..{count - 1}, one for each step "
+            f"to record; got {steps}. The grid has {count} steps."
+        )
+    x, (x_t, x0) = _run(key, sampler, grid, shape, start, first, steps)
+    return x, Trajectory(np.asarray(grid)[list(steps)], x_t, x0)
+
+
+def _run(
+    key: jax.Array,
+    sampler: Sampler,
+    grid: np.ndarray,
+    shape: tuple[int, ...],
+    start: jax.Array | None,
+    first: int | jax.Array,
+    record: tuple[int, ...],
+) -> Any:
+    grid = np.asarray(grid)
+    if grid.ndim != 1 or grid.size < 2 or not np.all(np.diff(grid) < 0):
+        raise ValueError(
+            "grid must be a vector of at least two strictly decreasing times, from "
+            f"noise to data; got {grid!r}. uniform_grid(schedule, steps) makes one."
+        )
+    if start is not None and start.shape != tuple(shape):
+        raise ValueError(
+            f"start must have the shape of the samples, {tuple(shape)}; got "
+            f"{start.shape}. Give one starting point for each example."
+        )
+    # A Python integer would be compiled in, and every batch would compile again.
+    return _scan(key, sampler, grid, tuple(shape), start, jnp.asarray(first), record)
+
+
+@partial(jax.jit, static_argnames=("sampler", "shape", "record"))
+def _scan(
+    key: jax.Array,
+    sampler: Sampler,
+    grid: jax.Array,
+    shape: tuple[int, ...],
+    start: jax.Array | None,
+    first: jax.Array,
+    record: tuple[int, ...],
+) -> Any:
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(shape[0]))
+    fold = jax.vmap(jax.random.fold_in, (0, None))
+    x = gaussian.normal(fold(keys, 0), shape) if start is None else start
+    # Slot k of the record belongs to step record[k]; other steps write past the end,
+    # where a write is dropped.
+    count = len(grid) - 1
+    slots = np.full(count, len(record))
+    slots[list(record)] = np.arange(len(record))
+    empty = jnp.zeros((len(record), *shape), x.dtype)
+
+    def body(carry: Any, now: Any) -> Any:
+        x_t, memory, kept = carry
+        index, slot, t, s = now
+        new = sampler.step(fold(keys, index + 1), x_t, memory, t, s)
+        if record:
+            seen = (x_t, new.x0)
+            kept = jax.tree.map(lambda a, b: a.at[slot].set(b, mode="drop"), kept, seen)
+        return (new.x, new.memory, kept), None
+
+    carry = (x, sampler.init(x), (empty, empty))
+    steps = (np.arange(count), slots, grid[:-1], grid[1:])
+    (x, _, kept), _ = jax.lax.scan(body, carry, steps)
+    return x, kept

@@ -1,0 +1,265 @@
+"""Noise schedules: functions from a time to the noise level at that time.
+
+A level is all that the rest of the library knows of a schedule:
+
+    x_t = alpha_t x0 + sigma_t eps,    eps ~ N(0, I)
+
+Discrete schedules take integer t in {0, ..., T}, where t = 0 is data. They are
+pytrees (`jax.tree_util.Partial` over two tables), so they pass through `jit` as
+arguments and another set of betas does not retrace. Continuous schedules take t in
+[0, 1]. Tables are built in NumPy float64 and cast once, where they are used: a
+float32 cumulative product is wrong by 1.7e-4 in 1 - alpha_bar.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+from jax.typing import ArrayLike
+
+# What log(alpha) becomes where a schedule ends in pure noise (alpha_bar = 0, as
+# `jsd` does). Finite, so that sigma = exp(log_alpha - logsnr / 2) is exactly 1
+# instead of nan, and so small that alpha x0 vanishes beside sigma eps in float64.
+PURE_NOISE_LOG_ALPHA = -40.0
+
+
+class NoiseLevel(NamedTuple):
+    """How much signal and how much noise: x_t = alpha x0 + sigma eps.
+
+    Both fields have the shape of the time they were made from (usually [B]) and stay
+    finite where it matters: sigma = 0 is logsnr = +inf, a variance-exploding level is
+    log_alpha = 0.
+    """
+
+    log_alpha: jax.Array
+    """Natural logarithm of alpha."""
+    logsnr: jax.Array
+    """2 (log alpha - log sigma), in nats; +inf at t = 0."""
+
+    @property
+    def alpha(self) -> jax.Array:
+        """Returns the signal coefficient, sqrt(alpha_bar) in DDPM."""
+        return jnp.exp(self.log_alpha)
+
+    @property
+    def sigma(self) -> jax.Array:
+        """Returns the noise coefficient, sqrt(1 - alpha_bar) in DDPM."""
+        return jnp.exp(self.log_alpha - 0.5 * self.logsnr)
+
+    def like(self, x: jax.Array) -> "NoiseLevel":
+        """Returns the level with trailing axes of size one, to multiply x [B, ...].
+
+        The one place where a level meets an image: rank promotion stays off
+        everywhere else.
+        """
+        return NoiseLevel(*(_expand(jnp.asarray(field), x.ndim) for field in self))
+
+
+Schedule = Callable[[ArrayLike], NoiseLevel]
+
+
+def linear(
+    num_steps: int = 1000, *, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> Partial:
+    """Returns the schedule of the paper: betas evenly spaced (Sec. 4, Ho et al. 2020).
+
+    Args:
+      num_steps: T, the number of diffusion steps.
+      beta_start: variance of the first step.
+      beta_end: variance of the last step.
+
+    Returns:
+      A discrete schedule, t in {0, ..., T}.
+
+    >>> level = linear(1000)(jnp.array([0, 1000]))
+    >>> print(level.alpha.round(5), level.sigma.round(5))
+    [1.      0.00635] [0.      0.99998]
+    """
+    _check_num_steps(num_steps)
+    return from_betas(np.linspace(beta_start, beta_end, num_steps))
+
+
+def quad(
+    num_steps: int = 1000, *, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> Partial:
+    """Returns the schedule whose sqrt(beta) is evenly spaced (official code)."""
+    _check_num_steps(num_steps)
+    roots = np.linspace(np.sqrt(beta_start), np.sqrt(beta_end), num_steps)
+    return from_betas(roots**2)
+
+
+def const(num_steps: int = 1000, *, beta: float = 0.02) -> Partial:
+    """Returns the schedule of one beta for every step (official code)."""
+    _check_num_steps(num_steps)
+    return from_betas(np.full(num_steps, beta, np.float64))
+
+
+def jsd(num_steps: int = 1000) -> Partial:
+    """Returns betas 1/T, 1/(T-1), ..., 1 (official code; Sohl-Dickstein et al. 2015).
+
+    alpha_bar falls in a straight line and the last level is pure noise.
+    """
+    _check_num_steps(num_steps)
+    return from_betas(1.0 / np.linspace(num_steps, 1, num_steps))
+
+
+def warmup(
+    num_steps: int = 1000,
+    *,
+    fraction: float = 0.1,
+    beta_start: float = 1e-4,
+    beta_end: float = 0.02,
+) -> Partial:
+    """Returns betas that rise over the first `fraction` of steps, then stay.
+
+    `warmup10` and `warmup50` of the official code are fractions 0.1 and 0.5.
+    """
+    _check_num_steps(num_steps)
+    if not 0.0 < fraction <= 1.0:
+        raise ValueError(
+            f"fraction must be above 0 and at most 1; got {fraction}. "
+            "Give the share of the steps over which beta rises, such as 0.1."
+        )
+    rise = int(num_steps * fraction)
+    betas = np.full(num_steps, beta_end, np.float64)
+    betas[:rise] = np.linspace(beta_start, beta_end, rise)
+    return from_betas(betas)
+
+
+def cosine(
+    num_steps: int = 1000, *, offset: float = 0.008, max_beta: float = 0.999
+) -> Partial:
+    """Returns the cosine schedule (Eq. 17, Nichol and Dhariwal 2021).
+
+    alpha_bar(t) = cos^2(pi/2 (t/T + offset) / (1 + offset)), each beta at most
+    max_beta, which keeps the last step from being singular.
+    """
+    _check_num_steps(num_steps)
+    phase = (np.arange(num_steps + 1) / num_steps + offset) / (1 + offset)
+    alpha_bar = np.cos(0.5 * np.pi * phase) ** 2
+    return from_betas(np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], max_beta))
+
+
+def from_betas(betas: ArrayLike) -> Partial:
+    """Returns the discrete schedule with these variances of the forward steps.
+
+    log alpha_t = 1/2 sum_{i<=t} log(1 - beta_i) (Sec. 2, Ho et al. 2020), summed in
+    float64 by log1p, so that 1 - alpha_bar keeps its digits at small t.
+
+    Args:
+      betas: [T], each in (0, 1); the last may be 1.
+
+    Returns:
+      A function of integer t in {0, ..., T}. A t outside raises when it is known, and
+      gives nan when it is traced.
+
+    Raises:
+      ValueError: betas are not a vector of numbers in (0, 1).
+
+    >>> schedule = from_betas([0.1, 0.5])
+    >>> print(f"{schedule(2).alpha ** 2:.4f}")
+    0.4500
+    """
+    betas = np.asarray(betas, np.float64)
+    inside = (betas > 0) & (betas < 1)
+    if (
+        betas.ndim != 1
+        or betas.size == 0
+        or not np.all(inside[:-1])
+        or not (0 < betas[-1] <= 1)
+    ):
+        got = f"shape {betas.shape}"
+        if betas.ndim == 1 and betas.size:
+            got += f" with values from {betas.min():g} to {betas.max():g}"
+        raise ValueError(
+            "betas must be a vector of numbers above 0 and below 1 (the last may be "
+            f"1); got {got}. Check the ends of the schedule."
+        )
+    with np.errstate(divide="ignore"):
+        log_alpha = 0.5 * np.cumsum(np.log1p(-betas))
+    log_alpha = np.maximum(log_alpha, PURE_NOISE_LOG_ALPHA)
+    logsnr = 2 * log_alpha - np.log(-np.expm1(2 * log_alpha))
+    return Partial(
+        _lookup,
+        np.concatenate([[0.0], log_alpha]),
+        np.concatenate([[np.inf], logsnr]),
+    )
+
+
+def num_steps(schedule: Schedule) -> int:
+    """Returns T of a discrete schedule.
+
+    Raises:
+      ValueError: the schedule is continuous and has no number of steps.
+
+    >>> num_steps(linear(250))
+    250
+    """
+    if not (isinstance(schedule, Partial) and schedule.func is _lookup):
+        raise ValueError(
+            "schedule must be discrete (linear, cosine, from_betas, ...); got "
+            f"{schedule!r}. A continuous schedule has times in [0, 1] and no steps."
+        )
+    return schedule.args[0].shape[0] - 1
+
+
+def vp(*, beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
+    """Returns the continuous variance-preserving schedule (Eq. 33, Song et al. 2021).
+
+    log alpha(t) = -t^2 (beta_max - beta_min) / 4 - t beta_min / 2, t in [0, 1]: the
+    limit of `linear` for many steps.
+
+    >>> print(f"{vp()(1.0).alpha:.5f}")
+    0.00657
+    """
+    if not 0 < beta_min <= beta_max:
+        raise ValueError(
+            f"beta_min must be above 0 and at most beta_max; got {beta_min} and "
+            f"{beta_max}. The usual values are 0.1 and 20."
+        )
+
+    def level(t: ArrayLike) -> NoiseLevel:
+        t = jnp.asarray(t, dtype=jnp.result_type(float))
+        log_alpha = -0.25 * t**2 * (beta_max - beta_min) - 0.5 * t * beta_min
+        return NoiseLevel(log_alpha, 2 * log_alpha - jnp.log(-jnp.expm1(2 * log_alpha)))
+
+    return level
+
+
+def _lookup(log_alpha: ArrayLike, logsnr: ArrayLike, t: ArrayLike) -> NoiseLevel:
+    t = jnp.asarray(t)
+    last = np.shape(log_alpha)[0] - 1
+    if not jnp.issubdtype(t.dtype, jnp.integer):
+        raise ValueError(
+            f"t of a discrete schedule must be an integer in 0..{last}; got dtype "
+            f"{t.dtype}. Cast it, or use a continuous schedule such as vp."
+        )
+    if not isinstance(t, jax.core.Tracer) and t.size:
+        low, high = int(t.min()), int(t.max())
+        if low < 0 or high > last:
+            raise ValueError(
+                f"t must be in 0..{last}; got values from {low} to {high}. "
+                "t = 0 is data and t = T is noise."
+            )
+    # Under a trace nothing can be raised: an index outside reads nan. Negative ones
+    # are sent past the end first, since they would wrap around.
+    index = jnp.where(t < 0, last + 1, t)
+    tables = (jnp.asarray(table) for table in (log_alpha, logsnr))
+    return NoiseLevel(
+        *(table.at[index].get(mode="fill", fill_value=jnp.nan) for table in tables)
+    )
+
+
+def _expand(a: jax.Array, ndim: int) -> jax.Array:
+    return a.reshape(a.shape + (1,) * (ndim - a.ndim)) if a.ndim else a
+
+
+def _check_num_steps(count: int) -> None:
+    if not isinstance(count, int | np.integer) or count < 1:
+        raise ValueError(
+            f"num_steps must be a whole number of at least 1; got {count!r}. "
+            "The paper uses 1000."
+        )
