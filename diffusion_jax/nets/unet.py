@@ -51,12 +51,81 @@ def time_embedding(t: jax.Array, channels: int) -> jax.Array:
     return jnp.pad(embedding, ((0, 0), (0, channels % 2)))
 
 
+class GroupNorm(nn.Module):
+    """Group normalisation with epsilon 1e-6, as one multiply-add an element."""
+
+    groups: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns (x - mean) / sqrt(variance + 1e-6) scale + bias, [B, H, W, C].
+
+        Mean and variance are taken over the pixels and the channels of a group, in
+        float32. Channels are summed over pixels first, so that what is left to do
+        with the image itself is x a + b with a and b [B, C].
+        """
+        batch, channels = x.shape[0], x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        x32 = x.astype(jnp.float32).reshape(batch, -1, channels)
+        moments = jnp.stack([x32.mean(1), jnp.square(x32).mean(1)])
+        grouped = moments.reshape(2, batch, self.groups, -1).mean(-1)
+        mean, square = grouped.repeat(channels // self.groups, axis=-1)
+        variance = jnp.maximum(square - jnp.square(mean), 0.0)
+        a = jax.lax.rsqrt(variance + 1e-6) * scale[None]
+        b = bias[None] - mean * a
+        return (x * a[:, None, None] + b[:, None, None]).astype(self.dtype)
+
+
+class Conv(nn.Module):
+    """3x3 convolution with "SAME" padding."""
+
+    channels: int
+    method: str
+    dtype: Dtype
+    strides: int = 1
+    kernel_init: nn.initializers.Initializer = unit
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns [B, H / strides, W / strides, channels] from x [B, H, W, C]."""
+        shape = (3, 3, x.shape[-1], self.channels)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.channels,))
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        if self.method == "matmul":
+            x = _patches(x, self.strides) @ kernel.reshape(-1, self.channels)
+        else:
+            x = jax.lax.conv_general_dilated(
+                x,
+                kernel,
+                (self.strides, self.strides),
+                "SAME",
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+        return x + bias[None, None, None]
+
+
+def _patches(x: jax.Array, strides: int) -> jax.Array:
+    """Returns the 3x3 neighbourhood of every output pixel, [B, H', W', 9 C]."""
+    _, height, width, _ = x.shape
+    # "SAME" on even sizes: one row and column all around, and with stride 2 only
+    # below and to the right.
+    before = 1 if strides == 1 else 0
+    x = jnp.pad(x, ((0, 0), (before, 1), (before, 1), (0, 0)))
+    rows, columns = (slice(0, n, strides) for n in (height, width))
+    shifted = (x[:, i : i + height, j : j + width] for i in range(3) for j in range(3))
+    return jnp.concatenate([y[:, rows, columns] for y in shifted], axis=-1)
+
+
 class ResBlock(nn.Module):
     """Two convolutions around the time embedding, and a shortcut."""
 
     channels: int
     groups: int
     dropout: float
+    conv: str
     dtype: Dtype
 
     @nn.compact
@@ -99,6 +168,7 @@ class Attention(nn.Module):
 class Downsample(nn.Module):
     """Halves height and width by a convolution with stride 2."""
 
+    conv: str
     dtype: Dtype
 
     @nn.compact
@@ -110,6 +180,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Doubles height and width by repetition, followed by a convolution."""
 
+    conv: str
     dtype: Dtype
 
     @nn.compact
@@ -144,6 +215,9 @@ class UNet(nn.Module):
     """Number of labels to condition on; 0 for none."""
     dtype: Dtype = jnp.float32
     """Type of the activations; parameters and output stay float32."""
+    conv: str = "xla"
+    """How a convolution is computed: "xla", or "matmul" (neighbourhoods times kernel,
+    the same numbers): several times faster on CPU, for more memory."""
     remat: bool = False
     """Whether blocks are computed again in the backward pass instead of stored."""
 
@@ -175,8 +249,8 @@ class UNet(nn.Module):
             block, attend = ResBlock, Attention
 
         def residual(x: jax.Array, width: int, name: str) -> jax.Array:
-            module = block(width, self.groups, self.dropout, self.dtype, name=name)
-            return module(x, time, train)
+            options = (width, self.groups, self.dropout, self.conv, self.dtype)
+            return block(*options, name=name)(x, time, train)
 
         def level(x: jax.Array, width: int, name: str) -> jax.Array:
             x = residual(x, width, name)
@@ -200,7 +274,7 @@ class UNet(nn.Module):
                 h = level(h, width, f"down{i}_block{j}")
                 skips.append(h)
             if i < len(widths) - 1:
-                h = Downsample(self.dtype, name=f"down{i}_downsample")(h)
+                h = Downsample(self.conv, self.dtype, name=f"down{i}_downsample")(h)
                 skips.append(h)
 
         h = residual(h, widths[-1], "middle_block0")
@@ -212,17 +286,22 @@ class UNet(nn.Module):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = level(h, width, f"up{i}_block{j}")
             if i > 0:
-                h = Upsample(self.dtype, name=f"up{i}_upsample")(h)
+                h = Upsample(self.conv, self.dtype, name=f"up{i}_upsample")(h)
 
-        h = nn.silu(group_norm(self, "norm_out")(h)).astype(jnp.float32)
-        return nn.Conv(
-            self.out_channels, (3, 3), kernel_init=near_zero, name="conv_out"
-        )(h)
+        h = nn.silu(group_norm(self, "norm_out")(h))
+        out = Conv(
+            self.out_channels,
+            self.conv,
+            jnp.float32,
+            kernel_init=near_zero,
+            name="conv_out",
+        )
+        return out(h)
 
 
-def group_norm(parent: Any, name: str) -> nn.GroupNorm:
-    """Returns the normalisation of a block: statistics in float32, epsilon 1e-6."""
-    return nn.GroupNorm(parent.groups, epsilon=1e-6, dtype=parent.dtype, name=name)
+def group_norm(parent: Any, name: str) -> GroupNorm:
+    """Returns a normalisation with the parent's groups and type."""
+    return GroupNorm(parent.groups, parent.dtype, name=name)
 
 
 def conv(
@@ -231,16 +310,9 @@ def conv(
     name: str,
     init: nn.initializers.Initializer = unit,
     strides: int = 1,
-) -> nn.Conv:
-    """Returns a 3x3 convolution with "SAME" padding in the parent's type."""
-    return nn.Conv(
-        channels,
-        (3, 3),
-        strides=strides,
-        kernel_init=init,
-        dtype=parent.dtype,
-        name=name,
-    )
+) -> Conv:
+    """Returns a 3x3 convolution with the parent's method and type."""
+    return Conv(channels, parent.conv, parent.dtype, strides, init, name=name)
 
 
 def dense(
@@ -268,6 +340,10 @@ def check(net: UNet, x: jax.Array, label: jax.Array | None) -> None:
                 f"every level's width must be a multiple of groups={net.groups}; got "
                 f"{width}. Change channels, multipliers or groups."
             )
+    if net.conv not in ("xla", "matmul"):
+        raise ValueError(
+            f"conv must be 'xla' or 'matmul'; got {net.conv!r}. Both compute the same."
+        )
     if net.channels < 4:
         raise ValueError(
             f"channels must be at least 4; got {net.channels}. The paper uses 128."

@@ -1,0 +1,5 @@
+"""What is made of samples: pictures and, later, numbers."""
+
+from diffusion_jax.evaluation import images
+
+__all__ = ["images"]

@@ -1,0 +1,104 @@
+"""Pictures: grids and strips of images, and plots of a run."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def to_uint8(x: np.ndarray) -> np.ndarray:
+    """Returns images scaled to [-1, 1] as uint8, clipped and rounded to the nearest.
+
+    >>> print(to_uint8(np.array([-1.2, -1.0, 0.0, 1.0])))
+    [  0   0 128 255]
+    """
+    return np.rint(np.clip((np.asarray(x, np.float64) + 1) * 127.5, 0, 255)).astype(
+        np.uint8
+    )
+
+
+def grid(
+    images: np.ndarray, *, columns: int | None = None, side: int = 64, gap: int = 4
+) -> Image.Image:
+    """Returns one picture of many, in rows, on a white ground.
+
+    Args:
+      images: uint8, [N, H, W, C] with 1 or 3 channels.
+      columns: images a row; as square as possible when not given.
+      side: small images are enlarged by a whole factor to about this many pixels, each
+        pixel staying a sharp square.
+      gap: pixels between images.
+
+    Raises:
+      ValueError: images of another type or shape.
+
+    >>> grid(np.zeros([6, 8, 8, 1], np.uint8), columns=3).size
+    (208, 140)
+    """
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or images.dtype != np.uint8:
+        raise ValueError(
+            "images must be uint8 of shape [N, H, W, 1 or 3]; got "
+            f"{images.dtype} {images.shape}. to_uint8 makes them from [-1, 1]."
+        )
+    count, height, width, channels = images.shape
+    columns = columns or int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
+    factor = max(1, round(side / max(height, width)))
+    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    cell_height, cell_width = height * factor + gap, width * factor + gap
+    canvas = np.full(
+        (rows * cell_height + gap, columns * cell_width + gap, channels), 255, np.uint8
+    )
+    for i, image in enumerate(images):
+        top = gap + i // columns * cell_height
+        left = gap + i % columns * cell_width
+        canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
+
+
+def save(image: Image.Image, path: str | os.PathLike[str]) -> Path:
+    """Writes a picture under a temporary name, then renames it; returns the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    image.save(partial, format="PNG")
+    partial.replace(path)
+    return path
+
+
+def curve(
+    steps: Sequence[int],
+    values: Sequence[float],
+    *,
+    title: str,
+    ylabel: str,
+    path: str | os.PathLike[str],
+) -> Path:
+    """Plots values against training steps to a PNG file; returns the path.
+
+    Args:
+      steps: x, in training steps.
+      values: y; the axis is logarithmic where all are above 0.
+      title: what the plot shows.
+      ylabel: what y is, with its unit.
+      path: where the PNG goes.
+    """
+    # Imported here because it takes a second, which `--help` should not.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot(steps, values, color="#2a6f97", linewidth=1.5)
+    if len(values) and min(values) > 0:
+        axes.set_yscale("log")
+    axes.set(title=title, xlabel="training step", ylabel=ylabel)
+    axes.grid(True, which="both", color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)  # just made
+    canvas.draw()
+    return save(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), path)

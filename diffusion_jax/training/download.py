@@ -1,0 +1,169 @@
+"""The one download: to a temporary file, checked, then renamed into place.
+
+Either the whole file with the right digest appears under its name, or nothing does
+and a `DataError` says why, within seconds where there is no network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import os
+import queue
+import secrets
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from diffusion_jax.training.formats import DataError
+
+_CHUNK = 2**18
+
+
+def fetch(
+    url: str,
+    path: str | os.PathLike[str],
+    *,
+    sha256: str,
+    size: int | None = None,
+    connect_timeout: float = 5.0,
+    read_timeout: float = 30.0,
+    progress: bool = True,
+) -> Path:
+    """Returns `path`, at which the file behind `url` now lies whole and checked.
+
+    Proxies are taken from the environment, as urllib does.
+
+    Args:
+      url: http or https.
+      path: where the file shall lie; its folder is made if need be.
+      sha256: the digest the content must have, in hexadecimal.
+      size: the number of bytes it must have, if known.
+      connect_timeout: seconds in all until the answer begins: name look-up,
+        connection, encryption, redirects.
+      read_timeout: seconds without a single byte after which a transfer has stalled.
+      progress: show a bar on standard error, where that is a terminal.
+
+    Raises:
+      DataError: no answer, a refusal, a stall, or other bytes than expected. Nothing
+        is then left behind.
+
+    >>> fetch("ftp://example.org/a", "/tmp/a", sha256="00")
+    Traceback (most recent call last):
+    ...
+    diffusion_jax.training.formats.DataError: a URL must begin with http:// or \
+https://; got ftp://example.org/a. Download it by hand.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise DataError(
+            f"a URL must begin with http:// or https://; got {url}. "
+            "Download it by hand."
+        )
+    path = Path(path)
+    # The process id and a random part: processes and hosts that share the folder
+    # may all download at once, and the last to finish wins with the same bytes.
+    part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        response = _open(url, connect_timeout, read_timeout)
+        with response, part.open("xb") as file:
+            digest = _copy(response, file, url, size, progress)
+        if digest != sha256.lower():
+            raise DataError(
+                f"the file at {url} must have SHA-256 {sha256}; got {digest}. "
+                "It was changed on the way or at the source: it was not kept."
+            )
+        os.replace(part, path)
+    except TimeoutError as error:
+        raise DataError(
+            f"a download must send bytes at least every {read_timeout:g} s; got none "
+            f"from {url} for that long. Try again later, or download it by hand."
+        ) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise DataError(
+            f"{url} must be readable and {path.parent} writable; got "
+            f"{type(error).__name__}: {error}. Check the network and the disk, or "
+            f"download the file by hand to {path}."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # never made, or its folder is no folder
+            part.unlink(missing_ok=True)
+    return path
+
+
+def _open(url: str, connect_timeout: float, read_timeout: float) -> Any:
+    """Returns the open response, or raises once `connect_timeout` has passed.
+
+    Look-ups of names have no timeout of their own and a host may have many addresses
+    that each hang, so the whole of it runs in a thread that is waited for.
+    """
+    outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def connect() -> None:
+        request = urllib.request.Request(url, headers={"User-Agent": "diffusion_jax"})
+        try:
+            opener = urllib.request.build_opener()
+            outcome.put(opener.open(request, timeout=read_timeout))
+        except Exception as error:  # handed to the caller's thread, and raised there
+            outcome.put(error)
+
+    threading.Thread(target=connect, name="connect", daemon=True).start()
+    try:
+        response = outcome.get(timeout=connect_timeout)
+    except queue.Empty:
+        raise DataError(
+            f"a server must answer within {connect_timeout:g} s; got no answer from "
+            f"{url}. Check the network, or download the file by hand."
+        ) from None
+    if isinstance(response, urllib.error.HTTPError):
+        response.close()
+        raise DataError(
+            f"{url} must be there to download; got HTTP status {response.code} "
+            f"({response.reason}). Check the address, or download the file by hand."
+        )
+    if isinstance(response, Exception):
+        reason = getattr(response, "reason", response)
+        raise DataError(
+            f"the server of {url} must be reachable; got {reason}. "
+            "Check the network, or download the file by hand."
+        ) from response
+    return response
+
+
+def _copy(response: Any, file: Any, url: str, size: int | None, progress: bool) -> str:
+    """Returns the SHA-256 of the bytes copied, having checked how many they were."""
+    stated = response.headers.get("Content-Length", "")
+    expected = int(stated) if stated.isdigit() else size
+    if size is not None and expected != size:
+        raise _wrong_size(url, size, expected)
+    digest, done = hashlib.sha256(), 0
+    with tqdm(
+        total=expected,
+        unit="B",
+        unit_scale=True,
+        desc=f"downloading {url.rsplit('/', 1)[-1]}",
+        # None means: only where standard error is a terminal.
+        disable=None if progress else True,
+    ) as bar:
+        while chunk := response.read(_CHUNK):
+            done += len(chunk)
+            if expected is not None and done > expected:
+                break
+            file.write(chunk)
+            digest.update(chunk)
+            bar.update(len(chunk))
+    if expected is not None and done != expected:
+        raise _wrong_size(url, expected, done)
+    return digest.hexdigest()
+
+
+def _wrong_size(url: str, expected: int, got: int | None) -> DataError:
+    return DataError(
+        f"the file at {url} must have {expected} bytes; got {got}. The transfer was "
+        "cut off or the file is another one: try again, or download it by hand."
+    )

@@ -1,0 +1,1 @@
+"""Commands: configurations, loops, paths and prints. One command a file."""

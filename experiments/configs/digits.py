@@ -1,0 +1,30 @@
+"""scikit-learn's 1,797 hand-written digits, 8x8: the default, for two CPU cores.
+
+Command   make train
+Hardware  2 CPU cores
+"""
+
+from experiments.config import Config, Data, Diffusion, Net, Optimizer, Sample, Train
+
+CONFIG = Config(
+    name="digits",
+    data=Data(source="digits", image_size=8, channels=1, flip=False),
+    diffusion=Diffusion(),
+    net=Net(
+        channels=16,
+        multipliers=(1, 2),
+        blocks=2,
+        attention=(4,),
+        dropout=0.0,
+        groups=8,
+    ),
+    optimizer=Optimizer(
+        preset="modern",
+        learning_rate=2e-3,
+        warmup=100,
+        decay="cosine",
+        ema_decay=0.999,
+    ),
+    train=Train(steps=4000, batch_size=64, checkpoint_every=1000, log_every=50),
+    sample=Sample(every=1000, count=64, steps=250),
+)

@@ -1,0 +1,64 @@
+"""What a person sees of a long loop: a bar, or lines where there is no terminal."""
+
+import sys
+import time
+from typing import TextIO
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Counts steps on the screen, with loss, images a second and the time left."""
+
+    def __init__(
+        self, begin: int, last: int, images_per_step: int, file: TextIO | None = None
+    ) -> None:
+        """Starts counting at step `begin` of `last`."""
+        self.file = file or sys.stderr
+        self.step, self.last, self.images = begin, last, images_per_step
+        self.shown = time.monotonic()
+        self.since: tuple[int, float] | None = None
+        self.rate = 0.0
+        self.bar = None
+        if self.file.isatty():
+            self.bar = tqdm(
+                total=last,
+                initial=begin,
+                file=self.file,
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}% |{bar}| step {n:,}/{total:,}{postfix}",
+            )
+
+    def update(self, step: int, loss: float) -> None:
+        """Shows that `step` steps are done and what the last loss was."""
+        now = time.monotonic()
+        # The clock starts after the first step, which compiles.
+        before, then = self.since or (step, now)
+        if self.since is None or now - then >= 1.0:
+            self.since = (step, now)
+        if now - then >= 1.0:
+            self.rate = (step - before) * self.images / (now - then)
+        self.step = step
+        if self.bar is not None:
+            self.bar.set_postfix_str(self._text(loss), refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif now - self.shown >= SECONDS_BETWEEN_LINES:
+            self.shown = now
+            print(f"step {step:,}/{self.last:,}, {self._text(loss)}", file=self.file)
+            self.file.flush()
+
+    def close(self) -> None:
+        """Leaves the bar on the screen as it stands."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def _text(self, loss: float) -> str:
+        text = f"loss {loss:.4f}"
+        if self.rate:
+            left = int((self.last - self.step) * self.images / self.rate)
+            hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
+            clock = f"{hours}:{minutes:02d}" if hours else f"{minutes}"
+            text += f", {self.rate:,.0f} images/s, {clock}:{seconds:02d} left"
+        return text

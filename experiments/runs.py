@@ -1,0 +1,121 @@
+"""The folder of a run: what is in it, and how each file is written and read."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments import config
+
+
+class Run(NamedTuple):
+    """The paths of a run."""
+
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        """Returns where the configuration is."""
+        return self.folder / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        """Returns where the metrics are: one line each train.log_every steps."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def speed(self) -> Path:
+        """Returns where the speed is: what differs between two equal runs."""
+        return self.folder / "speed.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Returns the folder of checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """Returns the folder of grids."""
+        return self.folder / "samples"
+
+
+def of(cfg: config.Config) -> Run:
+    """Returns the run of a configuration."""
+    return Run(Path(cfg.output) / cfg.name)
+
+
+def find(path: str | None, output: str = "runs") -> Run:
+    """Returns the run at a path or of a name; the newest one when none is given.
+
+    Raises:
+      ConfigError: there is no such run.
+    """
+    if path is None:
+        found = sorted(Path(output).glob("*/config.json"), key=os.path.getmtime)
+        if not found:
+            raise config.ConfigError(
+                f"a trained run must be in {output}/; got none. Run `make train` first."
+            )
+        return Run(found[-1].parent)
+    for folder in (Path(path), Path(output) / path):
+        if (folder / "config.json").is_file():
+            return Run(folder)
+    known = ", ".join(sorted(p.parent.name for p in Path(output).glob("*/config.json")))
+    raise config.ConfigError(
+        f"RUN must be a folder that training wrote; got {path!r}, which has no "
+        f"config.json. Runs in {output}/: {known or 'none, run `make train` first'}."
+    )
+
+
+def read_config(run: Run) -> config.Config:
+    """Returns the configuration that a run was trained with.
+
+    Raises:
+      ConfigError: the file is damaged or from another version.
+    """
+    try:
+        values = json.loads(run.config.read_text())
+        loaded: config.Config = config.from_dict(values)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise config.ConfigError(
+            f"{run.config} must hold the configuration of a run; got {error}. Restore "
+            "it, or train into a new folder."
+        ) from error
+    return loaded
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes a JSON file under a temporary name, then renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    partial.replace(path)
+
+
+def append_line(path: Path, values: dict[str, Any]) -> None:
+    """Adds one JSON object to a file of lines."""
+    with path.open("a") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the objects of a file of lines; none where there is no file.
+
+    A last line that was cut off, by a machine that stopped, is left out.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def cut_lines(path: Path, last_step: int) -> None:
+    """Drops the lines after a step: those that a resumed run will write again."""
+    kept: Iterable[dict[str, Any]] = (
+        line for line in read_lines(path) if line["step"] <= last_step
+    )
+    text = "".join(json.dumps(line) + "\n" for line in kept)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial.write_text(text)
+    partial.replace(path)

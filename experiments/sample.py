@@ -1,0 +1,176 @@
+"""Draws images from a trained network: `python -m experiments.sample [RUN]`."""
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from diffusion_jax import samplers
+from diffusion_jax.evaluation import images
+from diffusion_jax.training import checkpoint, parallel
+from experiments import arguments, build, runs
+from experiments.config import Config, ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to draw, and where it goes."""
+
+    run: Annotated[str | None, tyro.conf.Positional] = None
+    """A run's folder or name; the newest in runs/ when not given."""
+    count: int = 64
+    """Images to draw."""
+    format: Literal["grid", "png", "npz"] = "grid"
+    """One picture of all, one PNG an image, or an array `images` (uint8) in a file."""
+    out: Path | None = None
+    """File (grid, npz) or folder (png); inside the run's folder when not given."""
+    steps: int | None = None
+    """Reverse steps; what the run was configured with when not given."""
+    variance: Literal["small", "large", "learned"] | None = None
+    """Variance of the reverse steps; the configured one when not given."""
+    seed: int = 0
+    """Of the noise; image i of a seed is the same whatever the count."""
+    batch_size: int = 64
+    """Images at a time."""
+    raw: bool = False
+    """Whether to use the last weights instead of their moving average."""
+    step: int | None = None
+    """Checkpoint to use, in training steps; the latest when not given."""
+    strip: bool = True
+    """Whether to draw, with a grid, how the first images came out of noise."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Draws what the arguments ask for; returns the exit code."""
+    options = tyro.cli(
+        Options, args=argv, prog="python -m experiments.sample", description=__doc__
+    )
+    validate(options)
+    run = runs.find(options.run)
+    config = runs.read_config(run)
+    parallel.persistent_cache(run.folder.parent.resolve() / ".cache")
+    params, step = load_params(config, run, raw=options.raw, step=options.step)
+    kind = "last" if options.raw else "averaged"
+    print(f"{run.folder}: {kind} weights of step {step:,}")
+
+    batches = draw(config, params, options)
+    out = options.out or run.folder / "draw" / default_name(options)
+    if options.format == "png":
+        save_each(batches, out)
+    else:
+        drawn = np.concatenate(list(batches))
+        if options.format == "npz":
+            save_npz(drawn, out)
+        else:
+            images.save(images.grid(drawn), out)
+    print(f"{options.count} images: {out}")
+    if options.format == "grid" and options.strip:
+        path = out.with_name(f"{out.stem}_denoising.png")
+        print(f"denoising: {images.save(denoising(config, params, options), path)}")
+    return 0
+
+
+def validate(options: Options) -> None:
+    """Raises ConfigError where a number is out of range."""
+    for name in ("count", "batch_size", "steps"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(
+                f"{name} must be at least 1; got {value}. Change it with "
+                f"--{name.replace('_', '-')}."
+            )
+
+
+def load_params(
+    config: Config, run: runs.Run, *, raw: bool = False, step: int | None = None
+) -> tuple[Any, int]:
+    """Returns the weights of a checkpoint and its step.
+
+    Args:
+      config: the run's configuration.
+      run: where the checkpoints are.
+      raw: the last weights instead of their moving average.
+      step: which checkpoint; the latest when not given.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    like = jax.eval_shape(lambda: build.init_state(config))
+    sharding = parallel.replicated(parallel.make_mesh())
+    with checkpoint.open_folder(run.checkpoints, read_only=True) as manager:
+        state, _ = checkpoint.restore(manager, like, sharding, step)
+    return (state.params if raw else state.ema_params), int(state.step)
+
+
+def draw(config: Config, params: Any, options: Options) -> Iterator[np.ndarray]:
+    """Yields batches of uint8 images, [B, H, W, C], options.count in all."""
+    size = min(options.batch_size, options.count)
+    sampler = build.make_draw(
+        config,
+        size,
+        parallel.make_mesh(),
+        steps=options.steps,
+        variance=options.variance,
+    )
+    key = jax.random.key(options.seed)
+    bar = tqdm(total=options.count, unit="image", disable=not sys.stderr.isatty())
+    with bar:
+        for first in range(0, options.count, size):
+            # The last batch is drawn whole and cut, so that nothing compiles again.
+            batch = sampler(params, key, first)[: options.count - first]
+            bar.update(len(batch))
+            yield images.to_uint8(batch)
+
+
+def denoising(config: Config, params: Any, options: Options, rows: int = 8) -> Any:
+    """Returns a picture with a row an image: the chain, from noise to data."""
+    levels = build.make_schedule(config)
+    grid = samplers.uniform_grid(levels, options.steps or config.sample.steps)
+    size, rows = config.data.image_size, min(rows, options.count)
+    chosen = np.unique(np.linspace(0, len(grid) - 2, 9).astype(int))
+
+    @jax.jit
+    def chain(params: Any, key: jax.Array) -> Any:
+        sampler = build.make_sampler(config, params, variance=options.variance)
+        shape = (rows, size, size, config.data.channels)
+        end, seen = samplers.trajectory(key, sampler, grid, shape, chosen)
+        return end, seen.x_t
+
+    end, x_t = chain(params, jax.random.key(options.seed))
+    frames = images.to_uint8(np.stack([*np.asarray(x_t), np.asarray(end)], axis=1))
+    return images.grid(frames.reshape(-1, *frames.shape[2:]), columns=frames.shape[1])
+
+
+def default_name(options: Options) -> str:
+    """Returns the file or folder that a drawing goes to."""
+    name = f"seed{options.seed}_{options.count}"
+    return {"grid": f"{name}.png", "npz": f"{name}.npz", "png": name}[options.format]
+
+
+def save_each(batches: Iterator[np.ndarray], folder: Path) -> None:
+    """Writes one PNG an image: 000000.png, 000001.png, ..."""
+    index = 0
+    for batch in batches:
+        for image in batch:
+            one = images.grid(image[None], side=image.shape[0], gap=0)
+            images.save(one, folder / f"{index:06d}.png")
+            index += 1
+
+
+def save_npz(drawn: np.ndarray, path: Path) -> None:
+    """Writes the images under a temporary name, then renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.tmp")
+    with partial.open("wb") as file:
+        np.savez_compressed(file, images=drawn)
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    arguments.guarded(main)

@@ -1,0 +1,55 @@
+"""Strict JAX for every test: CPU, eight fake devices, no implicit rank promotion."""
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# Both must be set before jax is imported, here and in every xdist worker.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import jax
+import pytest
+
+CACHE = Path(__file__).resolve().parents[1] / ".cache" / "jax"
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "error:::diffusion_jax")
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """The test runs in double precision."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(params=["float32", "float64"])
+def precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The test runs twice, and bounds its errors by the precision it runs in."""
+    with jax.enable_x64(request.param == "float64"):
+        yield request.param
+
+
+@pytest.fixture
+def refuses() -> Callable[[str], contextlib.AbstractContextManager]:
+    """A block must raise ValueError: what must hold, what was got, what to do."""
+
+    @contextlib.contextmanager
+    def context(got: str) -> Iterator[None]:
+        with pytest.raises(ValueError) as caught:
+            yield
+        message = str(caught.value)
+        assert re.search(r"\bmust\b.*; got .+\. .+[.?]$", message, re.S), message
+        assert got in message.partition("; got ")[2], message
+
+    return context

@@ -1,0 +1,259 @@
+"""Closed-form truths, in NumPy float64 and in DDPM's own terms.
+
+`NumpyDDPM` is written from the paper and from the facts about its authors' code: betas,
+alpha_bar, posterior coefficients. It knows nothing of log-SNR. Time is the paper's, t in
+1..T (the authors' index is t - 1), and every table has a row for t = 0, the data.
+
+`GaussianData` is a data distribution for which the best possible network is known, and
+`chain_moments` is where ancestral sampling with that network ends up, exactly.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.special
+
+from diffusion_jax import gaussian, schedule
+
+T = 1000
+
+
+def betas_of(name: str, num_steps: int = T) -> np.ndarray:
+    """The forward variances of a schedule as its authors define them, [T]."""
+    start, end = 1e-4, 0.02
+    steps = np.arange(num_steps)
+    share = steps / max(num_steps - 1, 1)
+    if name == "linear":
+        return start + (end - start) * share
+    if name == "quad":
+        return (start**0.5 + (end**0.5 - start**0.5) * share) ** 2
+    if name == "const":
+        return np.full(num_steps, end)
+    if name == "jsd":
+        return 1.0 / (num_steps - steps)
+    if name in ("warmup10", "warmup50"):
+        rise = num_steps * int(name[-2:]) // 100
+        return np.where(
+            steps < rise, start + (end - start) * steps / max(rise - 1, 1), end
+        )
+    if name == "cosine":
+
+        def alpha_bar(u: np.ndarray) -> np.ndarray:
+            return np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
+
+        kept = alpha_bar((steps + 1) / num_steps) / alpha_bar(steps / num_steps)
+        return np.minimum(1 - kept, 0.999)
+    raise KeyError(name)
+
+
+SCHEDULES = {
+    "linear": schedule.linear,
+    "quad": schedule.quad,
+    "const": schedule.const,
+    "jsd": schedule.jsd,
+    "warmup10": lambda n=T: schedule.warmup(n, fraction=0.1),
+    "warmup50": lambda n=T: schedule.warmup(n, fraction=0.5),
+    "cosine": schedule.cosine,
+    "from_betas": lambda n=T: schedule.from_betas(betas_of("linear", n)),
+}
+
+
+class NumpyDDPM:
+    """DDPM for one example a row: x [N, ...] at times t [N], each from t to s = t - 1.
+
+    A jump to an earlier s has 1 - alpha_bar_t / alpha_bar_s in the place of beta_t.
+    """
+
+    def __init__(self, betas: np.ndarray):
+        betas = np.asarray(betas, np.float64)
+        self.num_steps = len(betas)
+        self.betas = np.concatenate([[np.nan], betas])
+        self.alphas_bar = np.concatenate([[1.0], np.cumprod(1 - betas)])
+        # 1 - alpha_bar loses its digits at small t. The variance of the forward chain,
+        # Var[x_t] = (1 - beta_t) Var[x_{t-1}] + beta_t from x_0 fixed, does not.
+        self.noise = np.zeros(self.num_steps + 1)
+        for t, beta in enumerate(betas, 1):
+            self.noise[t] = (1 - beta) * self.noise[t - 1] + beta
+        self.alphas, self.sigmas = np.sqrt(self.alphas_bar), np.sqrt(self.noise)
+
+    @classmethod
+    def named(cls, name: str, num_steps: int = T) -> "NumpyDDPM":
+        return cls(betas_of("linear" if name == "from_betas" else name, num_steps))
+
+    def beta(self, t: np.ndarray, s: np.ndarray | None = None) -> np.ndarray:
+        """Variance of q(x_t | x_s)."""
+        s = t - 1 if s is None else s
+        jump = 1 - self.alphas_bar[t] / self.alphas_bar[s]
+        return np.where(np.equal(s, t - 1), self.betas[t], jump)
+
+    def coefficients(
+        self, t: np.ndarray, s: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Those of x0 and x_t in the posterior mean (Eq. 7)."""
+        s = t - 1 if s is None else s
+        beta = self.beta(t, s)
+        c0 = self.alphas[s] * beta / self.noise[t]
+        return c0, np.sqrt(1 - beta) * self.noise[s] / self.noise[t]
+
+    def variance(
+        self, kind: str, t: np.ndarray, s: np.ndarray | None = None
+    ) -> np.ndarray:
+        """fixedsmall: the posterior's (Eq. 7); fixedlarge: beta_t."""
+        s = t - 1 if s is None else s
+        beta = self.beta(t, s)
+        return beta * self.noise[s] / self.noise[t] if kind == "small" else beta
+
+    def log_variance(self, kind: str, t: np.ndarray) -> np.ndarray:
+        """Its logarithm; both kinds have the posterior variance of t = 2 at t = 1."""
+        clipped = np.where(
+            np.equal(t, 1),
+            self.variance("small", np.asarray(2)),
+            self.variance(kind, np.maximum(t, 2)),
+        )
+        return np.log(clipped)
+
+    def q_sample(self, x0: np.ndarray, eps: np.ndarray, t: np.ndarray) -> np.ndarray:
+        return _rows(self.alphas[t], x0) * x0 + _rows(self.sigmas[t], x0) * eps
+
+    def posterior_mean(
+        self, x0: np.ndarray, x_t: np.ndarray, t: np.ndarray, s: np.ndarray | None = None
+    ) -> np.ndarray:
+        c0, ct = self.coefficients(t, s)
+        return _rows(c0, x0) * x0 + _rows(ct, x0) * x_t
+
+    def x0_from_eps(self, x_t: np.ndarray, eps: np.ndarray, t: np.ndarray) -> np.ndarray:
+        alphas_bar = _rows(self.alphas_bar[t], x_t)
+        noise = _rows(self.noise[t], x_t)
+        return np.sqrt(1 / alphas_bar) * x_t - np.sqrt(noise / alphas_bar) * eps
+
+    def p_mean(
+        self, x_t: np.ndarray, eps: np.ndarray, t: np.ndarray, *, clip: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mean of p(x_{t-1} | x_t) and the x0 in it."""
+        x0 = self.x0_from_eps(x_t, eps, t)
+        x0 = np.clip(x0, -1, 1) if clip else x0
+        return self.posterior_mean(x0, x_t, t), x0
+
+    def bound_term(
+        self,
+        x0: np.ndarray,
+        x_t: np.ndarray,
+        x0_guess: np.ndarray,
+        t: np.ndarray,
+        model_log_variance: np.ndarray,
+    ) -> np.ndarray:
+        """L_{t-1} for t > 1 and L_0 for t = 1, in bits/dim, [N]."""
+        truth = self.posterior_mean(x0, x_t, t)
+        guess = self.posterior_mean(x0_guess, x_t, t)
+        small = _rows(self.log_variance("small", t), x0)
+        kl = normal_kl(truth, small, guess, model_log_variance)
+        nll = decoder_nll(x0, guess, model_log_variance)
+        return bits_per_dim(np.where(_rows(np.equal(t, 1), x0), nll, kl))
+
+    def prior(self, x0: np.ndarray) -> np.ndarray:
+        """L_T in bits/dim, [N]."""
+        mean = self.alphas[-1] * x0
+        noise = np.log(self.noise[-1])
+        return bits_per_dim(normal_kl(mean, noise, np.zeros(()), np.zeros(())))
+
+
+def normal_kl(
+    mean1: np.ndarray, log1: np.ndarray, mean2: np.ndarray, log2: np.ndarray
+) -> np.ndarray:
+    distance = (mean1 - mean2) ** 2 * np.exp(-log2)
+    return 0.5 * (-1 + log2 - log1 + np.exp(log1 - log2) + distance)
+
+
+def decoder_nll(
+    x0: np.ndarray, mean: np.ndarray, log_variance: np.ndarray, *, exact: bool = False
+) -> np.ndarray:
+    """Eq. 13 in nats; the distribution function is the authors' tanh unless exact."""
+
+    def cdf(x: np.ndarray) -> np.ndarray:
+        if exact:
+            return scipy.special.ndtr(x)
+        return 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+    scale = np.exp(0.5 * log_variance)
+    above, below = cdf((x0 + 1 / 255 - mean) / scale), cdf((x0 - 1 / 255 - mean) / scale)
+    inside = np.where(x0 < -0.999, above, np.where(x0 > 0.999, 1 - below, above - below))
+    return -np.log(np.maximum(inside, 1e-12))
+
+
+def bits_per_dim(nats: np.ndarray) -> np.ndarray:
+    return nats.reshape(len(nats), -1).mean(axis=1) / np.log(2)
+
+
+def _rows(a: np.ndarray, x: np.ndarray) -> np.ndarray:
+    a = np.asarray(a)
+    return a.reshape(a.shape + (1,) * (np.ndim(x) - a.ndim))
+
+
+class GaussianData:
+    """x0 ~ N(mean, cov), an image of shape mean.shape with cov over its d pixels."""
+
+    def __init__(self, mean: np.ndarray, cov: np.ndarray):
+        self.mean = np.asarray(mean, np.float64)
+        self.cov = np.asarray(cov, np.float64)
+        self.spread, self.basis = np.linalg.eigh(self.cov)
+
+    def marginal(self, ddpm: NumpyDDPM, t: int) -> tuple[np.ndarray, np.ndarray]:
+        """Mean [d] and covariance [d, d] of x_t."""
+        noise = ddpm.noise[t] * np.eye(len(self.cov))
+        return (
+            ddpm.alphas[t] * self.mean.ravel(),
+            ddpm.alphas_bar[t] * self.cov + noise,
+        )
+
+    def gain(self, ddpm: NumpyDDPM, t: int | np.ndarray) -> np.ndarray:
+        """G_t [..., d, d] in E[x0 | x_t] = mean + G_t (x_t - alpha_t mean)."""
+        alpha, noise = ddpm.alphas[t, ..., None], ddpm.noise[t, ..., None]
+        gain = alpha * self.spread / (alpha**2 * self.spread + noise)
+        return (self.basis * gain[..., None, :]) @ self.basis.T
+
+    def denoiser(self, ddpm: NumpyDDPM) -> gaussian.Denoiser:
+        """The best network there is: E[x0 | x_t] and E[eps | x_t]."""
+        times = np.arange(ddpm.num_steps + 1)
+        x0_gain = self.gain(ddpm, times)
+        # E[eps | x_t] = sigma_t Cov[x_t]^-1 (x_t - alpha_t mean).
+        variance = ddpm.alphas_bar[:, None] * self.spread + ddpm.noise[:, None]
+        eps_gain = self.basis * (ddpm.sigmas[:, None] / variance)[:, None, :]
+        eps_gain = eps_gain @ self.basis.T
+
+        def denoise(x_t: jax.Array, t: jax.Array) -> gaussian.Prediction:
+            t = jnp.broadcast_to(t, x_t.shape[:1])
+            # Copies: JAX remembers a constant by its identity and would give it back
+            # in float32 to a later test in float64.
+            mean = jnp.asarray(self.mean.flatten())
+            tables = (ddpm.alphas, x0_gain, eps_gain)
+            alpha, x0, eps = (jnp.asarray(table.copy())[t] for table in tables)
+            off = x_t.reshape(len(x_t), -1) - alpha[:, None] * mean[None]
+            apply = jax.vmap(lambda a, b: jnp.dot(a, b, precision="highest"))
+            return gaussian.Prediction(
+                (mean[None] + apply(x0, off)).reshape(x_t.shape),
+                apply(eps, off).reshape(x_t.shape),
+            )
+
+        return denoise
+
+
+def chain_moments(
+    data: GaussianData, ddpm: NumpyDDPM, grid: np.ndarray, variance: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean [d] and covariance [d, d] of ancestral samples, and their slope [d, d].
+
+    With the exact denoiser each step is affine, x_s = A x_t + b + sqrt(v) z, from
+    x_T ~ N(0, I), so that both moments follow a recursion. The slope is the product of
+    all A: how the sample depends on the starting point.
+    """
+    mean, cov = np.zeros(len(data.cov)), np.eye(len(data.cov))
+    slope = np.eye(len(data.cov))
+    for t, s in zip(grid[:-1], grid[1:], strict=True):
+        c0, ct = ddpm.coefficients(t, s)
+        gain = data.gain(ddpm, t)
+        step = c0 * gain + ct * np.eye(len(cov))
+        shift = c0 * (data.mean.ravel() - ddpm.alphas[t] * gain @ data.mean.ravel())
+        mean, cov, slope = step @ mean + shift, step @ cov @ step.T, step @ slope
+        if s > 0:
+            cov = cov + ddpm.variance(variance, t, s) * np.eye(len(cov))
+    return mean, cov, slope

@@ -1,0 +1,118 @@
+"""Checkpoints come back as they were, or say why not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax.training import checkpoint, parallel
+
+
+def tree():
+    return {
+        "w": jnp.arange(16.0).reshape(8, 2),
+        "half": jnp.ones(3, jnp.bfloat16),
+        "count": jnp.array(7),
+        "key": jax.random.key(3),
+    }
+
+
+def raw(leaf):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return np.asarray(jax.random.key_data(leaf))
+    return np.asarray(leaf)
+
+
+def assert_same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(raw(x), raw(y))
+
+
+def on(devices):
+    return parallel.replicated(parallel.make_mesh(devices))
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_state_comes_back_on_any_number_of_devices(tmp_path, devices):
+    with checkpoint.open_folder(tmp_path / "c") as manager:
+        checkpoint.save(manager, 5, jax.device_put(tree(), on(8)), {"note": [1.5]})
+        checkpoint.wait(manager)
+    with checkpoint.open_folder(tmp_path / "c", read_only=True) as manager:
+        like = jax.eval_shape(tree)
+        restored, meta = checkpoint.restore(manager, like, on(devices))
+    assert_same(restored, tree())
+    assert meta == {"note": [1.5]}
+    assert restored["w"].sharding.num_devices == devices
+
+
+def test_newest_is_restored_and_old_ones_go(tmp_path):
+    with checkpoint.open_folder(tmp_path, keep=2) as manager:
+        for step in (1, 2, 3):
+            checkpoint.save(manager, step, {"w": jnp.full(2, float(step))}, {})
+        checkpoint.wait(manager)
+        like = {"w": jax.ShapeDtypeStruct((2,), jnp.float32)}
+        restored, _ = checkpoint.restore(manager, like, on(1))
+        assert restored["w"].tolist() == [3.0, 3.0]
+        assert sorted(manager.all_steps()) == [2, 3]
+        older, _ = checkpoint.restore(manager, like, on(1), 2)
+        assert older["w"].tolist() == [2.0, 2.0]
+
+
+def test_saved_values_are_those_of_the_moment(tmp_path):
+    # The arrays are used up by the next step at once, as in training.
+    bump = jax.jit(lambda x: x + 1, donate_argnums=0)
+    with checkpoint.open_folder(tmp_path) as manager:
+        x = jnp.zeros(1000)
+        checkpoint.save(manager, 1, {"x": x}, {})
+        for _ in range(5):
+            x = bump(x)
+        checkpoint.wait(manager)
+        like = {"x": jax.ShapeDtypeStruct((1000,), jnp.float32)}
+        restored, _ = checkpoint.restore(manager, like, on(1))
+    assert float(jnp.abs(restored["x"]).max()) == 0.0
+
+
+def test_saving_a_step_again_leaves_it_alone(tmp_path):
+    with checkpoint.open_folder(tmp_path) as manager:
+        checkpoint.save(manager, 1, {"x": jnp.zeros(2)}, {})
+        checkpoint.save(manager, 1, {"x": jnp.ones(2)}, {})
+        checkpoint.wait(manager)
+        like = {"x": jax.ShapeDtypeStruct((2,), jnp.float32)}
+        restored, _ = checkpoint.restore(manager, like, on(1))
+    assert restored["x"].tolist() == [0.0, 0.0]
+
+
+def test_an_older_step_than_the_latest_is_refused(tmp_path):
+    with checkpoint.open_folder(tmp_path) as manager:
+        checkpoint.save(manager, 5, {"x": jnp.zeros(2)}, {})
+        checkpoint.wait(manager)
+        with pytest.raises(checkpoint.CheckpointError, match="must be newer.*got 5"):
+            checkpoint.save(manager, 4, {"x": jnp.zeros(2)}, {})
+
+
+@pytest.mark.parametrize(
+    "like",
+    [
+        {"x": jax.ShapeDtypeStruct((3,), jnp.float32)},
+        {"y": jax.ShapeDtypeStruct((2,), jnp.float32)},
+        {"x": jax.ShapeDtypeStruct((2,), jnp.bfloat16)},
+    ],
+    ids=["shape", "name", "dtype"],
+)
+def test_what_does_not_fit_is_refused(tmp_path, like):
+    with checkpoint.open_folder(tmp_path) as manager:
+        checkpoint.save(manager, 1, {"x": jnp.ones(2)}, {})
+        checkpoint.wait(manager)
+        with pytest.raises(checkpoint.CheckpointError, match="must fit the network"):
+            checkpoint.restore(manager, like, on(1))
+
+
+def test_missing_folder_and_missing_step_are_named(tmp_path):
+    with pytest.raises(checkpoint.CheckpointError, match=r"must be at .*none"):
+        checkpoint.open_folder(tmp_path / "none", read_only=True)
+    with (
+        checkpoint.open_folder(tmp_path) as manager,
+        pytest.raises(checkpoint.CheckpointError, match=r"got steps \[\]"),
+    ):
+        checkpoint.restore(manager, {}, on(1))

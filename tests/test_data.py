@@ -1,0 +1,370 @@
+"""Sources of images, and the order in which training sees them."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import socket
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from diffusion_jax.training import data, sources
+from diffusion_jax.training.data import DataError, Dataset
+
+SIZES = st.integers(1, 40)
+SEEDS = st.integers(0, 2**64 - 1)
+
+
+def stream(seed: int, start: int, stop: int, size: int, batch: int) -> np.ndarray:
+    steps = range(start, stop)
+    return np.concatenate([data.batch_indices(seed, k, size, batch) for k in steps])
+
+
+@settings(deadline=None, max_examples=60)
+@given(SEEDS, SIZES, SIZES)
+@example(2**64 - 1, 7, 20)  # batches longer than two epochs
+def test_every_epoch_is_a_permutation(seed, size, batch):
+    """Cut into lengths of the data set, the stream visits each image once a piece."""
+    epochs = 3
+    steps = -(-epochs * size // batch)
+    order = stream(seed, 0, steps, size, batch)[: epochs * size]
+    for epoch in order.reshape(epochs, size):
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(size))
+
+
+@settings(deadline=None, max_examples=30)
+@given(SEEDS, st.integers(0, 12), SIZES, SIZES)
+def test_order_does_not_depend_on_where_one_starts(seed, step, size, batch):
+    """Resuming at step k continues the very stream that began at step 0."""
+    whole = stream(seed, 0, 13, size, batch)
+    data._permutation.cache_clear()
+    np.testing.assert_array_equal(
+        stream(seed, step, 13, size, batch), whole[step * batch :]
+    )
+
+
+@settings(deadline=None, max_examples=30)
+@given(SEEDS, SIZES, st.integers(1, 12))
+def test_batch_size_only_cuts_the_stream(seed, size, batch):
+    np.testing.assert_array_equal(
+        stream(seed, 0, 6, size, batch), stream(seed, 0, 1, size, 6 * batch)
+    )
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = [stream(s, e, e + 1, 200, 200) for s in (0, 1, 2) for e in (0, 1, 2)]
+    assert len({order.tobytes() for order in orders}) == 9
+    # Independent permutations agree in one place on average.
+    agree = [np.mean(a == b) for a in orders for b in orders if a is not b]
+    assert np.mean(agree) < 3 / 200
+
+
+def test_first_place_is_uniform():
+    first = [data.batch_indices(seed, 0, 10, 1)[0] for seed in range(2000)]
+    counts = np.bincount(first, minlength=10)
+    assert np.sum((counts - 200) ** 2 / 200) < 27.9  # chi-squared, 9 d.o.f., p = 0.001
+
+
+def test_order_is_the_same_in_another_process_and_far_on():
+    call = "batch_indices(7, 10**15, 50_000, 128).tolist()"
+    code = f"from diffusion_jax.training.data import *; print({call})"
+    other = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert eval(other) == data.batch_indices(7, 10**15, 50_000, 128).tolist()
+
+
+def test_indices_are_cheap_and_the_callers_own():
+    data.batch_indices(0, 0, 50_000, 128)
+    start = time.perf_counter()
+    for step in range(1, 200):
+        data.batch_indices(0, step, 50_000, 128)
+    assert time.perf_counter() - start < 0.5
+    mine = data.batch_indices(0, 0, 10, 10)
+    before = mine.copy()
+    mine[:] = 0
+    np.testing.assert_array_equal(data.batch_indices(0, 0, 10, 10), before)
+    assert before.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1, 0, 10, 2), "seed must be"),
+        ((2**64, 0, 10, 2), "seed must be"),
+        ((0.5, 0, 10, 2), "seed must be"),
+        ((0, -1, 10, 2), "step must be"),
+        ((0, 1.0, 10, 2), "step must be"),
+        ((0, 0, 0, 2), "num_examples must be"),
+        ((0, 0, 10, 0), "batch_size must be"),
+        ((0, 0, 10, None), "batch_size must be"),
+    ],
+)
+def test_batch_indices_refuses(arguments, message):
+    with pytest.raises(DataError, match=f"{message} .*; got .*Give"):
+        data.batch_indices(*arguments)
+
+
+@given(st.integers(1, 50), st.integers(1, 50))
+def test_hosts_are_disjoint_and_complete(share, hosts):
+    batch = np.arange(share * hosts)
+    parts = [batch[data.host_slice(len(batch), i, hosts)] for i in range(hosts)]
+    np.testing.assert_array_equal(np.concatenate(parts), batch)
+    assert {len(part) for part in parts} == {share}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((10, 0, 4), r"multiple of process_count; got 10 for 4 hosts\. Give 8 or 12"),
+        ((2, 0, 4), r"Give 4\."),
+        ((8, 4, 4), "process_index"),
+        ((8, -1, 4), "process_index"),
+        ((8, 0, 0), "process_count"),
+        ((0, 0, 1), "batch_size"),
+    ],
+)
+def test_host_slice_refuses(arguments, message):
+    with pytest.raises(DataError, match=message):
+        data.host_slice(*arguments)
+
+
+def test_batch_at():
+    images = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1)
+    dataset = Dataset(images, np.arange(5, dtype=np.int32) * 2, "five")
+    batch = data.batch_at(dataset, np.array([4, 0, 4]))
+    assert batch["image"].ravel().tolist() == [4, 0, 4]
+    assert batch["label"].tolist() == [8, 0, 8]
+    assert set(data.batch_at(dataset._replace(labels=None), np.array([1]))) == {"image"}
+    for indices in ([-1], [5], [0.5], [True], [[1]]):
+        with pytest.raises(DataError, match="indices must"):
+            data.batch_at(dataset, np.array(indices))
+
+
+@pytest.fixture(autouse=True)
+def empty_machine(tmp_path, monkeypatch):
+    """No data set, cache or proxy of this machine's reaches a test."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    monkeypatch.setenv("no_proxy", "*")
+
+
+def test_digits():
+    digits = data.load("digits")
+    assert digits.images.shape == (1797, 8, 8, 1)
+    assert digits.images.dtype == np.uint8
+    assert digits.images.min() == 0
+    assert digits.images.max() == 255
+    assert len(np.unique(digits.images)) == 17  # grey levels 0..16, spread out
+    assert np.bincount(digits.labels).tolist() == [
+        *(178, 182, 177, 183, 181, 182, 181, 179, 174, 180)
+    ]
+    assert digits.labels.dtype == np.int32
+    assert digits.name == "digits"
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("cifar", {}, "Did you mean 'cifar10'"),
+        ("imagenet-21k", {}, "source must be one of digits"),
+        ("folder", {}, "Did you mean 'folder:<path>'"),
+        ("tfds:", {}, "Did you mean 'tfds:<name>'"),
+        ("digits:8", {}, "got 'digits:8'"),
+        ("", {}, "got ''"),
+        ("digits", {"split": "test"}, "split of digits must be 'train'.*got 'test'"),
+        ("npz:a", {"split": "test"}, "split of npz"),
+        ("cifar10", {"split": "train[:10%]"}, "split of cifar10"),
+        ("digits", {"data_dir": "x"}, "data_dir must not be given for digits"),
+        ("digits", {"image_size": 4}, "at least .*; got image_size=4 for 8x8.*Give 8"),
+        ("digits", {"image_size": 0}, "image_size must be a whole number"),
+        ("digits", {"image_size": 8.0}, "image_size must be a whole number"),
+        ("digits", {"image_size": 16, "fit": "stretch"}, "fit must be"),
+        ("digits", {"channels": 3}, "channels must be the images' own 1"),
+        ("folder:x", {}, "a folder must be loaded with image_size"),
+        ("folder:x", {"image_size": 8, "fit": "pad"}, "fit='pad'"),
+        ("folder:x", {"image_size": 8, "channels": 4}, "channels=4"),
+        ("folder:x", {"image_size": -8}, "image_size must be a whole number"),
+        ("mnist", {}, "mnist must have train-images-idx3-ubyte.*no data_dir"),
+    ],
+)
+def test_load_refuses(source, options, message):
+    with pytest.raises(DataError, match=message):
+        data.load(source, **options)
+
+
+def test_padding_is_black_and_in_the_middle():
+    digits = data.load("digits")
+    padded = data.load("digits", image_size=13).images
+    np.testing.assert_array_equal(padded[:, 2:10, 2:10], digits.images)
+    assert padded.sum() == digits.images.sum()
+    assert padded.shape[1:] == (13, 13, 1)
+
+
+def test_crop_shrinks_what_padding_refuses():
+    small = data.load("digits", image_size=4, fit="crop").images
+    assert small.shape == (1797, 4, 4, 1)
+    own = data.load("digits").images.astype(float)
+    assert abs(small.mean() - own.mean()) < 5
+
+
+def cifar10_archive(path: Path, num: int = 3) -> np.ndarray:
+    """Writes the official binary archive, `num` images a batch; returns the test's."""
+    rng = np.random.default_rng(0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as tar:
+        for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+            planes = rng.integers(0, 256, (num, 3, 32, 32), np.uint8)
+            raw = b"".join(bytes([i % 10]) + planes[i].tobytes() for i in range(num))
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}.bin")
+            info.size = len(raw)
+            tar.addfile(info, io.BytesIO(raw))
+    return planes.transpose(0, 2, 3, 1)
+
+
+@pytest.mark.filterwarnings("ignore:each batch of the official CIFAR-10")
+@pytest.mark.parametrize("where", ["file", "folder", "cache"])
+def test_cifar10_is_found(tmp_path, where):
+    folder = tmp_path / ("cache/diffusion_jax" if where == "cache" else "mine")
+    images = cifar10_archive(folder / "cifar-10-binary.tar.gz")
+    data_dir = {
+        "file": folder / "cifar-10-binary.tar.gz",
+        "folder": folder,
+        "cache": None,
+    }[where]
+    test = data.load("cifar10", split="test", data_dir=data_dir)
+    np.testing.assert_array_equal(test.images, images)
+    assert test.labels.tolist() == [0, 1, 2]
+    train = data.load("cifar10", data_dir=data_dir, image_size=36)
+    assert train.images.shape == (15, 36, 36, 3)
+
+
+@pytest.mark.parametrize("network", ["refused", "hangs", "forbidden"])
+def test_cifar10_without_network_names_every_way(tmp_path, monkeypatch, network):
+    closed = socket.socket()
+    closed.bind(("127.0.0.1", 0))
+    if network == "hangs":
+        closed.listen()  # accepts, and never answers
+    url = f"http://127.0.0.1:{closed.getsockname()[1]}/cifar-10-binary.tar.gz"
+    monkeypatch.setattr(sources, "CIFAR10_URL", url)
+    start = time.monotonic()
+    with closed, pytest.raises(DataError) as caught:
+        data.load("cifar10", download=network != "forbidden")
+    assert time.monotonic() - start < (10 if network == "hangs" else 2)
+    message = str(caught.value)
+    cache = str(tmp_path / "cache" / "diffusion_jax")
+    ways = ["data_dir", url, cache, "cifar-10-python.tar.gz", "tfds.builder", "digits"]
+    assert [way for way in ways if way not in message] == []
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.filterwarnings("ignore:each batch of the official CIFAR-10")
+def test_cifar10_is_downloaded_once(tmp_path, monkeypatch):
+    calls = []
+
+    def fetch(url, path, *, sha256, size, progress):
+        calls.append((url, path.name, sha256[:4], size))
+        cifar10_archive(path)
+
+    monkeypatch.setattr(sources.downloading, "fetch", fetch)
+    for _ in range(2):
+        assert len(data.load("cifar10").images) == 15
+    assert calls == [
+        (sources.CIFAR10_URL, "cifar-10-binary.tar.gz", "c4a3", 170_052_171)
+    ]
+
+
+def test_cifar10_given_path_is_not_replaced_by_another_copy(tmp_path):
+    cifar10_archive(tmp_path / "cache/diffusion_jax/cifar-10-binary.tar.gz")
+    for data_dir in (tmp_path / "absent", tmp_path):
+        with pytest.raises(DataError, match=f"nothing at {data_dir}"):
+            data.load("cifar10", data_dir=data_dir)
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    head = bytes([0, 0, 8, array.ndim])
+    path.write_bytes(head + struct.pack(f">{array.ndim}I", *array.shape))
+    with path.open("ab") as file:
+        file.write(array.tobytes())
+
+
+@pytest.mark.parametrize("kind", ["mnist", "fashion_mnist"])
+def test_mnist_folder(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    images = {s: rng.integers(0, 256, (4, 28, 28), np.uint8) for s in ("train", "t10k")}
+    write_idx(tmp_path / "train-images-idx3-ubyte", images["train"])
+    write_idx(tmp_path / "train-labels-idx1-ubyte", np.arange(4, dtype=np.uint8))
+    write_idx(tmp_path / "t10k-images.idx3-ubyte", images["t10k"])
+    train = data.load(kind, data_dir=tmp_path, image_size=32)
+    np.testing.assert_array_equal(train.images[:, 2:30, 2:30, 0], images["train"])
+    assert train.labels.tolist() == [0, 1, 2, 3]
+    assert train.labels.dtype == np.int32
+    with pytest.raises(DataError, match="t10k-labels"):
+        data.load(kind, data_dir=tmp_path, split="test")
+    write_idx(tmp_path / "t10k-labels.idx1-ubyte", np.arange(4, dtype=np.uint8))
+    test = data.load(kind, data_dir=tmp_path, split="test")
+    np.testing.assert_array_equal(test.images[..., 0], images["t10k"])
+
+
+def test_fashion_mnist_missing_names_the_package(monkeypatch):
+    monkeypatch.setattr(sources, "FASHION_MNIST_FOLDER", "/nowhere")
+    with pytest.raises(DataError, match=r"dataset-fashion-mnist.*'tfds:fashion_mnist'"):
+        data.load("fashion_mnist")
+
+
+@pytest.mark.skipif(
+    not Path(sources.FASHION_MNIST_FOLDER).is_dir(),
+    reason="Debian's package dataset-fashion-mnist is not installed",
+)
+def test_fashion_mnist_of_debian():
+    for split, num in (("train", 60_000), ("test", 10_000)):
+        dataset = data.load("fashion_mnist", split=split)
+        assert dataset.images.shape == (num, 28, 28, 1)
+        assert np.bincount(dataset.labels).tolist() == [num // 10] * 10
+
+
+def test_idx_and_npz_sources(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (4, 6, 6), np.uint8)
+    write_idx(tmp_path / "a,b", images)
+    write_idx(tmp_path / "c", images)
+    write_idx(tmp_path / "labels", np.arange(4, dtype=np.uint8))
+    write_idx(tmp_path / "few", np.arange(3, dtype=np.uint8))
+    with_comma = data.load(f"idx:{tmp_path / 'a,b'}")
+    np.testing.assert_array_equal(with_comma.images[..., 0], images)
+    assert with_comma.labels is None
+    both = data.load(f"idx:{tmp_path / 'c'},{tmp_path / 'labels'}")
+    assert both.labels.tolist() == [0, 1, 2, 3]
+    with pytest.raises(DataError, match="4 whole numbers"):
+        data.load(f"idx:{tmp_path / 'c'},{tmp_path / 'few'}")
+    np.savez(tmp_path / "a.npz", images=images)
+    npz = data.load(f"npz:{tmp_path / 'a.npz'}", image_size=8)
+    np.testing.assert_array_equal(npz.images[:, 1:7, 1:7, 0], images)
+    np.savez(tmp_path / "wide.npz", images=images[:, :4])
+    with pytest.raises(DataError, match="must be square to be padded; got 4x6"):
+        data.load(f"npz:{tmp_path / 'wide.npz'}", image_size=8)
+
+
+def test_importing_reads_no_data_library():
+    """tfds and scikit-learn are imported by the functions that use them."""
+    code = (
+        "import sys, diffusion_jax.training.data\n"
+        "heavy = {'tensorflow_datasets', 'sklearn', 'tensorflow'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("function", [data.load, data.batch_indices, data.host_slice])
+def test_errors_and_arguments_are_documented(function):
+    for name in inspect.signature(function).parameters:
+        assert f"      {name}:" in (function.__doc__ or "") or (
+            f"{name}:" in inspect.getdoc(function)
+        )

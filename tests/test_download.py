@@ -1,0 +1,210 @@
+"""Downloads from servers that work, stall, lie, cut off or are not there."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import os
+import socket
+import threading
+import time
+
+import pytest
+
+from diffusion_jax.training import download
+from diffusion_jax.training.formats import DataError
+
+CONTENT = os.urandom(600_000)
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves CONTENT in the manner that the path names."""
+
+    def do_GET(self):
+        manner = self.path.strip("/")
+        release = self.server.release
+        if manner == "silent":
+            release.wait(20)
+            return
+        if manner == "absent":
+            self.send_error(404)
+            return
+        if manner == "moved":
+            self.send_response(302)
+            self.send_header("Location", "/whole")
+            self.end_headers()
+            return
+        self.send_response(200)
+        if manner not in ("unsized", "unsized-cut"):
+            self.send_header("Content-Length", str(len(CONTENT)))
+        self.end_headers()
+        if manner in ("cut", "unsized-cut", "stall"):
+            self.wfile.write(CONTENT[: len(CONTENT) // 2])
+            if manner == "stall":
+                self.wfile.flush()
+                release.wait(20)
+        elif manner == "changed":
+            self.wfile.write(CONTENT[:-1] + bytes([CONTENT[-1] ^ 1]))
+        else:
+            self.wfile.write(CONTENT)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+
+
+@pytest.fixture
+def server():
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.release = threading.Event()
+    thread = threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{httpd.server_port}"
+    httpd.release.set()
+    httpd.shutdown()
+    httpd.server_close()
+    thread.join()
+
+
+def files_under(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("manner", ["whole", "unsized", "moved"])
+@pytest.mark.parametrize("size", [len(CONTENT), None])
+def test_fetch_puts_the_whole_file_in_place(tmp_path, server, manner, size):
+    path = tmp_path / "new" / "folder" / "a.bin"
+    got = download.fetch(f"{server}/{manner}", path, sha256=SHA256, size=size)
+    assert got == path
+    assert path.read_bytes() == CONTENT
+    assert files_under(tmp_path) == [path]
+
+
+def test_fetch_replaces_a_file_only_by_a_whole_one(tmp_path, server):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(DataError):
+        download.fetch(f"{server}/changed", path, sha256=SHA256)
+    assert path.read_bytes() == b"old"
+    download.fetch(f"{server}/whole", path, sha256=SHA256.upper())
+    assert path.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("manner", "size", "message"),
+    [
+        ("absent", None, "HTTP status 404"),
+        ("cut", None, "must have 600000 bytes; got"),
+        ("unsized-cut", len(CONTENT), "must have 600000 bytes; got 300000"),
+        ("unsized-cut", None, "must have SHA-256"),
+        ("changed", None, "must have SHA-256"),
+        ("whole", 599_999, "must have 599999 bytes; got 600000"),
+        ("unsized", 599_999, "must have 599999 bytes; got"),
+        ("stall", None, "at least every 0.3 s"),
+        ("silent", None, "answer within 1 s"),
+    ],
+)
+def test_fetch_fails_by_name_and_in_time(tmp_path, server, manner, size, message):
+    """A bad transfer ends within its time limits and leaves nothing behind."""
+    start = time.monotonic()
+    with pytest.raises(DataError, match=message) as caught:
+        download.fetch(
+            f"{server}/{manner}",
+            tmp_path / "a.bin",
+            sha256=SHA256,
+            size=size,
+            connect_timeout=1.0,
+            read_timeout=0.3 if manner == "stall" else 5.0,
+        )
+    assert time.monotonic() - start < 3
+    assert f"{server}/{manner}" in str(caught.value)
+    assert files_under(tmp_path) == []
+
+
+def test_refused_connection_fails_at_once(tmp_path):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/a"
+        start = time.monotonic()
+        with pytest.raises(DataError, match=r"must be reachable; got .*refused"):
+            download.fetch(url, tmp_path / "a.bin", sha256=SHA256)
+        assert time.monotonic() - start < 2
+    assert files_under(tmp_path) == []
+
+
+@pytest.mark.parametrize("hangs", ["getaddrinfo", "create_connection"])
+def test_connecting_has_one_deadline(tmp_path, monkeypatch, hangs):
+    """A look-up has no timeout of its own, and each address has one to itself."""
+    release = threading.Event()
+    monkeypatch.setattr(socket, hangs, lambda *a, **k: release.wait(20))
+    start = time.monotonic()
+    with pytest.raises(DataError, match=r"answer within 0\.5 s"):
+        download.fetch(
+            "http://example.invalid/a",
+            tmp_path / "a.bin",
+            sha256=SHA256,
+            connect_timeout=0.5,
+        )
+    assert time.monotonic() - start < 2
+    release.set()
+
+
+def test_unknown_host_is_named(tmp_path, monkeypatch):
+    def unknown(*_, **__):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(DataError, match=r"must be reachable; got .*not known"):
+        download.fetch("http://example.invalid/a", tmp_path / "a", sha256=SHA256)
+
+
+@pytest.mark.parametrize("url", ["ftp://example.org/a", "file:///etc/hostname", "a"])
+def test_other_addresses_are_refused(tmp_path, url):
+    with pytest.raises(DataError, match="must begin with http"):
+        download.fetch(url, tmp_path / "a", sha256=SHA256)
+
+
+def test_unwritable_folder_is_named(tmp_path, server):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="writable"):
+        download.fetch(f"{server}/whole", tmp_path / "file" / "a", sha256=SHA256)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left")])
+def test_interruption_leaves_nothing(tmp_path, server, monkeypatch, error):
+    real = download._copy
+
+    def interrupted(response, file, *arguments):
+        file.write(CONTENT[:1000])
+        real(response, file, *arguments)
+        raise error
+
+    monkeypatch.setattr(download, "_copy", interrupted)
+    with pytest.raises((KeyboardInterrupt, DataError)):
+        download.fetch(f"{server}/whole", tmp_path / "a.bin", sha256=SHA256)
+    assert files_under(tmp_path) == []
+
+
+def test_concurrent_downloads_do_not_mix(tmp_path, server):
+    path = tmp_path / "a.bin"
+    url = f"{server}/whole"
+    threads = [
+        threading.Thread(target=download.fetch, args=(url, path), kwargs={"sha256": s})
+        for s in [SHA256] * 4
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_bytes() == CONTENT
+    assert files_under(tmp_path) == [path]
+
+
+def test_bar_is_quiet_where_there_is_no_terminal(tmp_path, server, capfd):
+    download.fetch(f"{server}/whole", tmp_path / "a.bin", sha256=SHA256)
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,397 @@
+"""Files in the real formats, whole and damaged, official and hostile."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import pickle
+import struct
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffusion_jax.training import formats
+from diffusion_jax.training.formats import DataError
+
+pytestmark = pytest.mark.filterwarnings("ignore:each batch of the official CIFAR-10")
+
+NUM = 4  # images a batch; the official archives hold 10,000
+
+
+def random_batches(seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns `{batch name: (images [NUM, 32, 32, 3], labels [NUM])}`."""
+    rng = np.random.default_rng(seed)
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+    return {
+        name: (
+            rng.integers(0, 256, (NUM, 32, 32, 3), np.uint8),
+            rng.integers(0, 10, NUM).astype(np.int32),
+        )
+        for name in names
+    }
+
+
+def binary(images: np.ndarray, labels: np.ndarray) -> bytes:
+    """Returns records as the CIFAR-10 page has them: label, then R, G and B planes."""
+    planes = images.transpose(0, 3, 1, 2).tobytes()
+    step = 3 * 32 * 32
+    return b"".join(
+        bytes([label]) + planes[i * step : (i + 1) * step]
+        for i, label in enumerate(labels.tolist())
+    )
+
+
+def python(images: np.ndarray, labels: np.ndarray, protocol: int = 4) -> bytes:
+    planes = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
+    content = {
+        b"batch_label": b"training batch 1 of 5",
+        b"labels": labels.tolist(),
+        b"data": np.ascontiguousarray(planes),
+        b"filenames": [b"a.png"] * len(images),
+    }
+    return pickle.dumps(content, protocol=protocol)
+
+
+def python2(images: np.ndarray, labels: np.ndarray) -> bytes:
+    """Returns the pickle that Python 2 wrote, as the official archive has it."""
+
+    def string(raw: bytes) -> bytes:
+        return b"T" + struct.pack("<i", len(raw)) + raw
+
+    planes = images.transpose(0, 3, 1, 2).tobytes()
+    integer = b"J" + struct.pack("<i", len(images))
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85"
+        + string(b"b")
+        + b"\x87R(K\x01"
+        + integer
+        + b"M\x00\x0c\x86cnumpy\ndtype\n"  # 3072
+        + string(b"u1")
+        + b"K\x00K\x01\x87R(K\x03"
+        + string(b"|")
+        + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
+        + string(planes)
+        + b"tb"
+    )
+    listed = b"](" + b"".join(b"K" + bytes([x]) for x in labels.tolist()) + b"e"
+    return b"\x80\x02}(" + string(b"data") + array + string(b"labels") + listed + b"u."
+
+
+def archive(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, raw in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(raw)
+            tar.addfile(info, io.BytesIO(raw))
+    return path
+
+
+def members(kind: str) -> dict[str, bytes]:
+    batches = random_batches()
+    if kind == "binary":
+        return {
+            f"cifar-10-batches-bin/{name}.bin": binary(*batch)
+            for name, batch in batches.items()
+        }
+    write = python2 if kind == "python2" else python
+    return {f"cifar-10-batches-py/{k}": write(*v) for k, v in batches.items()}
+
+
+@pytest.mark.parametrize("kind", ["binary", "python", "python2"])
+@pytest.mark.parametrize("where", ["archive", "folder", "parent", "beside"])
+def test_cifar10_round_trip(tmp_path, kind, where):
+    """Every official form gives the same pixels, channels last, and the labels."""
+    content = members(kind)
+    if where in ("archive", "beside"):
+        name = f"cifar-10-{'binary' if kind == 'binary' else 'python'}.tar.gz"
+        path = archive(tmp_path / name, content)
+        path = path if where == "archive" else tmp_path
+    else:
+        for name, raw in content.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(raw)
+        path = tmp_path / name.split("/")[0] if where == "folder" else tmp_path
+    batches = random_batches()
+    images, labels = formats.read_cifar10(path, "train")
+    expected = [batches[f"data_batch_{i}"] for i in range(1, 6)]
+    np.testing.assert_array_equal(images, np.concatenate([b[0] for b in expected]))
+    np.testing.assert_array_equal(labels, np.concatenate([b[1] for b in expected]))
+    assert images.dtype == np.uint8
+    assert labels.dtype == np.int32
+    images, _ = formats.read_cifar10(path, "test")
+    np.testing.assert_array_equal(images, batches["test_batch"][0])
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_cifar10_pickle_protocols(tmp_path, protocol):
+    batch = random_batches()["test_batch"]
+    raw = python(*batch, protocol=protocol)
+    path = archive(tmp_path / "a.tar.gz", {"cifar-10-batches-py/test_batch": raw})
+    np.testing.assert_array_equal(formats.read_cifar10(path, "test")[0], batch[0])
+
+
+def test_cifar10_old_and_new_numpy_module_names_are_read(tmp_path):
+    batch = random_batches()["test_batch"]
+    new = python(*batch, protocol=3)
+    old = new.replace(b"numpy._core.", b"numpy.core.")
+    assert b"numpy.core" in old
+    assert b"numpy._core" in new
+    for raw in (old, new):
+        path = archive(tmp_path / "a.tar.gz", {"cifar-10-batches-py/test_batch": raw})
+        np.testing.assert_array_equal(formats.read_cifar10(path, "test")[0], batch[0])
+
+
+def test_cifar10_of_unofficial_size_warns(tmp_path):
+    path = archive(tmp_path / "a.tar.gz", members("binary"))
+    with pytest.warns(UserWarning, match="10000 images"):
+        formats.read_cifar10(path, "test")
+
+
+class Run:
+    """Pickles as a call of any function."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("function", [os.system, os.mkdir, exec, np.load])
+def test_cifar10_pickle_with_code_is_refused_unrun(tmp_path, protocol, function):
+    canary = tmp_path / "canary"
+    command = {
+        os.system: f"touch {canary}",
+        os.mkdir: str(canary),
+        exec: f"open({str(canary)!r}, 'w').close()",
+        np.load: str(canary),
+    }[function]
+    raw = pickle.dumps({b"data": Run(function, command)}, protocol=protocol)
+    if function is not np.load:
+        pickle.loads(raw)  # the attack itself works
+        assert canary.exists()
+        canary.rmdir() if canary.is_dir() else canary.unlink()
+    path = archive(tmp_path / "a.tar.gz", {"cifar-10-batches-py/test_batch": raw})
+    with pytest.raises(DataError, match=r"reference to .*It was not run"):
+        formats.read_cifar10(path, "test")
+    assert not canary.exists()
+
+
+def test_cifar10_pickle_arrays_cannot_hold_objects(tmp_path):
+    raw = pickle.dumps({b"data": np.array([[1, "a"]], object), b"labels": [1]})
+    path = archive(tmp_path / "a.tar.gz", {"cifar-10-batches-py/test_batch": raw})
+    with pytest.raises(DataError, match="O8"):
+        formats.read_cifar10(path, "test")
+
+
+@pytest.mark.parametrize("name", ["../test_batch.bin", "/tmp/test_batch.bin"])
+def test_cifar10_members_outside_the_folder_are_not_read(tmp_path, name):
+    raw = binary(*random_batches()["test_batch"])
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    path = archive(
+        inside / "a.tar.gz", {name: raw, f"cifar-10-batches-bin/{name}": raw}
+    )
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match=r"none named .*test_batch\.bin"):
+        formats.read_cifar10(path, "test")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_cifar10_links_are_not_followed(tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_bytes(binary(*random_batches()["test_batch"]))
+    path = tmp_path / "a.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        info = tarfile.TarInfo("cifar-10-batches-bin/test_batch.bin")
+        info.type, info.linkname = tarfile.SYMTYPE, str(secret)
+        tar.addfile(info)
+    with pytest.raises(DataError, match="every batch"):
+        formats.read_cifar10(path, "test")
+
+
+def test_cifar10_decompression_bomb_is_refused_unread(tmp_path):
+    path = tmp_path / "a.tar.gz"
+    zeros = bytes(2**20)
+    with tarfile.open(path, "w:gz", compresslevel=1) as tar:
+        info = tarfile.TarInfo("cifar-10-batches-bin/test_batch.bin")
+        info.size = 65 * 2**20
+        tar.addfile(info, io.BytesIO(zeros * 65))
+    with pytest.raises(DataError, match="at most"):
+        formats.read_cifar10(path, "test")
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"", "whole records of 3073 bytes; got 0"),
+        (bytes(3073 * 2 - 1), "whole records of 3073 bytes; got 6145"),
+        (bytes([10]) + bytes(3072), r"0\.\.9; got 10"),
+    ],
+)
+def test_cifar10_damaged_binary_batch(tmp_path, raw, message):
+    path = archive(tmp_path / "a.tar.gz", {"cifar-10-batches-bin/test_batch.bin": raw})
+    with pytest.raises(DataError, match=message):
+        formats.read_cifar10(path, "test")
+
+
+ROW = np.zeros((1, 3072), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({b"data": ROW}, "labels"),
+        ({b"labels": [1]}, "data"),
+        ({b"data": ROW, b"labels": [1, 2]}, "2 labels"),
+        ({b"data": ROW.astype(float), b"labels": [1]}, "f8"),
+        ({b"data": ROW[:, :-1], b"labels": [1]}, "3071"),
+        ({b"data": [1, 2], b"labels": [1]}, "must be a dict"),
+        ({b"data": ROW, b"labels": [b"x"]}, "must be a dict"),
+        ({b"data": ROW, b"labels": [-1]}, r"0\.\.9"),
+        ([1], "must be a dict"),
+    ],
+)
+def test_cifar10_damaged_python_batch(tmp_path, content, message):
+    raw = pickle.dumps(content)
+    path = archive(tmp_path / "a.tar.gz", {"cifar-10-batches-py/test_batch": raw})
+    with pytest.raises(DataError, match=message):
+        formats.read_cifar10(path, "test")
+
+
+@pytest.mark.parametrize("keep", [0, 1, 10, 0.5, -1])
+def test_cifar10_pickle_cut_off(tmp_path, keep):
+    raw = python(*random_batches()["test_batch"])
+    raw = raw[: int(keep * len(raw)) if isinstance(keep, float) else keep]
+    path = archive(tmp_path / "a.tar.gz", {"cifar-10-batches-py/test_batch": raw})
+    with pytest.raises(DataError, match="whole pickle"):
+        formats.read_cifar10(path, "test")
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.1, 0.5, 0.9])
+def test_cifar10_archive_cut_off(tmp_path, keep):
+    path = archive(tmp_path / "a.tar.gz", members("binary"))
+    raw = path.read_bytes()
+    path.write_bytes(raw[: int(keep * len(raw))])
+    with pytest.raises(DataError, match="whole tar archive"):
+        formats.read_cifar10(path, "train")
+
+
+def test_cifar10_missing_batch_split_and_path(tmp_path):
+    content = members("binary")
+    del content["cifar-10-batches-bin/data_batch_3.bin"]
+    path = archive(tmp_path / "a.tar.gz", content)
+    with pytest.raises(DataError, match="data_batch_3"):
+        formats.read_cifar10(path)
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    (folder / "test_batch.bin").write_bytes(bytes(3073))
+    assert len(formats.read_cifar10(tmp_path, "test")[0]) == 1
+    with pytest.raises(DataError, match="data_batch_1"):
+        formats.read_cifar10(tmp_path)
+    with pytest.raises(DataError, match="'train' or 'test'; got 'valid'"):
+        formats.read_cifar10(path, "valid")
+    with pytest.raises(DataError, match="none"):
+        formats.read_cifar10(tmp_path / "absent")
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    head = bytes([0, 0, 8, array.ndim])
+    return head + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("shape", [(7,), (3, 5, 4), (2, 3, 4, 3)])
+def test_idx_round_trip(tmp_path, zipped, shape):
+    array = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    raw = idx_bytes(array)
+    (tmp_path / "a").write_bytes(gzip.compress(raw) if zipped else raw)
+    np.testing.assert_array_equal(formats.read_idx(tmp_path / "a"), array)
+
+
+IDX = idx_bytes(np.arange(24, dtype=np.uint8).reshape(2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"", "got nothing"),
+        (b"\x89PNG" + IDX, "got 89 50 4e 47"),
+        (IDX.replace(b"\x08", b"\x0d", 1), "got 00 00 0d 03"),  # floats
+        (IDX[:10], "damaged"),
+        (IDX[:-1], "24 bytes .* got 23"),
+        (IDX + b"x", "24 bytes .* got more"),
+        (bytes([0, 0, 8, 3]) + b"\xff" * 12, "got 0"),  # claims 2**96 bytes
+        (gzip.compress(IDX)[:-12], "whole file"),
+        (gzip.compress(IDX)[:12] + b"garbage" * 5, "got"),
+    ],
+)
+def test_idx_damaged(tmp_path, raw, message):
+    (tmp_path / "a").write_bytes(raw)
+    with pytest.raises(DataError, match=message):
+        formats.read_idx(tmp_path / "a")
+    with pytest.raises(DataError, match="must exist"):
+        formats.read_idx(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("name", ["images", "arr_0", "anything"])
+@pytest.mark.parametrize("shape", [(3, 5, 4), (3, 5, 4, 3)])
+def test_npz_round_trip(tmp_path, name, shape):
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    np.savez_compressed(tmp_path / "a.npz", **{name: images}, labels=np.arange(3))
+    found, labels = formats.read_npz(tmp_path / "a.npz")
+    np.testing.assert_array_equal(found, images.reshape(3, 5, 4, -1))
+    np.testing.assert_array_equal(labels, [0, 1, 2])
+    assert labels.dtype == np.int32
+    np.savez(tmp_path / "b.npz", **{name: images})
+    assert formats.read_npz(tmp_path / "b.npz")[1] is None
+
+
+GOOD = np.zeros((3, 5, 4), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": GOOD.astype(np.float32)}, "float32 of shape"),
+        ({"images": GOOD[0]}, r"uint8 of shape \(5, 4\)"),
+        ({"images": GOOD[:0]}, r"\(0, 5, 4\)"),
+        ({"a": GOOD, "b": GOOD}, "got a, b"),
+        ({"images": GOOD.astype(object)}, "plain arrays"),
+        ({"images": GOOD, "labels": np.arange(2)}, "3 whole numbers"),
+        ({"images": GOOD, "labels": np.zeros(3)}, "float64"),
+        ({"images": GOOD, "labels": np.array([1, 2, 2**40])}, "2\\*\\*31"),
+    ],
+)
+def test_npz_of_other_content(tmp_path, arrays, message):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(DataError, match=message):
+        formats.read_npz(tmp_path / "a.npz")
+
+
+def test_npz_objects_are_refused_unrun(tmp_path):
+    canary = tmp_path / "canary"
+    objects = np.empty(1, object)
+    objects[0] = Run(os.mkdir, str(canary))
+    np.savez(tmp_path / "a.npz", images=objects)
+    with pytest.raises(DataError, match="plain arrays"):
+        formats.read_npz(tmp_path / "a.npz")
+    assert not canary.exists()
+
+
+def test_npz_of_other_files(tmp_path):
+    np.save(tmp_path / "a.npy", GOOD)
+    np.savez(tmp_path / "whole.npz", images=GOOD)
+    (tmp_path / "text.npz").write_text("hello")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:100])
+    (tmp_path / "empty.npz").touch()
+    (tmp_path / "folder.npz").mkdir()
+    for name in ("a.npy", "text.npz", "cut.npz", "empty.npz", "folder.npz"):
+        with pytest.raises(DataError, match="must be an npz file"):
+            formats.read_npz(tmp_path / name)
+    with pytest.raises(DataError, match="must exist"):
+        formats.read_npz(tmp_path / "absent.npz")

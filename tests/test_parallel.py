@@ -1,0 +1,193 @@
+"""One step by three strategies on eight fake devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from diffusion_jax.training import parallel, state
+from experiments import build, config
+
+TINY = config.Config(
+    data=config.Data(source="digits", image_size=8, channels=1, flip=True),
+    diffusion=config.Diffusion(num_steps=100),
+    net=config.Net(
+        channels=8, multipliers=(1,), blocks=1, attention=(), dropout=0.0, groups=4
+    ),
+    optimizer=config.Optimizer(preset="modern", learning_rate=1e-3, warmup=0),
+    train=config.Train(steps=20, batch_size=16),
+    sample=config.Sample(steps=5, count=8),
+)
+
+
+@pytest.fixture(scope="module")
+def batches():
+    rng = np.random.default_rng(0)
+    position = np.arange(16, dtype=np.int32)
+    return [
+        {
+            "image": rng.integers(0, 256, (16, 8, 8, 1), dtype=np.uint8),
+            "position": position,
+        }
+        for _ in range(20)
+    ]
+
+
+def train(strategy, devices, batches, cfg=TINY):
+    mesh = parallel.make_mesh(devices)
+    cfg = config.replace(cfg, "train", parallel=strategy)
+    step = build.make_step(cfg, mesh)
+    now = jax.device_put(build.init_state(cfg), parallel.replicated(mesh))
+    losses = []
+    for batch in batches:
+        now, metrics = step(now, batch)
+        losses.append(float(metrics["loss"]))
+    return now, np.array(losses)
+
+
+@pytest.fixture(scope="module")
+def one_device(batches):
+    return train("mesh", 1, batches)
+
+
+def assert_close(a, b, tolerance):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("strategy", parallel.STRATEGIES)
+def test_every_strategy_gives_the_gradient_of_one_device(strategy, batches):
+    # Plain gradient descent with rate 1, so that what moved is the gradient itself.
+    loss_fn, mesh = build.make_loss(TINY), parallel.make_mesh(8)
+    params = build.init_params(TINY, jax.random.key(0))
+    batch = batches[0]
+    key = jax.random.fold_in(jax.random.key(1), 0)
+    truth = jax.jit(jax.grad(loss_fn))(params, jax.tree.map(jnp.asarray, batch), key)
+    optimizer = optax.sgd(1.0)
+    step = state.make_step(
+        loss_fn,
+        optimizer,
+        ema_decay=0.5,
+        clip_norm=None,
+        axis_name=None if strategy == "mesh" else parallel.AXIS,
+    )
+    start = state.init(jax.random.key(1), params, optimizer)
+    start = jax.device_put(start, parallel.replicated(mesh))
+    before = jax.device_get(start.params)
+    now, _ = parallel.data_parallel(step, mesh, strategy=strategy)(start, batch)
+    moved = jax.tree.map(lambda a, b: a - b, before, jax.device_get(now.params))
+    assert_close(moved, truth, 1e-6)
+    assert max(np.abs(x).max() for x in jax.tree.leaves(truth)) > 1e-2
+
+
+@pytest.mark.parametrize("strategy", parallel.STRATEGIES)
+def test_twenty_steps_agree_for_one_two_and_eight_devices(
+    strategy, batches, one_device
+):
+    one, losses_one = one_device
+    for devices in (2, 8):
+        many, losses_many = train(strategy, devices, batches)
+        np.testing.assert_allclose(losses_many, losses_one, rtol=1e-5)
+        assert_close(many.params, one.params, 1e-5)
+        assert_close(many.ema_params, one.ema_params, 1e-5)
+
+
+def test_noise_is_bit_identical_on_one_two_and_eight_devices(batches):
+    # A loss that is a checksum of what is drawn: sums of integers are exact in any
+    # order, so equality holds to the bit.
+    from diffusion_jax import gaussian
+
+    def bits(params, batch, key):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["position"])
+        noise = gaussian.normal(keys, (len(keys), 8, 8, 1))
+        return jax.lax.bitcast_convert_type(noise, jnp.int32)
+
+    drawn = []
+    for devices in (1, 2, 8):
+        mesh = parallel.make_mesh(devices)
+        batch = parallel.shard(batches[0], mesh)
+        drawn.append(np.asarray(jax.jit(bits)({}, batch, jax.random.key(3))))
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    np.testing.assert_array_equal(drawn[0], drawn[2])
+    # And a single example draws the same on its own.
+    alone = {"position": jnp.array([5])}
+    np.testing.assert_array_equal(bits({}, alone, jax.random.key(3))[0], drawn[0][5])
+
+
+def test_official_clipping_is_the_same_by_pmap_and_by_parts_of_the_batch(batches):
+    # One device cuts a batch by every eighth example, eight devices cut it into runs
+    # of neighbours: ordered so that the parts are the same, both clip the same.
+    cfg = config.replace(TINY, "optimizer", preset="official", clip_norm=1e-3)
+    order = np.arange(16).reshape(2, 8).T.ravel()
+    sorted_ = [{k: x[order] for k, x in batch.items()} for batch in batches[:3]]
+    one, losses_one = train("mesh", 1, batches[:3], cfg)
+    many, losses_many = train("pmap", 8, sorted_, cfg)
+    np.testing.assert_allclose(losses_many, losses_one, rtol=1e-5)
+    assert_close(many.params, one.params, 1e-5)
+
+
+def test_dropout_differs_between_devices_under_pmap():
+    # position[0] tells the devices apart.
+    cfg = config.replace(TINY, "net", dropout=0.5)
+    mesh = parallel.make_mesh(2)
+
+    def masks(position):
+        key = jax.random.fold_in(jax.random.key(0), position[0])
+        return jax.random.bernoulli(key, 0.5, (64,))
+
+    a, b = jax.pmap(masks, devices=list(mesh.devices.flat))(jnp.array([[0, 1], [2, 3]]))
+    assert not jnp.array_equal(a, b)
+    image = np.zeros((4, 8, 8, 1), np.uint8)
+    batch = {"image": image, "position": np.arange(4, dtype=np.int32)}
+    _, losses = train("pmap", 2, [batch] * 2, cfg)
+    assert np.all(np.isfinite(losses))
+
+
+def test_samples_do_not_depend_on_devices_or_batch():
+    params = build.init_params(TINY, jax.random.key(0))
+    params = jax.tree.map(lambda x: x + 0.02, params)
+    key = jax.random.key(4)
+    one = build.make_draw(TINY, 8, parallel.make_mesh(1))(params, key, 0)
+    mesh = parallel.make_mesh(8)
+    spread = jax.device_put(params, parallel.replicated(mesh))
+    many = build.make_draw(TINY, 8, mesh)(spread, key, 0)
+    np.testing.assert_allclose(many, one, atol=1e-5)
+    small = build.make_draw(TINY, 3, None)(params, key, 5)
+    np.testing.assert_allclose(small, one[5:], atol=1e-5)
+    assert one.std(axis=0).max() > 0.1
+
+
+def test_second_call_compiles_nothing(batches):
+    mesh = parallel.make_mesh(2)
+    calls = 0
+
+    def step(now, batch):
+        nonlocal calls
+        calls += 1
+        return now, batch["image"].astype(jnp.float32).mean()
+
+    for strategy in parallel.STRATEGIES:
+        run, calls = parallel.data_parallel(step, mesh, strategy=strategy), 0
+        for batch in batches[:3]:
+            run({"w": jnp.zeros(2)}, batch)
+        assert calls == 1, strategy
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: parallel.make_mesh(9), "devices must be in 1..8.*; got 9"),
+        (
+            lambda: parallel.data_parallel(None, parallel.make_mesh(1), strategy="ddp"),
+            "strategy must be one of mesh, pmap, shard_map; got 'ddp'",
+        ),
+        (
+            lambda: parallel.check_batch_size(10, 8),
+            "must be a multiple of the number of devices, 8; got 10.*8 and 16",
+        ),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

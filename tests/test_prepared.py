@@ -1,0 +1,208 @@
+"""Data sets prepared by tensorflow-datasets, read without TensorFlow or network."""
+
+from __future__ import annotations
+
+import io
+import socket
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax.training import data, pixels, prepared
+from diffusion_jax.training.formats import DataError
+
+
+@pytest.fixture(autouse=True)
+def empty_machine(tmp_path, monkeypatch):
+    """No prepared data set of this machine's reaches a test."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+
+
+def greys(images) -> list[int]:
+    return images[np.arange(len(images))][:, 0, 0, 0].tolist()
+
+
+def png(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "PNG")
+    return file.getvalue()
+
+
+def prepare(folder: Path, name: str, features: dict, examples: list[dict]) -> None:
+    """Prepares a tfds data set with splits train and test, in array_record form."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    def info(self):
+        dictionary = tfds.features.FeaturesDict(features)
+        return tfds.core.DatasetInfo(builder=self, features=dictionary)
+
+    def generate(self, start):
+        yield from enumerate(examples[start:])
+
+    methods = {
+        "name": name,
+        "VERSION": tfds.core.Version("1.0.0"),
+        "_info": info,
+        "_split_generators": lambda self, manager: {
+            "train": self._generate_examples(0),
+            "test": self._generate_examples(len(examples) - 2),
+        },
+        "_generate_examples": generate,
+    }
+    base = tfds.core.GeneratorBasedBuilder
+    builder = type(name, (base,), methods, skip_registration=True)
+    builder(data_dir=str(folder), file_format="array_record").download_and_prepare()
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    folder = tmp_path_factory.mktemp("tfds")
+    images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones(
+        (1, 8, 8, 3), np.uint8
+    )
+    label = tfds.features.ClassLabel(num_classes=10)
+    png_examples = [{"image": png(image), "label": i} for i, image in enumerate(images)]
+    prepare(
+        folder,
+        "toy_png",
+        {"image": tfds.features.Image(shape=(8, 8, 3)), "label": label},
+        png_examples,
+    )
+    prepare(
+        folder,
+        "toy_tensor",
+        {"image": tfds.features.Tensor(shape=(8, 8, 3), dtype=np.uint8)},
+        [{"image": image} for image in images],
+    )
+    prepare(
+        folder,
+        "toy_sizes",
+        {"image": tfds.features.Image(shape=(None, None, 3))},
+        [{"image": png(np.full((9, 9 + i, 3), i, np.uint8))} for i in range(6)],
+    )
+    prepare(
+        folder,
+        "toy_sound",
+        {"sound": tfds.features.Tensor(shape=(4,), dtype=np.float32)},
+        [{"sound": np.zeros(4, np.float32)}] * 3,
+    )
+    return folder
+
+
+@pytest.mark.parametrize("memory_limit", [2**31, 100])
+@pytest.mark.parametrize("name", ["toy_png", "toy_tensor"])
+def test_tfds(tfds_dir, name, memory_limit):
+    options = {"data_dir": tfds_dir, "memory_limit": memory_limit}
+    train = data.load(f"tfds:{name}", **options)
+    assert isinstance(train.images, pixels.LazyImages) == (memory_limit == 100)
+    assert train.images.shape == (6, 8, 8, 3)
+    order = greys(train.images)  # tfds shuffles as it prepares
+    assert sorted(order) == list(range(6))
+    if name == "toy_png":
+        assert train.labels.tolist() == order
+        assert train.labels.dtype == np.int32
+    else:
+        assert train.labels is None
+    assert len(data.load(f"tfds:{name}", split="test", **options).images) == 2
+    half = data.load(f"tfds:{name}", split="train[:50%]", image_size=10, **options)
+    assert half.images.shape == (3, 10, 10, 3)
+    padded = half.images[np.arange(3)]
+    assert padded[:, 1:9, 1:9].sum() == padded.sum()
+    assert "tensorflow" not in sys.modules
+
+
+def test_tfds_images_of_many_sizes_are_cropped(tfds_dir):
+    options = {"data_dir": tfds_dir, "image_size": 8}
+    images = data.load("tfds:toy_sizes", fit="crop", **options).images
+    assert sorted(greys(images)) == list(range(6))
+    assert images.shape == (6, 8, 8, 3)
+    with pytest.raises(DataError, match=r"differently sized.*fit='crop'"):
+        data.load("tfds:toy_sizes", **options)
+    with pytest.raises(DataError, match="image_size must be given"):
+        data.load("tfds:toy_sizes", data_dir=tfds_dir)
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "message"),
+    [
+        ("toy_png", "valid", "split must name a part of toy_png.*'valid'.*train"),
+        ("toy_sound", "train", "feature named image.*got features sound"),
+        ("cifar10", "train", "tfds:cifar10 must be prepared in array_record form"),
+        ("no_such_name", "train", "must be prepared.*no_such_name not found"),
+        ("cifar10:1.0.0", "train", "must be prepared"),
+        ("huggingface:mnist", "train", "got 'huggingface:mnist'"),
+        ("kaggle:a/b:1.0.0", "train", "got 'kaggle:a/b:1.0.0'"),
+    ],
+)
+def test_tfds_refuses_at_once(tfds_dir, monkeypatch, name, split, message):
+    """Nothing unprepared reaches for the network; the folder looked in is named."""
+
+    def network(*_, **__):
+        raise AssertionError("reached for the network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", network)
+    start = time.monotonic()
+    with pytest.raises(DataError, match=message) as caught:
+        data.load(f"tfds:{name}", split=split, data_dir=tfds_dir)
+    assert time.monotonic() - start < 5
+    if "must be prepared" in message:
+        assert str(tfds_dir) in str(caught.value)
+        assert "download_and_prepare" in str(caught.value)
+
+
+def test_tfds_folder(tmp_path, monkeypatch):
+    assert prepared.tfds_folder() == tmp_path / "home" / "tensorflow_datasets"
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    assert prepared.tfds_folder() == tmp_path
+    assert prepared.tfds_folder("elsewhere") == Path("elsewhere")
+    monkeypatch.setenv("TFDS_DATA_DIR", "gs://bucket")
+    with pytest.raises(DataError, match="must be on this machine; got gs://bucket"):
+        data.load("tfds:cifar10")
+
+
+def test_tfds_in_another_format_says_so(tfds_dir, tmp_path):
+    folder = tmp_path / "toy_png" / "1.0.0"
+    folder.mkdir(parents=True)
+    info = (tfds_dir / "toy_png/1.0.0/dataset_info.json").read_text()
+    features = (tfds_dir / "toy_png/1.0.0/features.json").read_text()
+    (folder / "features.json").write_text(features)
+    (folder / "dataset_info.json").write_text(info.replace("array_record", "tfrecord"))
+    with pytest.raises(DataError, match=r"another format at .*toy_png"):
+        data.load("tfds:toy_png", data_dir=tmp_path)
+
+
+def test_tfds_mock_data():
+    """Code that is tested with tfds' own fake data works with this too."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    with tfds.testing.mock_data(num_examples=5):
+        dataset = data.load("tfds:cifar10")
+    assert dataset.images.shape == (5, 32, 32, 3)
+    assert dataset.labels.shape == (5,)
+
+
+def test_cifar10_prepared_by_tfds_is_found(monkeypatch, tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    features = {
+        "image": tfds.features.Image(shape=(32, 32, 3)),
+        "label": tfds.features.ClassLabel(num_classes=10),
+    }
+    examples = [
+        {"image": png(np.full((32, 32, 3), i, np.uint8)), "label": i} for i in range(4)
+    ]
+    prepare(tmp_path, "cifar10", features, examples)
+    version = tfds.builder("cifar10").version
+    (tmp_path / "cifar10/1.0.0").rename(tmp_path / f"cifar10/{version}")
+    info = tmp_path / f"cifar10/{version}/dataset_info.json"
+    info.write_text(info.read_text().replace('"1.0.0"', f'"{version}"'))
+    given = data.load("cifar10", data_dir=tmp_path)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    for dataset in (given, data.load("cifar10", download=False)):
+        assert greys(dataset.images) == dataset.labels.tolist()
+        assert len(dataset.labels) == 4

@@ -1,0 +1,157 @@
+"""The training step against closed-form truth on problems with known gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from diffusion_jax.training import state
+
+
+def quadratic(params, batch, key):
+    """Mean over the batch of |w - x|^2 / 2: its gradient is w - mean(x)."""
+    return 0.5 * jnp.square(params["w"][None] - batch["x"]).sum(-1).mean()
+
+
+def batch_of(*rows):
+    return {"x": jnp.array(rows, jnp.float32)}
+
+
+def run(loss_fn, optimizer, batches, w=(0.0, 0.0), **options):
+    step = jax.jit(state.make_step(loss_fn, optimizer, **options))
+    now = state.init(jax.random.key(0), {"w": jnp.array(w)}, optimizer)
+    seen = []
+    for batch in batches:
+        now, metrics = step(now, batch)
+        seen.append(metrics)
+    return now, seen
+
+
+def test_gradient_is_clipped_by_its_global_norm():
+    batch = batch_of([3.0, 4.0], [3.0, 4.0])
+    now, (metrics,) = run(
+        quadratic, optax.sgd(1.0), [batch], ema_decay=0.0, clip_norm=1.0
+    )
+    np.testing.assert_allclose(now.params["w"], [0.6, 0.8], rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], 5.0, rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], 12.5, rtol=1e-6)
+
+
+def test_small_gradients_are_not_scaled_up():
+    now, _ = run(quadratic, optax.sgd(1.0), [batch_of([0.3, 0.4])], ema_decay=0.0)
+    np.testing.assert_allclose(now.params["w"], [0.3, 0.4], rtol=1e-6)
+
+
+def test_official_clipping_clips_each_part_and_then_averages():
+    # Two parts whose gradients have norms 5 and 0.5: clipped to 1 and left alone.
+    # Examples 0 and 2 go to the first part, 1 and 3 to the second.
+    batch = batch_of([3.0, 4.0], [0.3, 0.4], [3.0, 4.0], [0.3, 0.4])
+    now, _ = run(
+        quadratic,
+        optax.sgd(1.0),
+        [batch],
+        ema_decay=0.0,
+        clip_each=True,
+        accumulate=2,
+    )
+    np.testing.assert_allclose(now.params["w"], [0.45, 0.6], rtol=1e-6)
+    whole, _ = run(quadratic, optax.sgd(1.0), [batch], ema_decay=0.0)
+    np.testing.assert_allclose(whole.params["w"], [0.6, 0.8], rtol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_accumulated_gradient_is_that_of_the_whole_batch(parts):
+    rows = np.random.default_rng(0).normal(size=(8, 2))
+    options = {"ema_decay": 0.5, "clip_norm": None}
+    whole, a = run(quadratic, optax.adam(0.1), [batch_of(*rows)] * 3, **options)
+    cut, b = run(
+        quadratic, optax.adam(0.1), [batch_of(*rows)] * 3, accumulate=parts, **options
+    )
+    np.testing.assert_allclose(cut.params["w"], whole.params["w"], rtol=1e-5)
+    np.testing.assert_allclose(b[-1]["loss"], a[-1]["loss"], rtol=1e-6)
+
+
+def test_average_without_ramp_starts_as_a_copy_after_the_first_update():
+    batches = [batch_of([1.0, 0.0])] * 2
+    options = {"ema_decay": 0.9, "clip_norm": None, "w": (3.0, 0.0)}
+    first, _ = run(quadratic, optax.sgd(0.5), batches[:1], **options)
+    np.testing.assert_allclose(first.ema_params["w"], first.params["w"])
+    second, _ = run(quadratic, optax.sgd(0.5), batches, **options)
+    expected = 0.9 * first.params["w"] + 0.1 * second.params["w"]
+    np.testing.assert_allclose(second.ema_params["w"], expected, rtol=1e-6)
+
+
+def test_average_with_ramp_weighs_as_its_formula_says():
+    steps, decay = 30, 0.7
+    rows = np.random.default_rng(1).normal(size=(steps, 2)).astype(np.float32)
+    now, _ = run(
+        lambda p, b, k: (p["w"] * b["x"][0]).sum(),
+        optax.sgd(1.0),
+        [batch_of(row) for row in rows],
+        ema_decay=decay,
+        ema_ramp=True,
+        clip_norm=None,
+    )
+    path, average = -np.cumsum(rows.astype(np.float64), axis=0), np.zeros(2)
+    for n, w in enumerate(path):
+        d = min(decay, (1 + n) / (10 + n))
+        average = d * average + (1 - d) * w
+    np.testing.assert_allclose(now.ema_params["w"], average, rtol=1e-5)
+
+
+def test_key_is_folded_with_the_step_and_never_changes():
+    def noisy(params, batch, key):
+        return params["w"].sum() * 0 + jax.random.normal(key)
+
+    now, seen = run(noisy, optax.sgd(0.1), [batch_of([0.0, 0.0])] * 3, ema_decay=0.0)
+    key = jax.random.key(0)
+    expected = [jax.random.normal(jax.random.fold_in(key, n)) for n in range(3)]
+    np.testing.assert_array_equal([m["loss"] for m in seen], expected)
+    assert jnp.array_equal(jax.random.key_data(now.key), jax.random.key_data(key))
+    assert int(now.step) == 3
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-1])
+def test_tensorflow_adam_is_the_papers_last_form(eps):
+    rng = np.random.default_rng(2)
+    grads = rng.normal(size=(5, 3))
+    optimizer = state.tf_adam(0.01, eps=eps)
+    w = jnp.zeros(3)
+    memory = optimizer.init(w)
+    m, v, truth = np.zeros(3), np.zeros(3), np.zeros(3)
+    for n, grad in enumerate(grads, start=1):
+        updates, memory = optimizer.update(jnp.array(grad, jnp.float32), memory, w)
+        w = optax.apply_updates(w, updates)
+        m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
+        rate = 0.01 * np.sqrt(1 - 0.999**n) / (1 - 0.9**n)
+        truth -= rate * m / (np.sqrt(v) + eps)
+    np.testing.assert_allclose(w, truth, rtol=2e-4)
+
+
+def test_the_two_adams_differ_by_epsilon_in_the_first_step():
+    # After one step both moments are those of one gradient: TensorFlow's form moves by
+    # g / (|g| + eps / sqrt(1 - b2)), the published one by g / (|g| + eps).
+    grad, eps = jnp.array([1e-4]), 1e-4
+    moved = [
+        float(-o.update(grad, o.init(grad), grad)[0][0])
+        for o in (state.tf_adam(1.0, eps=eps), optax.adam(1.0, eps=eps))
+    ]
+    expected = [1e-4 / (1e-4 + eps / np.sqrt(0.001)), 0.5]
+    np.testing.assert_allclose(moved, expected, rtol=1e-3)
+
+
+def test_learning_rate_rises_from_zero_and_falls_to_zero():
+    constant = state.learning_rate(2e-4, warmup=5000)
+    steps = np.array([0, 1, 2500, 5000, 800_000])
+    expected = 2e-4 * np.minimum(steps / 5000, 1)
+    np.testing.assert_allclose([constant(n) for n in steps], expected, atol=1e-10)
+    falling = state.learning_rate(1.0, warmup=10, decay_steps=110)
+    np.testing.assert_allclose(
+        [falling(n) for n in (0, 5, 10, 60, 110)], [0, 0.5, 1, 0.5, 0], atol=1e-6
+    )
+
+
+def test_bad_accumulate_is_refused():
+    with pytest.raises(ValueError, match="accumulate must be at least 1; got 0"):
+        state.make_step(quadratic, optax.sgd(1.0), ema_decay=0.0, accumulate=0)
