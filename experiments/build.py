@@ -1,7 +1,7 @@
 """From a configuration to objects: the only place that asks what a name means."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -35,13 +35,19 @@ def make_schedule(config: Config) -> schedule.Schedule:
             return schedule.cosine(d.num_steps)
 
 
-def make_network(config: Config) -> UNet:
-    """Returns the network; its parameters come from `init_params`."""
+def make_network(config: Config, *, looped: bool = False) -> UNet:
+    """Returns the network; its parameters come from `init_params`.
+
+    Args:
+      config: the configuration.
+      looped: whether it is called inside a compiled loop, where XLA's convolution on
+        CPU is many times slower than the matrix product.
+    """
     net = config.net
     learned = config.diffusion.variance == "learned"
     conv = net.conv
     if conv == "auto":
-        conv = "matmul" if jax.default_backend() == "cpu" else "xla"
+        conv = "matmul" if looped and jax.default_backend() == "cpu" else "xla"
     return UNet(
         out_channels=config.data.channels * (2 if learned else 1),
         channels=net.channels,
@@ -54,6 +60,13 @@ def make_network(config: Config) -> UNet:
         conv=conv,
         remat=net.remat,
     )
+
+
+def call(
+    net: UNet, params: Any, x: jax.Array, t: jax.Array, **options: Any
+) -> jax.Array:
+    """Returns the network's output, [B, H, W, channels]."""
+    return cast(jax.Array, net.apply({"params": params}, x, t, **options))
 
 
 def init_params(config: Config, key: jax.Array) -> Any:
@@ -71,8 +84,8 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         o.learning_rate, warmup=o.warmup, decay_steps=decay_steps
     )
     if o.preset == "official":
-        return state.tf_adam(rate, eps=1e-8)
-    return optax.adam(rate, eps=1e-8)
+        return state.tf_adam(rate, b2=o.b2, eps=1e-8)
+    return optax.adam(rate, b2=o.b2, eps=1e-8)
 
 
 def init_state(config: Config) -> state.TrainState:
@@ -89,11 +102,8 @@ def make_loss(config: Config) -> state.LossFn:
     in the global batch, so they are the same however the batch is spread or cut. Only
     dropout, drawn for a whole micro-batch at a time, is not.
     """
-    net, levels, diffusion = (
-        make_network(config),
-        make_schedule(config),
-        config.diffusion,
-    )
+    net = make_network(config, looped=micro_batches(config) > 1)
+    levels, diffusion = make_schedule(config), config.diffusion
 
     def loss_fn(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
         position = batch["position"]
@@ -103,7 +113,7 @@ def make_loss(config: Config) -> state.LossFn:
 
         def apply(x: jax.Array, t: jax.Array) -> jax.Array:
             rngs = {"dropout": dropout_key}
-            return net.apply({"params": params}, x, t, train=True, rngs=rngs)
+            return call(net, params, x, t, train=True, rngs=rngs)
 
         x0 = batch["image"].astype(jnp.float32) / 127.5 - 1
         if config.data.flip:
@@ -154,13 +164,10 @@ def make_sampler(
     config: Config, params: Any, *, variance: str | None = None
 ) -> samplers.Sampler:
     """Returns ancestral sampling with these parameters."""
-    net, levels, diffusion = (
-        make_network(config),
-        make_schedule(config),
-        config.diffusion,
-    )
+    net = make_network(config, looped=True)
+    levels, diffusion = make_schedule(config), config.diffusion
     denoise = gaussian.denoiser(
-        lambda x, t: net.apply({"params": params}, x, t),
+        lambda x, t: call(net, params, x, t),
         levels,
         diffusion.prediction,
         clip=config.sample.clip,
@@ -176,7 +183,7 @@ def make_draw(
     *,
     steps: int | None = None,
     variance: str | None = None,
-) -> Callable[[Any, jax.Array, int], np.ndarray]:
+) -> Callable[..., np.ndarray]:
     """Returns a function of (params, key, first) that draws `count` images.
 
     Compiled once, whatever the parameters; image i depends on (key, first + i) alone.
@@ -197,9 +204,10 @@ def make_draw(
             images = jax.lax.with_sharding_constraint(images, out)
         return images
 
-    return lambda params, key, first=0: np.asarray(
-        draw(params, key, jnp.asarray(first))
-    )
+    def drawn(params: Any, key: jax.Array, first: int = 0) -> np.ndarray:
+        return np.asarray(draw(params, key, jnp.asarray(first)))
+
+    return drawn
 
 
 def load_data(config: Config) -> data.Dataset:

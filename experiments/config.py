@@ -74,7 +74,7 @@ class Net:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the activations; parameters stay float32."""
     conv: Literal["auto", "xla", "matmul"] = "auto"
-    """How a convolution is computed; auto is matmul on CPU and xla elsewhere."""
+    """How a convolution is computed; auto is xla, but matmul inside loops on CPU."""
     remat: bool = False
     """Whether to compute activations again instead of storing them."""
 
@@ -93,6 +93,8 @@ class Optimizer:
     """Steps over which the rate rises from 0."""
     decay: Literal["constant", "cosine"] = "constant"
     """What the rate does after the warm-up: stay, or fall to 0 at the last step."""
+    b2: float = 0.999
+    """Adam's decay of the second moment."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient."""
     replicas: int = 8
@@ -218,7 +220,7 @@ def from_dict(values: dict[str, Any], cls: Any = Config) -> Any:
 
 def differences(old: Config, new: Config) -> list[str]:
     """Returns what differs, of the fields that must not, as 'field: old -> new'."""
-    may = MAY_CHANGE
+    may: tuple[str, ...] = MAY_CHANGE
     if new.optimizer.decay == "constant":
         may += ("train.steps",)
     before, after = _flat(to_dict(old)), _flat(to_dict(new))
@@ -268,8 +270,10 @@ def validate(config: Config) -> None:
         _fail("diffusion.beta_start and beta_end", "0 < start <= end < 1", ends)
     if diffusion.variance == "learned" and diffusion.loss != "vlb":
         _fail("diffusion.loss", "vlb where the variance is learned", diffusion.loss)
-    if not 0 <= optimizer.ema_decay < 1:
-        _fail("optimizer.ema_decay", "at least 0 and below 1", optimizer.ema_decay)
+    for name in ("ema_decay", "b2"):
+        value = getattr(optimizer, name)
+        if not 0 <= value < 1:
+            _fail(f"optimizer.{name}", "at least 0 and below 1", value)
     if optimizer.learning_rate <= 0 or optimizer.clip_norm <= 0:
         got = f"{optimizer.learning_rate} and {optimizer.clip_norm}"
         _fail("optimizer.learning_rate and clip_norm", "above 0", got)

@@ -133,7 +133,7 @@ def denoising(config: Config, params: Any, options: Options, rows: int = 8) -> A
     levels = build.make_schedule(config)
     grid = samplers.uniform_grid(levels, options.steps or config.sample.steps)
     size, rows = config.data.image_size, min(rows, options.count)
-    chosen = np.unique(np.linspace(0, len(grid) - 2, 9).astype(int))
+    chosen = np.unique(np.linspace(0, len(grid) - 2, 9).astype(int)).tolist()
 
     @jax.jit
     def chain(params: Any, key: jax.Array) -> Any:

@@ -116,12 +116,18 @@ class NumpyDDPM:
         return _rows(self.alphas[t], x0) * x0 + _rows(self.sigmas[t], x0) * eps
 
     def posterior_mean(
-        self, x0: np.ndarray, x_t: np.ndarray, t: np.ndarray, s: np.ndarray | None = None
+        self,
+        x0: np.ndarray,
+        x_t: np.ndarray,
+        t: np.ndarray,
+        s: np.ndarray | None = None,
     ) -> np.ndarray:
         c0, ct = self.coefficients(t, s)
         return _rows(c0, x0) * x0 + _rows(ct, x0) * x_t
 
-    def x0_from_eps(self, x_t: np.ndarray, eps: np.ndarray, t: np.ndarray) -> np.ndarray:
+    def x0_from_eps(
+        self, x_t: np.ndarray, eps: np.ndarray, t: np.ndarray
+    ) -> np.ndarray:
         alphas_bar = _rows(self.alphas_bar[t], x_t)
         noise = _rows(self.noise[t], x_t)
         return np.sqrt(1 / alphas_bar) * x_t - np.sqrt(noise / alphas_bar) * eps
@@ -175,8 +181,13 @@ def decoder_nll(
         return 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
     scale = np.exp(0.5 * log_variance)
-    above, below = cdf((x0 + 1 / 255 - mean) / scale), cdf((x0 - 1 / 255 - mean) / scale)
-    inside = np.where(x0 < -0.999, above, np.where(x0 > 0.999, 1 - below, above - below))
+    above, below = (
+        cdf((x0 + 1 / 255 - mean) / scale),
+        cdf((x0 - 1 / 255 - mean) / scale),
+    )
+    inside = np.where(
+        x0 < -0.999, above, np.where(x0 > 0.999, 1 - below, above - below)
+    )
     return -np.log(np.maximum(inside, 1e-12))
 
 

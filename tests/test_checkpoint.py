@@ -87,7 +87,7 @@ def test_an_older_step_than_the_latest_is_refused(tmp_path):
     with checkpoint.open_folder(tmp_path) as manager:
         checkpoint.save(manager, 5, {"x": jnp.zeros(2)}, {})
         checkpoint.wait(manager)
-        with pytest.raises(checkpoint.CheckpointError, match="must be newer.*got 5"):
+        with pytest.raises(checkpoint.CheckpointError, match=r"must be newer.*got 5"):
             checkpoint.save(manager, 4, {"x": jnp.zeros(2)}, {})
 
 

@@ -215,12 +215,15 @@ def test_every_kind_reads_into_every_other(name, precision):
         within(pred.eps, EPS, bound, eps_scale[kind])
     for (kind, other), got in zip(PAIRS, again, strict=True):
         x0_error, eps_error = x0_scale[kind], eps_scale[kind]
-        scale = size + {
-            "eps": eps_error,
-            "x0": x0_error,
-            "v": alpha * eps_error + sigma * x0_error,
-            "mean": (c0 + ct * alpha) * x0_error + ct * sigma * eps_error,
-        }[other]
+        scale = (
+            size
+            + {
+                "eps": eps_error,
+                "x0": x0_error,
+                "v": alpha * eps_error + sigma * x0_error,
+                "mean": (c0 + ct * alpha) * x0_error + ct * sigma * eps_error,
+            }[other]
+        )
         within(got, outputs[other], bound, scale)
 
 
@@ -333,9 +336,7 @@ def test_denoiser_shifts_time(t, time_shift):
         seen.append(t)
         return 0 * x
 
-    denoise = gaussian.denoiser(
-        network, schedule.linear(), "x0", time_shift=time_shift
-    )
+    denoise = gaussian.denoiser(network, schedule.linear(), "x0", time_shift=time_shift)
     denoise(jnp.ones([3, 2]), t)
     np.testing.assert_array_equal(seen[0], np.broadcast_to(t, 3) - time_shift)
 

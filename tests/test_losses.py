@@ -136,7 +136,9 @@ def test_decoder_of_every_bin(exact, x64):
 def test_decoder_keeps_small_probabilities(exact):
     """On both sides of the mean, in float32: 1 - p has no room for a p of 1e-8."""
     x0 = BINS.astype(np.float32)[40:-40].astype(np.float64)
-    got = losses.decoder(jnp.asarray(x0), jnp.zeros(()), jnp.full((), -4.0), exact=exact)
+    got = losses.decoder(
+        jnp.asarray(x0), jnp.zeros(()), jnp.full((), -4.0), exact=exact
+    )
     expected = decoder_nll(-abs(x0), np.zeros(()), np.full((), -4.0), exact=exact)
     assert expected.max() > 16
     np.testing.assert_allclose(got, expected, atol=2e-4)
@@ -166,6 +168,7 @@ def test_vlb_at_every_step(name, precision):
 
     In float32 a KL is proportional to c0^2 / variance, which has 1 - e^D once on
     balance: the 1e-4 of `reverse_variance`, and once more for the ratio of variances.
+    Where the logs of the variances differ by r = 0.1, a KL has r / 2 of their error.
     """
     truth, made = oracle(name), SCHEDULES[name]()
     x_t = truth.q_sample(X0, EPS, TIMES).astype(np.float32).astype(np.float64)
@@ -179,10 +182,10 @@ def test_vlb_at_every_step(name, precision):
     got = _terms(made, preds, X0, x_t)
     model = [wide(truth.log_variance(kind, TIMES)) for kind in ("small", "large")]
     relative = {"float32": 2e-4, "float64": 1e-9}[precision]
-    absolute = {"float32": 1e-12, "float64": 1e-16}[precision]
-    for terms, variance in zip(got, [*model, learned], strict=True):
+    absolute = {"float32": [1e-11, 1e-11, 1e-5], "float64": [1e-14] * 3}[precision]
+    for terms, variance, atol in zip(got, [*model, learned], absolute, strict=True):
         expected = truth.bound_term(X0, x_t, guess, TIMES, variance)
-        np.testing.assert_allclose(terms, expected, rtol=relative, atol=absolute)
+        np.testing.assert_allclose(terms, expected, rtol=relative, atol=atol)
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "quad"])

@@ -203,9 +203,7 @@ def test_noise_of_every_step_and_example_is_its_own():
     # Of 84,000 float32 normal numbers some coincide by chance, rows of two do not.
     assert len(np.unique(noise.reshape(-1, 2), axis=0)) == 21 * 2000
     flat = noise.transpose(1, 0, 2).reshape(2000, -1).astype(np.float64)
-    np.testing.assert_allclose(
-        np.corrcoef(flat.T), np.eye(42), atol=5 / np.sqrt(2000)
-    )
+    np.testing.assert_allclose(np.corrcoef(flat.T), np.eye(42), atol=5 / np.sqrt(2000))
     np.testing.assert_allclose(flat.std(0), 1, atol=5 / np.sqrt(2 * 2000))
 
 
@@ -268,9 +266,7 @@ def test_uniform_grid_of_any_length(total):
         assert gaps.min() >= 1
         assert gaps.max() - gaps.min() <= 2
         assert np.all(abs(grid - np.linspace(total, 0, steps + 1)) <= 0.5)
-    np.testing.assert_array_equal(
-        samplers.uniform_grid(made), np.arange(total, -1, -1)
-    )
+    np.testing.assert_array_equal(samplers.uniform_grid(made), np.arange(total, -1, -1))
 
 
 def _sample(grid=(2, 1, 0), shape=(2, 3), **options):

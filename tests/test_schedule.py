@@ -23,9 +23,7 @@ def test_levels_at_every_step(name, precision):
     np.testing.assert_allclose(level.alpha, truth.alphas, rtol=bound, atol=1e-16)
     np.testing.assert_allclose(level.sigma, truth.sigmas, rtol=bound)
     log_alpha_bar = np.log(truth.alphas_bar[finite])
-    np.testing.assert_allclose(
-        level.log_alpha[finite], 0.5 * log_alpha_bar, rtol=bound
-    )
+    np.testing.assert_allclose(level.log_alpha[finite], 0.5 * log_alpha_bar, rtol=bound)
     # The log-SNR passes through zero, where only its absolute error means anything.
     logsnr = log_alpha_bar - np.log(truth.noise[finite])
     np.testing.assert_allclose(level.logsnr[finite], logsnr, rtol=bound, atol=bound)
@@ -120,6 +118,14 @@ def test_time_outside_is_nan_under_jit():
     level = jax.jit(schedule.linear())(np.array([-1, -1001, 0, 1000, 1001]))
     for field in (*level, level.alpha, level.sigma):
         np.testing.assert_array_equal(np.isnan(field), [1, 1, 0, 0, 1])
+
+
+@pytest.mark.parametrize("t", [500, np.array([5, 500]), jnp.array([5, 500])])
+def test_known_time_inside_jit(t):
+    """A time closed over is still a constant while the function around is traced."""
+    lin = schedule.linear()
+    inside = jax.jit(lambda x: x * lin(t).alpha)(1.0)
+    np.testing.assert_allclose(inside, lin(t).alpha, rtol=1e-6)
 
 
 @pytest.mark.parametrize("call", [lambda f, t: f(t), lambda f, t: jax.jit(f)(t)])

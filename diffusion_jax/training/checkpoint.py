@@ -64,7 +64,9 @@ def save(
     if step in manager.all_steps():
         return
     items = ocp.args.Composite(
-        state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+        state=ocp.args.StandardSave(state),
+        meta=ocp.args.JsonSave(meta),
+        arrays=ocp.args.JsonSave(_arrays(state)),
     )
     try:
         taken = manager.save(step, args=items)
@@ -120,23 +122,50 @@ def restore(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like
     )
     items = ocp.args.Composite(
-        state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore()
+        state=ocp.args.StandardRestore(target),
+        meta=ocp.args.JsonRestore(),
+        arrays=ocp.args.JsonRestore(),
     )
     try:
+        described = manager.restore(
+            step, args=ocp.args.Composite(arrays=ocp.args.JsonRestore())
+        )["arrays"]
+        _check_fits(f"checkpoint {step} in {manager.directory}", described, like)
         restored = manager.restore(step, args=items)
+    except CheckpointError:
+        raise
     except Exception as error:  # orbax raises bare Exception for damaged data
         raise CheckpointError(
-            f"checkpoint {step} in {manager.directory} must fit the network and the "
-            f"optimizer of this configuration; got {error}. Use the configuration "
-            "that wrote it (config.json beside it), or a new folder."
+            f"checkpoint {step} in {manager.directory} must be whole; got {error}. "
+            f"Delete the folder {step} there to go on from the one before."
         ) from error
     return restored["state"], restored["meta"]
 
 
-def read_meta(manager: ocp.CheckpointManager) -> dict[str, Any] | None:
-    """Returns the dictionary of the latest checkpoint; None where there is none."""
-    step = manager.latest_step()
-    if step is None:
-        return None
-    items = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    return manager.restore(step, args=items)["meta"]
+def _arrays(tree: PyTree) -> dict[str, str]:
+    """Returns type and shape of every leaf by its path, such as 'float32[3,3]'."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path): f"{x.dtype}[{','.join(map(str, x.shape))}]"
+        for path, x in leaves
+    }
+
+
+def _check_fits(what: str, stored: dict[str, str], like: PyTree) -> None:
+    """Raises CheckpointError unless what is stored has the leaves of `like`.
+
+    Orbax itself casts another dtype without a word.
+    """
+    wanted = _arrays(like)
+    differing = [
+        f"{path}: {stored.get(path, 'nothing')} for {wanted.get(path, 'nothing')}"
+        for path in sorted(stored.keys() | wanted.keys())
+        if stored.get(path) != wanted.get(path)
+    ]
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise CheckpointError(
+            f"{what} must fit the network and the optimizer of this configuration; got "
+            f"{'; '.join(differing[:3])}{more}. Use the configuration that wrote it, "
+            "or a new folder."
+        )

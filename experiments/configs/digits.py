@@ -9,7 +9,7 @@ from experiments.config import Config, Data, Diffusion, Net, Optimizer, Sample, 
 CONFIG = Config(
     name="digits",
     data=Data(source="digits", image_size=8, channels=1, flip=False),
-    diffusion=Diffusion(),
+    diffusion=Diffusion(schedule="cosine", prediction="v", loss="v", variance="small"),
     net=Net(
         channels=16,
         multipliers=(1, 2),
@@ -21,10 +21,11 @@ CONFIG = Config(
     optimizer=Optimizer(
         preset="modern",
         learning_rate=2e-3,
-        warmup=100,
+        warmup=200,
         decay="cosine",
+        b2=0.99,
         ema_decay=0.999,
     ),
-    train=Train(steps=4000, batch_size=64, checkpoint_every=1000, log_every=50),
+    train=Train(steps=6000, batch_size=64, checkpoint_every=1000, log_every=50),
     sample=Sample(every=1000, count=64, steps=250),
 )

@@ -1,0 +1,55 @@
+# Every target sets itself up: .venv, with the versions of constraints.txt.
+PYTHON ?= python3
+EXP ?= digits
+RUN ?= runs/$(EXP)
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help train sample legibility test lint format clean
+
+help:  ## show this
+	@echo "usage: make TARGET [EXP=experiment] [ARGS=\"--flag value ...\"] [PYTHON=python3]"
+	@echo
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | \
+		awk 'BEGIN {FS = ":.*## "} {printf "  %-11s %s\n", $$1, $$2}'
+	@echo
+	@echo "experiments: $$(ls experiments/configs | sed -n 's/^\([a-z].*\)\.py$$/\1/p' | tr '\n' ' ')"
+	@echo "all flags:   make train EXP=digits ARGS=--help"
+
+train: $(READY)  ## train EXP (digits by default); again: go on where it stopped
+	$(PY) -m experiments.train $(EXP) $(ARGS)
+
+sample: $(READY)  ## draw images from the newest checkpoint of EXP
+	$(PY) -m experiments.sample $(RUN) $(ARGS)
+
+legibility: $(READY)  ## measure whether the samples of EXP can be read
+	$(PY) -m experiments.legibility $(RUN) $(ARGS)
+
+test: $(READY)  ## run all tests and doctests
+	$(PY) -m pytest -n 2 $(ARGS)
+
+lint: $(READY)  ## check style and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(READY)  ## format the code
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+clean:  ## remove .venv and caches; runs stay
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+
+# Installed once, and again only when what to install has changed.
+$(READY): setup.cfg constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "PYTHON must be 3.11 or newer; got $$($(PYTHON) --version 2>&1)." \
+			"Name another: make PYTHON=python3.12" >&2; exit 2; }
+	@echo "setting up $(VENV): about a minute, once"
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,179 @@
+"""Configurations: what fits passes, what does not is named before any work."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments import arguments, config
+from experiments.configs import EXPERIMENTS, cifar10
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_is_valid_and_survives_json(name):
+    chosen = EXPERIMENTS[name].CONFIG
+    config.validate(chosen)
+    text = json.dumps(config.to_dict(chosen))
+    assert config.from_dict(json.loads(text)) == chosen
+    assert chosen.name == name
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_says_command_hardware_hours_and_result(name):
+    doc = EXPERIMENTS[name].__doc__
+    command = "make train" if name == "digits" else f"make train EXP={name}"
+    for word in ("Command", "Hardware", "Time", "Expected", command):
+        assert word in doc, word
+
+
+def test_cifar10_is_the_paper_to_the_constant():
+    """Section 4 and Appendix B of Ho et al. 2020, and the official code."""
+    c = cifar10.CONFIG
+    d, n, o = c.diffusion, c.net, c.optimizer
+    assert (d.schedule, d.num_steps, d.beta_start, d.beta_end) == (
+        "linear",
+        1000,
+        1e-4,
+        0.02,
+    )
+    assert (d.prediction, d.loss, d.variance) == ("eps", "eps", "large")
+    assert (n.channels, n.multipliers, n.blocks) == (128, (1, 2, 2, 2), 2)
+    assert (n.attention, n.dropout, n.groups) == ((16,), 0.1, 32)
+    assert (o.preset, o.learning_rate, o.warmup, o.decay) == (
+        "official",
+        2e-4,
+        5000,
+        "constant",
+    )
+    assert (o.clip_norm, o.replicas, o.ema_decay, o.b2) == (1.0, 8, 0.9999, 0.999)
+    assert (c.train.steps, c.train.batch_size) == (800_000, 128)
+    assert (c.data.flip, c.data.image_size, c.sample.steps) == (True, 32, None)
+
+
+@pytest.mark.parametrize("name", [n for n in EXPERIMENTS if n.endswith(("256", "ge"))])
+def test_the_large_images_are_the_paper_to_the_constant(name):
+    c = EXPERIMENTS[name].CONFIG
+    assert c.net.multipliers == (1, 1, 2, 2, 4, 4)
+    assert c.net.channels == (192 if name.endswith("large") else 128)
+    assert (c.net.attention, c.net.dropout, c.net.blocks) == ((16,), 0.0, 2)
+    assert (c.diffusion.variance, c.optimizer.learning_rate) == ("small", 2e-5)
+    assert c.train.batch_size == 64
+    assert c.data.flip == ("bedroom" not in name)
+    steps = {
+        "celebahq256": 500_000,
+        "lsun_church256": 1_200_000,
+        "lsun_cat256": 1_800_000,
+        "lsun_bedroom256": 2_400_000,
+        "lsun_bedroom256_large": 1_150_000,
+    }
+    assert c.train.steps == steps[name]
+
+
+BAD = {
+    "--train.batch-size 0": "train.batch_size must be at least 1; got 0",
+    "--diffusion.num-steps 1": "diffusion.num_steps must be at least 2; got 1",
+    "--net.dropout 1.0": "net.dropout must be at least 0 and below 1; got 1.0",
+    "--net.channels 12": "must be a multiple of net.groups = 8; got 12",
+    "--net.attention 5": r"among the resolutions \[4, 8\]; got 5",
+    "--data.image-size 9": "data.image_size must be a multiple of 2.*; got 9",
+    "--data.channels 2": "data.channels must be 1 or 3; got 2",
+    "--diffusion.beta-start 0.5": "0 < start <= end < 1; got 0.5 and 0.02",
+    "--diffusion.variance learned": "diffusion.loss must be vlb",
+    "--optimizer.ema-decay 1": "optimizer.ema_decay must be at least 0",
+    "--optimizer.learning-rate 0": "must be above 0; got 0",
+    "--optimizer.warmup 6000": "optimizer.warmup must be below train.steps = 6000",
+    "--optimizer.preset official --train.batch-size 20": "a multiple of 8; got 20",
+    "--optimizer.preset official --train.accumulate 2": "train.accumulate must be 1",
+    "--train.accumulate 3": "train.batch_size must be a multiple of 3; got 64",
+    "--sample.steps 2000": "sample.steps must be at most diffusion.num_steps = 1000",
+    "--train.seed -1": "train.seed must be at least 0; got -1",
+    "--name a/b": "name must be a plain folder name; got 'a/b'",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_values_are_named(flags):
+    with pytest.raises(config.ConfigError, match=BAD[flags]) as caught:
+        arguments.parse(["digits", *flags.split()], prog="train")
+    # Three parts: what must hold, what was got, what to do.
+    assert " must be " in str(caught.value)
+    assert "Change it with --" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--train.batchsize 3", "--train.batch-size"),
+        ("--train.batch-size many", "invalid literal for int"),
+        ("--diffusion.prediction epsilon", "'eps', 'x0', 'v', 'mean'"),
+        ("--net.channels", "Missing value"),
+    ],
+)
+def test_bad_flags_end_with_code_two(flags, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        arguments.parse(["digits", *flags.split()], prog="train")
+    assert caught.value.code == 2
+    shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert words in shown
+
+
+def test_unknown_experiment_is_named():
+    with pytest.raises(config.ConfigError, match=r"must be one of digits.*got 'cifar'"):
+        arguments.parse(["cifar"], prog="train")
+
+
+@pytest.mark.parametrize("argument", ["nothing", "--net.groups=7", "--train.stepz=3"])
+def test_a_wrong_command_ends_in_five_seconds_without_traceback(argument, tmp_path):
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.train", argument, "--output", tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    seconds = time.monotonic() - begun
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert seconds < 5, f"took {seconds:.1f} s"
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit) as caught:
+        arguments.parse(["cifar10", "--help"], prog="python -m experiments.train")
+    assert caught.value.code == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "make train EXP=cifar10" in shown
+    sections = [f.name for f in dataclasses.fields(config.Config)][2:]
+    for section in sections:
+        cls = getattr(config, section.capitalize())
+        for field in dataclasses.fields(cls):
+            assert f"--{section}.{field.name.replace('_', '-')}" in shown or (
+                f"--{section}.no-{field.name}" in shown
+            )
+    assert "Steps over which the rate rises from 0" in shown
+
+
+def test_what_may_differ_when_a_run_goes_on():
+    old = cifar10.CONFIG
+    fine = config.replace(old, "train", steps=900_000, devices=2, stop_at=7)
+    fine = config.replace(fine, "sample", steps=50)
+    assert config.differences(old, fine) == []
+    other = config.replace(config.replace(old, "net", channels=64), "train", seed=1)
+    assert config.differences(old, other) == [
+        "net.channels: 128 -> 64",
+        "train.seed: 0 -> 1",
+    ]
+    digits = EXPERIMENTS["digits"].CONFIG
+    longer = config.replace(digits, "train", steps=9000)
+    assert config.differences(digits, longer) == ["train.steps: 6000 -> 9000"]
+
+
+def test_a_file_of_another_version_is_refused():
+    values = config.to_dict(cifar10.CONFIG) | {"flavour": "sweet"}
+    with pytest.raises(config.ConfigError, match=r"must be among .*; got flavour"):
+        config.from_dict(values)

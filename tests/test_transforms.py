@@ -1,0 +1,314 @@
+"""Every public pure function under eager, jit, vmap, grad, pmap and shard_map.
+
+One row a case: a function of arrays whose first axis is the batch of eight, one example
+a device. All in float64, where what the transforms do to rounding is far below what
+they could do to the mathematics.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+from jax.test_util import check_grads
+
+from diffusion_jax import gaussian, losses, samplers, schedule
+
+MODULES = (schedule, gaussian, losses, samplers)
+# Raises, and does nothing else.
+NOT_OF_ARRAYS = {"gaussian.raise_unknown"}
+B, T, SHAPE = 8, 20, (2, 2, 1)
+
+
+class Row(NamedTuple):
+    """A function, the inputs it takes by name, and which public functions it covers."""
+
+    covers: str
+    fn: Callable[..., Any]
+    inputs: str
+    case: str = ""
+
+    @property
+    def id(self) -> str:
+        return f"{self.covers.split()[0]}{self.case and '-'}{self.case}"
+
+
+def _inputs(seed: int = 0) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    made = schedule.linear(T)
+    t = np.array([1, 2, 3, 5, 8, 13, 17, 20])[::-1].copy()
+    arrays = {
+        "x0": rng.uniform(-0.9, 0.9, (B, *SHAPE)),
+        "x": rng.normal(size=(B, *SHAPE)),
+        "y": rng.normal(size=(B, *SHAPE)),
+        "log": rng.uniform(-3, 0, (B, *SHAPE)),
+        "u": rng.uniform(0.1, 0.9, B),
+    }
+    return {
+        **{name: jnp.asarray(a, jnp.float64) for name, a in arrays.items()},
+        "t": jnp.asarray(t),
+        "keys": jax.random.split(jax.random.key(seed), B),
+        "index": jnp.arange(B) + 100 * seed,
+        "level": made(t),
+        "prev_level": made(t - 1),
+    }
+
+
+def _network(x: jax.Array, t: jax.Array) -> jax.Array:
+    return jnp.tanh(x) * (1 + 0.01 * t.reshape(-1, 1, 1, 1))
+
+
+def _wide_network(x: jax.Array, t: jax.Array) -> jax.Array:
+    return jnp.concatenate([_network(x, t), 0.1 * x - 2], axis=-1)
+
+
+def _made(made: Callable) -> Callable:
+    return lambda t: tuple(made(t))
+
+
+def _denoise(kind: str, **options: Any) -> Callable:
+    network = _wide_network if "learned_variance" in options else _network
+
+    def fn(x: jax.Array, t: jax.Array) -> Any:
+        made = schedule.linear(T)
+        pred = gaussian.denoiser(network, made, kind, **options)(x, t)
+        return tuple(field for field in pred if field is not None)
+
+    return fn
+
+
+def _rule(made: schedule.Schedule, variance: str) -> samplers.Sampler:
+    learned = variance == "learned"
+    network = _wide_network if learned else _network
+    denoise = gaussian.denoiser(network, made, "v", learned_variance=learned)
+    return samplers.ddpm(denoise, made, variance=variance)
+
+
+def _step(variance: str) -> Callable:
+    def fn(keys: jax.Array, x: jax.Array) -> Any:
+        rule = _rule(schedule.linear(T), variance)
+        new = rule.step(keys, x, rule.init(x), jnp.asarray(9), jnp.asarray(7))
+        return new.x, new.x0
+
+    return fn
+
+
+def _sample(x: jax.Array, index: jax.Array) -> jax.Array:
+    made = schedule.linear(T)
+    rule, grid = _rule(made, "large"), samplers.uniform_grid(made, 4)
+    key = jax.random.key(3)
+    return samplers.sample(key, rule, grid, x.shape, start=x, first=index[0])
+
+
+def _trajectory(x: jax.Array, index: jax.Array) -> Any:
+    made = schedule.linear(T)
+    rule, grid = _rule(made, "small"), samplers.uniform_grid(made, 4)
+    key = jax.random.key(3)
+    end, path = samplers.trajectory(
+        key, rule, grid, x.shape, (0, 3), start=x, first=index[0]
+    )
+    return end, *path.x_t, *path.x0
+
+
+def _p_sample(variance: str) -> Callable:
+    def fn(keys, x0, x, log, level, prev_level):  # noqa: ANN001, ANN202
+        pred = gaussian.Prediction(x0, x0, log)
+        return gaussian.p_sample(keys, pred, x, level, prev_level, variance=variance)
+
+    return fn
+
+
+def _vlb(variance: str) -> Callable:
+    def fn(x0, x, y, log, t):  # noqa: ANN001, ANN202
+        pred = gaussian.Prediction(x0 + 0.05 * y, x0, log)
+        return losses.vlb(pred, x0, x, schedule.linear(T), t, variance=variance)
+
+    return fn
+
+
+def _simple(space: str) -> Callable:
+    def fn(x0, x, y, level, prev_level):  # noqa: ANN001, ANN202
+        pred = gaussian.Prediction(y, x)
+        return losses.simple(pred, x0, x, level, prev_level, space=space)
+
+    return fn
+
+
+PAIR = "level prev_level"
+ROWS = [
+    *(
+        Row(f"schedule.{name}", _made(getattr(schedule, name)(T)), "t")
+        for name in ("linear", "quad", "const", "jsd", "warmup", "cosine")
+    ),
+    Row("schedule.from_betas", _made(schedule.from_betas([0.1] * T)), "t"),
+    Row("schedule.vp", _made(schedule.vp()), "u"),
+    Row(
+        "schedule.num_steps", lambda u: u * schedule.num_steps(schedule.linear(T)), "u"
+    ),
+    Row("gaussian.q_sample", gaussian.q_sample, "x0 x level"),
+    Row("gaussian.q_posterior", gaussian.q_posterior, f"x0 x {PAIR}"),
+    *(
+        Row(
+            "gaussian.predict",
+            lambda *a, kind=kind: gaussian.predict(kind, *a)[:2],
+            f"y x {PAIR}",
+            kind,
+        )
+        for kind in gaussian.KINDS
+    ),
+    *(
+        Row(
+            "gaussian.target",
+            lambda *a, kind=kind: gaussian.target(kind, *a),
+            f"x0 x {PAIR}",
+            kind,
+        )
+        for kind in gaussian.KINDS
+    ),
+    *(
+        Row(
+            "gaussian.reverse_variance",
+            lambda *a, kind=kind: gaussian.reverse_variance(kind, *a),
+            PAIR,
+            kind,
+        )
+        for kind in ("small", "large")
+    ),
+    *(
+        Row("gaussian.p_sample", _p_sample(kind), f"keys x0 x log {PAIR}", kind)
+        for kind in gaussian.VARIANCES
+    ),
+    Row("gaussian.denoiser", _denoise("eps"), "x t", "eps"),
+    Row("gaussian.denoiser", _denoise("x0", clip=True), "x t", "clip"),
+    Row("gaussian.denoiser", _denoise("mean", learned_variance=True), "x t", "learned"),
+    Row(
+        "gaussian.learned_log_variance",
+        lambda x, log: gaussian.learned_log_variance(gaussian.Prediction(x, x, log)),
+        "x log",
+    ),
+    Row("gaussian.normal", lambda keys: gaussian.normal(keys, (len(keys), 3)), "keys"),
+    Row(
+        "losses.sample_t",
+        lambda keys: jax.vmap(lambda key: losses.sample_t(key, T))(keys),
+        "keys",
+    ),
+    *(
+        Row("losses.simple", _simple(space), f"x0 x y {PAIR}", space)
+        for space in gaussian.KINDS
+    ),
+    *(
+        Row("losses.vlb", _vlb(variance), "x0 x y log t", variance)
+        for variance in gaussian.VARIANCES
+    ),
+    Row("losses.prior", losses.prior, "x0 level"),
+    Row("losses.normal_kl", losses.normal_kl, "x log y log"),
+    Row("losses.decoder", losses.decoder, "x0 y log", "tanh"),
+    Row(
+        "losses.decoder",
+        lambda *a: losses.decoder(*a, exact=True),
+        "x0 y log",
+        "exact",
+    ),
+    *(
+        Row("samplers.ddpm", _step(variance), "keys x", variance)
+        for variance in gaussian.VARIANCES
+    ),
+    Row("samplers.sample samplers.uniform_grid", _sample, "x index"),
+    Row("samplers.trajectory", _trajectory, "x index"),
+]
+rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def args_of(row: Row, seed: int = 0) -> list[Any]:
+    inputs = _inputs(seed)
+    return [inputs[name] for name in row.inputs.split()]
+
+
+def same(actual: Any, expected: Any, rtol: float = 1e-10) -> None:
+    one, other = jax.tree.leaves(actual), jax.tree.leaves(expected)
+    for a, b in zip(one, other, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-10)
+
+
+def is_float(leaf: jax.Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def test_every_public_function_has_a_row():
+    public = {
+        f"{module.__name__.split('.')[1]}.{name}"
+        for module in MODULES
+        for name, member in vars(module).items()
+        if inspect.isfunction(member)
+        and member.__module__ == module.__name__
+        and not name.startswith("_")
+    }
+    covered = {name for row in ROWS for name in row.covers.split()}
+    assert covered == public - NOT_OF_ARRAYS
+
+
+@rows
+def test_jit_vmap_pmap_and_shard_map_equal_eager(row):
+    args = args_of(row)
+    expected = row.fn(*args)
+    assert all(len(leaf) == B for leaf in jax.tree.leaves(expected))
+
+    traces = []
+
+    def counted(*a):
+        traces.append(1)
+        return row.fn(*a)
+
+    jitted = jax.jit(counted)
+    same(jitted(*args), expected)
+    others = args_of(row, seed=1)
+    same(jitted(*others), row.fn(*others))
+    assert len(traces) == 1, "the second call traced again"
+
+    def one(*a):
+        wide = jax.tree.map(lambda leaf: leaf[None], a)
+        return jax.tree.map(lambda leaf: leaf[0], row.fn(*wide))
+
+    same(jax.jit(jax.vmap(one))(*args), expected)
+    same(jax.pmap(one)(*args), expected)
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    spec = PartitionSpec("data")
+    mapped = jax.shard_map(row.fn, mesh=mesh, in_specs=spec, out_specs=spec)
+    same(jax.jit(mapped)(*args), expected)
+
+
+@rows
+def test_gradients(row):
+    """Finite, the same under jit as eager, and those of finite differences."""
+    args = args_of(row)
+    leaves, tree = jax.tree.flatten(args)
+    free = [k for k, leaf in enumerate(leaves) if is_float(leaf)]
+    # Where there is no noise the log-SNR is infinite: not a number to vary.
+    finite = {k: jnp.isfinite(leaves[k]) for k in free}
+
+    def total(values):
+        filled = list(leaves)
+        for k, value in zip(free, values, strict=True):
+            filled[k] = jnp.where(finite[k], value, leaves[k])
+        out = jax.tree.leaves(row.fn(*jax.tree.unflatten(tree, filled)))
+        return sum(jnp.sin(leaf).sum() for leaf in out if is_float(leaf))
+
+    if not free:
+        pytest.skip("a function of integers or keys alone")
+    values = [jnp.where(finite[k], leaves[k], 0.0) for k in free]
+    grads = jax.jit(jax.grad(total))(values)
+    assert all(np.all(np.isfinite(grad)) for grad in grads)
+    same(grads, jax.grad(total)(values), rtol=1e-9)
+    # Relative to the gradient's size: central differences are good to 1e-6 of it.
+    size = max(1.0, *(float(abs(grad).max()) for grad in grads))
+    scaled = jax.jit(lambda values: total(values) / size)
+    check_grads(
+        scaled, (values,), 1, modes=["fwd", "rev"], atol=1e-4, rtol=1e-4, eps=1e-6
+    )
