@@ -30,7 +30,7 @@ legibility: $(READY)  ## measure whether the samples of EXP can be read
 	$(PY) -m experiments.legibility $(RUN) $(ARGS)
 
 test: $(READY)  ## run all tests and doctests
-	$(PY) -m pytest -n 2 $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(READY)  ## check style and types
 	$(PY) -m ruff check .

@@ -1,12 +1,14 @@
 """Closed-form truths, in NumPy float64 and in DDPM's own terms.
 
 `NumpyDDPM` is written from the paper and from the facts about its authors' code: betas,
-alpha_bar, posterior coefficients. It knows nothing of log-SNR. Time is the paper's, t in
-1..T (the authors' index is t - 1), and every table has a row for t = 0, the data.
+alpha_bar, posterior coefficients. It knows nothing of log-SNR. Time is the paper's, t
+in 1..T (the authors' index is t - 1), and every table has a row for t = 0, the data.
 
 `GaussianData` is a data distribution for which the best possible network is known, and
 `chain_moments` is where ancestral sampling with that network ends up, exactly.
 """
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -259,7 +261,7 @@ def chain_moments(
     """
     mean, cov = np.zeros(len(data.cov)), np.eye(len(data.cov))
     slope = np.eye(len(data.cov))
-    for t, s in zip(grid[:-1], grid[1:], strict=True):
+    for t, s in itertools.pairwise(grid):
         c0, ct = ddpm.coefficients(t, s)
         gain = data.gain(ddpm, t)
         step = c0 * gain + ct * np.eye(len(cov))

@@ -23,7 +23,6 @@ VARIANCE_BOUND = {"float32": 1e-4, "float64": 1e-10}
 # log-SNR, 1e-6 where it stays above -16. These two end at -20.
 STEP_BOUND = {"const": 2e-6, "warmup10": 2e-6, "warmup50": 1.5e-6}
 
-# From here on e^D is as good as zero, and so is alpha: jsd, whose x0 at T is unknowable.
 named = pytest.mark.parametrize("name", SCHEDULES)
 
 
@@ -409,11 +408,16 @@ def test_reverse_step_has_finite_gradients_down_to_data(x64):
 
 
 X = jnp.ones([2, 3])
-KEY = jax.random.key(0)
+KEYS = jax.random.split(jax.random.key(0), 3)
 
 
 def _level(t=500):
     return schedule.linear()(t)
+
+
+def _p_sample(variance):
+    pred, now, then = gaussian.Prediction(X, X), _level(), _level(499)
+    return gaussian.p_sample(KEYS[0], pred, X, now, then, variance=variance)
 
 
 @pytest.mark.parametrize(
@@ -425,25 +429,11 @@ def _level(t=500):
         (lambda: gaussian.target("mean", X, X, _level()), "prev_level=None"),
         (lambda: gaussian.denoiser(None, _level, "noise"), "'noise'"),
         (lambda: gaussian.reverse_variance("fixed", _level(), _level(499)), "'fixed'"),
-        (
-            lambda: gaussian.p_sample(
-                KEY, gaussian.Prediction(X, X), X, _level(), _level(499), variance="big"
-            ),
-            "'big'",
-        ),
-        (
-            lambda: gaussian.p_sample(
-                KEY,
-                gaussian.Prediction(X, X),
-                X,
-                _level(),
-                _level(499),
-                variance="learned",
-            ),
-            "none",
-        ),
+        (lambda: _p_sample("big"), "'big'"),
+        (lambda: _p_sample("learned"), "none"),
         (lambda: gaussian.learned_log_variance(gaussian.Prediction(X, X)), "none"),
-        (lambda: gaussian.normal(jax.random.split(KEY, 1), (2, 3)), "1"),
+        (lambda: gaussian.normal(KEYS[:1], (2, 3)), "1"),
+        (lambda: gaussian.normal(KEYS, (2, 3)), "3"),
     ],
 )
 def test_bad_input_is_refused(call, got, refuses):
@@ -451,7 +441,7 @@ def test_bad_input_is_refused(call, got, refuses):
         call()
 
 
-def test_hints_name_what_was_meant(refuses):
+def test_hints_name_what_was_meant():
     with pytest.raises(ValueError, match="Did you mean 'eps'"):
         gaussian.predict("epsilon", X, X, _level())
     with pytest.raises(ValueError) as caught:

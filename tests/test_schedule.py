@@ -63,7 +63,7 @@ def test_options_of_the_schedules(x64):
         return 1 - np.square(alpha[1:] / alpha[:-1])
 
     ends = {"beta_start": 0.1, "beta_end": 0.4}
-    close = dict(rtol=1e-12)
+    close = {"rtol": 1e-12}
     expected = [0.1, 0.2, 0.3, 0.4]
     np.testing.assert_allclose(betas(schedule.linear(4, **ends)), expected, **close)
     np.testing.assert_allclose(

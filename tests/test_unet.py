@@ -833,7 +833,7 @@ def test_convolutions_as_matrix_products_give_the_same_network(one_level):
             unet.UNet(num_classes=10),
             (2, 16, 16, 3),
             None,
-            ["label must be given", "got num_classes=10 and label=None", "Pass labels"],
+            ["label must be given", "got num_classes=10 and no label", "Pass labels"],
         ),
         (
             unet.UNet(),

@@ -333,17 +333,17 @@ def dense(
 
 def check(net: UNet, x: jax.Array, t: jax.Array, label: jax.Array | None) -> None:
     """Raises ValueError where an input does not fit the network."""
-    if t.shape != x.shape[:1]:
-        raise ValueError(
-            f"t must have shape [B], one time an image; got {t.shape} for images "
-            f"{x.shape}. Broadcast it: jnp.full(len(x), t)."
-        )
     factor = 2 ** (len(net.multipliers) - 1)
     if x.ndim != 4 or x.shape[1] != x.shape[2] or x.shape[1] % factor:
         raise ValueError(
             f"x must have shape [B, H, W, C] with H = W a multiple of {factor} (there "
             f"are {len(net.multipliers)} levels); got {x.shape}. Resize or pad the "
             "images, or give the network fewer levels."
+        )
+    if t.shape != x.shape[:1]:
+        raise ValueError(
+            f"t must have shape [B], one time an image; got {t.shape} for images "
+            f"{x.shape}. Broadcast it: jnp.full(len(x), t)."
         )
     for width in {net.channels * multiplier for multiplier in net.multipliers}:
         if width % net.groups:
@@ -362,6 +362,6 @@ def check(net: UNet, x: jax.Array, t: jax.Array, label: jax.Array | None) -> Non
     if (label is not None) != (net.num_classes > 0):
         raise ValueError(
             "label must be given if and only if num_classes is above 0; got "
-            f"num_classes={net.num_classes} and {'no' if label is None else 'a'} label. "
-            "Pass labels to a class-conditional network only."
+            f"num_classes={net.num_classes} and {'no' if label is None else 'a'} "
+            "label. Pass labels to class-conditional networks only."
         )

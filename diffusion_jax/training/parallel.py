@@ -150,6 +150,11 @@ def check_batch_size(batch_size: int, devices: int) -> None:
 
 
 def persistent_cache(directory: str | os.PathLike[str]) -> None:
-    """Keeps compiled programs in a folder, so that a second start compiles nothing."""
+    """Keeps compiled programs in a folder, so that a second start compiles nothing.
+
+    A folder that was chosen before, as by JAX_COMPILATION_CACHE_DIR, stays.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
     jax.config.update("jax_compilation_cache_dir", os.fspath(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,194 @@
+"""The training command, run as a person runs it."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax.training import checkpoint, parallel
+from experiments import build, runs, sample, train
+from experiments.config import ConfigError
+
+# As small as a network gets; the cosine decay makes the learning rate depend on the
+# step, which a run that is continued must get right.
+SMALL = shlex.split("""--net.channels 8 --net.multipliers 1 --net.blocks 1 --net.attention
+--net.groups 4 --net.dropout 0.1 --train.batch-size 8 --train.steps 12
+--optimizer.warmup 2 --diffusion.num-steps 20 --sample.steps 4 --sample.count 4
+--train.log-every 5 --sample.every 12 --train.checkpoint-every 100
+--train.devices 1""")
+
+
+def run_train(folder, name, *flags):
+    argv = ["digits", *SMALL, "--output", str(folder), "--name", name, *flags]
+    return train.main(argv), runs.Run(folder / name)
+
+
+def final_state(run):
+    config = runs.read_config(run)
+    like = jax.eval_shape(lambda: build.init_state(config))
+    sharding = parallel.replicated(parallel.make_mesh())
+    with checkpoint.open_folder(run.checkpoints, read_only=True) as manager:
+        state, _ = checkpoint.restore(manager, like, sharding)
+    leaves = jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))
+    return [np.asarray(leaf).tobytes() for leaf in leaves], int(state.step)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    code, run = run_train(folder, "whole")
+    assert code == 0
+    return run
+
+
+def test_a_run_leaves_what_a_person_wants(whole):
+    lines = [json.loads(line) for line in whole.metrics.open()]
+    assert [line["step"] for line in lines] == [5, 10]
+    assert all(np.isfinite([line["loss"], line["grad_norm"]]).all() for line in lines)
+    grid = Image.open(whole.samples / "step_00000012.png")
+    assert grid.size == (140, 140)
+    assert np.asarray(grid).std() > 10
+    assert Image.open(whole.folder / "loss.png").size == (840, 480)
+    assert json.loads(whole.config.read_text())["train"]["steps"] == 12
+
+
+@pytest.mark.parametrize("stop", [5, 7])
+def test_a_run_in_two_parts_is_bitwise_the_whole_run(folder, whole, stop, capsys):
+    name = f"parts{stop}"
+    code, run = run_train(folder, name, "--train.stop-at", str(stop))
+    assert code == 0
+    assert "without --train.stop-at the same command goes on" in capsys.readouterr().out
+    assert final_state(run)[1] == stop
+    code, run = run_train(folder, name)
+    assert code == 0
+    assert f"going on from step {stop} of 12" in capsys.readouterr().out
+    assert final_state(run) == final_state(whole)
+    assert run.metrics.read_bytes() == whole.metrics.read_bytes()
+    grid = "step_00000012.png"
+    assert (run.samples / grid).read_bytes() == (whole.samples / grid).read_bytes()
+
+
+def test_lines_after_the_checkpoint_are_written_once(folder, whole):
+    # As after a crash between two checkpoints: metrics beyond the last one.
+    _, run = run_train(folder, "crashed", "--train.stop-at", "7")
+    with run.metrics.open("a") as file:
+        file.write('{"step": 10, "loss": 9.0, "grad_norm": 9.0}\n{"step": 1')
+    run_train(folder, "crashed")
+    assert run.metrics.read_bytes() == whole.metrics.read_bytes()
+
+
+def test_a_complete_run_is_left_alone(folder, whole, capsys):
+    before = whole.metrics.read_bytes(), final_state(whole)
+    code, _ = run_train(folder, "whole")
+    assert code == 0
+    assert "the run is complete at step 12" in capsys.readouterr().out
+    assert (whole.metrics.read_bytes(), final_state(whole)) == before
+
+
+def test_another_configuration_is_refused_and_named(folder, whole):
+    before = whole.config.read_bytes()
+    with pytest.raises(ConfigError, match=r"train.seed: 0 -> 1.*--name NAME"):
+        run_train(folder, "whole", "--train.seed", "1")
+    assert whole.config.read_bytes() == before
+
+
+def test_another_seed_is_another_run(folder, whole):
+    _, other = run_train(folder, "seed1", "--train.seed", "1")
+    assert other.metrics.read_bytes() != whole.metrics.read_bytes()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder):
+    with pytest.raises(ConfigError, match=r"must stay finite; got .*nan"):
+        run_train(
+            folder,
+            "diverged",
+            *("--optimizer.learning-rate", "1e30", "--optimizer.warmup", "0"),
+        )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on(tmp_path, number):
+    command = [sys.executable, "-m", "experiments.train", "digits", *SMALL]
+    command += ["--output", str(tmp_path), "--train.steps", "100000"]
+    env = {**os.environ, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    metrics = tmp_path / "digits" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    begun = time.monotonic()
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    assert time.monotonic() - begun < 30
+    assert "the same command goes on from here" in output
+    assert "Traceback" not in output
+    _, step = final_state(runs.Run(tmp_path / "digits"))
+    lines = [json.loads(line) for line in metrics.open()]
+    assert step >= 5
+    assert [line["step"] for line in lines] == list(range(5, step + 1, 5))
+
+
+def test_sample_i_depends_on_seed_and_i_alone(whole, tmp_path, capsys):
+    def draw(name, *flags):
+        out = tmp_path / name
+        argv = [str(whole.folder), "--format", "npz", "--out", str(out), *flags]
+        assert sample.main(argv) == 0
+        return np.load(out)["images"].astype(int)
+
+    ten = draw("ten.npz", "--count", "10", "--batch-size", "4")
+    assert ten.shape == (10, 8, 8, 1)
+    assert np.abs(draw("all.npz", "--count", "10") - ten).max() <= 1
+    assert np.abs(draw("few.npz", "--count", "3") - ten[:3]).max() <= 1
+    other = draw("seed.npz", "--count", "3", "--seed", "1")
+    assert np.abs(other - ten[:3]).max() > 1
+    assert np.abs(draw("raw.npz", "--count", "3", "--raw") - ten[:3]).max() > 1
+    assert "last weights of step 12" in capsys.readouterr().out
+
+
+def test_samples_come_as_grid_strip_and_single_files(whole, tmp_path):
+    out = tmp_path / "grid.png"
+    assert sample.main([str(whole.folder), "--count", "4", "--out", str(out)]) == 0
+    assert Image.open(out).size == (140, 140)
+    # Four rows; the four steps of the chain and its end.
+    strip = Image.open(tmp_path / "grid_denoising.png")
+    assert strip.size == (5 * 68 + 4, 4 * 68 + 4)
+    singles = tmp_path / "singles"
+    argv = [str(whole.folder), "--count", "3", "--format", "png", "--out", str(singles)]
+    assert sample.main(argv) == 0
+    files = sorted(path.name for path in singles.iterdir())
+    assert files == ["000000.png", "000001.png", "000002.png"]
+    assert Image.open(singles / files[0]).size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere"], "RUN must be a folder that training wrote; got 'nowhere'"),
+        (["--count", "0"], "count must be at least 1; got 0"),
+    ],
+)
+def test_bad_requests_for_samples_are_named(argv, message):
+    with pytest.raises(ConfigError, match=message):
+        sample.main(argv)
+
+
+def test_a_step_that_is_not_there_is_named(whole):
+    with pytest.raises(checkpoint.CheckpointError, match=r"got steps \[12\]"):
+        sample.main([str(whole.folder), "--step", "5"])
