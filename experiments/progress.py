@@ -34,7 +34,7 @@ class Progress:
     def update(self, step: int, loss: float) -> None:
         """Shows that `step` steps are done and what the last loss was."""
         now = time.monotonic()
-        # The clock starts after the first step, which compiles.
+        # The clock starts after a first step, which may have compiled.
         before, then = self.since or (step, now)
         if self.since is None or now - then >= 1.0:
             self.since = (step, now)
@@ -48,6 +48,10 @@ class Progress:
             self.shown = now
             print(f"step {step:,}/{self.last:,}, {self._text(loss)}", file=self.file)
             self.file.flush()
+
+    def pause(self) -> None:
+        """Leaves what follows, until the next step, out of the speed."""
+        self.since = None
 
     def close(self) -> None:
         """Leaves the bar on the screen as it stands."""

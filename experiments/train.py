@@ -123,6 +123,8 @@ def loop(
             checkpoint.save(manager, step + 1, state, {"pending": pending})
         if draws:
             write_grid(config, run, draw, state)
+        if saves or draws:
+            shown.pause()
         if stop:
             break
     shown.close()

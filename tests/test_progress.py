@@ -1,0 +1,71 @@
+"""What a person sees of a long loop."""
+
+import io
+
+import pytest
+
+from experiments import progress
+
+
+class Clock:
+    now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
+
+
+def test_without_a_terminal_there_is_a_line_every_ten_seconds(clock):
+    file = io.StringIO()
+    shown = progress.Progress(0, 7200, 64, file)
+    clock.now += 60  # compiling
+    for step in range(1, 42):
+        shown.update(step, 0.5)
+        clock.now += 0.5
+    lines = file.getvalue().splitlines()
+    assert len(lines) == 3
+    assert lines[0] == "step 1/7,200, loss 0.5000"
+    # Two steps a second, so 7,179 steps take 59 minutes and 49 seconds.
+    assert lines[1] == "step 21/7,200, loss 0.5000, 128 images/s, 59:49 left"
+
+
+def test_hours_are_shown_as_hours(clock):
+    file = io.StringIO()
+    shown = progress.Progress(0, 80_000, 64, file)
+    for step in range(1, 22):
+        shown.update(step, 0.5)
+        clock.now += 1.0
+    assert "22:13:09 left" in file.getvalue()
+
+
+def test_a_pause_does_not_slow_the_speed_that_is_shown(clock):
+    shown = progress.Progress(0, 100, 10, io.StringIO())
+    for step in range(1, 10):
+        shown.update(step, 0.5)
+        if step == 5:
+            shown.pause()
+            clock.now += 1000
+        clock.now += 1.0
+    assert shown.rate == 10
+
+
+def test_a_terminal_gets_a_bar(clock):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    file = Terminal()
+    shown = progress.Progress(3, 10, 64, file)
+    for step in range(4, 11):
+        shown.update(step, 0.25)
+    shown.close()
+    last = file.getvalue().split("\r")[-1]
+    assert "100% |" in last
+    assert "step 10/10" in last
+    assert "loss 0.2500" in last
