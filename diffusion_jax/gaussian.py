@@ -185,7 +185,7 @@ def reverse_variance(kind: str, level: NoiseLevel, prev_level: NoiseLevel) -> ja
     0.02
     """
     if kind not in ("small", "large"):
-        raise_unknown("variance", kind, VARIANCES)
+        raise_unknown("fixed variance", kind, ("small", "large"))
     sigma = prev_level.sigma if kind == "small" else level.sigma
     return sigma**2 * -jnp.expm1(level.logsnr - prev_level.logsnr)
 
@@ -229,7 +229,9 @@ def p_sample(
         chosen = jnp.exp(learned_log_variance(pred))
     else:
         chosen = reverse_variance(variance, level, prev_level)
-    scale = jnp.where(prev_level.sigma > 0, jnp.sqrt(chosen), 0.0)
+    # Where there is no noise the variance may be 0, where sqrt has no gradient.
+    noisy = prev_level.sigma > 0
+    scale = jnp.where(noisy, jnp.sqrt(jnp.where(noisy, chosen, 1.0)), 0.0)
     return c0 * pred.x0 + ct * x_t + scale * normal(key, x_t.shape, x_t.dtype)
 
 
@@ -314,8 +316,14 @@ def normal(
     True
     """
     dtype = dtype or jnp.result_type(float)
-    if key.ndim == 0:
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if key.ndim == (0 if typed else 1):
         return jax.random.normal(key, shape, dtype)
+    if key.shape[0] != shape[0]:
+        raise ValueError(
+            f"keys must be one, or one for each of {shape[0]} examples; got "
+            f"{key.shape[0]}. Use jax.random.split(key, {shape[0]})."
+        )
     return jax.vmap(lambda k: jax.random.normal(k, shape[1:], dtype))(key)
 
 

@@ -94,11 +94,15 @@ def vlb(
     if variance == "learned":
         log_variance = gaussian.learned_log_variance(pred)
     else:
-        fixed = jnp.log(gaussian.reverse_variance(variance, level, prev_level))
-        log_variance = jnp.where(t.reshape(level.alpha.shape) == 1, small, fixed)
-    truth, _ = gaussian.q_posterior(x0, x_t, level, prev_level)
+        first = t.reshape(level.alpha.shape) == 1
+        fixed = gaussian.reverse_variance(variance, level, prev_level)
+        log_variance = jnp.where(first, small, jnp.log(jnp.where(first, 1.0, fixed)))
+    # Both means have the same x_t in them: their difference has only x0, without the
+    # rounding of two large sums.
+    none = jnp.zeros_like(x_t)
+    off, _ = gaussian.q_posterior(x0 - pred.x0, none, level, prev_level)
     guess, _ = gaussian.q_posterior(pred.x0, x_t, level, prev_level)
-    kl = _bits_per_dim(normal_kl(truth, small, guess, log_variance))
+    kl = _bits_per_dim(normal_kl(off, small, none, log_variance))
     nll = _bits_per_dim(decoder(x0, guess, log_variance))
     return jnp.where(t == 1, nll, kl)
 
@@ -165,15 +169,21 @@ def decoder(
     """
     cdf = jax.scipy.stats.norm.cdf if exact else _tanh_cdf
     scale = jnp.exp(-0.5 * log_variance)
-    upper = cdf((x0 - mean + 1 / 255) * scale)
-    lower = cdf((x0 - mean - 1 / 255) * scale)
-    upper = jnp.where(x0 > 0.999, 1.0, upper)
-    lower = jnp.where(x0 < -0.999, 0.0, lower)
+    # Measured from the mean outwards in the lower tail, where a probability keeps its
+    # digits: 1 - p has none left for a p below 1e-7.
+    side = jnp.where(x0 > mean, -1.0, 1.0)
+    off = side * (x0 - mean)
+    upper = cdf((off + 1 / 255) * scale)
+    lower = cdf((off - 1 / 255) * scale)
+    upper = jnp.where(side * x0 > 0.999, 1.0, upper)
+    lower = jnp.where(side * x0 < -0.999, 0.0, lower)
     return -jnp.log(jnp.maximum(upper - lower, 1e-12))
 
 
 def _tanh_cdf(x: jax.Array) -> jax.Array:
-    return 0.5 * (1 + jnp.tanh(jnp.sqrt(2 / jnp.pi) * (x + 0.044715 * x**3)))
+    # sigmoid(2 y) is (1 + tanh y) / 2. Beyond 30 it is 0 or 1, but x^3 could overflow.
+    x = jnp.clip(x, -30, 30)
+    return jax.nn.sigmoid(2 * jnp.sqrt(2 / jnp.pi) * (x + 0.044715 * x**3))
 
 
 def _bits_per_dim(nats: jax.Array) -> jax.Array:

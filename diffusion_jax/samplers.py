@@ -229,7 +229,8 @@ def _scan(
     count = len(grid) - 1
     slots = np.full(count, len(record))
     slots[list(record)] = np.arange(len(record))
-    empty = jnp.zeros((len(record), *shape), x.dtype)
+    # Made from x, to be sharded as x is under shard_map.
+    empty = jnp.stack([jnp.zeros_like(x)] * len(record)) if record else ()
 
     def body(carry: Any, now: Any) -> Any:
         x_t, memory, kept = carry
@@ -240,7 +241,7 @@ def _scan(
             kept = jax.tree.map(lambda a, b: a.at[slot].set(b, mode="drop"), kept, seen)
         return (new.x, new.memory, kept), None
 
-    carry = (x, sampler.init(x), (empty, empty))
+    carry = (x, sampler.init(x), (empty, empty) if record else ())
     steps = (np.arange(count), slots, grid[:-1], grid[1:])
     (x, _, kept), _ = jax.lax.scan(body, carry, steps)
     return x, kept

@@ -180,7 +180,9 @@ def from_betas(betas: ArrayLike) -> Partial:
         )
     with np.errstate(divide="ignore"):
         log_alpha = 0.5 * np.cumsum(np.log1p(-betas))
-    log_alpha = np.maximum(log_alpha, PURE_NOISE_LOG_ALPHA)
+    # -inf where the last beta is 1; anything below the level before it will do.
+    last = log_alpha[-2] if betas.size > 1 else 0.0
+    log_alpha[-1] = max(log_alpha[-1], last + PURE_NOISE_LOG_ALPHA)
     logsnr = 2 * log_alpha - np.log(-np.expm1(2 * log_alpha))
     return Partial(
         _lookup,
@@ -238,7 +240,9 @@ def _lookup(log_alpha: ArrayLike, logsnr: ArrayLike, t: ArrayLike) -> NoiseLevel
             f"{t.dtype}. Cast it, or use a continuous schedule such as vp."
         )
     if not isinstance(t, jax.core.Tracer) and t.size:
-        low, high = int(t.min()), int(t.max())
+        # In NumPy: inside a trace, JAX would trace these reductions of a constant too.
+        known = np.asarray(t)
+        low, high = int(known.min()), int(known.max())
         if low < 0 or high > last:
             raise ValueError(
                 f"t must be in 0..{last}; got values from {low} to {high}. "
@@ -246,7 +250,7 @@ def _lookup(log_alpha: ArrayLike, logsnr: ArrayLike, t: ArrayLike) -> NoiseLevel
             )
     # Under a trace nothing can be raised: an index outside reads nan. Negative ones
     # are sent past the end first, since they would wrap around.
-    index = jnp.where(t < 0, last + 1, t)
+    index = jnp.where(t < 0, last + 1, t.astype(int))
     tables = (jnp.asarray(table) for table in (log_alpha, logsnr))
     return NoiseLevel(
         *(table.at[index].get(mode="fill", fill_value=jnp.nan) for table in tables)

@@ -2,6 +2,12 @@
 
 Command   make train
 Hardware  2 CPU cores
+Time      a few minutes, compiling included
+Expected  a classifier that was fitted on half of the real digits is sure of the samples
+          at least 0.9 times as often as of the other half (make legibility)
+
+The network predicts v under the cosine schedule, the learning rate falls to 0 over the
+run, and a chain takes 250 steps.
 """
 
 from experiments.config import Config, Data, Diffusion, Net, Optimizer, Sample, Train
