@@ -1,6 +1,7 @@
 """The command line: an experiment's name, then its fields as flags."""
 
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,6 +52,8 @@ def guarded(main: Callable[[Sequence[str]], int]) -> None:
     from diffusion_jax.training.checkpoint import CheckpointError
     from diffusion_jax.training.data import DataError
 
+    # Orbax reports through absl what it does anyway and nobody needs to read.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     expected: tuple[Any, ...] = (config.ConfigError, CheckpointError, DataError)
     try:
         code = main(sys.argv[1:])

@@ -84,7 +84,7 @@ BAD = {
     "--diffusion.variance learned": "diffusion.loss must be vlb",
     "--optimizer.ema-decay 1": "optimizer.ema_decay must be at least 0",
     "--optimizer.learning-rate 0": "must be above 0; got 0",
-    "--optimizer.warmup 6000": "optimizer.warmup must be below train.steps = 6000",
+    "--optimizer.warmup 5000": "optimizer.warmup must be below train.steps = 5000",
     "--optimizer.preset official --train.batch-size 20": "a multiple of 8; got 20",
     "--optimizer.preset official --train.accumulate 2": "train.accumulate must be 1",
     "--train.accumulate 3": "train.batch_size must be a multiple of 3; got 64",
@@ -170,7 +170,7 @@ def test_what_may_differ_when_a_run_goes_on():
     ]
     digits = EXPERIMENTS["digits"].CONFIG
     longer = config.replace(digits, "train", steps=9000)
-    assert config.differences(digits, longer) == ["train.steps: 6000 -> 9000"]
+    assert config.differences(digits, longer) == ["train.steps: 5000 -> 9000"]
 
 
 def test_a_file_of_another_version_is_refused():

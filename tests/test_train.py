@@ -19,11 +19,13 @@ from experiments.config import ConfigError
 
 # As small as a network gets; the cosine decay makes the learning rate depend on the
 # step, which a run that is continued must get right.
-SMALL = shlex.split("""--net.channels 8 --net.multipliers 1 --net.blocks 1 --net.attention
+SMALL = shlex.split(  # flags as a person types them
+    """--net.channels 8 --net.multipliers 1 --net.blocks 1 --net.attention
 --net.groups 4 --net.dropout 0.1 --train.batch-size 8 --train.steps 12
 --optimizer.warmup 2 --diffusion.num-steps 20 --sample.steps 4 --sample.count 4
 --train.log-every 5 --sample.every 12 --train.checkpoint-every 100
---train.devices 1""")
+--train.devices 1"""
+)
 
 
 def run_train(folder, name, *flags):

@@ -154,7 +154,7 @@ def persistent_cache(directory: str | os.PathLike[str]) -> None:
 
     A folder that was chosen before, as by JAX_COMPILATION_CACHE_DIR, stays.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     jax.config.update("jax_compilation_cache_dir", os.fspath(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

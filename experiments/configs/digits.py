@@ -32,6 +32,6 @@ CONFIG = Config(
         b2=0.99,
         ema_decay=0.999,
     ),
-    train=Train(steps=6000, batch_size=64, checkpoint_every=1000, log_every=50),
+    train=Train(steps=5000, batch_size=64, checkpoint_every=1000, log_every=50),
     sample=Sample(every=1000, count=64, steps=250),
 )
