@@ -217,13 +217,17 @@ def load_data(config: Config) -> data.Dataset:
       ConfigError: they do not have the configured size or channels.
     """
     d = config.data
-    dataset = data.load(
-        d.source,
-        data_dir=d.path,
-        image_size=d.image_size,
-        channels=d.channels,
-        download=d.download,
-    )
+    try:
+        dataset = data.load(
+            d.source,
+            data_dir=d.path,
+            image_size=d.image_size,
+            channels=d.channels,
+            download=d.download,
+        )
+    except data.DataError as error:
+        hint = "\ndata_dir is --data.path here." if "data_dir" in str(error) else ""
+        raise data.DataError(f"{error}{hint}") from error
     shape = dataset.images.shape[1:]
     if shape != (d.image_size, d.image_size, d.channels):
         raise ConfigError(

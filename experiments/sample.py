@@ -30,6 +30,8 @@ class Options:
     """One picture of all, one PNG an image, or an array `images` (uint8) in a file."""
     out: Path | None = None
     """File (grid, npz) or folder (png); inside the run's folder when not given."""
+    columns: int | None = None
+    """Images a row of a grid; as square as possible when not given."""
     steps: int | None = None
     """Reverse steps; what the run was configured with when not given."""
     variance: Literal["small", "large", "learned"] | None = None
@@ -68,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
         if options.format == "npz":
             save_npz(drawn, out)
         else:
-            images.save(images.grid(drawn), out)
+            images.save(images.grid(drawn, columns=options.columns), out)
     print(f"{options.count} images: {out}")
     if options.format == "grid" and options.strip:
         path = out.with_name(f"{out.stem}_denoising.png")
@@ -78,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
 
 def validate(options: Options) -> None:
     """Raises ConfigError where a number is out of range."""
-    for name in ("count", "batch_size", "steps"):
+    for name in ("count", "columns", "batch_size", "steps"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(

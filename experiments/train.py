@@ -202,7 +202,9 @@ def finish(
         print(f"stopped at step {step:,} as asked; without --train.stop-at {again}")
         return 0
     minutes, left = divmod(round(seconds), 60)
-    print(f"done: step {step:,} after {minutes} min {left} s")
+    print(
+        f"done: step {step:,}, {minutes} min {left} s since the start of this command"
+    )
     print(f"  samples      {grid_path(run, step)}")
     print(f"  loss         {plot}")
     print(f"  metrics      {run.metrics}")

@@ -95,6 +95,10 @@ def curve(
     axes.plot(steps, values, color="#2a6f97", linewidth=1.5)
     if len(values) and min(values) > 0:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(
+            "{x:g}" if max(values) < 10 * min(values) else ""
+        )
     axes.set(title=title, xlabel="training step", ylabel=ylabel)
     axes.grid(True, which="both", color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

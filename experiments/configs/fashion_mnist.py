@@ -4,8 +4,9 @@ Command   make train EXP=fashion_mnist
           with Debian's package dataset-fashion-mnist installed, or the four official
           files in a folder: ARGS="--data.path FOLDER"
 Hardware  one GPU
-Time      not measured; on 2 CPU cores a step takes about a second, enough to see the
-          loss fall: ARGS="--train.steps 50 --train.batch-size 16"
+Time      not measured on a GPU; on 2 CPU cores 16 images take about 0.4 s, and the loss
+          can be seen falling within a minute:
+          ARGS="--train.steps 50 --train.batch-size 16 --optimizer.warmup 10"
 Expected  clothes
 """
 
