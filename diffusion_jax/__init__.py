@@ -6,6 +6,7 @@ The mathematics, each module resting only on those above it:
   gaussian    q_sample, q_posterior, predict, target, p_sample, denoiser
   losses      L_simple and the terms of the variational bound, one number an example
   samplers    one loop, many rules; time grids
+  likelihood  the bound over the whole chain in bits/dim; rate and distortion
 
 The machinery, which knows nothing of diffusion:
 
@@ -14,6 +15,6 @@ The machinery, which knows nothing of diffusion:
   evaluation  images (grids, strips and plots)
 """
 
-from diffusion_jax import gaussian, losses, samplers, schedule
+from diffusion_jax import gaussian, likelihood, losses, samplers, schedule
 
-__all__ = ["gaussian", "losses", "samplers", "schedule"]
+__all__ = ["gaussian", "likelihood", "losses", "samplers", "schedule"]

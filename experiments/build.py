@@ -210,8 +210,8 @@ def make_draw(
     return drawn
 
 
-def load_data(config: Config) -> data.Dataset:
-    """Returns the training images.
+def load_data(config: Config, *, split: str = "train") -> data.Dataset:
+    """Returns the images of a split, "train" or "test".
 
     Raises:
       ConfigError: they do not have the configured size or channels.
@@ -220,6 +220,7 @@ def load_data(config: Config) -> data.Dataset:
     try:
         dataset = data.load(
             d.source,
+            split=split,
             data_dir=d.path,
             image_size=d.image_size,
             channels=d.channels,

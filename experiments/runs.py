@@ -2,7 +2,9 @@
 
 import json
 import os
+import platform
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,6 +85,13 @@ def read_config(run: Run) -> config.Config:
             "it, or train into a new folder."
         ) from error
     return loaded
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that a number depends on."""
+    names = ("jax", "jaxlib", "flax", "numpy")
+    found = {name: metadata.version(name) for name in names}
+    return {"python": platform.python_version(), **found}
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -12,8 +12,8 @@ PACKAGE = ROOT / "diffusion_jax"
 FLOORS = (
     {"schedule"},
     {"gaussian", "sde"},
-    {"losses", "likelihood", "samplers"},
-    {"editing", "compression"},
+    {"losses", "samplers"},
+    {"likelihood", "editing", "compression"},
 )
 MATHEMATICS = set.union(*FLOORS)
 WINGS = {"nets", "training", "evaluation"}

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from diffusion_jax import gaussian, losses, samplers, schedule
+from diffusion_jax import gaussian, likelihood, losses, samplers, schedule
 
-MODULES = (schedule, gaussian, losses, samplers)
+MODULES = (schedule, gaussian, losses, samplers, likelihood)
 # Raises, and does nothing else.
-NOT_OF_ARRAYS = {"gaussian.raise_unknown"}
+NOT_OF_ARRAYS = {"gaussian.raise_unknown", "likelihood.rate_distortion"}
 B, T, SHAPE = 8, 20, (2, 2, 1)
 
 
@@ -129,6 +129,13 @@ def _vlb(variance: str) -> Callable:
     return fn
 
 
+def _bound(keys: jax.Array, x0: jax.Array) -> Any:
+    made = schedule.linear(4)
+    denoise = gaussian.denoiser(_network, made, "v")
+    bits = likelihood.bound(keys, denoise, made, x0, chunk=3)
+    return bits.total, bits.prior, bits.terms.T, bits.mse.T
+
+
 def _simple(space: str) -> Callable:
     def fn(x0, x, y, level, prev_level):
         pred = gaussian.Prediction(y, x)
@@ -216,6 +223,7 @@ ROWS = [
         Row("samplers.ddpm", _step(variance), "keys x", variance)
         for variance in gaussian.VARIANCES
     ),
+    Row("likelihood.bound", _bound, "keys x0"),
     Row("samplers.sample samplers.uniform_grid", _sample, "x index"),
     Row("samplers.trajectory", _trajectory, "x index"),
 ]

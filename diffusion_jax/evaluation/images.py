@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -85,13 +86,7 @@ def curve(
       ylabel: what y is, with its unit.
       path: where the PNG goes.
     """
-    # Imported here because it takes a second, which `--help` should not.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, (axes,) = _figure(1)
     axes.plot(steps, values, color="#2a6f97", linewidth=1.5)
     if len(values) and min(values) > 0:
         axes.set_yscale("log")
@@ -100,9 +95,48 @@ def curve(
             "{x:g}" if max(values) < 10 * min(values) else ""
         )
     axes.set(title=title, xlabel="training step", ylabel=ylabel)
-    axes.grid(True, which="both", color="#dddddd", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    canvas = figure.canvas
-    assert isinstance(canvas, FigureCanvasAgg)  # just made
+    return save(_render(figure), path)
+
+
+def rate_distortion(
+    steps: np.ndarray, rate: np.ndarray, distortion: np.ndarray
+) -> Image.Image:
+    """Returns distortion and rate against reverse steps, and against each other.
+
+    Args:
+      steps: reverse steps taken, [T].
+      rate: bits/dim received until then, [T].
+      distortion: root mean squared error on the scale of 0..255, [T].
+    """
+    figure, axes = _figure(3)
+    error, bits = "distortion (RMSE of 255)", "rate (bits/dim)"
+    for axis, x, y, xlabel, ylabel in (
+        (axes[0], steps, distortion, "reverse steps", error),
+        (axes[1], steps, rate, "reverse steps", bits),
+        (axes[2], rate, distortion, bits, error),
+    ):
+        axis.plot(x, y, color="#2a6f97", linewidth=1.5)
+        axis.set(xlabel=xlabel, ylabel=ylabel)
+    return _render(figure)
+
+
+def _figure(count: int) -> tuple[Any, list[Any]]:
+    """Returns a figure with so many plots side by side."""
+    # Imported here because it takes a second, which `--help` should not.
+    from matplotlib.figure import Figure
+
+    width = 7 if count == 1 else 4 * count
+    figure = Figure(figsize=(width, 4), dpi=120, layout="constrained")
+    axes = list(figure.subplots(1, count, squeeze=False)[0])
+    for axis in axes:
+        axis.grid(True, which="both", color="#dddddd", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _render(figure: Any) -> Image.Image:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    return save(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), path)
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

@@ -1,0 +1,137 @@
+"""The whole-chain bound against exact likelihoods and against plain NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+import scipy.stats
+
+from diffusion_jax import gaussian, likelihood, losses, schedule
+
+GRID = np.linspace(-1, 1, 256)
+
+
+def discretised_normal(mean, deviation):
+    """Probabilities of the 256 values, the outer bins open."""
+    edges = np.concatenate([[-np.inf], (GRID[1:] + GRID[:-1]) / 2, [np.inf]])
+    return np.diff(scipy.stats.norm.cdf(edges, mean, deviation))
+
+
+def exact_denoiser(mean, deviation, levels):
+    """The best network for normal data, and the exact variance of each reverse step.
+
+    With both, p(x_s | x_t) is q(x_s | x_t), and the bound is the entropy itself.
+    """
+
+    def denoise(x_t, t):
+        level, prev = levels(t).like(x_t), levels(t - 1).like(x_t)
+        signal, noise = (level.alpha * deviation) ** 2, level.sigma**2
+        gain = level.alpha * deviation**2 / (signal + noise)
+        x0 = mean + gain * (x_t - level.alpha * mean)
+        spread = deviation**2 * noise / (signal + noise)
+        # c0^2 Var[x0 | x_t] + Var[x_s | x_t, x0], by the law of total variance.
+        c0, variance = gaussian.q_posterior(
+            jnp.ones_like(x_t), jnp.zeros_like(x_t), level, prev
+        )
+        log_variance = jnp.log(variance + c0**2 * spread)
+        eps = (x_t - level.alpha * x0) / level.sigma
+        return gaussian.Prediction(x0, eps, log_variance)
+
+    return denoise
+
+
+@pytest.mark.parametrize("make", [schedule.linear, schedule.cosine])
+def test_bound_of_gaussian_data_is_their_exact_likelihood(make):
+    mean, deviation = 0.1, 0.25
+    # The first step is wider than a bin: the denoiser is that of unrounded data.
+    ends = {} if make is schedule.cosine else {"beta_start": 0.02, "beta_end": 0.9}
+    levels = make(8, **ends)
+    mass = discretised_normal(mean, deviation)
+    drawn = np.random.default_rng(0).choice(256, size=(12000, 1000), p=mass)
+    exact = -np.log2(mass[drawn]).mean()
+    denoise = exact_denoiser(mean, deviation, levels)
+    bits = jax.jit(
+        lambda key, x0: likelihood.bound(key, denoise, levels, x0, variance="learned")
+    )(jax.random.key(0), jnp.asarray(GRID[drawn], jnp.float32))
+    # Both sides are means over the same data; what is left is the noise of x_t.
+    differences = np.asarray(bits.total) + np.log2(mass[drawn]).mean(axis=1)
+    assert differences.std() / np.sqrt(len(drawn)) < 4e-4
+    assert abs(bits.total.mean() - exact) < 1e-3
+    assert 4 < exact < 8
+
+
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_bound_and_terms_equal_plain_numpy(variance):
+    truth, levels = oracles.NumpyDDPM.named("linear"), schedule.linear()
+    x0 = GRID[np.random.default_rng(1).integers(0, 256, (4, 2, 2, 1))]
+    key = jax.random.key(2)
+
+    def network(x, t):
+        return 0.9 * x + 0.1 * jnp.sin(0.01 * t.reshape(-1, 1, 1, 1))
+
+    denoise = gaussian.denoiser(network, levels, "eps", clip=True)
+    bits = jax.jit(
+        lambda x: likelihood.bound(key, denoise, levels, x, variance=variance)
+    )(jnp.asarray(x0, jnp.float32))
+
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(4))
+    draw = jax.jit(lambda k: gaussian.normal(k, x0.shape))
+    terms, mse = np.zeros((1000, 4)), np.zeros((1000, 4))
+    for t in range(1, 1001):
+        folded = jax.vmap(jax.random.fold_in, (0, None))(keys, t)
+        times, eps = np.full(4, t), np.asarray(draw(folded), np.float64)
+        x_t = truth.q_sample(x0, eps, times)
+        output = 0.9 * x_t + 0.1 * np.sin(0.01 * (t - 1))
+        guess = np.clip(truth.x0_from_eps(x_t, output, times), -1, 1)
+        log_variance = truth.log_variance(variance, times).reshape(-1, 1, 1, 1)
+        terms[t - 1] = truth.bound_term(x0, x_t, guess, times, log_variance)
+        mse[t - 1] = ((guess - x0) ** 2).mean(axis=(1, 2, 3))
+    total = truth.prior(x0) + terms.sum(axis=0)
+    assert np.abs(bits.total - total).max() < 1e-4 * total.max()
+    np.testing.assert_allclose(bits.terms, terms, rtol=2e-3, atol=1e-5)
+    np.testing.assert_allclose(bits.mse, mse, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(bits.prior, truth.prior(x0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [3, 10, 100])
+def test_chunks_change_memory_and_nothing_else(chunk):
+    levels = schedule.linear(10)
+    denoise = gaussian.denoiser(lambda x, t: 0.5 * x, levels, "x0")
+    x0, key = jnp.asarray(GRID[::32].reshape(4, 2), jnp.float32), jax.random.key(0)
+    one = likelihood.bound(key, denoise, levels, x0)
+    many = likelihood.bound(key, denoise, levels, x0, chunk=chunk)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), one, many)
+
+
+def test_an_example_does_not_depend_on_its_batch():
+    levels = schedule.linear(10)
+    denoise = gaussian.denoiser(lambda x, t: 0.5 * x, levels, "x0")
+    x0 = jnp.asarray(GRID[::32].reshape(4, 2), jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 4)
+    whole = likelihood.bound(keys, denoise, levels, x0)
+    part = likelihood.bound(keys[2:], denoise, levels, x0[2:])
+    np.testing.assert_allclose(part.total, whole.total[2:], rtol=1e-6)
+
+
+def test_rate_is_what_was_received_before_the_estimate():
+    """Table 4: the rate after all steps is the bound without L_0."""
+    rng = np.random.default_rng(0)
+    terms, mse = rng.uniform(0, 1, 6), np.linspace(0.1, 0.6, 6)
+    code = likelihood.rate_distortion(np.float64(0.01), terms, mse)
+    np.testing.assert_array_equal(code.steps, [1, 2, 3, 4, 5, 6])
+    np.testing.assert_allclose(code.rate[0], 0.01)
+    np.testing.assert_allclose(code.rate[1], 0.01 + terms[5])
+    np.testing.assert_allclose(code.rate[-1], 0.01 + terms[1:].sum())
+    np.testing.assert_allclose(code.distortion[[0, -1]], 127.5 * np.sqrt([0.6, 0.1]))
+    assert np.all(np.diff(code.rate) >= 0)
+
+
+def test_a_perfect_network_pays_for_the_prior_and_the_decoder_alone():
+    levels = schedule.linear(1000)
+    x0 = jnp.zeros([3, 4]).at[0, 0].set(1.0)
+    denoise = gaussian.denoiser(lambda x, t: x0, levels, "x0")
+    bits = likelihood.bound(jax.random.key(0), denoise, levels, x0, variance="small")
+    assert np.abs(bits.terms[1:]).max() < 1e-9
+    expected = losses.prior(x0, levels(1000)) + bits.terms[0]
+    np.testing.assert_allclose(bits.total, expected, rtol=1e-6)
