@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help train sample legibility test lint format clean
+.PHONY: help train sample eval legibility test lint format clean
 
 help:  ## show this
 	@echo "usage: make TARGET [EXP=experiment] [ARGS=\"--flag value ...\"] [PYTHON=python3]"
@@ -25,6 +25,10 @@ train: $(READY)  ## train EXP (digits by default); again: go on where it stopped
 
 sample: $(READY)  ## draw images from the newest checkpoint of EXP
 	$(PY) -m experiments.sample $(RUN) $(ARGS)
+
+eval: $(READY)  ## measure EXP: distance of its samples from the data, bits/dim
+	$(PY) -m experiments.eval_fid $(RUN) $(ARGS)
+	$(PY) -m experiments.eval_nll $(RUN) --max-images 256 --rate-distortion
 
 legibility: $(READY)  ## measure whether the samples of EXP can be read
 	$(PY) -m experiments.legibility $(RUN) $(ARGS)

@@ -22,9 +22,9 @@ from experiments.config import ConfigError
 class Options:
     """From where, and to where."""
 
-    source: Annotated[Path, tyro.conf.Positional]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
     """The weights as they were published."""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The .safetensors file to write."""
 
 

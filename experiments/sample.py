@@ -11,10 +11,9 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from diffusion_jax import samplers
 from diffusion_jax.evaluation import images
 from diffusion_jax.training import checkpoint, parallel
-from experiments import arguments, build, runs
+from experiments import arguments, build, figures, runs
 from experiments.config import Config, ConfigError
 
 
@@ -44,6 +43,10 @@ class Options:
     """Whether to use the last weights instead of their moving average."""
     step: int | None = None
     """Checkpoint to use, in training steps; the latest when not given."""
+    figure: Literal["progressive", "shared", "quality"] | None = None
+    """Draw a figure of the paper instead: how x0 as the network sees it comes into
+    being (Fig. 6), samples that share x_t and then part (Fig. 7), or how far x0 is from
+    the data along the chain (Fig. 10; takes --count of some hundreds)."""
     strip: bool = True
     """Whether to draw, with a grid, how the first images came out of noise."""
 
@@ -61,6 +64,8 @@ def main(argv: Sequence[str]) -> int:
     kind = "last" if options.raw else "averaged"
     print(f"{run.folder}: {kind} weights of step {step:,}")
 
+    if options.figure is not None:
+        return draw_figure(config, params, run, options)
     batches = draw(config, params, options)
     out = options.out or run.folder / "draw" / default_name(options)
     if options.format == "png":
@@ -74,8 +79,34 @@ def main(argv: Sequence[str]) -> int:
     print(f"{options.count} images: {out}")
     if options.format == "grid" and options.strip:
         path = out.with_name(f"{out.stem}_denoising.png")
-        print(f"denoising: {images.save(denoising(config, params, options), path)}")
+        how = dataclasses.replace(options, count=min(8, options.count))
+        end, seen = figures.chain(config, params, **chain_options(how))
+        print(f"denoising: {images.save(figures.strip(end, seen.x_t), path)}")
     return 0
+
+
+def draw_figure(config: Config, params: Any, run: runs.Run, options: Options) -> int:
+    """Draws a figure of the paper; returns the exit code."""
+    folder = run.folder / "draw"
+    if options.figure == "quality":
+        figures.quality(config, params, folder, **chain_options(options))
+        print(f"plot: {folder / 'quality.png'}")
+        return 0
+    how = chain_options(dataclasses.replace(options, count=min(8, options.count)))
+    if options.figure == "shared":
+        picture = figures.shared(config, params, **how)
+    else:
+        end, seen = figures.chain(config, params, **how)
+        picture = figures.strip(end, seen.x0)
+    out = options.out or folder / f"{options.figure}.png"
+    print(f"{options.figure}: {images.save(picture, out)}")
+    return 0
+
+
+def chain_options(options: Options) -> dict[str, Any]:
+    """Returns what decides a chain."""
+    names = ("count", "seed", "steps", "variance")
+    return {name: getattr(options, name) for name in names}
 
 
 def validate(options: Options) -> None:
@@ -128,25 +159,6 @@ def draw(config: Config, params: Any, options: Options) -> Iterator[np.ndarray]:
             batch = sampler(params, key, first)[: options.count - first]
             bar.update(len(batch))
             yield images.to_uint8(batch)
-
-
-def denoising(config: Config, params: Any, options: Options, rows: int = 8) -> Any:
-    """Returns a picture with a row an image: the chain, from noise to data."""
-    levels = build.make_schedule(config)
-    grid = samplers.uniform_grid(levels, options.steps or config.sample.steps)
-    size, rows = config.data.image_size, min(rows, options.count)
-    chosen = np.unique(np.linspace(0, len(grid) - 2, 9).astype(int)).tolist()
-
-    @jax.jit
-    def chain(params: Any, key: jax.Array) -> Any:
-        sampler = build.make_sampler(config, params, variance=options.variance)
-        shape = (rows, size, size, config.data.channels)
-        end, seen = samplers.trajectory(key, sampler, grid, shape, chosen)
-        return end, seen.x_t
-
-    end, x_t = chain(params, jax.random.key(options.seed))
-    frames = images.to_uint8(np.stack([*np.asarray(x_t), np.asarray(end)], axis=1))
-    return images.grid(frames.reshape(-1, *frames.shape[2:]), columns=frames.shape[1])
 
 
 def default_name(options: Options) -> str:

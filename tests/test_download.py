@@ -85,6 +85,16 @@ def test_fetch_puts_the_whole_file_in_place(tmp_path, server, manner, size):
     assert files_under(tmp_path) == [path]
 
 
+def test_fetch_without_a_digest_still_checks_the_length(tmp_path, server):
+    """Where none is published: what comes is taken, unless it is cut off."""
+    path = tmp_path / "a.bin"
+    download.fetch(f"{server}/changed", path, sha256=None)
+    assert len(path.read_bytes()) == len(CONTENT)
+    with pytest.raises(DataError, match="must have 600000 bytes; got"):
+        download.fetch(f"{server}/cut", tmp_path / "b.bin", sha256=None)
+    assert files_under(tmp_path) == [path]
+
+
 def test_fetch_replaces_a_file_only_by_a_whole_one(tmp_path, server):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")

@@ -1,5 +1,5 @@
-"""What is made of samples: pictures and, later, numbers."""
+"""What is made of samples: pictures and numbers."""
 
-from diffusion_jax.evaluation import images
+from diffusion_jax.evaluation import images, metrics, moments
 
-__all__ = ["images"]
+__all__ = ["images", "metrics", "moments"]

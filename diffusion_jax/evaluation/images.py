@@ -76,15 +76,17 @@ def curve(
     title: str,
     ylabel: str,
     path: str | os.PathLike[str],
+    xlabel: str = "training step",
 ) -> Path:
-    """Plots values against training steps to a PNG file; returns the path.
+    """Plots values against steps to a PNG file; returns the path.
 
     Args:
-      steps: x, in training steps.
+      steps: x, in steps.
       values: y; the axis is logarithmic where all are above 0.
       title: what the plot shows.
       ylabel: what y is, with its unit.
       path: where the PNG goes.
+      xlabel: what x is.
     """
     figure, (axes,) = _figure(1)
     axes.plot(steps, values, color="#2a6f97", linewidth=1.5)
@@ -94,7 +96,7 @@ def curve(
         axes.yaxis.set_minor_formatter(
             "{x:g}" if max(values) < 10 * min(values) else ""
         )
-    axes.set(title=title, xlabel="training step", ylabel=ylabel)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     return save(_render(figure), path)
 
 

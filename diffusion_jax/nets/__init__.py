@@ -1,5 +1,5 @@
 """Networks, in Flax Linen: `init` and `apply` are pure functions of parameters."""
 
-from diffusion_jax.nets import unet
+from diffusion_jax.nets import classifier, unet
 
-__all__ = ["unet"]
+__all__ = ["classifier", "unet"]

@@ -29,7 +29,7 @@ def fetch(
     url: str,
     path: str | os.PathLike[str],
     *,
-    sha256: str,
+    sha256: str | None,
     size: int | None = None,
     connect_timeout: float = 5.0,
     read_timeout: float = 30.0,
@@ -42,7 +42,8 @@ def fetch(
     Args:
       url: http or https.
       path: where the file shall lie; its folder is made if need be.
-      sha256: the digest the content must have, in hexadecimal.
+      sha256: the digest the content must have, in hexadecimal; None where none is
+        known, and then only the length that the server states is checked.
       size: the number of bytes it must have, if known.
       connect_timeout: seconds in all until the answer begins: name look-up,
         connection, encryption, redirects.
@@ -73,7 +74,7 @@ https://; got ftp://example.org/a. Download it by hand.
         response = _open(url, connect_timeout, read_timeout)
         with response, part.open("xb") as file:
             digest = _copy(response, file, url, size, progress)
-        if digest != sha256.lower():
+        if sha256 is not None and digest != sha256.lower():
             raise DataError(
                 f"the file at {url} must have SHA-256 {sha256}; got {digest}. "
                 "It was changed on the way or at the source: it was not kept."

@@ -1,0 +1,60 @@
+"""A small classifier of small images: labels for samples, and features to compare.
+
+For data that the Inception network knows nothing of, and for machines without its
+weights. Distances in its features are no FID and are never called so.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class Features(NamedTuple):
+    """What the network says of each image."""
+
+    features: jax.Array
+    """Activations before the last layer, [B, width]."""
+    logits: jax.Array
+    """Scores of the classes, [B, num_classes]."""
+
+
+class Classifier(nn.Module):
+    """Convolutions that halve the resolution until it is 4x4 or less."""
+
+    num_classes: int
+    """Number of classes."""
+    channels: int = 32
+    """Width of the first level; each level doubles it, up to 128."""
+    width: int = 64
+    """Number of features."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> Features:
+        """Returns the features of images, uint8 [B, H, W, C].
+
+        Raises:
+          ValueError: images of another shape or type.
+
+        >>> net, images = Classifier(10), jnp.zeros([2, 8, 8, 1], jnp.uint8)
+        >>> seen, _ = net.init_with_output(jax.random.key(0), images)
+        >>> print(seen.features.shape, seen.logits.shape)
+        (2, 64) (2, 10)
+        """
+        if images.ndim != 4 or images.dtype != jnp.uint8:
+            raise ValueError(
+                f"images must be uint8 of shape [B, H, W, C]; got {images.dtype} "
+                f"{images.shape}. Round samples to 0..255 first."
+            )
+        x = images.astype(jnp.float32) / 127.5 - 1
+        channels = self.channels
+        x = nn.relu(nn.Conv(channels, (3, 3), precision="highest")(x))
+        while x.shape[1] > 4:
+            channels = min(2 * channels, 128)
+            conv = nn.Conv(channels, (3, 3), strides=2, precision="highest")
+            x = nn.relu(conv(x))
+            x = nn.LayerNorm()(x)
+        x = x.reshape(len(x), -1)
+        x = nn.relu(nn.Dense(self.width, precision="highest")(x))
+        return Features(x, nn.Dense(self.num_classes, precision="highest")(x))

@@ -1,0 +1,338 @@
+"""How far samples are from data: `python -m experiments.eval_fid [RUN]`.
+
+Draws samples with the averaged weights, rounds them to uint8, and compares their
+features with those of the real images: FID where the weights of the Inception network
+are at hand, the distance in the features of a small classifier, which is called
+fd_<data>_classifier and is no FID, where they are not.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+import tyro
+from sklearn.neighbors import NearestNeighbors
+
+from diffusion_jax.evaluation import images, metrics, moments
+from diffusion_jax.training import data, parallel
+from experiments import arguments, build, draws, extractors, reference, runs, sample
+from experiments.config import Config, ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to evaluate, and how."""
+
+    run: Annotated[str | None, tyro.conf.Positional] = None
+    """A run's folder or name; the newest in runs/ when not given."""
+    extractor: Literal["auto", "inception", "classifier"] = "auto"
+    """Whose features are compared; auto is Inception where its weights are at hand."""
+    weights: str | None = None
+    """File of the Inception weights: .pb, .tgz, .safetensors or .pth."""
+    download: bool = False
+    """Whether the Inception weights may be downloaded (95 MB, once)."""
+    preprocessing: Literal["tensorflow", "pytorch-fid"] = "tensorflow"
+    """How images are enlarged for Inception: as the original code or as pytorch-fid."""
+    reference: Path | None = None
+    """Statistics of the real images (.npz with mu and sigma) in place of the data."""
+    samples: str | None = None
+    """npz:FILE or folder:FOLDER of samples to evaluate in place of the run's own."""
+    count: int | None = None
+    """Samples; 50,000, but as many as training images where there are fewer."""
+    seeds: int = 1
+    """Sets of samples to evaluate, with seeds following each other: the error bar."""
+    seed: int = 0
+    """Of the first set."""
+    steps: int | None = None
+    """Reverse steps; what the run was configured with when not given."""
+    variance: Literal["small", "large", "learned"] | None = None
+    """Variance of the reverse steps; the configured one when not given."""
+    batch_size: int = 64
+    """Images at a time, over all devices."""
+    raw: bool = False
+    """Whether to use the last weights instead of their moving average."""
+    untrained: bool = False
+    """Whether to use the weights that training began with, as a yardstick."""
+    step: int | None = None
+    """Checkpoint to use, in training steps; the latest when not given."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints and writes the numbers; returns the exit code."""
+    options = tyro.cli(
+        Options, args=argv, prog="python -m experiments.eval_fid", description=__doc__
+    )
+    run = runs.find(options.run)
+    config = runs.read_config(run)
+    dataset = build.load_data(config)
+    parallel.persistent_cache(run.folder.parent.resolve() / ".cache")
+    extractor = extractors.choose(
+        options.extractor,
+        config,
+        dataset,
+        weights=options.weights,
+        download=options.download,
+        preprocessing=options.preprocessing,
+    )
+    given = load_samples(options, config)
+    count = len(given) if given is not None else options.count
+    count = count or min(50_000, len(dataset.images))
+    validate(options, extractor, count)
+    print(
+        f"{run.folder} by {extractor.name}, sha256 {extractor.details['sha256'][:16]}"
+    )
+    real = references(config, dataset, extractor, options)
+    scores: list[dict[str, Any]] = []
+    about: dict[str, Any] = {}
+    fake: np.ndarray | None = None
+    for seed in range(options.seed, options.seed + options.seeds):
+        if given is None:
+            fake, about = draw(run, config, options, count, seed)
+        else:
+            fake, about = given, {"samples": options.samples}
+        scores.append(score(extractor, real, fake, options))
+    assert fake is not None  # there is at least one seed
+    result = summary(extractor, real, scores, about, options, count, config)
+    show(result, extractor)
+    out = run.folder / "eval"
+    kind = "untrained" if options.untrained else "raw" if options.raw else ""
+    kind = "given" if given is not None else kind
+    written = out / f"fid{'_' * bool(kind)}{kind}.json"
+    runs.write_json(written, result)
+    if "train" in real:
+        path = out / f"neighbours{'_' * bool(kind)}{kind}.png"
+        picture = neighbours(real["train"], dataset, extractor, fake, options)
+        images.save(picture, path)
+        print(f"nearest training images, by pixels and by features: {path}")
+    print(f"written: {written}")
+    return 0
+
+
+def validate(options: Options, extractor: extractors.Extractor, count: int) -> None:
+    """Raises ConfigError before anything is drawn."""
+    for name in ("seeds", "batch_size", "steps"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(
+                f"{name} must be at least 1; got {value}. Change it with "
+                f"--{name.replace('_', '-')}."
+            )
+    if count <= extractor.dimension:
+        raise ConfigError(
+            f"count must be above {extractor.dimension}, the number of features of "
+            f"{extractor.name}: fewer samples have no covariance to compare; got "
+            f"{count}. Give more samples, or --extractor classifier."
+        )
+    if options.untrained and (options.raw or options.step is not None):
+        raise ConfigError(
+            "untrained must stand alone; got --raw or --step as well. Evaluate one "
+            "set of weights at a time."
+        )
+
+
+def load_samples(options: Options, config: Config) -> np.ndarray | None:
+    """Returns the samples that were given as files, uint8 [N, H, W, C], if any were."""
+    if options.samples is None:
+        return None
+    if not options.samples.startswith(("npz:", "folder:")):
+        raise ConfigError(
+            f"samples must be npz:FILE or folder:FOLDER; got {options.samples!r}. "
+            "Write which of the two it is in front of the path."
+        )
+    size, channels = config.data.image_size, config.data.channels
+    found = data.load(options.samples, image_size=size, channels=channels)
+    return np.asarray(found.images[np.arange(len(found.images))])
+
+
+def references(
+    config: Config,
+    dataset: data.Dataset,
+    extractor: extractors.Extractor,
+    options: Options,
+) -> dict[str, reference.Reference]:
+    """Returns the statistics to compare with, by split: computed, cached or given."""
+    if options.reference is not None:
+        mean, covariance = moments.load_reference(options.reference)
+        if len(mean) != extractor.dimension:
+            raise ConfigError(
+                f"the reference must be of {extractor.dimension} features, those of "
+                f"{extractor.name}; got {len(mean)} in {options.reference}. Make it "
+                "with the same extractor."
+            )
+        none, nothing = np.zeros((0, len(mean)), np.float32), np.zeros(0, np.int64)
+        given = reference.Reference(mean, covariance, 0, nothing, none, float("nan"))
+        return {"reference": given}
+    splits = {"train": dataset}
+    with contextlib.suppress(data.DataError):  # not every source has test images
+        splits["test"] = build.load_data(config, split="test")
+    return {
+        split: reference.of(
+            config, part.images, split, extractor, batch_size=options.batch_size
+        )
+        for split, part in splits.items()
+    }
+
+
+def draw(
+    run: runs.Run, config: Config, options: Options, count: int, seed: int
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Returns samples of the run, and what has to be known of them."""
+    if options.untrained:
+        params, step, kind = build.init_state(config).params, 0, "untrained"
+    else:
+        params, step = sample.load_params(
+            config, run, raw=options.raw, step=options.step
+        )
+        kind = "last" if options.raw else "averaged"
+    steps = options.steps or config.sample.steps or config.diffusion.num_steps
+    variance = options.variance or config.diffusion.variance
+    drawn = draws.to_disk(
+        run.folder / "eval" / "samples",
+        config,
+        params,
+        count=count,
+        seed=seed,
+        steps=steps,
+        variance=variance,
+        batch_size=options.batch_size,
+    )
+    about = {
+        "weights": kind,
+        "weights_sha256": draws.digest(params),
+        "training_step": step,
+        "sampler": "ddpm",
+        "steps": steps,
+        "evaluations_per_sample": steps,
+        "variance": variance,
+        "clip": config.sample.clip,
+    }
+    return drawn, about
+
+
+def score(
+    extractor: extractors.Extractor,
+    real: dict[str, reference.Reference],
+    fake: np.ndarray,
+    options: Options,
+) -> dict[str, Any]:
+    """Returns the numbers of one set of samples."""
+    features, logits = extractors.extract(
+        extractor, fake, batch_size=options.batch_size, label="features of samples"
+    )
+    fitted = reference.gaussian_of(features)
+    found: dict[str, Any] = {}
+    for split, known in real.items():
+        name = f"{extractor.distance(len(fake))} vs {split}"
+        found[name] = metrics.frechet_distance(*fitted, known.mean, known.covariance)
+    if "train" in real:
+        kept, part = real["train"].features, features[: reference.KEPT]
+        size = min(1000, len(part), len(kept))
+        prefix = "KID" if extractor.name == "inception" else f"kd_{extractor.name}"
+        found[f"{prefix} vs train"], _ = metrics.kid(kept, part, subset_size=size)
+        found |= metrics.precision_recall(kept, part)._asdict()
+    if extractor.name == "inception":
+        found["Inception score"], _ = metrics.inception_score(logits, seed=2020)
+    else:
+        shares = np.asarray(jax.nn.softmax(logits.astype(np.float64), axis=-1))
+        found["class_shares"] = shares.mean(axis=0).tolist()
+        found["sure"] = float((shares.max(axis=1) >= 0.9).mean())
+    return found
+
+
+def summary(
+    extractor: extractors.Extractor,
+    real: dict[str, reference.Reference],
+    scores: list[dict[str, Any]],
+    about: dict[str, Any],
+    options: Options,
+    count: int,
+    config: Config,
+) -> dict[str, Any]:
+    """Returns the numbers with their error bars, and the protocol beside them."""
+    numbers: dict[str, Any] = {}
+    for name in scores[0]:
+        values = np.array([each[name] for each in scores], np.float64)
+        if values.ndim > 1:
+            numbers[name] = values.mean(axis=0).tolist()
+            continue
+        numbers[name] = {"mean": float(values.mean()), "of_each": values.tolist()}
+        if len(values) > 1:
+            numbers[name]["std"] = float(values.std(ddof=1))
+    halves = real["train"].halves if "train" in real else float("nan")
+    named = {split: f"{known.images:,} {split} images" for split, known in real.items()}
+    if options.reference is not None:
+        named = {"reference": str(options.reference)}
+    return {
+        "numbers": numbers,
+        "half_of_train_against_the_other_half": None if np.isnan(halves) else halves,
+        "extractor": extractor.name,
+        "extractor_details": extractor.details,
+        "reference": named,
+        "count": count,
+        "seeds": [options.seed + i for i in range(options.seeds)],
+        "rounding": "uint8, to nearest",
+        "data": config.data.source,
+        **about,
+        "versions": runs.versions(),
+    }
+
+
+def show(result: dict[str, Any], extractor: extractors.Extractor) -> None:
+    """Prints the numbers as a table, and the protocol under it."""
+    for name, value in result["numbers"].items():
+        if name == "class_shares":
+            each = " ".join(f"{100 * share:.1f}" for share in value)
+            print(f"  {'classes, in %':<38} {each}")
+            continue
+        bar = f" +- {value['std']:.4f}" if "std" in value else ""
+        print(f"  {name:<38} {value['mean']:10.4f}{bar}")
+    halves = result["half_of_train_against_the_other_half"]
+    if halves is not None:
+        name = "the same of one half of train vs other"
+        print(f"  {name:<38} {halves:10.4f}")
+    print(f"against {'; '.join(result['reference'].values())}")
+    if "samples" in result:
+        print(f"{result['count']:,} samples from {result['samples']}")
+        return
+    print(
+        f"{result['count']:,} samples, seeds {result['seeds']}, {result['weights']} "
+        f"weights of step {result['training_step']:,}, {result['steps']} steps of "
+        f"{result['sampler']} (variance {result['variance']}), rounded to uint8"
+    )
+
+
+def neighbours(
+    real: reference.Reference,
+    dataset: data.Dataset,
+    extractor: extractors.Extractor,
+    fake: np.ndarray,
+    options: Options,
+    columns: int = 12,
+) -> Any:
+    """Returns samples, and under each the nearest training image (Figs. 12 and 15).
+
+    The first row of three are samples, the second their neighbours in pixels, the third
+    those in features.
+    """
+    shown = np.asarray(fake[:columns])
+    candidates = np.asarray(dataset.images[real.chosen])
+    features, _ = extractors.extract(
+        extractor, shown, batch_size=options.batch_size, label="neighbours"
+    )
+    rows = [shown]
+    for among, of in (
+        (candidates.reshape(len(candidates), -1), shown.reshape(len(shown), -1)),
+        (real.features, features),
+    ):
+        index = NearestNeighbors(n_neighbors=1).fit(among.astype(np.float32))
+        nearest = index.kneighbors(of.astype(np.float32), return_distance=False)[:, 0]
+        rows.append(candidates[nearest])
+    return images.grid(np.concatenate(rows), columns=len(shown))
+
+
+if __name__ == "__main__":
+    arguments.guarded(main)

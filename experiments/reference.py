@@ -1,0 +1,107 @@
+"""What real images look like to an extractor, computed once and kept on disk."""
+
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diffusion_jax.evaluation import metrics, moments
+from experiments.config import Config
+from experiments.extractors import Extractor, extract
+
+KEPT = 10_000
+"""Images whose features are kept, at most: for neighbours, precision and KID."""
+
+
+class Reference(NamedTuple):
+    """Statistics of the features of real images."""
+
+    mean: np.ndarray
+    """[D], float64."""
+    covariance: np.ndarray
+    """[D, D], float64."""
+    images: int
+    """How many were seen."""
+    chosen: np.ndarray
+    """Indices of the images whose features are kept, [K]."""
+    features: np.ndarray
+    """Their features, [K, D], float32."""
+    halves: float
+    """Frechet distance between two halves of the images; nan where they are few."""
+
+
+def of(
+    config: Config, images: Any, split: str, extractor: Extractor, *, batch_size: int
+) -> Reference:
+    """Returns the statistics of a split, from the cache where they are known.
+
+    The cache is <output>/.cache/reference; a file is named after the extractor's sha256
+    and protocol, the split, its images and their size.
+    """
+    about = {
+        "extractor": extractor.name,
+        "details": {k: v for k, v in extractor.details.items() if k != "file"},
+        "source": config.data.source,
+        "split": split,
+        "shape": list(images.shape),
+        "images": _digest(images),
+    }
+    text = json.dumps(about, sort_keys=True)
+    name = hashlib.sha256(text.encode()).hexdigest()[:16]
+    path = Path(config.output) / ".cache" / "reference" / f"{name}.npz"
+    cached = _load(path)
+    if cached is not None:
+        return cached
+    label = f"features of {split} images"
+    features, _ = extract(extractor, images, batch_size=batch_size, label=label)
+    made = _compute(features)
+    _save(made, path, text)
+    return made
+
+
+def gaussian_of(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns mean and covariance of features, in float64, batch by batch."""
+    stats = moments.init(features.shape[1])
+    for begin in range(0, len(features), 4096):
+        stats = moments.update(stats, features[begin : begin + 4096])
+    return moments.finish(stats)
+
+
+def _compute(features: np.ndarray) -> Reference:
+    mean, covariance = gaussian_of(features)
+    order = np.random.default_rng(0).permutation(len(features))
+    half, halves = len(order) // 2, float("nan")
+    if half > features.shape[1]:
+        one, other = features[order[:half]], features[order[half : 2 * half]]
+        halves = metrics.frechet_distance(*gaussian_of(one), *gaussian_of(other))
+    chosen = np.sort(order[:KEPT])
+    return Reference(mean, covariance, len(features), chosen, features[chosen], halves)
+
+
+def _digest(images: Any) -> str:
+    """Returns a digest of images in memory; those on disk are known by their count."""
+    if isinstance(images, np.ndarray):
+        return hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
+    return f"{len(images)} on disk"
+
+
+def _save(made: Reference, path: Path, about: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.tmp")
+    with partial.open("wb") as file:
+        np.savez(file, about=np.array(about), **made._asdict())
+    partial.replace(path)
+
+
+def _load(path: Path) -> Reference | None:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            fields = {name: file[name] for name in Reference._fields}
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        return None  # not there, or cut off: computed again
+    fields["images"] = int(fields["images"])
+    fields["halves"] = float(fields["halves"])
+    return Reference(**fields)

@@ -1,0 +1,252 @@
+"""The evaluation commands, run as a person runs them."""
+
+import json
+import shlex
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax.training import data
+from experiments import (
+    draws,
+    eval_fid,
+    eval_nll,
+    reference,
+    runs,
+    sample,
+    train,
+    train_classifier,
+)
+from experiments.config import ConfigError
+from experiments.configs import digits
+
+SMALL = shlex.split(  # flags as a person types them
+    """--net.channels 8 --net.multipliers 1 --net.blocks 1 --net.attention
+--net.groups 4 --train.batch-size 8 --train.steps 12 --optimizer.warmup 2
+--diffusion.num-steps 20 --sample.steps 4 --sample.count 4 --train.devices 1"""
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    assert train.main(["digits", *SMALL, "--output", str(folder)]) == 0
+    config = runs.read_config(runs.Run(folder / "digits"))
+    train_classifier.train(config, digits_images(), steps=300)
+    return runs.Run(folder / "digits")
+
+
+def digits_images():
+    return data.load("digits")
+
+
+def evaluate(run, *flags, name="fid.json"):
+    assert eval_fid.main([str(run.folder), *flags]) == 0
+    return json.loads((run.folder / "eval" / name).read_text())
+
+
+def test_the_number_has_its_protocol_beside_it(run, capsys):
+    result = evaluate(run, "--count", "100", "--steps", "3")
+    shown = capsys.readouterr().out
+    assert "fd_digits_classifier vs train" in shown
+    assert "FID" not in shown.replace("fid.json", "")
+    assert result["extractor"] == "digits_classifier"
+    assert len(result["extractor_details"]["sha256"]) == 64
+    for name, expected in {
+        "count": 100,
+        "seeds": [0],
+        "weights": "averaged",
+        "training_step": 12,
+        "steps": 3,
+        "evaluations_per_sample": 3,
+        "variance": "small",
+        "data": "digits",
+        "reference": {"train": "1,797 train images"},
+    }.items():
+        assert result[name] == expected, name
+    assert abs(sum(result["numbers"]["class_shares"]) - 1) < 1e-6
+    picture = Image.open(run.folder / "eval" / "neighbours.png")
+    assert picture.size == (12 * 68 + 4, 3 * 68 + 4)
+
+
+def test_the_training_images_are_at_distance_zero_from_themselves(run, tmp_path):
+    images = digits_images().images
+    np.savez(tmp_path / "real.npz", images=images)
+    flags = ["--samples", f"npz:{tmp_path / 'real.npz'}"]
+    numbers = evaluate(run, *flags, name="fid_given.json")["numbers"]
+    assert abs(numbers["fd_digits_classifier vs train"]["mean"]) < 1e-6
+    for name in ("precision", "recall", "coverage"):
+        assert numbers[name]["mean"] == 1.0
+    noise = np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8)
+    np.savez(tmp_path / "noise.npz", images=noise)
+    flags = ["--samples", f"npz:{tmp_path / 'noise.npz'}"]
+    numbers = evaluate(run, *flags, name="fid_given.json")["numbers"]
+    assert numbers["fd_digits_classifier vs train"]["mean"] > 20
+    assert numbers["precision"]["mean"] < 0.2
+
+
+def test_an_interrupted_evaluation_goes_on(run, tmp_path, capsys):
+    config = runs.read_config(run)
+    params, _ = sample.load_params(config, run)
+    options = {"count": 10, "seed": 3, "steps": 3, "variance": "small"}
+    whole = draws.to_disk(tmp_path, config, params, batch_size=4, **options)
+    record = next(tmp_path.glob("*.json"))
+    about = json.loads(record.read_text())
+    assert about["done"] == 10
+    again = draws.to_disk(tmp_path, config, params, batch_size=4, **options)
+    np.testing.assert_array_equal(again, whole)
+    assert "going on" not in capsys.readouterr().out
+
+    expected = np.array(whole)
+    whole[8:] = 0
+    record.write_text(json.dumps({**about, "done": 8}))
+    kept = np.array(whole[:8])
+    resumed = draws.to_disk(tmp_path, config, params, batch_size=4, **options)
+    assert "going on from sample 8 of 10" in capsys.readouterr().out
+    np.testing.assert_array_equal(resumed, expected)
+    np.testing.assert_array_equal(resumed[:8], kept)
+
+
+def test_other_weights_never_meet_old_samples(run, tmp_path):
+    config = runs.read_config(run)
+    options = {"count": 4, "seed": 0, "steps": 2, "variance": "small", "batch_size": 4}
+    for raw in (False, True):
+        params, _ = sample.load_params(config, run, raw=raw)
+        draws.to_disk(tmp_path, config, params, **options)
+    assert len(list(tmp_path.glob("*.npy"))) == 2
+
+
+def test_error_bars_and_untrained_weights(run):
+    flags = ["--count", "100", "--steps", "2", "--seeds", "2", "--untrained"]
+    result = evaluate(run, *flags, name="fid_untrained.json")
+    number = result["numbers"]["fd_digits_classifier vs train"]
+    assert len(number["of_each"]) == 2
+    np.testing.assert_allclose(number["mean"], np.mean(number["of_each"]))
+    np.testing.assert_allclose(number["std"], np.std(number["of_each"], ddof=1))
+    assert result["weights"] == "untrained"
+
+
+def test_statistics_can_come_from_a_file(run, tmp_path):
+    flags = ["--count", "100", "--steps", "3"]
+    truth = evaluate(run, *flags)["numbers"]["fd_digits_classifier vs train"]["mean"]
+    config, images = runs.read_config(run), digits_images().images
+    judge = train_classifier.load(train_classifier.path_of(config))
+    features = train_classifier.features_of(judge.params, judge.num_classes, images)[0]
+    mu, sigma = features.mean(axis=0), np.cov(features.astype(np.float64).T)
+    np.savez(tmp_path / "r.npz", mu=mu, sigma=sigma)
+    given = evaluate(run, *flags, "--reference", str(tmp_path / "r.npz"))["numbers"]
+    value = given["fd_digits_classifier vs reference"]["mean"]
+    np.testing.assert_allclose(value, truth, rtol=1e-4)
+
+    np.savez(tmp_path / "small.npz", mu=mu[:5], sigma=sigma[:5, :5])
+    with pytest.raises(ConfigError, match=r"must be of 64 features.*got 5 in"):
+        evaluate(run, *flags, "--reference", str(tmp_path / "small.npz"))
+
+
+def test_reference_statistics_are_cached_by_what_made_them(run, monkeypatch):
+    config, images = runs.read_config(run), digits_images().images
+    calls = []
+
+    def counted(extractor, images, **options):
+        calls.append(len(images))
+        return np.random.default_rng(0).normal(size=(len(images), 3)), None
+
+    monkeypatch.setattr(reference, "extract", counted)
+    extractor = eval_fid.extractors.Extractor("x", 3, None, {"sha256": "a"})
+    first = reference.of(config, images, "train", extractor, batch_size=64)
+    again = reference.of(config, images, "train", extractor, batch_size=64)
+    assert calls == [1797]
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    other = extractor._replace(details={"sha256": "b"})
+    reference.of(config, images, "train", other, batch_size=64)
+    reference.of(config, images[:500], "train", extractor, batch_size=64)
+    reference.of(config, images, "test", extractor, batch_size=64)
+    assert calls == [1797, 1797, 500, 1797]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--count 64", "count must be above 64, the number of features.*got 64"),
+        ("--seeds 0", "seeds must be at least 1; got 0"),
+        ("--untrained --raw", "untrained must stand alone"),
+        ("--samples pictures", "samples must be npz:FILE or folder:FOLDER; got"),
+        ("--samples folder:/nowhere", "nowhere"),
+        ("--weights /nowhere.pb", "path must name the Inception weights"),
+        ("--step 5", r"got steps \[12\]"),
+    ],
+)
+def test_bad_requests_are_named_before_anything_is_drawn(run, flags, message):
+    before = sorted((run.folder / "eval").rglob("*"))
+    with pytest.raises((ConfigError, data.DataError, RuntimeError), match=message):
+        eval_fid.main([str(run.folder), *flags.split()])
+    assert sorted((run.folder / "eval").rglob("*")) == before
+
+
+def test_bound_and_its_terms_are_reported(run, capsys):
+    argv = [str(run.folder), "--max-images", "10", "--rate-distortion"]
+    assert eval_nll.main([*argv, "--batch-size", "8"]) == 0
+    shown = capsys.readouterr().out
+    result = json.loads((run.folder / "eval" / "nll_train.json").read_text())
+    assert "(a random subset)" in shown
+    assert f"{result['bits_per_dim']:.4f}" in shown
+    assert (result["images"], result["subset"]) == (10, True)
+    assert result["evaluations"] == 10 * 20
+    assert len(result["terms"]) == len(result["mse"]) == 20
+    total = result["prior"] + sum(result["terms"])
+    np.testing.assert_allclose(result["bits_per_dim"], total, rtol=1e-6)
+    np.testing.assert_allclose(result["rate"] + result["decoder"], total, rtol=1e-6)
+    plot = Image.open(run.folder / "eval" / "rate_distortion_train.png")
+    assert plot.size == (1440, 480)
+
+    # The last batch of 8 is filled up: that must not count.
+    assert eval_nll.main([*argv, "--batch-size", "16"]) == 0
+    other = json.loads((run.folder / "eval" / "nll_train.json").read_text())
+    np.testing.assert_allclose(other["terms"], result["terms"], rtol=1e-5)
+    np.testing.assert_allclose(other["standard_error"], result["standard_error"], 1e-5)
+
+
+def test_digits_have_no_test_images(run):
+    with pytest.raises(data.DataError, match="test"):
+        eval_nll.main([str(run.folder), "--split", "test"])
+
+
+@pytest.mark.parametrize(
+    ("figure", "size"), [("progressive", (5, 8)), ("shared", (9, 4))]
+)
+def test_figures_of_the_paper(run, figure, size, tmp_path):
+    out = tmp_path / "figure.png"
+    argv = [str(run.folder), "--figure", figure, "--out", str(out)]
+    assert sample.main(argv) == 0
+    columns, rows = size
+    assert Image.open(out).size == (columns * 68 + 4, rows * 68 + 4)
+
+
+def test_quality_of_x0_along_the_chain(run):
+    argv = [str(run.folder), "--figure", "quality", "--count", "70"]
+    assert sample.main(argv) == 0
+    result = json.loads((run.folder / "draw" / "quality.json").read_text())
+    assert [row["t"] for row in result["rows"]] == [20, 15, 10, 5, 0]
+    assert all(row["fd_digits_classifier"] > 0 for row in result["rows"])
+    with pytest.raises(ConfigError, match="count must be above 64"):
+        sample.main([*argv[:-1], "64"])
+
+
+def test_classifier_reads_digits_and_its_file_is_checked(tmp_path):
+    import dataclasses
+
+    config = dataclasses.replace(digits.CONFIG, output=str(tmp_path))
+    judge = train_classifier.train(config, digits_images(), steps=400)
+    assert judge.accuracy > 0.95
+    again = train_classifier.load(judge.path)
+    assert (again.sha256, again.accuracy) == (judge.sha256, judge.accuracy)
+    content = judge.path.read_bytes()
+    for damaged in (content[:100], b"\x80\x04.", b""):
+        judge.path.write_bytes(damaged)
+        with pytest.raises(ConfigError, match="must be a classifier"):
+            train_classifier.load(judge.path)
+    unlabelled = digits_images()._replace(labels=None)
+    with pytest.raises(ConfigError, match="labelled images"):
+        train_classifier.train(config, unlabelled)

@@ -1,0 +1,222 @@
+"""The Inception network against pytorch-fid's, and its blocks against loops in NumPy.
+
+tests/golden/inception.npz has the outputs of pytorch-fid's own network for random
+weights, drawn here once more from the names of its tensors.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from peers import make_inception_golden as golden
+
+from diffusion_jax.nets import inception, inception_weights
+from diffusion_jax.nets.inception import Layer
+
+
+@pytest.fixture(scope="module")
+def peer():
+    """What pytorch-fid's network says of two images."""
+    with np.load(golden.GOLDEN) as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def pytorch_file(peer, tmp_path_factory):
+    """The random network under PyTorch's names."""
+    tensors = {}
+    for line in peer["tensors"]:
+        name, shape = line.split()
+        tensors[name] = golden.tensor(name, tuple(map(int, shape.split(","))))
+    path = tmp_path_factory.mktemp("inception") / "pytorch.safetensors"
+    safetensors.numpy.save_file(tensors, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def variables(pytorch_file):
+    return inception_weights.load(pytorch_file).variables
+
+
+def relative_error(actual, expected):
+    return np.abs(np.asarray(actual, np.float64) - expected).max() / np.ptp(expected)
+
+
+# The whole network.
+
+
+@pytest.mark.parametrize("preprocessing", inception.PREPROCESSING)
+def test_features_are_those_of_pytorch_fid(peer, variables, preprocessing):
+    """With the same weights, in float32: far below what any other network would do."""
+    module = inception.Inception(preprocessing=preprocessing)
+    actual = jax.jit(module.apply)(variables, golden.images())
+    expected = peer[preprocessing.replace("-", "_")]
+    assert actual.pool3.shape == (2, 2048)
+    error = relative_error(actual.pool3, expected)
+    print(f"pool3, {preprocessing}: relative error {error:.1e}")
+    assert error < 1e-5
+    if preprocessing == "tensorflow":
+        assert relative_error(actual.logits, peer["logits"]) < 1e-5
+
+
+def test_golden_file_tells_mistakes_apart(peer):
+    """Images and ways of preprocessing differ by much more than the tolerance."""
+    assert relative_error(peer["tensorflow"], peer["pytorch_fid"]) > 1e-2
+    assert relative_error(peer["tensorflow"][:1], peer["tensorflow"][1:]) > 1e-1
+
+
+def test_size_is_that_of_the_released_network():
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.uint8)
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(inception.Inception().init, key, images)
+    count = {k: sum(x.size for x in jax.tree.leaves(v)) for k, v in shapes.items()}
+    assert count == {"params": 23_850_960, "batch_stats": 34_432}
+    softmax = shapes["params"].pop("softmax")
+    assert sum(x.size for x in jax.tree.leaves(softmax)) == 2_065_392
+    kernels = [x for x in jax.tree.leaves(shapes["params"]) if x.ndim == 4]
+    assert len(kernels) == 94
+    assert sum(x.size for x in kernels) == 21_751_136
+
+
+def test_every_product_is_taken_in_full_precision(variables):
+    """Else accelerators would round the factors to 11 bits or fewer."""
+    jaxpr = jax.make_jaxpr(inception.Inception().apply)(variables, golden.images())
+    text = str(jaxpr)
+    products = text.count("= conv_general_dilated[") + text.count("= dot_general[")
+    assert products == 95
+    full = "precision=(Precision.HIGHEST, Precision.HIGHEST)"
+    short = "precision=Precision.HIGHEST"
+    assert text.count(full) + text.count(short) == products
+
+
+def test_logits_have_their_bias_on_demand():
+    x = jnp.asarray(golden.uniform("x", (2, 5)))
+    params = {
+        "kernel": golden.uniform("kernel", (5, 1008)),
+        "bias": golden.uniform("bias", (1008,)),
+    }
+    plain, biased = (
+        inception.Softmax(biased).apply({"params": params}, x)
+        for biased in (False, True)
+    )
+    np.testing.assert_allclose(plain, x @ params["kernel"], atol=1e-6)
+    np.testing.assert_allclose(biased - plain, [params["bias"]] * 2, atol=1e-6)
+
+
+# Preprocessing.
+
+
+@pytest.mark.parametrize("half_pixel", [False, True])
+@pytest.mark.parametrize("shape", [(2, 5, 7, 3), (1, 40, 31, 1), (1, 13, 26, 3)])
+def test_resize_lies_between_the_nearest_pixels(shape, half_pixel):
+    x = 255 * golden.uniform("x", shape)
+    expected = golden.resize(x, 13, half_pixel=half_pixel)
+    actual = inception.resize(jnp.asarray(x), half_pixel=half_pixel, side=13)
+    # Places are float32, as in the programs: 1e-6 where neighbours differ by 500.
+    np.testing.assert_allclose(actual, expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("half_pixel", [False, True])
+def test_resize_to_the_same_size_changes_nothing(half_pixel):
+    x = golden.uniform("x", (1, 299, 299, 1))
+    np.testing.assert_array_equal(inception.resize(x, half_pixel=half_pixel), x)
+
+
+@pytest.mark.parametrize(
+    ("preprocessing", "ends"),
+    [("tensorflow", (-1, 127 / 128)), ("pytorch-fid", (-1, 1))],
+)
+def test_preprocess_scales_grey_and_floats_alike(preprocessing, ends):
+    x = np.array([0, 255, 17, 200], np.uint8).reshape(1, 2, 2, 1)
+    made = [
+        inception.preprocess(y, preprocessing=preprocessing)
+        for y in (x, x.astype(np.float32), x.repeat(3, axis=3))
+    ]
+    for y in made:
+        assert y.shape == (1, 299, 299, 3)
+        assert y.dtype == jnp.float32
+        np.testing.assert_array_equal(y, made[0])
+    np.testing.assert_allclose((made[0].min(), made[0].max()), ends, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "got"),
+    [
+        (np.zeros((2, 8, 8, 2), np.uint8), {}, "(2, 8, 8, 2)"),
+        (np.zeros((8, 8, 3), np.uint8), {}, "(8, 8, 3)"),
+        (np.zeros((0, 8, 8, 3), np.uint8), {}, "(0, 8, 8, 3)"),
+        (np.zeros((2, 8, 8, 3), np.int32), {}, "int32"),
+        (np.zeros((2, 8, 8, 3), np.uint8), {"preprocessing": "clean"}, "'clean'"),
+    ],
+)
+def test_other_images_are_refused(refuses, x, options, got):
+    with refuses(got):
+        inception.preprocess(x, **options)
+
+
+# Blocks, against loops.
+
+
+def conv(p, s, x, *, strides=1, same=True):
+    """Convolution, normalisation and ReLU of one image, [H, W, C], in float64."""
+    p, s = ({k: np.asarray(v, np.float64) for k, v in tree.items()} for tree in (p, s))
+    high, wide = p["kernel"].shape[:2]
+    top, left = (high // 2, wide // 2) if same else (0, 0)
+    x = np.pad(x, ((top, top), (left, left), (0, 0)))
+    rows, columns = (x.shape[0] - high) // strides, (x.shape[1] - wide) // strides
+    y = np.zeros((rows + 1, columns + 1, p["kernel"].shape[3]))
+    for i, j in np.ndindex(y.shape[:2]):
+        at = x[i * strides : i * strides + high, j * strides : j * strides + wide]
+        y[i, j] = np.einsum("hwc,hwcd->d", at, p["kernel"])
+    y = (y - s["mean"]) / np.sqrt(s["var"] + 0.001) * p["scale"] + p["bias"]
+    return np.maximum(y, 0)
+
+
+def pooled(x, reduce, *, strides=1):
+    """Mean or maximum of the pixels that exist around each one, [H, W, C]."""
+    first = strides - 1  # With stride 1 edges are taken too, with stride 2 not.
+    rows, columns = (range(first, n - first, strides) for n in x.shape[:2])
+    around = [
+        [x[max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2] for j in columns] for i in rows
+    ]
+    return np.array([[reduce(y, (0, 1)) for y in row] for row in around])
+
+
+@pytest.mark.parametrize("pool", ["average", "max", "halve"])
+@pytest.mark.parametrize("split", [0, 2])
+def test_block_is_made_of_loops(pool, split):
+    last = Layer(4, (3, 3), 2, "VALID") if pool == "halve" else Layer(4, (3, 1))
+    alone = Layer(2, (3, 3), 2, "VALID") if pool == "halve" else Layer(2)
+    towers = ((Layer(3, (1, 3)), last),)
+    module = inception.Block(alone, towers, split, pool, 5)
+    # All negative: a padding of zeros would win each maximum at the edge.
+    x = golden.uniform("x", (1, 7, 9, 3)) - 2
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x)
+
+    def draw(path, leaf):
+        u = golden.uniform(jax.tree_util.keystr(path), leaf.shape)
+        return np.abs(u) / 100 if path[-1].key == "var" else u
+
+    drawn = jax.tree_util.tree_map_with_path(draw, shapes)
+    p, s = drawn["params"], drawn["batch_stats"]
+    actual = module.apply(drawn, x)[0]
+
+    x = x[0].astype(np.float64)
+    halve = {"strides": 2, "same": False} if pool == "halve" else {}
+    y = conv(p["tower"]["conv"], s["tower"]["conv"], x)
+    y = conv(p["tower"]["conv_1"], s["tower"]["conv_1"], y, **halve)
+    if split:
+        p_mixed, s_mixed = p["tower"]["mixed"], s["tower"]["mixed"]
+        assert p_mixed["conv"]["kernel"].shape[:2] == (1, 3)
+        halves = [conv(p_mixed[k], s_mixed[k], y) for k in ("conv", "conv_1")]
+        y = np.concatenate(halves, axis=-1)
+    joined = [conv(p["conv"], s["conv"], x, **halve), y]
+    if pool == "halve":
+        joined.append(pooled(x, np.max, strides=2))
+    else:
+        z = pooled(x, np.max if pool == "max" else np.mean)
+        joined.append(conv(p["tower_1"]["conv"], s["tower_1"]["conv"], z))
+    expected = np.concatenate(joined, axis=-1)
+    assert actual.shape == expected.shape
+    assert relative_error(actual, expected) < 1e-6

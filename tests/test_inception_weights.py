@@ -1,0 +1,482 @@
+"""Inception weights from files of every format, whole and damaged.
+
+Graphs are Protocol Buffers, written here by hand.
+"""
+
+import hashlib
+import io
+import itertools
+import pickle
+import struct
+import tarfile
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from peers import make_inception_golden as golden
+
+from diffusion_jax.nets import graphdef, inception_weights
+from diffusion_jax.training.formats import DataError
+from experiments import convert_inception
+from experiments.config import ConfigError
+
+
+@pytest.fixture(scope="module")
+def variables():
+    """Random numbers in the place of every weight; variances are positive."""
+    trees = {"params": {}, "batch_stats": {}}
+    for name, shape in inception_weights.shapes().items():
+        *path, leaf = name.split("/")
+        tree = trees["batch_stats" if leaf in ("mean", "var") else "params"]
+        for step in path:
+            tree = tree.setdefault(step, {})
+        drawn = golden.uniform(name, shape)
+        tree[leaf] = np.abs(drawn) if leaf == "var" else drawn
+    return trees
+
+
+def flat(variables):
+    """Tensors by the names of this library."""
+    leaves = jax.tree_util.tree_leaves_with_path(variables)
+    return {"/".join(key.key for key in path[1:]): leaf for path, leaf in leaves}
+
+
+def assert_same(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def varint(n):
+    out = b""
+    while n > 127:
+        out, n = out + bytes([n % 128 + 128]), n // 128
+    return out + bytes([n])
+
+
+def field(number, content):
+    """A field of a message: a number, or bytes."""
+    if isinstance(content, int):
+        return varint(8 * number) + varint(content)
+    return varint(8 * number + 2) + varint(len(content)) + content
+
+
+def tensor_proto(array, *, how="content"):
+    dims = b"".join(field(2, field(1, n)) for n in array.shape)
+    raw = np.asarray(array, "<f4").tobytes()
+    values = {
+        "content": lambda: field(4, raw),
+        "packed": lambda: field(5, raw),
+        "listed": lambda: b"".join(
+            varint(8 * 5 + 5) + raw[i : i + 4] for i in range(0, len(raw), 4)
+        ),
+        "first": lambda: field(5, raw[:4]),
+        "none": lambda: b"",
+    }
+    return field(1, 1) + field(2, dims) + field(3, 0) + values[how]()
+
+
+def attribute(key, value):
+    return field(5, field(1, key.encode()) + field(2, value))
+
+
+def node(name, op, *attributes, inputs=()):
+    head = field(1, name.encode()) + field(2, op.encode())
+    names = b"".join(field(3, name.encode()) for name in inputs)
+    return field(1, head + names + field(4, b"/cpu:0") + b"".join(attributes))
+
+
+def constant(name, array, *, how="content"):
+    value = attribute("value", field(8, tensor_proto(array, how=how)))
+    return node(name, "Const", attribute("dtype", field(6, 1)), value)
+
+
+# What else the released graph has: constants of other types, operations, a version.
+STRINGS = field(1, 7) + field(2, b"") + field(8, b"jpeg")
+OTHERS = [
+    node("DecodeJpeg/contents", "Const", attribute("value", field(8, STRINGS))),
+    node(
+        "conv/batchnorm",
+        "BatchNormWithGlobalNormalization",
+        attribute("variance_epsilon", varint(8 * 4 + 5) + struct.pack("<f", 1e-3)),
+        attribute("scale_after_normalization", field(5, 0)),
+        inputs=("conv/Conv2D", "conv/batchnorm/moving_mean"),
+    ),
+    constant("Sub/y", np.float32(128)),
+    field(4, field(1, 8)),
+]
+LEAVES = {
+    "kernel": "conv2d_params",
+    "scale": "batchnorm/gamma",
+    "bias": "batchnorm/beta",
+    "mean": "batchnorm/moving_mean",
+    "var": "batchnorm/moving_variance",
+}
+
+
+def graph_name(name):
+    module, leaf = name.rsplit("/", 1)
+    if module == "softmax":
+        return {"kernel": "softmax/weights", "bias": "softmax/biases"}[leaf]
+    return f"{module}/{LEAVES[leaf]}"
+
+
+@pytest.fixture(scope="module")
+def graph(variables):
+    """The random network as the graph that was released would have it: its nodes."""
+    hows = itertools.cycle(["content", "packed"])
+    tensors = {graph_name(name): array for name, array in flat(variables).items()}
+    return {n: constant(n, a, how=next(hows)) for n, a in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def graph_file(graph, tmp_path_factory):
+    path = tmp_path_factory.mktemp("graph") / "a.dat"
+    path.write_bytes(b"".join([*OTHERS[:2], *graph.values(), *OTHERS[2:]]))
+    return path
+
+
+def test_graph_is_read(graph_file, variables):
+    weights = inception_weights.load(graph_file)
+    assert weights.format == "graphdef"
+    assert weights.sha256 == hashlib.sha256(graph_file.read_bytes()).hexdigest()
+    assert_same(weights.variables, variables)
+
+
+def test_archive_of_the_graph_is_read(graph_file, variables, tmp_path):
+    path = tmp_path / "inception-2015-12-05.tgz"
+    with tarfile.open(path, "w:gz", compresslevel=0) as archive:
+        other = tarfile.TarInfo("../README")
+        archive.addfile(other, io.BytesIO())
+        archive.add(graph_file, "classify_image_graph_def.pb")
+    weights = inception_weights.load(path)
+    assert weights.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert_same(weights.variables, variables)
+
+
+def test_scales_of_a_graph_are_ones_where_it_has_none(graph, variables, tmp_path):
+    path = tmp_path / "a.pb"
+    path.write_bytes(b"".join(v for k, v in graph.items() if "gamma" not in k))
+    ones = jax.tree_util.tree_map_with_path(
+        lambda at, x: np.ones_like(x) if at[-1].key == "scale" else x, variables
+    )
+    assert_same(inception_weights.load(path).variables, ones)
+
+
+@pytest.mark.parametrize("how", ["content", "packed", "listed"])
+@pytest.mark.parametrize("shape", [(), (1,), (300,), (2, 3, 1, 4)])
+def test_graph_constants_are_read_in_every_spelling(how, shape):
+    array = golden.uniform("x", shape)
+    content = b"".join([*OTHERS, constant("a/b", array, how=how)])
+    read = graphdef.read(content, "a")
+    assert set(read) == {"a/b", "Sub/y"}
+    np.testing.assert_array_equal(read["a/b"], array)
+
+
+def test_last_number_of_a_constant_goes_on():
+    content = constant("a", np.array([3, 0, 0, 0]), how="first")
+    np.testing.assert_array_equal(graphdef.read(content, "a")["a"], [3, 3, 3, 3])
+
+
+def test_hand_written_graph_is_protocol_buffers():
+    """The library itself reads the same from it."""
+    descriptors = pytest.importorskip("google.protobuf.descriptor_pb2")
+    from google.protobuf import descriptor_pool, message_factory
+
+    file = descriptors.FileDescriptorProto(name="graph.proto", syntax="proto3")
+    text, number, many = 9, 5, 3  # TYPE_STRING, TYPE_INT32, LABEL_REPEATED
+    fields = {
+        "Dim": [("size", 1, 3, 1, None)],
+        "Shape": [("dim", 2, 11, many, "Dim")],
+        "Tensor": [
+            ("dtype", 1, number, 1, None),
+            ("shape", 2, 11, 1, "Shape"),
+            ("content", 4, 12, 1, None),
+            ("float_val", 5, 2, many, None),
+        ],
+        "Value": [("tensor", 8, 11, 1, "Tensor")],
+        "Entry": [("key", 1, text, 1, None), ("value", 2, 11, 1, "Value")],
+        "Node": [
+            ("name", 1, text, 1, None),
+            ("op", 2, text, 1, None),
+            ("attr", 5, 11, many, "Entry"),
+        ],
+        "Graph": [("node", 1, 11, many, "Node")],
+    }
+    for name, rows in fields.items():
+        message = file.message_type.add(name=name)
+        for field_name, index, kind, label, of in rows:
+            message.field.add(
+                name=field_name, number=index, type=kind, label=label, type_name=of
+            )
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    graph_class = message_factory.GetMessageClass(pool.FindMessageTypeByName("Graph"))
+    array = golden.uniform("x", (2, 3))
+    graph = graph_class.FromString(b"".join([*OTHERS, constant("a", array)]))
+    assert [n.name for n in graph.node][-1] == "a"
+    tensor = graph.node[-1].attr[1].value.tensor
+    assert [d.size for d in tensor.shape.dim] == [2, 3]
+    assert tensor.content == array.tobytes()
+
+    made = graph_class()
+    written = made.node.add(name="b", op="Const").attr.add(key="value").value.tensor
+    written.dtype = 1
+    written.shape.dim.add(size=3)
+    written.float_val.extend([1, 2, 3])
+    read = graphdef.read(made.SerializeToString(), "a")
+    np.testing.assert_array_equal(read["b"], [1, 2, 3])
+
+
+def test_damaged_graph_is_an_error_and_nothing_else():
+    """Of 2000 changes each is either harmless or named."""
+    content = b"".join([*OTHERS, constant("a", golden.uniform("x", (3, 5)))])
+    rng = np.random.default_rng(0)
+    damaged = [content[:n] for n in range(len(content))]
+    for _ in range(2000 - len(damaged)):
+        other = bytearray(content)
+        other[rng.integers(len(content))] = rng.integers(256)
+        damaged.append(bytes(other))
+    refused = []
+    for other in damaged:
+        try:
+            graphdef.read(other, "a.pb")
+        except DataError as error:
+            refused.append(str(error))
+    assert len(refused) > 500
+    head = "a.pb must be a whole TensorFlow GraphDef; got "
+    assert all(message.startswith(head) for message in refused)
+
+
+def test_shape_that_lies_reserves_no_memory(refuses):
+    shape = np.broadcast_to(np.float32(1), (2**20, 2**20, 2**20))
+    dims = b"".join(field(2, field(1, n)) for n in shape.shape)
+    tensor = field(1, 1) + field(2, dims) + field(5, b"\0\0\0\0")
+    content = node("a", "Const", attribute("value", field(8, tensor)))
+    with refuses("4 bytes for a"):
+        graphdef.read(content, "a.pb")
+
+
+# What cannot be taken.
+
+
+def load(path, content, refuses, got):
+    path.write_bytes(content)
+    with refuses(got):
+        inception_weights.load(path)
+
+
+def test_truncated_graph_is_refused(graph_file, tmp_path, refuses):
+    content = graph_file.read_bytes()
+    load(tmp_path / "a.pb", content[: len(content) // 2], refuses, "a field of")
+
+
+def test_all_that_is_wrong_with_a_graph_is_said_at_once(graph, tmp_path, refuses):
+    nodes = dict(graph)
+    del nodes["mixed_10/tower/mixed/conv_1/conv2d_params"], nodes["softmax/biases"]
+    for name, array in (
+        ("conv/conv2d_params", np.zeros((3, 3, 1, 2))),
+        ("conv_1/batchnorm/beta", np.full(32, np.nan)),
+    ):
+        nodes[name] = constant(name, array)
+    content = b"".join(nodes.values())
+    for got in (
+        "missing: mixed_10/tower/mixed/conv_1/conv2d_params, softmax/biases",
+        "conv/conv2d_params float32 (3, 3, 1, 2), not float32 (3, 3, 3, 32)",
+        "conv_1/batchnorm/beta with values that no such tensor has",
+    ):
+        load(tmp_path / "a.pb", content, refuses, got)
+
+
+def test_all_that_is_wrong_with_safetensors_is_said_at_once(
+    variables, tmp_path, refuses
+):
+    tensors = flat(variables)
+    kernel = tensors.pop("mixed/tower/conv/kernel")
+    tensors["mixed/tower/conv/weight"] = kernel
+    tensors["softmax/kernel"] = tensors["softmax/kernel"].T.copy()
+    tensors["conv/bias"] = tensors["conv/bias"].astype(np.float16)
+    tensors["conv_1/var"] = -tensors["conv_1/var"]
+    content = safetensors.numpy.save(tensors)
+    for got in (
+        "missing: mixed/tower/conv/kernel",
+        "unknown: mixed/tower/conv/weight",
+        "softmax/kernel float32 (1008, 2048), not float32 (2048, 1008)",
+        "conv/bias float16 (32,), not float32 (32,)",
+        "conv_1/var with values",
+    ):
+        load(tmp_path / "a.safetensors", content, refuses, got)
+    load(tmp_path / "a.safetensors", content[:-9], refuses, "SafetensorError")
+
+
+def test_a_tensor_too_many_is_refused(variables, tmp_path, refuses):
+    content = safetensors.numpy.save({**flat(variables), "aux": np.zeros(2)})
+    load(tmp_path / "a.safetensors", content, refuses, "unknown: aux.")
+
+
+class Canary:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("head", [b"", MAGIC], ids=["plain", "pytorch"])
+@pytest.mark.parametrize(
+    "name", ["a.pkl", "a.pickle", "a.pb", "a.safetensors", "a.pth"]
+)
+def test_pickle_is_refused_and_not_run(tmp_path, name, head, protocol):
+    """Under any name, and behind what PyTorch's files of old begin with."""
+    canary, path = tmp_path / "canary", tmp_path / name
+    path.write_bytes(head + pickle.dumps(Canary(canary), protocol))
+    # Protocols 0 and 1 are text without a mark of their own.
+    known = not head and (protocol > 1 or name in ("a.pkl", "a.pickle"))
+    message = r"got a pickle.* It was not run\." if known else r"must .*; got "
+    with pytest.raises(DataError, match=message):
+        inception_weights.load(path)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        (b"", "begins with b''"),
+        (b"<html>no such file", "<html>"),
+        (b"\x1f\x8b\x08\x00 cut off", "Error"),
+        (b"PK\x03\x04 an npz file", "begins with b'PK"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, refuses, content, got):
+    load(tmp_path / "a.pb", content, refuses, got)
+
+
+def test_archive_without_the_graph_is_refused(tmp_path, refuses):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("LICENSE"), io.BytesIO())
+    load(tmp_path / "a.tgz", buffer.getvalue(), refuses, "an archive without it")
+
+
+def test_missing_file_is_named(tmp_path, refuses):
+    with refuses(str(tmp_path / "a.pb")):
+        inception_weights.load(tmp_path / "a.pb")
+
+
+def test_huge_file_is_not_read(tmp_path, refuses):
+    path = tmp_path / "a.pb"
+    with path.open("wb") as file:
+        file.truncate(2**40)
+    with refuses(str(2**40)):
+        inception_weights.load(path)
+
+
+# Digests, saving, finding.
+
+
+def test_digest_in_the_name_is_held_to(variables, tmp_path, refuses):
+    content = safetensors.numpy.save(flat(variables))
+    digest = hashlib.sha256(content).hexdigest()
+    load(tmp_path / "pt_inception-2015-12-05-6726825d.pth", content, refuses, digest)
+    path = tmp_path / f"pt_inception-2015-12-05-{digest[:8]}.pth"
+    path.write_bytes(content)
+    assert inception_weights.load(path).sha256 == digest
+
+
+def test_saved_file_holds_the_same(variables, tmp_path):
+    path = tmp_path / "new" / "a.safetensors"
+    digest = inception_weights.save(variables, path)
+    weights = inception_weights.load(path)
+    assert (weights.sha256, weights.format) == (digest, "safetensors")
+    assert_same(weights.variables, variables)
+    assert inception_weights.save(weights.variables, path) == digest
+    assert [p.name for p in path.parent.iterdir()] == ["a.safetensors"]
+
+
+def test_other_variables_are_not_saved(variables, tmp_path, refuses):
+    params = {k: v for k, v in variables["params"].items() if k != "conv"}
+    with refuses("missing: conv/bias, conv/kernel, conv/scale"):
+        inception_weights.save({**variables, "params": params}, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_interrupted_save_leaves_what_was_there(
+    variables, tmp_path, refuses, monkeypatch
+):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"old")
+
+    def full(self, content):
+        with self.open("wb") as file:
+            file.write(content[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(path), "write_bytes", full)
+    with refuses("No space left"):
+        inception_weights.save(variables, path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_command_converts(graph_file, variables, tmp_path, capsys):
+    out = tmp_path / "a.safetensors"
+    assert convert_inception.main([str(graph_file), str(out)]) == 0
+    printed = capsys.readouterr().out
+    for path in (graph_file, out):
+        assert hashlib.sha256(path.read_bytes()).hexdigest() in printed
+    assert "graphdef" in printed
+    assert "23,850,960 parameters" in printed
+    assert_same(inception_weights.load(out).variables, variables)
+    with pytest.raises(ConfigError, match=r"must end in \.safetensors; got"):
+        convert_inception.main([str(graph_file), str(tmp_path / "a.pkl")])
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(inception_weights.VARIABLE, raising=False)
+    return tmp_path / "diffusion_jax"
+
+
+def test_weights_are_found(cache, tmp_path, monkeypatch, refuses):
+    with refuses(inception_weights.FILES[0]):
+        inception_weights.find()
+    cache.mkdir()
+    for name in reversed(inception_weights.FILES):
+        (cache / name).touch()
+        assert inception_weights.find(download=True) == cache / name
+    monkeypatch.setenv(inception_weights.VARIABLE, str(tmp_path / "b"))
+    with refuses(str(tmp_path / "b")):
+        inception_weights.find()
+    (tmp_path / "b").touch()
+    assert inception_weights.find() == tmp_path / "b"
+    with refuses("elsewhere"):
+        inception_weights.find("elsewhere")
+    (tmp_path / "a").touch()
+    assert inception_weights.find(tmp_path / "a") == tmp_path / "a"
+
+
+def test_download_is_noted_and_held_to_its_digest(cache, monkeypatch, refuses):
+    """No digest is published: the first one seen counts."""
+
+    def fetch(url, path, *, sha256):
+        assert (url, sha256) == (inception_weights.URL, None)
+        path.parent.mkdir()
+        path.write_bytes(b"graph")
+        return path
+
+    monkeypatch.setattr(inception_weights, "fetch", fetch)
+    digest = hashlib.sha256(b"graph").hexdigest()
+    with pytest.warns(UserWarning, match=digest):
+        path = inception_weights.find(download=True)
+    assert path == cache / "classify_image_graph_def.pb"
+    noted = path.with_name(f"{path.name}.sha256")
+    assert noted.read_text() == f"{digest}  {path.name}\n"
+    path.write_bytes(b"other")
+    with refuses(hashlib.sha256(b"other").hexdigest()):
+        inception_weights.load(path)
