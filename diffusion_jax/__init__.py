@@ -10,9 +10,9 @@ The mathematics, each module resting only on those above it:
 
 The machinery, which knows nothing of diffusion:
 
-  nets        the networks (Flax): unet
+  nets        the networks (Flax): unet, inception, classifier
   training    state (the training step), parallel, data, checkpoint
-  evaluation  images (grids, strips and plots)
+  evaluation  metrics (FID and others), moments, images (grids, strips and plots)
 """
 
 from diffusion_jax import gaussian, likelihood, losses, samplers, schedule

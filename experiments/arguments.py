@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -47,6 +48,34 @@ def parse(argv: Sequence[str], *, prog: str) -> config.Config:
     return chosen
 
 
+def join_hosts() -> None:
+    """Joins the other hosts of a job, where the environment names a coordinator.
+
+    JAX_COORDINATOR_ADDRESS, and JAX_NUM_PROCESSES and JAX_PROCESS_ID where JAX cannot
+    tell them from the cluster's own environment. Only the first host prints.
+
+    Raises:
+      ConfigError: the two numbers are not numbers.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address is None:
+        return
+    import jax
+
+    given = [os.environ.get(n) for n in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
+    try:
+        count, index = (None if text is None else int(text) for text in given)
+    except ValueError as error:
+        raise config.ConfigError(
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers; got "
+            f"{given[0]!r} and {given[1]!r}. Leave them out where JAX detects the "
+            "cluster."
+        ) from error
+    jax.distributed.initialize(address, count, index)
+    if jax.process_index():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
 def guarded(main: Callable[[Sequence[str]], int]) -> None:
     """Runs a command and leaves with its exit code; 2 and one message for bad input."""
     from diffusion_jax.training.checkpoint import CheckpointError
@@ -56,6 +85,7 @@ def guarded(main: Callable[[Sequence[str]], int]) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
     expected: tuple[Any, ...] = (config.ConfigError, CheckpointError, DataError)
     try:
+        join_hosts()
         code = main(sys.argv[1:])
     except expected as error:
         print(f"error: {error}", file=sys.stderr)

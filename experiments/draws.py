@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from diffusion_jax.evaluation import images
@@ -39,6 +40,8 @@ def to_disk(
 ) -> np.ndarray:
     """Returns uint8 samples, [count, H, W, C], drawing those that are not there yet.
 
+    All devices of all hosts draw; only the first host gets the samples.
+
     The file is named after all that decides what is in it, so that other weights or
     another sampler never meet old samples.
 
@@ -66,25 +69,35 @@ def to_disk(
     done = 0
     if path.exists() and record.exists():
         done = json.loads(record.read_text())["done"]
-    folder.mkdir(parents=True, exist_ok=True)
-    mode: Any = "r+" if done else "w+"
-    array = np.lib.format.open_memmap(path, mode, np.uint8, shape)
+    # Every host draws its part of each batch; the first one knows and writes.
+    hosts, host = jax.process_count(), jax.process_index()
+    if hosts > 1:
+        done = int(multihost_utils.broadcast_one_to_all(np.asarray(done)))
+    array: Any = np.zeros(0, np.uint8)
+    if host == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        mode: Any = "r+" if done else "w+"
+        array = np.lib.format.open_memmap(path, mode, np.uint8, shape)
     if done == count:
         return array
     if done:
         print(f"going on from sample {done:,} of {count:,}")
-    size = min(batch_size, count)
-    draw = build.make_draw(
-        config, size, parallel.make_mesh(), steps=steps, variance=variance
-    )
-    key = jax.random.key(seed)
-    bar = tqdm(total=count, initial=done, unit="image", disable=not sys.stderr.isatty())
+    share = -(-min(batch_size, count) // hosts)
+    mesh = parallel.local_mesh()
+    draw = build.make_draw(config, share, mesh, steps=steps, variance=variance)
+    params, key = jax.tree.map(np.asarray, params), jax.random.key(seed)
+    quiet = host > 0 or not sys.stderr.isatty()
+    bar = tqdm(total=count, initial=done, unit="image", disable=quiet)
     with bar:
-        for first in range(done, count, size):
-            batch = images.to_uint8(draw(params, key, first)[: count - first])
-            array[first : first + len(batch)] = batch
-            # The samples reach the disk before the note that says they are there.
-            array.flush()
-            runs.write_json(record, {**about, "done": first + len(batch)})
+        for first in range(done, count, share * hosts):
+            batch = images.to_uint8(draw(params, key, first + host * share))
+            if hosts > 1:
+                batch = multihost_utils.process_allgather(batch, tiled=True)
+            batch = batch[: count - first]
+            if host == 0:
+                array[first : first + len(batch)] = batch
+                # The samples reach the disk before the note that says they are there.
+                array.flush()
+                runs.write_json(record, {**about, "done": first + len(batch)})
             bar.update(len(batch))
     return array

@@ -85,17 +85,19 @@ def main(argv: Sequence[str]) -> int:
     print(
         f"{run.folder} by {extractor.name}, sha256 {extractor.details['sha256'][:16]}"
     )
-    real = references(config, dataset, extractor, options)
-    scores: list[dict[str, Any]] = []
-    about: dict[str, Any] = {}
-    fake: np.ndarray | None = None
+    known = given_reference(options, extractor)
+    drawn: list[np.ndarray] = []
+    about: dict[str, Any] = {"samples": options.samples}
     for seed in range(options.seed, options.seed + options.seeds):
         if given is None:
             fake, about = draw(run, config, options, count, seed)
+            drawn.append(fake)
         else:
-            fake, about = given, {"samples": options.samples}
-        scores.append(score(extractor, real, fake, options))
-    assert fake is not None  # there is at least one seed
+            drawn.append(given)
+    if jax.process_index():
+        return 0  # the first host has all samples, and does the rest
+    real = known or references(config, dataset, extractor, options)
+    scores = [score(extractor, real, fake, options) for fake in drawn]
     result = summary(extractor, real, scores, about, options, count, config)
     show(result, extractor)
     out = run.folder / "eval"
@@ -105,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
     runs.write_json(written, result)
     if "train" in real:
         path = out / f"neighbours{'_' * bool(kind)}{kind}.png"
-        picture = neighbours(real["train"], dataset, extractor, fake, options)
+        picture = neighbours(real["train"], dataset, extractor, drawn[-1], options)
         images.save(picture, path)
         print(f"nearest training images, by pixels and by features: {path}")
     print(f"written: {written}")
@@ -148,24 +150,35 @@ def load_samples(options: Options, config: Config) -> np.ndarray | None:
     return np.asarray(found.images[np.arange(len(found.images))])
 
 
+def given_reference(
+    options: Options, extractor: extractors.Extractor
+) -> dict[str, reference.Reference] | None:
+    """Returns the statistics in the file that was named, if one was.
+
+    Raises:
+      ConfigError: they are those of another extractor.
+    """
+    if options.reference is None:
+        return None
+    mean, covariance = moments.load_reference(options.reference)
+    if len(mean) != extractor.dimension:
+        raise ConfigError(
+            f"the reference must be of {extractor.dimension} features, those of "
+            f"{extractor.name}; got {len(mean)} in {options.reference}. Make it with "
+            "the same extractor."
+        )
+    none, nothing = np.zeros((0, len(mean)), np.float32), np.zeros(0, np.int64)
+    known = reference.Reference(mean, covariance, 0, nothing, none, float("nan"))
+    return {"reference": known}
+
+
 def references(
     config: Config,
     dataset: data.Dataset,
     extractor: extractors.Extractor,
     options: Options,
 ) -> dict[str, reference.Reference]:
-    """Returns the statistics to compare with, by split: computed, cached or given."""
-    if options.reference is not None:
-        mean, covariance = moments.load_reference(options.reference)
-        if len(mean) != extractor.dimension:
-            raise ConfigError(
-                f"the reference must be of {extractor.dimension} features, those of "
-                f"{extractor.name}; got {len(mean)} in {options.reference}. Make it "
-                "with the same extractor."
-            )
-        none, nothing = np.zeros((0, len(mean)), np.float32), np.zeros(0, np.int64)
-        given = reference.Reference(mean, covariance, 0, nothing, none, float("nan"))
-        return {"reference": given}
+    """Returns the statistics of the run's real images, by split."""
     splits = {"train": dataset}
     with contextlib.suppress(data.DataError):  # not every source has test images
         splits["test"] = build.load_data(config, split="test")
@@ -295,7 +308,7 @@ def show(result: dict[str, Any], extractor: extractors.Extractor) -> None:
         name = "the same of one half of train vs other"
         print(f"  {name:<38} {halves:10.4f}")
     print(f"against {'; '.join(result['reference'].values())}")
-    if "samples" in result:
+    if result.get("samples"):
         print(f"{result['count']:,} samples from {result['samples']}")
         return
     print(

@@ -81,7 +81,7 @@ def _inception(path: str | None, download: bool, preprocessing: str) -> Extracto
         loaded = inception_weights.load(inception_weights.find(path, download=download))
     for note in notes:
         print(f"note: {note.message}")
-    net, mesh = inception.Inception(preprocessing=preprocessing), parallel.make_mesh()
+    net, mesh = inception.Inception(preprocessing=preprocessing), parallel.local_mesh()
     variables = jax.device_put(loaded.variables, parallel.replicated(mesh))
     compiled = jax.jit(net.apply)
 
@@ -89,7 +89,7 @@ def _inception(path: str | None, download: bool, preprocessing: str) -> Extracto
         # Filled up to what the devices can share, and cut again.
         short = -len(images) % mesh.size
         padded = np.pad(images, ((0, short), (0, 0), (0, 0), (0, 0)), mode="edge")
-        seen: Any = compiled(variables, parallel.shard(padded, mesh))
+        seen: Any = compiled(variables, jax.device_put(padded, parallel.sharded(mesh)))
         return tuple(np.asarray(x)[: len(images)] for x in seen)  # type: ignore[return-value]
 
     details = {

@@ -48,6 +48,13 @@ def make_mesh(devices: int | None = None) -> Mesh:
     )
 
 
+def local_mesh() -> Mesh:
+    """Returns a mesh with one axis, "data", over the devices of this host alone."""
+    found = jax.local_devices()
+    axis_types = (AxisType.Auto,)
+    return jax.make_mesh((len(found),), (AXIS,), axis_types=axis_types, devices=found)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding that holds a copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
