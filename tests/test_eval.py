@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -294,3 +295,57 @@ def test_two_hosts_give_what_one_gives(run, tmp_path):
     name = "fd_digits_classifier vs train"
     np.testing.assert_allclose(two[name]["mean"], one[name]["mean"], rtol=1e-2)
     assert np.abs(np.load(alone) - expected).max() <= 1
+
+
+def test_a_frechet_distance_is_called_fid_only_where_it_is_one():
+    made = eval_fid.extractors.Extractor("inception", 2048, None, {})
+    assert made.distance(50_000) == "FID"
+    assert made.distance(10_000) == "FID@10000"
+    assert made._replace(name="digits_classifier").distance(50_000) == (
+        "fd_digits_classifier"
+    )
+
+
+@pytest.mark.parametrize("shape", [(80, 16, 16, 1), (80, 8, 8, 3), (80, 8, 4, 1)])
+def test_samples_of_another_shape_are_refused(run, shape, tmp_path):
+    np.savez(tmp_path / "x.npz", images=np.zeros(shape, np.uint8))
+    with pytest.raises((ConfigError, data.DataError), match="must"):
+        eval_fid.main([str(run.folder), "--samples", f"npz:{tmp_path / 'x.npz'}"])
+
+
+def test_an_empty_folder_of_samples_is_refused(run, tmp_path):
+    with pytest.raises(data.DataError, match=str(tmp_path)):
+        eval_fid.main([str(run.folder), "--samples", f"folder:{tmp_path}"])
+
+
+def test_inception_is_used_where_its_weights_are(run, tmp_path, monkeypatch):
+    from diffusion_jax.nets import inception, inception_weights
+
+    net = inception.Inception()
+    shapes = jax.eval_shape(net.init, jax.random.key(0), np.zeros((1, 8, 8, 1)))
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda s: (
+            (1 + 0.1 * rng.normal(size=s.shape)).astype(np.float32)
+            if len(s.shape) == 1
+            else (rng.normal(size=s.shape) / np.prod(s.shape[:-1]) ** 0.5).astype("f")
+        ),
+        shapes,
+    )
+    path = tmp_path / "weights.safetensors"
+    sha256 = inception_weights.save(variables, path)
+    config, dataset = runs.read_config(run), digits_images()
+    choose = eval_fid.extractors.choose
+    assert choose("auto", config, dataset).name == "digits_classifier"
+    made = choose("auto", config, dataset, weights=str(path))
+    assert (made.name, made.dimension) == ("inception", 2048)
+    assert made.details["sha256"] == sha256
+    features, logits = eval_fid.extractors.extract(
+        made, dataset.images[:3], batch_size=2, label="three"
+    )
+    seen = jax.jit(net.apply)(variables, dataset.images[:3])
+    assert features.shape == (3, 2048)
+    np.testing.assert_allclose(features, seen.pool3, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(logits, seen.logits, rtol=1e-3, atol=1e-2)
+    with pytest.raises(ConfigError, match="count must be above 2048"):
+        eval_fid.main([str(run.folder), "--weights", str(path), "--count", "2048"])
