@@ -2,7 +2,7 @@
 
 A rule is a function that returns a `Sampler`, two closures in the manner of optax:
 
-  init(x) -> memory                            what the rule carries from step to step
+  init(x, grid) -> memory                      what the rule carries from step to step
   step(keys, x_t, memory, t, s) -> Step        one step from time t to time s < t
 
 and `sample` drives any of them down a time grid with one `lax.scan`. A grid is a
@@ -39,8 +39,8 @@ class Step(NamedTuple):
 class Sampler(NamedTuple):
     """A sampling rule."""
 
-    init: Callable[[jax.Array], Any]
-    """From x at the start of the grid to the rule's first memory."""
+    init: Callable[[jax.Array, np.ndarray], Any]
+    """From x at the start of the grid, and the whole grid, to the first memory."""
     step: Callable[[jax.Array, jax.Array, Any, jax.Array, jax.Array], Step]
     """From (keys [B], x_t [B, ...], memory, t, s) to a Step; t and s are scalars."""
 
@@ -79,9 +79,6 @@ def ddpm(
     if variance not in gaussian.VARIANCES:
         gaussian.raise_unknown("variance", variance, gaussian.VARIANCES)
 
-    def init(x: jax.Array) -> tuple[()]:
-        return ()
-
     def step(
         keys: jax.Array, x_t: jax.Array, memory: tuple[()], t: jax.Array, s: jax.Array
     ) -> Step:
@@ -91,7 +88,62 @@ def ddpm(
         )
         return Step(x_s, memory, pred.x0)
 
-    return Sampler(init, step)
+    return Sampler(_forgetful(schedule), step)
+
+
+def ddim(
+    denoise: gaussian.Denoiser, schedule: Schedule, *, eta: float = 0.0
+) -> Sampler:
+    """Returns the implicit sampler (Eq. 12, Song et al. 2020).
+
+    x_s = alpha_s x0 + sqrt(sigma_s^2 - v) eps + sqrt(v) z, where v is eta^2 times the
+    variance of the posterior q(x_s | x_t, x0).
+
+    Args:
+      denoise: the network's prediction as a function of (x_t, t).
+      schedule: its noise schedule.
+      eta: share of the posterior's noise: 0 for a deterministic map from noise to
+        data, 1 for `ddpm` with the small variance.
+
+    Raises:
+      ValueError: eta is not in [0, 1].
+
+    >>> from diffusion_jax import schedule
+    >>> lin = schedule.linear(10)
+    >>> rule = ddim(gaussian.denoiser(lambda x, t: 0 * x, lin, "x0"), lin)
+    >>> images = sample(jax.random.key(0), rule, uniform_grid(lin, 2), (1, 2))
+    >>> bool((images == 0).all())
+    True
+    """
+    if not 0.0 <= eta <= 1.0:
+        raise ValueError(
+            f"eta must be from 0 to 1; got {eta}. 0 draws no noise, 1 as much as ddpm."
+        )
+
+    def step(
+        keys: jax.Array, x_t: jax.Array, memory: tuple[()], t: jax.Array, s: jax.Array
+    ) -> Step:
+        pred = denoise(x_t, t)
+        level, prev = schedule(t).like(x_t), schedule(s).like(x_t)
+        # v = eta^2 sigma_s^2 (1 - e^D) with D <= 0: the rest is never negative.
+        share = eta**2 * -jnp.expm1(level.logsnr - prev.logsnr)
+        x_s = prev.alpha * pred.x0 + prev.sigma * jnp.sqrt(1 - share) * pred.eps
+        if eta > 0:
+            noise = gaussian.normal(keys, x_t.shape, x_t.dtype)
+            x_s = x_s + prev.sigma * jnp.sqrt(share) * noise
+        return Step(x_s, memory, pred.x0)
+
+    return Sampler(_forgetful(schedule), step)
+
+
+def _forgetful(schedule: Schedule) -> Callable[[jax.Array, np.ndarray], tuple[()]]:
+    """Returns the init of a rule without memory: it checks that the times exist."""
+
+    def init(x: jax.Array, grid: np.ndarray) -> tuple[()]:
+        schedule(grid)
+        return ()
+
+    return init
 
 
 def uniform_grid(schedule: Schedule, steps: int | None = None) -> np.ndarray:
@@ -118,6 +170,32 @@ def uniform_grid(schedule: Schedule, steps: int | None = None) -> np.ndarray:
     return np.rint(np.linspace(total, 0, steps + 1)).astype(np.int64)
 
 
+def quadratic_grid(schedule: Schedule, steps: int) -> np.ndarray:
+    """Returns [steps + 1] integer times T (i / steps)^2, from T to 0.
+
+    Small steps near the data, large ones near the noise: what DDIM's CIFAR-10 numbers
+    use (App. D.2, Song et al. 2020). Where rounding would repeat a time, the next one
+    up is taken.
+
+    Args:
+      schedule: a discrete schedule.
+      steps: number of steps, at most T.
+
+    Raises:
+      ValueError: steps is not in 1..T.
+
+    >>> from diffusion_jax import schedule
+    >>> quadratic_grid(schedule.linear(1000), 4)
+    array([1000,  562,  250,   62,    0])
+    """
+    uniform = uniform_grid(schedule, steps)  # checks steps
+    times = np.rint(uniform[0] * (np.arange(steps + 1) / steps) ** 2).astype(np.int64)
+    # From data up, each time at least one above the one before.
+    index = np.arange(steps + 1)
+    times = np.maximum.accumulate(times - index) + index
+    return times[::-1].copy()
+
+
 def sample(
     key: jax.Array,
     sampler: Sampler,
@@ -129,7 +207,7 @@ def sample(
 ) -> jax.Array:
     """Returns examples drawn by a rule, [B, ...].
 
-    Compiled once for each sampler object, grid length and shape. To draw with changing
+    Compiled once for each sampler object, grid and shape. To draw with changing
     parameters without compiling again, build the sampler inside a function of the
     parameters and put that under `jit`.
 
@@ -207,15 +285,17 @@ def _run(
             f"start must have the shape of the samples, {tuple(shape)}; got "
             f"{start.shape}. Give one starting point for each example."
         )
-    # A Python integer would be compiled in, and every batch would compile again.
-    return _scan(key, sampler, grid, tuple(shape), start, jnp.asarray(first), record)
+    # `first` as a Python integer would be compiled in, and every batch would compile
+    # again. The grid is, so that a rule may work out its coefficients beforehand.
+    times, first = tuple(grid.tolist()), jnp.asarray(first)
+    return _scan(key, sampler, times, tuple(shape), start, first, record)
 
 
-@partial(jax.jit, static_argnames=("sampler", "shape", "record"))
+@partial(jax.jit, static_argnames=("sampler", "times", "shape", "record"))
 def _scan(
     key: jax.Array,
     sampler: Sampler,
-    grid: jax.Array,
+    times: tuple[float, ...],
     shape: tuple[int, ...],
     start: jax.Array | None,
     first: jax.Array,
@@ -226,6 +306,7 @@ def _scan(
     x = gaussian.normal(fold(keys, 0), shape) if start is None else start
     # Slot k of the record belongs to step record[k]; other steps write past the end,
     # where a write is dropped.
+    grid = np.asarray(times)
     count = len(grid) - 1
     slots = np.full(count, len(record))
     slots[list(record)] = np.arange(len(record))
@@ -241,7 +322,7 @@ def _scan(
             kept = jax.tree.map(lambda a, b: a.at[slot].set(b, mode="drop"), kept, seen)
         return (new.x, new.memory, kept), None
 
-    carry = (x, sampler.init(x), (empty, empty) if record else ())
+    carry = (x, sampler.init(x, grid), (empty, empty) if record else ())
     steps = (np.arange(count), slots, grid[:-1], grid[1:])
     (x, _, kept), _ = jax.lax.scan(body, carry, steps)
     return x, kept

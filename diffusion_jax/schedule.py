@@ -232,22 +232,22 @@ def vp(*, beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
 
 
 def _lookup(log_alpha: ArrayLike, logsnr: ArrayLike, t: ArrayLike) -> NoiseLevel:
-    t = jnp.asarray(t)
     last = np.shape(log_alpha)[0] - 1
-    if not jnp.issubdtype(t.dtype, jnp.integer):
+    # What is known is checked as NumPy: inside a trace JAX would trace the check too.
+    known = t if isinstance(t, jax.core.Tracer) else np.asarray(t)
+    if not jnp.issubdtype(known.dtype, jnp.integer):
         raise ValueError(
             f"t of a discrete schedule must be an integer in 0..{last}; got dtype "
-            f"{t.dtype}. Cast it, or use a continuous schedule such as vp."
+            f"{known.dtype}. Cast it, or use a continuous schedule such as vp."
         )
-    if not isinstance(t, jax.core.Tracer) and t.size:
-        # In NumPy: inside a trace, JAX would trace these reductions of a constant too.
-        known = np.asarray(t)
+    if isinstance(known, np.ndarray) and known.size:
         low, high = int(known.min()), int(known.max())
         if low < 0 or high > last:
             raise ValueError(
                 f"t must be in 0..{last}; got values from {low} to {high}. "
                 "t = 0 is data and t = T is noise."
             )
+    t = jnp.asarray(t)
     # Under a trace nothing can be raised: an index outside reads nan. Negative ones
     # are sent past the end first, since they would wrap around.
     index = jnp.where(t < 0, last + 1, t.astype(int))

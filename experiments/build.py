@@ -160,10 +160,16 @@ def make_step(config: Config, mesh: jax.sharding.Mesh) -> state.StepFn:
     return parallel.data_parallel(step, mesh, strategy=strategy)
 
 
-def make_sampler(
-    config: Config, params: Any, *, variance: str | None = None
-) -> samplers.Sampler:
-    """Returns ancestral sampling with these parameters."""
+def make_grid(config: Config) -> np.ndarray:
+    """Returns the times that a chain goes through, from T to 0."""
+    levels, steps = make_schedule(config), config.sample.steps
+    if config.sample.grid == "uniform":
+        return samplers.uniform_grid(levels, steps)
+    return samplers.quadratic_grid(levels, steps or config.diffusion.num_steps)
+
+
+def make_sampler(config: Config, params: Any) -> samplers.Sampler:
+    """Returns the sampling rule with these parameters."""
     net = make_network(config, looped=True)
     levels, diffusion = make_schedule(config), config.diffusion
     denoise = gaussian.denoiser(
@@ -173,41 +179,48 @@ def make_sampler(
         clip=config.sample.clip,
         learned_variance=diffusion.variance == "learned",
     )
-    return samplers.ddpm(denoise, levels, variance=variance or diffusion.variance)
+    if config.sample.sampler == "ddim":
+        return samplers.ddim(denoise, levels, eta=config.sample.eta)
+    variance = config.sample.variance or diffusion.variance
+    return samplers.ddpm(denoise, levels, variance=variance)
 
 
 def make_draw(
-    config: Config,
-    count: int,
-    mesh: jax.sharding.Mesh | None = None,
-    *,
-    steps: int | None = None,
-    variance: str | None = None,
+    config: Config, count: int, mesh: jax.sharding.Mesh
 ) -> Callable[..., np.ndarray]:
     """Returns a function of (params, key, first) that draws `count` images.
 
     Compiled once, whatever the parameters; image i depends on (key, first + i) alone.
     The result is float, [count, H, W, C], about [-1, 1].
     """
-    levels = make_schedule(config)
-    grid = samplers.uniform_grid(levels, steps or config.sample.steps)
-    size = config.data.image_size
-    spread = mesh is not None and count % mesh.size == 0
-    out = parallel.sharded(mesh) if mesh is not None and spread else None
+    grid, size = make_grid(config), config.data.image_size
+    # Devices that cannot share the images equally draw all of them each.
+    spread = count % mesh.size == 0
+    out = parallel.sharded(mesh) if spread else parallel.replicated(mesh)
 
     @jax.jit
     def draw(params: Any, key: jax.Array, first: jax.Array) -> jax.Array:
-        sampler = make_sampler(config, params, variance=variance)
+        sampler = make_sampler(config, params)
         shape = (count, size, size, config.data.channels)
         images = samplers.sample(key, sampler, grid, shape, first=first)
-        if out is not None:
-            images = jax.lax.with_sharding_constraint(images, out)
-        return images
+        return jax.lax.with_sharding_constraint(images, out)
 
     def drawn(params: Any, key: jax.Array, first: int = 0) -> np.ndarray:
         return np.asarray(draw(params, key, jnp.asarray(first)))
 
     return drawn
+
+
+def describe_sampling(config: Config) -> dict[str, Any]:
+    """Returns what has to be known of samples beside the weights and the seed."""
+    how = config.sample
+    steps = len(make_grid(config)) - 1
+    about: dict[str, Any] = {"sampler": how.sampler, "steps": steps, "grid": how.grid}
+    if how.sampler == "ddim":
+        about["eta"] = how.eta
+    else:
+        about["variance"] = how.variance or config.diffusion.variance
+    return about | {"clip": how.clip}
 
 
 def load_data(config: Config, *, split: str = "train") -> data.Dataset:

@@ -139,8 +139,16 @@ class Sample:
     """Steps between two grids; the last step always has one."""
     count: int = 64
     """Images in a grid."""
+    sampler: Literal["ddpm", "ddim"] = "ddpm"
+    """Sampling rule."""
     steps: int | None = None
     """Reverse steps; all T when not given."""
+    grid: Literal["uniform", "quadratic"] = "uniform"
+    """Which times the steps go through: evenly spaced, or denser near the data."""
+    variance: Literal["small", "large", "learned"] | None = None
+    """Variance of the reverse steps of ddpm; diffusion.variance when not given."""
+    eta: float = 0.0
+    """Noise of ddim, from 0 (none) to 1 (as much as ddpm)."""
     clip: bool = True
     """Whether each predicted image is clipped to [-1, 1]."""
 
@@ -159,6 +167,22 @@ class Config:
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
     sample: Sample = field(default_factory=Sample)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a command draws samples: what is given replaces what the run has."""
+
+    sampler: Literal["ddpm", "ddim"] | None = None
+    """Sampling rule; the configured one when not given, as for all that follow."""
+    steps: int | None = None
+    """Reverse steps."""
+    grid: Literal["uniform", "quadratic"] | None = None
+    """Which times the steps go through: evenly spaced, or denser near the data."""
+    variance: Literal["small", "large", "learned"] | None = None
+    """Variance of the reverse steps of ddpm."""
+    eta: float | None = None
+    """Noise of ddim, from 0 (none) to 1 (as much as ddpm)."""
 
 
 # Fields that may differ between the run that wrote a checkpoint and the one that goes
@@ -189,6 +213,19 @@ def replace(config: Config, section: str, **fields: Any) -> Config:
     """
     changed = dataclasses.replace(getattr(config, section), **fields)
     return dataclasses.replace(config, **{section: changed})
+
+
+def with_sampling(config: Config, sampling: Sampling) -> Config:
+    """Returns the configuration with another way to sample.
+
+    Raises:
+      ConfigError: a value out of range.
+    """
+    given = dataclasses.asdict(sampling)
+    chosen = {name: value for name, value in given.items() if value is not None}
+    changed = replace(config, "sample", **chosen)
+    validate(changed)
+    return changed
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -268,6 +305,10 @@ def validate(config: Config) -> None:
     if not 0 < diffusion.beta_start <= diffusion.beta_end < 1:
         ends = f"{diffusion.beta_start} and {diffusion.beta_end}"
         _fail("diffusion.beta_start and beta_end", "0 < start <= end < 1", ends)
+    if config.sample.variance == "learned" and diffusion.variance != "learned":
+        _fail("sample.variance", "one that the network was trained for", "learned")
+    if not 0 <= config.sample.eta <= 1:
+        _fail("sample.eta", "from 0 to 1", config.sample.eta)
     if diffusion.variance == "learned" and diffusion.loss != "vlb":
         _fail("diffusion.loss", "vlb where the variance is learned", diffusion.loss)
     for name in ("ema_decay", "b2"):

@@ -34,8 +34,6 @@ def to_disk(
     *,
     count: int,
     seed: int,
-    steps: int,
-    variance: str,
     batch_size: int,
 ) -> np.ndarray:
     """Returns uint8 samples, [count, H, W, C], drawing those that are not there yet.
@@ -47,21 +45,17 @@ def to_disk(
 
     Args:
       folder: where the samples go.
-      config: of the run.
+      config: of the run, with the way to sample.
       params: the weights to draw with.
       count: how many images.
       seed: of the noise; image i depends on (seed, i) alone.
-      steps: reverse steps.
-      variance: of the reverse steps.
       batch_size: images at a time.
     """
     about = {
         "weights": digest(params),
         "seed": seed,
         "count": count,
-        "steps": steps,
-        "variance": variance,
-        "clip": config.sample.clip,
+        **build.describe_sampling(config),
     }
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     path, record = folder / f"{name}.npy", folder / f"{name}.json"
@@ -84,7 +78,7 @@ def to_disk(
         print(f"going on from sample {done:,} of {count:,}")
     share = -(-min(batch_size, count) // hosts)
     mesh = parallel.local_mesh()
-    draw = build.make_draw(config, share, mesh, steps=steps, variance=variance)
+    draw = build.make_draw(config, share, mesh)
     params, key = jax.tree.map(np.asarray, params), jax.random.key(seed)
     quiet = host > 0 or not sys.stderr.isatty()
     bar = tqdm(total=count, initial=done, unit="image", disable=quiet)

@@ -20,7 +20,7 @@ from sklearn.neighbors import NearestNeighbors
 from diffusion_jax.evaluation import images, metrics, moments
 from diffusion_jax.training import data, parallel
 from experiments import arguments, build, draws, extractors, reference, runs, sample
-from experiments.config import Config, ConfigError
+from experiments.config import Config, ConfigError, Sampling, with_sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +47,9 @@ class Options:
     """Sets of samples to evaluate, with seeds following each other: the error bar."""
     seed: int = 0
     """Of the first set."""
-    steps: int | None = None
-    """Reverse steps; what the run was configured with when not given."""
-    variance: Literal["small", "large", "learned"] | None = None
-    """Variance of the reverse steps; the configured one when not given."""
+    how: tyro.conf.OmitArgPrefixes[Sampling] = dataclasses.field(
+        default_factory=Sampling
+    )
     batch_size: int = 64
     """Images at a time, over all devices."""
     raw: bool = False
@@ -67,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
         Options, args=argv, prog="python -m experiments.eval_fid", description=__doc__
     )
     run = runs.find(options.run)
-    config = runs.read_config(run)
+    config = with_sampling(runs.read_config(run), options.how)
     dataset = build.load_data(config)
     parallel.persistent_cache(run.folder.parent.resolve() / ".cache")
     extractor = extractors.choose(
@@ -116,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
 
 def validate(options: Options, extractor: extractors.Extractor, count: int) -> None:
     """Raises ConfigError before anything is drawn."""
-    for name in ("seeds", "batch_size", "steps"):
+    for name in ("seeds", "batch_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(
@@ -201,28 +200,21 @@ def draw(
             config, run, raw=options.raw, step=options.step
         )
         kind = "last" if options.raw else "averaged"
-    steps = options.steps or config.sample.steps or config.diffusion.num_steps
-    variance = options.variance or config.diffusion.variance
     drawn = draws.to_disk(
         run.folder / "eval" / "samples",
         config,
         params,
         count=count,
         seed=seed,
-        steps=steps,
-        variance=variance,
         batch_size=options.batch_size,
     )
     about = {
         "weights": kind,
         "weights_sha256": draws.digest(params),
         "training_step": step,
-        "sampler": "ddpm",
-        "steps": steps,
-        "evaluations_per_sample": steps,
-        "variance": variance,
-        "clip": config.sample.clip,
+        **build.describe_sampling(config),
     }
+    about["evaluations_per_sample"] = about["steps"]
     return drawn, about
 
 
@@ -311,10 +303,12 @@ def show(result: dict[str, Any], extractor: extractors.Extractor) -> None:
     if result.get("samples"):
         print(f"{result['count']:,} samples from {result['samples']}")
         return
+    noise = "eta" if "eta" in result else "variance"
+    detail = f"{noise} {result[noise]}, {result['grid']} grid"
     print(
         f"{result['count']:,} samples, seeds {result['seeds']}, {result['weights']} "
         f"weights of step {result['training_step']:,}, {result['steps']} steps of "
-        f"{result['sampler']} (variance {result['variance']}), rounded to uint8"
+        f"{result['sampler']} ({detail}), rounded to uint8"
     )
 
 

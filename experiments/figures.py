@@ -23,20 +23,17 @@ def chain(
     *,
     count: int,
     seed: int,
-    steps: int | None,
-    variance: str | None,
     frames: int = FRAMES,
 ) -> tuple[np.ndarray, samplers.Trajectory]:
     """Returns samples, [count, H, W, C], and their chain at evenly spaced steps."""
-    levels = build.make_schedule(config)
-    grid = samplers.uniform_grid(levels, steps or config.sample.steps)
+    grid = build.make_grid(config)
     size = config.data.image_size
     shape = (count, size, size, config.data.channels)
     chosen = np.unique(np.linspace(0, len(grid) - 2, frames).astype(int)).tolist()
 
     @jax.jit
     def run(params: Any, key: jax.Array) -> Any:
-        sampler = build.make_sampler(config, params, variance=variance)
+        sampler = build.make_sampler(config, params)
         end, seen = samplers.trajectory(key, sampler, grid, shape, chosen)
         return end, seen.x_t, seen.x0
 
@@ -56,15 +53,12 @@ def shared(
     *,
     count: int,
     seed: int,
-    steps: int | None,
-    variance: str | None,
 ) -> Any:
     """Returns Fig. 7: in each row, samples that share x_t and then part.
 
     From top to bottom t is T, 3/4 T, T/2 and T/4. The first picture of a row is x_t.
     """
-    levels = build.make_schedule(config)
-    grid = samplers.uniform_grid(levels, steps or config.sample.steps)
+    grid = build.make_grid(config)
     size = config.data.image_size
     shape = (1, size, size, config.data.channels)
     parts = [int(np.argmin(np.abs(grid - grid[0] * share))) for share in SHARED_AT]
@@ -72,7 +66,7 @@ def shared(
 
     @jax.jit
     def start(params: Any) -> jax.Array:
-        sampler = build.make_sampler(config, params, variance=variance)
+        sampler = build.make_sampler(config, params)
         _, seen = samplers.trajectory(root, sampler, grid, shape, parts)
         return seen.x_t
 
@@ -81,7 +75,7 @@ def shared(
 
         @jax.jit
         def rest(params: Any, x_t: jax.Array, key: jax.Array, part: int = part) -> Any:
-            sampler = build.make_sampler(config, params, variance=variance)
+            sampler = build.make_sampler(config, params)
             many = jnp.broadcast_to(x_t, (count, *shape[1:]))
             return samplers.sample(key, sampler, grid[part:], many.shape, start=many)
 
@@ -97,19 +91,15 @@ def quality(
     *,
     count: int,
     seed: int,
-    steps: int | None,
-    variance: str | None,
 ) -> dict[str, Any]:
     """Writes Fig. 10: how far x0, as seen along the chain, is from the data.
 
     Args:
-      config: of the run.
+      config: of the run, with the way to sample.
       params: the weights.
       folder: where quality.json and quality.png go.
       count: samples; more than the extractor has features.
       seed: of the samples.
-      steps: reverse steps.
-      variance: of the reverse steps.
 
     Raises:
       ConfigError: too few samples.
@@ -122,8 +112,7 @@ def quality(
             f"{extractor.name}; got {count}. Draw more with --count."
         )
     real = reference.of(config, dataset.images, "train", extractor, batch_size=64)
-    options = {"seed": seed, "steps": steps, "variance": variance}
-    end, seen = chain(config, params, count=count, frames=13, **options)  # type: ignore[arg-type]
+    end, seen = chain(config, params, count=count, seed=seed, frames=13)
     name = extractor.distance(count)
     rows = []
     for t, x0 in [*zip(seen.t.tolist(), seen.x0, strict=True), (0, end)]:

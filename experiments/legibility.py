@@ -21,7 +21,7 @@ import tyro
 
 from diffusion_jax.training import parallel
 from experiments import arguments, build, runs, sample
-from experiments.config import ConfigError
+from experiments.config import ConfigError, Sampling, with_sampling
 
 SURE = 0.9
 LEAST_CERTAINTY, LEAST_CLASS, MOST_COPIES = 0.9, 0.04, 0.02
@@ -37,8 +37,9 @@ class Options:
     """Samples to draw."""
     splits: int = 4
     """Ways to halve the real images; certainty is the mean over them."""
-    steps: int | None = None
-    """Reverse steps; what the run was configured with when not given."""
+    how: tyro.conf.OmitArgPrefixes[Sampling] = dataclasses.field(
+        default_factory=Sampling
+    )
     seed: int = 1
     """Of the samples. The grids made in training are seed 0."""
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
             f"{options.count} and {options.splits}. Shares of fewer say nothing."
         )
     run = runs.find(options.run)
-    config = runs.read_config(run)
+    config = with_sampling(runs.read_config(run), options.how)
     dataset = build.load_data(config)
     if dataset.labels is None or not isinstance(dataset.images, np.ndarray):
         raise ConfigError(
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
         )
     parallel.persistent_cache(run.folder.parent.resolve() / ".cache")
     params, step = sample.load_params(config, run)
-    draws = sample.Options(count=options.count, steps=options.steps, seed=options.seed)
+    draws = sample.Options(count=options.count, seed=options.seed)
     samples = np.concatenate(list(sample.draw(config, params, draws)))
 
     real, fake = features(dataset.images), features(samples)

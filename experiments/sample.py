@@ -14,7 +14,7 @@ from tqdm import tqdm
 from diffusion_jax.evaluation import images
 from diffusion_jax.training import checkpoint, parallel
 from experiments import arguments, build, figures, runs
-from experiments.config import Config, ConfigError
+from experiments.config import Config, ConfigError, Sampling, with_sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +31,9 @@ class Options:
     """File (grid, npz) or folder (png); inside the run's folder when not given."""
     columns: int | None = None
     """Images a row of a grid; as square as possible when not given."""
-    steps: int | None = None
-    """Reverse steps; what the run was configured with when not given."""
-    variance: Literal["small", "large", "learned"] | None = None
-    """Variance of the reverse steps; the configured one when not given."""
+    how: tyro.conf.OmitArgPrefixes[Sampling] = dataclasses.field(
+        default_factory=Sampling
+    )
     seed: int = 0
     """Of the noise; image i of a seed is the same whatever the count."""
     batch_size: int = 64
@@ -58,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     )
     validate(options)
     run = runs.find(options.run)
-    config = runs.read_config(run)
+    config = with_sampling(runs.read_config(run), options.how)
     parallel.persistent_cache(run.folder.parent.resolve() / ".cache")
     params, step = load_params(config, run, raw=options.raw, step=options.step)
     kind = "last" if options.raw else "averaged"
@@ -79,8 +78,8 @@ def main(argv: Sequence[str]) -> int:
     print(f"{options.count} images: {out}")
     if options.format == "grid" and options.strip:
         path = out.with_name(f"{out.stem}_denoising.png")
-        how = dataclasses.replace(options, count=min(8, options.count))
-        end, seen = figures.chain(config, params, **chain_options(how))
+        rows = min(8, options.count)
+        end, seen = figures.chain(config, params, count=rows, seed=options.seed)
         print(f"denoising: {images.save(figures.strip(end, seen.x_t), path)}")
     return 0
 
@@ -89,29 +88,23 @@ def draw_figure(config: Config, params: Any, run: runs.Run, options: Options) ->
     """Draws a figure of the paper; returns the exit code."""
     folder = run.folder / "draw"
     if options.figure == "quality":
-        figures.quality(config, params, folder, **chain_options(options))
+        figures.quality(config, params, folder, count=options.count, seed=options.seed)
         print(f"plot: {folder / 'quality.png'}")
         return 0
-    how = chain_options(dataclasses.replace(options, count=min(8, options.count)))
+    rows = min(8, options.count)
     if options.figure == "shared":
-        picture = figures.shared(config, params, **how)
+        picture = figures.shared(config, params, count=rows, seed=options.seed)
     else:
-        end, seen = figures.chain(config, params, **how)
+        end, seen = figures.chain(config, params, count=rows, seed=options.seed)
         picture = figures.strip(end, seen.x0)
     out = options.out or folder / f"{options.figure}.png"
     print(f"{options.figure}: {images.save(picture, out)}")
     return 0
 
 
-def chain_options(options: Options) -> dict[str, Any]:
-    """Returns what decides a chain."""
-    names = ("count", "seed", "steps", "variance")
-    return {name: getattr(options, name) for name in names}
-
-
 def validate(options: Options) -> None:
     """Raises ConfigError where a number is out of range."""
-    for name in ("count", "columns", "batch_size", "steps"):
+    for name in ("count", "columns", "batch_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(
@@ -148,8 +141,6 @@ def draw(config: Config, params: Any, options: Options) -> Iterator[np.ndarray]:
         config,
         size,
         parallel.make_mesh(),
-        steps=options.steps,
-        variance=options.variance,
     )
     key = jax.random.key(options.seed)
     bar = tqdm(total=options.count, unit="image", disable=not sys.stderr.isatty())

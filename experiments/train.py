@@ -120,7 +120,7 @@ def loop(
         while len(waiting) > (0 if saves or draws else 1):
             record(config, run, shown, *waiting.pop(0), pending)
         if saves:
-            checkpoint.save(manager, step + 1, state, {"pending": pending})
+            checkpoint.save(manager, step + 1, state, {"pending": [*pending]})
         if draws:
             write_grid(config, run, draw, state)
         if saves or draws:

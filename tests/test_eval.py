@@ -23,7 +23,7 @@ from experiments import (
     train,
     train_classifier,
 )
-from experiments.config import ConfigError
+from experiments.config import ConfigError, Sampling, with_sampling
 from experiments.configs import digits
 
 SMALL = shlex.split(  # flags as a person types them
@@ -92,9 +92,9 @@ def test_the_training_images_are_at_distance_zero_from_themselves(run, tmp_path)
 
 
 def test_an_interrupted_evaluation_goes_on(run, tmp_path, capsys):
-    config = runs.read_config(run)
+    config = with_sampling(runs.read_config(run), Sampling(steps=3))
     params, _ = sample.load_params(config, run)
-    options = {"count": 10, "seed": 3, "steps": 3, "variance": "small"}
+    options = {"count": 10, "seed": 3}
     whole = draws.to_disk(tmp_path, config, params, batch_size=4, **options)
     record = next(tmp_path.glob("*.json"))
     about = json.loads(record.read_text())
@@ -114,12 +114,13 @@ def test_an_interrupted_evaluation_goes_on(run, tmp_path, capsys):
 
 
 def test_other_weights_never_meet_old_samples(run, tmp_path):
-    config = runs.read_config(run)
-    options = {"count": 4, "seed": 0, "steps": 2, "variance": "small", "batch_size": 4}
-    for raw in (False, True):
-        params, _ = sample.load_params(config, run, raw=raw)
-        draws.to_disk(tmp_path, config, params, **options)
-    assert len(list(tmp_path.glob("*.npy"))) == 2
+    config = with_sampling(runs.read_config(run), Sampling(steps=2))
+    other = with_sampling(config, Sampling(sampler="ddim"))
+    for chosen, raw in ((config, False), (config, True), (other, False)):
+        params, _ = sample.load_params(chosen, run, raw=raw)
+        draws.to_disk(tmp_path, chosen, params, count=4, seed=0, batch_size=4)
+    drawn = [np.load(path).tobytes() for path in tmp_path.glob("*.npy")]
+    assert len(set(drawn)) == 3
 
 
 def test_error_bars_and_untrained_weights(run):
@@ -177,6 +178,9 @@ def test_reference_statistics_are_cached_by_what_made_them(run, monkeypatch):
         ("--count 64", "count must be above 64, the number of features.*got 64"),
         ("--seeds 0", "seeds must be at least 1; got 0"),
         ("--untrained --raw", "untrained must stand alone"),
+        ("--steps 0", "sample.steps must be at least 1; got 0"),
+        ("--sampler ddim --eta 2", "sample.eta must be from 0 to 1; got 2.0"),
+        ("--variance learned", "sample.variance must be one that the network was"),
         ("--samples pictures", "samples must be npz:FILE or folder:FOLDER; got"),
         ("--samples folder:/nowhere", "nowhere"),
         ("--weights /nowhere.pb", "path must name the Inception weights"),

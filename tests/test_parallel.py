@@ -137,7 +137,7 @@ def test_samples_do_not_depend_on_devices_or_batch():
     spread = jax.device_put(params, parallel.replicated(mesh))
     many = build.make_draw(TINY, 8, mesh)(spread, key, 0)
     np.testing.assert_allclose(many, one, atol=1e-5)
-    small = build.make_draw(TINY, 3, None)(params, key, 5)
+    small = build.make_draw(TINY, 3, parallel.make_mesh(1))(params, key, 5)
     np.testing.assert_allclose(small, one[5:], atol=1e-5)
     assert one.std(axis=0).max() > 0.1
 

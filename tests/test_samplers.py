@@ -120,7 +120,7 @@ def test_learned_variance_is_used(x64):
 def countdown():
     """A rule in closed form: x falls by t - s a step, memory counts, x0 is 100 t."""
 
-    def init(x):
+    def init(x, grid):
         return jnp.zeros((), jnp.int32), x
 
     def step(keys, x_t, memory, t, s):
@@ -196,7 +196,7 @@ def test_noise_of_every_step_and_example_is_its_own():
         z = gaussian.normal(keys, x_t.shape, x_t.dtype)
         return samplers.Step(z, memory, z)
 
-    rule = samplers.Sampler(lambda x: (), step)
+    rule = samplers.Sampler(lambda x, grid: (), step)
     grid, shape = np.arange(20, -1, -1), (2000, 2)
     _, path = samplers.trajectory(KEY, rule, grid, shape, range(20))
     noise = np.concatenate([path.x_t, path.x0[-1:]])
@@ -284,6 +284,8 @@ LIN = schedule.linear(10)
     ("call", "got"),
     [
         (lambda: samplers.ddpm(DENOISE, LIN, variance="fixedlarge"), "'fixedlarge'"),
+        (lambda: samplers.ddim(DENOISE, LIN, eta=1.5), "1.5"),
+        (lambda: samplers.quadratic_grid(LIN, 11), "11"),
         (lambda: samplers.uniform_grid(LIN, 11), "11"),
         (lambda: samplers.uniform_grid(LIN, 0), "0"),
         (lambda: samplers.uniform_grid(schedule.vp(), 10), "<function"),
@@ -303,11 +305,17 @@ def test_bad_input_is_refused(call, got, refuses):
         call()
 
 
-@pytest.mark.xfail(strict=True, reason="a Sampler does not know its schedule's times")
-@pytest.mark.parametrize("grid", [[2000, 1000, 0], [10, 0, -1]])
-def test_times_that_the_schedule_does_not_have_are_refused(grid, refuses):
+RULES = {
+    "ddpm": lambda denoise, lin: samplers.ddpm(denoise, lin),
+    "ddim": lambda denoise, lin: samplers.ddim(denoise, lin),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("grid", "got"), [([2000, 0], "2000"), ([10, -1], "-1")])
+def test_times_that_the_schedule_does_not_have_are_refused(rule, grid, got, refuses):
     """Not nan images, an hour later."""
     lin = schedule.linear()
-    rule = samplers.ddpm(gaussian.denoiser(lambda x, t: 0 * x, lin, "eps"), lin)
-    with refuses(str(max(grid, key=abs) if grid[0] > T else -1)):
-        samplers.sample(KEY, rule, np.array(grid), (1, *SHAPE))
+    denoise = gaussian.denoiser(lambda x, t: 0 * x, lin, "eps")
+    with refuses(got):
+        samplers.sample(KEY, RULES[rule](denoise, lin), np.array(grid), (1, *SHAPE))

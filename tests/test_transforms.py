@@ -90,10 +90,25 @@ def _rule(made: schedule.Schedule, variance: str) -> samplers.Sampler:
 def _step(variance: str) -> Callable:
     def fn(keys: jax.Array, x: jax.Array) -> Any:
         rule = _rule(schedule.linear(T), variance)
-        new = rule.step(keys, x, rule.init(x), jnp.asarray(9), jnp.asarray(7))
+        new = rule.step(keys, x, (), jnp.asarray(9), jnp.asarray(7))
         return new.x, new.x0
 
     return fn
+
+
+def _ddim(eta: float) -> Callable:
+    def fn(keys: jax.Array, x: jax.Array) -> Any:
+        made = schedule.linear(T)
+        denoise = gaussian.denoiser(_network, made, "v")
+        rule = samplers.ddim(denoise, made, eta=eta)
+        new = rule.step(keys, x, (), jnp.asarray(9), jnp.asarray(7))
+        return new.x, new.x0
+
+    return fn
+
+
+def _quadratic(x: jax.Array) -> jax.Array:
+    return x * samplers.quadratic_grid(schedule.linear(T), 4)[0]
 
 
 def _sample(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -224,6 +239,8 @@ ROWS = [
         for variance in gaussian.VARIANCES
     ),
     Row("likelihood.bound", _bound, "keys x0"),
+    *(Row("samplers.ddim", _ddim(eta), "keys x", str(eta)) for eta in (0.0, 0.5)),
+    Row("samplers.quadratic_grid", _quadratic, "x"),
     Row("samplers.sample samplers.uniform_grid", _sample, "x index"),
     Row("samplers.trajectory", _trajectory, "x index"),
 ]
