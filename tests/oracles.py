@@ -9,6 +9,7 @@ in 1..T (the authors' index is t - 1), and every table has a row for t = 0, the 
 """
 
 import itertools
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -163,6 +164,31 @@ class NumpyDDPM:
         mean = self.alphas[-1] * x0
         noise = np.log(self.noise[-1])
         return bits_per_dim(normal_kl(mean, noise, np.zeros(()), np.zeros(())))
+
+
+@cache
+def oracle(name: str) -> NumpyDDPM:
+    return NumpyDDPM.named(name)
+
+
+def output_of(
+    kind: str, truth: NumpyDDPM, x0: np.ndarray, eps: np.ndarray, t: np.ndarray
+) -> np.ndarray:
+    """What a perfect network of this kind puts out."""
+    x_t = truth.q_sample(x0, eps, t)
+    alpha, sigma = wide(truth.alphas[t]), wide(truth.sigmas[t])
+    outputs = {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0}
+    return outputs[kind] if kind in outputs else truth.posterior_mean(x0, x_t, t)
+
+
+def draw(seed: int, *shape: int) -> np.ndarray:
+    """Normal numbers without rounding error in float32."""
+    numbers = np.random.default_rng(seed).normal(size=shape)
+    return numbers.astype(np.float32).astype(np.float64)
+
+
+def wide(a: np.ndarray) -> np.ndarray:
+    return np.reshape(a, (-1, 1, 1))
 
 
 def normal_kl(

@@ -4,13 +4,11 @@ A sum of terms that cancel is held to a relative error of its terms, not of itse
 arithmetic could do better with the same inputs.
 """
 
-from functools import cache
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import SCHEDULES, NumpyDDPM, T
+from oracles import SCHEDULES, T, draw, oracle, output_of, wide
 
 from diffusion_jax import gaussian, schedule
 
@@ -25,23 +23,7 @@ STEP_BOUND = {"const": 2e-6, "warmup10": 2e-6, "warmup50": 1.5e-6}
 
 named = pytest.mark.parametrize("name", SCHEDULES)
 
-
-def draw(seed, *shape):
-    """Normal numbers without rounding error in float32."""
-    numbers = np.random.default_rng(seed).normal(size=shape)
-    return numbers.astype(np.float32).astype(np.float64)
-
-
 X0, EPS = np.clip(draw(0, T, 2, 3), -1, 1), draw(1, T, 2, 3)
-
-
-@cache
-def oracle(name):
-    return NumpyDDPM.named(name)
-
-
-def wide(a):
-    return np.reshape(a, (-1, 1, 1))
 
 
 def steps(made):
@@ -159,14 +141,6 @@ def test_constants_of_the_paper(x64):
     np.testing.assert_allclose(np.log(large), [-9.02869, -8.87501], atol=5e-6)
 
 
-def _output(kind, truth, x0, eps, t):
-    """What a perfect network of this kind puts out, by the oracle."""
-    x_t = truth.q_sample(x0, eps, t)
-    alpha, sigma = wide(truth.alphas[t]), wide(truth.sigmas[t])
-    outputs = {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0}
-    return outputs[kind] if kind in outputs else truth.posterior_mean(x0, x_t, t)
-
-
 @jax.jit
 def _readings(made, outputs, x_t):
     level, prev_level = steps(made)
@@ -186,7 +160,7 @@ def _readings(made, outputs, x_t):
 def test_every_kind_reads_into_every_other(name, precision):
     """All pairs: what one output says, said in the terms of another."""
     truth = oracle(name)
-    outputs = {kind: _output(kind, truth, X0, EPS, TIMES) for kind in gaussian.KINDS}
+    outputs = {kind: output_of(kind, truth, X0, EPS, TIMES) for kind in gaussian.KINDS}
     x_t = truth.q_sample(X0, EPS, TIMES)
     preds, again = _readings(SCHEDULES[name](), outputs, x_t)
     alpha, sigma = wide(truth.alphas[1:]), wide(truth.sigmas[1:])
@@ -323,71 +297,6 @@ def test_dtype_of_noise(x64):
     key = jax.random.key(0)
     assert gaussian.normal(key, (2,)).dtype == jnp.float64
     assert gaussian.normal(key, (2,), jnp.float32).dtype == jnp.float32
-
-
-@pytest.mark.parametrize("t", [np.array([1, 500, 1000]), 500])
-@pytest.mark.parametrize("time_shift", [1, 0])
-def test_denoiser_shifts_time(t, time_shift):
-    """Released networks count from 0: at t they are fed t - 1."""
-    seen = []
-
-    def network(x, t):
-        seen.append(t)
-        return 0 * x
-
-    denoise = gaussian.denoiser(network, schedule.linear(), "x0", time_shift=time_shift)
-    denoise(jnp.ones([3, 2]), t)
-    np.testing.assert_array_equal(seen[0], np.broadcast_to(t, 3) - time_shift)
-
-
-def test_denoiser_of_continuous_time():
-    """The level is that of t itself, and so is the time the network sees."""
-    t, made = jnp.array([0.25, 1.0]), schedule.vp()
-    x_t = jnp.ones([2, 3])
-    network = lambda x, t: x * t[:, None]  # noqa: E731
-    pred = gaussian.denoiser(network, made, "v", time_shift=0)(x_t, t)
-    expected = gaussian.predict("v", x_t * t[:, None], x_t, made(t))
-    np.testing.assert_array_equal(pred.x0, expected.x0)
-
-
-@pytest.mark.parametrize("kind", gaussian.KINDS)
-def test_denoiser_clips_x0_and_makes_eps_agree(kind, x64):
-    truth, lin = oracle("linear"), schedule.linear()
-    t, x0 = TIMES[99:900:50], 3 * draw(4, T, 2, 3)[99:900:50]
-    eps = EPS[99:900:50]
-    x_t = jnp.asarray(truth.q_sample(x0, eps, t))
-    output = jnp.asarray(_output(kind, truth, x0, eps, t))
-    for clip, expected in ((False, x0), (True, np.clip(x0, -1, 1))):
-        pred = gaussian.denoiser(lambda *_: output, lin, kind, clip=clip)(x_t, t)
-        np.testing.assert_allclose(pred.x0, expected, rtol=1e-8, atol=1e-8)
-        again = truth.q_sample(np.asarray(pred.x0), np.asarray(pred.eps), t)
-        np.testing.assert_allclose(again, x_t, rtol=1e-9, atol=1e-9)
-        inside = abs(x0) <= 1
-        np.testing.assert_allclose(pred.eps[inside], eps[inside], atol=1e-7)
-    assert np.any(abs(x0) > 1)
-    assert np.any(inside)
-
-
-@pytest.mark.parametrize("clip", [False, True])
-def test_denoiser_splits_off_the_learned_variance(clip):
-    lin, x_t = schedule.linear(), jnp.full([2, 3, 3, 1], 0.5)
-    network = lambda x, t: jnp.concatenate([0 * x, 0 * x - 5], -1)  # noqa: E731
-    denoise = gaussian.denoiser(network, lin, "eps", learned_variance=True, clip=clip)
-    pred = denoise(x_t, 300)
-    assert pred.x0.shape == pred.eps.shape == x_t.shape
-    np.testing.assert_array_equal(pred.log_variance, jnp.full(x_t.shape, -5.0))
-    np.testing.assert_array_equal(
-        gaussian.learned_log_variance(pred), pred.log_variance
-    )
-    plain = gaussian.denoiser(lambda x, t: 0 * x, lin, "eps", clip=clip)(x_t, 300)
-    assert plain.log_variance is None
-    np.testing.assert_array_equal(plain.x0, pred.x0)
-
-
-def test_denoiser_of_a_bfloat16_network():
-    network = lambda x, t: x.astype(jnp.bfloat16)  # noqa: E731
-    pred = gaussian.denoiser(network, schedule.linear(), "eps")(jnp.ones([1, 2]), 10)
-    assert pred.x0.dtype == pred.eps.dtype == jnp.float32
 
 
 def test_reverse_step_has_finite_gradients_down_to_data(x64):

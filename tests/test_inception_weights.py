@@ -1,22 +1,19 @@
-"""Inception weights from files of every format, whole and damaged.
-
-Graphs are Protocol Buffers, written here by hand.
-"""
+"""Inception weights from files of every format, whole and damaged."""
 
 import hashlib
 import io
 import itertools
 import pickle
-import struct
 import tarfile
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from graph_writer import OTHERS, constant
 from peers import make_inception_golden as golden
 
-from diffusion_jax.nets import graphdef, inception_weights
+from diffusion_jax.nets import inception_weights
 from diffusion_jax.training.formats import DataError
 from experiments import convert_inception
 from experiments.config import ConfigError
@@ -48,64 +45,6 @@ def assert_same(actual, expected):
         np.testing.assert_array_equal(a, b)
 
 
-def varint(n):
-    out = b""
-    while n > 127:
-        out, n = out + bytes([n % 128 + 128]), n // 128
-    return out + bytes([n])
-
-
-def field(number, content):
-    """A field of a message: a number, or bytes."""
-    if isinstance(content, int):
-        return varint(8 * number) + varint(content)
-    return varint(8 * number + 2) + varint(len(content)) + content
-
-
-def tensor_proto(array, *, how="content"):
-    dims = b"".join(field(2, field(1, n)) for n in array.shape)
-    raw = np.asarray(array, "<f4").tobytes()
-    values = {
-        "content": lambda: field(4, raw),
-        "packed": lambda: field(5, raw),
-        "listed": lambda: b"".join(
-            varint(8 * 5 + 5) + raw[i : i + 4] for i in range(0, len(raw), 4)
-        ),
-        "first": lambda: field(5, raw[:4]),
-        "none": lambda: b"",
-    }
-    return field(1, 1) + field(2, dims) + field(3, 0) + values[how]()
-
-
-def attribute(key, value):
-    return field(5, field(1, key.encode()) + field(2, value))
-
-
-def node(name, op, *attributes, inputs=()):
-    head = field(1, name.encode()) + field(2, op.encode())
-    names = b"".join(field(3, name.encode()) for name in inputs)
-    return field(1, head + names + field(4, b"/cpu:0") + b"".join(attributes))
-
-
-def constant(name, array, *, how="content"):
-    value = attribute("value", field(8, tensor_proto(array, how=how)))
-    return node(name, "Const", attribute("dtype", field(6, 1)), value)
-
-
-# What else the released graph has: constants of other types, operations, a version.
-STRINGS = field(1, 7) + field(2, b"") + field(8, b"jpeg")
-OTHERS = [
-    node("DecodeJpeg/contents", "Const", attribute("value", field(8, STRINGS))),
-    node(
-        "conv/batchnorm",
-        "BatchNormWithGlobalNormalization",
-        attribute("variance_epsilon", varint(8 * 4 + 5) + struct.pack("<f", 1e-3)),
-        attribute("scale_after_normalization", field(5, 0)),
-        inputs=("conv/Conv2D", "conv/batchnorm/moving_mean"),
-    ),
-    constant("Sub/y", np.float32(128)),
-    field(4, field(1, 8)),
-]
 LEAVES = {
     "kernel": "conv2d_params",
     "scale": "batchnorm/gamma",
@@ -162,100 +101,6 @@ def test_scales_of_a_graph_are_ones_where_it_has_none(graph, variables, tmp_path
         lambda at, x: np.ones_like(x) if at[-1].key == "scale" else x, variables
     )
     assert_same(inception_weights.load(path).variables, ones)
-
-
-@pytest.mark.parametrize("how", ["content", "packed", "listed"])
-@pytest.mark.parametrize("shape", [(), (1,), (300,), (2, 3, 1, 4)])
-def test_graph_constants_are_read_in_every_spelling(how, shape):
-    array = golden.uniform("x", shape)
-    content = b"".join([*OTHERS, constant("a/b", array, how=how)])
-    read = graphdef.read(content, "a")
-    assert set(read) == {"a/b", "Sub/y"}
-    np.testing.assert_array_equal(read["a/b"], array)
-
-
-def test_last_number_of_a_constant_goes_on():
-    content = constant("a", np.array([3, 0, 0, 0]), how="first")
-    np.testing.assert_array_equal(graphdef.read(content, "a")["a"], [3, 3, 3, 3])
-
-
-def test_hand_written_graph_is_protocol_buffers():
-    """The library itself reads the same from it."""
-    descriptors = pytest.importorskip("google.protobuf.descriptor_pb2")
-    from google.protobuf import descriptor_pool, message_factory
-
-    file = descriptors.FileDescriptorProto(name="graph.proto", syntax="proto3")
-    text, number, many = 9, 5, 3  # TYPE_STRING, TYPE_INT32, LABEL_REPEATED
-    fields = {
-        "Dim": [("size", 1, 3, 1, None)],
-        "Shape": [("dim", 2, 11, many, "Dim")],
-        "Tensor": [
-            ("dtype", 1, number, 1, None),
-            ("shape", 2, 11, 1, "Shape"),
-            ("content", 4, 12, 1, None),
-            ("float_val", 5, 2, many, None),
-        ],
-        "Value": [("tensor", 8, 11, 1, "Tensor")],
-        "Entry": [("key", 1, text, 1, None), ("value", 2, 11, 1, "Value")],
-        "Node": [
-            ("name", 1, text, 1, None),
-            ("op", 2, text, 1, None),
-            ("attr", 5, 11, many, "Entry"),
-        ],
-        "Graph": [("node", 1, 11, many, "Node")],
-    }
-    for name, rows in fields.items():
-        message = file.message_type.add(name=name)
-        for field_name, index, kind, label, of in rows:
-            message.field.add(
-                name=field_name, number=index, type=kind, label=label, type_name=of
-            )
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    graph_class = message_factory.GetMessageClass(pool.FindMessageTypeByName("Graph"))
-    array = golden.uniform("x", (2, 3))
-    graph = graph_class.FromString(b"".join([*OTHERS, constant("a", array)]))
-    assert [n.name for n in graph.node][-1] == "a"
-    tensor = graph.node[-1].attr[1].value.tensor
-    assert [d.size for d in tensor.shape.dim] == [2, 3]
-    assert tensor.content == array.tobytes()
-
-    made = graph_class()
-    written = made.node.add(name="b", op="Const").attr.add(key="value").value.tensor
-    written.dtype = 1
-    written.shape.dim.add(size=3)
-    written.float_val.extend([1, 2, 3])
-    read = graphdef.read(made.SerializeToString(), "a")
-    np.testing.assert_array_equal(read["b"], [1, 2, 3])
-
-
-def test_damaged_graph_is_an_error_and_nothing_else():
-    """Of 2000 changes each is either harmless or named."""
-    content = b"".join([*OTHERS, constant("a", golden.uniform("x", (3, 5)))])
-    rng = np.random.default_rng(0)
-    damaged = [content[:n] for n in range(len(content))]
-    for _ in range(2000 - len(damaged)):
-        other = bytearray(content)
-        other[rng.integers(len(content))] = rng.integers(256)
-        damaged.append(bytes(other))
-    refused = []
-    for other in damaged:
-        try:
-            graphdef.read(other, "a.pb")
-        except DataError as error:
-            refused.append(str(error))
-    assert len(refused) > 500
-    head = "a.pb must be a whole TensorFlow GraphDef; got "
-    assert all(message.startswith(head) for message in refused)
-
-
-def test_shape_that_lies_reserves_no_memory(refuses):
-    shape = np.broadcast_to(np.float32(1), (2**20, 2**20, 2**20))
-    dims = b"".join(field(2, field(1, n)) for n in shape.shape)
-    tensor = field(1, 1) + field(2, dims) + field(5, b"\0\0\0\0")
-    content = node("a", "Const", attribute("value", field(8, tensor)))
-    with refuses("4 bytes for a"):
-        graphdef.read(content, "a.pb")
 
 
 # What cannot be taken.

@@ -1,0 +1,176 @@
+"""The Frechet distance against closed forms, and against other formulas."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+from hypothesis import given
+from hypothesis import strategies as st
+from random_features import covariance, features, quick, rotation, seeds, streamed
+
+from diffusion_jax.evaluation import metrics, moments
+
+
+@pytest.mark.parametrize("dimension", [1, 2, 40])
+def test_frechet_of_gaussians_with_common_axes(dimension):
+    """Turned alike, the distance is that of the axes: |dm|^2 + sum (s1 - s2)^2."""
+    rng = np.random.default_rng(dimension)
+    turn, dm = rotation(rng, dimension), rng.normal(size=dimension)
+    s1, s2 = np.exp(rng.normal(size=(2, dimension)) * 2)
+    got = metrics.frechet_distance(
+        dm, (turn * s1**2) @ turn.T, 0 * dm, (turn * s2**2) @ turn.T
+    )
+    assert got == pytest.approx(dm @ dm + np.sum((s1 - s2) ** 2), rel=1e-12)
+
+
+def test_frechet_of_any_gaussians_in_the_plane():
+    """For 2 x 2, tr P^(1/2) = sqrt(tr P + 2 sqrt(det P))."""
+    rng = np.random.default_rng(0)
+    zero = np.zeros(2)
+    for _ in range(20):
+        a, b = covariance(rng, 2), covariance(rng, 2)
+        root = math.sqrt(
+            np.trace(a @ b) + 2 * math.sqrt(np.linalg.det(a) * np.linalg.det(b))
+        )
+        true = np.trace(a) + np.trace(b) - 2 * root
+        assert metrics.frechet_distance(zero, a, zero, b) == pytest.approx(
+            true, rel=1e-9, abs=1e-12
+        )
+
+
+@pytest.mark.parametrize("dimension", [3, 30, 120])
+def test_frechet_is_that_of_other_formulas(dimension):
+    rng = np.random.default_rng(dimension)
+    a, b = covariance(rng, dimension), covariance(rng, dimension)
+    m1, m2 = rng.normal(size=(2, dimension))
+    base = np.sum((m1 - m2) ** 2) + np.trace(a + b)
+    got = metrics.frechet_distance(m1, a, m2, b)
+    values = np.linalg.eigvals(a @ b).astype(complex)
+    assert got == pytest.approx(base - 2 * np.sqrt(values).real.sum(), rel=1e-6)
+    root = np.trace(scipy.linalg.sqrtm(a @ b).real)
+    assert got == pytest.approx(base - 2 * root, rel=1e-6)
+    # eigvalsh of the product, which is not symmetric, reads half of it.
+    wrong = np.sqrt(np.linalg.eigvalsh(a @ b).clip(0)).sum()
+    assert abs(got - (base - 2 * wrong)) > 1e-3 * got
+
+
+def test_frechet_of_singular_covariances():
+    """Rank one: tr (a a^T b b^T)^(1/2) = |a . b|; without a common axis, 0."""
+    rng = np.random.default_rng(0)
+    zero = np.zeros(200)
+    a, b = rng.normal(size=(2, 200))
+    got = metrics.frechet_distance(zero, np.outer(a, a), zero, np.outer(b, b))
+    assert got == pytest.approx(a @ a + b @ b - 2 * abs(a @ b), rel=1e-12)
+    left, right = np.zeros((2, 200, 200))
+    left[:90, :90], right[90:, 90:] = covariance(rng, 90), covariance(rng, 110, 20)
+    turn = rotation(rng, 200)
+    got = metrics.frechet_distance(
+        zero, turn @ left @ turn.T, zero, turn @ right @ turn.T
+    )
+    assert got == pytest.approx(np.trace(left + right), rel=1e-12)
+    flat = np.zeros((200, 200))
+    assert metrics.frechet_distance(a, flat, a, flat) == 0
+    assert metrics.frechet_distance(a, flat, b, left) == pytest.approx(
+        np.sum((a - b) ** 2) + np.trace(left), rel=1e-12
+    )
+
+
+def symmetric_form(a, b):
+    """What is left of tr a + tr b by the eigenvalues of a^(1/2) b a^(1/2)."""
+    values, vectors = np.linalg.eigh(a)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    overlap = np.sqrt(np.linalg.eigvalsh(root @ b @ root).clip(0)).sum()
+    return np.trace(a) + np.trace(b) - 2 * overlap
+
+
+@pytest.mark.parametrize("count", [2, 50, 200, 1000])
+def test_frechet_of_features_with_themselves_is_zero(count):
+    """Also of fewer features than dimensions."""
+    x = features(count=count, dimension=200, shift=3.0)
+    mean, cov = moments.finish(streamed(x, 64))
+    itself = metrics.frechet_distance(mean, cov, mean, cov)
+    assert 0 <= itself < 1e-11 * np.trace(cov)
+    again = streamed(x[::-1], 37)
+    assert metrics.frechet_distance(mean, cov, *moments.finish(again)) < 1e-6
+    if count == 50:  # the bound that the eigenvalues, rounded before the root, miss
+        assert abs(symmetric_form(cov, cov)) > 1e-6
+
+
+def test_frechet_is_never_below_zero():
+    """Rounding alone would put some of these there."""
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        gaussian = (rng.normal(size=8), covariance(rng, 8))
+        assert 0 <= metrics.frechet_distance(*gaussian, *gaussian) < 1e-13
+
+
+@quick
+@given(seeds, st.integers(1, 8), st.integers(1, 8), st.integers(1, 8))
+def test_frechet_is_the_square_of_a_distance(seed, dimension, rank1, rank2):
+    rng = np.random.default_rng(seed)
+    turn = rotation(rng, dimension)
+    gaussians = [
+        (rng.normal(size=dimension), covariance(rng, dimension, rank))
+        for rank in (rank1, rank2, dimension)
+    ]
+    a, b, c = gaussians
+    ab = metrics.frechet_distance(*a, *b)
+    assert ab >= np.sum((a[0] - b[0]) ** 2) * (1 - 1e-12)
+    assert metrics.frechet_distance(*b, *a) == pytest.approx(ab, rel=1e-6, abs=1e-9)
+    turned = [(turn @ mean + 1, turn @ cov @ turn.T) for mean, cov in (a, b)]
+    assert metrics.frechet_distance(*turned[0], *turned[1]) == pytest.approx(
+        ab, rel=1e-6, abs=1e-6
+    )
+    larger = [(3 * mean, 9 * cov) for mean, cov in (a, b)]
+    assert metrics.frechet_distance(*larger[0], *larger[1]) == pytest.approx(
+        9 * ab, rel=1e-6, abs=1e-6
+    )
+    legs = metrics.frechet_distance(*a, *c) ** 0.5
+    legs += metrics.frechet_distance(*c, *b) ** 0.5
+    assert ab**0.5 <= legs + 1e-6
+
+
+def test_frechet_of_statistics_summed_in_float32():
+    """They are a little off symmetry; which half is read must not matter."""
+    rng = np.random.default_rng(0)
+    a, b = covariance(rng, 30), covariance(rng, 30)
+    off = np.triu(rng.normal(size=(30, 30)), 1) * 1e-6
+    zero = np.zeros(30)
+    got = metrics.frechet_distance(zero, a + off, zero, b)
+    assert got == metrics.frechet_distance(zero, a + off.T, zero, b)
+    assert got == pytest.approx(metrics.frechet_distance(zero, a, zero, b), rel=1e-5)
+
+
+# What is refused.
+
+GAUSSIAN = (np.zeros(2), np.eye(2))
+BAD_CALLS = {
+    "a mean of another length": (
+        lambda: metrics.frechet_distance(*GAUSSIAN, np.zeros(3), np.eye(2)),
+        "[3] and [2, 2]",
+    ),
+    "two extractors": (
+        lambda: metrics.frechet_distance(*GAUSSIAN, np.zeros(3), np.eye(3)),
+        "2 and 3",
+    ),
+    "a matrix that is not symmetric": (
+        lambda: metrics.frechet_distance(*GAUSSIAN, GAUSSIAN[0], [[1, 1], [0, 1]]),
+        "1 apart",
+    ),
+    "no covariance": (
+        lambda: metrics.frechet_distance(*GAUSSIAN, GAUSSIAN[0], [[1, 2], [2, 1]]),
+        "-1",
+    ),
+    "infinite moments": (
+        lambda: metrics.frechet_distance(*GAUSSIAN, [0, np.inf], np.eye(2)),
+        "some that are not",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_input_is_refused_with_advice(case, refuses):
+    call, got = BAD_CALLS[case]
+    with refuses(got):
+        call()

@@ -1,0 +1,220 @@
+"""Mean and covariance in one pass against NumPy, and the files that keep them."""
+
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from random_features import features, quick, seeds, streamed
+
+from diffusion_jax.evaluation import moments
+
+
+def relative(got, true):
+    """Largest error over the largest true number."""
+    return np.abs(np.asarray(got) - true).max() / np.abs(true).max()
+
+
+@pytest.mark.parametrize("size", [1, 7, 128, 1000])
+@pytest.mark.parametrize("shift", [0.0, 1e4])
+def test_one_pass_is_the_covariance(size, shift):
+    x = features(shift=shift)
+    mean, cov = moments.finish(streamed(x, size))
+    exact = x.astype(np.float64)
+    assert relative(mean, exact.mean(axis=0)) < 1e-14
+    assert relative(cov, np.cov(exact, rowvar=False)) < 1e-12
+    np.testing.assert_array_equal(cov, cov.T)
+
+
+def test_plain_sums_and_float32_would_not_do():
+    """The bound above tells good arithmetic from the two that come to mind first."""
+    x = features(shift=1e4)
+    truth = np.cov(x.astype(np.float64), rowvar=False)
+    for dtype, shift, least in ((np.float64, 1e4, 1e-10), (np.float32, 1.0, 1e-7)):
+        x = features(shift=shift)
+        truth = np.cov(x.astype(np.float64), rowvar=False)
+        x = x.astype(dtype)
+        total, squares = x.sum(axis=0), x.T @ x
+        plain = (squares - np.outer(total, total) / len(x)) / (len(x) - 1)
+        assert relative(plain, truth) > least
+        assert relative(moments.finish(streamed(x, 64))[1], truth) < 1e-12
+
+
+@quick
+@given(seeds, st.lists(st.integers(0, 50), max_size=4), st.permutations(range(5)))
+def test_merged_in_any_parts_and_order_is_one_shot(seed, cuts, order):
+    x = features(seed, 50, 4, shift=100.0)
+    parts = np.split(x, sorted([*cuts, *[0] * (4 - len(cuts))]))
+    merged = moments.init(4)
+    for i in order:
+        merged = moments.merge(merged, moments.update(moments.init(4), parts[i]))
+    once = moments.update(moments.init(4), x)
+    assert merged.number == once.number == 50
+    for got, true in zip(moments.finish(merged), moments.finish(once), strict=True):
+        assert relative(got, true) < 1e-12
+
+
+def test_padding_of_the_last_batch_does_not_count():
+    x = features(count=10)
+    padded = np.full((16, 12), np.nan, np.float32)
+    padded[:10] = x
+    mask = np.arange(16) < 10
+    stats = streamed(padded, 8, mask)
+    for got, true in zip(stats, streamed(x, 8), strict=True):
+        np.testing.assert_array_equal(got, true)
+    none = moments.update(stats, padded[10:], mask[10:])
+    np.testing.assert_array_equal(none.scatter, stats.scatter)
+    # Counted as zeros, they would have been seen.
+    zeros = moments.finish(streamed(np.nan_to_num(padded), 8))[1]
+    assert relative(zeros, moments.finish(stats)[1]) > 0.1
+
+
+def test_what_is_given_is_left_alone():
+    x = features(count=10).astype(np.float64)
+    kept, stats = x.copy(), moments.init(12)
+    moments.merge(stats, moments.update(stats, x))
+    np.testing.assert_array_equal(x, kept)
+    assert stats.number == 0
+    assert not stats.scatter.any()
+
+
+# Files.
+
+
+@pytest.mark.parametrize("done", [0, 1, 64])
+def test_statistics_continue_from_a_file_to_the_bit(tmp_path, done):
+    x = features(count=128)
+    path = moments.save(
+        streamed(x[:done], 16) if done else moments.init(12),
+        tmp_path / "new" / "stats.npz",
+    )
+    assert [p.name for p in path.parent.iterdir()] == ["stats.npz"]
+    resumed = moments.load(path)
+    assert isinstance(resumed.number, int)
+    whole = moments.init(12)
+    for i in (*range(0, done, 16), *range(done, 128, 16)):
+        stop = min(i + 16, done if i < done else 128)
+        whole = moments.update(whole, x[i:stop])
+        if i >= done:
+            resumed = moments.update(resumed, x[i:stop])
+    for got, true in zip(resumed, whole, strict=True):
+        np.testing.assert_array_equal(got, true)
+
+
+def test_reference_statistics_are_read_ours_and_others(tmp_path):
+    stats = streamed(features(), 100)
+    mean, cov = moments.finish(stats)
+    ours = moments.load_reference(moments.save(stats, tmp_path / "ours.npz"))
+    np.testing.assert_array_equal(ours[0], mean)
+    np.testing.assert_array_equal(ours[1], cov)
+    np.savez(tmp_path / "other.npz", mu=mean.astype(np.float32), sigma=cov)
+    other = moments.load_reference(tmp_path / "other.npz")
+    assert other[0].dtype == other[1].dtype == np.float64
+    np.testing.assert_array_equal(other[1], cov)
+
+
+class Canary:
+    def __reduce__(self):
+        return os.mkdir, ("canary",)
+
+
+def test_a_pickle_is_never_opened(tmp_path, monkeypatch, refuses):
+    monkeypatch.chdir(tmp_path)
+    bad = np.array([Canary()], dtype=object)
+    np.savez("bad.npz", mu=bad, sigma=bad)
+    with refuses("Object arrays cannot be loaded"):
+        moments.load_reference("bad.npz")
+    np.savez("beside.npz", mu=np.zeros(2), sigma=np.eye(2), other=bad)
+    moments.load_reference("beside.npz")
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_flipped_bit_is_refused_or_harmless(tmp_path):
+    stats = streamed(features(dimension=3), 100)
+    path = moments.save(stats, tmp_path / "x.npz")
+    whole = path.read_bytes()
+    refused = 0
+    for i in range(0, 8 * len(whole), 17):
+        damaged = bytearray(whole)
+        damaged[i // 8] ^= 1 << i % 8
+        path.write_bytes(damaged)
+        try:
+            loaded = moments.load(path)
+        except ValueError as error:
+            refused += "must be an .npz file" in str(error)
+        else:
+            assert all(map(np.array_equal, loaded, stats))
+    assert refused > 200
+
+
+def test_cut_and_other_files_are_refused(tmp_path, refuses):
+    path = moments.save(streamed(features(dimension=3), 100), tmp_path / "x.npz")
+    path.write_bytes(path.read_bytes()[:600])
+    with refuses("File is not a zip file"):
+        moments.load(path)
+    path.write_bytes(b"")
+    with refuses("No data"):
+        moments.load(path)
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    with refuses("a single array"):
+        moments.load(tmp_path / "x.npy")
+    np.savez(path, pool_3=np.zeros((5, 3)))
+    with refuses("no mu and no sigma"):
+        moments.load_reference(path)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        moments.load(tmp_path / "missing.npz")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "got"),
+    [
+        ({"number": -1, "mu": np.zeros(2), "scatter": np.eye(2)}, "int64"),
+        ({"number": 2.5, "mu": np.zeros(2), "scatter": np.eye(2)}, "float64"),
+        ({"number": 2, "mu": np.zeros(2), "scatter": np.eye(3)}, "[2] and [3, 3]"),
+        ({"number": 2, "mu": np.zeros(2), "sigma": np.eye(2)}, "no scatter"),
+    ],
+)
+def test_a_file_of_other_things_is_refused(tmp_path, refuses, arrays, got):
+    np.savez(tmp_path / "x.npz", **arrays)
+    with refuses(got):
+        moments.load(tmp_path / "x.npz")
+
+
+# What is refused.
+
+X = np.zeros((4, 3))
+BAD_CALLS = {
+    "no features": (lambda: moments.init(0), "0"),
+    "a vector": (lambda: moments.update(moments.init(3), np.zeros(3)), "[3]"),
+    "a scalar": (lambda: moments.update(moments.init(3), 0.0), "[]"),
+    "images": (lambda: moments.update(moments.init(3), np.zeros((2, 3, 1))), "[2, 3"),
+    "another extractor": (lambda: moments.update(moments.init(2), X), "[4, 3]"),
+    "not finite": (
+        lambda: moments.update(moments.init(2), [[0, 0], [1, np.nan], [np.inf, 0]]),
+        "2 rows that are not, the first at 1",
+    ),
+    "a mask of numbers": (
+        lambda: moments.update(moments.init(3), X, np.ones(4)),
+        "float64",
+    ),
+    "a short mask": (
+        lambda: moments.update(moments.init(3), X, np.ones(3, bool)),
+        "bool of shape (3,)",
+    ),
+    "others' statistics": (
+        lambda: moments.merge(moments.init(3), moments.init(2)),
+        "3 and 2",
+    ),
+    "one feature": (
+        lambda: moments.finish(moments.update(moments.init(3), X[:1])),
+        "1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_input_is_refused_with_advice(case, refuses):
+    call, got = BAD_CALLS[case]
+    with refuses(got):
+        call()

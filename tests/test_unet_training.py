@@ -1,0 +1,181 @@
+"""Where training of the U-Net starts, its gradients, and rematerialisation."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_unets import (
+    FAST_KEY,
+    ONE_LEVEL,
+    assert_close,
+    by_shape,
+    name_of,
+    normal,
+    parameters,
+    quick_jit,
+    shapes,
+)
+
+from diffusion_jax.nets import unet
+
+# The smallest network that has every kind of block.
+LABELLED = unet.UNet(
+    channels=8,
+    multipliers=(1, 2),
+    attention=(4,),
+    groups=4,
+    blocks=1,
+    num_classes=3,
+    dropout=0.2,
+)
+
+
+def by_name(tree):
+    """Leaves by their path."""
+    pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {name_of(path): np.asarray(leaf) for path, leaf in pairs}
+
+
+def is_near_zero(name):
+    return re.search("(conv2|attention/out|conv_out)/kernel$", name) is not None
+
+
+# Initial values.
+
+
+@pytest.fixture(scope="session")
+def initial():
+    net = unet.UNet(channels=16, multipliers=(1,), attention=(4,), groups=4, blocks=1)
+    x, t = np.zeros([1, 4, 4, 3], np.float32), np.zeros(1, np.int32)
+    return by_name(quick_jit(net.init)(FAST_KEY, x, t)["params"])
+
+
+def check_uniform(kernel, scale):
+    """Checks bound, spread and centre of a fan-average uniform initialiser."""
+    taps = np.prod(kernel.shape[:-2], initial=1.0)
+    fan = taps * (kernel.shape[-2] + kernel.shape[-1]) / 2.0
+    bound, n = np.sqrt(3.0 * scale / fan), kernel.size
+    # Of n uniform values the largest is above 1 - 20/n but for odds of e^-20.
+    assert (1.0 - 20.0 / n) * bound < np.abs(kernel).max() <= bound * (1.0 + 1e-6)
+    deviation = np.sqrt(scale / fan)
+    # Five standard errors: that of a uniform's deviation is sqrt(0.2 / n).
+    assert abs(kernel.std() / deviation - 1.0) < 5.0 * np.sqrt(0.2 / n)
+    assert abs(kernel.mean()) < 5.0 * deviation / np.sqrt(n)
+
+
+def test_last_layers_start_near_zero_but_not_at_zero(initial):
+    kernels = {name: value for name, value in initial.items() if is_near_zero(name)}
+    # 1 + 2 + 2 residual blocks, 1 + 1 + 2 attention blocks, the end.
+    assert len(kernels) == 5 + 4 + 1
+    for kernel in kernels.values():
+        assert np.count_nonzero(kernel) > 0.999 * kernel.size
+        check_uniform(kernel.astype(np.float64), 1e-10)
+
+
+def test_other_kernels_start_uniform_with_scale_1(initial):
+    kernels = {
+        name: value
+        for name, value in initial.items()
+        if name.endswith("kernel") and not is_near_zero(name)
+    }
+    assert {"conv_in/kernel", "time1/kernel", "up0_block0/shortcut/kernel"} <= set(
+        kernels
+    )
+    for kernel in kernels.values():
+        check_uniform(kernel.astype(np.float64), 1.0)
+
+
+def test_biases_start_at_0_and_scales_at_1(initial):
+    for name, value in initial.items():
+        if name.endswith("bias"):
+            assert not value.any()
+        if name.endswith("scale"):
+            assert (value == 1.0).all()
+
+
+# Gradients.
+
+
+def training_gradients(net, params, label):
+    """A jitted function of parameters to the loss of a training step and gradients."""
+    x, t = normal(2, 8, 8, 3), np.array([3, 700])
+    images = normal(2, 8, 8, 3, seed=5)
+
+    def loss(params):
+        rngs = {"dropout": FAST_KEY}
+        out = net.apply({"params": params}, x, t, label, train=True, rngs=rngs)
+        return jnp.square(out - images).sum()
+
+    return quick_jit(jax.value_and_grad(loss))
+
+
+def test_gradients_reach_every_parameter():
+    label = np.array([2, 0])
+    params = parameters(LABELLED, normal(2, 8, 8, 3), np.zeros(2), label)
+    run = training_gradients(LABELLED, params, label)
+    grads = by_name(jax.tree.map(np.abs, run(params)[1]))
+    for name, grad in grads.items():
+        assert np.isfinite(grad).all(), name
+        if name.endswith("key/bias"):
+            # A constant added to all scores of a query cancels in the softmax.
+            assert grad.max() < 1e-4 * grads[name.replace("key", "query")].max(), name
+        elif name == "label/embedding":
+            assert (grad[[0, 2]] > 0).all()
+            assert not grad[1].any()  # No image of the batch has this label.
+        else:
+            assert (grad > 0).all(), name
+
+    # They do so from the first step, when last layers are near zero.
+    def start(path, leaf):
+        if path[-1].key == "scale":
+            return np.ones_like(leaf)
+        if path[-1].key == "bias":
+            return np.zeros_like(leaf)
+        return np.float32(1e-5) * leaf if is_near_zero(name_of(path)) else leaf
+
+    params = jax.tree_util.tree_map_with_path(start, params)
+    for name, grad in by_name(run(params)[1]).items():
+        if not name.endswith("key/bias"):
+            assert grad.any(), name
+
+
+# Rematerialisation.
+
+
+def test_remat_changes_neither_value_nor_gradients_nor_names():
+    params = parameters(ONE_LEVEL, normal(2, 8, 8, 3), np.zeros(2))
+    net = ONE_LEVEL.clone(remat=True)
+    assert by_shape(shapes(net, 8)) == by_shape(params)
+    value, grads = training_gradients(net, params, None)(params)
+    expected, expected_grads = training_gradients(ONE_LEVEL, params, None)(params)
+    assert_close(value, expected, 1e-6)
+    grads, expected_grads = by_name(grads), by_name(expected_grads)
+    size = max(np.abs(grad).max() for grad in expected_grads.values())
+    for name, grad in expected_grads.items():
+        np.testing.assert_allclose(grads[name], grad, rtol=1e-6, atol=1e-6 * size)
+
+
+def test_remat_stores_far_less_for_the_backward_pass():
+    images = jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32)
+    times = jax.ShapeDtypeStruct((8,), jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+
+    def stored(net):
+        def backward(params, x, t, key):
+            def run(params):
+                rngs = {"dropout": key}
+                return net.apply({"params": params}, x, t, train=True, rngs=rngs).sum()
+
+            return jax.vjp(run, params)[1]
+
+        params = shapes(net, 32)
+        residuals = jax.tree.leaves(
+            jax.eval_shape(backward, params, images, times, key)
+        )
+        activations = sum(leaf.size for leaf in residuals if leaf.ndim)
+        return activations - sum(leaf.size for leaf in jax.tree.leaves(params))
+
+    net = unet.UNet(channels=32, multipliers=(1,), attention=(), blocks=1)
+    assert stored(net.clone(remat=True)) < 0.2 * stored(net)
