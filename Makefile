@@ -27,8 +27,8 @@ sample: $(READY)  ## draw images from the newest checkpoint of EXP
 	$(PY) -m experiments.sample $(RUN) $(ARGS)
 
 eval: $(READY)  ## measure EXP: distance of its samples from the data, bits/dim
-	$(PY) -m experiments.eval_fid $(RUN) $(ARGS)
 	$(PY) -m experiments.eval_nll $(RUN) --max-images 256 --rate-distortion
+	$(PY) -m experiments.eval_fid $(RUN) $(ARGS)
 
 legibility: $(READY)  ## measure whether the samples of EXP can be read
 	$(PY) -m experiments.legibility $(RUN) $(ARGS)

@@ -18,7 +18,7 @@ The equations that the code below refers to, with D = logsnr_t - logsnr_s <= 0:
   (5)  v_large = sigma_t^2 (1 - e^D) = beta_t             Sec. 3.2, Ho et al. 2020
 
 (2) and (5) are DDPM's expressions in terms of log-SNR: 1 - e^D is an expm1, which
-keeps its digits where 1 - alpha_bar_{t-1} / 1 - alpha_bar_t would lose them, and it
+keeps its digits where (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) loses them, and it
 holds for any two times, so that a chain may skip steps.
 """
 
@@ -259,7 +259,7 @@ def denoiser(
         convention (a network counts from 0); continuous times need 0.
 
     Returns:
-      A function of x_t [B, ...] and t, [B] or scalar, in steps.
+      A function of x_t [B, ...] and t, [B] or scalar, in the unit of the schedule.
 
     Raises:
       ValueError: an unknown kind.

@@ -70,6 +70,16 @@ def bound(
     (10, 2) 0.0
     """
     total = num_steps(schedule)
+    if total < 2:
+        raise ValueError(
+            f"the schedule must have at least 2 steps; got {total}. The decoder takes "
+            "its variance from the second."
+        )
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise ValueError(
+            f"key must be a typed key, or one for each example; got {key.dtype}. Make "
+            "it with jax.random.key."
+        )
     if key.ndim == 0:
         key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(x0)))
 
@@ -93,7 +103,8 @@ def rate_distortion(
 ) -> RateDistortion:
     """Returns rate and distortion over the reverse steps (Table 4, Ho et al. 2020).
 
-    At time t all terms above t have been received and x0 is estimated from x_t.
+    At time t the terms L_T and L_t, ..., L_{T-1} have been received, and x0 is
+    estimated from x_t; after the first step that is L_T alone.
 
     Args:
       prior: L_T in bits/dim, mean over the data, a scalar.

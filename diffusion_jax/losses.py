@@ -19,6 +19,11 @@ from diffusion_jax.schedule import NoiseLevel, Schedule
 def sample_t(key: jax.Array, num_steps: int, shape: tuple[int, ...] = ()) -> jax.Array:
     """Returns times uniform over {1, ..., num_steps} (Algorithm 1, Ho et al. 2020).
 
+    Args:
+      key: one key.
+      num_steps: T.
+      shape: of the result, int32.
+
     >>> t = sample_t(jax.random.key(0), 1000, (4,))
     >>> bool(((t >= 1) & (t <= 1000)).all())
     True
@@ -75,13 +80,14 @@ def vlb(
       pred: the prediction at x_t.
       x0: clean data on the grid of 256 values, scaled to [-1, 1], [B, ...].
       x_t: noisy data, [B, ...].
-      schedule: a discrete schedule.
+      schedule: a discrete schedule of at least two steps.
       t: integer times in 1..T, [B].
       variance: "small", "large" or "learned": the reverse variance.
 
     Raises:
       ValueError: an unknown variance.
     """
+    t = jnp.asarray(t)
     level, prev_level = schedule(t).like(x0), schedule(t - 1).like(x0)
     # The step to data has posterior variance 0, whose logarithm nothing can use: as
     # in the official code, t = 1 borrows the posterior variance of t = 2.
@@ -112,7 +118,7 @@ def prior(x0: jax.Array, level: NoiseLevel) -> jax.Array:
 
     Args:
       x0: clean data, [B, ...].
-      level: noise level at T.
+      level: noise level at T, a scalar or [B].
 
     >>> from diffusion_jax import schedule
     >>> x0 = jnp.full([1, 2], 0.3**0.5)

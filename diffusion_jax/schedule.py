@@ -66,6 +66,9 @@ def linear(
 ) -> Partial:
     """Returns the schedule of the paper: betas evenly spaced (Sec. 4, Ho et al. 2020).
 
+    The ends are those of T = 1000 and do not change with num_steps: a chain of fewer
+    steps ends in noise only if both are multiplied by 1000 / num_steps.
+
     Args:
       num_steps: T, the number of diffusion steps.
       beta_start: variance of the first step.
@@ -212,7 +215,7 @@ def vp(*, beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
     """Returns the continuous variance-preserving schedule (Eq. 33, Song et al. 2021).
 
     log alpha(t) = -t^2 (beta_max - beta_min) / 4 - t beta_min / 2, t in [0, 1]: the
-    limit of `linear` for many steps.
+    limit of `linear(T, beta_start=beta_min / T, beta_end=beta_max / T)`.
 
     >>> print(f"{vp()(1.0).alpha:.5f}")
     0.00657
@@ -224,6 +227,13 @@ def vp(*, beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
         )
 
     def level(t: ArrayLike) -> NoiseLevel:
+        if not isinstance(t, jax.core.Tracer):
+            known = np.asarray(t)
+            if known.size and not (known.min() >= 0 and known.max() <= 1):
+                raise ValueError(
+                    "t of a continuous schedule must be in [0, 1]; got values from "
+                    f"{known.min()} to {known.max()}. Divide a step by their number."
+                )
         t = jnp.asarray(t, dtype=jnp.result_type(float))
         log_alpha = -0.25 * t**2 * (beta_max - beta_min) - 0.5 * t * beta_min
         return NoiseLevel(log_alpha, 2 * log_alpha - jnp.log(-jnp.expm1(2 * log_alpha)))

@@ -4,6 +4,7 @@ import inspect
 import logging
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,7 +43,9 @@ def parse(argv: Sequence[str], *, prog: str) -> config.Config:
         default=module.CONFIG,
         args=flags,
         prog=f"{prog} {name}",
-        description=f"{inspect.getdoc(module)}\n\nOther experiments: {others}.",
+        # Indented, a table keeps its lines.
+        description=f"{textwrap.indent(inspect.getdoc(module) or '', '  ')}\n\n"
+        f"Other experiments, to be named before the first flag: {others}.",
     )
     config.validate(chosen)
     return chosen
@@ -90,4 +93,21 @@ def guarded(main: Callable[[Sequence[str]], int]) -> None:
     except expected as error:
         print(f"error: {error}", file=sys.stderr)
         code = BAD_INPUT
+    except ValueError as error:
+        # The library's own: what must hold; what was got; what to do.
+        if "; got " not in str(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        code = BAD_INPUT
+    except OSError as error:
+        where = error.filename or "a file"
+        print(
+            f"error: {where} must be there and be ours to read or write; got "
+            f"{error.strerror or error}. Check the path, its permissions and the disk.",
+            file=sys.stderr,
+        )
+        code = BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
     raise SystemExit(code)

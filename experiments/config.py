@@ -1,6 +1,7 @@
 """The configuration of an experiment: frozen dataclasses, checked before any work."""
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -237,7 +238,8 @@ def from_dict(values: dict[str, Any], cls: Any = Config) -> Any:
     """Returns the configuration that `to_dict` wrote.
 
     Raises:
-      ConfigError: a key that no field has, as when another version wrote it.
+      ConfigError: a key that no field has, a field without a key, or an unknown name,
+        as when another version wrote it.
     """
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
@@ -246,8 +248,20 @@ def from_dict(values: dict[str, Any], cls: Any = Config) -> Any:
             f"the fields of {cls.__name__} must be among {', '.join(hints)}; got "
             f"{', '.join(unknown)}. Read the file with the version that wrote it."
         )
+    missing = sorted(set(hints) - set(values))
+    if missing:
+        raise ConfigError(
+            f"all fields of {cls.__name__} must be there; got none of "
+            f"{', '.join(missing)}. Read the file with the version that wrote it."
+        )
     fields = {}
     for key, value in values.items():
+        allowed = typing.get_args(hints[key])
+        if typing.get_origin(hints[key]) is Literal and value not in allowed:
+            raise ConfigError(
+                f"{key} must be one of {', '.join(map(str, allowed))}; got {value!r}. "
+                "Read the file with the version that wrote it."
+            )
         if dataclasses.is_dataclass(hints[key]):
             fields[key] = from_dict(value, hints[key])
         else:
@@ -315,9 +329,10 @@ def validate(config: Config) -> None:
         value = getattr(optimizer, name)
         if not 0 <= value < 1:
             _fail(f"optimizer.{name}", "at least 0 and below 1", value)
-    if optimizer.learning_rate <= 0 or optimizer.clip_norm <= 0:
-        got = f"{optimizer.learning_rate} and {optimizer.clip_norm}"
-        _fail("optimizer.learning_rate and clip_norm", "above 0", got)
+    for name in ("learning_rate", "clip_norm"):
+        value = getattr(optimizer, name)
+        if not (value > 0 and math.isfinite(value)):
+            _fail(f"optimizer.{name}", "above 0 and finite", value)
     if optimizer.decay == "cosine" and optimizer.warmup >= train.steps:
         _fail(
             "optimizer.warmup", f"below train.steps = {train.steps}", optimizer.warmup

@@ -60,9 +60,7 @@ def to_disk(
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     path, record = folder / f"{name}.npy", folder / f"{name}.json"
     shape = (count, *(config.data.image_size,) * 2, config.data.channels)
-    done = 0
-    if path.exists() and record.exists():
-        done = json.loads(record.read_text())["done"]
+    done = _done(path, record, about, shape)
     # Every host draws its part of each batch; the first one knows and writes.
     hosts, host = jax.process_count(), jax.process_index()
     if hosts > 1:
@@ -70,6 +68,8 @@ def to_disk(
     array: Any = np.zeros(0, np.uint8)
     if host == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        if not done:
+            record.unlink(missing_ok=True)  # an old note must not outlive its file
         mode: Any = "r+" if done else "w+"
         array = np.lib.format.open_memmap(path, mode, np.uint8, shape)
     if done == count:
@@ -95,3 +95,19 @@ def to_disk(
                 runs.write_json(record, {**about, "done": first + len(batch)})
             bar.update(len(batch))
     return array
+
+
+def _done(
+    path: Path, record: Path, about: dict[str, Any], shape: tuple[int, ...]
+) -> int:
+    """Returns how many samples are on disk: none, unless file and note are whole."""
+    try:
+        note = json.loads(record.read_text())
+        stored = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError):
+        return 0
+    whole = stored.shape == shape and stored.dtype == np.uint8
+    if not isinstance(note, dict) or not whole:
+        return 0
+    done = note.pop("done", 0)
+    return int(done) if note == about and 0 <= done <= shape[0] else 0

@@ -15,10 +15,12 @@ from typing import Annotated, Any, Literal
 import jax
 import numpy as np
 import tyro
+from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 
 from diffusion_jax.evaluation import images, metrics, moments
 from diffusion_jax.training import data, parallel
+from diffusion_jax.training.pixels import IMAGE_ENDINGS
 from experiments import arguments, build, draws, extractors, reference, runs, sample
 from experiments.config import Config, ConfigError, Sampling, with_sampling
 
@@ -27,7 +29,9 @@ from experiments.config import Config, ConfigError, Sampling, with_sampling
 class Options:
     """What to evaluate, and how."""
 
-    run: Annotated[str | None, tyro.conf.Positional] = None
+    run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = (
+        None
+    )
     """A run's folder or name; the newest in runs/ when not given."""
     extractor: Literal["auto", "inception", "classifier"] = "auto"
     """Whose features are compared; auto is Inception where its weights are at hand."""
@@ -145,8 +149,33 @@ def load_samples(options: Options, config: Config) -> np.ndarray | None:
             "Write which of the two it is in front of the path."
         )
     size, channels = config.data.image_size, config.data.channels
-    found = data.load(options.samples, image_size=size, channels=channels)
+    kind, _, where = options.samples.partition(":")
+    if kind == "folder":
+        check_sizes(Path(where), size)
+        found = data.load(options.samples, image_size=size, channels=channels)
+    else:
+        found = data.load(options.samples)
+    if found.images.shape[1:] != (size, size, channels):
+        raise ConfigError(
+            f"samples must be {size}x{size} with {channels} channels, like the images "
+            f"of the run; got {found.images.shape[1:]} in {options.samples}. Resize "
+            "them yourself, and say how: it moves the number."
+        )
     return np.asarray(found.images[np.arange(len(found.images))])
+
+
+def check_sizes(folder: Path, size: int) -> None:
+    """Raises ConfigError for an image of another size: nothing is resized unasked."""
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in IMAGE_ENDINGS:
+            continue
+        with contextlib.suppress(OSError), Image.open(path) as image:
+            if image.size != (size, size):
+                raise ConfigError(
+                    f"samples must be {size}x{size} like the images of the run; got "
+                    f"{image.width}x{image.height} in {path}. Resize them yourself, "
+                    "and say how: it moves the number."
+                )
 
 
 def given_reference(
@@ -179,8 +208,11 @@ def references(
 ) -> dict[str, reference.Reference]:
     """Returns the statistics of the run's real images, by split."""
     splits = {"train": dataset}
-    with contextlib.suppress(data.DataError):  # not every source has test images
+    try:
         splits["test"] = build.load_data(config, split="test")
+    except data.DataError as error:
+        first = str(error).partition("\n")[0]
+        print(f"note: no comparison with test images: {first}")
     return {
         split: reference.of(
             config, part.images, split, extractor, batch_size=options.batch_size

@@ -31,7 +31,9 @@ BEGINNING = 10
 class Options:
     """What to evaluate."""
 
-    run: Annotated[str | None, tyro.conf.Positional] = None
+    run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = (
+        None
+    )
     """A run's folder or name; the newest in runs/ when not given."""
     split: Literal["train", "test"] = "train"
     """Images to evaluate: those trained on, or the official test images."""

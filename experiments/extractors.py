@@ -105,7 +105,8 @@ def _classifier(config: Config, dataset: data.Dataset) -> Extractor:
     if path.exists():
         judge = train_classifier.load(path)
     else:
-        print(f"training a classifier of {config.data.source}: {path}")
+        if train_classifier.has_labels(dataset):
+            print(f"training a classifier of {config.data.source}: {path}")
         judge = train_classifier.train(config, dataset)
 
     def apply(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

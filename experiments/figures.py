@@ -63,6 +63,11 @@ def shared(
     shape = (1, size, size, config.data.channels)
     parts = [int(np.argmin(np.abs(grid - grid[0] * share))) for share in SHARED_AT]
     root = jax.random.key(seed)
+    if len(set(parts)) < len(parts):
+        raise ConfigError(
+            f"steps must be at least {len(SHARED_AT)}, for as many places to part; got "
+            f"{len(grid) - 1}. Give more with --steps."
+        )
 
     @jax.jit
     def start(params: Any) -> jax.Array:

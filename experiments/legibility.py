@@ -31,7 +31,9 @@ LEAST_CERTAINTY, LEAST_CLASS, MOST_COPIES = 0.9, 0.04, 0.02
 class Options:
     """What to measure."""
 
-    run: Annotated[str | None, tyro.conf.Positional] = None
+    run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = (
+        None
+    )
     """A run's folder or name; the newest in runs/ when not given."""
     count: int = 500
     """Samples to draw."""

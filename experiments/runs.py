@@ -1,5 +1,6 @@
 """The folder of a run: what is in it, and how each file is written and read."""
 
+import dataclasses
 import json
 import os
 import platform
@@ -54,12 +55,13 @@ def find(path: str | None, output: str = "runs") -> Run:
       ConfigError: there is no such run.
     """
     if path is None:
-        found = sorted(Path(output).glob("*/config.json"), key=os.path.getmtime)
+        found = [Run(p.parent) for p in Path(output).glob("*/config.json")]
+        found = [run for run in found if has_checkpoint(run)]
         if not found:
             raise config.ConfigError(
                 f"a trained run must be in {output}/; got none. Run `make train` first."
             )
-        return Run(found[-1].parent)
+        return max(found, key=lambda run: run.checkpoints.stat().st_mtime)
     for folder in (Path(path), Path(output) / path):
         if (folder / "config.json").is_file():
             return Run(folder)
@@ -70,8 +72,16 @@ def find(path: str | None, output: str = "runs") -> Run:
     )
 
 
+def has_checkpoint(run: Run) -> bool:
+    """Returns whether a run has got as far as a checkpoint."""
+    return any(path.name.isdigit() for path in run.checkpoints.glob("*"))
+
+
 def read_config(run: Run) -> config.Config:
     """Returns the configuration that a run was trained with.
+
+    Its name and its output are where the run is now, so that a run that was moved, or
+    is named from another folder, keeps its caches beside it.
 
     Raises:
       ConfigError: the file is damaged or from another version.
@@ -79,6 +89,11 @@ def read_config(run: Run) -> config.Config:
     try:
         values = json.loads(run.config.read_text())
         loaded: config.Config = config.from_dict(values)
+        where = run.folder.resolve()
+        loaded = dataclasses.replace(
+            loaded, output=str(where.parent), name=where.name or loaded.name
+        )
+        config.validate(loaded)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise config.ConfigError(
             f"{run.config} must hold the configuration of a run; got {error}. Restore "

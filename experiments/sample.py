@@ -21,7 +21,9 @@ from experiments.config import Config, ConfigError, Sampling, with_sampling
 class Options:
     """What to draw, and where it goes."""
 
-    run: Annotated[str | None, tyro.conf.Positional] = None
+    run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = (
+        None
+    )
     """A run's folder or name; the newest in runs/ when not given."""
     count: int = 64
     """Images to draw."""

@@ -26,6 +26,11 @@ def main(argv: Sequence[str]) -> int:
     """Trains as the arguments say; returns the exit code."""
     started = time.monotonic()
     config = arguments.parse(argv, prog="python -m experiments.train")
+    if jax.process_count() > 1:
+        raise ConfigError(
+            "training must be on one host, with any number of devices; got "
+            f"{jax.process_count()} hosts. Only eval_fid works on several so far."
+        )
     run = runs.of(config)
     check_same_run(config, run)
     parallel.persistent_cache(Path(config.output).resolve() / ".cache")
@@ -37,13 +42,13 @@ def main(argv: Sequence[str]) -> int:
         describe(config, run, mesh, dataset, state)
         with stop_requests() as requested:
             state = loop(config, run, mesh, dataset, manager, state, pending, requested)
-        checkpoint.wait(manager)
+            checkpoint.wait(manager)
     return finish(config, run, state, requested, time.monotonic() - started)
 
 
 def check_same_run(config: Config, run: runs.Run) -> None:
     """Raises ConfigError where the folder holds a run of another configuration."""
-    if not run.config.exists():
+    if not run.config.exists() or not runs.has_checkpoint(run):
         return
     changed = differences(runs.read_config(run), config)
     if changed:
@@ -152,8 +157,8 @@ def record(
     values = {name: float(value) for name, value in metrics.items()}
     if not all(np.isfinite(list(values.values()))):
         raise ConfigError(
-            f"loss and gradient must stay finite; got {values} at step {step}. Lower "
-            "--optimizer.learning-rate; the run can go on from its last checkpoint."
+            f"loss and gradient must stay finite; got {values} at step {step}. Start "
+            "another run with --name NAME and a lower --optimizer.learning-rate."
         )
     shown.update(step, values["loss"])
     pending.append(values)

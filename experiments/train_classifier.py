@@ -110,7 +110,8 @@ def train(
     if not has_labels(dataset):
         raise ConfigError(
             "a classifier must be trained on labelled images that fit in memory; got "
-            f"{config.data.source}. Use digits, fashion_mnist or cifar10, say."
+            f"{config.data.source}. Give Inception weights instead: --weights FILE or "
+            "--download."
         )
     images, labels = np.asarray(dataset.images), np.asarray(dataset.labels)
     order = np.random.default_rng(seed).permutation(len(images))

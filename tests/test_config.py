@@ -83,7 +83,8 @@ BAD = {
     "--diffusion.beta-start 0.5": "0 < start <= end < 1; got 0.5 and 0.02",
     "--diffusion.variance learned": "diffusion.loss must be vlb",
     "--optimizer.ema-decay 1": "optimizer.ema_decay must be at least 0",
-    "--optimizer.learning-rate 0": "must be above 0; got 0",
+    "--optimizer.learning-rate 0": "must be above 0 and finite; got 0",
+    "--optimizer.clip-norm nan": "must be above 0 and finite; got nan",
     "--optimizer.warmup 5000": "optimizer.warmup must be below train.steps = 5000",
     "--optimizer.preset official --train.batch-size 20": "a multiple of 8; got 20",
     "--optimizer.preset official --train.accumulate 2": "train.accumulate must be 1",
@@ -179,4 +180,14 @@ def test_what_may_differ_when_a_run_goes_on():
 def test_a_file_of_another_version_is_refused():
     values = config.to_dict(cifar10.CONFIG) | {"flavour": "sweet"}
     with pytest.raises(config.ConfigError, match=r"must be among .*; got flavour"):
+        config.from_dict(values)
+
+
+def test_a_damaged_file_is_refused():
+    values = config.to_dict(cifar10.CONFIG)
+    del values["diffusion"]["schedule"]
+    with pytest.raises(config.ConfigError, match="got none of schedule"):
+        config.from_dict(values)
+    values["diffusion"]["schedule"] = "cos"
+    with pytest.raises(config.ConfigError, match=r"must be one of linear.*got 'cos'"):
         config.from_dict(values)

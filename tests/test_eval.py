@@ -113,6 +113,36 @@ def test_an_interrupted_evaluation_goes_on(run, tmp_path, capsys):
     np.testing.assert_array_equal(resumed[:8], kept)
 
 
+@pytest.mark.parametrize("damage", ["cut", "gone", "other", "note", "stale"])
+def test_damaged_samples_are_drawn_again(run, tmp_path, damage):
+    config = with_sampling(runs.read_config(run), Sampling(steps=2))
+    params, _ = sample.load_params(config, run)
+    options = {"count": 6, "seed": 0, "batch_size": 6}
+    expected = np.array(draws.to_disk(tmp_path, config, params, **options))
+    path, record = next(tmp_path.glob("*.npy")), next(tmp_path.glob("*.json"))
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:200])
+    elif damage == "gone":
+        path.unlink()
+    elif damage == "other":
+        np.save(path, np.zeros((6, 4, 4, 1), np.uint8))
+    elif damage == "note":
+        record.write_text("{")
+    else:
+        note = json.loads(record.read_text()) | {"seed": 1}
+        record.write_text(json.dumps(note))
+    again = draws.to_disk(tmp_path, config, params, **options)
+    np.testing.assert_array_equal(again, expected)
+
+
+def test_given_pictures_are_never_resized(run, tmp_path):
+    for i in range(70):
+        Image.fromarray(np.full((8, 8), i, np.uint8)).save(tmp_path / f"{i}.png")
+    Image.fromarray(np.zeros((16, 16), np.uint8)).save(tmp_path / "z.png")
+    with pytest.raises(ConfigError, match=r"must be 8x8.*got 16x16 in"):
+        eval_fid.main([str(run.folder), "--samples", f"folder:{tmp_path}"])
+
+
 def test_other_weights_never_meet_old_samples(run, tmp_path):
     config = with_sampling(runs.read_config(run), Sampling(steps=2))
     other = with_sampling(config, Sampling(sampler="ddim"))

@@ -191,6 +191,38 @@ def test_bad_requests_for_samples_are_named(argv, message):
         sample.main(argv)
 
 
+def test_the_newest_run_with_a_checkpoint_is_found(folder, whole, tmp_path):
+    started = folder / "started"
+    started.mkdir()
+    (started / "config.json").write_bytes(whole.config.read_bytes())
+    found = runs.find(None, str(folder))
+    assert found.folder != started
+    assert runs.has_checkpoint(found)
+    # What was started and never saved may be started again otherwise.
+    code, _ = run_train(folder, "started", "--train.seed", "3")
+    assert code == 0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--train.devices 99", "--output /dev/null/x", "--name x --train.devices 3"],
+)
+def test_mistakes_end_in_one_line(flags, tmp_path):
+    command = [sys.executable, "-m", "experiments.train", "digits", "--output"]
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    done = subprocess.run(
+        [*command, str(tmp_path), *flags.split()],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=env,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ")
+
+
 def test_a_step_that_is_not_there_is_named(whole):
     with pytest.raises(checkpoint.CheckpointError, match=r"got steps \[12\]"):
         sample.main([str(whole.folder), "--step", "5"])

@@ -2,7 +2,7 @@
 
   mesh       `jit` over a mesh of devices with named shardings: the default. The step
              sees the whole batch, so what it draws at random does not depend on the
-             number of devices, and it runs on many hosts.
+             number of devices.
   pmap       `jax.pmap`: each device runs the step on its share of the batch and takes
              part in a `pmean` by name. JAX keeps pmap in maintenance mode.
   shard_map  the same program as pmap on JAX's present interface.

@@ -35,10 +35,14 @@ StepFn = Callable[[TrainState, PyTree], tuple[TrainState, Metrics]]
 def init(
     key: jax.Array, params: PyTree, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """Returns the state before the first step; the average starts at params."""
-    copy = jax.tree.map(jnp.copy, params)
+    """Returns the state before the first step; the average starts at params.
+
+    Everything is a copy: a compiled step uses its state up, and params stay the
+    caller's.
+    """
+    params, average = (jax.tree.map(jnp.copy, params) for _ in range(2))
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, copy, optimizer.init(params), key)
+    return TrainState(zero, params, average, optimizer.init(params), jnp.copy(key))
 
 
 def make_step(
