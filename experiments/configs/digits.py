@@ -2,7 +2,7 @@
 
 Command   make train
 Hardware  2 CPU cores
-Time      3.5 minutes, compiling included
+Time      under 4 minutes, compiling included
 Expected  a classifier that was fitted on half of the real digits is sure of the samples
           at least 0.9 times as often as of the other half (make legibility); measured
           0.98, with every class between 7% and 14% of 500 samples, and no copies
