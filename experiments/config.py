@@ -355,6 +355,14 @@ def validate(config: Config) -> None:
         )
 
 
+def require_positive(options: Any, *names: str) -> None:
+    """Raises ConfigError where one of a command's options is given and below 1."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            _fail(name, "at least 1", value)
+
+
 def micro_batches(config: Config) -> int:
     """Returns the number of parts that a batch is cut into, on one device."""
     if config.optimizer.preset == "official":

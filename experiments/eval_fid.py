@@ -22,7 +22,13 @@ from diffusion_jax.evaluation import images, metrics, moments
 from diffusion_jax.training import data, parallel
 from diffusion_jax.training.pixels import IMAGE_ENDINGS
 from experiments import arguments, build, draws, extractors, reference, runs, sample
-from experiments.config import Config, ConfigError, Sampling, with_sampling
+from experiments.config import (
+    Config,
+    ConfigError,
+    Sampling,
+    require_positive,
+    with_sampling,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,13 +125,7 @@ def main(argv: Sequence[str]) -> int:
 
 def validate(options: Options, extractor: extractors.Extractor, count: int) -> None:
     """Raises ConfigError before anything is drawn."""
-    for name in ("seeds", "batch_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(
-                f"{name} must be at least 1; got {value}. Change it with "
-                f"--{name.replace('_', '-')}."
-            )
+    require_positive(options, "seeds", "batch_size")
     if count <= extractor.dimension:
         raise ConfigError(
             f"count must be above {extractor.dimension}, the number of features of "

@@ -22,7 +22,7 @@ from diffusion_jax import gaussian, likelihood
 from diffusion_jax.evaluation import images
 from diffusion_jax.training import data, parallel
 from experiments import arguments, build, runs, sample
-from experiments.config import Config, ConfigError
+from experiments.config import Config, require_positive
 
 BEGINNING = 10
 
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
     options = tyro.cli(
         Options, args=argv, prog="python -m experiments.eval_nll", description=__doc__
     )
-    validate(options)
+    require_positive(options, "max_images", "batch_size", "chunk")
     run = runs.find(options.run)
     config = runs.read_config(run)
     dataset = build.load_data(config, split=options.split)
@@ -94,17 +94,6 @@ def main(argv: Sequence[str]) -> int:
     if options.rate_distortion:
         show_rate_distortion(result, out / f"rate_distortion_{options.split}.png")
     return 0
-
-
-def validate(options: Options) -> None:
-    """Raises ConfigError where a number is out of range."""
-    for name in ("max_images", "batch_size", "chunk"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(
-                f"{name} must be at least 1; got {value}. Change it with "
-                f"--{name.replace('_', '-')}."
-            )
 
 
 def choose(available: int, options: Options) -> np.ndarray:

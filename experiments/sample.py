@@ -14,7 +14,7 @@ from tqdm import tqdm
 from diffusion_jax.evaluation import images
 from diffusion_jax.training import checkpoint, parallel
 from experiments import arguments, build, figures, runs
-from experiments.config import Config, ConfigError, Sampling, with_sampling
+from experiments.config import Config, Sampling, require_positive, with_sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     options = tyro.cli(
         Options, args=argv, prog="python -m experiments.sample", description=__doc__
     )
-    validate(options)
+    require_positive(options, "count", "columns", "batch_size")
     run = runs.find(options.run)
     config = with_sampling(runs.read_config(run), options.how)
     parallel.persistent_cache(run.folder.parent.resolve() / ".cache")
@@ -102,17 +102,6 @@ def draw_figure(config: Config, params: Any, run: runs.Run, options: Options) ->
     out = options.out or folder / f"{options.figure}.png"
     print(f"{options.figure}: {images.save(picture, out)}")
     return 0
-
-
-def validate(options: Options) -> None:
-    """Raises ConfigError where a number is out of range."""
-    for name in ("count", "columns", "batch_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(
-                f"{name} must be at least 1; got {value}. Change it with "
-                f"--{name.replace('_', '-')}."
-            )
 
 
 def load_params(
