@@ -3,9 +3,11 @@
 The mathematics, each module resting only on those above it:
 
   schedule    noise schedules: time -> NoiseLevel(log_alpha, logsnr)
+  continuous  continuous schedules; from discrete to continuous time and back
   gaussian    q_sample, q_posterior, predict, target, p_sample, denoiser
   losses      L_simple and the terms of the variational bound, one number an example
-  samplers    one loop, many rules; time grids
+  grids       time grids: uniform, quadratic, even in log-SNR, Karras
+  samplers    one loop, many rules
   likelihood  the bound over the whole chain in bits/dim; rate and distortion
 
 The machinery, which knows nothing of diffusion:
@@ -15,6 +17,22 @@ The machinery, which knows nothing of diffusion:
   evaluation  metrics (FID and others), moments, images (grids, strips and plots)
 """
 
-from diffusion_jax import gaussian, likelihood, losses, samplers, schedule
+from diffusion_jax import (
+    continuous,
+    gaussian,
+    grids,
+    likelihood,
+    losses,
+    samplers,
+    schedule,
+)
 
-__all__ = ["gaussian", "likelihood", "losses", "samplers", "schedule"]
+__all__ = [
+    "continuous",
+    "gaussian",
+    "grids",
+    "likelihood",
+    "losses",
+    "samplers",
+    "schedule",
+]

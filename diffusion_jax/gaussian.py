@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from diffusion_jax.continuous import counts_steps
 from diffusion_jax.schedule import NoiseLevel, Schedule
 
 KINDS = ("eps", "x0", "v", "mean")
@@ -241,8 +242,9 @@ def denoiser(
     kind: str,
     *,
     clip: bool = False,
+    threshold: float | None = None,
     learned_variance: bool = False,
-    time_shift: int = 1,
+    time_shift: int | None = None,
 ) -> Denoiser:
     """Returns a function of (x_t, t) that gives the network's prediction.
 
@@ -253,16 +255,20 @@ def denoiser(
       clip: whether x0 is clipped to [-1, 1], and eps made to agree with it. The
         paper clips when it samples and when it evaluates, not when it trains. For
         "mean" this moves the mean too, where the official code leaves it alone.
+      threshold: dynamic thresholding in the place of the clip (Sec. 2.3, Saharia et
+        al. 2022): the percentile of |x0| of an example, such as 0.995, to which it is
+        clipped and by which it is divided where that is above 1.
       learned_variance: whether the output has twice the channels, the second half
         being the log of the reverse variance (Table 2, "learned diagonal").
-      time_shift: what is subtracted from t on the way to the network. 1 is DDPM's
-        convention (a network counts from 0); continuous times need 0.
+      time_shift: what is subtracted from t on the way to the network. When not given,
+        1 where times count steps, DDPM's convention (a network counts from 0), and 0
+        where they are continuous.
 
     Returns:
       A function of x_t [B, ...] and t, [B] or scalar, in the unit of the schedule.
 
     Raises:
-      ValueError: an unknown kind.
+      ValueError: an unknown kind, or a threshold that is not in (0, 1].
 
     >>> from diffusion_jax import schedule
     >>> denoise = denoiser(lambda x, t: 0 * x, schedule.linear(), "x0", clip=True)
@@ -271,6 +277,14 @@ def denoiser(
     """
     if kind not in KINDS:
         raise_unknown("prediction", kind, KINDS)
+
+    if threshold is not None and not 0 < threshold <= 1:
+        raise ValueError(
+            f"threshold must be above 0 and at most 1, a percentile; got {threshold}. "
+            "The usual value is 0.995."
+        )
+    if time_shift is None:
+        time_shift = 1 if counts_steps(schedule) else 0
 
     def denoise(x_t: jax.Array, t: jax.Array) -> Prediction:
         t = jnp.broadcast_to(jnp.asarray(t), x_t.shape[:1])
@@ -281,8 +295,12 @@ def denoiser(
         level = schedule(t)
         prev_level = schedule(t - 1) if kind == "mean" else None
         pred = predict(kind, output, x_t, level, prev_level)
-        if clip:
-            x0, level = jnp.clip(pred.x0, -1, 1), level.like(x_t)
+        if clip or threshold is not None:
+            level = level.like(x_t)
+            if threshold is None:
+                x0 = jnp.clip(pred.x0, -1, 1)
+            else:
+                x0 = _threshold(pred.x0, threshold)
             pred = Prediction(x0, (x_t - level.alpha * x0) / level.sigma)
         return pred._replace(log_variance=log_variance)
 
@@ -325,6 +343,13 @@ def normal(
             f"{key.shape[0]}. Use jax.random.split(key, {shape[0]})."
         )
     return jax.vmap(lambda k: jax.random.normal(k, shape[1:], dtype))(key)
+
+
+def _threshold(x0: jax.Array, percentile: float) -> jax.Array:
+    size = jnp.abs(x0).reshape(len(x0), -1)
+    top = jnp.maximum(jnp.quantile(size, percentile, axis=1), 1)
+    top = top.reshape(-1, *[1] * (x0.ndim - 1))
+    return jnp.clip(x0, -top, top) / top
 
 
 def _posterior_coefficients(

@@ -3,11 +3,12 @@
 A rule is a function that returns a `Sampler`, two closures in the manner of optax:
 
   init(x, grid) -> memory                      what the rule carries from step to step
-  step(keys, x_t, memory, t, s) -> Step        one step from time t to time s < t
+  step(keys, x_t, memory, t, s) -> Step        one step from time t to time s
 
-and `sample` drives any of them down a time grid with one `lax.scan`. A grid is a
-vector of times from noise to data, ending at 0. A chain that skips steps is a grid
-that skips times: there is nothing else to respacing.
+and `sample` drives any of them along a time grid with one `lax.scan`. A grid is a
+vector of times, as a rule from noise down to data at 0; a rule refuses a grid that it
+cannot walk. A chain that skips steps is a grid that skips times: there is nothing else
+to respacing.
 
 Example i is drawn from (key, i) alone: not from the size of the batch around it, nor
 from the number of devices.
@@ -20,9 +21,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from diffusion_jax import gaussian
-from diffusion_jax.schedule import Schedule, num_steps
+from diffusion_jax.schedule import Schedule
 
 
 class Step(NamedTuple):
@@ -69,10 +71,10 @@ def ddpm(
       schedule: its noise schedule.
       variance: of the reverse steps: "small", "large" or "learned".
 
-    >>> from diffusion_jax import schedule
+    >>> from diffusion_jax import grids, schedule
     >>> lin = schedule.linear(10)
     >>> rule = ddpm(gaussian.denoiser(lambda x, t: 0 * x, lin, "x0"), lin)
-    >>> images = sample(jax.random.key(0), rule, uniform_grid(lin), (1, 2))
+    >>> images = sample(jax.random.key(0), rule, grids.uniform(lin), (1, 2))
     >>> bool((images == 0).all())
     True
     """
@@ -88,7 +90,7 @@ def ddpm(
         )
         return Step(x_s, memory, pred.x0)
 
-    return Sampler(_forgetful(schedule), step)
+    return Sampler(forgetful(schedule), step)
 
 
 def ddim(
@@ -97,7 +99,8 @@ def ddim(
     """Returns the implicit sampler (Eq. 12, Song et al. 2020).
 
     x_s = alpha_s x0 + sqrt(sigma_s^2 - v) eps + sqrt(v) z, where v is eta^2 times the
-    variance of the posterior q(x_s | x_t, x0).
+    variance of the posterior q(x_s | x_t, x0). Without noise it walks a rising grid
+    too, from data to the noise that they are drawn from: see `editing.encode`.
 
     Args:
       denoise: the network's prediction as a function of (x_t, t).
@@ -108,10 +111,10 @@ def ddim(
     Raises:
       ValueError: eta is not in [0, 1].
 
-    >>> from diffusion_jax import schedule
+    >>> from diffusion_jax import grids, schedule
     >>> lin = schedule.linear(10)
     >>> rule = ddim(gaussian.denoiser(lambda x, t: 0 * x, lin, "x0"), lin)
-    >>> images = sample(jax.random.key(0), rule, uniform_grid(lin, 2), (1, 2))
+    >>> images = sample(jax.random.key(0), rule, grids.uniform(lin, 2), (1, 2))
     >>> bool((images == 0).all())
     True
     """
@@ -133,67 +136,42 @@ def ddim(
             x_s = x_s + prev.sigma * jnp.sqrt(share) * noise
         return Step(x_s, memory, pred.x0)
 
-    return Sampler(_forgetful(schedule), step)
+    return Sampler(forgetful(schedule, rising=eta == 0), step)
 
 
-def _forgetful(schedule: Schedule) -> Callable[[jax.Array, np.ndarray], tuple[()]]:
-    """Returns the init of a rule without memory: it checks that the times exist."""
+def forgetful(
+    schedule: Schedule, *, rising: bool = False
+) -> Callable[[jax.Array, np.ndarray], tuple[()]]:
+    """Returns the init of a rule without memory: it checks the grid.
+
+    Args:
+      schedule: the times must be its own.
+      rising: whether the rule may walk from data to noise as well.
+    """
 
     def init(x: jax.Array, grid: np.ndarray) -> tuple[()]:
-        schedule(grid)
+        check_grid(schedule, grid, rising=rising)
         return ()
 
     return init
 
 
-def uniform_grid(schedule: Schedule, steps: int | None = None) -> np.ndarray:
-    """Returns [steps + 1] integer times evenly spaced from T to 0.
+def check_grid(schedule: Schedule, grid: np.ndarray, *, rising: bool = False) -> None:
+    """Raises ValueError where a rule cannot walk a grid.
 
     Args:
-      schedule: a discrete schedule.
-      steps: number of steps, at most T; all T when not given.
-
-    Raises:
-      ValueError: steps is not in 1..T.
-
-    >>> from diffusion_jax import schedule
-    >>> uniform_grid(schedule.linear(1000), 4)
-    array([1000,  750,  500,  250,    0])
+      schedule: the times must be its own.
+      grid: the times, [steps + 1]: strictly decreasing.
+      rising: whether it may be strictly increasing instead.
     """
-    total = num_steps(schedule)
-    steps = total if steps is None else steps
-    if not 1 <= steps <= total:
+    down = bool(np.all(np.diff(grid) < 0))
+    if not (down or (rising and np.all(np.diff(grid) > 0))):
         raise ValueError(
-            f"steps must be in 1..{total}, the number of steps of the schedule; got "
-            f"{steps}. A discrete schedule has no times in between."
+            "grid must be strictly decreasing times, from noise to data"
+            f"{', or strictly increasing' if rising else ''}; got {grid!r}. "
+            "grids.uniform(schedule, steps) makes one."
         )
-    return np.rint(np.linspace(total, 0, steps + 1)).astype(np.int64)
-
-
-def quadratic_grid(schedule: Schedule, steps: int) -> np.ndarray:
-    """Returns [steps + 1] integer times T (i / steps)^2, from T to 0.
-
-    Small steps near the data, large ones near the noise: what DDIM's CIFAR-10 numbers
-    use (App. D.2, Song et al. 2020). Where rounding would repeat a time, the next one
-    up is taken.
-
-    Args:
-      schedule: a discrete schedule.
-      steps: number of steps, at most T.
-
-    Raises:
-      ValueError: steps is not in 1..T.
-
-    >>> from diffusion_jax import schedule
-    >>> quadratic_grid(schedule.linear(1000), 4)
-    array([1000,  562,  250,   62,    0])
-    """
-    uniform = uniform_grid(schedule, steps)  # checks steps
-    times = np.rint(uniform[0] * (np.arange(steps + 1) / steps) ** 2).astype(np.int64)
-    # From data up, each time at least one above the one before.
-    index = np.arange(steps + 1)
-    times = np.maximum.accumulate(times - index) + index
-    return times[::-1].copy()
+    schedule(grid)
 
 
 def sample(
@@ -203,6 +181,7 @@ def sample(
     shape: tuple[int, ...],
     *,
     start: jax.Array | None = None,
+    start_std: ArrayLike = 1.0,
     first: int | jax.Array = 0,
 ) -> jax.Array:
     """Returns examples drawn by a rule, [B, ...].
@@ -212,19 +191,20 @@ def sample(
     parameters and put that under `jit`.
 
     Args:
-      key: one key.
+      key: one key; or a key an example, [B], to share noise between examples.
       sampler: the rule.
-      grid: times from noise to data, [steps + 1], strictly decreasing.
+      grid: times, [steps + 1], from noise down to data but for rules that say else.
       shape: (B, ...), the batch first.
-      start: x at grid[0], [B, ...]; drawn from N(0, I) when not given, the prior of
-        the paper.
+      start: x at grid[0], [B, ...]; drawn from N(0, start_std^2 I) when not given.
+      start_std: 1, the prior of the paper, unless variance explodes: then
+        schedule(grid[0]).sigma.
       first: index of the first example: sample(key, ..., (4, ...), first=2) are the
         examples 2..5 of sample(key, ..., (6, ...)).
 
     Raises:
-      ValueError: the grid does not decrease, or start has another shape.
+      ValueError: the rule cannot walk the grid, or start has another shape.
     """
-    x, _ = _run(key, sampler, grid, shape, start, first, record=())
+    x, _ = _run(key, sampler, grid, shape, start, start_std, first, record=())
     return x
 
 
@@ -236,6 +216,7 @@ def trajectory(
     steps: Sequence[int],
     *,
     start: jax.Array | None = None,
+    start_std: ArrayLike = 1.0,
     first: int | jax.Array = 0,
 ) -> tuple[jax.Array, Trajectory]:
     """Returns the examples of `sample` and the chain at chosen steps.
@@ -243,7 +224,7 @@ def trajectory(
     Only the chosen steps are held in memory.
 
     Args:
-      key, sampler, grid, shape, start, first: as in `sample`.
+      key, sampler, grid, shape, start, start_std, first: as in `sample`.
       steps: numbers of the steps to record, 0 (from pure noise) to len(grid) - 2 (the
         step that ends in data).
 
@@ -261,7 +242,7 @@ def trajectory(
             f"steps must be different numbers in 0..{count - 1}, one for each step "
             f"to record; got {steps}. The grid has {count} steps."
         )
-    x, (x_t, x0) = _run(key, sampler, grid, shape, start, first, steps)
+    x, (x_t, x0) = _run(key, sampler, grid, shape, start, start_std, first, steps)
     return x, Trajectory(np.asarray(grid)[list(steps)], x_t, x0)
 
 
@@ -271,14 +252,20 @@ def _run(
     grid: np.ndarray,
     shape: tuple[int, ...],
     start: jax.Array | None,
+    start_std: ArrayLike,
     first: int | jax.Array,
     record: tuple[int, ...],
 ) -> Any:
     grid = np.asarray(grid)
-    if grid.ndim != 1 or grid.size < 2 or not np.all(np.diff(grid) < 0):
+    if grid.ndim != 1 or grid.size < 2 or not np.all(np.diff(grid)):
         raise ValueError(
-            "grid must be a vector of at least two strictly decreasing times, from "
-            f"noise to data; got {grid!r}. uniform_grid(schedule, steps) makes one."
+            "grid must be a vector of at least two times, each other than the one "
+            f"before; got {grid!r}. grids.uniform(schedule, steps) makes one."
+        )
+    if key.ndim not in (0, 1) or (key.ndim == 1 and key.shape[0] != shape[0]):
+        raise ValueError(
+            f"key must be one typed key, or one for each of {shape[0]} examples; got "
+            f"shape {key.shape}. Make it with jax.random.key."
         )
     if start is not None and start.shape != tuple(shape):
         raise ValueError(
@@ -288,7 +275,8 @@ def _run(
     # `first` as a Python integer would be compiled in, and every batch would compile
     # again. The grid is, so that a rule may work out its coefficients beforehand.
     times, first = tuple(grid.tolist()), jnp.asarray(first)
-    return _scan(key, sampler, times, tuple(shape), start, first, record)
+    std = jnp.asarray(start_std, jnp.result_type(float))
+    return _scan(key, sampler, times, tuple(shape), start, std, first, record)
 
 
 @partial(jax.jit, static_argnames=("sampler", "times", "shape", "record"))
@@ -298,12 +286,16 @@ def _scan(
     times: tuple[float, ...],
     shape: tuple[int, ...],
     start: jax.Array | None,
+    start_std: jax.Array,
     first: jax.Array,
     record: tuple[int, ...],
 ) -> Any:
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(shape[0]))
+    keys = key
+    if key.ndim == 0:
+        index = first + jnp.arange(shape[0])
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
     fold = jax.vmap(jax.random.fold_in, (0, None))
-    x = gaussian.normal(fold(keys, 0), shape) if start is None else start
+    x = gaussian.normal(fold(keys, 0), shape) * start_std if start is None else start
     # Slot k of the record belongs to step record[k]; other steps write past the end,
     # where a write is dropped.
     grid = np.asarray(times)

@@ -6,9 +6,9 @@ A level is all that the rest of the library knows of a schedule:
 
 Discrete schedules take integer t in {0, ..., T}, where t = 0 is data. They are
 pytrees (`jax.tree_util.Partial` over two tables), so they pass through `jit` as
-arguments and another set of betas does not retrace. Continuous schedules take t in
-[0, 1]. Tables are built in NumPy float64 and cast once, where they are used: a
-float32 cumulative product is wrong by 1.7e-4 in 1 - alpha_bar.
+arguments and another set of betas does not retrace. Continuous schedules, t in [0, 1],
+are in `continuous`. Tables are built in NumPy float64 and cast once, where they are
+used: a float32 cumulative product is wrong by 1.7e-4 in 1 - alpha_bar.
 """
 
 from collections.abc import Callable
@@ -81,7 +81,7 @@ def linear(
     >>> print(level.alpha.round(5), level.sigma.round(5))
     [1.      0.00635] [0.      0.99998]
     """
-    _check_num_steps(num_steps)
+    check_num_steps(num_steps)
     return from_betas(np.linspace(beta_start, beta_end, num_steps))
 
 
@@ -89,14 +89,14 @@ def quad(
     num_steps: int = 1000, *, beta_start: float = 1e-4, beta_end: float = 0.02
 ) -> Partial:
     """Returns the schedule whose sqrt(beta) is evenly spaced (official code)."""
-    _check_num_steps(num_steps)
+    check_num_steps(num_steps)
     roots = np.linspace(np.sqrt(beta_start), np.sqrt(beta_end), num_steps)
     return from_betas(roots**2)
 
 
 def const(num_steps: int = 1000, *, beta: float = 0.02) -> Partial:
     """Returns the schedule of one beta for every step (official code)."""
-    _check_num_steps(num_steps)
+    check_num_steps(num_steps)
     return from_betas(np.full(num_steps, beta, np.float64))
 
 
@@ -105,7 +105,7 @@ def jsd(num_steps: int = 1000) -> Partial:
 
     alpha_bar falls in a straight line and the last level is pure noise.
     """
-    _check_num_steps(num_steps)
+    check_num_steps(num_steps)
     return from_betas(1.0 / np.linspace(num_steps, 1, num_steps))
 
 
@@ -120,7 +120,7 @@ def warmup(
 
     `warmup10` and `warmup50` of the official code are fractions 0.1 and 0.5.
     """
-    _check_num_steps(num_steps)
+    check_num_steps(num_steps)
     if not 0.0 < fraction <= 1.0:
         raise ValueError(
             f"fraction must be above 0 and at most 1; got {fraction}. "
@@ -140,7 +140,7 @@ def cosine(
     alpha_bar(t) = cos^2(pi/2 (t/T + offset) / (1 + offset)), each beta at most
     max_beta, which keeps the last step from being singular.
     """
-    _check_num_steps(num_steps)
+    check_num_steps(num_steps)
     phase = (np.arange(num_steps + 1) / num_steps + offset) / (1 + offset)
     alpha_bar = np.cos(0.5 * np.pi * phase) ** 2
     return from_betas(np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], max_beta))
@@ -187,10 +187,8 @@ def from_betas(betas: ArrayLike) -> Partial:
     last = log_alpha[-2] if betas.size > 1 else 0.0
     log_alpha[-1] = max(log_alpha[-1], last + PURE_NOISE_LOG_ALPHA)
     logsnr = 2 * log_alpha - np.log(-np.expm1(2 * log_alpha))
-    return Partial(
-        _lookup,
-        np.concatenate([[0.0], log_alpha]),
-        np.concatenate([[np.inf], logsnr]),
+    return from_tables(
+        np.concatenate([[0.0], log_alpha]), np.concatenate([[np.inf], logsnr])
     )
 
 
@@ -203,42 +201,31 @@ def num_steps(schedule: Schedule) -> int:
     >>> num_steps(linear(250))
     250
     """
+    return np.shape(tables(schedule)[0])[0] - 1
+
+
+def is_discrete(schedule: Schedule) -> bool:
+    """Returns whether the times of a schedule are whole numbers."""
+    return isinstance(schedule, Partial) and schedule.func is _lookup
+
+
+def from_tables(log_alpha: ArrayLike, logsnr: ArrayLike) -> Partial:
+    """Returns the discrete schedule with these levels for t = 0..T, each [T + 1]."""
+    return Partial(_lookup, log_alpha, logsnr)
+
+
+def tables(schedule: Schedule) -> tuple[ArrayLike, ArrayLike]:
+    """Returns log_alpha and logsnr of a discrete schedule for t = 0..T, each [T + 1].
+
+    Raises:
+      ValueError: the schedule is continuous.
+    """
     if not (isinstance(schedule, Partial) and schedule.func is _lookup):
         raise ValueError(
             "schedule must be discrete (linear, cosine, from_betas, ...); got "
             f"{schedule!r}. A continuous schedule has times in [0, 1] and no steps."
         )
-    return schedule.args[0].shape[0] - 1
-
-
-def vp(*, beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
-    """Returns the continuous variance-preserving schedule (Eq. 33, Song et al. 2021).
-
-    log alpha(t) = -t^2 (beta_max - beta_min) / 4 - t beta_min / 2, t in [0, 1]: the
-    limit of `linear(T, beta_start=beta_min / T, beta_end=beta_max / T)`.
-
-    >>> print(f"{vp()(1.0).alpha:.5f}")
-    0.00657
-    """
-    if not 0 < beta_min <= beta_max:
-        raise ValueError(
-            f"beta_min must be above 0 and at most beta_max; got {beta_min} and "
-            f"{beta_max}. The usual values are 0.1 and 20."
-        )
-
-    def level(t: ArrayLike) -> NoiseLevel:
-        if not isinstance(t, jax.core.Tracer):
-            known = np.asarray(t)
-            if known.size and not (known.min() >= 0 and known.max() <= 1):
-                raise ValueError(
-                    "t of a continuous schedule must be in [0, 1]; got values from "
-                    f"{known.min()} to {known.max()}. Divide a step by their number."
-                )
-        t = jnp.asarray(t, dtype=jnp.result_type(float))
-        log_alpha = -0.25 * t**2 * (beta_max - beta_min) - 0.5 * t * beta_min
-        return NoiseLevel(log_alpha, 2 * log_alpha - jnp.log(-jnp.expm1(2 * log_alpha)))
-
-    return level
+    return schedule.args[0], schedule.args[1]
 
 
 def _lookup(log_alpha: ArrayLike, logsnr: ArrayLike, t: ArrayLike) -> NoiseLevel:
@@ -271,7 +258,8 @@ def _expand(a: jax.Array, ndim: int) -> jax.Array:
     return a.reshape(a.shape + (1,) * (ndim - a.ndim)) if a.ndim else a
 
 
-def _check_num_steps(count: int) -> None:
+def check_num_steps(count: int) -> None:
+    """Raises ValueError where the number of steps is not a whole number above 0."""
     if not isinstance(count, int | np.integer) or count < 1:
         raise ValueError(
             f"num_steps must be a whole number of at least 1; got {count!r}. "

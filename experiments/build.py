@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffusion_jax import gaussian, losses, samplers, schedule
+from diffusion_jax import gaussian, grids, losses, samplers, schedule
 from diffusion_jax.nets.unet import UNet
 from diffusion_jax.training import data, parallel, state
 from experiments.config import Config, ConfigError, micro_batches
@@ -164,8 +164,8 @@ def make_grid(config: Config) -> np.ndarray:
     """Returns the times that a chain goes through, from T to 0."""
     levels, steps = make_schedule(config), config.sample.steps
     if config.sample.grid == "uniform":
-        return samplers.uniform_grid(levels, steps)
-    return samplers.quadratic_grid(levels, steps or config.diffusion.num_steps)
+        return grids.uniform(levels, steps)
+    return grids.quadratic(levels, steps or config.diffusion.num_steps)
 
 
 def make_sampler(config: Config, params: Any) -> samplers.Sampler:

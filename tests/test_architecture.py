@@ -11,8 +11,11 @@ PACKAGE = ROOT / "diffusion_jax"
 # A module may import those of the floors below its own. A new one needs a floor here.
 FLOORS = (
     {"schedule"},
-    {"gaussian", "sde"},
-    {"losses", "samplers"},
+    {"continuous"},
+    {"gaussian"},
+    {"sde", "losses", "grids"},
+    {"samplers"},
+    {"solvers", "langevin", "ode"},
     {"likelihood", "editing", "compression"},
 )
 MATHEMATICS = set.union(*FLOORS)

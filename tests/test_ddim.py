@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from oracles import GaussianData, NumpyDDPM, T, chain_moments
 
-from diffusion_jax import samplers, schedule
+from diffusion_jax import grids, samplers, schedule
 
 SHAPE = (2, 2, 1)
 LINEAR = NumpyDDPM.named("linear")
@@ -39,7 +39,7 @@ def test_without_noise_it_converges_to_the_exact_flow_with_order_one(x64):
     rule = samplers.ddim(DENOISE, LIN)
     counts, errors = np.array([62, 125, 250, 500]), []
     for count in counts:
-        grid = samplers.quadratic_grid(LIN, count)
+        grid = grids.quadratic(LIN, count)
         x = samplers.sample(KEY, rule, grid, start.shape, start=start)
         errors.append(np.abs(x - truth).max())
     slope = np.polyfit(np.log(counts), np.log(errors), 1)[0]
@@ -48,7 +48,7 @@ def test_without_noise_it_converges_to_the_exact_flow_with_order_one(x64):
 
 
 def test_the_key_does_not_matter_without_noise():
-    grid, start = samplers.uniform_grid(LIN, 20), jnp.ones([3, *SHAPE])
+    grid, start = grids.uniform(LIN, 20), jnp.ones([3, *SHAPE])
     rule = samplers.ddim(DENOISE, LIN)
     one, other = (
         samplers.sample(jax.random.key(seed), rule, grid, start.shape, start=start)
@@ -60,7 +60,7 @@ def test_the_key_does_not_matter_without_noise():
 @pytest.mark.parametrize("steps", [10, 1000])
 def test_with_all_noise_it_is_ancestral_sampling(steps, x64):
     """Eq. 16, Song et al. 2020, with eta = 1: the same posterior, the same noise."""
-    grid, shape = samplers.uniform_grid(LIN, steps), (4, *SHAPE)
+    grid, shape = grids.uniform(LIN, steps), (4, *SHAPE)
     ddim = samplers.sample(KEY, samplers.ddim(DENOISE, LIN, eta=1.0), grid, shape)
     rule = samplers.ddpm(DENOISE, LIN, variance="small")
     ddpm = samplers.sample(KEY, rule, grid, shape)
@@ -70,7 +70,7 @@ def test_with_all_noise_it_is_ancestral_sampling(steps, x64):
 def test_some_noise_gives_the_data_too():
     """Every eta has the same marginals in the limit of many steps."""
     rule = samplers.ddim(DENOISE, LIN, eta=0.5)
-    grid = samplers.uniform_grid(LIN, 250)
+    grid = grids.uniform(LIN, 250)
     x = np.asarray(samplers.sample(KEY, rule, grid, (20_000, *SHAPE)), np.float64)
     flat = x.reshape(len(x), -1)
     _, small, _ = chain_moments(DATA, LINEAR, grid, "small")
@@ -84,14 +84,14 @@ def test_some_noise_gives_the_data_too():
 def test_quadratic_grid_of_any_length(total):
     made = schedule.linear(total)
     for steps in {1, min(2, total), total // 2 or 1, total - 1 or 1, total}:
-        grid = samplers.quadratic_grid(made, steps)
+        grid = grids.quadratic(made, steps)
         assert (len(grid), grid[0], grid[-1]) == (steps + 1, total, 0)
         assert np.diff(grid).max() <= -1
     np.testing.assert_array_equal(
-        samplers.quadratic_grid(made, total), np.arange(total, -1, -1)
+        grids.quadratic(made, total), np.arange(total, -1, -1)
     )
 
 
 def test_quadratic_grid_follows_its_square():
-    grid = samplers.quadratic_grid(LIN, 20)[::-1]
+    grid = grids.quadratic(LIN, 20)[::-1]
     np.testing.assert_allclose(grid, 1000 * (np.arange(21) / 20) ** 2, atol=0.5)

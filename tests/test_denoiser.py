@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from oracles import T, draw, oracle, output_of
 
-from diffusion_jax import gaussian, schedule
+from diffusion_jax import continuous, gaussian, schedule
 
 TIMES, EPS = np.arange(1, T + 1), draw(1, T, 2, 3)
 
@@ -27,7 +27,7 @@ def test_denoiser_shifts_time(t, time_shift):
 
 def test_denoiser_of_continuous_time():
     """The level is that of t itself, and so is the time the network sees."""
-    t, made = jnp.array([0.25, 1.0]), schedule.vp()
+    t, made = jnp.array([0.25, 1.0]), continuous.vp()
     x_t = jnp.ones([2, 3])
 
     def network(x, t):

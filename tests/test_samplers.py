@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from oracles import GaussianData, NumpyDDPM, T, chain_moments
 
-from diffusion_jax import gaussian, samplers, schedule
+from diffusion_jax import continuous, gaussian, grids, samplers, schedule
 
 SHAPE = (2, 2, 1)
 LINEAR = NumpyDDPM.named("linear")
@@ -216,7 +216,7 @@ def test_second_call_compiles_nothing():
 
     rule = samplers.ddpm(denoise, schedule.linear())
     for seed, first in ((0, 0), (1, 7), (2, jnp.asarray(9))):
-        grid = samplers.uniform_grid(schedule.linear(), 10 + 0 * seed)
+        grid = grids.uniform(schedule.linear(), 10 + 0 * seed)
         samplers.sample(jax.random.key(seed), rule, grid, (3, *SHAPE), first=first)
         # Other times, as many of them, are data and not another program.
         samplers.sample(KEY, rule, np.arange(10, -1, -1), (3, *SHAPE), first=first)
@@ -260,17 +260,21 @@ def test_sharded_over_devices_draws_the_same():
 def test_uniform_grid_of_any_length(total):
     made = schedule.linear(total)
     for steps in range(1, total + 1):
-        grid = samplers.uniform_grid(made, steps)
+        grid = grids.uniform(made, steps)
         gaps = -np.diff(grid)
         assert (len(grid), grid[0], grid[-1]) == (steps + 1, total, 0)
         assert gaps.min() >= 1
         assert gaps.max() - gaps.min() <= 2
         assert np.all(abs(grid - np.linspace(total, 0, steps + 1)) <= 0.5)
-    np.testing.assert_array_equal(samplers.uniform_grid(made), np.arange(total, -1, -1))
+    np.testing.assert_array_equal(grids.uniform(made), np.arange(total, -1, -1))
 
 
 def _sample(grid=(2, 1, 0), shape=(2, 3), **options):
     return samplers.sample(KEY, countdown(), np.asarray(grid), shape, **options)
+
+
+def _down(grid):
+    return samplers.sample(KEY, samplers.ddpm(DENOISE, LIN), np.array(grid), (2, 3))
 
 
 def _trajectory(steps):
@@ -285,11 +289,12 @@ LIN = schedule.linear(10)
     [
         (lambda: samplers.ddpm(DENOISE, LIN, variance="fixedlarge"), "'fixedlarge'"),
         (lambda: samplers.ddim(DENOISE, LIN, eta=1.5), "1.5"),
-        (lambda: samplers.quadratic_grid(LIN, 11), "11"),
-        (lambda: samplers.uniform_grid(LIN, 11), "11"),
-        (lambda: samplers.uniform_grid(LIN, 0), "0"),
-        (lambda: samplers.uniform_grid(schedule.vp(), 10), "<function"),
-        (lambda: _sample([0, 1, 2]), "array([0, 1, 2])"),
+        (lambda: grids.quadratic(LIN, 11), "11"),
+        (lambda: grids.uniform(LIN, 11), "11"),
+        (lambda: grids.uniform(LIN, 0), "0"),
+        (lambda: grids.uniform(continuous.vp()), "_vp"),
+        (lambda: _down([0, 1, 2]), "array([0, 1, 2])"),
+        (lambda: _down([2, 3, 0]), "array([2, 3, 0])"),
         (lambda: _sample([2, 2, 0]), "array([2, 2, 0])"),
         (lambda: _sample([2]), "array([2])"),
         (lambda: _sample([[2, 1]]), "array([[2, 1]])"),

@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from diffusion_jax import gaussian, likelihood, losses, samplers, schedule
+from diffusion_jax import (
+    continuous,
+    gaussian,
+    grids,
+    likelihood,
+    losses,
+    samplers,
+    schedule,
+)
 
 MODULES = (schedule, gaussian, losses, samplers, likelihood)
 # Raises, and does nothing else.
@@ -108,19 +116,19 @@ def _ddim(eta: float) -> Callable:
 
 
 def _quadratic(x: jax.Array) -> jax.Array:
-    return x * samplers.quadratic_grid(schedule.linear(T), 4)[0]
+    return x * grids.quadratic(schedule.linear(T), 4)[0]
 
 
 def _sample(x: jax.Array, index: jax.Array) -> jax.Array:
     made = schedule.linear(T)
-    rule, grid = _rule(made, "large"), samplers.uniform_grid(made, 4)
+    rule, grid = _rule(made, "large"), grids.uniform(made, 4)
     key = jax.random.key(3)
     return samplers.sample(key, rule, grid, x.shape, start=x, first=index[0])
 
 
 def _trajectory(x: jax.Array, index: jax.Array) -> Any:
     made = schedule.linear(T)
-    rule, grid = _rule(made, "small"), samplers.uniform_grid(made, 4)
+    rule, grid = _rule(made, "small"), grids.uniform(made, 4)
     key = jax.random.key(3)
     end, path = samplers.trajectory(
         key, rule, grid, x.shape, (0, 3), start=x, first=index[0]
@@ -166,7 +174,7 @@ ROWS = [
         for name in ("linear", "quad", "const", "jsd", "warmup", "cosine")
     ),
     Row("schedule.from_betas", _made(schedule.from_betas([0.1] * T)), "t"),
-    Row("schedule.vp", _made(schedule.vp()), "u"),
+    Row("continuous.vp", _made(continuous.vp()), "u"),
     Row(
         "schedule.num_steps", lambda u: u * schedule.num_steps(schedule.linear(T)), "u"
     ),
@@ -240,8 +248,8 @@ ROWS = [
     ),
     Row("likelihood.bound", _bound, "keys x0"),
     *(Row("samplers.ddim", _ddim(eta), "keys x", str(eta)) for eta in (0.0, 0.5)),
-    Row("samplers.quadratic_grid", _quadratic, "x"),
-    Row("samplers.sample samplers.uniform_grid", _sample, "x index"),
+    Row("grids.quadratic", _quadratic, "x"),
+    Row("samplers.sample grids.uniform", _sample, "x index"),
     Row("samplers.trajectory", _trajectory, "x index"),
 ]
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
