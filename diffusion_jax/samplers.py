@@ -163,7 +163,11 @@ def check_grid(schedule: Schedule, grid: np.ndarray, *, rising: bool = False) ->
       schedule: the times must be its own.
       grid: the times, [steps + 1]: strictly decreasing.
       rising: whether it may be strictly increasing instead.
+
+    What is traced cannot be checked.
     """
+    if isinstance(grid, jax.core.Tracer):
+        return
     down = bool(np.all(np.diff(grid) < 0))
     if not (down or (rising and np.all(np.diff(grid) > 0))):
         raise ValueError(
@@ -177,7 +181,7 @@ def check_grid(schedule: Schedule, grid: np.ndarray, *, rising: bool = False) ->
 def sample(
     key: jax.Array,
     sampler: Sampler,
-    grid: np.ndarray,
+    grid: np.ndarray | jax.Array,
     shape: tuple[int, ...],
     *,
     start: jax.Array | None = None,
@@ -188,7 +192,7 @@ def sample(
 
     Compiled once for each sampler object, grid and shape. To draw with changing
     parameters without compiling again, build the sampler inside a function of the
-    parameters and put that under `jit`.
+    parameters and put that under `jit`; with changing grids too, see `padded`.
 
     Args:
       key: one key; or a key an example, [B], to share noise between examples.
@@ -211,7 +215,7 @@ def sample(
 def trajectory(
     key: jax.Array,
     sampler: Sampler,
-    grid: np.ndarray,
+    grid: np.ndarray | jax.Array,
     shape: tuple[int, ...],
     steps: Sequence[int],
     *,
@@ -246,18 +250,91 @@ def trajectory(
     return x, Trajectory(np.asarray(grid)[list(steps)], x_t, x0)
 
 
+def counted(denoise: gaussian.Denoiser, seen: list[int]) -> gaussian.Denoiser:
+    """Returns the denoiser, but `seen` gets the number of examples it is asked for.
+
+    Counted as the program runs, wherever in it: in loops, and in branches only when
+    they are taken. Wait with `jax.effects_barrier()` before reading.
+    """
+
+    def denoise_and_count(x_t: jax.Array, t: jax.Array) -> gaussian.Prediction:
+        jax.debug.callback(lambda: seen.append(x_t.shape[0]))
+        return denoise(x_t, t)
+
+    return denoise_and_count
+
+
+def count_evaluations(
+    make: Callable[[gaussian.Denoiser], Sampler],
+    denoise: gaussian.Denoiser,
+    grid: np.ndarray,
+    shape: tuple[int, ...],
+    **options: Any,
+) -> float:
+    """Returns how often a draw asks the network for an example, counted as it runs.
+
+    Args:
+      make: the rule as a function of the denoiser.
+      denoise: the network's prediction; where the rule adapts to it, the real one.
+      grid, shape, options: as in `sample`.
+
+    >>> from diffusion_jax import grids, schedule
+    >>> lin = schedule.linear(10)
+    >>> denoise = gaussian.denoiser(lambda x, t: 0 * x, lin, "x0")
+    >>> make = lambda counted: ddpm(counted, lin)
+    >>> count_evaluations(make, denoise, grids.uniform(lin, 5), (1, 2))
+    5.0
+    """
+    seen: list[int] = []
+    key, sampler = jax.random.key(0), make(counted(denoise, seen))
+    sample(key, sampler, grid, shape, **options).block_until_ready()
+    jax.effects_barrier()
+    return sum(seen) / shape[0]
+
+
+def padded(sampler: Sampler) -> Sampler:
+    """Returns the rule, but a step from a time to the same time does nothing.
+
+    Grids of many lengths, filled up at the end with `pad`, then share one compiled
+    program: under `jit` with the grid as an argument.
+    """
+
+    def step(
+        keys: jax.Array, x_t: jax.Array, memory: Any, t: jax.Array, s: jax.Array
+    ) -> Step:
+        def stay(x_t: jax.Array, memory: Any) -> Step:
+            return Step(x_t, memory, x_t)
+
+        def go(x_t: jax.Array, memory: Any) -> Step:
+            return sampler.step(keys, x_t, memory, t, s)
+
+        return jax.lax.cond(t == s, stay, go, x_t, memory)
+
+    return Sampler(sampler.init, step)
+
+
+def pad(grid: np.ndarray, length: int) -> np.ndarray:
+    """Returns the grid with its last time repeated, [length].
+
+    >>> pad(np.array([9, 5, 0]), 5)
+    array([9, 5, 0, 0, 0])
+    """
+    return np.concatenate([grid, np.full(length - len(grid), grid[-1])])
+
+
 def _run(
     key: jax.Array,
     sampler: Sampler,
-    grid: np.ndarray,
+    grid: np.ndarray | jax.Array,
     shape: tuple[int, ...],
     start: jax.Array | None,
     start_std: ArrayLike,
     first: int | jax.Array,
     record: tuple[int, ...],
 ) -> Any:
-    grid = np.asarray(grid)
-    if grid.ndim != 1 or grid.size < 2 or not np.all(np.diff(grid)):
+    known = not isinstance(grid, jax.core.Tracer)
+    grid = np.asarray(grid) if known else grid
+    if grid.ndim != 1 or grid.size < 2 or (known and not np.all(np.diff(grid))):
         raise ValueError(
             "grid must be a vector of at least two times, each other than the one "
             f"before; got {grid!r}. grids.uniform(schedule, steps) makes one."
@@ -273,17 +350,19 @@ def _run(
             f"{start.shape}. Give one starting point for each example."
         )
     # `first` as a Python integer would be compiled in, and every batch would compile
-    # again. The grid is, so that a rule may work out its coefficients beforehand.
-    times, first = tuple(grid.tolist()), jnp.asarray(first)
-    std = jnp.asarray(start_std, jnp.result_type(float))
-    return _scan(key, sampler, times, tuple(shape), start, std, first, record)
+    # again. A grid that is known is, so that a rule may look at it.
+    first, std = jnp.asarray(first), jnp.asarray(start_std, jnp.result_type(float))
+    times = tuple(grid.tolist()) if known else None
+    later = None if known else jnp.asarray(grid)
+    return _scan(key, sampler, times, later, tuple(shape), start, std, first, record)
 
 
 @partial(jax.jit, static_argnames=("sampler", "times", "shape", "record"))
 def _scan(
     key: jax.Array,
     sampler: Sampler,
-    times: tuple[float, ...],
+    times: tuple[float, ...] | None,
+    later: Any,
     shape: tuple[int, ...],
     start: jax.Array | None,
     start_std: jax.Array,
@@ -298,7 +377,7 @@ def _scan(
     x = gaussian.normal(fold(keys, 0), shape) * start_std if start is None else start
     # Slot k of the record belongs to step record[k]; other steps write past the end,
     # where a write is dropped.
-    grid = np.asarray(times)
+    grid = later if times is None else np.asarray(times)
     count = len(grid) - 1
     slots = np.full(count, len(record))
     slots[list(record)] = np.arange(len(record))

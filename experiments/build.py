@@ -8,9 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffusion_jax import gaussian, grids, losses, samplers, schedule
+from diffusion_jax import (
+    continuous,
+    gaussian,
+    grids,
+    langevin,
+    losses,
+    ode,
+    samplers,
+    schedule,
+    solvers,
+)
 from diffusion_jax.nets.unet import UNet
 from diffusion_jax.training import data, parallel, state
+from experiments import sampling
 from experiments.config import Config, ConfigError, micro_batches
 
 
@@ -162,27 +173,88 @@ def make_step(config: Config, mesh: jax.sharding.Mesh) -> state.StepFn:
 
 def make_grid(config: Config) -> np.ndarray:
     """Returns the times that a chain goes through, from T to 0."""
-    levels, steps = make_schedule(config), config.sample.steps
-    if config.sample.grid == "uniform":
-        return grids.uniform(levels, steps)
-    return grids.quadratic(levels, steps or config.diffusion.num_steps)
+    total = config.diffusion.num_steps
+    how = sampling.resolve(config.sample, total)
+    if how["sampler"] == "ode":
+        # All the way in one stretch, but for the step to data, where noise ends.
+        return np.array([total, 1, 0])
+    made: Callable[..., np.ndarray] = {
+        "uniform": grids.uniform,
+        "quadratic": grids.quadratic,
+        "logsnr": grids.logsnr,
+        "karras": grids.karras,
+    }[how["grid"]]
+    return made(make_schedule(config), how["steps"])
 
 
 def make_sampler(config: Config, params: Any) -> samplers.Sampler:
     """Returns the sampling rule with these parameters."""
+    return make_rule(config, make_denoiser(config, params))
+
+
+def make_denoiser(config: Config, params: Any) -> gaussian.Denoiser:
+    """Returns the network's prediction, as the chains of the configuration see it."""
     net = make_network(config, looped=True)
-    levels, diffusion = make_schedule(config), config.diffusion
-    denoise = gaussian.denoiser(
+    return gaussian.denoiser(
         lambda x, t: call(net, params, x, t),
-        levels,
-        diffusion.prediction,
+        sampling_schedule(config),
+        config.diffusion.prediction,
         clip=config.sample.clip,
-        learned_variance=diffusion.variance == "learned",
+        threshold=config.sample.threshold,
+        learned_variance=config.diffusion.variance == "learned",
     )
-    if config.sample.sampler == "ddim":
-        return samplers.ddim(denoise, levels, eta=config.sample.eta)
-    variance = config.sample.variance or diffusion.variance
-    return samplers.ddpm(denoise, levels, variance=variance)
+
+
+def sampling_schedule(config: Config) -> schedule.Schedule:
+    """Returns the schedule that chains walk: in real time where the rule needs it."""
+    levels = make_schedule(config)
+    return continuous.interpolate(levels) if config.sample.sampler == "ode" else levels
+
+
+def make_rule(config: Config, denoise: gaussian.Denoiser) -> samplers.Sampler:
+    """Returns the sampling rule for any denoiser on `sampling_schedule`."""
+    levels = sampling_schedule(config)
+    how = sampling.resolve(config.sample, config.diffusion.num_steps)
+    options = {
+        name: how[name] for name in sampling.RULES[config.sample.sampler].options
+    }
+    match config.sample.sampler:
+        case "ddpm":
+            variance = options["variance"] or config.diffusion.variance
+            return samplers.ddpm(denoise, levels, variance=variance)
+        case "ddim":
+            return samplers.ddim(denoise, levels, **options)
+        case "heun":
+            return solvers.heun(denoise, levels)
+        case "edm":
+            return solvers.edm(denoise, levels, **options)
+        case "dpm_solver_pp":
+            return solvers.dpm_solver_pp(denoise, levels, **options)
+        case "unipc":
+            return solvers.unipc(denoise, levels, order=int(options["order"]))
+        case "predictor_corrector":
+            return langevin.predictor_corrector(denoise, levels, **options)
+        case "langevin":
+            return langevin.langevin(denoise, levels, **options)
+        case "ode":
+            tolerance = options["tolerance"]
+            return ode.ode(denoise, levels, rtol=tolerance, atol=tolerance)
+
+
+def count_evaluations(config: Config, params: Any) -> float:
+    """Returns the network evaluations that one sample takes, counted on a draw.
+
+    Only where the steps depend on the network is it the real one that is asked.
+    """
+    denoise = gaussian.denoiser(lambda x, t: 0 * x, sampling_schedule(config), "x0")
+    if sampling.RULES[config.sample.sampler].grid is None:
+        denoise = make_denoiser(config, params)
+    shape = (1, *[config.data.image_size] * 2, config.data.channels)
+
+    def make(counted: gaussian.Denoiser) -> samplers.Sampler:
+        return make_rule(config, counted)
+
+    return samplers.count_evaluations(make, denoise, make_grid(config), shape)
 
 
 def make_draw(
@@ -213,14 +285,10 @@ def make_draw(
 
 def describe_sampling(config: Config) -> dict[str, Any]:
     """Returns what has to be known of samples beside the weights and the seed."""
-    how = config.sample
-    steps = len(make_grid(config)) - 1
-    about: dict[str, Any] = {"sampler": how.sampler, "steps": steps, "grid": how.grid}
-    if how.sampler == "ddim":
-        about["eta"] = how.eta
-    else:
-        about["variance"] = how.variance or config.diffusion.variance
-    return about | {"clip": how.clip}
+    about = sampling.resolve(config.sample, config.diffusion.num_steps)
+    if "variance" in about:
+        about["variance"] = about["variance"] or config.diffusion.variance
+    return about
 
 
 def load_data(config: Config, *, split: str = "train") -> data.Dataset:

@@ -6,6 +6,8 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from experiments.sampling import Sample, Sampling, override, problems
+
 ScheduleName = Literal[
     "linear", "quad", "const", "jsd", "warmup10", "warmup50", "cosine"
 ]
@@ -133,28 +135,6 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """The pictures made while training."""
-
-    every: int = 10_000
-    """Steps between two grids; the last step always has one."""
-    count: int = 64
-    """Images in a grid."""
-    sampler: Literal["ddpm", "ddim"] = "ddpm"
-    """Sampling rule."""
-    steps: int | None = None
-    """Reverse steps; all T when not given."""
-    grid: Literal["uniform", "quadratic"] = "uniform"
-    """Which times the steps go through: evenly spaced, or denser near the data."""
-    variance: Literal["small", "large", "learned"] | None = None
-    """Variance of the reverse steps of ddpm; diffusion.variance when not given."""
-    eta: float = 0.0
-    """Noise of ddim, from 0 (none) to 1 (as much as ddpm)."""
-    clip: bool = True
-    """Whether each predicted image is clipped to [-1, 1]."""
-
-
-@dataclass(frozen=True)
 class Config:
     """An experiment."""
 
@@ -168,22 +148,6 @@ class Config:
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
     sample: Sample = field(default_factory=Sample)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a command draws samples: what is given replaces what the run has."""
-
-    sampler: Literal["ddpm", "ddim"] | None = None
-    """Sampling rule; the configured one when not given, as for all that follow."""
-    steps: int | None = None
-    """Reverse steps."""
-    grid: Literal["uniform", "quadratic"] | None = None
-    """Which times the steps go through: evenly spaced, or denser near the data."""
-    variance: Literal["small", "large", "learned"] | None = None
-    """Variance of the reverse steps of ddpm."""
-    eta: float | None = None
-    """Noise of ddim, from 0 (none) to 1 (as much as ddpm)."""
 
 
 # Fields that may differ between the run that wrote a checkpoint and the one that goes
@@ -222,9 +186,8 @@ def with_sampling(config: Config, sampling: Sampling) -> Config:
     Raises:
       ConfigError: a value out of range.
     """
-    given = dataclasses.asdict(sampling)
-    chosen = {name: value for name, value in given.items() if value is not None}
-    changed = replace(config, "sample", **chosen)
+    chosen = override(config.sample, sampling)
+    changed = dataclasses.replace(config, sample=chosen)
     validate(changed)
     return changed
 
@@ -256,8 +219,8 @@ def from_dict(values: dict[str, Any], cls: Any = Config) -> Any:
         )
     fields = {}
     for key, value in values.items():
-        allowed = typing.get_args(hints[key])
-        if typing.get_origin(hints[key]) is Literal and value not in allowed:
+        allowed = _names(hints[key])
+        if allowed and value not in allowed:
             raise ConfigError(
                 f"{key} must be one of {', '.join(map(str, allowed))}; got {value!r}. "
                 "Read the file with the version that wrote it."
@@ -321,8 +284,8 @@ def validate(config: Config) -> None:
         _fail("diffusion.beta_start and beta_end", "0 < start <= end < 1", ends)
     if config.sample.variance == "learned" and diffusion.variance != "learned":
         _fail("sample.variance", "one that the network was trained for", "learned")
-    if not 0 <= config.sample.eta <= 1:
-        _fail("sample.eta", "from 0 to 1", config.sample.eta)
+    for name, must, got in problems(config.sample):
+        _fail(f"sample.{name}", must, got)
     if diffusion.variance == "learned" and diffusion.loss != "vlb":
         _fail("diffusion.loss", "vlb where the variance is learned", diffusion.loss)
     for name in ("ema_decay", "b2"):
@@ -396,6 +359,15 @@ _AT_LEAST = {
 def _fail(key: str, must: str, got: object) -> typing.NoReturn:
     flags = key.replace("_", "-")
     raise ConfigError(f"{key} must be {must}; got {got}. Change it with --{flags}.")
+
+
+def _names(hint: Any) -> tuple[Any, ...]:
+    """The values that a Literal, or a Literal or None, allows; none for other types."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return parts
+    named = [_names(part) for part in parts if typing.get_origin(part) is Literal]
+    return (*named[0], None) if named else ()
 
 
 def _jsonable(value: Any) -> Any:

@@ -21,7 +21,16 @@ from sklearn.neighbors import NearestNeighbors
 from diffusion_jax.evaluation import images, metrics, moments
 from diffusion_jax.training import data, parallel
 from diffusion_jax.training.pixels import IMAGE_ENDINGS
-from experiments import arguments, build, draws, extractors, reference, runs, sample
+from experiments import (
+    arguments,
+    build,
+    draws,
+    extractors,
+    reference,
+    runs,
+    sample,
+    sampling,
+)
 from experiments.config import (
     Config,
     ConfigError,
@@ -246,7 +255,7 @@ def draw(
         "training_step": step,
         **build.describe_sampling(config),
     }
-    about["evaluations_per_sample"] = about["steps"]
+    about["evaluations_per_sample"] = build.count_evaluations(config, params)
     return drawn, about
 
 
@@ -335,12 +344,11 @@ def show(result: dict[str, Any], extractor: extractors.Extractor) -> None:
     if result.get("samples"):
         print(f"{result['count']:,} samples from {result['samples']}")
         return
-    noise = "eta" if "eta" in result else "variance"
-    detail = f"{noise} {result[noise]}, {result['grid']} grid"
+    how = sampling.describe(result)
     print(
         f"{result['count']:,} samples, seeds {result['seeds']}, {result['weights']} "
-        f"weights of step {result['training_step']:,}, {result['steps']} steps of "
-        f"{result['sampler']} ({detail}), rounded to uint8"
+        f"weights of step {result['training_step']:,}, {how} "
+        f"({result['evaluations_per_sample']:.0f} evaluations), rounded to uint8"
     )
 
 

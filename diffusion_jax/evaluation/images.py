@@ -1,7 +1,7 @@
 """Pictures: grids and strips of images, and plots of a run."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,39 @@ def curve(
         )
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     return save(_render(figure), path)
+
+
+def curves(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+) -> Image.Image:
+    """Returns a plot of several curves, both axes logarithmic, with a legend.
+
+    Args:
+      series: points (x, y), both above 0, by the name of their curve.
+      title: what the plot shows.
+      xlabel: what x is.
+      ylabel: what y is, with its unit.
+    """
+    figure, (axes,) = _figure(1)
+    figure.set_size_inches(9, 5)
+    from matplotlib import colormaps
+
+    colors = colormaps["tab20"](np.arange(20))
+    for i, (name, points) in enumerate(series.items()):
+        x, y = zip(*sorted(points), strict=True) if points else ((), ())
+        style = {"marker": "osD^v"[i % 5], "markersize": 4, "linewidth": 1.5}
+        axes.plot(x, y, label=name, color=colors[i * 2 % 20 + i // 10], **style)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return _render(figure)
 
 
 def rate_distortion(

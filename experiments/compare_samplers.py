@@ -1,0 +1,271 @@
+"""Which sampler for how many evaluations: `python -m experiments.compare_samplers`.
+
+Draws from a trained run by every rule and many numbers of network evaluations, from
+the same noise, and measures how far the samples are from the training images: one
+table, one plot and one JSON file.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from diffusion_jax import gaussian, samplers
+from diffusion_jax.evaluation import images, metrics
+from diffusion_jax.training import parallel
+from experiments import arguments, build, extractors, reference, runs, sample
+from experiments.config import Config, ConfigError, require_positive, with_sampling
+from experiments.sampling import Sampling
+
+
+class Entry(NamedTuple):
+    """A rule of the table."""
+
+    how: Sampling
+    """The rule and its options, without the steps."""
+    steps: Callable[[int], int]
+    """From a number of evaluations to the steps that take at most so many."""
+    slow: bool = False
+    """Whether it still changes beyond 100 evaluations, so that more are worth it."""
+
+
+def _each(budget: int) -> int:
+    return budget
+
+
+def _twice(budget: int) -> int:
+    """Steps of a rule with two evaluations a step, but one in the last."""
+    return (budget + 1) // 2
+
+
+ENTRIES = {
+    "ddpm": Entry(Sampling("ddpm"), _each, slow=True),
+    "ddim": Entry(Sampling("ddim", grid="quadratic"), _each, slow=True),
+    "heun": Entry(Sampling("heun"), _twice),
+    "edm": Entry(Sampling("edm"), _twice),
+    "dpm_solver_pp 2S": Entry(Sampling("dpm_solver_pp", order="2S"), _twice),
+    "dpm_solver_pp 2M": Entry(Sampling("dpm_solver_pp", order="2M"), _each),
+    "dpm_solver_pp 3M": Entry(Sampling("dpm_solver_pp", order="3M"), _each),
+    "dpm_solver_pp SDE": Entry(Sampling("dpm_solver_pp", order="SDE"), _each),
+    "unipc 2": Entry(Sampling("unipc", order="2"), _each),
+    "unipc 3": Entry(Sampling("unipc", order="3"), _each),
+    "predictor_corrector": Entry(Sampling("predictor_corrector"), _twice, slow=True),
+    "langevin": Entry(
+        Sampling("langevin", moves=2), lambda budget: (budget - 1) // 2, slow=True
+    ),
+}
+TOLERANCES = (1e-1, 1e-2, 1e-3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to compare."""
+
+    run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = (
+        None
+    )
+    """A run's folder or name; the newest in runs/ when not given."""
+    evaluations: tuple[int, ...] = (5, 10, 20, 50, 100, 1000)
+    """Network evaluations a sample, for every rule; more than 100 only for the rules
+    that still change there, and never more than T steps. ode finds its own number for
+    each of three tolerances."""
+    rules: tuple[str, ...] = (*ENTRIES, "ode")
+    """Which rows of the table to draw."""
+    count: int = 1000
+    """Samples for each number: few make every distance larger."""
+    batch_size: int = 250
+    """Images at a time."""
+    seed: int = 0
+    """Of the noise: the same for every rule."""
+    raw: bool = False
+    """Whether to use the last weights instead of their moving average."""
+    step: int | None = None
+    """Checkpoint to use, in training steps; the latest when not given."""
+    out: Path | None = None
+    """Folder of samplers.json and samplers.png; <run>/eval when not given."""
+
+
+class Point(NamedTuple):
+    """One cell of the table."""
+
+    rule: str
+    budget: float
+    """Evaluations that were allowed; of ode the tolerance."""
+    evaluations: float
+    """Network evaluations a sample, counted as they were made."""
+    distance: float
+    """Frechet distance to the training images."""
+    sampling: dict[str, Any]
+    """The rule and its options."""
+    seconds: float
+    """For all samples, without compiling."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the table and writes table, plot and numbers; returns the exit code."""
+    options = tyro.cli(
+        Options,
+        args=argv,
+        prog="python -m experiments.compare_samplers",
+        description=__doc__,
+    )
+    parallel.split_cpu()
+    validate(options)
+    run = runs.find(options.run)
+    config = runs.read_config(run)
+    dataset = build.load_data(config)
+    parallel.persistent_cache(run.folder.parent.resolve() / ".cache")
+    extractor = extractors.choose("classifier", config, dataset)
+    if options.count <= extractor.dimension:
+        raise ConfigError(
+            f"count must be above {extractor.dimension}, the number of features of "
+            f"{extractor.name}; got {options.count}. Give more samples."
+        )
+    params, step = sample.load_params(config, run, raw=options.raw, step=options.step)
+    size = options.batch_size
+    real = reference.of(config, dataset.images, "train", extractor, batch_size=size)
+
+    def distance(drawn: np.ndarray) -> float:
+        label = "features of samples"
+        seen, _ = extractors.extract(extractor, drawn, batch_size=size, label=label)
+        fitted = reference.gaussian_of(seen)
+        return metrics.frechet_distance(*fitted, real.mean, real.covariance)
+
+    points: list[Point] = []
+    print(
+        f"{run.folder}, step {step:,}: {extractor.distance(options.count)} of "
+        f"{options.count:,} samples; in brackets evaluations, where they are others"
+    )
+    budgets = sorted(set(options.evaluations))
+    print(f"  {'evaluations':<20}" + "".join(f"{b:>13}" for b in budgets))
+    for rule in options.rules:
+        row = list(measure(rule, config, params, options, distance))
+        points += row
+        print(line(rule, row, budgets), flush=True)
+    out = options.out or run.folder / "eval"
+    written = {
+        "distance": extractor.distance(options.count),
+        "count": options.count,
+        "seed": options.seed,
+        "training_step": step,
+        "half_of_train_against_the_other_half": real.halves,
+        "points": [point._asdict() for point in points],
+        "versions": runs.versions(),
+    }
+    runs.write_json(out / "samplers.json", written)
+    series = {
+        rule: [(p.evaluations, p.distance) for p in points if p.rule == rule]
+        for rule in options.rules
+    }
+    picture = images.curves(
+        series,
+        title=f"{options.count:,} samples of {config.name} by every rule",
+        xlabel="network evaluations a sample",
+        ylabel=extractor.distance(options.count),
+    )
+    print(f"written: {out / 'samplers.json'}")
+    print(f"plot: {images.save(picture, out / 'samplers.png')}")
+    return 0
+
+
+def validate(options: Options) -> None:
+    """Raises ConfigError before anything is drawn."""
+    require_positive(options, "count", "batch_size")
+    for rule in options.rules:
+        if rule not in (*ENTRIES, "ode"):
+            try:
+                gaussian.raise_unknown("each of rules", rule, (*ENTRIES, "ode"))
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
+    if not options.evaluations or min(options.evaluations) < 3:
+        raise ConfigError(
+            "evaluations must be numbers of at least 3, since langevin takes so many; "
+            f"got {options.evaluations}. Leave them out for 5 to 1000."
+        )
+
+
+def ways(rule: str, config: Config, options: Options) -> list[tuple[float, Config]]:
+    """Returns the budgets of a row, and what is drawn with each."""
+    if rule == "ode":
+        hows = [(value, Sampling("ode", tolerance=value)) for value in TOLERANCES]
+        return [(value, with_sampling(config, how)) for value, how in hows]
+    entry, total = ENTRIES[rule], config.diffusion.num_steps
+    found: list[tuple[float, Config]] = []
+    for budget in sorted(set(options.evaluations)):
+        steps = entry.steps(budget)
+        if steps <= total and (budget <= 100 or entry.slow):
+            how = dataclasses.replace(entry.how, steps=steps)
+            found.append((float(budget), with_sampling(config, how)))
+    return found
+
+
+def measure(
+    rule: str,
+    config: Config,
+    params: Any,
+    options: Options,
+    distance: Callable[[np.ndarray], float],
+) -> Any:
+    """Yields the points of a rule; one program draws all its grids."""
+    chosen = ways(rule, config, options)
+    if not chosen:
+        return
+    length = max(len(build.make_grid(way)) for _, way in chosen)
+    mesh = parallel.make_mesh()
+    size, side = min(options.batch_size, options.count), config.data.image_size
+    shape = (size, side, side, config.data.channels)
+    out = parallel.sharded(mesh) if size % mesh.size == 0 else parallel.replicated(mesh)
+
+    def program(way: Config) -> Callable[..., jax.Array]:
+        @jax.jit
+        def draw(params: Any, key: jax.Array, first: jax.Array, grid: Any) -> jax.Array:
+            rule = samplers.padded(build.make_sampler(way, params))
+            drawn = samplers.sample(key, rule, grid, shape, first=first)
+            return jax.lax.with_sharding_constraint(drawn, out)
+
+        return draw
+
+    compiled = program(chosen[0][1])
+    for budget, way in chosen:
+        if rule == "ode" and budget != chosen[0][0]:
+            compiled = program(way)  # a tolerance is compiled in; a grid is not
+        grid = jnp.asarray(samplers.pad(build.make_grid(way), length))
+        key, parts = jax.random.key(options.seed), []
+        compiled(params, key, jnp.asarray(0), grid[-1:].repeat(length))  # compiles
+        begun = time.monotonic()
+        starts = range(0, options.count, size)
+        for first in tqdm(starts, desc=rule, disable=not sys.stderr.isatty()):
+            batch = np.asarray(compiled(params, key, jnp.asarray(first), grid))
+            parts.append(images.to_uint8(batch))
+        seconds = time.monotonic() - begun
+        drawn = np.concatenate(parts)[: options.count]
+        about = build.describe_sampling(way)
+        evaluations = build.count_evaluations(way, params)
+        yield Point(rule, budget, evaluations, distance(drawn), about, seconds)
+
+
+def line(rule: str, row: list[Point], budgets: Sequence[int]) -> str:
+    """Returns a row of the table."""
+    if rule == "ode":
+        cells = [f"{p.distance:.2f} ({p.evaluations:.0f})" for p in row]
+        return f"  {rule:<20}" + "".join(f"{cell:>13}" for cell in cells)
+    text = f"  {rule:<20}"
+    for budget in budgets:
+        at = [point for point in row if point.budget == budget]
+        fewer = (
+            f" ({at[0].evaluations:.0f})" if at and at[0].evaluations < budget else ""
+        )
+        text += f"{f'{at[0].distance:.2f}{fewer}' if at else '-':>13}"
+    return text
+
+
+if __name__ == "__main__":
+    arguments.guarded(main)

@@ -1,0 +1,101 @@
+"""Mixtures of Gaussians as data: what the best network says of them, at any level.
+
+In NumPy float64 where they are set up; the denoiser is of arrays, and knows a schedule
+as the levels that it gives: discrete or continuous.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax import gaussian, schedule
+
+
+class Mixture:
+    """x0 ~ sum_k weights_k N(means_k, covs_k), an image of `shape` with d pixels."""
+
+    def __init__(self, weights, means, covs, shape):
+        self.weights = np.asarray(weights, np.float64)
+        self.means = np.asarray(means, np.float64).reshape(len(self.weights), -1)
+        self.covs, self.shape = np.asarray(covs, np.float64), tuple(shape)
+        self.spread, self.basis = np.linalg.eigh(self.covs)
+
+    @property
+    def mean(self) -> np.ndarray:
+        return self.weights @ self.means
+
+    @property
+    def cov(self) -> np.ndarray:
+        off = self.means - self.mean
+        inner = np.einsum("k,kij->ij", self.weights, self.covs)
+        return inner + np.einsum("k,ki,kj->ij", self.weights, off, off)
+
+    def denoiser(self, made: schedule.Schedule) -> gaussian.Denoiser:
+        """E[x0 | x_t] and E[eps | x_t], by Bayes' rule over the components."""
+
+        def denoise(x_t: jax.Array, t: jax.Array) -> gaussian.Prediction:
+            level = made(jnp.broadcast_to(t, x_t.shape[:1]))
+            dtype = x_t.dtype
+            weights, means, spread, basis = (
+                jnp.asarray(a.copy(), dtype)
+                for a in (self.weights, self.means, self.spread, self.basis)
+            )
+            alpha, sigma = (
+                a.astype(dtype)[:, None, None] for a in (level.alpha, level.sigma)
+            )
+            flat = x_t.reshape(len(x_t), 1, -1)
+            # [B, K, d], in each component's own axes.
+            off = jnp.einsum(
+                "bkd,kde->bke", flat - alpha * means[None], basis, precision="highest"
+            )
+            variance = alpha**2 * spread[None] + sigma**2
+            logit = jnp.log(weights)[None] - 0.5 * (
+                off**2 / variance + jnp.log(variance)
+            ).sum(axis=-1)
+            share = jax.nn.softmax(logit, axis=-1)[..., None]
+
+            def back(a: jax.Array) -> jax.Array:
+                return jnp.einsum("bke,kde->bkd", a, basis, precision="highest")
+
+            x0 = means[None] + back(off * alpha * spread[None] / variance)
+            eps = back(off * sigma / variance)
+            return gaussian.Prediction(
+                (share * x0).sum(axis=1).reshape(x_t.shape),
+                (share * eps).sum(axis=1).reshape(x_t.shape),
+            )
+
+        return denoise
+
+    def flow(self, x_t: np.ndarray, level, end) -> np.ndarray:
+        """Where the exact probability flow takes x_t of one component: its quantile."""
+        if len(self.weights) != 1:
+            raise ValueError("the flow of a mixture has no closed form")
+        alpha, sigma = (float(level.alpha), float(level.sigma))
+        off = (x_t.reshape(len(x_t), -1) - alpha * self.means[0]) @ self.basis[0]
+        to = float(end.alpha) ** 2 * self.spread[0] + float(end.sigma) ** 2
+        scale = np.sqrt(to / (alpha**2 * self.spread[0] + sigma**2))
+        out = float(end.alpha) * self.means[0] + (off * scale) @ self.basis[0].T
+        return out.reshape(x_t.shape)
+
+    def shares(self, x: np.ndarray) -> np.ndarray:
+        """The share of the samples that lies nearest to each mean, [K]."""
+        flat = x.reshape(len(x), 1, -1)
+        nearest = ((flat - self.means) ** 2).sum(axis=-1).argmin(axis=1)
+        return np.bincount(nearest, minlength=len(self.weights)) / len(x)
+
+
+def one(shape=(2, 2, 1)) -> Mixture:
+    """Correlated pixels with a mean: standard deviations from 0.2 to 0.6."""
+    rng = np.random.default_rng(0)
+    size = int(np.prod(shape))
+    root = rng.normal(size=(size, size)) * 0.2
+    mean = rng.uniform(-0.6, 0.6, size)
+    return Mixture([1.0], [mean], [root @ root.T + 0.04 * np.eye(size)], shape)
+
+
+def two(shape=(2, 2, 1)) -> Mixture:
+    """Two components far apart, one three times as heavy."""
+    size = int(np.prod(shape))
+    first = np.linspace(0.4, 0.8, size)
+    covs = [0.04 * np.eye(size), 0.02 * np.eye(size) + 0.02]
+    return Mixture([0.25, 0.75], [first, -first], covs, shape)

@@ -1,0 +1,343 @@
+"""The sampling rules against diffusers' schedulers: same network, noise and grid.
+
+tests/golden/diffusers_schedulers.npz has the whole path of x by diffusers for each case
+of peers/make_scheduler_golden.py. Paths agree to rounding but in two places, where
+diffusers leaves what the methods are defined to be: there the rules are held to the
+definition, and the tests say by what the paths differ. What has no peer, EDM's noise
+and the third order, is held to it in NumPy.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from peers import make_scheduler_golden as golden
+
+from diffusion_jax import continuous, gaussian, samplers, schedule, solvers
+
+KEY = jax.random.key(0)
+# The file has x in float32, and diffusers' multistep solver rounds it to that too.
+TOLERANCE = 2e-6
+SCHEDULES = {"linear": schedule.linear, "cosine": schedule.cosine}
+# What a case is named after is the rule.
+RULES = {
+    "ddpm small": functools.partial(samplers.ddpm, variance="small"),
+    "ddpm large": functools.partial(samplers.ddpm, variance="large"),
+    "ddpm learned": functools.partial(samplers.ddpm, variance="learned"),
+    "ddim 0": samplers.ddim,
+    "ddim 0.5": functools.partial(samplers.ddim, eta=0.5),
+    "ddim 1": functools.partial(samplers.ddim, eta=1.0),
+    "dpm 1": functools.partial(solvers.dpm_solver_pp, order="1"),
+    "dpm 2S": functools.partial(solvers.dpm_solver_pp, order="2S"),
+    "dpm 2M": functools.partial(solvers.dpm_solver_pp, order="2M"),
+    "dpm 3M": functools.partial(solvers.dpm_solver_pp, order="3M"),
+    "dpm SDE": functools.partial(solvers.dpm_solver_pp, order="SDE"),
+    "unipc 1": functools.partial(solvers.unipc, order=1),
+    "unipc 2": functools.partial(solvers.unipc, order=2),
+    "unipc 3": functools.partial(solvers.unipc, order=3),
+    "heun": solvers.heun,
+}
+# In two of them diffusers does something else: they have their own tests.
+APART = ("ddpm large: 10", "dpm 3M: 5")
+ALIKE = [name for name in golden.CASES if name not in APART]
+SINGLE = [name for name in ALIKE if name.endswith("float32")]
+# In single precision noise is other noise: of rules that draw only those two cases.
+ROUNDED = {
+    **dict.fromkeys(SINGLE, "eps"),
+    "ddim 0: quadratic": "eps",
+    "dpm 2S: 10": "eps",
+    "dpm 2M: uneven": "eps",
+    # The cosine schedule starts from alpha = 5e-5, by which eps would be divided.
+    "unipc 2: cosine": "v",
+    "unipc 3: 20": "eps",
+    "heun: 20": "eps",
+}
+
+
+@pytest.fixture(scope="module")
+def paths():
+    """X before each step and at the end by diffusers, for each case."""
+    with np.load(golden.GOLDEN) as file:
+        return {name: file[name] for name in golden.CASES}
+
+
+def network(kind, x, share, alpha, sigma):
+    """golden.network once more, in JAX."""
+    left, below = jnp.roll(x, 1, axis=-2), jnp.roll(x, 1, axis=-1)
+    wave = 0.4 * jnp.cos(3 * share)
+    bend = 0.6 * jnp.tanh(1.9 * x + 1.1 * left - 0.7 * below + wave)
+    spread = 0.7**2 * alpha**2 + sigma**2
+    outputs = {
+        "eps": x * sigma / spread - alpha * bend,
+        "x0": x * (0.49 * alpha / spread) + sigma * bend,
+        "v": x * (alpha * sigma * (1 - 0.7**2) / spread) - bend,
+    }
+    return outputs[kind]
+
+
+def denoiser_of(case, kind):
+    """The network of a case as the rules see it."""
+
+    def apply_fn(x, t):
+        # Fed t - 1. The tables are copied: JAX would remember them by their identity.
+        alpha, sigma = (
+            jnp.asarray(table.copy())[t + 1][:, None, None, None]
+            for table in golden.levels(case.schedule)
+        )
+        share = (t + 1)[:, None, None, None] / golden.T
+        output = network(kind, x, share, alpha, sigma)
+        if case.options.get("variance_type") != "learned":
+            return output
+        above = jnp.roll(x, 1, axis=1)
+        return jnp.concatenate([output, 1.1 * jnp.tanh(above + share) - 4.6], axis=-1)
+
+    options = case.options
+    return gaussian.denoiser(
+        apply_fn,
+        SCHEDULES[case.schedule](),
+        kind,
+        # On by default in those two.
+        clip=case.scheduler in (golden.DDPM, golden.DDIM)
+        and options.get("clip_sample", True),
+        threshold=options.get("dynamic_thresholding_ratio"),
+        learned_variance=options.get("variance_type") == "learned",
+    )
+
+
+def walk(name, kind="eps", *, start=None):
+    """X before each step and at the end by our rule, [steps + 1, B, ...], and x0."""
+    case = golden.CASES[name]
+    denoise, made = denoiser_of(case, kind), SCHEDULES[case.schedule]()
+    rule = RULES[name.partition(":")[0]](denoise, made)
+    shape, steps = (golden.BATCH, *golden.SHAPE), range(len(case.grid) - 1)
+    end, seen = samplers.trajectory(KEY, rule, case.grid, shape, steps, start=start)
+    return np.concatenate([seen.x_t, end[None]]), np.asarray(seen.x0)
+
+
+def difference(name, actual, expected):
+    error = np.abs(actual - expected).max()
+    print(f"{name}: largest difference {error:.1e}")
+    return error
+
+
+# The rules.
+
+
+@pytest.mark.parametrize("name", [name for name in ALIKE if name not in SINGLE])
+def test_path_is_that_of_diffusers(name, paths, x64):
+    assert difference(name, walk(name)[0], paths[name]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_path_is_that_of_diffusers_in_single_precision(name, paths):
+    start = None if name in SINGLE else jnp.asarray(paths[name][0])
+    actual = walk(name, ROUNDED[name], start=start)[0]
+    assert actual.dtype == np.float32
+    assert difference(name, actual, paths[name]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ddpm small: threshold", "v"),
+        ("ddim 0: clip", "x0"),
+        ("ddim 0.5: 20", "v"),
+        ("dpm 2M: uneven", "x0"),
+        ("unipc 2: cosine", "v"),
+        ("heun: 10", "x0"),
+    ],
+)
+def test_path_is_the_same_whatever_is_predicted(name, kind, paths, x64):
+    assert difference(name, walk(name, kind)[0], paths[name]) < TOLERANCE
+
+
+# Where diffusers does something else.
+
+
+def test_diffusers_draws_noise_in_its_last_step(paths, x64):
+    """With the large variance, if the last step is longer than from t = 1 to 0.
+
+    Algorithm 2 (Ho et al. 2020) has z = 0 in the last step, and so have we.
+    """
+    name = "ddpm large: 10"
+    grid, theirs = golden.CASES[name].grid, paths[name]
+    ours = walk(name)[0]
+    assert difference(name, ours[:-1], theirs[:-1]) < TOLERANCE
+    _, sigma = golden.levels("linear")
+    noise = golden.noise(len(grid) - 1, "float64")[-1]
+    assert difference(name, ours[-1] + sigma[grid[-2]] * noise, theirs[-1]) < TOLERANCE
+
+
+def half_snr(grid):
+    """Lambda, half the log-SNR, of times above 0."""
+    alpha, sigma = golden.levels("linear")
+    return np.log(alpha[grid] / sigma[grid])
+
+
+def test_diffusers_takes_half_of_the_second_derivative(paths, x64):
+    """In DPM-Solver++(3M), as the released code of that does, which has no algorithm in
+    the paper: its order is then 2. Until the first step of order 3 nothing differs.
+    """
+    name = "dpm 3M: 5"
+    theirs, (ours, x0) = paths[name], walk(name)
+    assert difference(name, ours[:3], theirs[:3]) < TOLERANCE
+    grid = golden.CASES[name].grid[:4]
+    lam, (alpha, _) = half_snr(grid), golden.levels("linear")
+    late, early = ((x0[i] - x0[i - 1]) / (lam[i] - lam[i - 1]) for i in (2, 1))
+    second = 2 * (late - early) / (lam[2] - lam[0])
+    h = lam[3] - lam[2]
+    # The integral of (l - lambda_t)^2 / 2 e^(l - lambda_s) over the step.
+    weight = (h**2 - 2 * h + 2 - 2 * np.exp(-h)) / 2
+    missing = 0.5 * alpha[grid[3]] * weight * second
+    assert np.abs(missing).max() > 1e-3
+    assert difference(name, ours[3] - missing, theirs[3]) < TOLERANCE
+
+
+# What has no peer.
+
+
+def test_third_order_integrates_the_parabola_through_three_outputs(x64):
+    """And the line through two before that: by quadrature, as the method is defined.
+
+    x_s = sigma_s / sigma_t x_t + alpha_s int e^(l - lambda_s) P(l) dl, from lambda_t to
+    lambda_s, where P takes the values that x0 had.
+    """
+    name = "dpm 3M: 5"
+    grid, (path, x0) = golden.CASES[name].grid, walk(name)
+    alpha, sigma = golden.levels("linear")
+    lam = half_snr(grid[:-1])
+    nodes, weights = np.polynomial.legendre.leggauss(20)
+    for i in range(len(grid) - 2):
+        t, s, used = grid[i], grid[i + 1], slice(max(i - 2, 0), i + 1)
+        h = lam[i + 1] - lam[i]
+        places = lam[i] + h * (nodes + 1) / 2
+        size = len(lam[used])
+        fit = np.linalg.solve(
+            np.vander(lam[used] - lam[i], size), x0[used].reshape(size, -1)
+        )
+        values = np.vander(places - lam[i], size) @ fit
+        integral = h / 2 * (weights * np.exp(places - lam[i + 1])) @ values
+        x_s = sigma[s] / sigma[t] * path[i] + alpha[s] * integral.reshape(path[i].shape)
+        np.testing.assert_allclose(path[i + 1], x_s, rtol=0, atol=1e-9)
+    # The last step is of the first order.
+    np.testing.assert_allclose(path[-1], x0[-1], rtol=0, atol=1e-12)
+
+
+def algorithm_2(
+    x, sigmas, noises, predict, *, churn, churn_range, noise, level=lambda a: a
+):
+    """x before each step and at the end, by Algorithm 2 of Karras et al. 2022.
+
+    Args:
+      x: its start, where alpha = 1.
+      sigmas: t_0, ..., t_N of the paper, the last of which is 0.
+      noises: eps_i for each step.
+      predict: D(x; sigma).
+      churn, churn_range, noise: S_churn, S_tmin and S_tmax, S_noise.
+      level: the level there is nearest to one that is wanted.
+    """
+    steps, path = len(sigmas) - 1, [x]
+    for i, (t, s) in enumerate(itertools.pairwise(sigmas)):
+        inside = churn_range[0] <= t <= churn_range[1]
+        gamma = min(churn / steps, np.sqrt(2) - 1) if inside else 0.0
+        raised = level((1 + gamma) * t) if gamma else t
+        x = x + np.sqrt(raised**2 - t**2) * noise * noises[i]
+        slope = (x - predict(x, raised)) / raised
+        x_s = x + (s - raised) * slope
+        if s > 0:
+            end = (x_s - predict(x_s, s)) / s
+            x_s = x + (s - raised) * 0.5 * (slope + end)
+        x = x_s
+        path.append(x)
+    return np.stack(path)
+
+
+def vp_time(sigma):
+    """When the continuous schedule has this sigma / alpha: a root of its quadratic."""
+    rise, start, wanted = (20 - 0.1) / 4, 0.1 / 2, 0.5 * np.log1p(sigma**2)
+    return (np.sqrt(start**2 + 4 * rise * wanted) - start) / (2 * rise)
+
+
+@pytest.mark.parametrize("churn", [0.0, 3.0, 40.0])
+@pytest.mark.parametrize("time", ["whole", "real"])
+def test_edm_is_algorithm_2(time, churn, x64):
+    """In real time exactly; in whole steps with the nearest level that there is."""
+    options = {"churn": churn, "churn_range": (0.05, 50.0), "noise": 1.007}
+    alphas, deviations = golden.levels("linear")
+    ratios = deviations / alphas
+    steps, shape = 10, (golden.BATCH, *golden.SHAPE)
+
+    def predict(y, sigma):
+        alpha = 1 / np.sqrt(1 + sigma**2)
+        share = vp_time(sigma)
+        if time == "whole":
+            share = np.abs(ratios - sigma).argmin() / golden.T
+        return golden.network("x0", alpha * y, share, alpha, alpha * sigma)
+
+    if time == "whole":
+        made, grid = schedule.linear(), golden.uniform(steps)
+        sigmas, denoise = ratios[grid], denoiser_of(golden.CASES["heun: 10"], "x0")
+
+        def level(sigma):
+            """A whole time's, nearest in log-SNR."""
+            return ratios[1 + np.abs(np.log(ratios[1:] / sigma)).argmin()]
+    else:
+        made, grid = continuous.vp(), golden.uniform(steps) / golden.T
+        sigmas = np.sqrt(np.expm1(2 * (grid**2 * 19.9 / 4 + grid * 0.05)))
+
+        def apply_fn(x, t):
+            t = t[:, None, None, None]
+            log_alpha = -(t**2) * 19.9 / 4 - t * 0.05
+            alpha, sigma = jnp.exp(log_alpha), jnp.sqrt(-jnp.expm1(2 * log_alpha))
+            return network("x0", x, t, alpha, sigma)
+
+        denoise = gaussian.denoiser(apply_fn, made, "x0")
+
+        def level(sigma):
+            return sigma
+
+    rule = solvers.edm(denoise, made, **options)
+    end, seen = samplers.trajectory(KEY, rule, grid, shape, range(steps))
+    ours = np.concatenate([seen.x_t, end[None]])
+    drawn = golden.noise(steps, "float64")
+    start = drawn[0] * np.sqrt(1 + sigmas[0] ** 2)
+    theirs = algorithm_2(start, sigmas, drawn[1:], predict, level=level, **options)
+    theirs = theirs / np.sqrt(1 + sigmas**2)[:, None, None, None, None]
+    assert difference(f"edm, {time}, churn {churn}", ours, theirs) < 1e-8
+    if not churn:
+        rule = solvers.heun(denoise, made)
+        plain = samplers.sample(KEY, rule, grid, shape)
+        np.testing.assert_allclose(end, plain, rtol=0, atol=1e-12)
+
+
+# The file itself.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_noise_in_the_file_is_ours(dtype, paths):
+    """A JAX whose numbers are others needs a new file."""
+    with jax.enable_x64(dtype == "float64"):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(golden.BATCH))
+        fold = jax.vmap(jax.random.fold_in, (0, None))
+        shape = (golden.BATCH, *golden.SHAPE)
+        drawn = [gaussian.normal(fold(keys, i), shape) for i in range(3)]
+    np.testing.assert_array_equal(golden.noise(2, dtype), drawn)
+    for name, case in golden.CASES.items():
+        if case.dtype == dtype:
+            np.testing.assert_allclose(paths[name][0], drawn[0], atol=1e-6)
+
+
+def test_file_tells_rules_apart(paths):
+    """By far more than the tolerance; and clips clip some, but not all."""
+    alike = [name for name in paths if name.endswith(": 10")]
+    ends = {name: paths[name][-1] for name in alike if "unipc 3" not in name}
+    assert len(ends) == 8
+    for one, x in ends.items():
+        for other, y in ends.items():
+            assert one == other or np.abs(x - y).max() > 1e-3, (one, other)
+    clipped = paths["ddim 0: clip"][-1]
+    assert 0.02 < np.mean(np.abs(clipped) == 1) < 0.5
+    assert np.abs(paths["ddim 0: 20"][-1]).max() > 1.2
