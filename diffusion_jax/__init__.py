@@ -7,8 +7,11 @@ The mathematics, each module resting only on those above it:
   gaussian    q_sample, q_posterior, predict, target, p_sample, denoiser
   losses      L_simple and the terms of the variational bound, one number an example
   grids       time grids: uniform, quadratic, even in log-SNR, Karras
+  sde         continuous time: drift, diffusion, score, probability flow
   samplers    one loop, many rules
-  likelihood  the bound over the whole chain in bits/dim; rate and distortion
+  ode         the probability flow solved to a tolerance
+  editing     encode, interpolate, vary, inpaint, colorize: with any rule
+  likelihood  bits/dim by the whole chain's bound or the flow; rate and distortion
 
 The machinery, which knows nothing of diffusion:
 
@@ -19,20 +22,26 @@ The machinery, which knows nothing of diffusion:
 
 from diffusion_jax import (
     continuous,
+    editing,
     gaussian,
     grids,
     likelihood,
     losses,
+    ode,
     samplers,
     schedule,
+    sde,
 )
 
 __all__ = [
     "continuous",
+    "editing",
     "gaussian",
     "grids",
     "likelihood",
     "losses",
+    "ode",
     "samplers",
     "schedule",
+    "sde",
 ]

@@ -143,7 +143,7 @@ def time_of(schedule: Schedule, logsnr: ArrayLike) -> jax.Array:
     """Returns the time at which the schedule has this log-SNR, of the same shape.
 
     The nearest whole step of a discrete schedule, the inverse of an interpolated one;
-    else by bisection to the last digit.
+    else by bisection to the last digit, which has no derivative.
     A log-SNR beyond the ends gives the end.
 
     >>> from diffusion_jax import schedule
@@ -155,7 +155,7 @@ def time_of(schedule: Schedule, logsnr: ArrayLike) -> jax.Array:
     if is_discrete(schedule):
         table = jnp.asarray(tables(schedule)[1], logsnr.dtype)
         # Ascending, to be searched; t = 0, at infinity, is never the nearest.
-        after = jnp.searchsorted(-table, -logsnr)
+        after = jnp.searchsorted(-table, -logsnr, method="compare_all")
         below, above = (jnp.clip(after - d, 0, len(table) - 1) for d in (1, 0))
         nearer = jnp.abs(table[below] - logsnr) < jnp.abs(table[above] - logsnr)
         return jnp.where(nearer, below, above)

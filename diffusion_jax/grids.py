@@ -111,11 +111,19 @@ def _spaced(
     """Times evenly spaced in a function of the log-SNR."""
     steps = _check(schedule, steps)
     last = last_time(schedule)
-    first_time, end = ends or (_noisiest(schedule), 1 if last > 1 else 1e-3)
+    # Where times are whole, the first leaves room for so many steps.
+    least = steps if is_discrete(schedule) else 0
+    default = max(_noisiest(schedule), least), 1 if last > 1 else 1e-3
+    first_time, end = ends or default
     if not last >= first_time > end > 0 and steps > 1:
         raise ValueError(
             f"ends must be two falling times above 0 and at most {last}; got "
             f"{(first_time, end)}. The grid goes on to 0 from the second."
+        )
+    if is_discrete(schedule) and first_time - end < steps - 1:
+        raise ValueError(
+            f"ends must be at least {steps - 1} steps apart, one for each step but the "
+            f"last; got {(first_time, end)}. Take fewer steps or wider ends."
         )
     # In double precision, whatever the caller computes in; and a grid is known when a
     # chain is traced, so it is worked out at once.

@@ -248,7 +248,9 @@ def _lookup(log_alpha: ArrayLike, logsnr: ArrayLike, t: ArrayLike) -> NoiseLevel
     # Under a trace nothing can be raised: an index outside reads nan. Negative ones
     # are sent past the end first, since they would wrap around.
     index = jnp.where(t < 0, last + 1, t.astype(int))
-    tables = (jnp.asarray(table) for table in (log_alpha, logsnr))
+    # Cast by hand: JAX remembers how it cast a constant, in another precision too.
+    real = jnp.result_type(float)
+    tables = (jnp.asarray(table, real) for table in (log_alpha, logsnr))
     return NoiseLevel(
         *(table.at[index].get(mode="fill", fill_value=jnp.nan) for table in tables)
     )

@@ -195,11 +195,12 @@ def make_sampler(config: Config, params: Any) -> samplers.Sampler:
 def make_denoiser(config: Config, params: Any) -> gaussian.Denoiser:
     """Returns the network's prediction, as the chains of the configuration see it."""
     net = make_network(config, looped=True)
+    how = sampling.resolve(config.sample, config.diffusion.num_steps)
     return gaussian.denoiser(
         lambda x, t: call(net, params, x, t),
         sampling_schedule(config),
         config.diffusion.prediction,
-        clip=config.sample.clip,
+        clip=how["clip"],
         threshold=config.sample.threshold,
         learned_variance=config.diffusion.variance == "learned",
     )

@@ -2,13 +2,14 @@
 
 Draws from a trained run by every rule and many numbers of network evaluations, from
 the same noise, and measures how far the samples are from the training images: one
-table, one plot and one JSON file.
+table, one plot and one JSON file. Again: goes on where it stopped.
 """
 
 import dataclasses
+import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from diffusion_jax import gaussian, samplers
 from diffusion_jax.evaluation import images, metrics
 from diffusion_jax.training import parallel
-from experiments import arguments, build, extractors, reference, runs, sample
+from experiments import arguments, build, draws, extractors, reference, runs, sample
 from experiments.config import Config, ConfigError, require_positive, with_sampling
 from experiments.sampling import Sampling
 
@@ -139,28 +140,31 @@ def main(argv: Sequence[str]) -> int:
         fitted = reference.gaussian_of(seen)
         return metrics.frechet_distance(*fitted, real.mean, real.covariance)
 
-    points: list[Point] = []
-    print(
-        f"{run.folder}, step {step:,}: {extractor.distance(options.count)} of "
-        f"{options.count:,} samples; in brackets evaluations, where they are others"
-    )
-    budgets = sorted(set(options.evaluations))
-    print(f"  {'evaluations':<20}" + "".join(f"{b:>13}" for b in budgets))
-    for rule in options.rules:
-        row = list(measure(rule, config, params, options, distance))
-        points += row
-        print(line(rule, row, budgets), flush=True)
     out = options.out or run.folder / "eval"
-    written = {
+    about: dict[str, Any] = {
         "distance": extractor.distance(options.count),
         "count": options.count,
         "seed": options.seed,
+        "weights_sha256": draws.digest(params),
         "training_step": step,
         "half_of_train_against_the_other_half": real.halves,
-        "points": [point._asdict() for point in points],
         "versions": runs.versions(),
     }
-    runs.write_json(out / "samplers.json", written)
+    known = known_points(out / "samplers.json", about)
+    print(
+        f"{run.folder}, step {step:,}: {about['distance']} of {options.count:,} "
+        "samples; in brackets evaluations, where they are others"
+    )
+    budgets = sorted(set(options.evaluations))
+    print(f"  {'evaluations':<20}" + "".join(f"{b:>13}" for b in budgets))
+    points: list[Point] = []
+    for rule in options.rules:
+        row = list(measure(rule, config, params, options, distance, known))
+        points += row
+        kept = points + [point for point in known if point not in points]
+        written = {**about, "points": [point._asdict() for point in kept]}
+        runs.write_json(out / "samplers.json", written)
+        print(line(rule, row, budgets), flush=True)
     series = {
         rule: [(p.evaluations, p.distance) for p in points if p.rule == rule]
         for rule in options.rules
@@ -169,11 +173,21 @@ def main(argv: Sequence[str]) -> int:
         series,
         title=f"{options.count:,} samples of {config.name} by every rule",
         xlabel="network evaluations a sample",
-        ylabel=extractor.distance(options.count),
+        ylabel=about["distance"],
     )
     print(f"written: {out / 'samplers.json'}")
     print(f"plot: {images.save(picture, out / 'samplers.png')}")
     return 0
+
+
+def known_points(path: Path, about: dict[str, Any]) -> list[Point]:
+    """Returns the points that were measured before, if all about them is the same."""
+    try:
+        written = json.loads(path.read_text())
+        points = [Point(**point) for point in written.pop("points")]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return []  # not there, or of no use: measured again
+    return points if written == json.loads(json.dumps(about)) else []
 
 
 def validate(options: Options) -> None:
@@ -213,9 +227,17 @@ def measure(
     params: Any,
     options: Options,
     distance: Callable[[np.ndarray], float],
-) -> Any:
+    known: Sequence[Point],
+) -> Iterator[Point]:
     """Yields the points of a rule; one program draws all its grids."""
-    chosen = ways(rule, config, options)
+    chosen = []
+    for budget, way in ways(rule, config, options):
+        about = build.describe_sampling(way)
+        same = [p for p in known if (p.rule, p.sampling) == (rule, about)]
+        if same:
+            yield same[0]
+        else:
+            chosen.append((budget, way))
     if not chosen:
         return
     length = max(len(build.make_grid(way)) for _, way in chosen)

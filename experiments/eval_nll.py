@@ -2,13 +2,14 @@
 
 The whole-chain bound of the paper in bits/dim, by one draw of x_t for each of the T
 steps and each image, with the averaged weights and x0 clipped. `--rate-distortion` adds
-the paper's Table 4 and Fig. 5.
+the paper's Table 4 and Fig. 5. `--ode` is another quantity: the density of the same
+network's probability flow, of images made continuous by uniform noise.
 """
 
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,11 +19,12 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from diffusion_jax import gaussian, likelihood
+from diffusion_jax import continuous, gaussian, likelihood, ode
 from diffusion_jax.evaluation import images
+from diffusion_jax.schedule import is_discrete
 from diffusion_jax.training import data, parallel
 from experiments import arguments, build, runs, sample
-from experiments.config import Config, require_positive
+from experiments.config import Config, ConfigError, require_positive
 
 BEGINNING = 10
 
@@ -53,6 +55,14 @@ class Options:
     """Checkpoint to use, in training steps; the latest when not given."""
     rate_distortion: bool = False
     """Whether to print and plot rate and distortion over the reverse steps."""
+    ode: bool = False
+    """Whether to evaluate the density of the probability flow instead of the bound."""
+    trace: Literal["rademacher", "gaussian", "exact"] = "rademacher"
+    """With --ode: how the divergence is found, by random probes or exactly."""
+    probes: int = 1
+    """With --ode: random probes an image."""
+    tolerance: float = 1e-5
+    """With --ode: of the solver, relative and absolute."""
 
 
 class Sums:
@@ -78,22 +88,50 @@ def main(argv: Sequence[str]) -> int:
     options = tyro.cli(
         Options, args=argv, prog="python -m experiments.eval_nll", description=__doc__
     )
-    require_positive(options, "max_images", "batch_size", "chunk")
+    require_positive(options, "max_images", "batch_size", "chunk", "probes")
+    check(options)
     run = runs.find(options.run)
     config = runs.read_config(run)
     dataset = build.load_data(config, split=options.split)
     parallel.persistent_cache(run.folder.parent.resolve() / ".cache")
     params, step = sample.load_params(config, run, raw=options.raw, step=options.step)
     chosen = choose(len(dataset.images), options)
+    out = run.folder / "eval"
+    if options.ode:
+        found = evaluate_ode(config, params, dataset, chosen, options)
+        result = summary_ode(config, options, found, step, len(dataset.images))
+        show_ode(run, result)
+        path = out / f"nll_ode_{options.split}.json"
+        runs.write_json(path, result)
+        print(f"written: {path}")
+        return 0
     sums = evaluate(config, params, dataset, chosen, options)
     result = summary(config, options, sums, step, len(dataset.images))
-    out = run.folder / "eval"
     show(run, result)
     runs.write_json(out / f"nll_{options.split}.json", result)
     print(f"written: {out / f'nll_{options.split}.json'}")
     if options.rate_distortion:
         show_rate_distortion(result, out / f"rate_distortion_{options.split}.png")
     return 0
+
+
+def check(options: Options) -> None:
+    """Raises ConfigError where options do not fit together."""
+    if not options.tolerance > 0:
+        raise ConfigError(
+            f"tolerance must be above 0; got {options.tolerance}. The usual one is "
+            "1e-5. Change it with --tolerance."
+        )
+    given = {
+        "--variance": options.variance is not None,
+        "--rate-distortion": options.rate_distortion,
+    }
+    extra = [flag for flag, there in given.items() if there]
+    if options.ode and extra:
+        raise ConfigError(
+            "--ode must stand without --variance and --rate-distortion, which are of "
+            f"the bound; got {' and '.join(extra)}. Run the command once for each."
+        )
 
 
 def choose(available: int, options: Options) -> np.ndarray:
@@ -114,9 +152,8 @@ def evaluate(
 ) -> Sums:
     """Returns the sums over the chosen images; the bar counts evaluations."""
     mesh = parallel.make_mesh()
-    size = -(-min(options.batch_size, len(chosen)) // mesh.size) * mesh.size
     steps = config.diffusion.num_steps
-    compiled = make_bound(config, options, mesh)
+    compiled = make_bound(config, options)
     sums = Sums(steps)
     bar = tqdm(
         total=len(chosen) * steps,
@@ -125,20 +162,28 @@ def evaluate(
         disable=not sys.stderr.isatty(),
     )
     with bar:
-        for begin in range(0, len(chosen), size):
-            indices = chosen[begin : begin + size]
-            # A ragged last batch is filled up with its last image, and cut again.
-            padded = np.pad(indices, (0, size - len(indices)), mode="edge")
-            batch = data.batch_at(dataset, padded)["image"]
-            index = np.pad(np.arange(begin, begin + len(indices)), (0, size))[:size]
-            bits = compiled(params, parallel.shard({"x": batch, "i": index}, mesh))
-            sums.add(bits, len(indices))
-            bar.update(len(indices) * steps)
+        for batch, count in batches(dataset, chosen, options, mesh):
+            sums.add(compiled(params, batch), count)
+            bar.update(count * steps)
     return sums
 
 
+def batches(
+    dataset: data.Dataset, chosen: np.ndarray, options: Options, mesh: Any
+) -> Iterator[tuple[dict[str, jax.Array], int]]:
+    """Yields batches of images and their numbers, and how many of each count."""
+    size = -(-min(options.batch_size, len(chosen)) // mesh.size) * mesh.size
+    for begin in range(0, len(chosen), size):
+        indices = chosen[begin : begin + size]
+        # A ragged last batch is filled up with its last image, and cut again.
+        padded = np.pad(indices, (0, size - len(indices)), mode="edge")
+        batch = data.batch_at(dataset, padded)["image"]
+        index = np.pad(np.arange(begin, begin + len(indices)), (0, size))[:size]
+        yield parallel.shard({"x": batch, "i": index}, mesh), len(indices)
+
+
 def make_bound(
-    config: Config, options: Options, mesh: Any
+    config: Config, options: Options
 ) -> Callable[[Any, dict[str, jax.Array]], likelihood.Bound]:
     """Returns the bound of a batch of uint8 images, compiled once."""
     net, levels = build.make_network(config, looped=True), build.make_schedule(config)
@@ -167,43 +212,158 @@ def make_bound(
     return jax.jit(bound)
 
 
+def evaluate_ode(
+    config: Config,
+    params: Any,
+    dataset: data.Dataset,
+    chosen: np.ndarray,
+    options: Options,
+) -> np.ndarray:
+    """Returns bits/dim and evaluations of the chosen images, [images, 2]."""
+    mesh = parallel.make_mesh()
+    compiled, found = make_ode(config, options), []
+    with tqdm(
+        total=len(chosen), unit=" images", disable=not sys.stderr.isatty()
+    ) as bar:
+        for batch, count in batches(dataset, chosen, options, mesh):
+            bits = compiled(params, batch)
+            rows = np.stack([bits.total, bits.density.evaluations], axis=1)
+            found.append(rows[:count].astype(np.float64))
+            bar.update(count)
+    table = np.concatenate(found)
+    lost = int(np.isnan(table[:, 0]).sum())
+    if lost:
+        raise ConfigError(
+            f"every image must be solved within {ode.MAX_STEPS} steps; got {lost} of "
+            f"{len(table)} that were not. Give a larger --tolerance than "
+            f"{options.tolerance:g}."
+        )
+    return table
+
+
+def make_ode(
+    config: Config, options: Options
+) -> Callable[[Any, dict[str, jax.Array]], likelihood.OdeBits]:
+    """Returns the flow's bits/dim of a batch of uint8 images, compiled once."""
+    net = build.make_network(config, looped=True)
+    levels = build.make_schedule(config)
+    if is_discrete(levels):
+        levels = continuous.interpolate(levels)
+    diffusion = config.diffusion
+    root = jax.random.key(options.seed)
+
+    def bits(params: Any, batch: dict[str, jax.Array]) -> likelihood.OdeBits:
+        # Without a clip: what is clipped has no density.
+        denoise = gaussian.denoiser(
+            lambda x, t: build.call(net, params, x, t),
+            levels,
+            diffusion.prediction,
+            learned_variance=diffusion.variance == "learned",
+        )
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(root, batch["i"])
+        return likelihood.ode_bits_per_dim(
+            keys,
+            denoise,
+            levels,
+            batch["x"].astype(jnp.float32) / 127.5 - 1,
+            trace=options.trace,
+            probes=options.probes,
+            rtol=options.tolerance,
+            atol=options.tolerance,
+        )
+
+    return jax.jit(bits)
+
+
+def summary_ode(
+    config: Config, options: Options, found: np.ndarray, step: int, available: int
+) -> dict[str, Any]:
+    """Returns the flow's bits/dim and everything that belongs beside them."""
+    about = {
+        "evaluations_per_image": float(found[:, 1].mean()),
+        "tolerance": options.tolerance,
+        "trace": options.trace,
+        "dequantisation": "uniform",
+        "clip": False,
+    }
+    if options.trace != "exact":
+        about["probes"] = options.probes
+    return {
+        "quantity": "probability flow, Eq. 39 of Song et al. 2021",
+        **_mean(found[:, 0]),
+        **about,
+        **_protocol(config, options, len(found), step, available),
+    }
+
+
 def summary(
     config: Config, options: Options, sums: Sums, step: int, available: int
 ) -> dict[str, Any]:
     """Returns everything that belongs beside the number, as JSON has it."""
     count = len(sums.totals)
     terms = sums.terms / count
-    spread = float(np.std(sums.totals, ddof=1)) if count > 1 else math.nan
     return {
-        "bits_per_dim": float(np.mean(sums.totals)),
-        "standard_error": spread / math.sqrt(count),
+        **_mean(np.array(sums.totals)),
         "prior": float(sums.prior / count),
         "rate": float(sums.prior / count + terms[1:].sum()),
         "decoder": float(terms[0]),
         "rmse": float(127.5 * math.sqrt(sums.mse[0] / count)),
         "terms": terms.tolist(),
         "mse": (sums.mse / count).tolist(),
+        "evaluations": count * len(terms),
+        "variance": options.variance or config.diffusion.variance,
+        "clip": True,
+        **_protocol(config, options, count, step, available),
+    }
+
+
+def _mean(totals: np.ndarray) -> dict[str, float]:
+    count = len(totals)
+    spread = float(np.std(totals, ddof=1)) if count > 1 else math.nan
+    error = spread / math.sqrt(count)
+    return {"bits_per_dim": float(totals.mean()), "standard_error": error}
+
+
+def _protocol(
+    config: Config, options: Options, count: int, step: int, available: int
+) -> dict[str, Any]:
+    return {
         "data": config.data.source,
         "split": options.split,
         "images": count,
         "subset": count < available,
-        "evaluations": count * len(terms),
         "weights": "last" if options.raw else "averaged",
         "training_step": step,
-        "variance": options.variance or config.diffusion.variance,
-        "clip": True,
         "seed": options.seed,
         "versions": runs.versions(),
     }
 
 
-def show(run: runs.Run, result: dict[str, Any]) -> None:
-    """Prints the bound, its terms, and how they were computed."""
+def show_ode(run: runs.Run, result: dict[str, Any]) -> None:
+    """Prints the flow's bits/dim, and how they were computed."""
+    _show_protocol(run, result)
+    total, error = result["bits_per_dim"], result["standard_error"]
+    print(f"  probability flow {total:8.4f} +- {error:.4f} bits/dim")
+    print(f"  {result['evaluations_per_image']:.1f} evaluations an image, ", end="")
+    print(f"tolerance {result['tolerance']:g}")
+    trace = f"{result['trace']} trace"
+    if "probes" in result:
+        trace = f"{result['probes']} {result['trace']} probe(s)"
+    print(f"  {trace}, uniform dequantisation, x0 not clipped")
+    print("  not to be compared with the bound, which is of another model")
+
+
+def _show_protocol(run: runs.Run, result: dict[str, Any]) -> None:
     images_ = f"{result['images']:,} {result['split']} images of {result['data']}"
     if result["subset"]:
         images_ += " (a random subset)"
     print(f"{run.folder}, {result['weights']} weights of step", end=" ")
     print(f"{result['training_step']:,}; {images_}")
+
+
+def show(run: runs.Run, result: dict[str, Any]) -> None:
+    """Prints the bound, its terms, and how they were computed."""
+    _show_protocol(run, result)
     total, error = result["bits_per_dim"], result["standard_error"]
     print(f"  bound         {total:8.4f} +- {error:.4f} bits/dim")
     print(f"    prior L_T   {result['prior']:8.4f}")

@@ -95,7 +95,7 @@ class Sample(Sampling):
     count: int = 64
     """Images in a grid."""
     clip: bool = True
-    """Whether each predicted image is clipped to [-1, 1]."""
+    """Whether each predicted image is clipped to [-1, 1]; never by ode."""
 
 
 def override(sample: Sample, given: Sampling) -> Sample:
@@ -115,15 +115,16 @@ def resolve(sample: Sample, num_steps: int) -> dict[str, Any]:
 
     Of ddpm's variance the value may still be None: that of the run.
     """
-    taken = RULES[sample.sampler]
-    found: dict[str, Any] = {"sampler": sample.sampler}
+    rule, taken = sample.sampler, RULES[sample.sampler]
+    found: dict[str, Any] = {"sampler": rule}
     if taken.grid is not None:
         found["steps"] = sample.steps or min(taken.steps or num_steps, num_steps)
         found["grid"] = sample.grid or taken.grid
     for name, default in taken.options.items():
         value = getattr(sample, name)
         found[name] = default if value is None else value
-    found["clip"] = sample.clip
+    # A solver that adapts would find the corners of a clip, and go through them slowly.
+    found["clip"] = sample.clip and rule != "ode"
     if sample.threshold is not None:
         found["threshold"] = sample.threshold
     return found
@@ -152,9 +153,9 @@ def problems(sample: Sample) -> list[tuple[str, str, object]]:
             must = f"left out with the sampler {rule}: it is for {' and '.join(may)}"
             return [(name, must, getattr(sample, name))]
     if taken.grid is None:
-        for name in ("steps", "grid"):
+        for name in ("steps", "grid", "threshold"):
             if getattr(sample, name) is not None:
-                must = f"left out with the sampler {rule}, which finds its own steps"
+                must = f"left out with the sampler {rule}, which finds its own way"
                 return [(name, must, getattr(sample, name))]
     checks = {
         "eta": ("from 0 to 1", lambda v: 0 <= v <= 1),

@@ -88,7 +88,7 @@ def one(shape=(2, 2, 1)) -> Mixture:
     """Correlated pixels with a mean: standard deviations from 0.2 to 0.6."""
     rng = np.random.default_rng(0)
     size = int(np.prod(shape))
-    root = rng.normal(size=(size, size)) * 0.2
+    root = rng.normal(size=(size, size)) * 0.4 / np.sqrt(size)
     mean = rng.uniform(-0.6, 0.6, size)
     return Mixture([1.0], [mean], [root @ root.T + 0.04 * np.eye(size)], shape)
 

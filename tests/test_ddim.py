@@ -78,20 +78,3 @@ def test_some_noise_gives_the_data_too():
     assert (np.abs(np.cov(flat.T) - DATA.cov) / size).max() < 0.06
     assert np.abs(flat.mean(0) - DATA.mean.ravel()).max() < 0.02
     assert (np.abs(small - DATA.cov) / size).max() > 0  # no chain is exact
-
-
-@pytest.mark.parametrize("total", [1, 7, 100, 1000])
-def test_quadratic_grid_of_any_length(total):
-    made = schedule.linear(total)
-    for steps in {1, min(2, total), total // 2 or 1, total - 1 or 1, total}:
-        grid = grids.quadratic(made, steps)
-        assert (len(grid), grid[0], grid[-1]) == (steps + 1, total, 0)
-        assert np.diff(grid).max() <= -1
-    np.testing.assert_array_equal(
-        grids.quadratic(made, total), np.arange(total, -1, -1)
-    )
-
-
-def test_quadratic_grid_follows_its_square():
-    grid = grids.quadratic(LIN, 20)[::-1]
-    np.testing.assert_allclose(grid, 1000 * (np.arange(21) / 20) ** 2, atol=0.5)

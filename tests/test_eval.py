@@ -247,6 +247,46 @@ def test_bound_and_its_terms_are_reported(run, capsys):
     np.testing.assert_allclose(other["standard_error"], result["standard_error"], 1e-5)
 
 
+def test_bits_of_the_probability_flow_are_reported(run, capsys):
+    argv = [str(run.folder), "--ode", "--max-images", "5", "--batch-size", "4"]
+    flags = ["--probes", "2", "--tolerance", "1e-3", "--trace", "gaussian"]
+    assert eval_nll.main([*argv, *flags]) == 0
+    shown = capsys.readouterr().out
+    result = json.loads((run.folder / "eval" / "nll_ode_train.json").read_text())
+    assert f"{result['bits_per_dim']:.4f} +- {result['standard_error']:.4f}" in shown
+    assert f"{result['evaluations_per_image']:.1f} evaluations" in shown
+    assert "tolerance 0.001" in shown
+    assert "2 gaussian probe(s)" in shown
+    for name, expected in {
+        "images": 5,
+        "subset": True,
+        "trace": "gaussian",
+        "probes": 2,
+        "tolerance": 1e-3,
+        "clip": False,
+        "weights": "averaged",
+        "training_step": 12,
+    }.items():
+        assert result[name] == expected, name
+    # A network after twelve steps is as good as none: about the prior's bits.
+    assert 5 < result["bits_per_dim"] < 12
+    assert result["evaluations_per_image"] > 13
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--probes 0", "probes must be at least 1; got 0"),
+        ("--tolerance 0", "tolerance must be above 0; got 0.0"),
+        ("--variance small", "--ode must stand without --variance"),
+        ("--rate-distortion", "--ode must stand without"),
+    ],
+)
+def test_bad_requests_of_the_flow_are_named(run, flags, message):
+    with pytest.raises(ConfigError, match=message):
+        eval_nll.main([str(run.folder), "--ode", *flags.split()])
+
+
 def test_digits_have_no_test_images(run):
     with pytest.raises(data.DataError, match="test"):
         eval_nll.main([str(run.folder), "--split", "test"])

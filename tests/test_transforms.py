@@ -17,17 +17,43 @@ from jax.sharding import AxisType, PartitionSpec
 
 from diffusion_jax import (
     continuous,
+    editing,
     gaussian,
     grids,
+    langevin,
     likelihood,
     losses,
+    ode,
     samplers,
     schedule,
+    sde,
+    solvers,
 )
 
-MODULES = (schedule, gaussian, losses, samplers, likelihood)
-# Raises, and does nothing else.
-NOT_OF_ARRAYS = {"gaussian.raise_unknown", "likelihood.rate_distortion"}
+MODULES = (
+    schedule,
+    gaussian,
+    losses,
+    sde,
+    samplers,
+    ode,
+    likelihood,
+    editing,
+    continuous,
+    grids,
+    solvers,
+    langevin,
+)
+# Not functions of arrays: they raise and do no more, or are of NumPy, or count.
+NOT_OF_ARRAYS = {
+    "gaussian.raise_unknown",
+    "likelihood.rate_distortion",
+    "samplers.check_grid",
+    "samplers.count_evaluations",
+    "samplers.counted",
+    "samplers.pad",
+    "schedule.check_num_steps",
+}
 B, T, SHAPE = 8, 20, (2, 2, 1)
 
 
@@ -38,6 +64,7 @@ class Row(NamedTuple):
     fn: Callable[..., Any]
     inputs: str
     case: str = ""
+    check_vma: bool = True
 
     @property
     def id(self) -> str:
@@ -115,6 +142,30 @@ def _ddim(eta: float) -> Callable:
     return fn
 
 
+def _two_steps(make: Callable, **options: Any) -> Callable:
+    """Two steps of a rule, so that what it remembers matters."""
+
+    def fn(keys: jax.Array, x: jax.Array) -> Any:
+        made = schedule.linear(T)
+        denoise = gaussian.denoiser(_network, made, "v", threshold=0.9)
+        rule = make(denoise, made, **options)
+        memory = rule.init(x, np.array([19, 9, 7]))
+        for t, s in ((19, 9), (9, 7)):
+            new = rule.step(keys, x, memory, jnp.asarray(t), jnp.asarray(s))
+            x, memory = new.x, new.memory
+        return new.x, new.x0
+
+    return fn
+
+
+def _padded(keys: jax.Array, x: jax.Array) -> Any:
+    made = schedule.linear(T)
+    rule = samplers.padded(_rule(made, "small"))
+    grid = jnp.asarray(samplers.pad(grids.uniform(made, 3), 6))
+    new = rule.step(keys, x, (), grid[0], grid[1])
+    return rule.step(keys, new.x, (), grid[4], grid[5]).x
+
+
 def _quadratic(x: jax.Array) -> jax.Array:
     return x * grids.quadratic(schedule.linear(T), 4)[0]
 
@@ -159,6 +210,66 @@ def _bound(keys: jax.Array, x0: jax.Array) -> Any:
     return bits.total, bits.prior, bits.terms.T, bits.mse.T
 
 
+VP, REAL = continuous.vp(), continuous.interpolate(schedule.linear(T))
+SOLVE = {"rtol": 1e-8, "atol": 1e-8}
+
+
+def _coefficients(u: jax.Array) -> Any:
+    return tuple(sde.coefficients(VP, u))
+
+
+def _score(y: jax.Array, level: schedule.NoiseLevel) -> jax.Array:
+    return sde.score(gaussian.Prediction(y, y), level)
+
+
+def _field(make: Callable) -> Callable:
+    return make(gaussian.denoiser(_network, VP, "v"), VP)
+
+
+def _ode(keys: jax.Array, x: jax.Array) -> Any:
+    rule = ode.ode(gaussian.denoiser(_network, VP, "v"), VP, **SOLVE)
+    new = rule.step(keys, x, (), jnp.asarray(0.6), jnp.asarray(0.3))
+    return new.x, new.x0
+
+
+def _ode_bits(keys: jax.Array, x0: jax.Array) -> Any:
+    denoise, options = gaussian.denoiser(_network, VP, "v"), {"start": 0.2, **SOLVE}
+    bits = likelihood.ode_bits_per_dim(keys, denoise, VP, x0, probes=2, **options)
+    return bits.total, bits.density.prior, bits.density.divergence
+
+
+def _vary(keys: jax.Array, x0: jax.Array) -> jax.Array:
+    made = schedule.linear(T)
+    grid = grids.uniform(made, 4)
+    return editing.vary(keys, _rule(made, "small"), made, grid, x0, 12)
+
+
+def _interpolate(keys: jax.Array, x0: jax.Array, x: jax.Array) -> jax.Array:
+    made = schedule.linear(T)
+    rule, grid = _rule(made, "small"), grids.uniform(made, 4)
+    return editing.interpolate(keys, rule, made, grid, x0, x, 12, [0.2, 0.7])
+
+
+def _encode(x0: jax.Array) -> jax.Array:
+    made = schedule.linear(T)
+    rule = samplers.ddim(gaussian.denoiser(_network, made, "v"), made)
+    return editing.encode(rule, grids.uniform(made, 4), x0)
+
+
+def _inpaint(keys: jax.Array, x0: jax.Array) -> jax.Array:
+    made = schedule.linear(T)
+    mask = np.arange(4).reshape(1, *SHAPE) < 2
+    rule = editing.inpaint(_rule(made, "small"), made, x0, mask)
+    grid = editing.repaint_grid(grids.uniform(made, 4), 2, 2)
+    return samplers.sample(keys, rule, grid, x0.shape)
+
+
+def _colorize(keys: jax.Array, x0: jax.Array) -> jax.Array:
+    made = schedule.linear(T)
+    rule = editing.colorize(_rule(made, "small"), made, x0)
+    return samplers.sample(keys, rule, grids.uniform(made, 4), (len(x0), 2, 2, 3))
+
+
 def _simple(space: str) -> Callable:
     def fn(x0, x, y, level, prev_level):
         pred = gaussian.Prediction(y, x)
@@ -175,6 +286,19 @@ ROWS = [
     ),
     Row("schedule.from_betas", _made(schedule.from_betas([0.1] * T)), "t"),
     Row("continuous.vp", _made(continuous.vp()), "u"),
+    Row("continuous.sub_vp", _made(continuous.sub_vp()), "u"),
+    Row("continuous.ve", _made(continuous.ve()), "u"),
+    Row("continuous.discretize", _made(continuous.discretize(continuous.vp(), T)), "t"),
+    Row("continuous.interpolate", lambda u: tuple(REAL(T * u)), "u"),
+    Row("continuous.time_of", lambda u: continuous.time_of(REAL, 6 * u - 3), "u"),
+    Row("continuous.last_time", lambda u: u * continuous.last_time(REAL), "u"),
+    Row("continuous.counts_steps", lambda u: u * continuous.counts_steps(REAL), "u"),
+    Row("schedule.is_discrete", lambda u: u * schedule.is_discrete(REAL), "u"),
+    Row(
+        "schedule.from_tables schedule.tables",
+        _made(schedule.from_tables(*schedule.tables(schedule.linear(T)))),
+        "t",
+    ),
     Row(
         "schedule.num_steps", lambda u: u * schedule.num_steps(schedule.linear(T)), "u"
     ),
@@ -247,9 +371,48 @@ ROWS = [
         for variance in gaussian.VARIANCES
     ),
     Row("likelihood.bound", _bound, "keys x0"),
+    Row(
+        "likelihood.ode_bits_per_dim likelihood.log_density",
+        _ode_bits,
+        "keys x0",
+        check_vma=False,
+    ),
+    Row("sde.coefficients", _coefficients, "u"),
+    Row("sde.score", _score, "y level"),
+    Row("sde.reverse_drift", _field(sde.reverse_drift), "x u"),
+    Row("sde.flow", _field(sde.flow), "x u"),
+    Row("sde.prior_logp", sde.prior_logp, "x level"),
+    Row("ode.ode ode.follow ode.integrate", _ode, "keys x", check_vma=False),
     *(Row("samplers.ddim", _ddim(eta), "keys x", str(eta)) for eta in (0.0, 0.5)),
+    Row("solvers.heun", _two_steps(solvers.heun), "keys x"),
+    Row("solvers.edm", _two_steps(solvers.edm, churn=1.0), "keys x"),
+    *(
+        Row(
+            "solvers.dpm_solver_pp solvers.phi",
+            _two_steps(solvers.dpm_solver_pp, order=order),
+            "keys x",
+            order,
+        )
+        for order in ("2S", "3M", "SDE")
+    ),
+    Row("solvers.unipc", _two_steps(solvers.unipc, order=3), "keys x"),
+    Row(
+        "langevin.predictor_corrector",
+        _two_steps(langevin.predictor_corrector),
+        "keys x",
+    ),
+    Row("langevin.langevin", _two_steps(langevin.langevin, moves=2), "keys x"),
+    Row("samplers.padded", _padded, "keys x"),
+    Row("editing.vary editing.below", _vary, "keys x0"),
+    Row("editing.interpolate", _interpolate, "keys x0 x"),
+    Row("editing.encode", _encode, "x0"),
+    Row("editing.slerp", editing.slerp, "x y u"),
+    Row("editing.inpaint editing.constrain editing.repaint_grid", _inpaint, "keys x0"),
+    Row("editing.colorize", _colorize, "keys x0"),
     Row("grids.quadratic", _quadratic, "x"),
-    Row("samplers.sample grids.uniform", _sample, "x index"),
+    Row("grids.logsnr", lambda x: x * grids.logsnr(REAL, 4)[2], "x"),
+    Row("grids.karras", lambda x: x * grids.karras(REAL, 4)[2], "x"),
+    Row("samplers.sample samplers.forgetful grids.uniform", _sample, "x index"),
     Row("samplers.trajectory", _trajectory, "x index"),
 ]
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
@@ -312,7 +475,8 @@ def test_jit_vmap_pmap_and_shard_map_equal_eager(row):
 
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     spec = PartitionSpec("data")
-    mapped = jax.shard_map(row.fn, mesh=mesh, in_specs=spec, out_specs=spec)
+    options = {"in_specs": spec, "out_specs": spec, "check_vma": row.check_vma}
+    mapped = jax.shard_map(row.fn, mesh=mesh, **options)
     same(jax.jit(mapped)(*args), expected)
 
 

@@ -1,0 +1,129 @@
+"""Closed-form truths in continuous time, in NumPy float64 and in the SDEs' own terms.
+
+`SDES` are the three of Song et al. 2021 as their paper has them; `exact_*` is what they
+do to Gaussian data.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+from oracles import GaussianData
+
+from diffusion_jax import continuous, gaussian, schedule
+
+LOW, HIGH = 0.1, 20.0
+SMALL, LARGE = 0.01, 50.0
+
+
+def _integral(t: np.ndarray) -> np.ndarray:
+    """Of beta from 0 to t."""
+    return LOW * t + 0.5 * (HIGH - LOW) * t**2
+
+
+def _beta(t: np.ndarray) -> np.ndarray:
+    return LOW + (HIGH - LOW) * t
+
+
+def _ve_sigma(t: np.ndarray) -> np.ndarray:
+    return SMALL * (LARGE / SMALL) ** np.asarray(t, np.float64)
+
+
+class Sde(NamedTuple):
+    """A schedule of the library beside its closed forms."""
+
+    schedule: schedule.Schedule
+    alpha: object
+    sigma: object
+    drift: object
+    squared_diffusion: object
+
+
+SDES = {
+    "vp": Sde(
+        continuous.vp(),
+        lambda t: np.exp(-0.5 * _integral(t)),
+        lambda t: np.sqrt(-np.expm1(-_integral(t))),
+        lambda t: -0.5 * _beta(t),
+        _beta,
+    ),
+    "sub_vp": Sde(
+        continuous.sub_vp(),
+        lambda t: np.exp(-0.5 * _integral(t)),
+        lambda t: -np.expm1(-_integral(t)),
+        lambda t: -0.5 * _beta(t),
+        lambda t: _beta(t) * -np.expm1(-2 * _integral(t)),
+    ),
+    "ve": Sde(
+        continuous.ve(),
+        np.ones_like,
+        _ve_sigma,
+        np.zeros_like,
+        lambda t: _ve_sigma(t) ** 2 * 2 * np.log(LARGE / SMALL),
+    ),
+}
+
+
+def gaussian_image() -> GaussianData:
+    """Four correlated pixels with a mean."""
+    root = np.random.default_rng(0).normal(size=(4, 4)) * 0.25
+    mean = np.random.default_rng(1).uniform(-0.7, 0.7, (2, 2, 1))
+    return GaussianData(mean, root @ root.T + 0.01 * np.eye(4))
+
+
+def exact_denoiser(data: GaussianData, made: schedule.Schedule) -> gaussian.Denoiser:
+    """E[x0 | x_t] and E[eps | x_t] at real t."""
+
+    def denoise(x_t: jax.Array, t: jax.Array) -> gaussian.Prediction:
+        flat = x_t.reshape(len(x_t), -1)
+        level = made(jnp.broadcast_to(t, x_t.shape[:1])).like(flat)
+        # Copies: JAX remembers a constant by its identity and would give it back in
+        # float32 to a later test in float64.
+        mean, spread = (
+            jnp.asarray(a.flatten()[None]) for a in (data.mean, data.spread)
+        )
+        basis = jnp.asarray(data.basis.copy())
+        dot = lambda a, b: jnp.dot(a, b, precision="highest")  # noqa: E731
+        off = dot(flat - level.alpha * mean, basis)
+        off = off / (level.alpha**2 * spread + level.sigma**2)
+        x0 = mean + dot(level.alpha * spread * off, basis.T)
+        eps = dot(level.sigma * off, basis.T)
+        return gaussian.Prediction(x0.reshape(x_t.shape), eps.reshape(x_t.shape))
+
+    return denoise
+
+
+def exact_flow(
+    data: GaussianData, x: np.ndarray, start: tuple, end: tuple
+) -> np.ndarray:
+    """Where the probability flow takes x from one (alpha, sigma) to another: the same
+    quantile of the marginal."""
+    flat = np.asarray(x, np.float64).reshape(len(x), -1)
+    off = (flat - start[0] * data.mean.ravel()) @ data.basis
+    before, after = (a**2 * data.spread + s**2 for a, s in (start, end))
+    moved = (off * np.sqrt(after / before)) @ data.basis.T
+    return (end[0] * data.mean.ravel() + moved).reshape(np.shape(x))
+
+
+def exact_logp(data: GaussianData, x: np.ndarray, level: tuple) -> np.ndarray:
+    """Log density of the marginal at (alpha, sigma), nats, [B]."""
+    alpha, sigma = level
+    cov = alpha**2 * data.cov + sigma**2 * np.eye(len(data.cov))
+    mean = alpha * data.mean.ravel()
+    flat = np.asarray(x, np.float64).reshape(len(x), -1)
+    return scipy.stats.multivariate_normal(mean, cov).logpdf(flat)
+
+
+def exact_model_logp(
+    data: GaussianData, x: np.ndarray, start: tuple, end: tuple, std: float
+) -> np.ndarray:
+    """Log density of the flow from the prior N(0, std^2 I), nats, [B].
+
+    The prior is not quite the marginal where the noising ends: their densities differ
+    by about alpha_T x_T . mean, which is 0.01 nats.
+    """
+    far = exact_flow(data, x, start, end)
+    prior = scipy.stats.norm.logpdf(far, 0, std).reshape(len(x), -1).sum(axis=1)
+    return exact_logp(data, x, start) + prior - exact_logp(data, far, end)

@@ -1,0 +1,94 @@
+"""Every sampling rule, for the tests that hold all of them to the same truths.
+
+A new rule is a row here and is held to all of them.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from diffusion_jax import continuous, grids, langevin, ode, samplers, solvers
+from diffusion_jax.schedule import Schedule
+
+
+def _stretch(schedule: Schedule, steps: int) -> np.ndarray:
+    """All the way in one step, but for the last one."""
+    last = continuous.last_time(schedule)
+    return np.array([last, 1, 0] if last > 1 else [1.0, 1e-3, 0.0])
+
+
+class Rule(NamedTuple):
+    """A rule and how it is to be used."""
+
+    make: Callable
+    """From (denoise, schedule) to a Sampler."""
+    steps: int = 60
+    """Enough for the samples to be the data's but for some percent."""
+    grid: Callable = grids.quadratic
+    order: int | None = None
+    """Of convergence to the flow, where it converges to the flow at a fixed rate."""
+    flow: bool = True
+    """Whether it follows the probability flow: no noise after the start."""
+    excess: float = 0.0
+    """Share by which its variance is too large, by its own mathematics."""
+    shape: tuple[int, ...] = (2, 2, 1)
+    """Images of a size that it is made for."""
+
+
+RULES = {
+    "ddpm-small": Rule(
+        lambda d, s: samplers.ddpm(d, s, variance="small"), 250, flow=False
+    ),
+    "ddpm-large": Rule(lambda d, s: samplers.ddpm(d, s), 250, flow=False),
+    "ddim": Rule(samplers.ddim, 250, order=1),
+    "ddim-half": Rule(lambda d, s: samplers.ddim(d, s, eta=0.5), 250, flow=False),
+    "ddim-full": Rule(lambda d, s: samplers.ddim(d, s, eta=1.0), 250, flow=False),
+    "heun": Rule(solvers.heun, grid=grids.karras, order=2),
+    "edm": Rule(
+        lambda d, s: solvers.edm(d, s, churn=20.0), 120, grid=grids.karras, flow=False
+    ),
+    "dpm_solver_pp-1": Rule(
+        lambda d, s: solvers.dpm_solver_pp(d, s, order="1"), 250, order=1
+    ),
+    "dpm_solver_pp-2S": Rule(
+        lambda d, s: solvers.dpm_solver_pp(d, s, order="2S"), grid=grids.logsnr, order=2
+    ),
+    "dpm_solver_pp-2M": Rule(solvers.dpm_solver_pp, grid=grids.logsnr, order=2),
+    "dpm_solver_pp-3M": Rule(
+        lambda d, s: solvers.dpm_solver_pp(d, s, order="3M"), grid=grids.logsnr, order=3
+    ),
+    "dpm_solver_pp-SDE": Rule(
+        lambda d, s: solvers.dpm_solver_pp(d, s, order="SDE"),
+        grid=grids.logsnr,
+        flow=False,
+    ),
+    # The corrector raises the order of the predictor by one.
+    "unipc-1": Rule(
+        lambda d, s: solvers.unipc(d, s, order=1), grid=grids.logsnr, order=2
+    ),
+    "unipc-2": Rule(solvers.unipc, grid=grids.logsnr, order=3),
+    "unipc-3": Rule(
+        lambda d, s: solvers.unipc(d, s, order=3), grid=grids.logsnr, order=4
+    ),
+    "pc-reverse": Rule(
+        lambda d, s: langevin.predictor_corrector(d, s, snr=0.1),
+        300,
+        flow=False,
+        shape=(8, 8, 1),
+    ),
+    "pc-ancestral": Rule(
+        lambda d, s: langevin.predictor_corrector(d, s, predictor="ancestral", snr=0.1),
+        250,
+        flow=False,
+        shape=(8, 8, 1),
+    ),
+    "langevin": Rule(
+        lambda d, s: langevin.langevin(d, s, moves=30, step_size=0.1),
+        100,
+        grid=grids.logsnr,
+        flow=False,
+        excess=0.026,
+    ),
+    "ode": Rule(lambda d, s: ode.ode(d, s, rtol=1e-4, atol=1e-4), grid=_stretch),
+}

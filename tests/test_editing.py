@@ -1,0 +1,415 @@
+"""Editing with the exact denoiser of Gaussian data, whose edits have closed forms."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import GaussianData, NumpyDDPM, T
+
+from diffusion_jax import continuous, editing, gaussian, grids, samplers, schedule
+
+SHAPE = (2, 2, 1)
+LINEAR = NumpyDDPM.named("linear")
+LIN = schedule.linear()
+KEY = jax.random.key(0)
+# Four pixels of variance 1 and correlation 3/4: two of them say much of the others.
+DATA = GaussianData(
+    np.array([0.3, -0.2, 0.1, -0.4]).reshape(SHAPE), 0.25 * np.eye(4) + 0.75
+)
+DENOISE = DATA.denoiser(LINEAR)
+DDPM = samplers.ddpm(DENOISE, LIN, variance="small")
+DDIM = samplers.ddim(DENOISE, LIN)
+RULES = {"ddpm": DDPM, "ddim": DDIM}
+every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+
+IMAGE = jnp.asarray(DATA.mean + np.array([1.2, 0.8, 0, 0]).reshape(SHAPE))[None]
+MASK = np.array([True, True, False, False]).reshape(1, *SHAPE)
+
+
+def images(count, seed=1):
+    rng = np.random.default_rng(seed)
+    flat = rng.multivariate_normal(DATA.mean.ravel(), DATA.cov, count)
+    return jnp.asarray(flat.reshape(count, *SHAPE))
+
+
+def flat(x):
+    return np.asarray(x, np.float64).reshape(len(x), -1)
+
+
+def conditional():
+    """Mean [2] and covariance [2, 2] of the free pixels given the known ones."""
+    known, free = (np.flatnonzero(MASK.ravel() == is_known) for is_known in (1, 0))
+    slope = DATA.cov[np.ix_(free, known)] @ np.linalg.inv(
+        DATA.cov[np.ix_(known, known)]
+    )
+    off = flat(IMAGE)[0, known] - DATA.mean.ravel()[known]
+    mean = DATA.mean.ravel()[free] + slope @ off
+    return mean, DATA.cov[np.ix_(free, free)] - slope @ DATA.cov[np.ix_(known, free)]
+
+
+def constrained_moments(grid):
+    """Mean and covariance of what inpainting with DDPM ends in, by recursion."""
+    known = MASK.ravel()
+    mean, cov = np.zeros(4), np.eye(4)
+    for t, s in itertools.pairwise(np.asarray(grid).tolist()):
+        if s > t:
+            beta = LINEAR.beta(np.asarray(s), np.asarray(t))
+            mean, cov = np.sqrt(1 - beta) * mean, (1 - beta) * cov + beta * np.eye(4)
+            continue
+        c0, ct = LINEAR.coefficients(t, s)
+        gain = DATA.gain(LINEAR, t)
+        step = c0 * gain + ct * np.eye(4)
+        data_mean = DATA.mean.ravel()
+        mean = step @ mean + c0 * (data_mean - LINEAR.alphas[t] * gain @ data_mean)
+        cov = step @ cov @ step.T + LINEAR.variance("small", t, s) * np.eye(4)
+        mean = np.where(known, LINEAR.alphas[s] * flat(IMAGE)[0], mean)
+        cov = np.where(known[:, None] | known, 0, cov)
+        cov += np.diag(known * LINEAR.noise[s])
+    return mean, cov
+
+
+def paint(resamples, count=20_000, jump=5):
+    grid = editing.repaint_grid(grids.uniform(LIN, 50), jump, resamples)
+    rule = editing.inpaint(DDPM, LIN, IMAGE, MASK)
+    return samplers.sample(KEY, rule, grid, (count, *SHAPE)), grid
+
+
+@pytest.mark.parametrize("resamples", [1, 3])
+def test_moments_of_inpainting_are_those_of_its_chain(resamples):
+    """Down steps, what is put back, and steps up: all exact but for Monte Carlo."""
+    x, grid = paint(resamples)
+    mean, cov = constrained_moments(grid)
+    size = np.sqrt(np.diag(cov) / len(x))
+    assert np.all(abs(flat(x).mean(0) - mean) <= 5 * size + 1e-6)
+    size = np.sqrt((np.outer(np.diag(cov), np.diag(cov)) + cov**2) / len(x))
+    assert np.all(abs(np.cov(flat(x).T) - cov) <= 5 * size + 1e-6)
+
+
+def test_resampling_brings_inpainting_to_the_conditional_mean():
+    """What RePaint is for: the error halves with each doubling of the resamples."""
+    exact, _ = conditional()
+    free = ~MASK.ravel()
+    errors = [
+        np.abs(flat(paint(resamples, 4000)[0]).mean(0)[free] - exact).max()
+        for resamples in (1, 2, 4, 8)
+    ]
+    assert errors[0] > 0.25  # without it the known pixels are half ignored
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.3 * errors[0]
+    # With the paper's 250 steps and 10 of each, from 0.30 to 0.03.
+    for resamples, error in ((1, 0.295), (10, 0.029)):
+        grid = editing.repaint_grid(grids.uniform(LIN, 250), 10, resamples)
+        mean, _ = constrained_moments(grid)
+        assert abs(np.abs(mean[free] - exact).max() - error) < 0.001
+
+
+@every_rule
+@pytest.mark.parametrize("resamples", [1, 3])
+def test_known_pixels_come_out_to_the_bit(rule, resamples):
+    image = images(7).astype(jnp.float32)
+    mask = np.random.default_rng(0).random((7, *SHAPE)) < 0.5
+    grid = editing.repaint_grid(grids.quadratic(LIN, 20), 4, resamples)
+    painted = editing.inpaint(rule, LIN, image, mask)
+    x = samplers.sample(KEY, painted, grid, image.shape)
+    np.testing.assert_array_equal(np.asarray(x)[mask], np.asarray(image)[mask])
+    assert np.all(np.asarray(x)[~mask] != np.asarray(image)[~mask])
+
+
+def test_known_pixels_come_out_where_data_keep_some_noise():
+    """Variance-exploding levels have noise at t = 0 too; the known pixels have none."""
+    made = continuous.ve()
+    denoise = gaussian.denoiser(lambda x, t: 0 * x, made, "x0")
+    rule = editing.inpaint(samplers.ddpm(denoise, made), made, IMAGE, MASK)
+    x = samplers.sample(KEY, rule, grids.uniform(made, 5), IMAGE.shape, start_std=50.0)
+    np.testing.assert_array_equal(x[MASK], IMAGE[MASK])
+
+
+@every_rule
+def test_with_nothing_known_the_rule_draws_what_it_draws_alone(rule):
+    grid, shape = grids.uniform(LIN, 20), (3, *SHAPE)
+    alone = samplers.sample(KEY, rule, grid, shape)
+    nothing = editing.inpaint(rule, LIN, IMAGE, np.zeros((1, *SHAPE), bool))
+    x = samplers.sample(KEY, nothing, grid, shape)
+    np.testing.assert_allclose(x, alone, rtol=1e-6, atol=1e-6)
+
+
+def test_an_edited_image_depends_on_its_key_alone():
+    rule = editing.inpaint(DDPM, LIN, IMAGE, MASK)
+    grid = editing.repaint_grid(grids.uniform(LIN, 10), 3, 2)
+    many = samplers.sample(KEY, rule, grid, (9, *SHAPE))
+    one = samplers.sample(KEY, rule, grid, (1, *SHAPE), first=4)
+    np.testing.assert_allclose(one, many[4:5], rtol=1e-5, atol=1e-6)
+    assert len(np.unique(flat(many)[:, 2])) == 9
+    x0 = images(5)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(5))
+    whole = editing.vary(KEY, DDPM, LIN, grid[-4:], x0, 200)
+    alone = editing.vary(keys[3:4], DDPM, LIN, grid[-4:], x0[3:4], 200)
+    np.testing.assert_allclose(alone, whole[3:4], rtol=1e-5, atol=1e-6)
+
+
+def test_no_evaluation_is_spent_on_a_step_up():
+    seen = []
+
+    def denoise(x_t, t):
+        jax.debug.callback(lambda t: seen.append(int(t)), t)
+        return gaussian.Prediction(0 * x_t, x_t)
+
+    rule = samplers.ddpm(denoise, LIN)
+    rule = editing.inpaint(rule, LIN, IMAGE, MASK)
+    grid = editing.repaint_grid(np.array([40, 30, 20, 10, 0]), 2, 2)
+    samplers.sample(KEY, rule, grid, IMAGE.shape).block_until_ready()
+    jax.effects_barrier()
+    assert seen == [40, 30, 20, 30, 20, 10]
+
+
+def test_trajectory_shows_what_was_seen_last_on_a_step_up():
+    rule = editing.inpaint(DDPM, LIN, IMAGE, MASK)
+    grid = np.array([900, 600, 300, 900, 600, 0])
+    _, path = samplers.trajectory(KEY, rule, grid, (2, *SHAPE), (1, 2, 3))
+    np.testing.assert_array_equal(path.x0[1], path.x0[0])
+    np.testing.assert_allclose(path.x0[2], DENOISE(path.x_t[2], 900).x0, atol=1e-6)
+
+
+def test_colours_are_drawn_and_the_grey_mean_is_kept():
+    """Given the mean of three channels, the conditional Gaussian has that mean."""
+    corner = np.array([[1, 0.6, 0.3], [0.6, 1, 0.5], [0.3, 0.5, 1.2]])
+    data = GaussianData(np.array([0.2, -0.1, 0.4]).reshape(1, 1, 3), corner)
+    rule = samplers.ddpm(data.denoiser(LINEAR), LIN, variance="small")
+    grey = jnp.full([1, 1, 1, 1], -0.5)
+    painted = editing.colorize(rule, LIN, grey)
+    exact = 0.2, -0.1, 0.4
+    mean = corner.mean(0) / corner.mean() * (-0.5 - np.mean(exact)) + exact
+    errors = []
+    for resamples in (1, 8):
+        grid = editing.repaint_grid(grids.uniform(LIN, 50), 5, resamples)
+        x = samplers.sample(KEY, painted, grid, (4000, 1, 1, 3))
+        np.testing.assert_allclose(x.mean(-1, keepdims=True), -0.5, atol=1e-6)
+        assert np.all(np.std(np.asarray(x), axis=0) > 0.3)  # colours differ
+        errors.append(np.abs(flat(x).mean(0) - mean).max())
+    assert errors[1] < 0.5 * errors[0]
+    # An image stands for its mean.
+    rgb = jnp.asarray([-0.9, -0.5, -0.1]).reshape(1, 1, 1, 3)
+    same = editing.colorize(rule, LIN, rgb)
+    one, other = (
+        samplers.sample(KEY, made, grids.uniform(LIN, 5), (2, 1, 1, 3))
+        for made in (painted, same)
+    )
+    np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_encoding_returns_with_order_one(x64):
+    x0 = images(8)
+    counts, errors = np.array([50, 100, 200, 400]), []
+    for count in counts:
+        grid = grids.quadratic(LIN, count)
+        latent = editing.encode(DDIM, grid, x0)
+        back = samplers.sample(KEY, DDIM, grid, x0.shape, start=latent)
+        errors.append(np.abs(back - x0).max())
+    slope = np.polyfit(np.log(counts), np.log(errors), 1)[0]
+    assert abs(slope + 1) < 0.2, errors
+    assert errors[-1] < 0.03
+    # What the latent is: the quantile of each image, to the same order.
+    spread = np.sqrt(DATA.spread)
+    off = (flat(x0) - DATA.mean.ravel()) @ DATA.basis
+    quantile = (off / spread) @ DATA.basis.T
+    np.testing.assert_allclose(flat(latent), quantile, atol=0.03)
+
+
+def test_encoding_to_a_depth_and_back(x64):
+    x0, grid = images(4), editing.below(grids.quadratic(LIN, 400), 500)
+    latent = editing.encode(DDIM, grid, x0)
+    back = samplers.sample(KEY, DDIM, grid, x0.shape, start=latent)
+    np.testing.assert_allclose(back, x0, atol=0.01)
+
+
+def test_slerp_keeps_length_and_ends(x64):
+    rng = np.random.default_rng(0)
+    a, b = (jnp.asarray(rng.normal(size=(5, *SHAPE))) for _ in range(2))
+    np.testing.assert_allclose(editing.slerp(a, b, 0.0), a, atol=1e-12)
+    np.testing.assert_allclose(editing.slerp(a, b, 1.0), b, atol=1e-12)
+    units = [x / np.linalg.norm(flat(x), axis=1).reshape(-1, 1, 1, 1) for x in (a, b)]
+    angle = np.arccos((flat(units[0]) * flat(units[1])).sum(1))
+    shares = jnp.asarray([0.1, 0.3, 0.5, 0.7, 0.9])
+    mixed = flat(editing.slerp(*units, shares))
+    np.testing.assert_allclose(np.linalg.norm(mixed, axis=1), 1, atol=1e-12)
+    walked = np.arccos((mixed * flat(units[0])).sum(1))
+    np.testing.assert_allclose(walked, shares * angle, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0, 1 + 1e-6, 0.0])
+def test_slerp_of_parallel_vectors_is_a_straight_line(scale, precision):
+    a = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3)))
+    b = scale * (a + 1e-7)
+
+    def total(a, b):
+        return editing.slerp(a, b, 0.3).sum()
+
+    np.testing.assert_allclose(
+        editing.slerp(a, b, 0.3), 0.7 * a + 0.3 * b, rtol=1e-5, atol=1e-6
+    )
+    assert np.all(np.isfinite(editing.slerp(a, -a, 0.3)))
+    for grad in jax.grad(total, (0, 1))(a, b) + jax.grad(total, (0, 1))(a, a):
+        assert np.all(np.isfinite(grad))
+
+
+def test_interpolation_ends_mirrors_and_mixes():
+    grid = grids.uniform(LIN, 20)
+    a, b = images(3).astype(jnp.float32), images(3, seed=2).astype(jnp.float32)
+    fractions = np.linspace(0, 1, 5)
+    for t in (500, T):
+        x = editing.interpolate(KEY, DDPM, LIN, grid, a, b, t, fractions)
+        assert x.shape == (3, 5, *SHAPE)
+        first, last = (editing.vary(KEY, DDPM, LIN, grid, x0, t) for x0 in (a, b))
+        np.testing.assert_allclose(x[:, 0], first, atol=1e-5)
+        np.testing.assert_allclose(x[:, -1], last, atol=1e-5)
+        back = editing.interpolate(KEY, DDPM, LIN, grid, b, a, t, fractions)
+        np.testing.assert_allclose(back[:, ::-1], x, atol=1e-5)
+        # Every step is affine here: with shared noise the whole is, in the fraction.
+        line = x[:, :1] + fractions.reshape(1, -1, 1, 1, 1) * (x[:, -1:] - x[:, :1])
+        np.testing.assert_allclose(x, line, atol=1e-4)
+    # Coarse to fine: at T both images are all but forgotten, at 0 pixels are mixed.
+    assert np.abs(x[:, 0] - x[:, -1]).max() < 0.05
+    assert np.std(flat(x[:, 0])) > 0.3
+    mixed = editing.interpolate(KEY, DDPM, LIN, grid, a, b, 0, fractions)
+    np.testing.assert_allclose(mixed[:, 1], 0.75 * a + 0.25 * b, rtol=1e-5, atol=1e-6)
+
+
+def test_both_ends_are_noised_with_one_noise():
+    """The paper's words, step by step: noise both, mix at t, walk down."""
+    a, b = images(1).astype(jnp.float32), images(1, seed=2).astype(jnp.float32)
+    grid = grids.uniform(LIN, 10)
+    keys = jax.random.split(jax.random.key(7), 1)
+    eps = gaussian.normal(jax.vmap(jax.random.fold_in, (0, None))(keys, 0), a.shape)
+    mixed = sum(0.5 * gaussian.q_sample(x, eps, LIN(300)) for x in (a, b))
+    below = np.array([300, 200, 100, 0])
+    expected = samplers.sample(keys, DDPM, below, a.shape, start=mixed)
+    x = editing.interpolate(keys, DDPM, LIN, grid, a, b, 300, [0.5])
+    np.testing.assert_allclose(x[:, 0], expected, atol=1e-5)
+
+
+def test_variations_stay_near_and_then_forget():
+    grid, count = grids.uniform(LIN, 100), 4000
+    x0 = jnp.broadcast_to(IMAGE, (count, *SHAPE)).astype(jnp.float32)
+    far = []
+    for t in (0, 10, 300, T):
+        x = editing.vary(KEY, DDPM, LIN, grid, x0, t)
+        far.append(np.abs(flat(x).mean(0) - flat(IMAGE)[0]).max())
+    assert far[0] == 0
+    assert far[1] < 0.05 < far[2] < far[3]
+    # From T it is the data again, drawn with the noise that `sample` starts from.
+    np.testing.assert_allclose(flat(x).mean(0), DATA.mean.ravel(), atol=0.08)
+    drawn = samplers.sample(KEY, DDPM, grid, x0.shape)
+    np.testing.assert_allclose(x, drawn, atol=0.03)
+
+
+@pytest.mark.parametrize("t", [0, 1, 250, 300, T])
+def test_a_depth_may_be_an_argument_under_jit(t):
+    """A rule without noise draws the same, in or between the times of the grid."""
+    grid, x0 = grids.uniform(LIN, 20), images(2).astype(jnp.float32)
+    traces = []
+
+    @jax.jit
+    def vary(t):
+        traces.append(1)
+        return editing.vary(KEY, DDIM, LIN, grid, x0, t)
+
+    known = editing.vary(KEY, DDIM, LIN, grid, x0, t)
+    np.testing.assert_allclose(vary(t), known, rtol=1e-5, atol=1e-5)
+    vary(t + 1 if t < T else 0)
+    assert len(traces) == 1
+
+
+def test_a_grid_below_a_time():
+    grid = np.array([1000, 750, 500, 250, 0])
+    for t, expected in {
+        1000: [1000, 750, 500, 250, 0],
+        500: [500, 250, 0],
+        999: [999, 750, 500, 250, 0],
+        1: [1, 0],
+        0: [0],
+    }.items():
+        np.testing.assert_array_equal(editing.below(grid, t), expected)
+        assert editing.below(grid, t).dtype == grid.dtype
+    real = editing.below(np.array([1.0, 0.5, 0.0]), 0.75)
+    np.testing.assert_array_equal(real, [0.75, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("steps", [2, 3, 10, 250])
+@pytest.mark.parametrize("jump", [1, 2, 10])
+@pytest.mark.parametrize("resamples", [1, 2, 10])
+def test_a_repainting_grid_walks_each_stretch_as_often(steps, jump, resamples):
+    falling = np.arange(steps, -1, -1)
+    if jump >= steps:
+        return
+    grid = editing.repaint_grid(falling, jump, resamples)
+    moves = list(itertools.pairwise(grid.tolist()))
+    ups = [(t, s) for t, s in moves if s > t]
+    assert all(s - t == jump for t, s in ups)
+    assert all(t - s == 1 for t, s in moves if s < t)
+    stretches = (steps - 1) // jump
+    assert len(ups) == stretches * (resamples - 1)
+    for s in range(steps):
+        walked = resamples if 1 <= s < 1 + stretches * jump else 1
+        assert moves.count((s + 1, s)) == walked
+    assert moves[-1] == (1, 0)
+
+
+def momentum():
+    """A rule that carries x0 along."""
+
+    def step(keys, x_t, memory, t, s):
+        return samplers.Step(x_t, DENOISE(x_t, t).x0, x_t)
+
+    return samplers.Sampler(lambda x, grid: jnp.zeros_like(x), step)
+
+
+def test_a_rule_with_memory_may_be_constrained_on_a_falling_grid():
+    rule = editing.inpaint(momentum(), LIN, IMAGE, MASK)
+    x = samplers.sample(KEY, rule, grids.uniform(LIN, 4), (2, *SHAPE))
+    np.testing.assert_allclose(x[:, 0], np.repeat(IMAGE[:, 0], 2, 0), rtol=1e-6)
+
+
+GRID = np.array([40, 30, 20, 10, 0])
+
+
+def _inpaint(mask=MASK, rule=DDPM, grid=GRID):
+    painted = editing.inpaint(rule, LIN, IMAGE, mask)
+    return samplers.sample(KEY, painted, np.array(grid), (1, *SHAPE))
+
+
+def _vary_traced(rule):
+    return jax.jit(lambda t: editing.vary(KEY, rule, LIN, GRID, IMAGE, t))(20)
+
+
+def _interpolate(other=IMAGE, fractions=(0.0,)):
+    return editing.interpolate(KEY, DDPM, LIN, GRID, IMAGE, other, 20, fractions)
+
+
+@pytest.mark.parametrize(
+    ("call", "got"),
+    [
+        (lambda: editing.below(GRID, 41), "41"),
+        (lambda: editing.below(GRID, -1), "-1"),
+        (lambda: editing.below(GRID, 0.5), "0.5"),
+        (lambda: editing.below(GRID / 40, np.nan), "nan"),
+        (lambda: editing.encode(DDIM, np.array([10, 0]), IMAGE), "array([10,  0])"),
+        (lambda: editing.encode(DDPM, GRID, IMAGE), "array([10, 20, 30, 40])"),
+        (lambda: editing.repaint_grid(GRID, 4, 2), "4 and 2"),
+        (lambda: editing.repaint_grid(GRID, 0, 2), "0 and 2"),
+        (lambda: editing.repaint_grid(GRID, 2, 0), "2 and 0"),
+        (lambda: _inpaint(MASK.astype(int)), "int"),
+        (lambda: _inpaint(MASK[0]), "(2, 2, 1)"),
+        (lambda: _inpaint(MASK.repeat(3, axis=-1)), "(1, 2, 2, 3)"),
+        (lambda: _inpaint(rule=momentum(), grid=[40, 20, 40, 0]), "carries"),
+        (lambda: _vary_traced(momentum()), "carries"),
+        (lambda: _inpaint(grid=[0, 20, 40]), "ends at 40"),
+        (lambda: _inpaint(grid=[2000, 20, 0]), "2000"),
+        (lambda: _interpolate(IMAGE.repeat(2, axis=0)), "(2, 2, 2, 1)"),
+        (lambda: _interpolate(fractions=0.5), "shape ()"),
+    ],
+)
+def test_bad_input_is_refused(call, got, refuses):
+    with refuses(got):
+        call()

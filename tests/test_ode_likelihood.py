@@ -1,0 +1,197 @@
+"""The density of the probability flow against that of Gaussian data."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from continuous_oracles import (
+    SDES,
+    exact_denoiser,
+    exact_logp,
+    exact_model_logp,
+    gaussian_image,
+)
+
+from diffusion_jax import continuous, gaussian, likelihood, schedule
+
+DATA = gaussian_image()
+KEY = jax.random.key(0)
+MADE = {
+    **{name: truth.schedule for name, truth in SDES.items()},
+    "linear": schedule.linear(),
+}
+
+
+def exact_network(name):
+    made = MADE[name]
+    real = continuous.interpolate(made) if name == "linear" else made
+    return exact_denoiser(DATA, real), real
+
+
+def density(name, x, key=KEY, **options):
+    denoise, _ = exact_network(name)
+    return jax.jit(
+        lambda key, x: likelihood.log_density(key, denoise, MADE[name], x, **options)
+    )(key, x)
+
+
+def images(count=4, seed=0):
+    """On the grid of 256 values, where the data are likely."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.multivariate_normal(DATA.mean.ravel(), DATA.cov, count)
+    values = np.clip(np.rint(127.5 * (drawn + 1)), 0, 255)
+    return jnp.asarray(values.reshape(count, 2, 2, 1) / 127.5 - 1, float)
+
+
+def truth_of(name, x, start):
+    real = exact_network(name)[1]
+    ends = [real(t) for t in (start, continuous.last_time(real))]
+    levels = [(float(level.alpha), float(level.sigma)) for level in ends]
+    std = 50.0 if name == "ve" else 1.0
+    return exact_model_logp(DATA, x, *levels, std), exact_logp(DATA, x, levels[0])
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_density_of_gaussian_data(name, x64):
+    x = images()
+    found = density(name, x, trace="exact")
+    model, data = truth_of(name, x, 1.0 if name == "linear" else 1e-5)
+    np.testing.assert_allclose(found.logp, model, atol=1e-3)
+    np.testing.assert_allclose(found.logp, data, atol=0.03)
+    np.testing.assert_allclose(found.logp, found.prior + found.divergence)
+    assert np.all((found.evaluations > 60) & (found.evaluations < 400))
+
+
+def test_bits_are_those_of_the_dequantised_images(x64):
+    """-log2 of the exact density at them, on the scale of 0..255."""
+    x0, keys = images(), jax.random.split(KEY, 4)
+    denoise, _ = exact_network("vp")
+    run = partial(likelihood.ode_bits_per_dim, trace="exact")
+    bits = jax.jit(lambda k, x: run(k, denoise, MADE["vp"], x))(keys, x0)
+    # The documented noise: uniform, from the key folded with 0.
+    shift = np.stack(
+        [jax.random.uniform(jax.random.fold_in(k, 0), x0.shape[1:]) for k in keys]
+    )
+    values = np.rint(127.5 * (np.asarray(x0) + 1)) + shift - 0.5
+    logp, _ = truth_of("vp", values / 127.5 - 1, 1e-5)
+    # p(value) = p(x) / 127.5 for each of four dimensions.
+    exact = -(logp - 4 * np.log(127.5)) / (4 * np.log(2))
+    np.testing.assert_allclose(bits.total, exact, atol=1e-3)
+    np.testing.assert_allclose(bits.density.logp, logp, atol=1e-3)
+    assert 3 < exact.mean() < 8
+
+
+def test_a_flow_that_stands_still_gives_the_prior(x64):
+    made = continuous.ve(sigma_min=1e-4, sigma_max=1e-3)
+    rng = np.random.default_rng(0)
+    x0 = jnp.asarray(rng.integers(0, 256, (3, 4)) / 127.5 - 1)
+    still = gaussian.denoiser(lambda x, t: 0 * x, made, "eps")
+    bits = likelihood.ode_bits_per_dim(KEY, still, made, x0)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(3))
+    shift = np.stack([jax.random.uniform(jax.random.fold_in(k, 0), (4,)) for k in keys])
+    x = np.asarray(x0) + (shift - 0.5) / 127.5
+    exact = -scipy.stats.norm.logpdf(x, 0, 1).mean(axis=1) / np.log(2) + np.log2(127.5)
+    np.testing.assert_allclose(bits.total, exact, rtol=1e-10)
+
+
+def test_probes_are_unbiased_and_the_same_for_the_whole_solve(x64):
+    """Their mean is the exact trace; that of a Gaussian probe varies more."""
+    x = jnp.broadcast_to(images(1), (512, 2, 2, 1))
+    exact = float(density("vp", x[:1], trace="exact").logp[0])
+    spread = {}
+    for trace in ("rademacher", "gaussian"):
+        found = np.asarray(density("vp", x, trace=trace, rtol=1e-4, atol=1e-4).logp)
+        error = found.std() / np.sqrt(len(found))
+        assert abs(found.mean() - exact) < 4 * error + 2e-3, trace
+        spread[trace] = found.std()
+    assert 0.01 < spread["rademacher"] < spread["gaussian"]
+    many = np.asarray(density("vp", x, probes=16, rtol=1e-4, atol=1e-4).logp)
+    np.testing.assert_allclose(many.std(), spread["rademacher"] / 4, rtol=0.2)
+
+
+def test_a_rademacher_probe_of_a_diagonal_jacobian_is_exact(x64):
+    """v_i^2 is 1, and nothing else is in v . J v."""
+    made = continuous.vp()
+    denoise = gaussian.denoiser(lambda x, t: jnp.tanh(x), made, "eps")
+    x = images()
+
+    def logp(trace):
+        run = lambda x: likelihood.log_density(KEY, denoise, made, x, trace=trace)  # noqa: E731
+        return np.asarray(jax.jit(run)(x).logp)
+
+    np.testing.assert_allclose(logp("rademacher"), logp("exact"), atol=1e-4)
+    assert np.abs(logp("gaussian") - logp("exact")).max() > 0.01
+
+
+@pytest.mark.parametrize("trace", ["rademacher", "gaussian"])
+def test_an_example_depends_on_its_key_alone(trace):
+    made = continuous.vp()
+    denoise = exact_denoiser(DATA, made)
+    x0, keys = images(), jax.random.split(KEY, 4)
+
+    @jax.jit
+    def bits(keys, x0):
+        return likelihood.ode_bits_per_dim(
+            keys, denoise, made, x0, trace=trace, probes=2
+        )
+
+    whole = bits(keys, x0)
+    part = bits(keys[2:3], x0[2:3])
+    np.testing.assert_allclose(part.total, whole.total[2:3], rtol=1e-4)
+    assert part.density.evaluations[0] == whole.density.evaluations[2]
+    assert len(set(whole.density.evaluations.tolist())) > 1
+    folded = jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(4))
+    np.testing.assert_array_equal(bits(KEY, x0).total, bits(folded, x0).total)
+    assert whole.total.dtype == jnp.float32
+
+
+def test_value_and_divergence_take_one_pass():
+    """As many calls of the network as evaluations, whatever the number of probes."""
+    made, calls = continuous.vp(), []
+    exact = exact_denoiser(DATA, made)
+
+    def denoise(x, t):
+        jax.debug.callback(lambda _: calls.append(1), t.ravel()[0])
+        return exact(x, t)
+
+    x = images(1)
+    found = jax.jit(
+        lambda x: likelihood.log_density(KEY, denoise, made, x, probes=5, rtol=1e-3)
+    )(x)
+    evaluations = int(found.evaluations[0])
+    jax.effects_barrier()
+    assert len(calls) == evaluations
+
+
+def test_the_limit_of_steps_is_not_silent(refuses):
+    made = continuous.vp()
+    options = {"max_steps": 3, "trace": "exact"}
+    assert np.all(np.isnan(density("vp", images(), **options).logp))
+    with refuses("3, which was not for 4 of 4"):
+        likelihood.log_density(
+            KEY, exact_denoiser(DATA, made), made, images(), **options
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "got"),
+    [
+        ({"trace": "radamacher"}, "'radamacher'"),
+        ({"probes": 0}, "0"),
+        ({"start": 0.0}, "0.0"),
+        ({"start": 1.0}, "1.0"),
+        ({"rtol": 0.0}, "0.0"),
+        ({"key": jax.random.PRNGKey(0)}, "uint32"),
+        ({"key": jax.random.split(KEY, 3)}, "(3,)"),
+        ({"x0": jnp.zeros([4, 2], jnp.uint8)}, "uint8"),
+    ],
+)
+def test_bad_input_is_refused(options, got, refuses):
+    key, x0 = options.pop("key", KEY), options.pop("x0", jnp.zeros([4, 2]))
+    made = continuous.vp()
+    denoise = gaussian.denoiser(lambda x, t: 0 * x, made, "x0")
+    with refuses(got):
+        likelihood.ode_bits_per_dim(key, denoise, made, x0, **options)
