@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help train sample eval legibility test lint format clean
+.PHONY: help train sample eval samplers legibility test lint format clean
 
 help:  ## show this
 	@echo "usage: make TARGET [EXP=experiment] [ARGS=\"--flag value ...\"] [PYTHON=python3]"
@@ -29,6 +29,9 @@ sample: $(READY)  ## draw images from the newest checkpoint of EXP
 eval: $(READY)  ## measure EXP: distance of its samples from the data, bits/dim
 	$(PY) -m experiments.eval_nll $(RUN) --max-images 256 --rate-distortion
 	$(PY) -m experiments.eval_fid $(RUN) $(ARGS)
+
+samplers: $(READY)  ## compare all sampling rules on EXP: quality by evaluations
+	$(PY) -m experiments.compare_samplers $(RUN) $(ARGS)
 
 legibility: $(READY)  ## measure whether the samples of EXP can be read
 	$(PY) -m experiments.legibility $(RUN) $(ARGS)

@@ -8,7 +8,9 @@ The mathematics, each module resting only on those above it:
   losses      L_simple and the terms of the variational bound, one number an example
   grids       time grids: uniform, quadratic, even in log-SNR, Karras
   sde         continuous time: drift, diffusion, score, probability flow
-  samplers    one loop, many rules
+  samplers    one loop, many rules: ddpm, ddim
+  solvers     rules: heun, edm, dpm_solver_pp, unipc
+  langevin    rules: predictor_corrector, langevin
   ode         the probability flow solved to a tolerance
   editing     encode, interpolate, vary, inpaint, colorize: with any rule
   likelihood  bits/dim by the whole chain's bound or the flow; rate and distortion
@@ -25,12 +27,14 @@ from diffusion_jax import (
     editing,
     gaussian,
     grids,
+    langevin,
     likelihood,
     losses,
     ode,
     samplers,
     schedule,
     sde,
+    solvers,
 )
 
 __all__ = [
@@ -38,10 +42,12 @@ __all__ = [
     "editing",
     "gaussian",
     "grids",
+    "langevin",
     "likelihood",
     "losses",
     "ode",
     "samplers",
     "schedule",
     "sde",
+    "solvers",
 ]

@@ -73,22 +73,16 @@ def predictor_corrector(
             x_s = gaussian.p_sample(keys, pred, x_t, level, prev, variance="large")
         else:
             x_s = _reverse_diffusion(keys, pred, x_t, level, prev)
-        scale = jnp.exp(2 * (level.log_alpha - prev.log_alpha))
+        share = 2 * snr**2 * jnp.exp(2 * (level.log_alpha - prev.log_alpha))
 
-        def correct(index: int, x: jax.Array) -> jax.Array:
+        def move(index: int, x: jax.Array) -> jax.Array:
             score = -denoise(x, s).eps / prev.sigma
-            noise = gaussian.normal(fold(keys, index + 1), x.shape, x.dtype)
-            # Mean squares: the number of them cancels.
-            power = jnp.square(score).mean(axis=tuple(range(1, x.ndim)), keepdims=True)
-            size = jnp.where(power > 0, 2 * scale * snr**2 / power, 0.0)
-            return x + size * score + jnp.sqrt(2 * size) * noise
+            return _move(fold(keys, index + 1), x, score, share)
 
-        x_s = jax.lax.cond(
-            prev.sigma > 0,
-            lambda x: jax.lax.fori_loop(0, corrections, correct, x),
-            lambda x: x,
-            x_s,
-        )
+        def correct(x: jax.Array) -> jax.Array:
+            return jax.lax.fori_loop(0, corrections, move, x)
+
+        x_s = jax.lax.cond(prev.sigma > 0, correct, lambda x: x, x_s)
         return Step(x_s, memory, pred.x0)
 
     return Sampler(forgetful(schedule), step)
@@ -140,7 +134,6 @@ def langevin(
         keys: jax.Array, x_t: jax.Array, memory: tuple[()], t: jax.Array, s: jax.Array
     ) -> Step:
         level, prev = schedule(t), schedule(s)
-        seen = jnp.zeros_like(x_t)
 
         def move(
             index: int, carry: tuple[jax.Array, jax.Array]
@@ -152,7 +145,7 @@ def langevin(
             x = x - drift + jnp.sqrt(step_size) * level.sigma * noise
             return x, pred.x0
 
-        x, x0 = jax.lax.fori_loop(0, moves, move, (x_t, seen))
+        x, x0 = jax.lax.fori_loop(0, moves, move, (x_t, jnp.zeros_like(x_t)))
         scale = jnp.exp(prev.log_alpha - level.log_alpha)
         x_s = jax.lax.cond(
             prev.sigma > 0,
@@ -163,6 +156,17 @@ def langevin(
         return Step(x_s, memory, x0)
 
     return Sampler(forgetful(schedule), step)
+
+
+def _move(
+    keys: jax.Array, x: jax.Array, score: jax.Array, share: jax.Array
+) -> jax.Array:
+    """One Langevin move of size share |z|^2 / |score|^2."""
+    # Mean squares: the number of them cancels.
+    power = jnp.square(score).mean(axis=tuple(range(1, x.ndim)), keepdims=True)
+    size = jnp.where(power > 0, share / power, 0.0)
+    noise = gaussian.normal(keys, x.shape, x.dtype)
+    return x + size * score + jnp.sqrt(2 * size) * noise
 
 
 def _reverse_diffusion(

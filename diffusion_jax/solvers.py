@@ -94,10 +94,9 @@ def edm(
         check_grid(schedule, grid)
         # Steps that `padded` leaves out are none.
         share = churn / (grid[1:] != grid[:-1]).sum()
-        # In NumPy where the grid is known: XLA's GPU compiler (jax 0.11.2) fails on a
+        # As NumPy where the grid is known: XLA's GPU compiler (jax 0.11.2) fails on a
         # minimum of constants that a loop carries.
-        least = jnp.minimum if isinstance(share, jax.Array) else np.minimum
-        return jnp.asarray(least(share, np.sqrt(2) - 1), x.dtype)
+        return jnp.asarray(share.clip(None, np.sqrt(2) - 1), x.dtype)
 
     def step(
         keys: jax.Array, x_t: jax.Array, gamma: jax.Array, t: jax.Array, s: jax.Array
@@ -367,8 +366,8 @@ def _differences(
 def _order(made: jax.Array, left: jax.Array, most: int) -> jax.Array:
     """The order of a step: no more than there are outputs, or steps left to data.
 
-    The last steps to sigma = 0 are long in lambda: extrapolating a parabola over them
-    costs more than it brings (with 5 steps, the distance to the data rises tenfold).
+    The last steps to sigma = 0 are long in lambda: a parabola through the outputs before
+    leads far astray there.
     """
     return jnp.minimum(jnp.minimum(made, left), most)
 

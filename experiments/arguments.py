@@ -93,7 +93,7 @@ def guarded(main: Callable[[Sequence[str]], int]) -> None:
     except expected as error:
         print(f"error: {error}", file=sys.stderr)
         code = BAD_INPUT
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         # The library's own: what must hold; what was got; what to do.
         if "; got " not in str(error):
             raise

@@ -51,8 +51,8 @@ def make_network(config: Config, *, looped: bool = False) -> UNet:
 
     Args:
       config: the configuration.
-      looped: whether it is called inside a compiled loop, where XLA's convolution on
-        CPU is many times slower than the matrix product.
+      looped: whether its gradient is taken inside a compiled loop, where XLA's
+        convolution on CPU is many times slower than the matrix product.
     """
     net = config.net
     learned = config.diffusion.variance == "learned"
@@ -194,7 +194,7 @@ def make_sampler(config: Config, params: Any) -> samplers.Sampler:
 
 def make_denoiser(config: Config, params: Any) -> gaussian.Denoiser:
     """Returns the network's prediction, as the chains of the configuration see it."""
-    net = make_network(config, looped=True)
+    net = make_network(config)
     how = sampling.resolve(config.sample, config.diffusion.num_steps)
     return gaussian.denoiser(
         lambda x, t: call(net, params, x, t),

@@ -77,7 +77,8 @@ class Net:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the activations; parameters stay float32."""
     conv: Literal["auto", "xla", "matmul"] = "auto"
-    """How a convolution is computed; auto is xla, but matmul inside loops on CPU."""
+    """How a convolution is computed; auto is xla, but on CPU matmul where a
+    gradient is taken inside a loop."""
     remat: bool = False
     """Whether to compute activations again instead of storing them."""
 

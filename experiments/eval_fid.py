@@ -87,6 +87,7 @@ def main(argv: Sequence[str]) -> int:
     run = runs.find(options.run)
     config = with_sampling(runs.read_config(run), options.how)
     dataset = build.load_data(config)
+    parallel.split_cpu()
     parallel.persistent_cache(run.folder.parent.resolve() / ".cache")
     extractor = extractors.choose(
         options.extractor,

@@ -186,7 +186,7 @@ def make_bound(
     config: Config, options: Options
 ) -> Callable[[Any, dict[str, jax.Array]], likelihood.Bound]:
     """Returns the bound of a batch of uint8 images, compiled once."""
-    net, levels = build.make_network(config, looped=True), build.make_schedule(config)
+    net, levels = build.make_network(config), build.make_schedule(config)
     diffusion = config.diffusion
     root = jax.random.key(options.seed)
 
@@ -245,7 +245,7 @@ def make_ode(
     config: Config, options: Options
 ) -> Callable[[Any, dict[str, jax.Array]], likelihood.OdeBits]:
     """Returns the flow's bits/dim of a batch of uint8 images, compiled once."""
-    net = build.make_network(config, looped=True)
+    net = build.make_network(config)
     levels = build.make_schedule(config)
     if is_discrete(levels):
         levels = continuous.interpolate(levels)

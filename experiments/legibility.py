@@ -64,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
             "the run must have been trained on labelled images that fit in memory; got "
             f"{config.data.source}. Use digits or fashion_mnist, say."
         )
+    parallel.split_cpu()
     parallel.persistent_cache(run.folder.parent.resolve() / ".cache")
     params, step = sample.load_params(config, run)
     draws = sample.Options(count=options.count, seed=options.seed)

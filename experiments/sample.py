@@ -60,6 +60,7 @@ def main(argv: Sequence[str]) -> int:
     require_positive(options, "count", "columns", "batch_size")
     run = runs.find(options.run)
     config = with_sampling(runs.read_config(run), options.how)
+    parallel.split_cpu()
     parallel.persistent_cache(run.folder.parent.resolve() / ".cache")
     params, step = load_params(config, run, raw=options.raw, step=options.step)
     kind = "last" if options.raw else "averaged"

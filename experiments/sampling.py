@@ -35,8 +35,8 @@ RULES: dict[Rule, Taken] = {
     "ddim": Taken({"eta": 0.0}, steps=50),
     "heun": Taken({}, "karras", 18),
     "edm": Taken({"churn": 10.0}, "karras", 32),
-    "dpm_solver_pp": Taken({"order": "2M"}, "logsnr", 20),
-    "unipc": Taken({"order": "2"}, "logsnr", 20),
+    "dpm_solver_pp": Taken({"order": "2M"}, steps=20),
+    "unipc": Taken({"order": "2"}, steps=20),
     "predictor_corrector": Taken({"corrections": 1, "snr": 0.16}, steps=500),
     "langevin": Taken({"moves": 10, "step_size": 0.2}, "logsnr", 100),
     "ode": Taken({"tolerance": 1e-3}, None),
@@ -134,7 +134,7 @@ def describe(found: dict[str, Any]) -> str:
     """Returns in a few words what `resolve` found, among other fields.
 
     >>> describe(resolve(Sample(sampler="unipc", steps=10), 1000))
-    '10 steps of unipc (order 2, logsnr grid)'
+    '10 steps of unipc (order 2, uniform grid)'
     """
     rule: Rule = found["sampler"]
     said = [f"{name.replace('_', ' ')} {found[name]}" for name in RULES[rule].options]

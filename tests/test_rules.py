@@ -1,6 +1,9 @@
 """All rules x schedules x predictions, on data whose best network is known."""
 
+import ast
 import functools
+import inspect
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from oracles import SCHEDULES
 from rules import RULES
 
-from diffusion_jax import continuous, gaussian, grids, samplers, schedule
+from diffusion_jax import (
+    continuous,
+    gaussian,
+    grids,
+    langevin,
+    ode,
+    samplers,
+    schedule,
+    solvers,
+)
 from diffusion_jax.schedule import is_discrete
 from diffusion_jax.training import parallel
 
@@ -28,6 +40,14 @@ FIRST = {"jsd": 995, "cosine": 990}
 # const has much noise left in its first step, where every rule ends in the mean of x0:
 # that takes so much of the variance away.
 LAST_STEP = {"const": 0.1}
+SOLVERS = (
+    solvers.heun,
+    solvers.edm,
+    solvers.dpm_solver_pp,
+    solvers.unipc,
+    langevin.predictor_corrector,
+    langevin.langevin,
+)
 every_rule = pytest.mark.parametrize("name", RULES)
 
 
@@ -159,7 +179,11 @@ def tiny(x, t):
     return jnp.tanh(x + 0.1 * jnp.cos(t).reshape(-1, *[1] * (x.ndim - 1)))
 
 
-CASES = [((1, 3), {"clip": True}), ((2, 5, 7, 3), {"threshold": 0.9})]
+CASES = [
+    ((1, 3), {"clip": True}),
+    ((2, 5, 7, 3), {"threshold": 0.9}),
+    ((10_000, 2), {"clip": True}),
+]
 
 
 @pytest.mark.parametrize(("shape", "options"), CASES)
@@ -245,3 +269,13 @@ def test_grids_that_cannot_be_walked_are_refused(name, refuses):
         samplers.sample(KEY, sampler, np.array([2000, 0]), (1, 3))
     with refuses("array([5, 7, 0])"):
         samplers.sample(KEY, sampler, np.array([5, 7, 0]), (1, 3))
+
+
+@pytest.mark.parametrize(
+    "rule", [samplers.ddpm, samplers.ddim, ode.ode, *SOLVERS], ids=lambda r: r.__name__
+)
+def test_a_rule_is_read_on_one_screen(rule):
+    """At most 40 lines, its docstring aside."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(rule))).body[0]
+    doc = tree.body[0]
+    assert tree.end_lineno - (doc.end_lineno - doc.lineno + 1) <= 40

@@ -53,8 +53,11 @@ def split_cpu() -> None:
     """Makes every CPU core a device of its own, where there is no accelerator.
 
     XLA runs much of a small network on one core; chains that share nothing are drawn
-    faster by a core each. Nothing happens once JAX has looked for devices.
+    faster by a core each. Nothing happens once JAX has looked for devices, or where
+    XLA_FLAGS says how many there are.
     """
+    if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
 

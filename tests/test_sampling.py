@@ -1,0 +1,177 @@
+"""Sampling rules by configuration, and the command that compares them."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_eval import SMALL
+
+from diffusion_jax.evaluation import images
+from experiments import build, compare_samplers, runs, sample, sampling, train
+from experiments.config import ConfigError, Sampling, with_sampling
+from experiments.configs import digits
+from experiments.sampling import RULES, Sample, override, resolve
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    assert train.main(["digits", *SMALL, "--output", str(folder)]) == 0
+    return runs.Run(folder / "digits")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_draws_by_its_name(run, rule, tmp_path):
+    few = [] if rule == "ode" else ["--steps", "3"]
+    out = tmp_path / "x.npz"
+    flags = ["--sampler", rule, *few, "--count", "8", "--format", "npz"]
+    assert sample.main([str(run.folder), *flags, "--out", str(out)]) == 0
+    with np.load(out) as file:
+        drawn = file["images"]
+    assert (drawn.shape, drawn.dtype) == ((8, 8, 8, 1), np.uint8)
+    assert len(np.unique(drawn.reshape(8, -1), axis=0)) == 8
+
+
+def test_another_rule_comes_with_its_own_defaults():
+    mine = Sample(sampler="ddpm", steps=250, variance="small", count=9)
+    same = override(mine, Sampling(steps=20))
+    assert (same.steps, same.variance, same.count) == (20, "small", 9)
+    other = override(mine, Sampling(sampler="unipc", order="3"))
+    assert (other.steps, other.variance, other.count) == (None, None, 9)
+    found = resolve(other, 1000)
+    assert (found["steps"], found["grid"], found["order"]) == (20, "uniform", "3")
+    assert resolve(other, 10)["steps"] == 10
+    assert resolve(Sample(), 1000)["steps"] == 1000
+    assert "steps" not in resolve(Sample(sampler="ode"), 1000)
+    assert "clip" in resolve(Sample(sampler="ode"), 1000)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (
+            Sampling("heun", eta=0.5),
+            "sample.eta must be left out with .* heun",
+        ),
+        (Sampling("ddim", order="2"), "it is for dpm_solver_pp and unipc; got 2"),
+        (Sampling("unipc", order="2M"), "one of 1, 2, 3 with unipc; got 2M"),
+        (Sampling("dpm_solver_pp", order="2"), "1, 2S, 2M, 3M, SDE with dpm_solver_pp"),
+        (
+            Sampling("ode", steps=5),
+            "sample.steps must be left out with .* ode",
+        ),
+        (Sampling("ode", tolerance=0.0), "sample.tolerance must be above 0"),
+        (Sampling("edm", churn=-1.0), "sample.churn must be at least 0; got -1.0"),
+        (Sampling("langevin", moves=0), "sample.moves must be at least 1; got 0"),
+        (Sampling("langevin", step_size=3.0), "above 0 and at most 2; got 3.0"),
+        (Sampling("predictor_corrector", snr=0.0), "sample.snr must be above 0; got 0"),
+        (Sampling(threshold=1.5), "sample.threshold must be above 0 and at most 1"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(how, words):
+    with pytest.raises(ConfigError, match=words):
+        with_sampling(digits.CONFIG, how)
+
+
+def test_evaluations_are_counted_not_computed(monkeypatch):
+    config = with_sampling(digits.CONFIG, Sampling("heun", steps=7))
+    assert build.count_evaluations(config, None) == 13
+    twice = build.make_rule
+
+    def wasteful(config, denoise):
+        return twice(config, lambda x, t: (denoise(x, t), denoise(x, t))[0])
+
+    monkeypatch.setattr(build, "make_rule", wasteful)
+    assert build.count_evaluations(config, None) == 26
+
+
+def compared(run, out, *flags):
+    args = [str(run.folder), "--count", "70", "--batch-size", "40", "--out", str(out)]
+    assert compare_samplers.main([*args, *flags]) == 0
+    return json.loads((out / "samplers.json").read_text())
+
+
+def test_the_table_its_numbers_and_its_plot(run, tmp_path, capsys, monkeypatch):
+    flags = ["--rules", "ddpm", "heun", "--evaluations", "4", "8"]
+    found = compared(run, tmp_path, *flags)
+    shown = capsys.readouterr().out
+    assert [(p["rule"], p["evaluations"]) for p in found["points"]] == [
+        ("ddpm", 4),
+        ("ddpm", 8),
+        ("heun", 3),
+        ("heun", 7),
+    ]
+    for point in found["points"]:
+        assert np.isfinite(point["distance"])
+        assert f"{point['distance']:.2f}" in shown
+    assert found["points"][1]["sampling"]["steps"] == 8
+    assert Image.open(tmp_path / "samplers.png").size == (1080, 600)
+
+    # Again, with one more rule: what is known is not drawn twice.
+    drawn, make = [], build.make_sampler
+
+    def counted(config, params):
+        drawn.append(config.sample.sampler)
+        return make(config, params)
+
+    monkeypatch.setattr(build, "make_sampler", counted)
+    flags = ["--rules", "ddpm", "heun", "unipc 2", "--evaluations", "4", "8"]
+    again = compared(run, tmp_path, *flags)
+    assert again["points"][:4] == found["points"]
+    assert set(drawn) == {"unipc"}
+    other = compared(run, tmp_path, *flags[:2], "--evaluations", "4", "--seed", "1")
+    assert other["points"][0]["distance"] != found["points"][0]["distance"]
+
+
+def test_a_point_is_what_eval_fid_would_say(run, tmp_path):
+    """The same samples, whether the grid is padded or not."""
+    found = compared(run, tmp_path, "--rules", "unipc 2", "--evaluations", "5", "9")
+    config = with_sampling(runs.read_config(run), Sampling("unipc", order="2", steps=5))
+    assert found["points"][0]["sampling"] == build.describe_sampling(config)
+    out = tmp_path / "x.npz"
+    flags = ["--sampler", "unipc", "--steps", "5", "--count", "70", "--format", "npz"]
+    sample.main([str(run.folder), *flags, "--out", str(out)])
+    from diffusion_jax.evaluation import metrics
+    from experiments import extractors, reference
+
+    config = runs.read_config(run)
+    dataset = build.load_data(config)
+    judge = extractors.choose("classifier", config, dataset)
+    real = reference.of(config, dataset.images, "train", judge, batch_size=40)
+    with np.load(out) as file:
+        seen, _ = extractors.extract(judge, file["images"], batch_size=40, label="")
+    fitted = reference.gaussian_of(seen)
+    truth = metrics.frechet_distance(*fitted, real.mean, real.covariance)
+    np.testing.assert_allclose(found["points"][0]["distance"], truth, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--rules", "unipc"], "each of rules must be one of ddpm.*; got 'unipc'"),
+        (["--evaluations", "2"], "evaluations must be numbers of at least 3.*2"),
+        (["--count", "20"], "count must be above 64"),
+        (["--count", "0"], "count must be at least 1; got 0"),
+    ],
+)
+def test_bad_input_is_refused(run, flags, words):
+    with pytest.raises(ConfigError, match=words):
+        compare_samplers.main([str(run.folder), *flags])
+
+
+def test_every_rule_is_compared():
+    shown = {entry.how.sampler for entry in compare_samplers.ENTRIES.values()} | {"ode"}
+    assert shown == set(sampling.RULES)
+    for entry in compare_samplers.ENTRIES.values():
+        for budget in (5, 50):
+            how = dataclasses.replace(entry.how, steps=entry.steps(budget))
+            config = with_sampling(digits.CONFIG, how)
+            assert budget - 2 < build.count_evaluations(config, None) <= budget
+
+
+def test_curves_are_drawn_even_of_nothing():
+    series = {"a": [(1.0, 2.0), (10.0, 1.0)], "b": [], "c": [(3.0, 3.0)]}
+    picture = images.curves(series, title="t", xlabel="x", ylabel="y")
+    assert picture.size == (1080, 600)
