@@ -366,7 +366,7 @@ def _differences(
 def _order(made: jax.Array, left: jax.Array, most: int) -> jax.Array:
     """The order of a step: no more than there are outputs, or steps left to data.
 
-    The last steps to sigma = 0 are long in lambda: a parabola through the outputs before
+    The last steps to sigma = 0 are long in lambda: a parabola through what was before
     leads far astray there.
     """
     return jnp.minimum(jnp.minimum(made, left), most)
