@@ -56,7 +56,7 @@ def logsnr(
 ) -> np.ndarray:
     """Returns [steps + 1] times evenly spaced in log-SNR, then 0.
 
-    What DPM-Solver is made for (Sec. 3.4, Lu et al. 2022).
+    What DPM-Solver is made for (Lu et al. 2022).
 
     Args:
       schedule: discrete or continuous.

@@ -179,7 +179,7 @@ def dpm_solver_pp(
 
 
 def unipc(denoise: gaussian.Denoiser, schedule: Schedule, *, order: int = 2) -> Sampler:
-    """Returns UniPC (Algorithms 5 to 8, Zhao et al. 2023), with B(h) = e^h - 1.
+    """Returns UniPC for x0 predictions (Zhao et al. 2023), with B(h) = e^h - 1.
 
     Each output serves twice: it corrects the step that led to it, and predicts the
     next one. One evaluation a step, whatever the order.

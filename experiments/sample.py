@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from diffusion_jax.evaluation import images
 from diffusion_jax.training import checkpoint, parallel
-from experiments import arguments, build, figures, runs
+from experiments import arguments, build, figures, runs, sampling
 from experiments.config import Config, Sampling, require_positive, with_sampling
 
 
@@ -64,7 +64,8 @@ def main(argv: Sequence[str]) -> int:
     parallel.persistent_cache(run.folder.parent.resolve() / ".cache")
     params, step = load_params(config, run, raw=options.raw, step=options.step)
     kind = "last" if options.raw else "averaged"
-    print(f"{run.folder}: {kind} weights of step {step:,}")
+    how = sampling.describe(build.describe_sampling(config))
+    print(f"{run.folder}: {kind} weights of step {step:,}, {how}")
 
     if options.figure is not None:
         return draw_figure(config, params, run, options)
