@@ -1,6 +1,7 @@
 """Strict JAX for every test: CPU, eight fake devices, no implicit rank promotion."""
 
 import contextlib
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -24,6 +25,21 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error:::diffusion_jax")
+
+
+_tests = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def no_pile_of_programs() -> Iterator[None]:
+    """Drops what was compiled, now and then.
+
+    Each program on CPU holds memory maps, of which Linux gives a process 65,530: beyond
+    them it dies, and thousands of tests get there.
+    """
+    yield
+    if next(_tests) % 40 == 0:
+        jax.clear_caches()
 
 
 @pytest.fixture
