@@ -6,6 +6,8 @@ levels stay finite at t = 0 but for logsnr = +inf where no noise is left.
 discrete, so that a network trained in one kind of time can be used in the other.
 """
 
+from typing import TypeGuard
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,15 +130,14 @@ def last_time(schedule: Schedule) -> float:
     >>> last_time(schedule.linear(250)), last_time(vp())
     (250, 1.0)
     """
-    if isinstance(schedule, Partial) and schedule.func is _interpolated:
+    if _is_interpolated(schedule):
         return np.shape(schedule.args[0])[0] - 1
     return num_steps(schedule) if is_discrete(schedule) else 1.0
 
 
 def counts_steps(schedule: Schedule) -> bool:
     """Returns whether times are steps, in 0..T: discrete or interpolated schedules."""
-    between = isinstance(schedule, Partial) and schedule.func is _interpolated
-    return is_discrete(schedule) or between
+    return is_discrete(schedule) or _is_interpolated(schedule)
 
 
 def time_of(schedule: Schedule, logsnr: ArrayLike) -> jax.Array:
@@ -160,7 +161,7 @@ def time_of(schedule: Schedule, logsnr: ArrayLike) -> jax.Array:
         nearer = jnp.abs(table[below] - logsnr) < jnp.abs(table[above] - logsnr)
         return jnp.where(nearer, below, above)
 
-    if isinstance(schedule, Partial) and schedule.func is _interpolated:
+    if _is_interpolated(schedule):
         table, rise = schedule.args
         return _interpolated_time(table, rise, logsnr)
 
@@ -174,6 +175,10 @@ def time_of(schedule: Schedule, logsnr: ArrayLike) -> jax.Array:
     ends = low, jnp.full_like(logsnr, last_time(schedule))
     low, high = jax.lax.fori_loop(0, jnp.finfo(logsnr.dtype).nmant + 2, halve, ends)
     return 0.5 * (low + high)
+
+
+def _is_interpolated(schedule: Schedule) -> TypeGuard[Partial]:
+    return isinstance(schedule, Partial) and schedule.func is _interpolated
 
 
 def _vp(beta_min: ArrayLike, beta_max: ArrayLike, t: ArrayLike) -> NoiseLevel:
@@ -198,7 +203,9 @@ def _interpolated(table: ArrayLike, rise: ArrayLike, t: ArrayLike) -> NoiseLevel
     # The step that t is in, and how far: the derivative in t is that of the line.
     step = jnp.clip(jnp.floor(jax.lax.stop_gradient(t)), 0, last - 1)
     index, share = step.astype(int), t - step
-    log_alpha = jnp.asarray(table)[index] + share * jnp.asarray(rise)[index]
+    # Cast by hand: JAX remembers how it cast a constant, in another precision too.
+    table, rise = (jnp.asarray(a, t.dtype) for a in (table, rise))
+    log_alpha = table[index] + share * rise[index]
     return NoiseLevel(log_alpha, _preserving(log_alpha))
 
 
