@@ -171,7 +171,7 @@ def main(argv: Sequence[str]) -> int:
     }
     picture = images.curves(
         series,
-        title=f"{options.count:,} samples of {config.name} by every rule",
+        title=f"{options.count:,} samples of {config.name} by sampling rule",
         xlabel="network evaluations a sample",
         ylabel=about["distance"],
     )

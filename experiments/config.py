@@ -189,7 +189,11 @@ def with_sampling(config: Config, sampling: Sampling) -> Config:
     """
     chosen = override(config.sample, sampling)
     changed = dataclasses.replace(config, sample=chosen)
-    validate(changed)
+    try:
+        validate(changed)
+    except ConfigError as error:
+        # What training calls --sample.eta is --eta where samples are drawn.
+        raise ConfigError(str(error).replace("--sample.", "--")) from None
     return changed
 
 

@@ -75,6 +75,11 @@ def test_options_that_do_not_fit_are_named(how, words):
         with_sampling(digits.CONFIG, how)
 
 
+def test_the_flag_that_is_named_exists(run):
+    with pytest.raises(ConfigError, match=r"Change it with --step-size\.$"):
+        sample.main([str(run.folder), "--sampler", "langevin", "--step-size", "3"])
+
+
 def test_evaluations_are_counted_not_computed(monkeypatch):
     config = with_sampling(digits.CONFIG, Sampling("heun", steps=7))
     assert build.count_evaluations(config, None) == 13

@@ -92,10 +92,7 @@ def curve(
     axes.plot(steps, values, color="#2a6f97", linewidth=1.5)
     if len(values) and min(values) > 0:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(
-            "{x:g}" if max(values) < 10 * min(values) else ""
-        )
+        _plain_numbers(axes.yaxis, values)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     return save(_render(figure), path)
 
@@ -126,8 +123,9 @@ def curves(
         axes.plot(x, y, label=name, color=colors[i * 2 % 20 + i // 10], **style)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter("{x:g}")
+    everything = [point for points in series.values() for point in points]
+    _plain_numbers(axes.xaxis, [x for x, _ in everything])
+    _plain_numbers(axes.yaxis, [y for _, y in everything])
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return _render(figure)
@@ -167,6 +165,13 @@ def _figure(count: int) -> tuple[Any, list[Any]]:
         axis.grid(True, which="both", color="#dddddd", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _plain_numbers(axis: Any, values: Sequence[float]) -> None:
+    """Numbers in full on a logarithmic axis; between the powers too where few fit."""
+    axis.set_major_formatter("{x:g}")
+    few = len(values) > 0 and max(values) < 10 * min(values)
+    axis.set_minor_formatter("{x:g}" if few else "")
 
 
 def _render(figure: Any) -> Image.Image:
