@@ -11,9 +11,9 @@ PACKAGE = ROOT / "diffusion_jax"
 # A module may import those of the floors below its own. A new one needs a floor here.
 FLOORS = (
     {"schedule"},
-    {"continuous"},
-    {"gaussian"},
-    {"sde", "losses", "grids"},
+    {"continuous", "learned"},
+    {"gaussian", "weightings", "timesteps"},
+    {"sde", "losses", "grids", "guidance", "analytic"},
     {"samplers"},
     {"solvers", "langevin", "ode"},
     {"likelihood", "editing", "compression"},
