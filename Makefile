@@ -17,7 +17,9 @@ help:  ## show this
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | \
 		awk 'BEGIN {FS = ":.*## "} {printf "  %-11s %s\n", $$1, $$2}'
 	@echo
-	@echo "experiments: $$(ls experiments/configs | sed -n 's/^\([a-z].*\)\.py$$/\1/p' | tr '\n' ' ')"
+	@echo "experiments:"
+	@$(PYTHON) -c "from experiments.configs import EXPERIMENTS; print(*EXPERIMENTS)" | \
+		fold -s -w 78 | sed 's/^/  /'
 	@echo "all flags:   make train EXP=digits ARGS=--help"
 
 train: $(READY)  ## train EXP (digits by default); again: go on where it stopped

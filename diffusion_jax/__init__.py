@@ -4,8 +4,14 @@ The mathematics, each module resting only on those above it:
 
   schedule    noise schedules: time -> NoiseLevel(log_alpha, logsnr)
   continuous  continuous schedules; from discrete to continuous time and back
+  learned     VDM's schedule, trained with the network
+  prediction  what a network believes, and what that says of the reverse variance
   gaussian    q_sample, q_posterior, predict, target, p_sample, denoiser
-  losses      L_simple and the terms of the variational bound, one number an example
+  timesteps   how t is drawn: spread over a batch, by density, by importance
+  weightings  how much the error counts, as a function of log-SNR
+  losses      L_simple, the terms of the bound, hybrid: one number an example
+  guidance    classifier-free and classifier guidance: networks and denoisers again
+  analytic    the best reverse variance, estimated from data
   grids       time grids: uniform, quadratic, even in log-SNR, Karras
   sde         continuous time: drift, diffusion, score, probability flow
   samplers    one loop, many rules: ddpm, ddim
@@ -23,31 +29,43 @@ The machinery, which knows nothing of diffusion:
 """
 
 from diffusion_jax import (
+    analytic,
     continuous,
     editing,
     gaussian,
     grids,
+    guidance,
     langevin,
+    learned,
     likelihood,
     losses,
     ode,
+    prediction,
     samplers,
     schedule,
     sde,
     solvers,
+    timesteps,
+    weightings,
 )
 
 __all__ = [
+    "analytic",
     "continuous",
     "editing",
     "gaussian",
     "grids",
+    "guidance",
     "langevin",
+    "learned",
     "likelihood",
     "losses",
     "ode",
+    "prediction",
     "samplers",
     "schedule",
     "sde",
     "solvers",
+    "timesteps",
+    "weightings",
 ]

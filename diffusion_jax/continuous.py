@@ -3,10 +3,11 @@
 A continuous schedule takes t in [0, 1] and, like a discrete one, is a pytree. Its
 levels stay finite at t = 0 but for logsnr = +inf where no noise is left.
 `interpolate` makes a discrete schedule continuous, `discretize` a continuous one
-discrete, so that a network trained in one kind of time can be used in the other.
+discrete, so that a network trained in one kind of time can be used in the other;
+`shifted` makes either noisier or cleaner.
 """
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ from diffusion_jax.schedule import (
     from_tables,
     is_discrete,
     num_steps,
+    preserving,
+    real_time,
     tables,
 )
 
@@ -65,6 +68,98 @@ def ve(*, sigma_min: float = 0.01, sigma_max: float = 50.0) -> Partial:
     return Partial(_ve, sigma_min, sigma_max)
 
 
+def cosine(*, logsnr_min: float = -15.0, logsnr_max: float = 15.0) -> Partial:
+    """Returns the continuous cosine schedule (Sec. 3.1, Hoogeboom et al. 2023).
+
+    logsnr = -2 log tan(angle), where the angle goes evenly from that of logsnr_max at
+    t = 0 to that of logsnr_min at t = 1: alpha = cos(angle), sigma = sin(angle). The
+    whole quarter circle, angle = pi t / 2, would be infinite at both ends. t = 0
+    still has the noise of logsnr_max; see `discretize` for chains that end in data.
+
+    >>> print(f"{cosine()(0.0).logsnr:.4f} {cosine()(0.75).logsnr:.4f}")
+    15.0000 -1.7612
+    """
+    if not logsnr_min < logsnr_max:
+        raise ValueError(
+            "logsnr_min must be below logsnr_max; got "
+            f"{logsnr_min} and {logsnr_max}. The usual values are -15 and 15."
+        )
+    return Partial(_cosine, logsnr_min, logsnr_max)
+
+
+def flow(*, alpha_min: float = 1e-4) -> Partial:
+    """Returns the schedule of rectified flow (Liu et al. 2022).
+
+    alpha = 1 - (1 - alpha_min) t and sigma = t: a straight line from data to noise, in
+    which alpha_min of the data is left. With alpha_min = 0, as in the paper, log alpha
+    and its slope at t = 1 would be infinite; this line, Eq. 22 of Lipman et al. 2022
+    with data and noise exchanged, is finite in both from there to t = 0, and at most
+    alpha_min away from the paper's. It does not preserve variance.
+
+    Args:
+      alpha_min: of the data at t = 1. Much smaller, and in float32 the field of
+        `sde.flow` there, -(1 - alpha_min) x0 + eps as anywhere, loses its digits: it
+        is a difference of numbers 1 / alpha_min times its size.
+
+    >>> level = flow()(0.25)
+    >>> print(f"{level.alpha:.4f} {level.sigma:.4f}")
+    0.7500 0.2500
+    """
+    if not 0 < alpha_min < 1:
+        raise ValueError(
+            f"alpha_min must be above 0 and below 1; got {alpha_min}. The usual value "
+            "is 1e-4."
+        )
+    return Partial(_flow, alpha_min)
+
+
+def shifted(schedule: Schedule, nats: ArrayLike) -> Partial:
+    """Returns the schedule with its log-SNR moved by so many nats at every time.
+
+    logsnr'(t) = logsnr(t) + nats, and variance preserved. Images of d pixels a side
+    look as clean as those of 64 with nats = 2 log(64 / d), below 0 for larger ones:
+    averaging d / 64 pixels a side has divided the noise by as much (Sec. 3.1,
+    Hoogeboom et al. 2023, "simple diffusion"). Data without noise stay so.
+
+    Args:
+      schedule: discrete or continuous, and variance-preserving.
+      nats: how far, positive for less noise.
+
+    Returns:
+      A schedule in the same unit of time, discrete where it was.
+
+    Raises:
+      ValueError: the schedule is not variance-preserving, or nats is not one finite
+        number.
+
+    >>> import math
+    >>> large = shifted(cosine(), 2 * math.log(64 / 256))
+    >>> print(f"{large(0.5).logsnr:.4f}")
+    -2.7726
+    """
+    known = None if isinstance(nats, jax.core.Tracer) else np.asarray(nats)
+    if np.ndim(nats) != 0 or (known is not None and not np.isfinite(known)):
+        raise ValueError(
+            f"nats must be one finite number; got {nats}. Images of 256 pixels a side "
+            "have 2 log(64 / 256)."
+        )
+    if not _traced(schedule):
+        share = np.array([0.25, 0.5, 0.75, 1.0])
+        if is_discrete(schedule):
+            levels = [np.asarray(table)[1:] for table in tables(schedule)]
+        else:
+            levels = _known(schedule, share * last_time(schedule))
+        _check_preserving(levels, "Shift vp, cosine or a discrete schedule.")
+    if not is_discrete(schedule):
+        return Partial(_shifted, schedule, nats)
+    table = tables(schedule)[1]
+    if known is None or _traced(schedule):
+        real = jnp.result_type(float)
+        return from_tables(*preserving(jnp.asarray(table, real) + nats))
+    moved = np.asarray(table, np.float64) + known
+    return from_tables(-0.5 * np.logaddexp(0, -moved), moved)
+
+
 def interpolate(schedule: Schedule) -> Partial:
     """Returns a discrete schedule at real times, still in steps: t in [0, T].
 
@@ -89,38 +184,45 @@ def interpolate(schedule: Schedule) -> Partial:
         rise = jnp.diff(log_alpha)
     else:
         rise = np.diff(log_alpha)
-        known = np.asarray(log_alpha)[1:]
-        with np.errstate(divide="ignore"):
-            preserving = 2 * known - np.log(-np.expm1(2 * known))
-        rest = preserving - np.asarray(logsnr)[1:]
-        if not np.all(np.abs(rest) < 1e-3):
-            raise ValueError(
-                "schedule must preserve variance, alpha^2 + sigma^2 = 1; got one whose "
-                f"log-SNR is off by up to {np.abs(rest).max():g}. Use the continuous "
-                "schedule that it was made from."
-            )
+        known = [np.asarray(table)[1:] for table in (log_alpha, logsnr)]
+        _check_preserving(known, "Use the continuous schedule that it was made from.")
     return Partial(_interpolated, log_alpha, rise)
 
 
-def discretize(schedule: Schedule, num_steps: int = 1000) -> Partial:
+def discretize(
+    schedule: Schedule, num_steps: int = 1000, *, clean: bool = False
+) -> Partial:
     """Returns the discrete schedule with the levels of a continuous one at t / T.
 
     For a network trained in continuous time: give `gaussian.denoiser` the function
     `lambda x, t: apply_fn(x, t / T)` and time_shift=0.
 
     Args:
-      schedule: a continuous schedule, t in [0, 1].
+      schedule: a continuous schedule, t in [0, 1]. Its parameters may be traced (a
+        learned one under `jit`): then the tables are, in the default floating-point
+        type, and have gradients. Where t = 0 has no noise its log-SNR is infinite and
+        they have none: say clean=True.
       num_steps: T.
+      clean: whether t = 0 is data, alpha = 1 without noise, whatever noise the
+        schedule leaves there: then samplers end in clean data, and the last step of
+        the bound is a decoder.
 
     >>> print(abs(discretize(vp(), 100)(50).logsnr - vp()(0.5).logsnr) < 1e-4)
     True
+    >>> print(f"{discretize(ve(), 100)(0).sigma:.4f}")
+    0.0100
+    >>> print(discretize(ve(), 100, clean=True)(0).sigma)
+    0.0
     """
     check_num_steps(num_steps)
-    # In float64 whatever the caller computes in: this is a table.
-    with jax.enable_x64(True):
-        level = schedule(np.arange(num_steps + 1) / num_steps)
-        log_alpha, logsnr = (np.asarray(field, np.float64) for field in level)
-    return from_tables(np.broadcast_to(log_alpha, logsnr.shape).copy(), logsnr)
+    # The level of clean data is not asked for: its gradient may be nan.
+    times = np.arange(1 if clean else 0, num_steps + 1) / num_steps
+    xp: Any = jnp if _traced(schedule) else np
+    levels = schedule(times) if xp is jnp else _known(schedule, times)
+    fields = xp.broadcast_arrays(*levels)
+    if clean:
+        fields = [xp.append(a, b) for a, b in zip((0.0, np.inf), fields, strict=True)]
+    return from_tables(*(xp.array(field) for field in fields))
 
 
 def last_time(schedule: Schedule) -> float:
@@ -130,6 +232,8 @@ def last_time(schedule: Schedule) -> float:
     >>> last_time(schedule.linear(250)), last_time(vp())
     (250, 1.0)
     """
+    if _is_shifted(schedule):
+        return last_time(schedule.args[0])
     if _is_interpolated(schedule):
         return np.shape(schedule.args[0])[0] - 1
     return num_steps(schedule) if is_discrete(schedule) else 1.0
@@ -137,6 +241,8 @@ def last_time(schedule: Schedule) -> float:
 
 def counts_steps(schedule: Schedule) -> bool:
     """Returns whether times are steps, in 0..T: discrete or interpolated schedules."""
+    if _is_shifted(schedule):
+        return counts_steps(schedule.args[0])
     return is_discrete(schedule) or _is_interpolated(schedule)
 
 
@@ -161,6 +267,9 @@ def time_of(schedule: Schedule, logsnr: ArrayLike) -> jax.Array:
         nearer = jnp.abs(table[below] - logsnr) < jnp.abs(table[above] - logsnr)
         return jnp.where(nearer, below, above)
 
+    if _is_shifted(schedule):
+        return time_of(schedule.args[0], logsnr - schedule.args[1])
+
     if _is_interpolated(schedule):
         table, rise = schedule.args
         return _interpolated_time(table, rise, logsnr)
@@ -181,6 +290,32 @@ def _is_interpolated(schedule: Schedule) -> TypeGuard[Partial]:
     return isinstance(schedule, Partial) and schedule.func is _interpolated
 
 
+def _is_shifted(schedule: Schedule) -> TypeGuard[Partial]:
+    return isinstance(schedule, Partial) and schedule.func is _shifted
+
+
+def _traced(schedule: Schedule) -> bool:
+    leaves = jax.tree.leaves(schedule)
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+
+
+def _known(schedule: Schedule, t: np.ndarray) -> list[np.ndarray]:
+    """Returns both fields of the levels, in float64 whatever the caller computes in."""
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+        return [np.asarray(field, np.float64) for field in schedule(t)]
+
+
+def _check_preserving(levels: list[np.ndarray], hint: str) -> None:
+    log_alpha, logsnr = levels
+    with np.errstate(divide="ignore"):
+        rest = 2 * log_alpha - np.log(-np.expm1(2 * log_alpha)) - logsnr
+    if not np.all(np.abs(rest) < 1e-3):
+        raise ValueError(
+            "schedule must preserve variance, alpha^2 + sigma^2 = 1; got one whose "
+            f"log-SNR is off by up to {np.abs(rest).max():g}. {hint}"
+        )
+
+
 def _vp(beta_min: ArrayLike, beta_max: ArrayLike, t: ArrayLike) -> NoiseLevel:
     log_alpha = _vp_log_alpha(beta_min, beta_max, t)
     return NoiseLevel(log_alpha, _preserving(log_alpha))
@@ -192,14 +327,42 @@ def _sub_vp(beta_min: ArrayLike, beta_max: ArrayLike, t: ArrayLike) -> NoiseLeve
 
 
 def _ve(sigma_min: ArrayLike, sigma_max: ArrayLike, t: ArrayLike) -> NoiseLevel:
-    t = _real(t, 1)
+    t = real_time(t)
     low, high = jnp.log(sigma_min), jnp.log(sigma_max)
     return NoiseLevel(jnp.zeros_like(t), -2 * (low + t * (high - low)))
 
 
+def _cosine(logsnr_min: ArrayLike, logsnr_max: ArrayLike, t: ArrayLike) -> NoiseLevel:
+    t = real_time(t)
+    # The angle from data and the one from noise, each a sum of positive numbers: the
+    # tangent of an angle near pi / 2 would have lost its digits.
+    data, noise = (
+        jnp.arctan(jnp.exp(-0.5 * jnp.asarray(end, t.dtype)))
+        for end in (logsnr_max, jnp.negative(logsnr_min))
+    )
+    arc = 0.5 * np.pi - data - noise
+    angle, rest = data + t * arc, noise + (1 - t) * arc
+    return preserving(2 * (jnp.log(jnp.sin(rest)) - jnp.log(jnp.sin(angle))))
+
+
+def _flow(alpha_min: ArrayLike, t: ArrayLike) -> NoiseLevel:
+    t = real_time(t)
+    # 1 - t is exact from 1/2 on, where alpha is small; below, log1p keeps the digits.
+    log_alpha = jnp.where(
+        t < 0.5,
+        jnp.log1p(-t * jnp.subtract(1, alpha_min)),
+        jnp.log(1 - t + t * alpha_min),
+    )
+    return NoiseLevel(log_alpha, 2 * (log_alpha - jnp.log(t)))
+
+
+def _shifted(schedule: Schedule, nats: ArrayLike, t: ArrayLike) -> NoiseLevel:
+    return preserving(schedule(t).logsnr + nats)
+
+
 def _interpolated(table: ArrayLike, rise: ArrayLike, t: ArrayLike) -> NoiseLevel:
     last = np.shape(table)[0] - 1
-    t = _real(t, last)
+    t = real_time(t, last)
     # The step that t is in, and how far: the derivative in t is that of the line.
     step = jnp.clip(jnp.floor(jax.lax.stop_gradient(t)), 0, last - 1)
     index, share = step.astype(int), t - step
@@ -220,24 +383,13 @@ def _interpolated_time(
 
 
 def _vp_log_alpha(beta_min: ArrayLike, beta_max: ArrayLike, t: ArrayLike) -> jax.Array:
-    t = _real(t, 1)
+    t = real_time(t)
     return -0.25 * t**2 * jnp.subtract(beta_max, beta_min) - 0.5 * t * beta_min
 
 
 def _preserving(log_alpha: jax.Array) -> jax.Array:
     """Returns the log-SNR where alpha^2 + sigma^2 = 1."""
     return 2 * log_alpha - jnp.log(-jnp.expm1(2 * log_alpha))
-
-
-def _real(t: ArrayLike, last: float) -> jax.Array:
-    if not isinstance(t, jax.core.Tracer):
-        known = np.asarray(t)
-        if known.size and not (known.min() >= 0 and known.max() <= last):
-            raise ValueError(
-                f"t of a continuous schedule must be in [0, {last}]; got values from "
-                f"{known.min()} to {known.max()}. 0 is data and {last} is noise."
-            )
-    return jnp.asarray(t, dtype=jnp.result_type(float))
 
 
 def _check_ends(low: str, least: float, high: str, most: float, usual: str) -> None:

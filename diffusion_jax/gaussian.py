@@ -16,42 +16,33 @@ The equations that the code below refers to, with D = logsnr_t - logsnr_s <= 0:
   (3)  x0 = (x_t - sigma_t eps) / alpha_t                 Eq. 15
   (4)  v  = alpha_t eps - sigma_t x0                      Sec. 4, Salimans and Ho 2022
   (5)  v_large = sigma_t^2 (1 - e^D) = beta_t             Sec. 3.2, Ho et al. 2020
+  (6)  score = grad log p_t(x_t) = -eps / sigma_t         Sec. 2, Song et al. 2021
+  (7)  velocity = eps - x0                                Eq. 1, Liu et al. 2022
+  (8)  x0 = c_skip x + c_out F, x = x_t / alpha_t         Eq. 7, Karras et al. 2022
 
 (2) and (5) are DDPM's expressions in terms of log-SNR: 1 - e^D is an expm1, which
 keeps its digits where (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) loses them, and it
-holds for any two times, so that a chain may skip steps.
+holds for any two times, so that a chain may skip steps. `Prediction` and the variances
+that are read off it are those of `prediction`.
 """
 
-import difflib
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from diffusion_jax.continuous import counts_steps
+from diffusion_jax.prediction import (
+    VARIANCES,
+    Denoiser,
+    Prediction,
+    log_variance,
+    raise_unknown,
+)
 from diffusion_jax.schedule import NoiseLevel, Schedule
 
-KINDS = ("eps", "x0", "v", "mean")
-VARIANCES = ("small", "large", "learned")
-
-
-class Prediction(NamedTuple):
-    """What a network believes of x_t, in both coordinates.
-
-    n parameterisations need n readers (`predict`), not n^2 converters.
-    """
-
-    x0: jax.Array
-    """The clean data, [B, ...]."""
-    eps: jax.Array
-    """The noise, [B, ...]."""
-    log_variance: jax.Array | None = None
-    """Log of the learned reverse variance, [B, ...], where there is one."""
-
-
-Denoiser = Callable[[jax.Array, jax.Array], Prediction]
+KINDS = ("eps", "x0", "v", "score", "mean", "edm", "velocity")
 
 
 def q_sample(x0: jax.Array, eps: jax.Array, level: NoiseLevel) -> jax.Array:
@@ -99,22 +90,37 @@ def predict(
     x_t: jax.Array,
     level: NoiseLevel,
     prev_level: NoiseLevel | None = None,
+    *,
+    sigma_data: float = 0.5,
 ) -> Prediction:
     """Returns what a network's output says of x0 and eps.
 
+    "velocity", equation (7), is that of a straight path from data to noise, and is
+    read at any level: x0 = (x_t - sigma u) / (alpha + sigma), eps = (x_t + alpha u) /
+    (alpha + sigma). "edm", equation (8), is read as the rotation that it is: with
+    r^2 = sigma^2 + alpha^2 sd^2, c = alpha sd / r and q = sigma / r,
+
+      x0 = sd (c x_t / r + q F),    eps = q x_t / r - c F
+
+    which is Table 1 of Karras et al. 2022 at s = sigma / alpha, and cancels nowhere.
+
     Args:
       kind: what the output stands for: "eps" (the paper's choice), "x0", "v"
-        (equation 4) or "mean" (of q(x_s | x_t, x0), the paper's mu-tilde).
+        (equation 4), "score" (6), "mean" (of q(x_s | x_t, x0), the paper's
+        mu-tilde), "edm" (8) or "velocity" (7).
       output: the network's output, [B, ...].
-      x_t: its input, [B, ...].
+      x_t: noisy data at t, [B, ...].
       level: noise level at t, [B] or scalar.
       prev_level: noise level at s; only for "mean".
+      sigma_data: sd, the standard deviation of the data; only for "edm".
 
     Returns:
-      A prediction with x_t = alpha x0 + sigma eps.
+      A prediction with x_t = alpha x0 + sigma eps. At sigma = 0 eps is what the
+      output says for "eps", "v", "edm" and "velocity", 0 for "score" and nan for
+      "x0" and "mean", which say nothing of it.
 
     Raises:
-      ValueError: an unknown kind, or "mean" without prev_level.
+      ValueError: an unknown kind, "mean" without prev_level, or sigma_data <= 0.
 
     >>> from diffusion_jax import schedule
     >>> level = schedule.linear()(500)
@@ -122,11 +128,20 @@ def predict(
     >>> print(predict("eps", jnp.ones([1, 2]), x_t, level).x0.round(4))
     [[0.5 0.5]]
     """
-    _check_kind(kind, prev_level)
+    _check_kind(kind, prev_level, sigma_data)
     level = level.like(x_t)
     alpha, sigma = level.alpha, level.sigma
     if kind == "eps":
         return Prediction((x_t - sigma * output) / alpha, output)
+    if kind == "score":
+        return Prediction((x_t + sigma**2 * output) / alpha, -sigma * output)
+    if kind == "velocity":
+        path = alpha + sigma
+        return Prediction((x_t - sigma * output) / path, (x_t + alpha * output) / path)
+    if kind == "edm":
+        c, q, scale = _rotation(level, sigma_data)
+        x = scale * x_t
+        return Prediction(sigma_data * (c * x + q * output), q * x - c * output)
     if kind == "v":
         # alpha^2 + sigma^2 is 1 for every variance-preserving schedule.
         norm = alpha**2 + sigma**2
@@ -147,25 +162,37 @@ def target(
     eps: jax.Array,
     level: NoiseLevel,
     prev_level: NoiseLevel | None = None,
+    *,
+    sigma_data: float = 0.5,
 ) -> jax.Array:
     """Returns what a network of this kind should put out: the inverse of `predict`.
 
+    "edm" is F = q x0 / sd - c eps, of variance 1 for data of variance sd^2.
+
     Args:
-      kind: "eps", "x0", "v" or "mean".
+      kind: one of KINDS. "score" is infinite at sigma = 0.
       x0: clean data, [B, ...].
       eps: noise, [B, ...].
       level: noise level at t, [B] or scalar.
       prev_level: noise level at s; only for "mean".
+      sigma_data: sd, the standard deviation of the data; only for "edm".
 
     Raises:
-      ValueError: an unknown kind, or "mean" without prev_level.
+      ValueError: an unknown kind, "mean" without prev_level, or sigma_data <= 0.
     """
-    _check_kind(kind, prev_level)
+    _check_kind(kind, prev_level, sigma_data)
     if kind == "eps":
         return eps
     if kind == "x0":
         return x0
+    if kind == "velocity":
+        return eps - x0
     level = level.like(x0)
+    if kind == "score":
+        return -eps / level.sigma
+    if kind == "edm":
+        c, q, _ = _rotation(level, sigma_data)
+        return q * (x0 / sigma_data) - c * eps
     if kind == "v":
         return level.alpha * eps - level.sigma * x0
     assert prev_level is not None  # held by _check_kind
@@ -210,11 +237,11 @@ def p_sample(
       x_t: noisy data, [B, ...].
       level: noise level at t, [B] or scalar.
       prev_level: noise level at s < t, [B] or scalar.
-      variance: "small", "large", "learned" (pred.log_variance), or the variance
-        itself: a scalar or an array that broadcasts against x_t.
+      variance: one of VARIANCES, see `log_variance`; or the variance itself: a scalar
+        or an array that broadcasts against x_t.
 
     Raises:
-      ValueError: an unknown variance, or "learned" where nothing was learned.
+      ValueError: an unknown variance, or one that the prediction does not have.
 
     >>> from diffusion_jax import schedule
     >>> lin, x_t = schedule.linear(), jnp.zeros([1, 2])
@@ -226,10 +253,10 @@ def p_sample(
     c0, ct = _posterior_coefficients(level, prev_level)
     if not isinstance(variance, str):
         chosen = jnp.asarray(variance)
-    elif variance == "learned":
-        chosen = jnp.exp(learned_log_variance(pred))
-    else:
+    elif variance in ("small", "large"):
         chosen = reverse_variance(variance, level, prev_level)
+    else:
+        chosen = jnp.exp(log_variance(variance, pred, level, prev_level))
     # Where there is no noise the variance may be 0, where sqrt has no gradient.
     noisy = prev_level.sigma > 0
     scale = jnp.where(noisy, jnp.sqrt(jnp.where(noisy, chosen, 1.0)), 0.0)
@@ -243,13 +270,15 @@ def denoiser(
     *,
     clip: bool = False,
     threshold: float | None = None,
-    learned_variance: bool = False,
+    variance: str = "large",
+    sigma_data: float = 0.5,
     time_shift: int | None = None,
 ) -> Denoiser:
     """Returns a function of (x_t, t) that gives the network's prediction.
 
     Args:
-      apply_fn: the network, a function of x_t [B, ...] and t [B].
+      apply_fn: the network, a function of x_t [B, ...] and t [B]. For "edm" it is one
+        of c_in x = x_t / r and c_noise = log(sigma / alpha) / 4 in their place.
       schedule: the noise schedule that it was trained on.
       kind: what its output stands for; see `predict`.
       clip: whether x0 is clipped to [-1, 1], and eps made to agree with it. The
@@ -258,8 +287,11 @@ def denoiser(
       threshold: dynamic thresholding in the place of the clip (Sec. 2.3, Saharia et
         al. 2022): the percentile of |x0| of an example, such as 0.995, to which it is
         clipped and by which it is divided where that is above 1.
-      learned_variance: whether the output has twice the channels, the second half
-        being the log of the reverse variance (Table 2, "learned diagonal").
+      variance: that of the reverse steps, see `log_variance`. With "learned" (Table 2,
+        "learned diagonal") and "range" the output has twice the channels. The second
+        half is the log of the variance, or a number of which -1 means small and 1
+        large. For "analytic" see `analytic.attach`.
+      sigma_data: standard deviation of the data; only for "edm".
       time_shift: what is subtracted from t on the way to the network. When not given,
         1 where times count steps, DDPM's convention (a network counts from 0), and 0
         where they are continuous.
@@ -268,7 +300,7 @@ def denoiser(
       A function of x_t [B, ...] and t, [B] or scalar, in the unit of the schedule.
 
     Raises:
-      ValueError: an unknown kind, or a threshold that is not in (0, 1].
+      ValueError: an unknown kind or variance, or a threshold that is not in (0, 1].
 
     >>> from diffusion_jax import schedule
     >>> denoise = denoiser(lambda x, t: 0 * x, schedule.linear(), "x0", clip=True)
@@ -277,7 +309,8 @@ def denoiser(
     """
     if kind not in KINDS:
         raise_unknown("prediction", kind, KINDS)
-
+    if variance not in VARIANCES:
+        raise_unknown("variance", variance, VARIANCES)
     if threshold is not None and not 0 < threshold <= 1:
         raise ValueError(
             f"threshold must be above 0 and at most 1, a percentile; got {threshold}. "
@@ -288,13 +321,20 @@ def denoiser(
 
     def denoise(x_t: jax.Array, t: jax.Array) -> Prediction:
         t = jnp.broadcast_to(jnp.asarray(t), x_t.shape[:1])
-        output = apply_fn(x_t, t - time_shift).astype(x_t.dtype)
-        log_variance = None
-        if learned_variance:
-            output, log_variance = jnp.split(output, 2, axis=-1)
         level = schedule(t)
+        if kind == "edm":
+            scale = _rotation(level.like(x_t), sigma_data)[2]
+            output = apply_fn(scale * x_t, -level.logsnr / 8)
+        else:
+            output = apply_fn(x_t, t - time_shift)
+        output, extra = output.astype(x_t.dtype), {}
+        if variance == "learned":
+            output, extra["log_variance"] = jnp.split(output, 2, axis=-1)
+        if variance == "range":
+            output, extra["fraction"] = jnp.split(output, 2, axis=-1)
+            extra["fraction"] = 0.5 * (extra["fraction"] + 1)
         prev_level = schedule(t - 1) if kind == "mean" else None
-        pred = predict(kind, output, x_t, level, prev_level)
+        pred = predict(kind, output, x_t, level, prev_level, sigma_data=sigma_data)
         if clip or threshold is not None:
             level = level.like(x_t)
             if threshold is None:
@@ -302,19 +342,9 @@ def denoiser(
             else:
                 x0 = _threshold(pred.x0, threshold)
             pred = Prediction(x0, (x_t - level.alpha * x0) / level.sigma)
-        return pred._replace(log_variance=log_variance)
+        return pred._replace(**extra)
 
     return denoise
-
-
-def learned_log_variance(pred: Prediction) -> jax.Array:
-    """Returns pred.log_variance, [B, ...]; raises ValueError where there is none."""
-    if pred.log_variance is None:
-        raise ValueError(
-            "variance='learned' must come with a prediction that has a log_variance; "
-            "got none. Build the denoiser with learned_variance=True."
-        )
-    return pred.log_variance
 
 
 def normal(
@@ -360,18 +390,27 @@ def _posterior_coefficients(
     return c0, jnp.exp(prev_level.log_alpha - level.log_alpha + gap)
 
 
-def _check_kind(kind: str, prev_level: NoiseLevel | None) -> None:
+def _rotation(
+    level: NoiseLevel, sigma_data: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns c, q and 1 / r of `predict`."""
+    signal, noise = level.alpha * sigma_data, level.sigma
+    scale = jax.lax.rsqrt(signal**2 + noise**2)
+    return scale * signal, scale * noise, scale
+
+
+def _check_kind(
+    kind: str, prev_level: NoiseLevel | None, sigma_data: float = 0.5
+) -> None:
     if kind not in KINDS:
         raise_unknown("prediction", kind, KINDS)
+    if kind == "edm" and not sigma_data > 0:
+        raise ValueError(
+            f"sigma_data must be above 0; got {sigma_data}. It is the standard "
+            "deviation of the data, 0.5 in the paper."
+        )
     if kind == "mean" and prev_level is None:
         raise ValueError(
             "prediction 'mean' must come with the level that the step goes to; got "
             "prev_level=None. Pass schedule(t - 1)."
         )
-
-
-def raise_unknown(what: str, got: object, allowed: tuple[str, ...]) -> None:
-    """Raises ValueError for a name that is not among those allowed."""
-    near = difflib.get_close_matches(str(got), allowed, 1, cutoff=0.3)
-    hint = f"Did you mean {near[0]!r}?" if near else f"Choose {allowed[0]!r}, say."
-    raise ValueError(f"{what} must be one of {', '.join(allowed)}; got {got!r}. {hint}")

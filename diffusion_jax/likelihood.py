@@ -1,12 +1,14 @@
 """Likelihoods in bits/dim: the bound over the whole chain, and the probability flow's.
 
   -log p(x0) <= L_T + sum_{t=2..T} L_{t-1} + L_0           Eq. 5, Ho et al. 2020
+  -log p(x0) <= L_T + integral of L_t dt - log p(x0 | z_0)  Eq. 11, Kingma et al. 2021
    log p(x0)  = log p_T(x_T) + integral of div field dt    Eq. 39, Song et al. 2021
 
 Every L is a term of `losses`. The sum without L_0 is the rate, L_0 the distortion of a
-lossy code (Sec. 4.3). The second is the density of another model, the deterministic
-flow of the same network, at data made continuous by uniform noise: `bound` and
-`ode_bits_per_dim` do not measure the same thing.
+lossy code (Sec. 4.3). The second is what the first becomes as T grows, but for the step
+to data. The third is the density of another model, the deterministic flow of the same
+network, at data made continuous by uniform noise: `bound` and `ode_bits_per_dim` do not
+measure the same thing.
 """
 
 from collections.abc import Callable
@@ -33,6 +35,19 @@ class Bound(NamedTuple):
     """L_{t-1} for t = 1..T, [T, B]; the first, L_0, is the decoder's."""
     mse: jax.Array
     """Mean squared error of the x0 seen from x_t, for t = 1..T, [T, B]."""
+
+
+class ContinuousBound(NamedTuple):
+    """The bound of B examples in continuous time and its terms, each [B], bits/dim."""
+
+    total: jax.Array
+    """The bound on the negative log-likelihood."""
+    prior: jax.Array
+    """KL(q(x_T | x0) || p(x_T)): known exactly."""
+    diffusion: jax.Array
+    """The integral over time, estimated."""
+    reconstruction: jax.Array
+    """-log p(x0 | z_0), from one draw of z_0."""
 
 
 class RateDistortion(NamedTuple):
@@ -119,6 +134,62 @@ def bound(
     terms, mse = jax.lax.map(at, jnp.arange(1, total + 1), batch_size=chunk)
     prior = losses.prior(x0, schedule(total))
     return Bound(prior + terms.sum(axis=0), prior, terms, mse)
+
+
+def continuous_bound(
+    key: jax.Array,
+    denoise: gaussian.Denoiser,
+    schedule: Schedule,
+    x0: jax.Array,
+    *,
+    draws: int = 128,
+    chunk: int = 1,
+) -> ContinuousBound:
+    """Returns an estimate of the bound for T = infinity (Eq. 11, Kingma et al. 2021).
+
+    L_T + E_t[L_t] - log p(x0 | z_0), at the times t_j = (u + j / draws) mod 1 with one
+    u an example: each is uniform, so that nothing is biased, and together they leave no
+    gap. Takes `draws` evaluations of the network an example, whose u and noise come
+    from its key.
+
+    Args:
+      key: one key, or a key an example, [B].
+      denoise: the network's prediction as a function of (x_t, t), t real.
+      schedule: its continuous schedule, with finite log-SNR at t = 0.
+      x0: data on the grid of 256 values, scaled to [-1, 1], [B, ...].
+      draws: times an example.
+      chunk: times evaluated together: memory grows with it.
+
+    Raises:
+      ValueError: the schedule is discrete or has no noise at t = 0, or draws below 1.
+
+    >>> ve, x0 = continuous.ve(sigma_max=1), jnp.zeros([2, 3])
+    >>> denoise = gaussian.denoiser(lambda x, t: 0 * x, ve, "x0")
+    >>> bits = continuous_bound(jax.random.key(0), denoise, ve, x0)
+    >>> print(bits.diffusion.round(6), bits.total.shape)  # x0 is zero, and known
+    [0. 0.] (2,)
+    """
+    _check_continuous(schedule, draws)
+    keys = _keys(key, len(x0))
+    begin = jax.vmap(lambda k: jax.random.uniform(k, ()))(_fold(keys, 0))
+
+    def at(j: jax.Array) -> jax.Array:
+        t = (begin + j / draws) % 1
+        level, slope = jax.jvp(schedule, (t,), (jnp.ones_like(t),))
+        eps = gaussian.normal(_fold(keys, 2 + j), x0.shape, x0.dtype)
+        pred = denoise(gaussian.q_sample(x0, eps, level), t)
+        return losses.diffusion(pred, eps, -slope.logsnr)
+
+    terms = jax.lax.map(at, jnp.arange(draws), batch_size=chunk)
+    first, final = schedule(0.0), schedule(1.0)
+    noise = gaussian.normal(_fold(keys, 1), x0.shape, x0.dtype)
+    z0 = gaussian.q_sample(x0, noise, first)
+    parts = (
+        losses.prior(x0, final),
+        terms.mean(axis=0),
+        losses.reconstruction(x0, z0, first),
+    )
+    return ContinuousBound(sum(parts[1:], parts[0]), *parts)
 
 
 def rate_distortion(
@@ -310,6 +381,28 @@ def _check(trace: str, probes: int, start: float, last: float) -> None:
         )
 
 
+def _check_continuous(schedule: Schedule, draws: int) -> None:
+    if draws < 1:
+        raise ValueError(
+            f"draws must be at least 1; got {draws}. More give less noise for more "
+            "evaluations of the network."
+        )
+    if is_discrete(schedule):
+        raise ValueError(
+            f"schedule must be continuous; got one of {num_steps(schedule)} whole "
+            "steps. Use `bound`, or the schedule that it was made from."
+        )
+    # What is known is known inside a trace too; only a traced schedule is not.
+    with jax.ensure_compile_time_eval():
+        logsnr = schedule(0.0).logsnr
+    if not isinstance(logsnr, jax.core.Tracer) and not np.isfinite(logsnr):
+        raise ValueError(
+            "the schedule must have noise at t = 0, where z_0 is decoded; got a "
+            f"log-SNR of {logsnr} there. Take one with a largest log-SNR, such as ve, "
+            "or `bound` on its discretization."
+        )
+
+
 def _keys(key: jax.Array, count: int) -> jax.Array:
     """A key an example, [B], from one key or from [B] keys."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -327,5 +420,5 @@ def _keys(key: jax.Array, count: int) -> jax.Array:
     return key
 
 
-def _fold(keys: jax.Array, number: int) -> jax.Array:
+def _fold(keys: jax.Array, number: int | jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (0, None))(keys, number)

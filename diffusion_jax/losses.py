@@ -1,19 +1,25 @@
 """Training losses, one number an example: the simple loss and the terms of the bound.
 
   L        = E[ L_T + sum_{t>1} L_{t-1} + L_0 ]     Eq. 5, Ho et al. 2020
-  L_T      = KL(q(x_T | x0) || N(0, I))             `prior`
+  L_T      = KL(q(x_T | x0) || p(x_T))              `prior`
   L_{t-1}  = KL(q(x_s | x_t, x0) || p(x_s | x_t))   `vlb`, t > 1
   L_0      = -log p(x0 | x_1)                       `vlb`, t = 1 (`decoder`, Eq. 13)
   L_simple = ||eps - eps_theta(x_t, t)||^2          `simple`, Eq. 14
+  L_hybrid = L_simple + 0.001 L                     Eq. 16, Nichol and Dhariwal 2021
 
-`simple` is a mean over pixels; the terms of the bound are in bits/dim.
+In continuous time the bound is L_T, an integral over t and a term at t = 0 (Kingma et
+al. 2021): `diffusion` is what is integrated, `reconstruction` the term.
+
+`simple` and `weighted` are means over pixels; the terms of the bounds are in bits/dim.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from diffusion_jax import gaussian
-from diffusion_jax.schedule import NoiseLevel, Schedule
+from diffusion_jax.schedule import NoiseLevel, Schedule, num_steps
 
 
 def sample_t(key: jax.Array, num_steps: int, shape: tuple[int, ...] = ()) -> jax.Array:
@@ -39,6 +45,7 @@ def simple(
     prev_level: NoiseLevel | None = None,
     *,
     space: str = "eps",
+    sigma_data: float = 0.5,
 ) -> jax.Array:
     """Returns the mean squared error of a prediction, [B] (Eq. 14, Ho et al. 2020).
 
@@ -50,6 +57,7 @@ def simple(
       prev_level: noise level at s; only for the space "mean".
       space: the coordinate in which the error is measured, whatever the network puts
         out: "eps" (the paper's L_simple), "x0", "v" or "mean".
+      sigma_data: standard deviation of the data; only for the space "edm".
 
     >>> from diffusion_jax import schedule
     >>> level, zero, one = schedule.linear()(500), jnp.zeros([1, 2]), jnp.ones([1, 2])
@@ -57,9 +65,36 @@ def simple(
     >>> print(simple(pred, zero, one, level))
     [1.]
     """
-    truth = gaussian.target(space, x0, eps, level, prev_level)
-    guess = gaussian.target(space, pred.x0, pred.eps, level, prev_level)
+    options = {"sigma_data": sigma_data}
+    truth = gaussian.target(space, x0, eps, level, prev_level, **options)
+    guess = gaussian.target(space, pred.x0, pred.eps, level, prev_level, **options)
     return _mean(jnp.square(guess - truth))
+
+
+def weighted(
+    pred: gaussian.Prediction,
+    eps: jax.Array,
+    level: NoiseLevel,
+    weighting: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Returns w(logsnr) ||eps - eps_hat||^2, a mean over pixels, [B].
+
+    Every squared error is one of these: that of x0 has w = e^-logsnr, and `simple` in
+    eps has w = 1 (Sec. 2, Kingma and Gao 2023).
+
+    Args:
+      pred: the prediction at x_t.
+      eps: the noise in x_t, [B, ...].
+      level: noise level at t, [B]; where w has no value at infinity, sigma above 0.
+      weighting: w, a function of the log-SNR, [B] to [B].
+
+    >>> from diffusion_jax import schedule
+    >>> level, zero, one = schedule.linear()(500), jnp.zeros([1, 2]), jnp.ones([1, 2])
+    >>> pred = gaussian.predict("eps", zero, one, level)
+    >>> print(weighted(pred, one, level, jax.nn.sigmoid).round(4))
+    [0.0786]
+    """
+    return weighting(level.logsnr) * _mean(jnp.square(pred.eps - eps))
 
 
 def vlb(
@@ -82,10 +117,10 @@ def vlb(
       x_t: noisy data, [B, ...].
       schedule: a discrete schedule of at least two steps.
       t: integer times in 1..T, [B].
-      variance: "small", "large" or "learned": the reverse variance.
+      variance: the reverse variance, one of gaussian.VARIANCES.
 
     Raises:
-      ValueError: an unknown variance.
+      ValueError: an unknown variance, or one that the prediction does not have.
     """
     t = jnp.asarray(t)
     level, prev_level = schedule(t).like(x0), schedule(t - 1).like(x0)
@@ -97,12 +132,9 @@ def vlb(
             "small", schedule(safe_t).like(x0), schedule(safe_t - 1).like(x0)
         )
     )
-    if variance == "learned":
-        log_variance = gaussian.learned_log_variance(pred)
-    else:
-        first = t.reshape(level.alpha.shape) == 1
-        fixed = gaussian.reverse_variance(variance, level, prev_level)
-        log_variance = jnp.where(first, small, jnp.log(jnp.where(first, 1.0, fixed)))
+    log_variance = gaussian.log_variance(
+        variance, pred, level, prev_level, log_small=small
+    )
     # Both means have the same x_t in them: their difference has only x0, without the
     # rounding of two large sums.
     none = jnp.zeros_like(x_t)
@@ -113,8 +145,99 @@ def vlb(
     return jnp.where(t == 1, nll, kl)
 
 
+def hybrid(
+    pred: gaussian.Prediction,
+    x0: jax.Array,
+    x_t: jax.Array,
+    eps: jax.Array,
+    schedule: Schedule,
+    t: jax.Array,
+    *,
+    variance: str = "range",
+    scale: float = 1e-3,
+) -> jax.Array:
+    """Returns L_simple + scale L, [B] (Eq. 16, Nichol and Dhariwal 2021).
+
+    L is the sum of T terms of the bound in bits/dim, here T times that of a t drawn
+    uniformly. It teaches the variance alone: the mean in it gets no gradient.
+
+    Args:
+      pred: the prediction at x_t, with what the variance needs.
+      x0: clean data on the grid of 256 values, scaled to [-1, 1], [B, ...].
+      x_t: noisy data, [B, ...].
+      eps: the noise in x_t, [B, ...].
+      schedule: a discrete schedule of at least two steps.
+      t: integer times in 1..T, [B].
+      variance: the reverse variance, as in `vlb`.
+      scale: of L; the paper's lambda.
+
+    Raises:
+      ValueError: an unknown variance, or one that the prediction does not have.
+
+    >>> from diffusion_jax import schedule
+    >>> lin, x0, t = schedule.linear(), jnp.zeros([1, 2]), jnp.array([500])
+    >>> x_t = gaussian.q_sample(x0, x0 + 1, lin(t))
+    >>> pred = gaussian.Prediction(x0, x0 + 1)
+    >>> loss = hybrid(pred, x0, x_t, x0 + 1, lin, t, variance="small")
+    >>> print(loss.round(6))  # of the truth, with the variance of the posterior
+    [0.]
+    """
+    mean = jax.lax.stop_gradient((pred.x0, pred.eps))
+    term = vlb(
+        pred._replace(x0=mean[0], eps=mean[1]), x0, x_t, schedule, t, variance=variance
+    )
+    rest = simple(pred, x0, eps, schedule(t))
+    return rest + scale * num_steps(schedule) * term
+
+
+def diffusion(pred: gaussian.Prediction, eps: jax.Array, slope: jax.Array) -> jax.Array:
+    """Returns the bound's term at t in continuous time, [B], in bits/dim.
+
+    1/2 (-d logsnr / dt) ||eps - eps_hat(x_t, t)||^2, whose integral over t is the limit
+    of the sum of all KL terms (Eq. 17, Kingma et al. 2021).
+
+    Args:
+      pred: the prediction at x_t.
+      eps: the noise in x_t, [B, ...].
+      slope: -d logsnr / dt at t, above 0, [B], in nats a unit of time.
+
+    >>> pred = gaussian.Prediction(jnp.zeros([1, 2]), jnp.zeros([1, 2]))
+    >>> print(diffusion(pred, jnp.ones([1, 2]), 2 * jnp.log(2.0) * jnp.ones(1)))
+    [1.]
+    """
+    return 0.5 * slope * _bits_per_dim(jnp.square(pred.eps - eps))
+
+
+def reconstruction(x0: jax.Array, z0: jax.Array, level: NoiseLevel) -> jax.Array:
+    """Returns -log p(x0 | z_0), [B], in bits/dim (Sec. 3.3, Kingma et al. 2021).
+
+    p(x | z_0) is proportional to q(z_0 | x) over the 256 values of each pixel, which
+    nothing has to be learned for.
+
+    Args:
+      x0: data on the grid of 256 values, scaled to [-1, 1], [B, ...].
+      z0: noisy data at t = 0, [B, ...].
+      level: noise level at t = 0, logsnr finite, a scalar or [B].
+
+    >>> from diffusion_jax import schedule
+    >>> x0, level = jnp.full([1, 2], 1 / 255), schedule.NoiseLevel(0.0, 10.0)
+    >>> print(reconstruction(x0, x0, level).round(3))
+    [1.107]
+    """
+    value = jnp.linspace(-1, 1, 256, dtype=x0.dtype).reshape(*[1] * x0.ndim, 256)
+    # Relative to the probability of x0 itself: no large logits are subtracted.
+    off = (z0 / level.like(x0).alpha - x0)[..., None]
+    step = x0[..., None] - value
+    logits = -0.5 * jnp.exp(level.like(step).logsnr) * step * (2 * off + step)
+    nats = jax.nn.logsumexp(logits, axis=-1)
+    return _bits_per_dim(nats)
+
+
 def prior(x0: jax.Array, level: NoiseLevel) -> jax.Array:
-    """Returns KL(q(x_T | x0) || N(0, I)), L_T of the bound, [B], in bits/dim.
+    """Returns KL(q(x_T | x0) || N(0, std^2 I)), L_T of the bound, [B], in bits/dim.
+
+    std = max(1, sigma), as in `sde.prior_logp`: a chain that keeps its variance ends
+    in a unit normal, one that explodes in its own noise.
 
     Args:
       x0: clean data, [B, ...].
@@ -126,11 +249,13 @@ def prior(x0: jax.Array, level: NoiseLevel) -> jax.Array:
     8.7e-06
     """
     level = level.like(x0)
-    # 1/2 (sigma^2 - 1 - log sigma^2 + alpha^2 x0^2), where sigma^2 - 1 = expm1(log
-    # sigma^2): the two cancel to second order, so they are subtracted as one series.
+    # 1/2 (r - 1 - log r + alpha^2 x0^2 / std^2) with r = sigma^2 / std^2: r - 1 and
+    # log r cancel to second order, so they are subtracted as one series.
     log_variance = 2 * level.log_alpha - level.logsnr
-    noise = jnp.expm1(log_variance) - log_variance
-    return _bits_per_dim(0.5 * (noise + jnp.square(level.alpha * x0)))
+    log_ratio = jnp.minimum(log_variance, 0)
+    noise = jnp.expm1(log_ratio) - log_ratio
+    scale = jnp.exp(level.log_alpha - 0.5 * jnp.maximum(log_variance, 0))
+    return _bits_per_dim(0.5 * (noise + jnp.square(scale * x0)))
 
 
 def normal_kl(

@@ -146,6 +146,47 @@ def cosine(
     return from_betas(np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], max_beta))
 
 
+def sigmoid(
+    num_steps: int = 1000,
+    *,
+    start: float = -3.0,
+    end: float = 3.0,
+    tau: float = 1.0,
+    max_beta: float = 0.999,
+) -> Partial:
+    """Returns the sigmoid schedule (Jabri et al. 2022; Sec. 2.1, Chen 2023).
+
+    alpha_bar(t) = (s(end) - s(v)) / (s(end) - s(start)) with v = start + (end - start)
+    t/T and s(v) = 1 / (1 + exp(-v / tau)), each beta at most max_beta, as in `cosine`.
+
+    Args:
+      num_steps: T, the number of diffusion steps.
+      start: where on the sigmoid the data are.
+      end: where the noise is. The stretch -3..3 is for small images; moved up (0..3)
+        it leaves more noise at every step, for large ones.
+      tau: temperature: the smaller, the later and the faster alpha_bar falls.
+      max_beta: the most that a step may add; the last one would be 1.
+
+    Raises:
+      ValueError: start is not below end, or tau not above 0.
+
+    >>> print(f"{sigmoid(1000)(500).alpha ** 2:.4f}")
+    0.5000
+    """
+    check_num_steps(num_steps)
+    if not (start < end and tau > 0):
+        raise ValueError(
+            "start must be below end, and tau above 0; got start "
+            f"{start}, end {end}, tau {tau}. The paper's are -3, 3 and 1."
+        )
+    v = (start + (end - start) * np.arange(num_steps + 1) / num_steps) / (2 * tau)
+    # s(a) - s(b) = sinh((a - b) / 2) / (2 cosh(a / 2) cosh(b / 2)): at a low
+    # temperature the first betas are far smaller than the rounding of alpha_bar.
+    fall = np.sinh(np.diff(v)) / np.cosh(v[1:])
+    left = np.sinh(v[-1] - v[:-1]) / np.cosh(v[-1])
+    return from_betas(np.minimum(fall / left, max_beta))
+
+
 def from_betas(betas: ArrayLike) -> Partial:
     """Returns the discrete schedule with these variances of the forward steps.
 
@@ -226,6 +267,37 @@ def tables(schedule: Schedule) -> tuple[ArrayLike, ArrayLike]:
             f"{schedule!r}. A continuous schedule has times in [0, 1] and no steps."
         )
     return schedule.args[0], schedule.args[1]
+
+
+def preserving(logsnr: jax.Array) -> NoiseLevel:
+    """Returns the level with this log-SNR where variance is preserved.
+
+    alpha^2 = sigmoid(logsnr) and sigma^2 = sigmoid(-logsnr): alpha^2 + sigma^2 = 1.
+
+    >>> level = preserving(jnp.array(0.0))
+    >>> print(f"{level.alpha**2:.4f} {level.sigma**2:.4f}")
+    0.5000 0.5000
+    """
+    return NoiseLevel(0.5 * jax.nn.log_sigmoid(logsnr), logsnr)
+
+
+def real_time(t: ArrayLike, last: float = 1.0) -> jax.Array:
+    """Returns the times of a continuous schedule in the default floating-point type.
+
+    Raises:
+      ValueError: one is outside [0, last]. What is traced cannot be checked.
+
+    >>> print(real_time(0.5))
+    0.5
+    """
+    if not isinstance(t, jax.core.Tracer):
+        known = np.asarray(t)
+        if known.size and not (known.min() >= 0 and known.max() <= last):
+            raise ValueError(
+                f"t of a continuous schedule must be in [0, {last}]; got values from "
+                f"{known.min()} to {known.max()}. 0 is data and {last} is noise."
+            )
+    return jnp.asarray(t, dtype=jnp.result_type(float))
 
 
 def _lookup(log_alpha: ArrayLike, logsnr: ArrayLike, t: ArrayLike) -> NoiseLevel:

@@ -10,7 +10,7 @@ from typing import Any
 
 import tyro
 
-from experiments import config
+from experiments import config, validation
 from experiments.configs import EXPERIMENTS
 
 # What a user can mend. Such an error is shown as it is, without a traceback.
@@ -36,18 +36,18 @@ def parse(argv: Sequence[str], *, prog: str) -> config.Config:
             f"the experiment must be one of {', '.join(EXPERIMENTS)}; got {name!r}. "
             f"Say, for instance: {prog} cifar10"
         )
-    module = EXPERIMENTS[name]
+    experiment = EXPERIMENTS[name]
     others = ", ".join(other for other in EXPERIMENTS if other != name)
     chosen: config.Config = tyro.cli(
         config.Config,
-        default=module.CONFIG,
+        default=experiment.config,
         args=flags,
         prog=f"{prog} {name}",
         # Indented, a table keeps its lines.
-        description=f"{textwrap.indent(inspect.getdoc(module) or '', '  ')}\n\n"
+        description=f"{textwrap.indent(inspect.cleandoc(experiment.doc), '  ')}\n\n"
         f"Other experiments, to be named before the first flag: {others}.",
     )
-    config.validate(chosen)
+    validation.validate(chosen)
     return chosen
 
 

@@ -1,49 +1,85 @@
-"""From a configuration to objects: the only place that asks what a name means."""
+"""From a configuration to objects: schedule, network and data."""
 
 from collections.abc import Callable
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 
 from diffusion_jax import (
     continuous,
     gaussian,
-    grids,
-    langevin,
-    losses,
-    ode,
-    samplers,
+    learned,
     schedule,
-    solvers,
 )
 from diffusion_jax.nets.unet import UNet
-from diffusion_jax.training import data, parallel, state
-from experiments import sampling
-from experiments.config import Config, ConfigError, micro_batches
+from diffusion_jax.training import data
+from experiments.config import CONTINUOUS, Config, ConfigError
+
+Apply = Callable[..., jax.Array]
+
+# Ends of a learned schedule before it learns (Kingma et al. 2021).
+FIRST_LOGSNR = (-5.0, 13.3)
 
 
-def make_schedule(config: Config) -> schedule.Schedule:
-    """Returns the noise schedule."""
+def make_schedule(config: Config, params: Any = None) -> schedule.Schedule:
+    """Returns the noise schedule that the network learns on.
+
+    Args:
+      config: the configuration.
+      params: as `init_params` makes them; only for a learned schedule.
+    """
     d = config.diffusion
     ends = {"beta_start": d.beta_start, "beta_end": d.beta_end}
+    made: schedule.Schedule
     match d.schedule:
         case "linear":
-            return schedule.linear(d.num_steps, **ends)
+            made = schedule.linear(d.num_steps, **ends)
         case "quad":
-            return schedule.quad(d.num_steps, **ends)
+            made = schedule.quad(d.num_steps, **ends)
         case "const":
-            return schedule.const(d.num_steps, beta=d.beta_end)
+            made = schedule.const(d.num_steps, beta=d.beta_end)
         case "jsd":
-            return schedule.jsd(d.num_steps)
+            made = schedule.jsd(d.num_steps)
         case "warmup10":
-            return schedule.warmup(d.num_steps, fraction=0.1, **ends)
+            made = schedule.warmup(d.num_steps, fraction=0.1, **ends)
         case "warmup50":
-            return schedule.warmup(d.num_steps, fraction=0.5, **ends)
+            made = schedule.warmup(d.num_steps, fraction=0.5, **ends)
         case "cosine":
-            return schedule.cosine(d.num_steps)
+            made = schedule.cosine(d.num_steps)
+        case "sigmoid":
+            made = schedule.sigmoid(d.num_steps)
+        case "vp":
+            made = continuous.vp()
+        case "sub_vp":
+            made = continuous.sub_vp()
+        case "ve":
+            made = continuous.ve(sigma_min=d.sigma_min, sigma_max=d.sigma_max)
+        case "continuous_cosine":
+            made = continuous.cosine()
+        case "flow":
+            made = continuous.flow()
+        case "learned":
+            made = learned.schedule(params["schedule"])
+    return continuous.shifted(made, d.logsnr_shift) if d.logsnr_shift else made
+
+
+def chain_schedule(config: Config, params: Any = None) -> schedule.Schedule:
+    """Returns the schedule in T whole steps, on which chains and bounds are made."""
+    made = make_schedule(config, params)
+    if not is_continuous(config):
+        return made
+    return continuous.discretize(made, config.diffusion.num_steps, clean=True)
+
+
+def is_continuous(config: Config) -> bool:
+    """Returns whether the network learns at real times."""
+    return config.diffusion.schedule in CONTINUOUS
+
+
+def time_shift(config: Config) -> int:
+    """Returns what is subtracted from t for the network: 1 where it counts steps."""
+    return 0 if is_continuous(config) else 1
 
 
 def make_network(config: Config, *, looped: bool = False) -> UNet:
@@ -55,12 +91,12 @@ def make_network(config: Config, *, looped: bool = False) -> UNet:
         convolution on CPU is many times slower than the matrix product.
     """
     net = config.net
-    learned = config.diffusion.variance == "learned"
+    split = config.diffusion.variance in ("learned", "range")
     conv = net.conv
     if conv == "auto":
         conv = "matmul" if looped and jax.default_backend() == "cpu" else "xla"
     return UNet(
-        out_channels=config.data.channels * (2 if learned else 1),
+        out_channels=config.data.channels * (2 if split else 1),
         channels=net.channels,
         multipliers=net.multipliers,
         blocks=net.blocks,
@@ -70,226 +106,74 @@ def make_network(config: Config, *, looped: bool = False) -> UNet:
         dtype=jnp.dtype(net.dtype),
         conv=conv,
         remat=net.remat,
+        # The last row stands for no label.
+        num_classes=net.classes + (1 if net.classes and net.label_dropout else 0),
+        fourier=net.fourier,
     )
 
 
-def call(
-    net: UNet, params: Any, x: jax.Array, t: jax.Array, **options: Any
-) -> jax.Array:
-    """Returns the network's output, [B, H, W, channels]."""
-    return cast(jax.Array, net.apply({"params": params}, x, t, **options))
+def make_apply(
+    config: Config,
+    params: Any,
+    levels: schedule.Schedule,
+    *,
+    looped: bool = False,
+    **options: Any,
+) -> Apply:
+    """Returns the network as a function of x, t and, with classes, the label.
+
+    Args:
+      config: the configuration.
+      params: as `init_params` makes them.
+      levels: the schedule whose times t are.
+      looped: as in `make_network`.
+      options: of the network's call.
+    """
+    net = make_network(config, looped=looped)
+
+    def fed(t: jax.Array) -> jax.Array:
+        if config.diffusion.prediction == "edm" or not is_continuous(config):
+            return t  # as `gaussian.denoiser` feeds it
+        if config.diffusion.schedule == "learned":
+            # The level, not the time: whose meaning changes as the schedule learns.
+            low, high = FIRST_LOGSNR
+            return 1000 * (high - levels(t).logsnr) / (high - low)
+        return 1000 * t / continuous.last_time(levels)
+
+    def apply(x: jax.Array, t: jax.Array, label: jax.Array | None = None) -> jax.Array:
+        variables = {"params": params["net"]}
+        return cast(jax.Array, net.apply(variables, x, fed(t), label, **options))
+
+    return apply
+
+
+def make_denoiser(
+    config: Config, apply: Apply, levels: schedule.Schedule, **options: Any
+) -> gaussian.Denoiser:
+    """Returns the network's prediction; options are clip and threshold."""
+    return gaussian.denoiser(
+        apply,
+        levels,
+        config.diffusion.prediction,
+        variance=config.diffusion.variance,
+        sigma_data=config.diffusion.sigma_data,
+        time_shift=time_shift(config),
+        **options,
+    )
 
 
 def init_params(config: Config, key: jax.Array) -> Any:
-    """Returns fresh parameters of the network."""
+    """Returns fresh parameters: {"net": ...}, and "schedule" where it is learned."""
     shape = (1, config.data.image_size, config.data.image_size, config.data.channels)
-    init = jax.jit(make_network(config).init)
-    return init(key, jnp.zeros(shape), jnp.zeros(1, jnp.int32))["params"]
-
-
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Returns Adam in the form that the preset names."""
-    o = config.optimizer
-    decay_steps = config.train.steps if o.decay == "cosine" else None
-    rate = state.learning_rate(
-        o.learning_rate, warmup=o.warmup, decay_steps=decay_steps
-    )
-    if o.preset == "official":
-        return state.tf_adam(rate, b2=o.b2, eps=1e-8)
-    return optax.adam(rate, b2=o.b2, eps=1e-8)
-
-
-def init_state(config: Config) -> state.TrainState:
-    """Returns the training state before the first step, from the seed alone."""
-    key_params, key_run = jax.random.split(jax.random.key(config.train.seed))
-    params = init_params(config, key_params)
-    return state.init(key_run, params, make_optimizer(config))
-
-
-def make_loss(config: Config) -> state.LossFn:
-    """Returns the loss of a batch {"image": uint8 [B, H, W, C], "position": [B]}.
-
-    Flip, time and noise of an image come from the step's key and the image's position
-    in the global batch, so they are the same however the batch is spread or cut. Only
-    dropout, drawn for a whole micro-batch at a time, is not.
-    """
-    net = make_network(config, looped=micro_batches(config) > 1)
-    levels, diffusion = make_schedule(config), config.diffusion
-
-    def loss_fn(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
-        position = batch["position"]
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, position)
-        flip_key, t_key, eps_key = jnp.unstack(jax.vmap(_split3)(keys), axis=1)
-        dropout_key = jax.random.fold_in(jax.random.fold_in(key, 1), position[0])
-
-        def apply(x: jax.Array, t: jax.Array) -> jax.Array:
-            rngs = {"dropout": dropout_key}
-            return call(net, params, x, t, train=True, rngs=rngs)
-
-        x0 = batch["image"].astype(jnp.float32) / 127.5 - 1
-        if config.data.flip:
-            chosen = jax.vmap(jax.random.bernoulli)(flip_key)
-            x0 = jnp.where(chosen[:, None, None, None], x0[:, :, ::-1], x0)
-        t = jax.vmap(losses.sample_t, (0, None))(t_key, diffusion.num_steps)
-        eps = gaussian.normal(eps_key, x0.shape)
-        x_t = gaussian.q_sample(x0, eps, levels(t))
-        denoise = gaussian.denoiser(
-            apply,
-            levels,
-            diffusion.prediction,
-            learned_variance=diffusion.variance == "learned",
-        )
-        pred = denoise(x_t, t)
-        if diffusion.loss == "vlb":
-            each = losses.vlb(pred, x0, x_t, levels, t, variance=diffusion.variance)
-        else:
-            each = losses.simple(
-                pred, x0, eps, levels(t), levels(t - 1), space=diffusion.loss
-            )
-        return each.mean()
-
-    return loss_fn
-
-
-def make_step(config: Config, mesh: jax.sharding.Mesh) -> state.StepFn:
-    """Returns the training step, compiled for the mesh by the configured strategy."""
-    o, strategy = config.optimizer, config.train.parallel
-    official = o.preset == "official"
-    parts = micro_batches(config)
-    if strategy != "mesh" and official:
-        parts = max(1, parts // mesh.size)
-    step = state.make_step(
-        make_loss(config),
-        make_optimizer(config),
-        ema_decay=o.ema_decay,
-        ema_ramp=not official,
-        clip_norm=o.clip_norm,
-        clip_each=official,
-        accumulate=parts,
-        axis_name=None if strategy == "mesh" else parallel.AXIS,
-    )
-    return parallel.data_parallel(step, mesh, strategy=strategy)
-
-
-def make_grid(config: Config) -> np.ndarray:
-    """Returns the times that a chain goes through, from T to 0."""
-    total = config.diffusion.num_steps
-    how = sampling.resolve(config.sample, total)
-    if how["sampler"] == "ode":
-        # All the way in one stretch, but for the step to data, where noise ends.
-        return np.array([total, 1, 0])
-    made: Callable[..., np.ndarray] = {
-        "uniform": grids.uniform,
-        "quadratic": grids.quadratic,
-        "logsnr": grids.logsnr,
-        "karras": grids.karras,
-    }[how["grid"]]
-    return made(make_schedule(config), how["steps"])
-
-
-def make_sampler(config: Config, params: Any) -> samplers.Sampler:
-    """Returns the sampling rule with these parameters."""
-    return make_rule(config, make_denoiser(config, params))
-
-
-def make_denoiser(config: Config, params: Any) -> gaussian.Denoiser:
-    """Returns the network's prediction, as the chains of the configuration see it."""
     net = make_network(config)
-    how = sampling.resolve(config.sample, config.diffusion.num_steps)
-    return gaussian.denoiser(
-        lambda x, t: call(net, params, x, t),
-        sampling_schedule(config),
-        config.diffusion.prediction,
-        clip=how["clip"],
-        threshold=config.sample.threshold,
-        learned_variance=config.diffusion.variance == "learned",
-    )
-
-
-def sampling_schedule(config: Config) -> schedule.Schedule:
-    """Returns the schedule that chains walk: in real time where the rule needs it."""
-    levels = make_schedule(config)
-    return continuous.interpolate(levels) if config.sample.sampler == "ode" else levels
-
-
-def make_rule(config: Config, denoise: gaussian.Denoiser) -> samplers.Sampler:
-    """Returns the sampling rule for any denoiser on `sampling_schedule`."""
-    levels = sampling_schedule(config)
-    how = sampling.resolve(config.sample, config.diffusion.num_steps)
-    options = {
-        name: how[name] for name in sampling.RULES[config.sample.sampler].options
-    }
-    match config.sample.sampler:
-        case "ddpm":
-            variance = options["variance"] or config.diffusion.variance
-            return samplers.ddpm(denoise, levels, variance=variance)
-        case "ddim":
-            return samplers.ddim(denoise, levels, **options)
-        case "heun":
-            return solvers.heun(denoise, levels)
-        case "edm":
-            return solvers.edm(denoise, levels, **options)
-        case "dpm_solver_pp":
-            return solvers.dpm_solver_pp(denoise, levels, **options)
-        case "unipc":
-            return solvers.unipc(denoise, levels, order=int(options["order"]))
-        case "predictor_corrector":
-            return langevin.predictor_corrector(denoise, levels, **options)
-        case "langevin":
-            return langevin.langevin(denoise, levels, **options)
-        case "ode":
-            tolerance = options["tolerance"]
-            return ode.ode(denoise, levels, rtol=tolerance, atol=tolerance)
-
-
-def count_evaluations(config: Config, params: Any) -> float:
-    """Returns the network evaluations that one sample takes, counted on a draw.
-
-    Only where the steps depend on the network is it the real one that is asked.
-    """
-    denoise = gaussian.denoiser(lambda x, t: 0 * x, sampling_schedule(config), "x0")
-    if sampling.RULES[config.sample.sampler].grid is None:
-        denoise = make_denoiser(config, params)
-    shape = (1, *[config.data.image_size] * 2, config.data.channels)
-
-    def make(counted: gaussian.Denoiser) -> samplers.Sampler:
-        return make_rule(config, counted)
-
-    return samplers.count_evaluations(make, denoise, make_grid(config), shape)
-
-
-def make_draw(
-    config: Config, count: int, mesh: jax.sharding.Mesh
-) -> Callable[..., np.ndarray]:
-    """Returns a function of (params, key, first) that draws `count` images.
-
-    Compiled once, whatever the parameters; image i depends on (key, first + i) alone.
-    The result is float, [count, H, W, C], about [-1, 1].
-    """
-    grid, size = make_grid(config), config.data.image_size
-    # Devices that cannot share the images equally draw all of them each.
-    spread = count % mesh.size == 0
-    out = parallel.sharded(mesh) if spread else parallel.replicated(mesh)
-
-    @jax.jit
-    def draw(params: Any, key: jax.Array, first: jax.Array) -> jax.Array:
-        sampler = make_sampler(config, params)
-        shape = (count, size, size, config.data.channels)
-        images = samplers.sample(key, sampler, grid, shape, first=first)
-        return jax.lax.with_sharding_constraint(images, out)
-
-    def drawn(params: Any, key: jax.Array, first: int = 0) -> np.ndarray:
-        return np.asarray(draw(params, key, jnp.asarray(first)))
-
-    return drawn
-
-
-def describe_sampling(config: Config) -> dict[str, Any]:
-    """Returns what has to be known of samples beside the weights and the seed."""
-    about = sampling.resolve(config.sample, config.diffusion.num_steps)
-    if "variance" in about:
-        about["variance"] = about["variance"] or config.diffusion.variance
-    return about
+    label = jnp.zeros(1, jnp.int32) if net.num_classes else None
+    x, t = jnp.zeros(shape), jnp.zeros(1)
+    params = {"net": jax.jit(net.init)(key, x, t, label)["params"]}
+    if config.diffusion.schedule == "learned":
+        low, high = FIRST_LOGSNR
+        key = jax.random.fold_in(key, 1)
+        params["schedule"] = learned.init(key, logsnr_min=low, logsnr_max=high)
+    return params
 
 
 def load_data(config: Config, *, split: str = "train") -> data.Dataset:
@@ -318,8 +202,23 @@ def load_data(config: Config, *, split: str = "train") -> data.Dataset:
             f"{d.channels} channels; got {shape}. Set --data.image-size and "
             "--data.channels to what the images are."
         )
+    check_labels(config, dataset)
     return dataset
 
 
-def _split3(key: jax.Array) -> jax.Array:
-    return jax.random.split(key, 3)
+def check_labels(config: Config, dataset: data.Dataset) -> None:
+    """Raises ConfigError where the data do not have the classes of the network."""
+    classes = config.net.classes
+    if not classes:
+        return
+    if dataset.labels is None:
+        raise ConfigError(
+            f"the images of {config.data.source} must have labels for net.classes = "
+            f"{classes}; got none. Give labelled data, or --net.classes 0."
+        )
+    most = int(dataset.labels.max())
+    if int(dataset.labels.min()) < 0 or most >= classes:
+        raise ConfigError(
+            f"labels must be in 0..{classes - 1}, for net.classes = {classes}; got "
+            f"some up to {most}. Set --net.classes to {most + 1}."
+        )

@@ -22,9 +22,20 @@ from tqdm import tqdm
 from diffusion_jax import gaussian, samplers
 from diffusion_jax.evaluation import images, metrics
 from diffusion_jax.training import parallel
-from experiments import arguments, build, draws, extractors, reference, runs, sample
-from experiments.config import Config, ConfigError, require_positive, with_sampling
+from experiments import (
+    arguments,
+    build,
+    chains,
+    draws,
+    extractors,
+    reference,
+    runs,
+    weights,
+)
+from experiments.config import Config, ConfigError
 from experiments.sampling import Sampling
+from experiments.validation import require_positive, with_sampling
+from experiments.weights import Weights
 
 
 class Entry(NamedTuple):
@@ -86,10 +97,9 @@ class Options:
     """Images at a time."""
     seed: int = 0
     """Of the noise: the same for every rule."""
-    raw: bool = False
-    """Whether to use the last weights instead of their moving average."""
-    step: int | None = None
-    """Checkpoint to use, in training steps; the latest when not given."""
+    which: tyro.conf.OmitArgPrefixes[Weights] = dataclasses.field(
+        default_factory=Weights
+    )
     out: Path | None = None
     """Folder of samplers.json and samplers.png; <run>/eval when not given."""
 
@@ -130,7 +140,7 @@ def main(argv: Sequence[str]) -> int:
             f"count must be above {extractor.dimension}, the number of features of "
             f"{extractor.name}; got {options.count}. Give more samples."
         )
-    params, step = sample.load_params(config, run, raw=options.raw, step=options.step)
+    params, step, _ = weights.load(config, run, options.which)
     size = options.batch_size
     real = reference.of(config, dataset.images, "train", extractor, batch_size=size)
 
@@ -232,7 +242,7 @@ def measure(
     """Yields the points of a rule; one program draws all its grids."""
     chosen = []
     for budget, way in ways(rule, config, options):
-        about = build.describe_sampling(way)
+        about = chains.describe_sampling(way)
         same = [p for p in known if (p.rule, p.sampling) == (rule, about)]
         if same:
             yield same[0]
@@ -240,8 +250,8 @@ def measure(
             chosen.append((budget, way))
     if not chosen:
         return
-    length = max(len(build.make_grid(way)) for _, way in chosen)
-    mesh = parallel.make_mesh()
+    length = max(len(chains.make_grid(way)) for _, way in chosen)
+    mesh, std = parallel.make_mesh(), chains.start_std(config)
     size, side = min(options.batch_size, options.count), config.data.image_size
     shape = (size, side, side, config.data.channels)
     out = parallel.sharded(mesh) if size % mesh.size == 0 else parallel.replicated(mesh)
@@ -249,8 +259,8 @@ def measure(
     def program(way: Config) -> Callable[..., jax.Array]:
         @jax.jit
         def draw(params: Any, key: jax.Array, first: jax.Array, grid: Any) -> jax.Array:
-            rule = samplers.padded(build.make_sampler(way, params))
-            drawn = samplers.sample(key, rule, grid, shape, first=first)
+            rule = samplers.padded(chains.make_sampler(way, params, first=first))
+            drawn = samplers.sample(key, rule, grid, shape, start_std=std, first=first)
             return jax.lax.with_sharding_constraint(drawn, out)
 
         return draw
@@ -259,7 +269,7 @@ def measure(
     for budget, way in chosen:
         if rule == "ode" and budget != chosen[0][0]:
             compiled = program(way)  # a tolerance is compiled in; a grid is not
-        grid = jnp.asarray(samplers.pad(build.make_grid(way), length))
+        grid = jnp.asarray(samplers.pad(chains.make_grid(way), length))
         key, parts = jax.random.key(options.seed), []
         compiled(params, key, jnp.asarray(0), grid[-1:].repeat(length))  # compiles
         begun = time.monotonic()
@@ -269,8 +279,8 @@ def measure(
             parts.append(images.to_uint8(batch))
         seconds = time.monotonic() - begun
         drawn = np.concatenate(parts)[: options.count]
-        about = build.describe_sampling(way)
-        evaluations = build.count_evaluations(way, params)
+        about = chains.describe_sampling(way)
+        evaluations = chains.count_evaluations(way, params)
         yield Point(rule, budget, evaluations, distance(drawn), about, seconds)
 
 

@@ -1,16 +1,29 @@
-"""The configuration of an experiment: frozen dataclasses, checked before any work."""
+"""The configuration of an experiment: frozen dataclasses, to and from JSON."""
 
 import dataclasses
-import math
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from experiments.sampling import Sample, Sampling, override, problems
+from experiments.sampling import Sample
 
 ScheduleName = Literal[
-    "linear", "quad", "const", "jsd", "warmup10", "warmup50", "cosine"
+    "linear",
+    "quad",
+    "const",
+    "jsd",
+    "warmup10",
+    "warmup50",
+    "cosine",
+    "sigmoid",
+    "vp",
+    "sub_vp",
+    "ve",
+    "continuous_cosine",
+    "flow",
+    "learned",
 ]
+CONTINUOUS = ("vp", "sub_vp", "ve", "continuous_cosine", "flow", "learned")
 
 
 class ConfigError(ValueError):
@@ -43,19 +56,44 @@ class Diffusion:
     """The forward process and what the network learns of it."""
 
     schedule: ScheduleName = "linear"
-    """Noise schedule."""
+    """Noise schedule. From vp on they are continuous: the network learns at real times,
+    samples and bounds are made on a chain of num_steps. learned is that of VDM, and is
+    trained with the network."""
     num_steps: int = 1000
     """T, diffusion steps."""
     beta_start: float = 1e-4
-    """Variance of the first step; not used by const, jsd and cosine."""
+    """Variance of the first step; of linear, quad and the warm-ups."""
     beta_end: float = 0.02
-    """Variance of the last step; not used by jsd and cosine."""
-    prediction: Literal["eps", "x0", "v", "mean"] = "eps"
-    """What the network puts out."""
-    loss: Literal["eps", "x0", "v", "mean", "vlb"] = "eps"
-    """The coordinate of the mean squared error, or vlb: the variational bound."""
-    variance: Literal["small", "large", "learned"] = "large"
-    """Variance of the reverse steps; learned needs the loss vlb."""
+    """Variance of the last step; of linear, quad, const and the warm-ups."""
+    sigma_min: float = 0.002
+    """Least noise of ve."""
+    sigma_max: float = 80.0
+    """Most noise of ve."""
+    logsnr_shift: float = 0.0
+    """Added to the log-SNR at every time: 2 log(64 / image size) for the shifted cosine
+    of images larger than 64."""
+    prediction: Literal["eps", "x0", "v", "score", "mean", "edm", "velocity"] = "eps"
+    """What the network puts out. edm is preconditioned; velocity is eps - x0."""
+    sigma_data: float = 0.5
+    """Standard deviation of the data, for edm."""
+    loss: Literal[
+        "eps", "x0", "v", "score", "mean", "edm", "velocity", "vlb", "hybrid"
+    ] = "eps"
+    """The coordinate of the mean squared error; or vlb, the variational bound (of a
+    continuous schedule that in continuous time); or hybrid: eps, and a little of the
+    bound that reaches only the learned variance."""
+    weighting: Literal["simple", "min_snr", "p2", "sigmoid", "edm"] = "simple"
+    """Of the loss eps, as a function of log-SNR; simple is 1 everywhere."""
+    weighting_value: float | None = None
+    """gamma of min_snr (5 when not given) and of p2 (1), bias of sigmoid (-3)."""
+    variance: Literal["small", "large", "learned", "range"] = "large"
+    """Variance of the reverse steps. learned and range, between small and large in
+    logarithms, need the loss vlb or hybrid."""
+    spread: Literal["uniform", "low_discrepancy", "antithetic"] = "uniform"
+    """How the times of a batch are spread: each on its own, evenly, or in pairs."""
+    density: Literal["uniform", "importance", "log_normal", "logit_normal"] = "uniform"
+    """Which times are drawn more often: none; those of a large loss (discrete
+    schedules); log-normal noise, or logit-normal times (continuous schedules)."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +119,14 @@ class Net:
     gradient is taken inside a loop."""
     remat: bool = False
     """Whether to compute activations again instead of storing them."""
+    classes: int = 0
+    """Classes to condition on; 0 for none. The data must have as many labels."""
+    label_dropout: float = 0.1
+    """With classes: share of labels left out in training, so that the network can also
+    do without, as classifier-free guidance asks of it."""
+    fourier: tuple[int, ...] = ()
+    """With each n the network also sees sin and cos of 2^n pi x: fine detail, for the
+    bound."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +150,15 @@ class Optimizer:
     replicas: int = 8
     """Parts of the batch that the official preset clips one by one: the TPU cores of
     the original."""
-    ema_decay: float = 0.9999
-    """Decay of the moving average a step."""
+    ema_decay: tuple[float, ...] = (0.9999,)
+    """Decay of the moving average a step; of several, the first is the one to sample
+    from."""
+    ema_lengths: tuple[float, ...] = ()
+    """Lengths of power-function averages beside them, as shares of the run: 0.05 0.1,
+    say."""
+    ema_snapshots: int = 0
+    """Steps between two snapshots of the power-function averages, from which an average
+    of any length can be made afterwards; 0 for none."""
 
 
 @dataclass(frozen=True)
@@ -181,22 +234,6 @@ def replace(config: Config, section: str, **fields: Any) -> Config:
     return dataclasses.replace(config, **{section: changed})
 
 
-def with_sampling(config: Config, sampling: Sampling) -> Config:
-    """Returns the configuration with another way to sample.
-
-    Raises:
-      ConfigError: a value out of range.
-    """
-    chosen = override(config.sample, sampling)
-    changed = dataclasses.replace(config, sample=chosen)
-    try:
-        validate(changed)
-    except ConfigError as error:
-        # What training calls --sample.eta is --eta where samples are drawn.
-        raise ConfigError(str(error).replace("--sample.", "--")) from None
-    return changed
-
-
 def to_dict(config: Config) -> dict[str, Any]:
     """Returns the configuration as JSON has it (tuples are lists)."""
     return typing.cast(dict[str, Any], _jsonable(dataclasses.asdict(config)))
@@ -242,7 +279,7 @@ def differences(old: Config, new: Config) -> list[str]:
     may: tuple[str, ...] = MAY_CHANGE
     if new.optimizer.decay == "constant":
         may += ("train.steps",)
-    before, after = _flat(to_dict(old)), _flat(to_dict(new))
+    before, after = flat(to_dict(old)), flat(to_dict(new))
     return [
         f"{key}: {before.get(key)} -> {after[key]}"
         for key in after
@@ -252,118 +289,11 @@ def differences(old: Config, new: Config) -> list[str]:
     ]
 
 
-def validate(config: Config) -> None:
-    """Raises ConfigError where a value is out of range or two do not fit together."""
-    for key, value in _flat(to_dict(config)).items():
-        low = _AT_LEAST.get(key)
-        if low is not None and value is not None and not value >= low:
-            _fail(key, f"at least {low}", value)
-    data, diffusion, net = config.data, config.diffusion, config.net
-    train, optimizer = config.train, config.optimizer
-    if not config.name or "/" in config.name or config.name.startswith("."):
-        _fail("name", "a plain folder name", repr(config.name))
-    if data.channels not in (1, 3):
-        _fail("data.channels", "1 or 3", data.channels)
-    factor = 2 ** (len(net.multipliers) - 1)
-    if not net.multipliers or data.image_size % factor:
-        _fail(
-            "data.image_size",
-            f"a multiple of {factor}, since there are {len(net.multipliers)} levels",
-            data.image_size,
-        )
-    for multiplier in net.multipliers:
-        if multiplier < 1 or net.channels * multiplier % net.groups:
-            _fail(
-                "net.channels times each of net.multipliers",
-                f"a multiple of net.groups = {net.groups}",
-                net.channels * multiplier,
-            )
-    sides = {data.image_size // 2**i for i in range(len(net.multipliers))}
-    for side in net.attention:
-        if side not in sides:
-            _fail("net.attention", f"among the resolutions {sorted(sides)}", side)
-    if not 0 <= net.dropout < 1:
-        _fail("net.dropout", "at least 0 and below 1", net.dropout)
-    if not 0 < diffusion.beta_start <= diffusion.beta_end < 1:
-        ends = f"{diffusion.beta_start} and {diffusion.beta_end}"
-        _fail("diffusion.beta_start and beta_end", "0 < start <= end < 1", ends)
-    if config.sample.variance == "learned" and diffusion.variance != "learned":
-        _fail("sample.variance", "one that the network was trained for", "learned")
-    for name, must, got in problems(config.sample):
-        _fail(f"sample.{name}", must, got)
-    if diffusion.variance == "learned" and diffusion.loss != "vlb":
-        _fail("diffusion.loss", "vlb where the variance is learned", diffusion.loss)
-    for name in ("ema_decay", "b2"):
-        value = getattr(optimizer, name)
-        if not 0 <= value < 1:
-            _fail(f"optimizer.{name}", "at least 0 and below 1", value)
-    for name in ("learning_rate", "clip_norm"):
-        value = getattr(optimizer, name)
-        if not (value > 0 and math.isfinite(value)):
-            _fail(f"optimizer.{name}", "above 0 and finite", value)
-    if optimizer.decay == "cosine" and optimizer.warmup >= train.steps:
-        _fail(
-            "optimizer.warmup", f"below train.steps = {train.steps}", optimizer.warmup
-        )
-    if optimizer.preset == "official" and train.accumulate != 1:
-        _fail(
-            "train.accumulate",
-            "1 with the official preset, which cuts the batch into "
-            "optimizer.replicas parts already",
-            train.accumulate,
-        )
-    parts = micro_batches(config)
-    if train.batch_size % parts:
-        _fail("train.batch_size", f"a multiple of {parts}", train.batch_size)
-    if config.sample.steps is not None and config.sample.steps > diffusion.num_steps:
-        _fail(
-            "sample.steps",
-            f"at most diffusion.num_steps = {diffusion.num_steps}",
-            config.sample.steps,
-        )
-
-
-def require_positive(options: Any, *names: str) -> None:
-    """Raises ConfigError where one of a command's options is given and below 1."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            _fail(name, "at least 1", value)
-
-
 def micro_batches(config: Config) -> int:
     """Returns the number of parts that a batch is cut into, on one device."""
     if config.optimizer.preset == "official":
         return config.optimizer.replicas
     return config.train.accumulate
-
-
-_AT_LEAST = {
-    "data.image_size": 4,
-    "diffusion.num_steps": 2,
-    "net.channels": 4,
-    "net.blocks": 1,
-    "net.groups": 1,
-    "optimizer.warmup": 0,
-    "optimizer.replicas": 1,
-    "train.steps": 1,
-    "train.stop_at": 1,
-    "train.batch_size": 1,
-    "train.accumulate": 1,
-    "train.devices": 1,
-    "train.seed": 0,
-    "train.log_every": 1,
-    "train.checkpoint_every": 1,
-    "train.keep": 1,
-    "sample.every": 1,
-    "sample.count": 1,
-    "sample.steps": 1,
-}
-
-
-def _fail(key: str, must: str, got: object) -> typing.NoReturn:
-    flags = key.replace("_", "-")
-    raise ConfigError(f"{key} must be {must}; got {got}. Change it with --{flags}.")
 
 
 def _names(hint: Any) -> tuple[Any, ...]:
@@ -381,11 +311,12 @@ def _jsonable(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the values of all sections as {'section.field': value}."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            found[prefix + key] = value
+    return found

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from diffusion_jax.evaluation import images
 from diffusion_jax.training import parallel
-from experiments import build, runs
+from experiments import chains, runs
 from experiments.config import Config
 
 
@@ -55,7 +55,7 @@ def to_disk(
         "weights": digest(params),
         "seed": seed,
         "count": count,
-        **build.describe_sampling(config),
+        **chains.describe_sampling(config),
     }
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     path, record = folder / f"{name}.npy", folder / f"{name}.json"
@@ -78,7 +78,7 @@ def to_disk(
         print(f"going on from sample {done:,} of {count:,}")
     share = -(-min(batch_size, count) // hosts)
     mesh = parallel.local_mesh()
-    draw = build.make_draw(config, share, mesh)
+    draw = chains.make_draw(config, share, mesh)
     params, key = jax.tree.map(np.asarray, params), jax.random.key(seed)
     quiet = host > 0 or not sys.stderr.isatty()
     bar = tqdm(total=count, initial=done, unit="image", disable=quiet)

@@ -22,10 +22,13 @@ from PIL import Image, ImageOps
 from diffusion_jax import editing, samplers
 from diffusion_jax.evaluation import images
 from diffusion_jax.gaussian import raise_unknown
+from diffusion_jax.schedule import Schedule
 from diffusion_jax.training import parallel, pixels
 from diffusion_jax.training.formats import DataError
-from experiments import arguments, build, edit_options, runs, sample, sampling
-from experiments.config import Config, ConfigError, Sampling, with_sampling
+from experiments import arguments, chains, edit_options, extras, runs, sample, sampling
+from experiments.config import Config, ConfigError
+from experiments.sampling import Sampling
+from experiments.validation import with_sampling
 
 MOST_COLUMNS = 10
 ENCODING_STEPS = 200
@@ -47,6 +50,8 @@ class Edited(NamedTuple):
 
 Draw = Callable[[Any], Edited]
 """From the weights to what is shown: all that can be wrong has been checked."""
+Rule = tuple[samplers.Sampler, Schedule]
+"""A rule with the weights at hand, and the schedule that it walks."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -60,6 +65,11 @@ def main(argv: Sequence[str]) -> int:
         config = _deterministic(loaded, shared.how)
     else:
         config = with_sampling(loaded, shared.how)
+    if config.net.classes and config.sample.label is None:
+        raise ConfigError(
+            "label must be given with a run that has classes; got none. Name the class "
+            f"of the image with --label, 0 to {config.net.classes - 1}."
+        )
     out = shared.out or run.folder / "edit" / f"{command}.png"
     if out.suffix.lower() != ".png":
         raise ConfigError(
@@ -68,8 +78,7 @@ def main(argv: Sequence[str]) -> int:
         )
     draw = COMMANDS[command][1](config, options)
     parallel.persistent_cache(run.folder.parent.resolve() / ".cache")
-    params, step = sample.load_params(config, run, raw=shared.raw, step=shared.step)
-    kind = "last" if shared.raw else "averaged"
+    params, step, kind = extras.load(config, run, shared.which)
     print(f"{run.folder}: {kind} weights of step {step:,}")
     edited = draw(params)
     folder = out.with_suffix("")
@@ -126,10 +135,11 @@ def coarse_to_fine(config: Config, options: edit_options.CoarseToFine) -> Draw:
 def _between(config: Config, options: Any, depths: Sequence[int]) -> Draw:
     a, b = read_pair(config, options)
     fractions = np.linspace(0, 1, options.count)
-    levels, grid = build.sampling_schedule(config), build.make_grid(config)
+    grid = chains.make_grid(config)
 
-    def mix(rule: samplers.Sampler, key: jax.Array, a: Any, b: Any, t: Any) -> Any:
-        return editing.interpolate(key, rule, levels, grid, a, b, t, fractions)[0]
+    def mix(rule: Rule, key: jax.Array, a: Any, b: Any, t: Any) -> Any:
+        made, levels = rule
+        return editing.interpolate(key, made, levels, grid, a, b, t, fractions)[0]
 
     def draw(params: Any) -> Edited:
         draws = at_depth(config, mix, a.shape)
@@ -147,13 +157,14 @@ def slerp(config: Config, options: edit_options.Slerp) -> Draw:
     """Returns what draws the arc between two encodings."""
     a, b = read_pair(config, options)
     fractions = np.linspace(0, 1, options.count, dtype=np.float32)
-    grid = build.make_grid(config)
+    grid = chains.make_grid(config)
 
-    def arc(rule: samplers.Sampler, key: jax.Array, a: Any, b: Any) -> jax.Array:
-        ends = editing.encode(rule, grid, jnp.concatenate([a, b]))
+    def arc(rule: Rule, key: jax.Array, a: Any, b: Any) -> jax.Array:
+        made, _ = rule
+        ends = editing.encode(made, grid, jnp.concatenate([a, b]))
         many = jnp.repeat(ends[:, None], len(fractions), axis=1)
         start = editing.slerp(many[0], many[1], fractions)
-        return samplers.sample(key, rule, grid, start.shape, start=start)
+        return samplers.sample(key, made, grid, start.shape, start=start)
 
     def draw(params: Any) -> Edited:
         key = jax.random.key(options.shared.seed)
@@ -173,7 +184,7 @@ def inpaint(config: Config, options: edit_options.Inpaint) -> Draw:
     image = read(config, options.image, "IMAGE")
     white = read_mask(config, options)
     grid = editing.repaint_grid(
-        build.make_grid(config), options.jump, options.resamples
+        chains.make_grid(config), options.jump, options.resamples
     )
     if options.resamples > 1 and has_memory(config, image.shape):
         raise ConfigError(
@@ -181,10 +192,12 @@ def inpaint(config: Config, options: edit_options.Inpaint) -> Draw:
             f"{options.resamples} with {config.sample.sampler}. Use ddpm or ddim."
         )
 
-    def paint(rule: samplers.Sampler, key: jax.Array, image: Any) -> jax.Array:
-        rule = editing.inpaint(rule, build.sampling_schedule(config), image, ~white)
+    def paint(rule: Rule, key: jax.Array, image: Any) -> jax.Array:
+        painted = editing.inpaint(*rule, image, ~white)
         shape = (options.count, *image.shape[1:])
-        return samplers.sample(key, rule, grid, shape)
+        return samplers.sample(key, painted, grid, shape, start_std=std)
+
+    std = chains.start_std(config)
 
     def draw(params: Any) -> Edited:
         key = jax.random.key(options.shared.seed)
@@ -207,10 +220,12 @@ def colorize(config: Config, options: edit_options.Colorize) -> Draw:
         )
     grey = to_float(read(config, options.image, "IMAGE")).mean(-1, keepdims=True)
 
-    def paint(rule: samplers.Sampler, key: jax.Array, grey: Any) -> jax.Array:
-        rule = editing.colorize(rule, build.sampling_schedule(config), grey)
+    grid, std = chains.make_grid(config), chains.start_std(config)
+
+    def paint(rule: Rule, key: jax.Array, grey: Any) -> jax.Array:
         shape = (options.count, *grey.shape[1:3], 3)
-        return samplers.sample(key, rule, build.make_grid(config), shape)
+        painted = editing.colorize(*rule, grey)
+        return samplers.sample(key, painted, grid, shape, start_std=std)
 
     def draw(params: Any) -> Edited:
         key = jax.random.key(options.shared.seed)
@@ -228,11 +243,12 @@ def vary(config: Config, options: edit_options.Vary) -> Draw:
     depth = half if options.depth is None else options.depth
     _check_depths(config, (depth,), least=1)
     image = read(config, options.image, "IMAGE")
-    levels, grid = build.sampling_schedule(config), build.make_grid(config)
+    grid = chains.make_grid(config)
 
-    def again(rule: samplers.Sampler, key: jax.Array, image: Any, t: Any) -> jax.Array:
+    def again(rule: Rule, key: jax.Array, image: Any, t: Any) -> jax.Array:
+        made, levels = rule
         many = jnp.broadcast_to(image, (options.count, *image.shape[1:]))
-        return editing.vary(key, rule, levels, grid, many, t)
+        return editing.vary(key, made, levels, grid, many, t)
 
     def draw(params: Any) -> Edited:
         key = jax.random.key(options.shared.seed)
@@ -258,12 +274,14 @@ def compiled(config: Config, edit: Callable[..., jax.Array]) -> Callable[..., An
 
     Args:
       config: of the run, with the way to sample.
-      edit: from the rule with these weights, and the arrays, to images about [-1, 1].
+      edit: from the rule with these weights and its schedule, and the arrays, to
+        images about [-1, 1].
     """
 
     @jax.jit
     def run(params: Any, *arrays: Any) -> jax.Array:
-        return edit(build.make_sampler(config, params), *arrays)
+        levels = chains.sampling_schedule(config, params)
+        return edit((chains.make_sampler(config, params), levels), *arrays)
 
     return lambda *args: images.to_uint8(np.asarray(run(*args)))
 
@@ -285,7 +303,7 @@ def at_depth(
     def draws(params: Any, *args: Any) -> Any:
         *arrays, depth = args
 
-        def here(rule: samplers.Sampler, *arrays: Any) -> jax.Array:
+        def here(rule: Rule, *arrays: Any) -> jax.Array:
             return edit(rule, *arrays, depth)
 
         return compiled(config, here)(params, *arrays)
@@ -295,8 +313,8 @@ def at_depth(
 
 def has_memory(config: Config, shape: tuple[int, ...]) -> bool:
     """Returns whether the rule carries something on; the network is not asked."""
-    rule = build.make_rule(config, _unasked)
-    return bool(jax.tree.leaves(rule.init(jnp.zeros(shape), build.make_grid(config))))
+    rule = chains.make_rule(config, _unasked, chains.known_chain(config))
+    return bool(jax.tree.leaves(rule.init(jnp.zeros(shape), chains.make_grid(config))))
 
 
 def read(config: Config, path: Path, name: str) -> np.ndarray:
@@ -419,7 +437,7 @@ def _deterministic(config: Config, how: Sampling) -> Config:
 
 def _first_time(config: Config) -> int:
     """Returns the noisiest time of the grid: T, or a little less."""
-    return int(build.make_grid(config)[0])
+    return int(chains.make_grid(config)[0])
 
 
 def _check_depths(config: Config, depths: Sequence[int], *, least: int) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import tyro
 
 from experiments.sampling import Sampling
+from experiments.weights import Weights
 
 
 def _file(name: str) -> Any:
@@ -22,10 +23,9 @@ class Shared:
     )
     seed: int = 0
     """Of the noise."""
-    raw: bool = False
-    """Whether to use the last weights instead of their moving average."""
-    step: int | None = None
-    """Checkpoint to use, in training steps; the latest when not given."""
+    which: tyro.conf.OmitArgPrefixes[Weights] = dataclasses.field(
+        default_factory=Weights
+    )
     out: Path | None = None
     """The picture, FILE.png; edit/COMMAND.png in the run's folder when not given."""
 

@@ -24,20 +24,19 @@ from diffusion_jax.training.pixels import IMAGE_ENDINGS
 from experiments import (
     arguments,
     build,
+    chains,
     draws,
     extractors,
+    extras,
+    learning,
     reference,
     runs,
-    sample,
     sampling,
 )
-from experiments.config import (
-    Config,
-    ConfigError,
-    Sampling,
-    require_positive,
-    with_sampling,
-)
+from experiments.config import Config, ConfigError
+from experiments.sampling import Sampling
+from experiments.validation import require_positive, with_sampling
+from experiments.weights import Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +70,11 @@ class Options:
     )
     batch_size: int = 64
     """Images at a time, over all devices."""
-    raw: bool = False
-    """Whether to use the last weights instead of their moving average."""
+    which: tyro.conf.OmitArgPrefixes[Weights] = dataclasses.field(
+        default_factory=Weights
+    )
     untrained: bool = False
     """Whether to use the weights that training began with, as a yardstick."""
-    step: int | None = None
-    """Checkpoint to use, in training steps; the latest when not given."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -120,7 +118,9 @@ def main(argv: Sequence[str]) -> int:
     result = summary(extractor, real, scores, about, options, count, config)
     show(result, extractor)
     out = run.folder / "eval"
-    kind = "untrained" if options.untrained else "raw" if options.raw else ""
+    kind = "untrained" if options.untrained else "raw" if options.which.raw else ""
+    if options.which.average is not None:
+        kind = f"average_{options.which.average:g}"
     kind = "given" if given is not None else kind
     written = out / f"fid{'_' * bool(kind)}{kind}.json"
     runs.write_json(written, result)
@@ -142,10 +142,10 @@ def validate(options: Options, extractor: extractors.Extractor, count: int) -> N
             f"{extractor.name}: fewer samples have no covariance to compare; got "
             f"{count}. Give more samples, or --extractor classifier."
         )
-    if options.untrained and (options.raw or options.step is not None):
+    if options.untrained and options.which != Weights():
         raise ConfigError(
-            "untrained must stand alone; got --raw or --step as well. Evaluate one "
-            "set of weights at a time."
+            "untrained must stand alone; got --raw, --average or --step as "
+            "well. Evaluate one set of weights at a time."
         )
 
 
@@ -236,12 +236,9 @@ def draw(
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Returns samples of the run, and what has to be known of them."""
     if options.untrained:
-        params, step, kind = build.init_state(config).params, 0, "untrained"
+        params, step, kind = learning.init_state(config).params, 0, "untrained"
     else:
-        params, step = sample.load_params(
-            config, run, raw=options.raw, step=options.step
-        )
-        kind = "last" if options.raw else "averaged"
+        params, step, kind = extras.load(config, run, options.which)
     drawn = draws.to_disk(
         run.folder / "eval" / "samples",
         config,
@@ -254,9 +251,9 @@ def draw(
         "weights": kind,
         "weights_sha256": draws.digest(params),
         "training_step": step,
-        **build.describe_sampling(config),
+        **chains.describe_sampling(config),
     }
-    about["evaluations_per_sample"] = build.count_evaluations(config, params)
+    about["evaluations_per_sample"] = chains.count_evaluations(config, params)
     return drawn, about
 
 

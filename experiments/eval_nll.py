@@ -19,12 +19,15 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from diffusion_jax import continuous, gaussian, likelihood, ode
+from diffusion_jax import continuous, likelihood, ode
 from diffusion_jax.evaluation import images
 from diffusion_jax.schedule import is_discrete
 from diffusion_jax.training import data, parallel
-from experiments import arguments, build, runs, sample
-from experiments.config import Config, ConfigError, require_positive
+from experiments import arguments, build, chains, extras, runs
+from experiments.config import Config, ConfigError
+from experiments.sampling import Variance
+from experiments.validation import require_positive
+from experiments.weights import Weights
 
 BEGINNING = 10
 
@@ -41,18 +44,18 @@ class Options:
     """Images to evaluate: those trained on, or the official test images."""
     max_images: int | None = None
     """Evaluate only so many images, drawn at random; the result says so."""
-    variance: Literal["small", "large", "learned"] | None = None
-    """Variance of the reverse steps; the configured one when not given."""
+    variance: Variance | None = None
+    """Variance of the reverse steps; the configured one when not given. analytic is
+    the best there is for the network, estimated from the training images."""
     batch_size: int = 64
     """Images at a time, over all devices."""
     chunk: int = 1
     """Diffusion steps at a time: more is faster on an accelerator and takes memory."""
     seed: int = 0
     """Of the noise and of the choice of images."""
-    raw: bool = False
-    """Whether to use the last weights instead of their moving average."""
-    step: int | None = None
-    """Checkpoint to use, in training steps; the latest when not given."""
+    which: tyro.conf.OmitArgPrefixes[Weights] = dataclasses.field(
+        default_factory=Weights
+    )
     rate_distortion: bool = False
     """Whether to print and plot rate and distortion over the reverse steps."""
     ode: bool = False
@@ -94,19 +97,30 @@ def main(argv: Sequence[str]) -> int:
     config = runs.read_config(run)
     dataset = build.load_data(config, split=options.split)
     parallel.persistent_cache(run.folder.parent.resolve() / ".cache")
-    params, step = sample.load_params(config, run, raw=options.raw, step=options.step)
+    variance = options.variance or config.diffusion.variance
+    params, step, kind = extras.load(config, run, options.which, variance=variance)
     chosen = choose(len(dataset.images), options)
+    about = {
+        "data": config.data.source,
+        "split": options.split,
+        "images": len(chosen),
+        "subset": len(chosen) < len(dataset.images),
+        "weights": kind,
+        "training_step": step,
+        "seed": options.seed,
+        "versions": runs.versions(),
+    }
     out = run.folder / "eval"
     if options.ode:
         found = evaluate_ode(config, params, dataset, chosen, options)
-        result = summary_ode(config, options, found, step, len(dataset.images))
+        result = summary_ode(options, found, about)
         show_ode(run, result)
         path = out / f"nll_ode_{options.split}.json"
         runs.write_json(path, result)
         print(f"written: {path}")
         return 0
     sums = evaluate(config, params, dataset, chosen, options)
-    result = summary(config, options, sums, step, len(dataset.images))
+    result = summary(config, options, sums, about)
     show(run, result)
     runs.write_json(out / f"nll_{options.split}.json", result)
     print(f"written: {out / f'nll_{options.split}.json'}")
@@ -162,41 +176,46 @@ def evaluate(
         disable=not sys.stderr.isatty(),
     )
     with bar:
-        for batch, count in batches(dataset, chosen, options, mesh):
+        for batch, count in batches(
+            dataset, chosen, options, mesh, labelled=config.net.classes > 0
+        ):
             sums.add(compiled(params, batch), count)
             bar.update(count * steps)
     return sums
 
 
 def batches(
-    dataset: data.Dataset, chosen: np.ndarray, options: Options, mesh: Any
+    dataset: data.Dataset,
+    chosen: np.ndarray,
+    options: Options,
+    mesh: Any,
+    *,
+    labelled: bool,
 ) -> Iterator[tuple[dict[str, jax.Array], int]]:
-    """Yields batches of images and their numbers, and how many of each count."""
+    """Yields batches of images, numbers and labels, and how many of each count."""
     size = -(-min(options.batch_size, len(chosen)) // mesh.size) * mesh.size
     for begin in range(0, len(chosen), size):
         indices = chosen[begin : begin + size]
         # A ragged last batch is filled up with its last image, and cut again.
         padded = np.pad(indices, (0, size - len(indices)), mode="edge")
-        batch = data.batch_at(dataset, padded)["image"]
+        found = data.batch_at(dataset, padded)
         index = np.pad(np.arange(begin, begin + len(indices)), (0, size))[:size]
-        yield parallel.shard({"x": batch, "i": index}, mesh), len(indices)
+        batch = {"x": found["image"], "i": index}
+        if labelled:
+            batch["label"] = found["label"]
+        yield parallel.shard(batch, mesh), len(indices)
 
 
 def make_bound(
     config: Config, options: Options
 ) -> Callable[[Any, dict[str, jax.Array]], likelihood.Bound]:
     """Returns the bound of a batch of uint8 images, compiled once."""
-    net, levels = build.make_network(config), build.make_schedule(config)
-    diffusion = config.diffusion
     root = jax.random.key(options.seed)
 
     def bound(params: Any, batch: dict[str, jax.Array]) -> likelihood.Bound:
-        denoise = gaussian.denoiser(
-            lambda x, t: build.call(net, params, x, t),
-            levels,
-            diffusion.prediction,
-            clip=True,
-            learned_variance=diffusion.variance == "learned",
+        levels = build.chain_schedule(config, params)
+        denoise = chains.given_labels(
+            config, params, levels, batch.get("label"), clip=True
         )
         keys = jax.vmap(jax.random.fold_in, (None, 0))(root, batch["i"])
         x0 = batch["x"].astype(jnp.float32) / 127.5 - 1
@@ -205,7 +224,7 @@ def make_bound(
             denoise,
             levels,
             x0,
-            variance=options.variance or diffusion.variance,
+            variance=options.variance or config.diffusion.variance,
             chunk=options.chunk,
         )
 
@@ -225,7 +244,9 @@ def evaluate_ode(
     with tqdm(
         total=len(chosen), unit=" images", disable=not sys.stderr.isatty()
     ) as bar:
-        for batch, count in batches(dataset, chosen, options, mesh):
+        for batch, count in batches(
+            dataset, chosen, options, mesh, labelled=config.net.classes > 0
+        ):
             bits = compiled(params, batch)
             rows = np.stack([bits.total, bits.density.evaluations], axis=1)
             found.append(rows[:count].astype(np.float64))
@@ -245,38 +266,36 @@ def make_ode(
     config: Config, options: Options
 ) -> Callable[[Any, dict[str, jax.Array]], likelihood.OdeBits]:
     """Returns the flow's bits/dim of a batch of uint8 images, compiled once."""
-    net = build.make_network(config)
-    levels = build.make_schedule(config)
-    if is_discrete(levels):
-        levels = continuous.interpolate(levels)
-    diffusion = config.diffusion
     root = jax.random.key(options.seed)
 
     def bits(params: Any, batch: dict[str, jax.Array]) -> likelihood.OdeBits:
-        # Without a clip: what is clipped has no density.
-        denoise = gaussian.denoiser(
-            lambda x, t: build.call(net, params, x, t),
-            levels,
-            diffusion.prediction,
-            learned_variance=diffusion.variance == "learned",
-        )
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(root, batch["i"])
-        return likelihood.ode_bits_per_dim(
-            keys,
-            denoise,
-            levels,
-            batch["x"].astype(jnp.float32) / 127.5 - 1,
-            trace=options.trace,
-            probes=options.probes,
-            rtol=options.tolerance,
-            atol=options.tolerance,
-        )
+        levels = build.make_schedule(config, params)
+        if is_discrete(levels):
+            levels = continuous.interpolate(levels)
+
+        def one(index: jax.Array, x: jax.Array, label: Any) -> likelihood.OdeBits:
+            # Each image alone, beside its own label: each has its own steps. Without
+            # a clip: what is clipped has no density.
+            label = None if label is None else label[None]
+            return likelihood.ode_bits_per_dim(
+                jax.random.fold_in(root, index)[None],
+                chains.given_labels(config, params, levels, label, clip=False),
+                levels,
+                x[None].astype(jnp.float32) / 127.5 - 1,
+                trace=options.trace,
+                probes=options.probes,
+                rtol=options.tolerance,
+                atol=options.tolerance,
+            )
+
+        found = jax.vmap(one)(batch["i"], batch["x"], batch.get("label"))
+        return jax.tree.map(lambda leaf: leaf[:, 0], found)
 
     return jax.jit(bits)
 
 
 def summary_ode(
-    config: Config, options: Options, found: np.ndarray, step: int, available: int
+    options: Options, found: np.ndarray, protocol: dict[str, Any]
 ) -> dict[str, Any]:
     """Returns the flow's bits/dim and everything that belongs beside them."""
     about = {
@@ -292,12 +311,12 @@ def summary_ode(
         "quantity": "probability flow, Eq. 39 of Song et al. 2021",
         **_mean(found[:, 0]),
         **about,
-        **_protocol(config, options, len(found), step, available),
+        **protocol,
     }
 
 
 def summary(
-    config: Config, options: Options, sums: Sums, step: int, available: int
+    config: Config, options: Options, sums: Sums, protocol: dict[str, Any]
 ) -> dict[str, Any]:
     """Returns everything that belongs beside the number, as JSON has it."""
     count = len(sums.totals)
@@ -313,7 +332,7 @@ def summary(
         "evaluations": count * len(terms),
         "variance": options.variance or config.diffusion.variance,
         "clip": True,
-        **_protocol(config, options, count, step, available),
+        **protocol,
     }
 
 
@@ -322,21 +341,6 @@ def _mean(totals: np.ndarray) -> dict[str, float]:
     spread = float(np.std(totals, ddof=1)) if count > 1 else math.nan
     error = spread / math.sqrt(count)
     return {"bits_per_dim": float(totals.mean()), "standard_error": error}
-
-
-def _protocol(
-    config: Config, options: Options, count: int, step: int, available: int
-) -> dict[str, Any]:
-    return {
-        "data": config.data.source,
-        "split": options.split,
-        "images": count,
-        "subset": count < available,
-        "weights": "last" if options.raw else "averaged",
-        "training_step": step,
-        "seed": options.seed,
-        "versions": runs.versions(),
-    }
 
 
 def show_ode(run: runs.Run, result: dict[str, Any]) -> None:

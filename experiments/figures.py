@@ -9,7 +9,7 @@ import numpy as np
 
 from diffusion_jax import samplers
 from diffusion_jax.evaluation import images, metrics
-from experiments import build, extractors, reference, runs
+from experiments import build, chains, extractors, reference, runs
 from experiments.config import Config, ConfigError
 
 FRAMES = 9
@@ -26,15 +26,17 @@ def chain(
     frames: int = FRAMES,
 ) -> tuple[np.ndarray, samplers.Trajectory]:
     """Returns samples, [count, H, W, C], and their chain at evenly spaced steps."""
-    grid = build.make_grid(config)
+    grid, std = chains.make_grid(config), chains.start_std(config)
     size = config.data.image_size
     shape = (count, size, size, config.data.channels)
     chosen = np.unique(np.linspace(0, len(grid) - 2, frames).astype(int)).tolist()
 
     @jax.jit
     def run(params: Any, key: jax.Array) -> Any:
-        sampler = build.make_sampler(config, params)
-        end, seen = samplers.trajectory(key, sampler, grid, shape, chosen)
+        sampler = chains.make_sampler(config, params)
+        end, seen = samplers.trajectory(
+            key, sampler, grid, shape, chosen, start_std=std
+        )
         return end, seen.x_t, seen.x0
 
     end, x_t, x0 = jax.tree.map(np.asarray, run(params, jax.random.key(seed)))
@@ -58,7 +60,7 @@ def shared(
 
     From top to bottom t is T, 3/4 T, T/2 and T/4. The first picture of a row is x_t.
     """
-    grid = build.make_grid(config)
+    grid, std = chains.make_grid(config), chains.start_std(config)
     size = config.data.image_size
     shape = (1, size, size, config.data.channels)
     parts = [int(np.argmin(np.abs(grid - grid[0] * share))) for share in SHARED_AT]
@@ -71,8 +73,8 @@ def shared(
 
     @jax.jit
     def start(params: Any) -> jax.Array:
-        sampler = build.make_sampler(config, params)
-        _, seen = samplers.trajectory(root, sampler, grid, shape, parts)
+        sampler = chains.make_sampler(config, params)
+        _, seen = samplers.trajectory(root, sampler, grid, shape, parts, start_std=std)
         return seen.x_t
 
     rows = []
@@ -80,7 +82,7 @@ def shared(
 
         @jax.jit
         def rest(params: Any, x_t: jax.Array, key: jax.Array, part: int = part) -> Any:
-            sampler = build.make_sampler(config, params)
+            sampler = chains.make_sampler(config, params)
             many = jnp.broadcast_to(x_t, (count, *shape[1:]))
             return samplers.sample(key, sampler, grid[part:], many.shape, start=many)
 

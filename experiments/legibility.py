@@ -20,8 +20,11 @@ import numpy as np
 import tyro
 
 from diffusion_jax.training import parallel
-from experiments import arguments, build, runs, sample
-from experiments.config import ConfigError, Sampling, with_sampling
+from experiments import arguments, build, extras, runs, sample
+from experiments.config import ConfigError
+from experiments.sampling import Sampling
+from experiments.validation import with_sampling
+from experiments.weights import Weights
 
 SURE = 0.9
 LEAST_CERTAINTY, LEAST_CLASS, MOST_COPIES = 0.9, 0.04, 0.02
@@ -37,6 +40,9 @@ class Options:
     """A run's folder or name; the newest in runs/ when not given."""
     count: int = 500
     """Samples to draw."""
+    which: tyro.conf.OmitArgPrefixes[Weights] = dataclasses.field(
+        default_factory=Weights
+    )
     splits: int = 4
     """Ways to halve the real images; certainty is the mean over them."""
     how: tyro.conf.OmitArgPrefixes[Sampling] = dataclasses.field(
@@ -66,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         )
     parallel.split_cpu()
     parallel.persistent_cache(run.folder.parent.resolve() / ".cache")
-    params, step = sample.load_params(config, run)
+    params, step, _ = extras.load(config, run, options.which)
     draws = sample.Options(count=options.count, seed=options.seed)
     samples = np.concatenate(list(sample.draw(config, params, draws)))
 

@@ -20,7 +20,7 @@ class Progress:
         self.step, self.last, self.images = begin, last, images_per_step
         self.shown = time.monotonic()
         self.since: tuple[int, float] | None = None
-        self.rate = 0.0
+        self.rate, self.skipped = 0.0, 0
         self.bar = None
         if self.file.isatty():
             self.bar = tqdm(
@@ -31,8 +31,12 @@ class Progress:
                 bar_format="{percentage:3.0f}% |{bar}| step {n:,}/{total:,}{postfix}",
             )
 
-    def update(self, step: int, loss: float) -> None:
-        """Shows that `step` steps are done and what the last loss was."""
+    def update(self, step: int, loss: float | None) -> None:
+        """Shows that `step` steps are done and what the last loss was; None: skipped.
+
+        `skipped` is the number of steps skipped in a row.
+        """
+        self.skipped = self.skipped + 1 if loss is None else 0
         now = time.monotonic()
         # The clock starts after a first step, which may have compiled.
         before, then = self.since or (step, now)
@@ -58,8 +62,8 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
 
-    def _text(self, loss: float) -> str:
-        text = f"loss {loss:.4f}"
+    def _text(self, loss: float | None) -> str:
+        text = "skipped" if loss is None else f"loss {loss:.4f}"
         if self.rate:
             left = int((self.last - self.step) * self.images / self.rate)
             hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60

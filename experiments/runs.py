@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import config
+from experiments import config, validation
 
 
 class Run(NamedTuple):
@@ -93,7 +93,7 @@ def read_config(run: Run) -> config.Config:
         loaded = dataclasses.replace(
             loaded, output=str(where.parent), name=where.name or loaded.name
         )
-        config.validate(loaded)
+        validation.validate(loaded)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise config.ConfigError(
             f"{run.config} must hold the configuration of a run; got {error}. Restore "

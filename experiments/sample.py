@@ -12,9 +12,12 @@ import tyro
 from tqdm import tqdm
 
 from diffusion_jax.evaluation import images
-from diffusion_jax.training import checkpoint, parallel
-from experiments import arguments, build, figures, runs, sampling
-from experiments.config import Config, Sampling, require_positive, with_sampling
+from diffusion_jax.training import parallel
+from experiments import arguments, chains, extras, figures, runs, sampling
+from experiments.config import Config
+from experiments.sampling import Sampling
+from experiments.validation import require_positive, with_sampling
+from experiments.weights import Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +43,9 @@ class Options:
     """Of the noise; image i of a seed is the same whatever the count."""
     batch_size: int = 64
     """Images at a time."""
-    raw: bool = False
-    """Whether to use the last weights instead of their moving average."""
-    step: int | None = None
-    """Checkpoint to use, in training steps; the latest when not given."""
+    which: tyro.conf.OmitArgPrefixes[Weights] = dataclasses.field(
+        default_factory=Weights
+    )
     figure: Literal["progressive", "shared", "quality"] | None = None
     """Draw a figure of the paper instead: how x0 as the network sees it comes into
     being (Fig. 6), samples that share x_t and then part (Fig. 7), or how far x0 is from
@@ -62,9 +64,8 @@ def main(argv: Sequence[str]) -> int:
     config = with_sampling(runs.read_config(run), options.how)
     parallel.split_cpu()
     parallel.persistent_cache(run.folder.parent.resolve() / ".cache")
-    params, step = load_params(config, run, raw=options.raw, step=options.step)
-    kind = "last" if options.raw else "averaged"
-    how = sampling.describe(build.describe_sampling(config))
+    params, step, kind = extras.load(config, run, options.which)
+    how = sampling.describe(chains.describe_sampling(config))
     print(f"{run.folder}: {kind} weights of step {step:,}, {how}")
 
     if options.figure is not None:
@@ -106,31 +107,10 @@ def draw_figure(config: Config, params: Any, run: runs.Run, options: Options) ->
     return 0
 
 
-def load_params(
-    config: Config, run: runs.Run, *, raw: bool = False, step: int | None = None
-) -> tuple[Any, int]:
-    """Returns the weights of a checkpoint and its step.
-
-    Args:
-      config: the run's configuration.
-      run: where the checkpoints are.
-      raw: the last weights instead of their moving average.
-      step: which checkpoint; the latest when not given.
-
-    Raises:
-      CheckpointError: there is none.
-    """
-    like = jax.eval_shape(lambda: build.init_state(config))
-    sharding = parallel.replicated(parallel.make_mesh())
-    with checkpoint.open_folder(run.checkpoints, read_only=True) as manager:
-        state, _ = checkpoint.restore(manager, like, sharding, step)
-    return (state.params if raw else state.ema_params), int(state.step)
-
-
 def draw(config: Config, params: Any, options: Options) -> Iterator[np.ndarray]:
     """Yields batches of uint8 images, [B, H, W, C], options.count in all."""
     size = min(options.batch_size, options.count)
-    sampler = build.make_draw(
+    sampler = chains.make_draw(
         config,
         size,
         parallel.make_mesh(),

@@ -16,6 +16,7 @@ Rule = Literal[
     "ode",
 ]
 Grid = Literal["uniform", "quadratic", "logsnr", "karras"]
+Variance = Literal["small", "large", "learned", "range", "analytic"]
 Order = Literal["1", "2", "3", "2S", "2M", "3M", "SDE"]
 
 
@@ -42,6 +43,13 @@ RULES: dict[Rule, Taken] = {
     "ode": Taken({"tolerance": 1e-3}, None),
 }
 ORDERS = {"dpm_solver_pp": ("1", "2S", "2M", "3M", "SDE"), "unipc": ("1", "2", "3")}
+EXTRAS = (
+    "threshold",
+    "label",
+    "guidance",
+    "guidance_interval",
+    "classifier_guidance",
+)
 OPTIONS = sorted({name for taken in RULES.values() for name in taken.options})
 
 
@@ -57,8 +65,9 @@ class Sampling:
     grid: Grid | None = None
     """Which times the steps go through: evenly spaced, denser near the data, evenly
     spaced in log-SNR, or as Karras et al. 2022."""
-    variance: Literal["small", "large", "learned"] | None = None
-    """Variance of the reverse steps of ddpm."""
+    variance: Variance | None = None
+    """Variance of the reverse steps of ddpm; analytic is the best there is for the
+    network, estimated once from the data."""
     eta: float | None = None
     """Noise of ddim, from 0 (none, the default) to 1 (as much as ddpm)."""
     order: Order | None = None
@@ -78,6 +87,15 @@ class Sampling:
     """Of ode: error that a step may make, relative and absolute."""
     threshold: float | None = None
     """Dynamic thresholding in the place of the clip: a percentile, such as 0.995."""
+    label: int | None = None
+    """Class to draw, of a network with classes; all in turn when not given."""
+    guidance: float | None = None
+    """Classifier-free guidance: 1 is none, more is more of the class."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide only where sigma / alpha is above the first and at most the second."""
+    classifier_guidance: float | None = None
+    """Guidance by the run's noisy classifier (train_noisy_classifier), of any network:
+    0 is none."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +106,7 @@ class Sample(Sampling):
     """Sampling rule; each has its own defaults for what is not given."""
     steps: int | None = None
     """Reverse steps; for ddpm all T when not given."""
-    variance: Literal["small", "large", "learned"] | None = None
+    variance: Variance | None = None
     """Variance of the reverse steps of ddpm; diffusion.variance when not given."""
     every: int = 10_000
     """Steps between two grids; the last step always has one."""
@@ -125,8 +143,9 @@ def resolve(sample: Sample, num_steps: int) -> dict[str, Any]:
         found[name] = default if value is None else value
     # A solver that adapts would find the corners of a clip, and go through them slowly.
     found["clip"] = sample.clip and rule != "ode"
-    if sample.threshold is not None:
-        found["threshold"] = sample.threshold
+    for name in EXTRAS:
+        if getattr(sample, name) is not None:
+            found[name] = getattr(sample, name)
     return found
 
 
@@ -137,7 +156,8 @@ def describe(found: dict[str, Any]) -> str:
     '10 steps of unipc (order 2, uniform grid)'
     """
     rule: Rule = found["sampler"]
-    said = [f"{name.replace('_', ' ')} {found[name]}" for name in RULES[rule].options]
+    names = [*RULES[rule].options, *(name for name in EXTRAS if name in found)]
+    said = [f"{name.replace('_', ' ')} {found[name]}" for name in names]
     if "grid" not in found:
         return f"{rule} ({', '.join(said)})"
     said.append(f"{found['grid']} grid")
@@ -170,6 +190,9 @@ def problems(sample: Sample) -> list[tuple[str, str, object]]:
         "step_size": ("above 0 and at most 2", lambda v: 0 < v <= 2),
         "tolerance": ("above 0 and below 1", lambda v: 0 < v < 1),
         "threshold": ("above 0 and at most 1", lambda v: 0 < v <= 1),
+        "guidance": ("at least 0", lambda v: v >= 0),
+        "guidance_interval": ("rising, from 0", lambda v: 0 <= v[0] < v[1]),
+        "classifier_guidance": ("at least 0", lambda v: v >= 0),
     }
     return [
         (name, must, getattr(sample, name))

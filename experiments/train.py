@@ -17,15 +17,30 @@ import numpy as np
 from diffusion_jax.evaluation import images
 from diffusion_jax.training import checkpoint, data, parallel
 from diffusion_jax.training.state import TrainState
-from experiments import arguments, build, runs
+from experiments import arguments, build, chains, learning, runs, weights
 from experiments.config import Config, ConfigError, differences, to_dict
 from experiments.progress import Progress
+
+# Steps in a row without a finite loss, after which a run is given up.
+MOST_SKIPPED = 20
+
+
+class DivergedError(ConfigError):
+    """A run whose loss is not finite any more."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Trains as the arguments say; returns the exit code."""
+    return train(arguments.parse(argv, prog="python -m experiments.train"))
+
+
+def train(config: Config) -> int:
+    """Trains, or goes on where the run stopped; returns the exit code.
+
+    Raises:
+      ConfigError: the folder holds another run, or this one diverged.
+    """
     started = time.monotonic()
-    config = arguments.parse(argv, prog="python -m experiments.train")
     if jax.process_count() > 1:
         raise ConfigError(
             "training must be on one host, with any number of devices; got "
@@ -69,11 +84,13 @@ def start(config: Config, run: runs.Run, mesh: Any, manager: Any) -> Any:
         runs.write_json(run.config, to_dict(config))
         for path in (run.metrics, run.speed):
             path.write_text("")
-        return jax.device_put(build.init_state(config), replicated), []
-    like = jax.eval_shape(lambda: build.init_state(config))
+        weights.cut_snapshots(run, 0)
+        return jax.device_put(learning.init_state(config), replicated), []
+    like = jax.eval_shape(lambda: learning.init_state(config))
     state, meta = checkpoint.restore(manager, like, replicated)
     for path in (run.metrics, run.speed):
         runs.cut_lines(path, int(state.step))
+    weights.cut_snapshots(run, int(state.step))
     runs.write_json(run.config, to_dict(config))
     return state, meta["pending"]
 
@@ -108,27 +125,30 @@ def loop(
     requested: list[int],
 ) -> TrainState:
     """Returns the state after the last step, or after the one at which to stop."""
-    train, sample = config.train, config.sample
-    step_fn = build.make_step(config, mesh)
-    draw = build.make_draw(config, sample.count, mesh)
-    begin, last = int(state.step), min(train.steps, train.stop_at or train.steps)
-    shown = Progress(begin, train.steps, train.batch_size)
+    plan, sample = config.train, config.sample
+    step_fn = learning.make_step(config, mesh)
+    draw = chains.make_draw(config, sample.count, mesh)
+    begin, last = int(state.step), min(plan.steps, plan.stop_at or plan.steps)
+    shown = Progress(begin, plan.steps, plan.batch_size)
     waiting: list[tuple[int, Any]] = []
     for step in range(begin, last):
         state, metrics = step_fn(state, batch_of(config, dataset, step))
         waiting.append((step + 1, metrics))
         stop = step + 1 == last or bool(requested)
-        saves = stop or (step + 1) % train.checkpoint_every == 0
-        draws = step + 1 == train.steps or (step + 1) % sample.every == 0
+        saves = stop or (step + 1) % plan.checkpoint_every == 0
+        draws = step + 1 == plan.steps or (step + 1) % sample.every == 0
         # Metrics are read one step late: reading those of this step would leave the
         # device idle while the host prepares the next batch.
         while len(waiting) > (0 if saves or draws else 1):
             record(config, run, shown, *waiting.pop(0), pending)
         if saves:
             checkpoint.save(manager, step + 1, state, {"pending": [*pending]})
+        snaps = weights.due(config, step + 1)
+        if snaps:
+            weights.save_snapshots(run, config, state)
         if draws:
             write_grid(config, run, draw, state)
-        if saves or draws:
+        if saves or draws or snaps:
             shown.pause()
         if stop:
             break
@@ -141,8 +161,10 @@ def batch_of(config: Config, dataset: data.Dataset, step: int) -> dict[str, np.n
     size = config.train.batch_size
     indices = data.batch_indices(config.train.seed, step, len(dataset.images), size)
     mine = data.host_slice(size, jax.process_index(), jax.process_count())
-    image = data.batch_at(dataset, indices[mine])["image"]
-    return {"image": image, "position": np.arange(size, dtype=np.int32)[mine]}
+    batch = data.batch_at(dataset, indices[mine])
+    if not config.net.classes:
+        batch.pop("label", None)
+    return {**batch, "position": np.arange(size, dtype=np.int32)[mine]}
 
 
 def record(
@@ -153,20 +175,33 @@ def record(
     metrics: dict[str, jax.Array],
     pending: list[dict[str, float]],
 ) -> None:
-    """Takes in the metrics of a step; every log_every-th one writes their mean."""
+    """Takes in the metrics of a step; every log_every-th one writes their mean.
+
+    A step that was skipped, because loss or gradient was not finite, is counted; the
+    means are of the others.
+
+    Raises:
+      DivergedError: so many in a row that no later one can be hoped for.
+    """
     values = {name: float(value) for name, value in metrics.items()}
-    if not all(np.isfinite(list(values.values()))):
-        raise ConfigError(
-            f"loss and gradient must stay finite; got {values} at step {step}. Start "
-            "another run with --name NAME and a lower --optimizer.learning-rate."
+    shown.update(step, None if values["skipped"] else values["loss"])
+    pending.append({"skipped": 1.0} if values["skipped"] else values)
+    if shown.skipped >= MOST_SKIPPED:
+        raise DivergedError(
+            "loss and gradient must be finite at some steps; got none in the last "
+            f"{MOST_SKIPPED}, up to step {step}: the run has diverged. Start another "
+            "with --name NAME and a lower --optimizer.learning-rate; the last "
+            f"checkpoint is in {run.checkpoints}."
         )
-    shown.update(step, values["loss"])
-    pending.append(values)
     if step % config.train.log_every == 0:
-        names = ("loss", "grad_norm")
-        mean = {name: float(np.mean([p[name] for p in pending])) for name in names}
+        made = [p for p in pending if not p["skipped"]]
+        mean = {
+            name: float(np.mean([p[name] for p in made])) if made else None
+            for name in ("loss", "grad_norm")
+        }
+        line = {"step": step, **mean, "skipped": len(pending) - len(made)}
         pending.clear()
-        runs.append_line(run.metrics, {"step": step, **mean})
+        runs.append_line(run.metrics, line)
         speed = {"images_per_second": round(shown.rate, 1), "time": time.time()}
         runs.append_line(run.speed, {"step": step, **speed})
 
@@ -192,7 +227,7 @@ def finish(
 ) -> int:
     """Draws the loss, says where everything is, and returns the exit code."""
     step, again = int(state.step), "the same command goes on from here"
-    lines = runs.read_lines(run.metrics)
+    lines = [line for line in runs.read_lines(run.metrics) if line["loss"] is not None]
     plot = images.curve(
         [line["step"] for line in lines],
         [line["loss"] for line in lines],
@@ -206,6 +241,9 @@ def finish(
     if step < config.train.steps:
         print(f"stopped at step {step:,} as asked; without --train.stop-at {again}")
         return 0
+    skipped = sum(line["skipped"] for line in runs.read_lines(run.metrics))
+    if skipped:
+        print(f"{skipped:,} steps were skipped: their loss was not finite")
     minutes, left = divmod(round(seconds), 60)
     print(
         f"done: step {step:,}, {minutes} min {left} s since the start of this command"

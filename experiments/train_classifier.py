@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(
             f"steps must be at least 1; got {options.steps}. The default is 1500."
         )
-    config: Config = EXPERIMENTS[options.experiment].CONFIG
+    config: Config = EXPERIMENTS[options.experiment].config
     config = dataclasses.replace(
         config,
         output=options.output,

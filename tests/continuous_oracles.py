@@ -1,7 +1,7 @@
 """Closed-form truths in continuous time, in NumPy float64 and in the SDEs' own terms.
 
-`SDES` are the three of Song et al. 2021 as their paper has them; `exact_*` is what they
-do to Gaussian data.
+`SDES` are the three of Song et al. 2021 as their paper has them, `LEVELS` these and the
+continuous schedules of other papers; `exact_*` is what they do to Gaussian data.
 """
 
 from typing import NamedTuple
@@ -62,6 +62,56 @@ SDES = {
         _ve_sigma,
         np.zeros_like,
         lambda t: _ve_sigma(t) ** 2 * 2 * np.log(LARGE / SMALL),
+    ),
+}
+
+
+# Where the cosine's quarter circle is cut, and what is left of the data by the flow.
+FROM, TO = np.arctan(np.exp([-7.5, 7.5]))
+LEFT = 1e-4
+NATS = 2 * np.log(64 / 256)
+
+
+def _angle(t: np.ndarray) -> np.ndarray:
+    return FROM + (TO - FROM) * np.asarray(t, np.float64)
+
+
+def _line(t: np.ndarray) -> np.ndarray:
+    return (1 - np.asarray(t, np.float64)) + LEFT * np.asarray(t, np.float64)
+
+
+def _odds(t: np.ndarray) -> np.ndarray:
+    """sigma^2 / alpha^2 of vp with its log-SNR moved."""
+    return np.expm1(_integral(t)) * np.exp(-NATS)
+
+
+def _odds_beta(t: np.ndarray) -> np.ndarray:
+    """Of the forward equation: beta = (d odds / dt) / (1 + odds)."""
+    return _beta(t) * np.exp(_integral(t) - NATS) / (1 + _odds(t))
+
+
+LEVELS = {
+    **SDES,
+    "cosine": Sde(
+        continuous.cosine(),
+        lambda t: np.cos(_angle(t)),
+        lambda t: np.sin(_angle(t)),
+        lambda t: -(TO - FROM) * np.tan(_angle(t)),
+        lambda t: 2 * (TO - FROM) * np.tan(_angle(t)),
+    ),
+    "flow": Sde(
+        continuous.flow(),
+        _line,
+        lambda t: np.asarray(t, np.float64),
+        lambda t: -(1 - LEFT) / _line(t),
+        lambda t: 2 * t + 2 * t**2 * (1 - LEFT) / _line(t),
+    ),
+    "shifted": Sde(
+        continuous.shifted(continuous.vp(), NATS),
+        lambda t: 1 / np.sqrt(1 + _odds(t)),
+        lambda t: np.sqrt(_odds(t) / (1 + _odds(t))),
+        lambda t: -0.5 * _odds_beta(t),
+        _odds_beta,
     ),
 }
 

@@ -46,6 +46,10 @@ def betas_of(name: str, num_steps: int = T) -> np.ndarray:
 
         kept = alpha_bar((steps + 1) / num_steps) / alpha_bar(steps / num_steps)
         return np.minimum(1 - kept, 0.999)
+    if name == "sigmoid":
+        curve = scipy.special.expit(-3 + 6 * np.arange(num_steps + 1) / num_steps)
+        abar = (curve[-1] - curve) / (curve[-1] - curve[0])
+        return np.minimum(1 - abar[1:] / abar[:-1], 0.999)
     raise KeyError(name)
 
 
@@ -57,6 +61,7 @@ SCHEDULES = {
     "warmup10": lambda n=T: schedule.warmup(n, fraction=0.1),
     "warmup50": lambda n=T: schedule.warmup(n, fraction=0.5),
     "cosine": schedule.cosine,
+    "sigmoid": schedule.sigmoid,
     "from_betas": lambda n=T: schedule.from_betas(betas_of("linear", n)),
 }
 
@@ -177,7 +182,17 @@ def output_of(
     """What a perfect network of this kind puts out."""
     x_t = truth.q_sample(x0, eps, t)
     alpha, sigma = wide(truth.alphas[t]), wide(truth.sigmas[t])
-    outputs = {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0}
+    # Table 1 of Karras et al. 2022 at x = x_t / alpha, with 0.5 for sigma_data.
+    x, ratio = x_t / alpha, sigma / alpha
+    skip, out = 0.25 / (ratio**2 + 0.25), 0.5 * ratio / np.sqrt(ratio**2 + 0.25)
+    outputs = {
+        "eps": eps,
+        "x0": x0,
+        "v": alpha * eps - sigma * x0,
+        "score": -eps / sigma,
+        "edm": (x0 - skip * x) / out,
+        "velocity": eps - x0,
+    }
     return outputs[kind] if kind in outputs else truth.posterior_mean(x0, x_t, t)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from transforms import SHAPE, Row, T, network, wide_network
 
 from diffusion_jax import (
+    analytic,
     continuous,
     editing,
     gaussian,
@@ -25,8 +26,8 @@ from diffusion_jax import (
 
 # Not functions of arrays: they raise and do no more, or are of NumPy, or count.
 NOT_OF_ARRAYS = {
-    "gaussian.raise_unknown",
     "likelihood.rate_distortion",
+    "prediction.raise_unknown",
     "samplers.check_grid",
     "samplers.count_evaluations",
     "samplers.counted",
@@ -40,7 +41,7 @@ def _made(made: Callable) -> Callable:
 
 
 def _denoise(kind: str, **options: Any) -> Callable:
-    net = wide_network if "learned_variance" in options else network
+    net = wide_network if "variance" in options else network
 
     def fn(x: jax.Array, t: jax.Array) -> Any:
         made = schedule.linear(T)
@@ -51,9 +52,10 @@ def _denoise(kind: str, **options: Any) -> Callable:
 
 
 def _rule(made: schedule.Schedule, variance: str) -> samplers.Sampler:
-    learned = variance == "learned"
-    net = wide_network if learned else network
-    denoise = gaussian.denoiser(net, made, "v", learned_variance=learned)
+    net = wide_network if variance in ("learned", "range") else network
+    denoise = gaussian.denoiser(net, made, "v", variance=variance)
+    if variance == "analytic":
+        denoise = analytic.attach(denoise, np.linspace(0, 0.5, T + 1))
     return samplers.ddpm(denoise, made, variance=variance)
 
 
@@ -122,9 +124,15 @@ def _trajectory(x: jax.Array, index: jax.Array) -> Any:
     return end, *path.x_t, *path.x0
 
 
+def _with_variances(
+    x0: jax.Array, eps: jax.Array, log: jax.Array
+) -> gaussian.Prediction:
+    return gaussian.Prediction(x0, eps, log, jax.nn.sigmoid(log), jnp.exp(log))
+
+
 def _p_sample(variance: str) -> Callable:
     def fn(keys, x0, x, log, level, prev_level):
-        pred = gaussian.Prediction(x0, x0, log)
+        pred = _with_variances(x0, x0, log)
         return gaussian.p_sample(keys, pred, x, level, prev_level, variance=variance)
 
     return fn
@@ -132,7 +140,7 @@ def _p_sample(variance: str) -> Callable:
 
 def _vlb(variance: str) -> Callable:
     def fn(x0, x, y, log, t):
-        pred = gaussian.Prediction(x0 + 0.05 * y, x0, log)
+        pred = _with_variances(x0 + 0.05 * y, x0, log)
         return losses.vlb(pred, x0, x, schedule.linear(T), t, variance=variance)
 
     return fn
@@ -272,12 +280,7 @@ ROWS = [
     ),
     Row("gaussian.denoiser", _denoise("eps"), "x t", "eps"),
     Row("gaussian.denoiser", _denoise("x0", clip=True), "x t", "clip"),
-    Row("gaussian.denoiser", _denoise("mean", learned_variance=True), "x t", "learned"),
-    Row(
-        "gaussian.learned_log_variance",
-        lambda x, log: gaussian.learned_log_variance(gaussian.Prediction(x, x, log)),
-        "x log",
-    ),
+    Row("gaussian.denoiser", _denoise("mean", variance="learned"), "x t", "learned"),
     Row("gaussian.normal", lambda keys: gaussian.normal(keys, (len(keys), 3)), "keys"),
     Row(
         "losses.sample_t",

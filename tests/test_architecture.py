@@ -11,7 +11,7 @@ PACKAGE = ROOT / "diffusion_jax"
 # A module may import those of the floors below its own. A new one needs a floor here.
 FLOORS = (
     {"schedule"},
-    {"continuous", "learned"},
+    {"continuous", "learned", "prediction"},
     {"gaussian", "weightings", "timesteps"},
     {"sde", "losses", "grids", "guidance", "analytic"},
     {"samplers"},

@@ -63,16 +63,57 @@ def test_denoiser_splits_off_the_learned_variance(clip):
     def network(x, t):
         return jnp.concatenate([0 * x, 0 * x - 5], -1)
 
-    denoise = gaussian.denoiser(network, lin, "eps", learned_variance=True, clip=clip)
+    denoise = gaussian.denoiser(network, lin, "eps", variance="learned", clip=clip)
     pred = denoise(x_t, 300)
     assert pred.x0.shape == pred.eps.shape == x_t.shape
     np.testing.assert_array_equal(pred.log_variance, jnp.full(x_t.shape, -5.0))
     np.testing.assert_array_equal(
-        gaussian.learned_log_variance(pred), pred.log_variance
+        gaussian.log_variance("learned", pred, lin(300), lin(299)), pred.log_variance
     )
     plain = gaussian.denoiser(lambda x, t: 0 * x, lin, "eps", clip=clip)(x_t, 300)
     assert plain.log_variance is None
     np.testing.assert_array_equal(plain.x0, pred.x0)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_denoiser_reads_a_range(clip):
+    """-1 means the small variance and 1 the large, without bounds (Improved DDPM)."""
+    lin, x_t = schedule.linear(), jnp.full([5, 3, 3, 1], 0.5)
+    said = jnp.array([-1.0, 0.0, 1.0, 3.0, -2.0])[:, None, None, None]
+
+    def network(x, t):
+        return jnp.concatenate([0 * x, 0 * x + said], -1)
+
+    denoise = gaussian.denoiser(network, lin, "eps", variance="range", clip=clip)
+    pred = denoise(x_t, 300)
+    expected = np.array([0, 0.5, 1, 2, -0.5])[:, None, None, None] * np.ones(x_t.shape)
+    np.testing.assert_array_equal(pred.fraction, expected)
+    assert pred.log_variance is None
+    plain = gaussian.denoiser(lambda x, t: 0 * x, lin, "eps", clip=clip)(x_t, 300)
+    assert plain.fraction is None
+    np.testing.assert_array_equal(plain.x0, pred.x0)
+
+
+def test_denoiser_feeds_edm_what_karras_feeds(x64):
+    """c_in x and c_noise = log(s) / 4, at x = x_t / alpha and s = sigma / alpha."""
+    truth, lin, seen = oracle("linear"), schedule.linear(), []
+
+    def network(x, t):
+        seen.append((x, t))
+        return 0 * x
+
+    t, x_t = np.array([1, 400, 1000]), draw(0, 3, 2)
+    denoise = gaussian.denoiser(network, lin, "edm", sigma_data=0.7, time_shift=5)
+    denoise(jnp.asarray(x_t), t)
+    alpha, sigma = truth.alphas[t], truth.sigmas[t]
+    c_in = 1 / np.sqrt((sigma / alpha) ** 2 + 0.7**2)
+    np.testing.assert_allclose(seen[0][0], (c_in / alpha)[:, None] * x_t, rtol=1e-10)
+    np.testing.assert_allclose(seen[0][1], np.log(sigma / alpha) / 4, rtol=1e-9)
+
+
+def test_unknown_variance_is_refused(refuses):
+    with refuses("'ranged'"):
+        gaussian.denoiser(None, schedule.linear(), "eps", variance="ranged")
 
 
 def test_denoiser_of_a_bfloat16_network():

@@ -22,9 +22,13 @@ from experiments import (
     sample,
     train,
     train_classifier,
+    weights,
 )
-from experiments.config import ConfigError, Sampling, with_sampling
+from experiments.config import ConfigError
 from experiments.configs import digits
+from experiments.sampling import Sampling
+from experiments.validation import with_sampling
+from experiments.weights import Weights
 
 SMALL = shlex.split(  # flags as a person types them
     """--net.channels 8 --net.multipliers 1 --net.blocks 1 --net.attention
@@ -93,7 +97,7 @@ def test_the_training_images_are_at_distance_zero_from_themselves(run, tmp_path)
 
 def test_an_interrupted_evaluation_goes_on(run, tmp_path, capsys):
     config = with_sampling(runs.read_config(run), Sampling(steps=3))
-    params, _ = sample.load_params(config, run)
+    params = weights.load(config, run, Weights())[0]
     options = {"count": 10, "seed": 3}
     whole = draws.to_disk(tmp_path, config, params, batch_size=4, **options)
     record = next(tmp_path.glob("*.json"))
@@ -116,7 +120,7 @@ def test_an_interrupted_evaluation_goes_on(run, tmp_path, capsys):
 @pytest.mark.parametrize("damage", ["cut", "gone", "other", "note", "stale"])
 def test_damaged_samples_are_drawn_again(run, tmp_path, damage):
     config = with_sampling(runs.read_config(run), Sampling(steps=2))
-    params, _ = sample.load_params(config, run)
+    params = weights.load(config, run, Weights())[0]
     options = {"count": 6, "seed": 0, "batch_size": 6}
     expected = np.array(draws.to_disk(tmp_path, config, params, **options))
     path, record = next(tmp_path.glob("*.npy")), next(tmp_path.glob("*.json"))
@@ -147,7 +151,7 @@ def test_other_weights_never_meet_old_samples(run, tmp_path):
     config = with_sampling(runs.read_config(run), Sampling(steps=2))
     other = with_sampling(config, Sampling(sampler="ddim"))
     for chosen, raw in ((config, False), (config, True), (other, False)):
-        params, _ = sample.load_params(chosen, run, raw=raw)
+        params = weights.load(chosen, run, Weights(raw=raw))[0]
         draws.to_disk(tmp_path, chosen, params, count=4, seed=0, batch_size=4)
     drawn = [np.load(path).tobytes() for path in tmp_path.glob("*.npy")]
     assert len(set(drawn)) == 3

@@ -172,6 +172,9 @@ def test_every_kind_reads_into_every_other(name, precision):
         "x0": 1.0,
         "v": 1.0,
         "mean": 1 / c0,
+        "score": 1 / alpha,
+        "velocity": 1.0,
+        "edm": 2.0,
     }
     size = 1 + abs(X0) + abs(EPS)
     bound = {"float32": 4e-6, "float64": 1e-11}[precision]
@@ -182,7 +185,8 @@ def test_every_kind_reads_into_every_other(name, precision):
         else (size + (alpha * x0_scale[kind] if kind != "v" else size)) / sigma
         for kind in gaussian.KINDS
     }
-    eps_scale["v"] = 2 * size
+    eps_scale |= {"v": 2 * size, "score": 2 * size, "velocity": 2 * size}
+    eps_scale["edm"] = 4 * size
     for kind, pred in preds.items():
         within(pred.x0, X0, bound, x0_scale[kind])
         within(pred.eps, EPS, bound, eps_scale[kind])
@@ -195,6 +199,9 @@ def test_every_kind_reads_into_every_other(name, precision):
                 "x0": x0_error,
                 "v": alpha * eps_error + sigma * x0_error,
                 "mean": (c0 + ct * alpha) * x0_error + ct * sigma * eps_error,
+                "score": (size + eps_error) / sigma,
+                "velocity": eps_error + x0_error,
+                "edm": eps_error + 2 * x0_error,
             }[other]
         )
         within(got, outputs[other], bound, scale)
@@ -203,9 +210,11 @@ def test_every_kind_reads_into_every_other(name, precision):
 @jax.jit
 def _p_samples(made, x0, x_t, keys):
     level, prev_level = steps(made)
-    pred = gaussian.Prediction(x0, x0, jnp.full_like(x0, -3.0))
+    pred = gaussian.Prediction(
+        x0, x0, jnp.full_like(x0, -3.0), jnp.full_like(x0, 0.3), jnp.full_like(x0, 0.2)
+    )
     given = jnp.linspace(0.1, 1.0, T).reshape(-1, 1, 1)
-    variances = [0.0, 1.0, "small", "large", "learned", given]
+    variances = [0.0, 1.0, *gaussian.VARIANCES, given]
     return [
         gaussian.p_sample(keys, pred, x_t, level, prev_level, variance=variance)
         for variance in variances
@@ -229,6 +238,8 @@ def test_p_sample_at_every_step(name, precision):
         truth.variance("small", TIMES),
         truth.variance("large", TIMES),
         np.full(T, np.exp(-3)),
+        truth.variance("large", TIMES) ** 0.3 * truth.variance("small", TIMES) ** 0.7,
+        truth.variance("small", TIMES) + 0.2 * c0**2,
         np.linspace(0.1, 1, T),
     ]
     for x_s, variance in zip(noisy, expected, strict=True):
@@ -306,11 +317,14 @@ def test_reverse_step_has_finite_gradients_down_to_data(x64):
 
     def total(level, prev_level, variance):
         pred = gaussian.predict("eps", 0.5 * x_t, x_t, level)
+        # No variance at all is allowed, and what is said may depend on the level.
+        said = level.like(x_t).alpha * x_t
+        pred = gaussian.Prediction(*pred[:2], -said, said, 0 * said)
         return gaussian.p_sample(
             key, pred, x_t, level, prev_level, variance=variance
         ).sum()
 
-    for variance in ("small", "large"):
+    for variance in gaussian.VARIANCES:
         grads = jax.grad(total, (0, 1))(lin(t), lin(t - 1), variance)
         for leaf in jax.tree.leaves(grads):
             assert np.all(np.isfinite(leaf)), (variance, grads)
@@ -333,14 +347,17 @@ def _p_sample(variance):
     ("call", "got"),
     [
         (lambda: gaussian.predict("epsilon", X, X, _level()), "'epsilon'"),
-        (lambda: gaussian.target("score", X, X, _level()), "'score'"),
+        (lambda: gaussian.target("flow", X, X, _level()), "'flow'"),
+        (lambda: gaussian.target("edm", X, X, _level(), sigma_data=0.0), "0.0"),
+        (lambda: gaussian.predict("edm", X, X, _level(), sigma_data=-1.0), "-1.0"),
         (lambda: gaussian.predict("mean", X, X, _level()), "prev_level=None"),
         (lambda: gaussian.target("mean", X, X, _level()), "prev_level=None"),
         (lambda: gaussian.denoiser(None, _level, "noise"), "'noise'"),
         (lambda: gaussian.reverse_variance("fixed", _level(), _level(499)), "'fixed'"),
         (lambda: _p_sample("big"), "'big'"),
         (lambda: _p_sample("learned"), "none"),
-        (lambda: gaussian.learned_log_variance(gaussian.Prediction(X, X)), "none"),
+        (lambda: _p_sample("range"), "none"),
+        (lambda: _p_sample("analytic"), "none"),
         (lambda: gaussian.normal(KEYS[:1], (2, 3)), "1"),
         (lambda: gaussian.normal(KEYS, (2, 3)), "3"),
     ],

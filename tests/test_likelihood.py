@@ -1,5 +1,7 @@
 """The whole-chain bound against exact likelihoods and against plain NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import oracles
 import pytest
 import scipy.stats
 
-from diffusion_jax import gaussian, likelihood, losses, schedule
+from diffusion_jax import continuous, gaussian, likelihood, losses, schedule
 
 GRID = np.linspace(-1, 1, 256)
 
@@ -138,3 +140,90 @@ def test_a_perfect_network_pays_for_the_prior_and_the_decoder_alone():
     assert np.abs(bits.terms[1:]).max() < 1e-9
     expected = losses.prior(x0, levels(1000)) + bits.terms[0]
     np.testing.assert_allclose(bits.total, expected, rtol=1e-6)
+
+
+def test_bound_of_an_exploding_chain_is_the_exact_likelihood(x64):
+    """From data without noise to fifty times their range, where alpha = 1.
+
+    What it costs that the prior does not know the data is below 1e-4 bits/dim.
+    """
+    mean, deviation = 0.1, 0.25
+    made = continuous.discretize(continuous.ve(sigma_min=0.01), 12)
+    log_alpha, logsnr = (np.array(table) for table in schedule.tables(made))
+    # The first step with noise is wider than a bin: see above.
+    levels = schedule.from_tables(log_alpha[1:], np.append(np.inf, logsnr[2:]))
+    mass = discretised_normal(mean, deviation)
+    drawn = np.random.default_rng(3).choice(256, size=(3000, 1000), p=mass)
+    denoise = exact_denoiser(mean, deviation, levels)
+    bits = jax.jit(
+        lambda key, x0: likelihood.bound(key, denoise, levels, x0, variance="learned")
+    )(jax.random.key(0), jnp.asarray(GRID[drawn], jnp.float32))
+    differences = np.asarray(bits.total) + np.log2(mass[drawn]).mean(axis=1)
+    assert differences.std() / np.sqrt(len(drawn)) < 1e-3
+    assert abs(differences.mean()) < 3e-3
+    assert 0 < bits.prior.mean() < 1e-4
+
+
+def line(t):
+    """A schedule whose log-SNR falls from 6 to -4 in a straight line."""
+    logsnr = 6 - 10 * jnp.asarray(t, float)
+    return schedule.NoiseLevel(0.5 * jax.nn.log_sigmoid(logsnr), logsnr)
+
+
+def test_the_times_of_the_continuous_bound_leave_no_gap(x64):
+    """A loss of t bits/dim at t: its mean over n even times is within 1 / 2n of 1/2.
+
+    Over examples it is 1/2 itself: each time is uniform.
+    """
+
+    def denoise(x_t, t):
+        # For x0 = 0 the noise is known; off by what costs t bits/dim at slope 10.
+        eps = x_t / line(t).like(x_t).sigma
+        off = jnp.sqrt(t * np.log(4) / 10).reshape(-1, 1)
+        return gaussian.Prediction(0 * x_t, eps + off)
+
+    bits = likelihood.continuous_bound(
+        jax.random.key(0), denoise, line, jnp.zeros([4000, 2]), draws=8
+    )
+    off = np.asarray(bits.diffusion) - 0.5
+    assert np.abs(off).max() <= 1 / 16
+    assert np.abs(off).max() > 0.99 / 16
+    assert abs(off.mean()) < 4.5 * off.std() / np.sqrt(len(off))
+
+
+def test_continuous_bound_of_an_example_depends_on_its_key_alone():
+    denoise = gaussian.denoiser(lambda x, t: 0.5 * x, line, "x0")
+    x0 = jnp.asarray(GRID[::32].reshape(4, 2), jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 4)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def bits(keys, x0, chunk=1):
+        return likelihood.continuous_bound(
+            keys, denoise, line, x0, draws=5, chunk=chunk
+        )
+
+    whole = bits(keys, x0)
+    for one, other in zip(bits(keys[2:], x0[2:], 3), whole, strict=True):
+        np.testing.assert_allclose(one, other[2:], rtol=1e-5)
+    # Where one key is given, an example has its own of it.
+    assert len(set(np.asarray(bits(jax.random.key(0), 0 * x0).total).tolist())) == 4
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+    ("made", "draws", "got"),
+    [
+        (schedule.linear(10), 4, "10 whole"),
+        (continuous.vp(), 4, "inf"),
+        (continuous.interpolate(schedule.linear(10)), 4, "inf"),
+        (continuous.ve(), 0, "0"),
+    ],
+)
+def test_continuous_bound_refuses(made, draws, got, jit, refuses):
+    def call(x0):
+        denoise = gaussian.denoiser(lambda x, t: x, made, "eps")
+        key = jax.random.key(0)
+        return likelihood.continuous_bound(key, denoise, made, x0, draws=draws)
+
+    with refuses(got):
+        (jax.jit(call) if jit else call)(jnp.zeros([2, 3]))

@@ -63,6 +63,9 @@ def test_simple_in_every_space(name, x64):
     alpha, sigma = truth.alphas[t], truth.sigmas[t]
     c0, _ = truth.coefficients(t)
     growth = {"eps": 1, "x0": sigma / alpha, "v": 1 / alpha, "mean": c0 * sigma / alpha}
+    growth |= {"score": 1 / sigma, "velocity": 1 + sigma / alpha}
+    # (x0 - c_skip x) / c_out, where x is given.
+    growth["edm"] = growth["x0"] / (0.5 * sigma / np.sqrt(sigma**2 + 0.25 * alpha**2))
     square = np.square(off).mean(axis=(1, 2))
     for space in gaussian.KINDS:
         got = losses.simple(pred, x0, eps, level, prev_level, space=space)
@@ -154,17 +157,17 @@ def test_decoder_has_finite_gradients_for_any_learned_variance():
 
 
 @jax.jit
-def _terms(made, preds, x0, x_t):
+def _terms(made, pred, x0, x_t):
     t = jnp.arange(1, T + 1)
     return [
         losses.vlb(pred, x0, x_t, made, t, variance=variance)
-        for pred, variance in zip(preds, gaussian.VARIANCES, strict=True)
+        for variance in gaussian.VARIANCES
     ]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_vlb_at_every_step(name, precision):
-    """KL for t > 1, the decoder at t = 1, for all three reverse variances.
+    """KL for t > 1, the decoder at t = 1, for every reverse variance.
 
     In float32 a KL is proportional to c0^2 / variance, which has 1 - e^D once on
     balance: the 1e-4 of `reverse_variance`, and once more for the ratio of variances.
@@ -177,13 +180,20 @@ def test_vlb_at_every_step(name, precision):
     log_variance = truth.log_variance("large", TIMES)
     learned = wide(log_variance) + 0.1 * noise(4, T, 4, 4)
     learned = learned.astype(np.float32).astype(np.float64)
-    preds = [gaussian.Prediction(guess, guess)] * 2
-    preds.append(gaussian.Prediction(guess, guess, learned))
-    got = _terms(made, preds, X0, x_t)
-    model = [wide(truth.log_variance(kind, TIMES)) for kind in ("small", "large")]
+    share = (0.5 + 0.2 * noise(5, T, 4, 4)).astype(np.float32).astype(np.float64)
+    known = np.square(noise(6, T, 4, 4)).astype(np.float32).astype(np.float64)
+    pred = gaussian.Prediction(guess, guess, learned, share, known)
+    got = _terms(made, pred, X0, x_t)
+    small, _ = ends = [wide(truth.log_variance(k, TIMES)) for k in ("small", "large")]
+    # The large end of the range is beta_1 at t = 1, in the official code too.
+    mixed = share * wide(np.log(truth.beta(TIMES))) + (1 - share) * small
+    c0, _ = truth.coefficients(TIMES)
+    best = np.log(wide(truth.variance("small", TIMES)) + wide(c0) ** 2 * known)
+    model = dict(zip(gaussian.VARIANCES, [*ends, learned, mixed, best], strict=True))
     relative = {"float32": 2e-4, "float64": 1e-9}[precision]
-    absolute = {"float32": [1e-11, 1e-11, 1e-5], "float64": [1e-14] * 3}[precision]
-    for terms, variance, atol in zip(got, [*model, learned], absolute, strict=True):
+    for (kind, variance), terms in zip(model.items(), got, strict=True):
+        rounded = 1e-11 if kind in ("small", "large") else 1e-5
+        atol = {"float32": rounded, "float64": 1e-14}[precision]
         expected = truth.bound_term(X0, x_t, guess, TIMES, variance)
         np.testing.assert_allclose(terms, expected, rtol=relative, atol=atol)
 
@@ -240,7 +250,7 @@ def test_vlb_has_finite_gradients_at_every_step(x64):
     x0, x_t = jnp.asarray(X0[:10]), jnp.asarray(EPS[:10])
 
     def total(made, guess, variance):
-        pred = gaussian.Prediction(guess, guess, guess)
+        pred = gaussian.Prediction(guess, guess, guess, guess, guess**2)
         return losses.vlb(pred, x0, x_t, made, t, variance=variance).sum()
 
     made = jax.tree.map(jnp.asarray, lin)
@@ -249,6 +259,33 @@ def test_vlb_has_finite_gradients_at_every_step(x64):
         grads = grad(made, 0.9 * x0, variance)
         for leaf in jax.tree.leaves(grads):
             assert np.all(np.isfinite(leaf)), variance
+
+
+def exploding(sigma):
+    """The chain of alpha = 1 with noise of these standard deviations, [T]."""
+    logsnr = np.concatenate([[np.inf], -2 * np.log(sigma)])
+    return schedule.from_tables(np.zeros(len(logsnr)), logsnr)
+
+
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_vlb_of_an_exploding_chain(variance, x64):
+    """q(x_s | x_t, x0) where alpha = 1: x_s is x0 and x_t, each by its precision."""
+    sigma = np.geomspace(0.01, 50, 40)
+    t = np.arange(1, 41)
+    x0, eps, guess = pixels(7, 40, 4, 4), noise(8, 40, 4, 4), 0.5 * noise(9, 40, 4, 4)
+    x_t = x0 + wide(sigma) * eps
+    pred = gaussian.Prediction(jnp.asarray(guess), (x_t - guess) / wide(sigma))
+    got = losses.vlb(
+        pred, jnp.asarray(x0), x_t, exploding(sigma), jnp.asarray(t), variance=variance
+    )
+    before, after = sigma[:-1] ** 2, sigma[1:] ** 2
+    small = before * (after - before) / after
+    chosen = small if variance == "small" else after - before
+    off = wide(1 - before / after) * (x0 - guess)[1:]
+    nats = normal_kl(off, wide(np.log(small)), 0 * off, wide(np.log(chosen)))
+    np.testing.assert_allclose(got[1:], bits_per_dim(nats), rtol=1e-9)
+    nats = decoder_nll(x0[:1], guess[:1], np.log(small[0]))
+    np.testing.assert_allclose(got[:1], bits_per_dim(nats), rtol=1e-9)
 
 
 def test_prior(precision):

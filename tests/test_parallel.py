@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from diffusion_jax.training import parallel, state
-from experiments import build, config
+from diffusion_jax.training import averages, parallel, state
+from experiments import build, chains, config, learning
 
 TINY = config.Config(
     data=config.Data(source="digits", image_size=8, channels=1, flip=True),
@@ -37,8 +37,8 @@ def batches():
 def train(strategy, devices, batches, cfg=TINY):
     mesh = parallel.make_mesh(devices)
     cfg = config.replace(cfg, "train", parallel=strategy)
-    step = build.make_step(cfg, mesh)
-    now = jax.device_put(build.init_state(cfg), parallel.replicated(mesh))
+    step = learning.make_step(cfg, mesh)
+    now = jax.device_put(learning.init_state(cfg), parallel.replicated(mesh))
     losses = []
     for batch in batches:
         now, metrics = step(now, batch)
@@ -59,7 +59,7 @@ def assert_close(a, b, tolerance):
 @pytest.mark.parametrize("strategy", parallel.STRATEGIES)
 def test_every_strategy_gives_the_gradient_of_one_device(strategy, batches):
     # Plain gradient descent with rate 1, so that what moved is the gradient itself.
-    loss_fn, mesh = build.make_loss(TINY), parallel.make_mesh(8)
+    loss_fn, mesh = learning.make_loss(TINY), parallel.make_mesh(8)
     params = build.init_params(TINY, jax.random.key(0))
     batch = batches[0]
     key = jax.random.fold_in(jax.random.key(1), 0)
@@ -68,7 +68,7 @@ def test_every_strategy_gives_the_gradient_of_one_device(strategy, batches):
     step = state.make_step(
         loss_fn,
         optimizer,
-        ema_decay=0.5,
+        averages=[averages.exponential(0.5)],
         clip_norm=None,
         axis_name=None if strategy == "mesh" else parallel.AXIS,
     )
@@ -132,12 +132,12 @@ def test_samples_do_not_depend_on_devices_or_batch():
     params = build.init_params(TINY, jax.random.key(0))
     params = jax.tree.map(lambda x: x + 0.02, params)
     key = jax.random.key(4)
-    one = build.make_draw(TINY, 8, parallel.make_mesh(1))(params, key, 0)
+    one = chains.make_draw(TINY, 8, parallel.make_mesh(1))(params, key, 0)
     mesh = parallel.make_mesh(8)
     spread = jax.device_put(params, parallel.replicated(mesh))
-    many = build.make_draw(TINY, 8, mesh)(spread, key, 0)
+    many = chains.make_draw(TINY, 8, mesh)(spread, key, 0)
     np.testing.assert_allclose(many, one, atol=1e-5)
-    small = build.make_draw(TINY, 3, parallel.make_mesh(1))(params, key, 5)
+    small = chains.make_draw(TINY, 3, parallel.make_mesh(1))(params, key, 5)
     np.testing.assert_allclose(small, one[5:], atol=1e-5)
     assert one.std(axis=0).max() > 0.1
 

@@ -155,6 +155,11 @@ def test_the_prediction_does_not_matter(name, x64):
     truth = data.denoiser(real)
 
     def output(kind, x, t):
+        if kind == "edm":
+            # It is fed c_in x_t / alpha and c_noise: back to x_t and t.
+            t = continuous.time_of(real, -8 * t)
+            level = real(t).like(x)
+            x = x * jnp.sqrt(level.sigma**2 + 0.25 * level.alpha**2)
         pred = truth(x, t)
         # mean stands for the posterior's of the step to t - 1.
         return gaussian.target(kind, pred.x0, pred.eps, real(t), real(t - 1))

@@ -9,10 +9,11 @@ from PIL import Image
 from test_eval import SMALL
 
 from diffusion_jax.evaluation import images
-from experiments import build, compare_samplers, runs, sample, sampling, train
-from experiments.config import ConfigError, Sampling, with_sampling
+from experiments import build, chains, compare_samplers, runs, sample, sampling, train
+from experiments.config import ConfigError
 from experiments.configs import digits
-from experiments.sampling import RULES, Sample, override, resolve
+from experiments.sampling import RULES, Sample, Sampling, override, resolve
+from experiments.validation import with_sampling
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +83,14 @@ def test_the_flag_that_is_named_exists(run):
 
 def test_evaluations_are_counted_not_computed(monkeypatch):
     config = with_sampling(digits.CONFIG, Sampling("heun", steps=7))
-    assert build.count_evaluations(config, None) == 13
-    twice = build.make_rule
+    assert chains.count_evaluations(config, None) == 13
+    twice = chains.make_rule
 
     def wasteful(config, denoise):
         return twice(config, lambda x, t: (denoise(x, t), denoise(x, t))[0])
 
     monkeypatch.setattr(build, "make_rule", wasteful)
-    assert build.count_evaluations(config, None) == 26
+    assert chains.count_evaluations(config, None) == 26
 
 
 def compared(run, out, *flags):
@@ -115,13 +116,13 @@ def test_the_table_its_numbers_and_its_plot(run, tmp_path, capsys, monkeypatch):
     assert Image.open(tmp_path / "samplers.png").size == (1080, 600)
 
     # Again, with one more rule: what is known is not drawn twice.
-    drawn, make = [], build.make_sampler
+    drawn, make = [], chains.make_sampler
 
     def counted(config, params):
         drawn.append(config.sample.sampler)
         return make(config, params)
 
-    monkeypatch.setattr(build, "make_sampler", counted)
+    monkeypatch.setattr(chains, "make_sampler", counted)
     flags = ["--rules", "ddpm", "heun", "unipc 2", "--evaluations", "4", "8"]
     again = compared(run, tmp_path, *flags)
     assert again["points"][:4] == found["points"]
@@ -134,7 +135,7 @@ def test_a_point_is_what_eval_fid_would_say(run, tmp_path):
     """The same samples, whether the grid is padded or not."""
     found = compared(run, tmp_path, "--rules", "unipc 2", "--evaluations", "5", "9")
     config = with_sampling(runs.read_config(run), Sampling("unipc", order="2", steps=5))
-    assert found["points"][0]["sampling"] == build.describe_sampling(config)
+    assert found["points"][0]["sampling"] == chains.describe_sampling(config)
     out = tmp_path / "x.npz"
     flags = ["--sampler", "unipc", "--steps", "5", "--count", "70", "--format", "npz"]
     sample.main([str(run.folder), *flags, "--out", str(out)])
@@ -173,7 +174,7 @@ def test_every_rule_is_compared():
         for budget in (5, 50):
             how = dataclasses.replace(entry.how, steps=entry.steps(budget))
             config = with_sampling(digits.CONFIG, how)
-            assert budget - 2 < build.count_evaluations(config, None) <= budget
+            assert budget - 2 < chains.count_evaluations(config, None) <= budget
 
 
 def test_curves_are_drawn_even_of_nothing():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
+import scipy.special
 from oracles import SCHEDULES, NumpyDDPM, T, betas_of
 
 from diffusion_jax import continuous, gaussian, schedule
@@ -81,6 +82,27 @@ def test_options_of_the_schedules(x64):
         np.cos(np.pi / 3) / np.cos(np.pi / 6),
         **close,
     )
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("ends", [(-3, 3), (0, 3), (-2, 1)])
+def test_sigmoid_is_that_of_the_paper(ends, tau, x64):
+    """alpha_bar(u) = (s(end / tau) - s(v / tau)) / (s(end / tau) - s(start / tau)),
+    summed from the rises of the sigmoid: its tails differ by less than rounding."""
+    start, end = ends
+    v = start + (end - start) * np.arange(21) / 20
+    # s(a) - s(b) = s(a) s(-b) (1 - e^(b - a)).
+    s = scipy.special.expit
+    rises = s(v[1:] / tau) * s(-v[:-1] / tau) * -np.expm1((v[:-1] - v[1:]) / tau)
+    left = np.cumsum(rises[::-1])[::-1] / rises.sum()
+    noise = np.cumsum(rises) / rises.sum()
+    made = schedule.sigmoid(20, start=start, end=end, tau=tau, max_beta=1.0)
+    level = made(np.arange(1, 21))
+    np.testing.assert_allclose(level.alpha[:-1] ** 2, left[1:], rtol=1e-10)
+    np.testing.assert_allclose(level.sigma**2, noise, rtol=1e-10)
+    assert level.alpha[-1] < 1e-16
+    capped = schedule.sigmoid(20, start=start, end=end, tau=tau, max_beta=0.5)(20)
+    assert capped.alpha > level.alpha[-1]
 
 
 def test_strong_noise_keeps_its_betas(precision):
@@ -163,6 +185,10 @@ def test_bad_betas_are_refused(betas, got, refuses):
         (lambda: schedule.warmup(1.5), "1.5"),
         (lambda: schedule.warmup(fraction=0.0), "0.0"),
         (lambda: schedule.warmup(fraction=1.5), "1.5"),
+        (lambda: schedule.sigmoid(0), "0"),
+        (lambda: schedule.sigmoid(start=3.0), "3.0"),
+        (lambda: schedule.sigmoid(tau=0.0), "tau 0.0"),
+        (lambda: schedule.sigmoid(end=np.nan), "nan"),
         (lambda: continuous.vp(beta_min=3.0, beta_max=2.0), "3.0"),
         (lambda: schedule.num_steps(continuous.vp()), "_vp"),
         (lambda: schedule.linear(10, beta_end=2.0), "to 2"),
@@ -224,3 +250,11 @@ def test_vp_is_the_limit_of_linear(x64):
     orders = np.log2(np.array(errors[:-1]) / errors[1:])
     np.testing.assert_allclose(orders, 1, atol=0.05)
     assert errors[0] < 0.01
+
+
+def test_variance_is_preserved_at_any_log_snr(precision):
+    logsnr = np.array([-80.0, -13.0, -1.0, 0.0, 2.0, 30.0, np.inf])
+    level = schedule.preserving(jnp.asarray(logsnr))
+    bound = BOUND[precision] * 10
+    np.testing.assert_allclose(level.alpha**2, scipy.special.expit(logsnr), rtol=bound)
+    np.testing.assert_allclose(level.sigma**2, scipy.special.expit(-logsnr), rtol=bound)

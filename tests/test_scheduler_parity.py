@@ -103,7 +103,7 @@ def denoiser_of(case, kind):
         clip=case.scheduler in (golden.DDPM, golden.DDIM)
         and options.get("clip_sample", True),
         threshold=options.get("dynamic_thresholding_ratio"),
-        learned_variance=options.get("variance_type") == "learned",
+        variance="learned" if options.get("variance_type") == "learned" else "large",
     )
 
 

@@ -6,7 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from diffusion_jax.training import state
+from diffusion_jax.training import averages, state
+
+LAST = averages.exponential(0.0)
 
 
 def quadratic(params, batch, key):
@@ -19,8 +21,12 @@ def batch_of(*rows):
 
 
 def run(loss_fn, optimizer, batches, w=(0.0, 0.0), **options):
+    count, memory = len(options["averages"]), options.pop("memory", ())
     step = jax.jit(state.make_step(loss_fn, optimizer, **options))
-    now = state.init(jax.random.key(0), {"w": jnp.array(w)}, optimizer)
+    params = {"w": jnp.array(w)}
+    now = state.init(
+        jax.random.key(0), params, optimizer, averages=count, memory=memory
+    )
     seen = []
     for batch in batches:
         now, metrics = step(now, batch)
@@ -31,7 +37,7 @@ def run(loss_fn, optimizer, batches, w=(0.0, 0.0), **options):
 def test_gradient_is_clipped_by_its_global_norm():
     batch = batch_of([3.0, 4.0], [3.0, 4.0])
     now, (metrics,) = run(
-        quadratic, optax.sgd(1.0), [batch], ema_decay=0.0, clip_norm=1.0
+        quadratic, optax.sgd(1.0), [batch], averages=[LAST], clip_norm=1.0
     )
     np.testing.assert_allclose(now.params["w"], [0.6, 0.8], rtol=1e-6)
     np.testing.assert_allclose(metrics["grad_norm"], 5.0, rtol=1e-6)
@@ -39,7 +45,7 @@ def test_gradient_is_clipped_by_its_global_norm():
 
 
 def test_small_gradients_are_not_scaled_up():
-    now, _ = run(quadratic, optax.sgd(1.0), [batch_of([0.3, 0.4])], ema_decay=0.0)
+    now, _ = run(quadratic, optax.sgd(1.0), [batch_of([0.3, 0.4])], averages=[LAST])
     np.testing.assert_allclose(now.params["w"], [0.3, 0.4], rtol=1e-6)
 
 
@@ -51,19 +57,19 @@ def test_official_clipping_clips_each_part_and_then_averages():
         quadratic,
         optax.sgd(1.0),
         [batch],
-        ema_decay=0.0,
+        averages=[LAST],
         clip_each=True,
         accumulate=2,
     )
     np.testing.assert_allclose(now.params["w"], [0.45, 0.6], rtol=1e-6)
-    whole, _ = run(quadratic, optax.sgd(1.0), [batch], ema_decay=0.0)
+    whole, _ = run(quadratic, optax.sgd(1.0), [batch], averages=[LAST])
     np.testing.assert_allclose(whole.params["w"], [0.6, 0.8], rtol=1e-6)
 
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
 def test_accumulated_gradient_is_that_of_the_whole_batch(parts):
     rows = np.random.default_rng(0).normal(size=(8, 2))
-    options = {"ema_decay": 0.5, "clip_norm": None}
+    options = {"averages": [LAST], "clip_norm": None}
     whole, a = run(quadratic, optax.adam(0.1), [batch_of(*rows)] * 3, **options)
     cut, b = run(
         quadratic, optax.adam(0.1), [batch_of(*rows)] * 3, accumulate=parts, **options
@@ -74,7 +80,8 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(parts):
 
 def test_average_without_ramp_starts_as_a_copy_after_the_first_update():
     batches = [batch_of([1.0, 0.0])] * 2
-    options = {"ema_decay": 0.9, "clip_norm": None, "w": (3.0, 0.0)}
+    options = {"averages": [averages.exponential(0.9)], "clip_norm": None}
+    options["w"] = (3.0, 0.0)
     first, _ = run(quadratic, optax.sgd(0.5), batches[:1], **options)
     np.testing.assert_allclose(first.ema_params["w"], first.params["w"])
     second, _ = run(quadratic, optax.sgd(0.5), batches, **options)
@@ -89,8 +96,7 @@ def test_average_with_ramp_weighs_as_its_formula_says():
         lambda p, b, k: (p["w"] * b["x"][0]).sum(),
         optax.sgd(1.0),
         [batch_of(row) for row in rows],
-        ema_decay=decay,
-        ema_ramp=True,
+        averages=[averages.exponential(decay, ramp=True)],
         clip_norm=None,
     )
     path, average = -np.cumsum(rows.astype(np.float64), axis=0), np.zeros(2)
@@ -104,7 +110,7 @@ def test_key_is_folded_with_the_step_and_never_changes():
     def noisy(params, batch, key):
         return params["w"].sum() * 0 + jax.random.normal(key)
 
-    now, seen = run(noisy, optax.sgd(0.1), [batch_of([0.0, 0.0])] * 3, ema_decay=0.0)
+    now, seen = run(noisy, optax.sgd(0.1), [batch_of([0.0, 0.0])] * 3, averages=[LAST])
     key = jax.random.key(0)
     expected = [jax.random.normal(jax.random.fold_in(key, n)) for n in range(3)]
     np.testing.assert_array_equal([m["loss"] for m in seen], expected)
@@ -154,4 +160,67 @@ def test_learning_rate_rises_from_zero_and_falls_to_zero():
 
 def test_bad_accumulate_is_refused():
     with pytest.raises(ValueError, match="accumulate must be at least 1; got 0"):
-        state.make_step(quadratic, optax.sgd(1.0), ema_decay=0.0, accumulate=0)
+        state.make_step(quadratic, optax.sgd(1.0), averages=[LAST], accumulate=0)
+
+
+def test_several_averages_are_those_of_one_each():
+    batches = [batch_of([1.0, 0.0]), batch_of([0.0, 2.0]), batch_of([1.0, 1.0])]
+    profiles = [averages.exponential(0.9), averages.exponential(0.5, ramp=True)]
+    both, _ = run(quadratic, optax.sgd(0.3), batches, averages=profiles)
+    for profile, average in zip(profiles, both.averages, strict=True):
+        alone, _ = run(quadratic, optax.sgd(0.3), batches, averages=[profile])
+        np.testing.assert_array_equal(alone.ema_params["w"], average["w"])
+    assert not np.allclose(*(average["w"] for average in both.averages))
+
+
+def test_as_many_averages_as_profiles():
+    now = state.init(jax.random.key(0), {"w": jnp.zeros(2)}, optax.sgd(1.0))
+    step = state.make_step(quadratic, optax.sgd(1.0), averages=[LAST, LAST])
+    with pytest.raises(ValueError, match="as many as those of the state, 1; got 2"):
+        step(now, batch_of([1.0, 1.0]))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_step(bad):
+    good = [batch_of([1.0, 0.0]), batch_of([0.0, 2.0])]
+    options = {"averages": [averages.exponential(0.5)], "clip_norm": None}
+    optimizer = optax.adam(0.1)
+    now, seen = run(quadratic, optimizer, [good[0], batch_of([bad, 0.0])], **options)
+    before, _ = run(quadratic, optimizer, good[:1], **options)
+    assert [int(m["skipped"]) for m in seen] == [0, 1]
+    assert not np.isfinite(seen[1]["loss"]) and int(now.step) == 2
+    kept = (now.params, now.averages, now.opt_state)
+    for a, b in zip(
+        jax.tree.leaves(kept),
+        jax.tree.leaves((before.params, before.averages, before.opt_state)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_a_loss_remembers_what_it_saw_of_the_whole_batch_in_order(parts):
+    def loss(params, batch, key, memory):
+        each = 0.5 * jnp.square(params["w"][None] - batch["x"]).sum(-1)
+        return (each * (1 + memory["count"])).mean(), {"x": batch["x"], "each": each}
+
+    def remember(memory, seen):
+        return {"count": memory["count"] + 1, "x": seen["x"], "each": seen["each"]}
+
+    rows = np.arange(8, dtype=np.float32).reshape(4, 2)
+    memory = {"count": jnp.zeros(()), "x": jnp.zeros((4, 2)), "each": jnp.zeros(4)}
+    options = {"averages": [LAST], "clip_norm": None, "accumulate": parts}
+    now, seen = run(
+        loss,
+        optax.sgd(0.1),
+        [batch_of(*rows)] * 2,
+        memory=memory,
+        remember=remember,
+        **options,
+    )
+    np.testing.assert_array_equal(now.memory["x"], rows)
+    assert float(now.memory["count"]) == 2
+    # The second step's loss knew of the first: it counts twice.
+    np.testing.assert_allclose(
+        seen[1]["loss"], 2 * now.memory["each"].mean(), rtol=1e-6
+    )

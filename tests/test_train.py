@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax.training import checkpoint, parallel
-from experiments import build, runs, sample, train
+from experiments import learning, runs, sample, train
 from experiments.config import ConfigError
 
 # As small as a network gets; the cosine decay makes the learning rate depend on the
@@ -35,7 +35,7 @@ def run_train(folder, name, *flags):
 
 def final_state(run):
     config = runs.read_config(run)
-    like = jax.eval_shape(lambda: build.init_state(config))
+    like = jax.eval_shape(lambda: learning.init_state(config))
     sharding = parallel.replicated(parallel.make_mesh())
     with checkpoint.open_folder(run.checkpoints, read_only=True) as manager:
         state, _ = checkpoint.restore(manager, like, sharding)

@@ -108,6 +108,60 @@ def test_labels_change_the_output(unusual):
     np.testing.assert_array_equal(a[1], b[1])
 
 
+def test_a_label_out_of_range_is_nan_where_it_cannot_be_refused(unusual):
+    params, x, t, run = unusual
+    for wrong in (3, -1):
+        out = run(params, x, t, np.array([1, wrong]))
+        assert np.all(np.isfinite(out[0]))
+        assert np.all(np.isnan(out[1]))
+
+
+def test_a_known_label_is_refused_inside_a_trace_too(refuses):
+    label = jnp.array([1, 3])
+    x = jax.ShapeDtypeStruct((2, 16, 16, 1), jnp.float32)
+    t = jax.ShapeDtypeStruct((2,), jnp.int32)
+    with refuses("values from 1 to 3"):
+        jax.eval_shape(lambda x, t: UNUSUAL.init(jax.random.key(0), x, t, label), x, t)
+
+
+# Fourier features.
+
+
+def test_fourier_features_equal_numpy():
+    x = 3 * normal(2, 3, 3, 2)
+    out = np.asarray(unet.fourier_features(jnp.asarray(x), (0, 7, 8)))
+    assert out.shape == (2, 3, 3, 12)
+    assert out.dtype == np.float32
+    for channel in range(2):
+        for k, n in enumerate((0, 7, 8)):
+            phase = 2.0**n * np.pi * x[..., channel].astype(np.float64)
+            place = 3 * channel + k
+            np.testing.assert_allclose(out[..., place], np.sin(phase), atol=5e-7)
+            np.testing.assert_allclose(out[..., 6 + place], np.cos(phase), atol=5e-7)
+
+
+def test_fourier_features_have_the_gradient_of_the_sine():
+    x = jnp.asarray([[[[0.3, -0.7]]]])
+    grad = jax.grad(lambda x: unet.fourier_features(x, (3,))[..., :2].sum())(x)
+    expected = 8 * np.pi * np.cos(8 * np.pi * np.asarray(x, np.float64))
+    np.testing.assert_allclose(grad, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_network_sees_fourier_features_beside_the_image(dtype):
+    """Features are taken before the image is rounded to the type of the network."""
+    x, t = 0.3 * normal(2, 8, 8, 3), np.array([3, 700])
+    net = ONE_LEVEL.clone(fourier=(2, 7), dtype=dtype)
+    params = parameters(net, x, t)
+    _, inputs, _ = record(net.apply, params, x, t)
+    (seen,) = inputs["conv_in"]
+    np.testing.assert_array_equal(seen[..., :3], x)
+    scale = np.array([4.0, 128.0])
+    phase = np.pi * (x.astype(np.float64)[..., None] * scale).reshape(2, 8, 8, 6)
+    np.testing.assert_allclose(seen[..., 3:9], np.sin(phase), atol=1e-6)
+    np.testing.assert_allclose(seen[..., 9:], np.cos(phase), atol=1e-6)
+
+
 # What other implementations get wrong.
 
 

@@ -115,6 +115,14 @@ def test_labels_add_one_embedding_a_class():
     assert count(unet.UNet(num_classes=10)) - count(unet.UNet()) == 10 * 4 * 128
 
 
+def test_fourier_features_widen_the_first_convolution_alone():
+    nets = unet.UNet(), unet.UNet(fourier=(7, 8))
+    plain, wide = (by_shape(shapes(net, 32)) for net in nets)
+    assert plain.pop("conv_in/kernel") == (3, 3, 3, 128)
+    assert wide.pop("conv_in/kernel") == (3, 3, 3 * (1 + 2 * 2), 128)
+    assert wide == plain
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [8, 16, 32, 64])
 def test_output_has_the_shape_of_the_images(size, channels):
@@ -178,6 +186,30 @@ def test_output_has_the_shape_of_the_images(size, channels):
             np.array([1, 2]),
             ["label must be given", "got num_classes=0", "class-conditional"],
         ),
+        (
+            unet.UNet(num_classes=10),
+            (2, 16, 16, 3),
+            np.array([1, 10]),
+            ["label must be in 0..9", "got values from 1 to 10", "one for no label"],
+        ),
+        (
+            unet.UNet(num_classes=1),
+            (2, 16, 16, 3),
+            np.array([0, -1]),
+            ["label must be in 0..0", "got values from -1 to 0", "rows"],
+        ),
+        (
+            unet.UNet(num_classes=10),
+            (2, 16, 16, 3),
+            np.array([1]),
+            ["label must be whole numbers", "got int64 (1,)", "Broadcast"],
+        ),
+        (
+            unet.UNet(num_classes=10),
+            (2, 16, 16, 3),
+            np.array([1.0, 2.0]),
+            ["label must be whole numbers", "got float64 (2,)", "Broadcast"],
+        ),
     ],
     ids=[
         "size-12",
@@ -189,6 +221,10 @@ def test_output_has_the_shape_of_the_images(size, channels):
         "narrow",
         "label-missing",
         "label-superfluous",
+        "label-too-large",
+        "label-below-0",
+        "label-of-another-batch",
+        "label-not-whole",
     ],
 )
 def test_wrong_input_gets_an_error_in_three_parts(net, shape, label, parts):

@@ -131,6 +131,43 @@ def curves(
     return _render(figure)
 
 
+def bars(
+    names: Sequence[str], columns: Mapping[str, Sequence[float]], *, title: str
+) -> Image.Image:
+    """Returns bars side by side, a row a name and a panel a column, with the numbers.
+
+    Args:
+      names: of the rows, from top to bottom.
+      columns: values above 0, one a row, by the name of their panel. Its axis is
+        logarithmic where they differ by more than ten times.
+      title: what the plot shows.
+    """
+    figure, axes = _figure(len(columns))
+    figure.set_size_inches(3.2 * len(columns) + 2, 0.3 * len(names) + 1.2)
+    figure.suptitle(title)
+    for axis, (column, values) in zip(axes, columns.items(), strict=True):
+        rows = np.arange(len(names))[::-1]
+        axis.barh(rows, values, color="#2a6f97", height=0.7)
+        finite = [value for value in values if np.isfinite(value)]
+        if finite and max(finite) > 10 * min(finite) > 0:
+            axis.set_xscale("log")
+            _plain_numbers(axis.xaxis, finite)
+        for row, value in zip(rows, values, strict=True):
+            axis.annotate(
+                f"{value:.3g}",
+                (value, row),
+                xytext=(3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+            )
+        axis.margins(x=0.2)
+        axis.grid(False, which="both")
+        axis.set(xlabel=column, yticks=[])
+    axes[0].set_yticks(np.arange(len(names))[::-1], names)
+    return _render(figure)
+
+
 def rate_distortion(
     steps: np.ndarray, rate: np.ndarray, distortion: np.ndarray
 ) -> Image.Image:

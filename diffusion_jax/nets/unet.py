@@ -52,6 +52,27 @@ def time_embedding(t: jax.Array, channels: int) -> jax.Array:
     return jnp.pad(embedding, ((0, 0), (0, channels % 2)))
 
 
+def fourier_features(x: jax.Array, powers: Sequence[int]) -> jax.Array:
+    """Returns [sin(2^n pi x), cos(2^n pi x)], [B, H, W, 2 C N], in float32.
+
+    App. C, Kingma et al. 2021, whose n are 7 and 8: they show the last bits of a pixel.
+    All n of a channel are beside each other, all sines before all cosines.
+
+    Args:
+      x: images, [B, H, W, C].
+      powers: the whole numbers n, [N].
+
+    >>> print(fourier_features(jnp.full([1, 1, 1, 1], 0.25), (0, 3)).round(3))
+    [[[[0.707 0.    0.707 1.   ]]]]
+    """
+    scale = np.exp2(np.asarray(powers)).astype(np.float32)
+    turns = x.astype(jnp.float32)[..., None] * scale.reshape(*[1] * x.ndim, -1)
+    # Whole turns are dropped before the product with pi, which would round them.
+    phase = jnp.pi * (turns - 2 * jnp.round(turns / 2))
+    phase = phase.reshape(*x.shape[:-1], -1)
+    return jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
+
+
 class GroupNorm(nn.Module):
     """Group normalisation with epsilon 1e-6."""
 
@@ -218,7 +239,8 @@ class UNet(nn.Module):
     groups: int = 32
     """Groups of every GroupNorm."""
     num_classes: int = 0
-    """Number of labels to condition on; 0 for none."""
+    """Rows of the label embedding; 0 for a network without labels. One that is trained
+    with dropped labels has a row more than there are classes: the last is no label."""
     dtype: Dtype = jnp.float32
     """Type of the activations; parameters and output stay float32."""
     conv: str = "xla"
@@ -226,6 +248,9 @@ class UNet(nn.Module):
     the same numbers): in a loop on CPU several times faster, for more memory."""
     remat: bool = False
     """Whether blocks are computed again in the backward pass instead of stored."""
+    fourier: Sequence[int] = ()
+    """The n of the features sin(2^n pi x) and cos(2^n pi x) that the first convolution
+    sees beside x; see `fourier_features`."""
 
     @nn.compact
     def __call__(
@@ -241,7 +266,8 @@ class UNet(nn.Module):
         Args:
           x: noisy images, [B, H, W, C]; H = W, a multiple of 2^(levels - 1).
           t: times as the network counts them, [B].
-          label: classes in 0..num_classes-1, [B], where num_classes > 0.
+          label: classes in 0..num_classes-1, [B], where num_classes > 0. Another one
+            raises when it is known, and gives nan when it is traced.
           train: whether dropout is on; needs a "dropout" key.
 
         Raises:
@@ -268,11 +294,17 @@ class UNet(nn.Module):
         time = dense(self, 4 * self.channels, "time1")(time)
         time = dense(self, 4 * self.channels, "time2")(nn.silu(time))
         if self.num_classes:
-            time = time + nn.Embed(
+            assert label is not None  # held by check
+            rows = nn.Embed(
                 self.num_classes, 4 * self.channels, dtype=self.dtype, name="label"
             )(label)
+            known = (label >= 0) & (label < self.num_classes)
+            time = time + jnp.where(known[:, None], rows, jnp.nan)
 
         widths = [self.channels * multiplier for multiplier in self.multipliers]
+        if self.fourier:
+            features = fourier_features(x, self.fourier)
+            x = jnp.concatenate([x.astype(jnp.float32), features], axis=-1)
         h = conv(self, self.channels, "conv_in")(x)
         skips = [h]
         for i, width in enumerate(widths):
@@ -364,4 +396,26 @@ def check(net: UNet, x: jax.Array, t: jax.Array, label: jax.Array | None) -> Non
             "label must be given if and only if num_classes is above 0; got "
             f"num_classes={net.num_classes} and {'no' if label is None else 'a'} "
             "label. Pass labels to class-conditional networks only."
+        )
+    if label is not None:
+        _check_label(net.num_classes, x, label)
+
+
+def _check_label(count: int, x: jax.Array, label: jax.Array) -> None:
+    if label.shape != x.shape[:1] or not jnp.issubdtype(label.dtype, jnp.integer):
+        raise ValueError(
+            f"label must be whole numbers of shape [B], one an image; got "
+            f"{label.dtype} {label.shape} for images {x.shape}. Broadcast one label: "
+            "jnp.full(len(x), label)."
+        )
+    if isinstance(label, jax.core.Tracer) or not label.size:
+        return
+    # As NumPy: inside a trace JAX would trace the check too.
+    values = np.asarray(label)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= count:
+        raise ValueError(
+            f"label must be in 0..{count - 1}; got values from {low} to {high}. Give "
+            "the network num_classes rows: one a class, and one for no label if it is "
+            "to be trained with dropped labels."
         )

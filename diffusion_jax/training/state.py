@@ -4,7 +4,7 @@ It takes any loss. What is random in a step comes from `fold_in(key, step)`, so 
 that is stopped and continued draws what the uninterrupted one would have drawn.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 
 PyTree = Any
-LossFn = Callable[[PyTree, PyTree, jax.Array], jax.Array]
+LossFn = Callable[..., Any]
+Profile = Callable[[jax.Array], jax.Array]
 Metrics = dict[str, jax.Array]
 
 
@@ -22,51 +23,71 @@ class TrainState(NamedTuple):
     step: jax.Array
     """Number of updates made, int32."""
     params: PyTree
-    ema_params: PyTree
-    """Exponential moving average of params: the ones to sample from."""
+    averages: tuple[PyTree, ...]
+    """Moving averages of params, one a profile; the first is the one to sample from."""
     opt_state: PyTree
+    memory: PyTree
+    """What the loss carries on from what it has seen; () where it carries nothing."""
     key: jax.Array
     """The run's key; never changes."""
+
+    @property
+    def ema_params(self) -> PyTree:
+        """Returns the first average."""
+        return self.averages[0]
 
 
 StepFn = Callable[[TrainState, PyTree], tuple[TrainState, Metrics]]
 
 
 def init(
-    key: jax.Array, params: PyTree, optimizer: optax.GradientTransformation
+    key: jax.Array,
+    params: PyTree,
+    optimizer: optax.GradientTransformation,
+    *,
+    averages: int = 1,
+    memory: PyTree = (),
 ) -> TrainState:
-    """Returns the state before the first step; the average starts at params.
+    """Returns the state before the first step; every average starts at params.
 
     Everything is a copy: a compiled step uses its state up, and params stay the
     caller's.
+
+    Args:
+      key: the run's key.
+      params: the first parameters.
+      optimizer: an optax transformation.
+      averages: how many; as many as `make_step` has profiles.
+      memory: what the loss carries on, at first.
     """
-    params, average = (jax.tree.map(jnp.copy, params) for _ in range(2))
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, average, optimizer.init(params), jnp.copy(key))
+    params, *copies = (jax.tree.map(jnp.copy, params) for _ in range(1 + averages))
+    zero, memory = jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, memory)
+    opt_state = optimizer.init(params)
+    return TrainState(zero, params, tuple(copies), opt_state, memory, jnp.copy(key))
 
 
 def make_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     *,
-    ema_decay: float,
-    ema_ramp: bool = False,
+    averages: Sequence[Profile],
     clip_norm: float | None = 1.0,
     clip_each: bool = False,
     accumulate: int = 1,
     axis_name: str | None = None,
+    remember: Callable[[PyTree, PyTree], PyTree] | None = None,
 ) -> StepFn:
-    """Returns the training step: gradient, clip, update, average.
+    """Returns the training step: gradient, clip, update, averages.
+
+    A step whose loss or gradient is not finite changes nothing but the step number.
 
     Args:
       loss_fn: from (params, batch, key) to the mean loss of the batch, a scalar. Every
         replica and every micro-batch gets the same key: what differs between examples
         has to come from the batch (a position, say).
       optimizer: an optax transformation.
-      ema_decay: decay of the moving average a step.
-      ema_ramp: whether the decay rises from 0.1 as (1 + step) / (10 + step) until it
-        reaches ema_decay. Without, the average starts as a copy of the parameters
-        after the first update, as in the official code.
+      averages: the profile of each moving average: its decay as a function of the
+        step, such as `averages.exponential(0.9999)`.
       clip_norm: largest global norm of the gradient; None for no clipping.
       clip_each: whether the gradient of every replica and micro-batch is clipped
         before they are averaged, as the official code does on its eight TPU cores,
@@ -75,17 +96,23 @@ def make_step(
         their mean. Memory goes down, time goes up a little.
       axis_name: the axis to average over under `pmap` or `shard_map`; None under
         `jit`, where the batch is whole.
+      remember: for a loss that carries something on: from state.memory and what the
+        loss has seen of the whole batch, in its order, to the next memory. The loss is
+        then from (params, batch, key, memory) to (mean loss, seen), where seen is a
+        tree of arrays with the example as the leading axis.
 
     Returns:
       A function of (state, batch), where the leading axis of every array in the batch
-      is the example. Its metrics are the mean "loss" and the "grad_norm" before
-      clipping, both scalars.
+      is the example. Its metrics are the mean "loss", the "grad_norm" before clipping,
+      and "skipped", 1 where nothing was changed; all scalars.
 
-    >>> step = make_step(lambda w, x, key: w**2, optax.sgd(0.1), ema_decay=0.5)
+    >>> from diffusion_jax.training import averages
+    >>> half = averages.exponential(0.5)
+    >>> step = make_step(lambda w, x, key: w**2, optax.sgd(0.1), averages=[half])
     >>> state = init(jax.random.key(0), jnp.array(0.25), optax.sgd(0.1))
     >>> state, metrics = step(state, jnp.zeros([4]))
-    >>> print(f"{state.params:.2f}", metrics["loss"])
-    0.20 0.0625
+    >>> print(f"{state.params:.2f}", metrics["loss"], metrics["skipped"])
+    0.20 0.0625 0
     """
     if accumulate < 1:
         raise ValueError(
@@ -93,26 +120,49 @@ def make_step(
             "micro-batches that a batch is cut into."
         )
 
-    def gradient(params: PyTree, batch: PyTree, key: jax.Array) -> Any:
-        loss, grad = jax.value_and_grad(loss_fn)(params, batch, key)
-        return loss, clip(grad, clip_norm) if clip_each else grad
+    def gradient(
+        params: PyTree, batch: PyTree, key: jax.Array, memory: PyTree
+    ) -> tuple[Any, PyTree]:
+        if remember is None:
+            seen: PyTree = ()
+            loss, grad = jax.value_and_grad(loss_fn)(params, batch, key)
+        else:
+            found = jax.value_and_grad(loss_fn, has_aux=True)
+            (loss, seen), grad = found(params, batch, key, memory)
+        return (loss, clip(grad, clip_norm) if clip_each else grad), seen
 
     def step(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
+        if len(averages) != len(state.averages):
+            raise ValueError(
+                "averages must be as many as those of the state, "
+                f"{len(state.averages)}; got {len(averages)}. Give their number to "
+                "init too."
+            )
         key = jax.random.fold_in(state.key, state.step)
-        loss, grad = _accumulate(gradient, accumulate, state.params, batch, key)
+        (loss, grad), seen = _accumulate(
+            gradient, accumulate, state.params, batch, key, state.memory
+        )
         if axis_name is not None:
             # Under shard_map this mean is right only with check_vma=False: otherwise
             # the gradient of replicated parameters has been summed already.
             loss, grad = jax.lax.pmean((loss, grad), axis_name)
+            seen = jax.lax.all_gather(seen, axis_name, tiled=True)
         norm = optax.tree.norm(grad)
         if not clip_each:
             grad = clip(grad, clip_norm)
         updates, opt_state = optimizer.update(grad, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        rate = 1 - _decay(state.step, ema_decay, ema_ramp)
-        ema_params = optax.incremental_update(params, state.ema_params, rate)
-        new = TrainState(state.step + 1, params, ema_params, opt_state, state.key)
-        return new, {"loss": loss, "grad_norm": norm}
+        means = tuple(
+            optax.incremental_update(params, average, 1 - profile(state.step))
+            for profile, average in zip(averages, state.averages, strict=True)
+        )
+        memory = state.memory if remember is None else remember(state.memory, seen)
+        new = TrainState(state.step, params, means, opt_state, memory, state.key)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        skipped = 1 - finite.astype(jnp.int32)
+        metrics = {"loss": loss, "grad_norm": norm, "skipped": skipped}
+        return new._replace(step=state.step + 1), metrics
 
     return step
 
@@ -179,27 +229,31 @@ def tf_adam(
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _decay(step: jax.Array, decay: float, ramp: bool) -> jax.Array:
-    if ramp:
-        return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-    return jnp.where(step < 1, 0.0, decay)
-
-
 def _accumulate(
-    gradient: LossFn, parts: int, params: PyTree, batch: PyTree, key: jax.Array
+    gradient: Callable[..., Any],
+    parts: int,
+    params: PyTree,
+    batch: PyTree,
+    key: jax.Array,
+    memory: PyTree,
 ) -> Any:
     if parts == 1:
-        return gradient(params, batch, key)
+        return gradient(params, batch, key, memory)
 
     # Every parts-th example goes into the same micro-batch, so that a batch that is
     # sharded over devices stays so.
     def cut(x: jax.Array) -> jax.Array:
         return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
 
-    def add(total: PyTree, micro: PyTree) -> tuple[PyTree, None]:
-        return optax.tree.add(total, gradient(params, micro, key)), None
+    def whole(x: jax.Array) -> jax.Array:
+        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+    def add(total: PyTree, micro: PyTree) -> tuple[PyTree, PyTree]:
+        one, seen = gradient(params, micro, key, memory)
+        return optax.tree.add(total, one), seen
 
     micros = jax.tree.map(cut, batch)
-    like = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], micros), key)
-    total, _ = jax.lax.scan(add, optax.tree.zeros_like(like), micros)
-    return optax.tree.scale(1 / parts, total)
+    first = jax.tree.map(lambda x: x[0], micros)
+    like, _ = jax.eval_shape(gradient, params, first, key, memory)
+    total, seen = jax.lax.scan(add, optax.tree.zeros_like(like), micros)
+    return optax.tree.scale(1 / parts, total), jax.tree.map(whole, seen)

@@ -38,7 +38,7 @@ CONFIG = Config(
         warmup=5000,
         clip_norm=1.0,
         replicas=8,
-        ema_decay=0.9999,
+        ema_decay=(0.9999,),
     ),
     train=Train(steps=800_000, batch_size=128),
     sample=Sample(every=10_000, count=64, clip=True),

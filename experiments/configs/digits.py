@@ -31,7 +31,7 @@ CONFIG = Config(
         warmup=200,
         decay="cosine",
         b2=0.99,
-        ema_decay=0.999,
+        ema_decay=(0.999,),
     ),
     train=Train(steps=5000, batch_size=64, checkpoint_every=1000, log_every=50),
     sample=Sample(every=1000, count=64, steps=250),

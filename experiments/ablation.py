@@ -1,0 +1,379 @@
+"""Every objective under one budget: `python -m experiments.ablation [digits]`.
+
+Trains the cells of the paper's Table 2 and what followed it, with the same network,
+data, optimiser and number of updates, and measures each: the bound, L_simple and the
+distance of its samples from the data. One table, one plot and one JSON file. Again:
+goes on where it stopped.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from diffusion_jax import continuous, gaussian, schedule
+from diffusion_jax.evaluation import images, metrics
+from diffusion_jax.training import data
+from experiments import (
+    arguments,
+    build,
+    chains,
+    draws,
+    eval_nll,
+    extractors,
+    reference,
+    runs,
+    train,
+    weights,
+)
+from experiments.config import Config, ConfigError
+from experiments.configs import EXPERIMENTS
+from experiments.configs.digits_family import family
+from experiments.validation import require_positive, validate
+
+DRAWS = 16
+"""Times at which L_simple is measured, of each image."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to compare, and with how much work."""
+
+    experiment: Annotated[
+        Literal["digits", "fashion_mnist", "cifar10"], tyro.conf.Positional
+    ] = "digits"
+    """Whose data, network and optimiser all rows have."""
+    rows: tuple[str, ...] = ()
+    """Which objectives, such as table2_eps_simple; all when not given."""
+    steps: int = 1500
+    """Updates of each."""
+    count: int = 500
+    """Samples of each: few make every distance larger."""
+    bound_images: int = 128
+    """Training images for the bound, of T network evaluations each."""
+    seed: int = 0
+    """Of training, samples and the choice of images."""
+    workers: int | None = None
+    """Rows at a time, each on its own core; the cores there are on CPU, else 1."""
+    path: str | None = None
+    """Where the data are, when they are not in the usual place."""
+    batch_size: int | None = None
+    """Images an update; the experiment's when not given."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of the activations; the experiment's when not given."""
+    output: str = "runs"
+    """Folder of all runs: this goes to <output>/ablation_<experiment>."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the table and writes table, plot and numbers; returns the exit code."""
+    options = tyro.cli(
+        Options, args=argv, prog="python -m experiments.ablation", description=__doc__
+    )
+    require_positive(options, "steps", "count", "bound_images", "workers", "batch_size")
+    configs, begun = plan(options), time.monotonic()
+    folder = Path(options.output) / f"ablation_{options.experiment}"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = prepare(next(iter(configs.values())), options)
+    widths = (
+        f"  {{:<{max(map(len, configs)) + 2}}}{{:>18}}{{:>10}}{{:>{len(name) + 2}}}"
+    )
+    print(f"{folder}: {options.steps:,} updates of each, samples {options.count:,}")
+    print(widths.format("", "bound (bits/dim)", "L_simple", name) + "  seconds")
+    found: dict[str, dict[str, Any]] = {}
+    for row, result in measured(configs, options):
+        found[row] = result
+        print(line(widths, row, result, name), flush=True)
+    rows = {row: found[row] for row in configs}
+    about = {
+        "experiment": options.experiment,
+        "steps": options.steps,
+        "count": options.count,
+        "bound_images": options.bound_images,
+        "seed": options.seed,
+        "distance": name,
+        "device": jax.devices()[0].device_kind,
+        "versions": runs.versions(),
+    }
+    table = folder / "ablation.txt"
+    lines = [line(widths, row, result, name) for row, result in rows.items()]
+    head = widths.format("", "bound (bits/dim)", "L_simple", name) + "  seconds"
+    table.write_text("\n".join([head, *lines]) + "\n")
+    runs.write_json(folder / "ablation.json", {**about, "rows": rows})
+    minutes, left = divmod(round(time.monotonic() - begun), 60)
+    print(f"done in {minutes} min {left} s")
+    print(f"written: {table} and {folder / 'ablation.json'}")
+    print(f"plot: {images.save(picture(rows, name, options), folder / 'ablation.png')}")
+    return 0
+
+
+def plan(options: Options) -> dict[str, Config]:
+    """Returns the configuration of each row, by its name.
+
+    Raises:
+      ConfigError: an unknown row, or values that do not fit.
+    """
+    base = EXPERIMENTS[options.experiment].config
+    made = {
+        name.removeprefix(f"{base.name}_"): config
+        for name, config in family(base).items()
+    }
+    for row in options.rows:
+        if row not in made:
+            try:
+                gaussian.raise_unknown("each of rows", row, tuple(made))
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
+    chosen = {row: made[row] for row in options.rows or made}
+    return {row: _budget(row, config, options) for row, config in chosen.items()}
+
+
+def _budget(row: str, config: Config, options: Options) -> Config:
+    """The configuration of a row with the same budget as all others."""
+    train, optimizer = config.train, config.optimizer
+    config = dataclasses.replace(
+        config,
+        name=row,
+        output=str(Path(options.output) / f"ablation_{options.experiment}"),
+        data=dataclasses.replace(config.data, path=options.path),
+        net=dataclasses.replace(config.net, dtype=options.dtype or config.net.dtype),
+        optimizer=dataclasses.replace(
+            optimizer,
+            warmup=min(optimizer.warmup, options.steps // 8),
+            ema_snapshots=options.steps // 16 if optimizer.ema_snapshots else 0,
+        ),
+        train=dataclasses.replace(
+            train,
+            steps=options.steps,
+            seed=options.seed,
+            batch_size=options.batch_size or train.batch_size,
+            log_every=max(1, options.steps // 50),
+            checkpoint_every=options.steps,
+        ),
+        sample=dataclasses.replace(config.sample, every=options.steps, count=64),
+    )
+    validate(config)
+    return config
+
+
+def prepare(config: Config, options: Options) -> str:
+    """Returns the name of the distance, after what all rows share has been made."""
+    dataset = build.load_data(config)
+    extractor = extractors.choose("classifier", config, dataset)
+    if options.count <= extractor.dimension:
+        raise ConfigError(
+            f"count must be above {extractor.dimension}, the number of features of "
+            f"{extractor.name}; got {options.count}. Give more samples."
+        )
+    reference.of(config, dataset.images, "train", extractor, batch_size=64)
+    return extractor.distance(options.count)
+
+
+def measured(
+    configs: dict[str, Config], options: Options
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields each row's result as it is ready."""
+    on_cpu = jax.default_backend() == "cpu"
+    cores = sorted(os.sched_getaffinity(0))
+    workers = options.workers or (len(cores) if on_cpu else 1)
+    if workers == 1:
+        for row, config in configs.items():
+            yield row, measure(config, options)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    free = spawn.Queue()
+    for i in range(workers):
+        free.put(cores[i % len(cores)])
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, mp_context=spawn, initializer=_take_core, initargs=(free,)
+    ) as pool:
+        waiting = {
+            pool.submit(measure, config, options): row
+            for row, config in configs.items()
+        }
+        try:
+            for future in concurrent.futures.as_completed(waiting):
+                yield waiting[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _take_core(free: Any) -> None:
+    """Ties this process to a core, before XLA counts them."""
+    os.sched_setaffinity(0, {free.get()})
+
+
+def measure(config: Config, options: Options) -> dict[str, Any]:
+    """Returns the result of a row, as JSON has it: trained if need be, and measured.
+
+    What training says goes to <row>/log.txt.
+    """
+    run = runs.of(config)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    diverged, begun = None, time.monotonic()
+    with _logged(run):
+        try:
+            train.train(config)
+        except train.DivergedError as error:
+            diverged = str(error)
+    seconds = time.monotonic() - begun
+    lines = runs.read_lines(run.metrics)
+    about = {
+        "steps": lines[-1]["step"] if lines else 0,
+        "skipped": sum(one["skipped"] for one in lines),
+        "diverged": diverged,
+    }
+    if not runs.has_checkpoint(run):
+        return {**about, "bound": None, "l_simple": None, "distance": None}
+    params, _, _ = weights.load(config, run, weights.Weights())
+    key = {
+        "weights": draws.digest(params),
+        "count": options.count,
+        "bound_images": options.bound_images,
+        "seed": options.seed,
+    }
+    path = run.folder / "eval" / "ablation.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        known = json.loads(path.read_text())
+        if known.pop("key") == key:
+            return known
+    dataset = build.load_data(config)
+    with _logged(run):
+        result = {
+            **about,
+            **bound(config, params, dataset, options),
+            "l_simple": l_simple(config, params, dataset, options),
+            "distance": distance(config, run, params, dataset, options),
+            "sampling": chains.describe_sampling(config),
+            "seconds": seconds,
+        }
+    runs.write_json(path, {"key": key, **result})
+    return result
+
+
+@contextlib.contextmanager
+def _logged(run: runs.Run) -> Iterator[None]:
+    """What is printed meanwhile goes to a file of the run."""
+    with (
+        (run.folder / "log.txt").open("a") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        yield
+
+
+def bound(
+    config: Config, params: Any, dataset: data.Dataset, options: Options
+) -> dict[str, float]:
+    """Returns the bound over the whole chain in bits/dim, and its standard error."""
+    asked = eval_nll.Options(max_images=options.bound_images, seed=options.seed)
+    chosen = eval_nll.choose(len(dataset.images), asked)
+    sums = eval_nll.evaluate(config, params, dataset, chosen, asked)
+    totals = np.array(sums.totals)
+    error = totals.std(ddof=1) / np.sqrt(len(totals)) if len(totals) > 1 else np.nan
+    return {"bound": float(totals.mean()), "bound_error": float(error)}
+
+
+def l_simple(
+    config: Config, params: Any, dataset: data.Dataset, options: Options
+) -> float:
+    """Returns the squared error of eps at the noise of the paper's schedule.
+
+    The mean over t = 1..1000 of that schedule, whatever the network's own: each t is
+    taken to the time of the same log-SNR, or the nearest there is.
+    """
+    chain = build.chain_schedule(config, params)
+    paper = schedule.linear()
+    rng = np.random.default_rng(options.seed)
+    count = min(512, len(dataset.images))
+    chosen = np.sort(rng.choice(len(dataset.images), count, replace=False))
+    batch = data.batch_at(dataset, chosen)
+    label = batch["label"] if config.net.classes else None
+
+    @jax.jit
+    def error(params: Any, image: Any, label: Any, t: Any, key: Any) -> jax.Array:
+        levels = build.chain_schedule(config, params)
+        x0 = image.astype(jnp.float32) / 127.5 - 1
+        eps = jax.random.normal(key, x0.shape)
+        x_t = gaussian.q_sample(x0, eps, levels(t))
+        denoise = chains.given_labels(config, params, levels, label, clip=False)
+        return jnp.square(denoise(x_t, t).eps - eps).mean()
+
+    total = 0.0
+    for j in range(DRAWS):
+        # Evenly over t, and over the images in turn.
+        share = (np.arange(count) / count + rng.uniform()) % 1
+        t = continuous.time_of(chain, paper(1 + (1000 * share).astype(int)).logsnr)
+        key = jax.random.fold_in(jax.random.key(options.seed), j)
+        order = rng.permutation(count)
+        total += float(error(params, batch["image"], label, t[order], key))
+    return total / DRAWS
+
+
+def distance(
+    config: Config,
+    run: runs.Run,
+    params: Any,
+    dataset: data.Dataset,
+    options: Options,
+) -> float:
+    """Returns the Frechet distance of the samples from the training images."""
+    drawn = draws.to_disk(
+        run.folder / "eval" / "samples",
+        config,
+        params,
+        count=options.count,
+        seed=options.seed,
+        batch_size=64,
+    )
+    extractor = extractors.choose("classifier", config, dataset)
+    seen, _ = extractors.extract(extractor, drawn, batch_size=64, label="features")
+    real = reference.of(config, dataset.images, "train", extractor, batch_size=64)
+    fitted = reference.gaussian_of(seen)
+    return metrics.frechet_distance(*fitted, real.mean, real.covariance)
+
+
+def line(widths: str, row: str, result: dict[str, Any], name: str) -> str:
+    """Returns a line of the table."""
+    if result["bound"] is None:
+        return f"  {row}: diverged before its first checkpoint"
+    bits = f"{result['bound']:.2f} +- {result['bound_error']:.2f}"
+    text = widths.format(
+        row, bits, f"{result['l_simple']:.4f}", f"{result['distance']:.2f}"
+    )
+    text += f"{result['seconds']:9.0f}"
+    if result["diverged"]:
+        text += f"  diverged at step {result['steps']:,}"
+    elif result["skipped"]:
+        text += f"  {result['skipped']:,} steps skipped"
+    return text
+
+
+def picture(rows: dict[str, dict[str, Any]], name: str, options: Options) -> Any:
+    """Returns the plot: the three numbers of every row."""
+    there = {row: result for row, result in rows.items() if result["bound"] is not None}
+    return images.bars(
+        list(there),
+        {
+            "bound (bits/dim)": [result["bound"] for result in there.values()],
+            "L_simple": [result["l_simple"] for result in there.values()],
+            name: [result["distance"] for result in there.values()],
+        },
+        title=f"{options.experiment}: {options.steps:,} updates of each objective",
+    )
+
+
+if __name__ == "__main__":
+    arguments.guarded(main)

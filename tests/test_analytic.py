@@ -1,0 +1,244 @@
+"""Analytic-DPM on Gaussian data, whose Var[x0 | x_t] and best variance are exact."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import mixtures
+import numpy as np
+import pytest
+
+from diffusion_jax import analytic, continuous, gaussian, losses, samplers, schedule
+
+BETAS = np.linspace(0.002, 0.5, 12)
+KEY = jax.random.key(0)
+TAU = 0.3
+
+
+def numpy_levels(betas):
+    """alpha and sigma for t = 0..T."""
+    alpha_bar = np.concatenate([[1.0], np.cumprod(1 - betas)])
+    return np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+
+
+def round_data(shape=(2, 2, 1)):
+    """x0 ~ N(0, TAU^2 I)."""
+    size = int(np.prod(shape))
+    return mixtures.Mixture([1.0], [np.zeros(size)], [TAU**2 * np.eye(size)], shape)
+
+
+def drawn(data, count, seed=0):
+    flat = np.random.default_rng(seed).multivariate_normal(
+        data.means[0], data.covs[0], count
+    )
+    return jnp.asarray(flat.reshape(count, *data.shape))
+
+
+@pytest.mark.parametrize("estimator", analytic.ESTIMATORS)
+def test_table_is_the_posterior_variance(estimator, x64):
+    """trace(Cov[x0 | x_t]) / d for correlated pixels, within five standard errors."""
+    made, data, count = schedule.from_betas(BETAS), mixtures.one(), 4000
+    x0 = drawn(data, count)
+    got = analytic.x0_variance(
+        KEY, data.denoiser(made), made, x0, estimator=estimator, chunk=5
+    )
+    alpha, sigma = (a[1:, None] for a in numpy_levels(BETAS))
+    spread = data.spread[0][None]
+    total = alpha**2 * spread + sigma**2
+    truth = (spread * sigma**2 / total).mean(axis=1)
+    # What is averaged is a sum of squares of normal numbers with these variances.
+    square = {
+        "error": spread * sigma**2 / total,
+        "score": (sigma / alpha) ** 2 * sigma**2 / total,
+    }[estimator]
+    error = np.sqrt(2 * (square**2).sum(axis=1) / count) / spread.size
+    assert got.shape == (len(BETAS) + 1,)
+    assert got[0] == 0
+    assert np.all(np.abs(got[1:] - truth) < 5 * error)
+    # Which says something: "score" is lost in its own noise only where that is large.
+    assert np.sum(5 * error < 0.25 * truth) >= (5 if estimator == "score" else 12)
+
+
+def test_batches_and_chunks_do_not_matter(x64):
+    """Means over halves average to the whole, whatever is evaluated together."""
+    made, data = schedule.from_betas(BETAS), mixtures.one()
+    denoise, x0, keys = data.denoiser(made), drawn(data, 6), jax.random.split(KEY, 6)
+
+    def table(rows, **options):
+        return analytic.x0_variance(keys[rows], denoise, made, x0[rows], **options)
+
+    whole = table(slice(0, 6))
+    halves = 0.5 * (table(slice(0, 3), chunk=5) + table(slice(3, 6)))
+    np.testing.assert_allclose(halves, whole, rtol=1e-12, atol=1e-14)
+
+
+def exact_table(made, spread=TAU**2):
+    """Of isotropic data, from the levels of a discrete schedule."""
+    # (sigma / alpha)^2, which is 0 at t = 0.
+    ratio = np.exp(-np.asarray(schedule.tables(made)[1]))
+    return spread * ratio / (spread + ratio)
+
+
+MADE = {
+    "linear": schedule.linear(),
+    "vp": continuous.discretize(continuous.vp(), 1000),
+}
+FIVE = np.array([1000, 700, 400, 150, 30, 1])
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_five_steps_keep_the_variance_of_the_data(name, x64):
+    """The point of the paper: exact for any steps, where small and large are not.
+
+    With the exact denoiser a step is x_s = (c0 g + ct) x_t + noise, so that Var[x_s]
+    follows a recursion, from the variance of x_T.
+    """
+    made, table = MADE[name], exact_table(MADE[name])
+    ends = {}
+    for kind in ("small", "large", "analytic"):
+        level = made(FIVE[0])
+        found = level.alpha**2 * TAU**2 + level.sigma**2
+        for t, s in itertools.pairwise(FIVE):
+            level, prev = made(np.array([t])), made(np.array([s]))
+            slope = jnp.sqrt(level.alpha**2 * TAU**4) / (
+                level.alpha**2 * TAU**2 + level.sigma**2
+            )
+            one = jnp.ones([1])
+            mean, _ = gaussian.q_posterior(slope, one, level, prev)
+            pred = gaussian.Prediction(one, one, x0_variance=jnp.asarray(table[t]))
+            log = gaussian.log_variance(kind, pred, level, prev)
+            found = mean**2 * found + jnp.exp(log)
+        level = made(FIVE[-1])
+        ends[kind] = (found / (level.alpha**2 * TAU**2 + level.sigma**2)).item()
+    np.testing.assert_allclose(ends["analytic"], 1, rtol=1e-9)
+    assert ends["small"] < 0.8
+    assert ends["large"] > 1.1
+
+
+def test_five_steps_of_the_sampler(x64):
+    """The same by drawing, and through the step to data, which draws no noise."""
+    made, data, count = MADE["linear"], round_data(), 20_000
+    denoise = analytic.attach(data.denoiser(made), exact_table(made))
+    rule = samplers.ddpm(denoise, made, variance="analytic")
+    grid = np.append(FIVE, 0)
+    x, seen = samplers.trajectory(KEY, rule, grid, (count, *data.shape), [5])
+    five_sigma = 5 * np.sqrt(2 / x.size)
+    level = made(1)
+    expected = level.alpha**2 * TAU**2 + level.sigma**2
+    np.testing.assert_allclose(seen.x_t[0].var(), expected, rtol=five_sigma)
+    expected = TAU**2 - exact_table(made)[1]
+    np.testing.assert_allclose(x.var(), expected, rtol=five_sigma)
+    assert np.all(np.isfinite(x))
+
+
+def bound_by(log_variance, made, data, t, *, shrink=1.0):
+    """Mean of L_{t-1} over many draws that do not depend on the variance."""
+    x0 = drawn(data, 20_000)
+    times = jnp.full(len(x0), t)
+    x_t = gaussian.q_sample(x0, gaussian.normal(KEY, x0.shape), made(times))
+    pred = data.denoiser(made)(x_t, times)
+    log = log_variance * jnp.ones_like(x0)
+    pred = gaussian.Prediction(shrink * pred.x0, pred.eps, log)
+    return losses.vlb(pred, x0, x_t, made, times, variance="learned").mean()
+
+
+@pytest.mark.parametrize("t", [2, 60, 500])
+def test_analytic_variance_is_the_best(t, x64):
+    """5 per cent more or less of it raises the bound, by 1/4 0.05^2 nats at most."""
+    made, data = MADE["linear"], round_data((16,))
+    x = jnp.zeros([1, 1])
+    pred = gaussian.Prediction(x, x, x0_variance=x + exact_table(made)[t])
+    best = gaussian.log_variance("analytic", pred, made(t), made(t - 1)).item()
+    least = bound_by(best, made, data, t)
+    for off in (-0.05, 0.05):
+        more = bound_by(best + off, made, data, t) - least
+        assert 0 < more < 0.3 * off**2 / np.log(2)
+
+
+def test_error_is_the_best_for_an_imperfect_mean(x64):
+    """A network that halves x0: its own error is the variance to use, not the score."""
+    made, data = MADE["linear"], round_data((16,))
+    count, few = 4000, [300, 500]
+    short = schedule.from_tables(
+        *(np.asarray(table)[[0, *few]] for table in schedule.tables(made))
+    )
+    best = data.denoiser(short)
+
+    def halved(x_t, t):
+        pred, level = best(x_t, t), short(t).like(x_t)
+        x0 = 0.5 * pred.x0
+        return gaussian.Prediction(x0, (x_t - level.alpha * x0) / level.sigma)
+
+    tables = {
+        name: analytic.x0_variance(
+            KEY, halved, short, drawn(data, count, 1), estimator=name
+        )
+        for name in analytic.ESTIMATORS
+    }
+    truth = exact_table(short)
+    # E (x0 - x0_hat / 2)^2 = Var[x0 | x_t] + 1/4 Var[x0_hat].
+    expected = truth + 0.25 * (TAU**2 - truth)
+    np.testing.assert_allclose(tables["error"][1:], expected[1:], rtol=0.05)
+    assert np.all(np.abs(tables["score"][1:] / expected[1:] - 1) > 0.1)
+    for k, t in enumerate(few, 1):
+        x = jnp.zeros([1, 1])
+        cost = {}
+        for name, table in tables.items():
+            known = jnp.maximum(table[k], 0) + x
+            pred = gaussian.Prediction(x, x, x0_variance=known)
+            log = gaussian.log_variance("analytic", pred, made(t), made(t - 1))
+            cost[name] = bound_by(log.item(), made, data, t, shrink=0.5)
+        assert cost["error"] < cost["score"]
+
+
+def test_bounded(x64):
+    """0 below; above, what x_t / alpha leaves, and the data's range (Theorem 2)."""
+    made = schedule.from_betas(BETAS)
+    alpha, sigma = numpy_levels(BETAS)
+    ratio = (sigma / alpha) ** 2
+    high = analytic.bounded(np.full(13, 99.0), made)
+    np.testing.assert_allclose(high, np.minimum(ratio, 1), rtol=1e-10)
+    assert ratio.min() < 1 < ratio.max()
+    wide = analytic.bounded(np.full(13, 99.0), made, half_range=np.inf)
+    np.testing.assert_allclose(wide, np.minimum(ratio, 99), rtol=1e-10)
+    assert np.all(analytic.bounded(np.full(13, -0.1), made) == 0)
+    table = 0.5 * np.minimum(ratio, 1)
+    np.testing.assert_array_equal(analytic.bounded(table, made), table)
+    # Two points at the ends of the range are the worst of data.
+    x0 = jnp.asarray(np.random.default_rng(0).choice([-1.0, 1.0], (500, 4)))
+    silent = gaussian.denoiser(lambda x, t: 0 * x, made, "x0")
+    worst = analytic.x0_variance(KEY, silent, made, x0, estimator="error")
+    np.testing.assert_allclose(worst[1:], 1, rtol=1e-12)
+
+
+def test_attach_looks_up_t(x64):
+    made, x_t = schedule.from_betas(BETAS), jnp.ones([3, 2, 2])
+    plain = gaussian.denoiser(lambda x, t: 0.1 * x, made, "eps")
+    denoise = analytic.attach(plain, np.arange(13) / 10)
+    t = jnp.array([1, 12, 5])
+    pred = denoise(x_t, t)
+    np.testing.assert_allclose(pred.x0_variance[:, 0, 0], [0.1, 1.2, 0.5])
+    assert pred.x0_variance.shape == (3, 1, 1)
+    np.testing.assert_array_equal(pred.x0, plain(x_t, t).x0)
+    np.testing.assert_allclose(denoise(x_t, 7).x0_variance, 0.7)
+    lost = jax.jit(denoise)(x_t, jnp.array([-1, 13, 2])).x0_variance
+    np.testing.assert_array_equal(np.isnan(lost[:, 0, 0]), [True, True, False])
+
+
+LIN, X = schedule.linear(4), np.zeros([1, 2])
+
+
+@pytest.mark.parametrize(
+    ("call", "got"),
+    [
+        (lambda: analytic.x0_variance(KEY, None, LIN, X, estimator="eps"), "'eps'"),
+        (lambda: analytic.x0_variance(KEY, None, continuous.vp(), X), "Partial"),
+        (lambda: analytic.bounded(np.zeros(4), LIN), "(4,)"),
+        (lambda: analytic.bounded(np.zeros(5), LIN, half_range=0.0), "0.0"),
+        (lambda: analytic.attach(None, np.zeros([2, 2])), "(2, 2)"),
+        (lambda: analytic.attach(None, np.zeros(5))(jnp.asarray(X), 0.5), "float32"),
+    ],
+)
+def test_bad_input_is_refused(call, got, refuses):
+    with refuses(got):
+        call()
