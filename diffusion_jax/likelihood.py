@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from diffusion_jax import continuous, gaussian, losses, ode, sde
 from diffusion_jax.schedule import Schedule, is_discrete, num_steps
@@ -91,6 +92,7 @@ def bound(
     x0: jax.Array,
     *,
     variance: str = "large",
+    decoder_variance: ArrayLike | None = None,
     chunk: int = 1,
 ) -> Bound:
     """Returns the bound by one draw of x_t for every t (Eq. 5, Ho et al. 2020).
@@ -103,7 +105,8 @@ def bound(
       denoise: the network's prediction. The paper's evaluation clips x0.
       schedule: its discrete schedule.
       x0: data on the grid of 256 values, scaled to [-1, 1], [B, ...].
-      variance: of the reverse steps: "small", "large" or "learned".
+      variance: of the reverse steps, one of gaussian.VARIANCES.
+      decoder_variance: of p(x0 | x_1), as in `losses.vlb`.
       chunk: times evaluated together: memory grows with it.
 
     >>> from diffusion_jax import schedule
@@ -127,7 +130,15 @@ def bound(
         eps = gaussian.normal(keys, x0.shape, x0.dtype)
         x_t = gaussian.q_sample(x0, eps, schedule(times))
         pred = denoise(x_t, times)
-        term = losses.vlb(pred, x0, x_t, schedule, times, variance=variance)
+        term = losses.vlb(
+            pred,
+            x0,
+            x_t,
+            schedule,
+            times,
+            variance=variance,
+            decoder_variance=decoder_variance,
+        )
         error = jnp.square(pred.x0 - x0).mean(axis=tuple(range(1, x0.ndim)))
         return term, error
 

@@ -17,24 +17,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from diffusion_jax import gaussian
 from diffusion_jax.schedule import NoiseLevel, Schedule, num_steps
-
-
-def sample_t(key: jax.Array, num_steps: int, shape: tuple[int, ...] = ()) -> jax.Array:
-    """Returns times uniform over {1, ..., num_steps} (Algorithm 1, Ho et al. 2020).
-
-    Args:
-      key: one key.
-      num_steps: T.
-      shape: of the result, int32.
-
-    >>> t = sample_t(jax.random.key(0), 1000, (4,))
-    >>> bool(((t >= 1) & (t <= 1000)).all())
-    True
-    """
-    return jax.random.randint(key, shape, 1, num_steps + 1)
 
 
 def simple(
@@ -105,6 +91,7 @@ def vlb(
     t: jax.Array,
     *,
     variance: str = "large",
+    decoder_variance: ArrayLike | None = None,
 ) -> jax.Array:
     """Returns one term of the variational bound an example, [B], in bits/dim.
 
@@ -118,6 +105,10 @@ def vlb(
       schedule: a discrete schedule of at least two steps.
       t: integer times in 1..T, [B].
       variance: the reverse variance, one of gaussian.VARIANCES.
+      decoder_variance: that of p(x0 | x_1), in the place of the variance's own. Chains
+        of a continuous schedule want (sigma_1 / alpha_1)^2, what x_1 leaves open: small
+        and large borrow that of t = 2, which is far too sure where the first step is
+        not one of many alike.
 
     Raises:
       ValueError: an unknown variance, or one that the prediction does not have.
@@ -135,6 +126,9 @@ def vlb(
     log_variance = gaussian.log_variance(
         variance, pred, level, prev_level, log_small=small
     )
+    if decoder_variance is not None:
+        given = jnp.log(jnp.asarray(decoder_variance, x0.dtype))
+        log_variance = jnp.where(jnp.isposinf(prev_level.logsnr), given, log_variance)
     # Both means have the same x_t in them: their difference has only x0, without the
     # rounding of two large sums.
     none = jnp.zeros_like(x_t)

@@ -69,7 +69,7 @@ def ddpm(
     Args:
       denoise: the network's prediction as a function of (x_t, t).
       schedule: its noise schedule.
-      variance: of the reverse steps: "small", "large" or "learned".
+      variance: of the reverse steps, one of gaussian.VARIANCES.
 
     >>> from diffusion_jax import grids, schedule
     >>> lin = schedule.linear(10)

@@ -219,12 +219,19 @@ def make_bound(
         )
         keys = jax.vmap(jax.random.fold_in, (None, 0))(root, batch["i"])
         x0 = batch["x"].astype(jnp.float32) / 127.5 - 1
+        variance = options.variance or config.diffusion.variance
+        fixed = variance in ("small", "large")
         return likelihood.bound(
             keys,
             denoise,
             levels,
             x0,
-            variance=options.variance or config.diffusion.variance,
+            variance=variance,
+            decoder_variance=(
+                jnp.exp(-levels(1).logsnr)
+                if fixed and build.is_continuous(config)
+                else None
+            ),
             chunk=options.chunk,
         )
 

@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from diffusion_jax import continuous, gaussian, losses, schedule
+from diffusion_jax import continuous, gaussian, schedule, timesteps
 from diffusion_jax.nets.noisy_classifier import NoisyClassifier
 from diffusion_jax.training import data
 from experiments import arguments, build, runs, weights
@@ -256,7 +256,7 @@ def _make_update(
         params: Any, memory: Any, key: jax.Array, images: jax.Array, labels: jax.Array
     ) -> Any:
         t_key, eps_key, flip_key = jax.random.split(key, 3)
-        t = losses.sample_t(t_key, last, images.shape[:1])
+        t = timesteps.steps(jax.random.uniform(t_key, images.shape[:1]), last)
         x0 = images.astype(jnp.float32) / 127.5 - 1
         if flip:
             chosen = jax.random.bernoulli(flip_key, shape=images.shape[:1])

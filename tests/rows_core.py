@@ -282,11 +282,6 @@ ROWS = [
     Row("gaussian.denoiser", _denoise("x0", clip=True), "x t", "clip"),
     Row("gaussian.denoiser", _denoise("mean", variance="learned"), "x t", "learned"),
     Row("gaussian.normal", lambda keys: gaussian.normal(keys, (len(keys), 3)), "keys"),
-    Row(
-        "losses.sample_t",
-        lambda keys: jax.vmap(lambda key: losses.sample_t(key, T))(keys),
-        "keys",
-    ),
     *(
         Row("losses.simple", _simple(space), f"x0 x y {PAIR}", space)
         for space in gaussian.KINDS

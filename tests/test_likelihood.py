@@ -227,3 +227,22 @@ def test_continuous_bound_refuses(made, draws, got, jit, refuses):
 
     with refuses(got):
         (jax.jit(call) if jit else call)(jnp.zeros([2, 3]))
+
+
+def test_the_decoder_of_an_exploding_chain_has_the_variance_that_is_asked_for(x64):
+    """L_0 is -log of the normal's share of the bin, to NumPy; borrowed it is too sure."""
+    chain = continuous.discretize(continuous.ve(), 200, clean=True)
+    rng = np.random.default_rng(0)
+    x0 = GRID[rng.integers(1, 255, size=(64, 8))]
+    eps, t = rng.normal(size=x0.shape), jnp.ones(64, int)
+    x_t = gaussian.q_sample(jnp.asarray(x0), jnp.asarray(eps), chain(t))
+    # x0 may be anything, as far as x_1 says.
+    pred = gaussian.Prediction(x_t, 0 * x_t)
+    variance = jnp.exp(-chain(1).logsnr)
+    bits, borrowed = (
+        losses.vlb(pred, jnp.asarray(x0), x_t, chain, t, decoder_variance=chosen)
+        for chosen in (variance, None)
+    )
+    nats = oracles.decoder_nll(x0, np.asarray(x_t), np.log(float(variance)))
+    np.testing.assert_allclose(bits, nats.mean(axis=1) / np.log(2), rtol=1e-9)
+    assert bits.mean() < 0.5 * borrowed.mean()

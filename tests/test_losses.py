@@ -38,17 +38,6 @@ def noise(seed, *shape):
 X0, EPS = pixels(0, T, 4, 4), noise(1, T, 4, 4)
 
 
-def test_times_are_uniform():
-    t = np.asarray(losses.sample_t(jax.random.key(0), 10, (50_000,)))
-    counts = np.bincount(t, minlength=11)
-    assert counts[0] == 0
-    assert len(counts) == 11
-    five_sigma = 5 * np.sqrt(50_000 * 0.1 * 0.9)
-    np.testing.assert_allclose(counts[1:], 5000, atol=five_sigma)
-    assert losses.sample_t(jax.random.key(0), 10).shape == ()
-    assert losses.sample_t(jax.random.key(0), 1, (4,)).tolist() == [1, 1, 1, 1]
-
-
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_simple_in_every_space(name, x64):
     """An error d in eps is sigma/alpha d in x0, d/alpha in v, c0 sigma/alpha d in mean.

@@ -188,7 +188,8 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_step(bad):
     now, seen = run(quadratic, optimizer, [good[0], batch_of([bad, 0.0])], **options)
     before, _ = run(quadratic, optimizer, good[:1], **options)
     assert [int(m["skipped"]) for m in seen] == [0, 1]
-    assert not np.isfinite(seen[1]["loss"]) and int(now.step) == 2
+    assert not np.isfinite(seen[1]["loss"])
+    assert int(now.step) == 2
     kept = (now.params, now.averages, now.opt_state)
     for a, b in zip(
         jax.tree.leaves(kept),

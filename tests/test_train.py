@@ -111,13 +111,26 @@ def test_another_seed_is_another_run(folder, whole):
     assert other.metrics.read_bytes() != whole.metrics.read_bytes()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(folder):
-    with pytest.raises(ConfigError, match=r"must stay finite; got .*nan"):
-        run_train(
-            folder,
-            "diverged",
-            *("--optimizer.learning-rate", "1e30", "--optimizer.warmup", "0"),
-        )
+DIVERGING = ("--optimizer.learning-rate", "1e30", "--optimizer.warmup", "0")
+
+
+def test_a_run_without_a_finite_loss_is_given_up(folder):
+    with pytest.raises(train.DivergedError, match="got none in the last 20") as caught:
+        run_train(folder, "diverged", *DIVERGING, "--train.steps", "40")
+    assert "lower --optimizer.learning-rate" in str(caught.value)
+
+
+def test_steps_without_a_finite_loss_are_skipped_and_counted(folder, capsys):
+    code, run = run_train(folder, "skips", *DIVERGING)
+    assert code == 0
+    lines = [json.loads(line) for line in run.metrics.open()]
+    assert [line["skipped"] for line in lines] == [4, 5]
+    assert lines[1] == {"step": 10, "loss": None, "grad_norm": None, "skipped": 5}
+    assert "9 steps were skipped: their loss was not finite" in capsys.readouterr().out
+    leaves, step = final_state(run)
+    assert step == 12
+    # What was saved are the weights of the last finite step.
+    assert all(np.isfinite(np.frombuffer(leaf, np.float32)).all() for leaf in leaves)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
