@@ -65,7 +65,8 @@ class Options:
     seed: int = 0
     """Of training, samples and the choice of images."""
     workers: int | None = None
-    """Rows at a time, each on its own core; the cores there are on CPU, else 1."""
+    """Rows at a time: the cores there are on CPU, each row on its own, else 1. On a GPU
+    several share its memory: set XLA_PYTHON_CLIENT_PREALLOCATE=false."""
     path: str | None = None
     """Where the data are, when they are not in the usual place."""
     batch_size: int | None = None
@@ -194,9 +195,9 @@ def measured(
     spawn = multiprocessing.get_context("spawn")
     free = spawn.Queue()
     for i in range(workers):
-        free.put(cores[i % len(cores)])
+        free.put({cores[i % len(cores)]} if on_cpu else set(cores))
     with concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=spawn, initializer=_take_core, initargs=(free,)
+        workers, mp_context=spawn, initializer=_take_cores, initargs=(free,)
     ) as pool:
         waiting = {
             pool.submit(measure, config, options): row
@@ -210,9 +211,10 @@ def measured(
             raise
 
 
-def _take_core(free: Any) -> None:
-    """Ties this process to a core, before XLA counts them."""
-    os.sched_setaffinity(0, {free.get()})
+def _take_cores(free: Any) -> None:
+    """Ties this process to its cores, before XLA counts them."""
+    os.sched_setaffinity(0, free.get())
+    arguments.quiet()
 
 
 def measure(config: Config, options: Options) -> dict[str, Any]:

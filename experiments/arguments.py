@@ -79,13 +79,17 @@ def join_hosts() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
+def quiet() -> None:
+    """Silences what Orbax reports through absl: it does it anyway."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+
 def guarded(main: Callable[[Sequence[str]], int]) -> None:
     """Runs a command and leaves with its exit code; 2 and one message for bad input."""
     from diffusion_jax.training.checkpoint import CheckpointError
     from diffusion_jax.training.data import DataError
 
-    # Orbax reports through absl what it does anyway and nobody needs to read.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    quiet()
     expected: tuple[Any, ...] = (config.ConfigError, CheckpointError, DataError)
     try:
         join_hosts()

@@ -230,7 +230,7 @@ def test_continuous_bound_refuses(made, draws, got, jit, refuses):
 
 
 def test_the_decoder_of_an_exploding_chain_has_the_variance_that_is_asked_for(x64):
-    """L_0 is -log of the normal's share of the bin, to NumPy; borrowed it is too sure."""
+    """L_0 is -log of the share of the bin, to NumPy; the borrowed one is too sure."""
     chain = continuous.discretize(continuous.ve(), 200, clean=True)
     rng = np.random.default_rng(0)
     x0 = GRID[rng.integers(1, 255, size=(64, 8))]

@@ -86,10 +86,13 @@ def test_evaluations_are_counted_not_computed(monkeypatch):
     assert chains.count_evaluations(config, None) == 13
     twice = chains.make_rule
 
-    def wasteful(config, denoise):
-        return twice(config, lambda x, t: (denoise(x, t), denoise(x, t))[0])
+    def wasteful(config, denoise, levels):
+        def asked(x, t):
+            return (denoise(x, t), denoise(x, t))[0]
 
-    monkeypatch.setattr(build, "make_rule", wasteful)
+        return twice(config, asked, levels)
+
+    monkeypatch.setattr(chains, "make_rule", wasteful)
     assert chains.count_evaluations(config, None) == 26
 
 
@@ -118,9 +121,9 @@ def test_the_table_its_numbers_and_its_plot(run, tmp_path, capsys, monkeypatch):
     # Again, with one more rule: what is known is not drawn twice.
     drawn, make = [], chains.make_sampler
 
-    def counted(config, params):
+    def counted(config, params, **options):
         drawn.append(config.sample.sampler)
-        return make(config, params)
+        return make(config, params, **options)
 
     monkeypatch.setattr(chains, "make_sampler", counted)
     flags = ["--rules", "ddpm", "heun", "unipc 2", "--evaluations", "4", "8"]

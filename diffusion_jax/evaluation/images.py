@@ -12,12 +12,13 @@ from PIL import Image
 def to_uint8(x: np.ndarray) -> np.ndarray:
     """Returns images scaled to [-1, 1] as uint8, clipped and rounded to the nearest.
 
-    >>> print(to_uint8(np.array([-1.2, -1.0, 0.0, 1.0])))
-    [  0   0 128 255]
+    What is not a number, as of a network that has diverged, is black.
+
+    >>> print(to_uint8(np.array([-1.2, -1.0, 0.0, 1.0, np.nan])))
+    [  0   0 128 255   0]
     """
-    return np.rint(np.clip((np.asarray(x, np.float64) + 1) * 127.5, 0, 255)).astype(
-        np.uint8
-    )
+    values = np.clip((np.asarray(x, np.float64) + 1) * 127.5, 0, 255)
+    return np.rint(np.nan_to_num(values, nan=0.0)).astype(np.uint8)
 
 
 def grid(
