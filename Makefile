@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help train sample eval samplers legibility test lint format clean
+.PHONY: help train sample eval samplers ablation legibility test lint format clean
 
 help:  ## show this
 	@echo "usage: make TARGET [EXP=experiment] [ARGS=\"--flag value ...\"] [PYTHON=python3]"
@@ -34,6 +34,9 @@ eval: $(READY)  ## measure EXP: distance of its samples from the data, bits/dim
 
 samplers: $(READY)  ## compare all sampling rules on EXP: quality by evaluations
 	$(PY) -m experiments.compare_samplers $(RUN) $(ARGS)
+
+ablation: $(READY)  ## train every objective on the digits, and compare them
+	$(PY) -m experiments.ablation $(ARGS)
 
 legibility: $(READY)  ## measure whether the samples of EXP can be read
 	$(PY) -m experiments.legibility $(RUN) $(ARGS)

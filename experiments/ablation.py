@@ -297,7 +297,6 @@ def l_simple(
     taken to the time of the same log-SNR, or the nearest there is.
     """
     chain = build.chain_schedule(config, params)
-    paper = schedule.linear()
     rng = np.random.default_rng(options.seed)
     count = min(512, len(dataset.images))
     chosen = np.sort(rng.choice(len(dataset.images), count, replace=False))
@@ -317,11 +316,17 @@ def l_simple(
     for j in range(DRAWS):
         # Evenly over t, and over the images in turn.
         share = (np.arange(count) / count + rng.uniform()) % 1
-        t = continuous.time_of(chain, paper(1 + (1000 * share).astype(int)).logsnr)
+        t = paper_times(chain, share)
         key = jax.random.fold_in(jax.random.key(options.seed), j)
         order = rng.permutation(count)
         total += float(error(params, batch["image"], label, t[order], key))
     return total / DRAWS
+
+
+def paper_times(chain: schedule.Schedule, share: np.ndarray) -> jax.Array:
+    """Returns the times of a chain with the noise of the paper's t = 1 + 1000 share."""
+    level = schedule.linear()(1 + (1000 * share).astype(int))
+    return continuous.time_of(chain, level.logsnr)
 
 
 def distance(

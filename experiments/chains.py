@@ -209,6 +209,8 @@ def describe_sampling(config: Config) -> dict[str, Any]:
     about = sampling.resolve(config.sample, config.diffusion.num_steps)
     if "variance" in about:
         about["variance"] = about["variance"] or config.diffusion.variance
+    if config.net.classes and config.sample.label is None:
+        about["label"] = "all in turn"
     return about
 
 

@@ -25,7 +25,10 @@ def chain(
     seed: int,
     frames: int = FRAMES,
 ) -> tuple[np.ndarray, samplers.Trajectory]:
-    """Returns samples, [count, H, W, C], and their chain at evenly spaced steps."""
+    """Returns samples, [count, H, W, C], and their chain at evenly spaced steps.
+
+    Noise that explodes is shown as wide as the data: x_t is divided by sigma above 1.
+    """
     grid, std = chains.make_grid(config), chains.start_std(config)
     size = config.data.image_size
     shape = (count, size, size, config.data.channels)
@@ -40,7 +43,17 @@ def chain(
         return end, seen.x_t, seen.x0
 
     end, x_t, x0 = jax.tree.map(np.asarray, run(params, jax.random.key(seed)))
-    return end, samplers.Trajectory(grid[chosen], x_t, x0)
+    return end, samplers.Trajectory(grid[chosen], x_t / _width(config, chosen), x0)
+
+
+def _width(config: Config, steps: list[int]) -> np.ndarray:
+    """The standard deviation of the noise at steps of the chain, where above 1."""
+    times = chains.make_grid(config)[steps]
+    if config.sample.sampler == "ode" and build.is_continuous(config):
+        levels = build.make_schedule(config)
+    else:
+        levels = chains.known_chain(config)
+    return np.maximum(np.asarray(levels(times).sigma), 1)[:, None, None, None, None]
 
 
 def strip(end: np.ndarray, frames: Any) -> Any:

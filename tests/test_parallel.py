@@ -128,6 +128,29 @@ def test_official_clipping_is_the_same_by_pmap_and_by_parts_of_the_batch(batches
     assert_close(many.params, one.params, 1e-5)
 
 
+OBJECTIVES = {
+    "importance": {"loss": "vlb", "density": "importance", "num_steps": 3},
+    "learned": {"schedule": "learned", "loss": "vlb", "spread": "low_discrepancy"},
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("strategy", ["mesh", "pmap", "shard_map"])
+def test_what_a_loss_remembers_and_learns_is_the_same_on_eight_devices(
+    name, strategy, batches
+):
+    cfg = config.replace(TINY, "diffusion", **OBJECTIVES[name])
+    # Enough for every time to have been seen ten times, so that the memory is used.
+    one, losses_one = train("mesh", 1, batches[:6], cfg)
+    many, losses_many = train(strategy, 8, batches[:6], cfg)
+    np.testing.assert_allclose(losses_many, losses_one, rtol=1e-4)
+    assert_close(many.params, one.params, 1e-4)
+    assert_close(many.memory, one.memory, 1e-3)
+    if name == "importance":
+        assert int(one.memory.counts.sum()) == 6 * 16
+        assert int(one.memory.counts.min()) >= 10
+
+
 def test_samples_do_not_depend_on_devices_or_batch():
     params = build.init_params(TINY, jax.random.key(0))
     params = jax.tree.map(lambda x: x + 0.02, params)

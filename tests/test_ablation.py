@@ -1,0 +1,106 @@
+"""The ablation command: every row under one budget, in parts if need be."""
+
+import json
+import shlex
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax import continuous, gaussian, schedule
+from experiments import ablation, build, chains, learning
+from experiments.config import ConfigError
+
+SMALL = shlex.split(
+    "digits --rows table2_eps_simple edm --steps 16 --count 66 --bound-images 4"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ablation")
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Rows with a network as small as there is, and a short chain."""
+    from dataclasses import replace
+
+    planned = ablation.plan
+
+    def plan(options):
+        return {
+            row: replace(
+                config,
+                net=replace(
+                    config.net, channels=8, multipliers=(1,), blocks=1, attention=()
+                ),
+                diffusion=replace(config.diffusion, num_steps=20),
+                sample=replace(config.sample, steps=4, count=4),
+            )
+            for row, config in planned(options).items()
+        }
+
+    monkeypatch.setattr(ablation, "plan", plan)
+
+
+def test_the_table_its_numbers_and_its_plot(folder, tiny, capsys, monkeypatch):
+    argv = [*SMALL, "--workers", "1", "--output", str(folder)]
+    assert ablation.main(argv) == 0
+    out = folder / "ablation_digits"
+    result = json.loads((out / "ablation.json").read_text())
+    assert list(result["rows"]) == ["table2_eps_simple", "edm"]
+    assert result["distance"] == "fd_digits_classifier"
+    for row in result["rows"].values():
+        assert row["steps"] == 16
+        assert row["bound"] > 0
+        assert 0 < row["l_simple"] < 3
+        assert row["distance"] > 0
+    printed = capsys.readouterr().out
+    table = (out / "ablation.txt").read_text()
+    assert table.splitlines()[1] in printed
+    with Image.open(out / "ablation.png") as image:
+        assert image.size[0] > 800
+    # Again, with what is known: nothing is trained or drawn.
+    monkeypatch.setattr(ablation, "distance", None)
+    assert ablation.main(argv) == 0
+    assert json.loads((out / "ablation.json").read_text())["rows"] == result["rows"]
+
+
+def test_l_simple_is_measured_at_the_noise_of_the_papers_schedule():
+    share = np.linspace(0, 0.999, 200)
+    paper = schedule.linear()(1 + (1000 * share).astype(int)).logsnr
+    for chain in (
+        schedule.linear(),
+        schedule.cosine(),
+        continuous.discretize(continuous.ve(sigma_min=0.002, sigma_max=80), clean=True),
+    ):
+        found = chain(ablation.paper_times(chain, share)).logsnr
+        # To the nearest step of the chain, where it has so much or so little noise.
+        np.testing.assert_allclose(found, paper, atol=0.5)
+        assert np.abs(found - paper).mean() < 0.05
+
+
+def test_a_network_that_says_nothing_errs_by_the_variance_of_the_noise(monkeypatch):
+    def silent(*args, **options):
+        return lambda x_t, t: gaussian.Prediction(0 * x_t, 0 * x_t)
+
+    monkeypatch.setattr(chains, "given_labels", silent)
+    options = ablation.Options(rows=("edm",), steps=16)
+    config = ablation.plan(options)["edm"]
+    params, dataset = learning.init_state(config).params, build.load_data(config)
+    error = ablation.l_simple(config, params, dataset, options)
+    np.testing.assert_allclose(error, 1, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--rows edn", "each of rows must be one of .*got 'edn'. Did you mean 'edm'"),
+        ("--count 64 --rows edm", "count must be above 64"),
+        ("--steps 0", "steps must be at least 1; got 0"),
+    ],
+)
+def test_bad_options_are_named(folder, flags, words):
+    with pytest.raises(ConfigError, match=words):
+        ablation.main(["digits", "--output", str(folder), *flags.split()])

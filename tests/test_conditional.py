@@ -1,0 +1,138 @@
+"""Labels, guidance and the estimated variance, run as a person runs them."""
+
+import json
+
+import numpy as np
+import pytest
+from test_family import SMALL
+
+from experiments import eval_nll, runs, sample, train, train_noisy_classifier
+from experiments.config import ConfigError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("conditional")
+
+
+@pytest.fixture(scope="module")
+def labelled(folder):
+    # Long enough for the label to matter.
+    flags = ["--train.steps", "60", "--optimizer.learning-rate", "0.02"]
+    argv = ["digits_conditional", *SMALL, *flags, "--output", str(folder)]
+    assert train.main([*argv, "--optimizer.ema-decay", "0.9"]) == 0
+    return runs.Run(folder / "digits_conditional")
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    assert train.main(["digits", *SMALL, "--output", str(folder)]) == 0
+    return runs.Run(folder / "digits")
+
+
+def draw(run, out, *flags, count=12):
+    argv = [str(run.folder), "--count", str(count), "--format", "npz"]
+    assert sample.main([*argv, "--out", str(out / "x.npz"), *flags]) == 0
+    return np.load(out / "x.npz")["images"].astype(int)
+
+
+def test_all_classes_are_drawn_in_turn(labelled, tmp_path):
+    mixed = draw(labelled, tmp_path)
+    for label in (0, 3):
+        one = draw(labelled, tmp_path, "--label", str(label))
+        for i in range(12):
+            same = np.abs(mixed[i] - one[i]).max() <= 1
+            assert same == (i % 10 == label), (label, i)
+
+
+def test_guidance_starts_at_one_and_moves_on(labelled, tmp_path):
+    label = ["--label", "3"]
+    none = draw(labelled, tmp_path, *label)
+    one = draw(labelled, tmp_path, *label, "--guidance", "1")
+    assert np.abs(none - one).max() <= 1
+    three = draw(labelled, tmp_path, *label, "--guidance", "3")
+    assert np.abs(none - three).mean() > 0.5
+    # Everywhere, and nowhere on the chain.
+    all_, nowhere = (
+        draw(labelled, tmp_path, *label, "--guidance", "3", *interval)
+        for interval in (
+            ("--guidance-interval", "0", "1e9"),
+            ("--guidance-interval", "1e8", "1e9"),
+        )
+    )
+    assert np.abs(all_ - three).max() <= 1
+    assert np.abs(nowhere - none).max() <= 1
+
+
+def test_the_bound_is_of_the_image_with_its_label(labelled, tmp_path):
+    argv = [str(labelled.folder), "--max-images", "8"]
+    assert eval_nll.main(argv) == 0
+    right = json.loads((labelled.folder / "eval/nll_train.json").read_text())
+    assert np.isfinite(right["bits_per_dim"])
+    # Small and far from exact, but enough to see the two agree on what they are of.
+    assert eval_nll.main([*argv, "--ode", "--tolerance", "1e-2"]) == 0
+    flow = json.loads((labelled.folder / "eval/nll_ode_train.json").read_text())
+    assert np.isfinite(flow["bits_per_dim"])
+
+
+def test_a_classifier_guides_a_network_without_labels(plain, tmp_path):
+    with pytest.raises(ConfigError, match="train_noisy_classifier"):
+        draw(plain, tmp_path, "--label", "3", "--classifier-guidance", "2")
+    argv = [str(plain.folder), "--steps", "30"]
+    assert train_noisy_classifier.main(argv) == 0
+    none = draw(plain, tmp_path)
+    off = draw(plain, tmp_path, "--label", "3", "--classifier-guidance", "0")
+    np.testing.assert_array_equal(off, none)
+    one, other = (
+        draw(plain, tmp_path, "--label", label, "--classifier-guidance", "5")
+        for label in ("3", "5")
+    )
+    assert np.abs(one - none).mean() > 0.5
+    assert np.abs(one - other).mean() > 0.5
+    with pytest.raises(ConfigError, match=r"label must be below 10.*got 10"):
+        draw(plain, tmp_path, "--label", "10", "--classifier-guidance", "2")
+
+
+def test_the_analytic_variance_is_estimated_once(plain, tmp_path, monkeypatch):
+    first = draw(plain, tmp_path, "--variance", "analytic", "--steps", "5")
+    path = plain.folder / "eval" / "x0_variance.json"
+    table = np.array(json.loads(path.read_text())["table"])
+    assert table.shape == (21,)
+    assert table[0] == 0
+    assert np.all((table[1:] > 0) & (table[1:] <= 1))
+    # A network that has learned little is further off the more noise there is.
+    assert table[-1] > table[1]
+    written = path.stat().st_mtime_ns
+    again = draw(plain, tmp_path, "--variance", "analytic", "--steps", "5")
+    assert path.stat().st_mtime_ns == written
+    np.testing.assert_array_equal(first, again)
+    assert np.any(first != draw(plain, tmp_path, "--variance", "small", "--steps", "5"))
+
+
+def test_the_analytic_variance_has_the_best_bound(plain):
+    bits = {}
+    for variance in ("small", "large", "analytic"):
+        argv = [str(plain.folder), "--max-images", "32", "--variance", variance]
+        assert eval_nll.main(argv) == 0
+        result = json.loads((plain.folder / "eval/nll_train.json").read_text())
+        bits[variance] = result["bits_per_dim"]
+    assert bits["analytic"] < min(bits["small"], bits["large"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--guidance", "2"], "must be left out where no labels were dropped"),
+        (["--label", "3"], "must be left out where the network has no classes"),
+        (["--classifier-guidance", "-1"], "must be at least 0; got -1"),
+    ],
+)
+def test_wrong_guidance_is_named(plain, tmp_path, flags, words):
+    with pytest.raises(ConfigError, match=words):
+        draw(plain, tmp_path, *flags)
+
+
+def test_labels_must_fit_the_network(folder):
+    argv = ["digits", *SMALL, "--output", str(folder), "--name", "few"]
+    with pytest.raises(ConfigError, match=r"labels must be in 0..4.*some up to 9"):
+        train.main([*argv, "--net.classes", "5"])
