@@ -35,8 +35,8 @@ eval: $(READY)  ## measure EXP: distance of its samples from the data, bits/dim
 samplers: $(READY)  ## compare all sampling rules on EXP: quality by evaluations
 	$(PY) -m experiments.compare_samplers $(RUN) $(ARGS)
 
-ablation: $(READY)  ## train every objective on the digits, and compare them
-	$(PY) -m experiments.ablation $(ARGS)
+ablation: $(READY)  ## train every objective on the data of EXP, and compare them
+	$(PY) -m experiments.ablation $(EXP) $(ARGS)
 
 legibility: $(READY)  ## measure whether the samples of EXP can be read
 	$(PY) -m experiments.legibility $(RUN) $(ARGS)

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import json
 import multiprocessing
-import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ import tyro
 
 from diffusion_jax import continuous, gaussian, schedule
 from diffusion_jax.evaluation import images, metrics
-from diffusion_jax.training import data
+from diffusion_jax.training import data, parallel
 from experiments import (
     arguments,
     build,
@@ -82,7 +81,12 @@ def main(argv: Sequence[str]) -> int:
     options = tyro.cli(
         Options, args=argv, prog="python -m experiments.ablation", description=__doc__
     )
-    require_positive(options, "steps", "count", "bound_images", "workers", "batch_size")
+    require_positive(options, "steps", "count", "workers", "batch_size")
+    if options.bound_images < 2:
+        raise ConfigError(
+            "bound_images must be at least 2, for there to be a standard error; got "
+            f"{options.bound_images}. Change it with --bound-images."
+        )
     configs, begun = plan(options), time.monotonic()
     folder = Path(options.output) / f"ablation_{options.experiment}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +100,6 @@ def main(argv: Sequence[str]) -> int:
     for row, result in measured(configs, options):
         found[row] = result
         print(line(widths, row, result, name), flush=True)
-    rows = {row: found[row] for row in configs}
     about = {
         "experiment": options.experiment,
         "steps": options.steps,
@@ -107,6 +110,7 @@ def main(argv: Sequence[str]) -> int:
         "device": jax.devices()[0].device_kind,
         "versions": runs.versions(),
     }
+    rows = merged(folder / "ablation.json", about, found)
     table = folder / "ablation.txt"
     lines = [line(widths, row, result, name) for row, result in rows.items()]
     head = widths.format("", "bound (bits/dim)", "L_simple", name) + "  seconds"
@@ -117,6 +121,24 @@ def main(argv: Sequence[str]) -> int:
     print(f"written: {table} and {folder / 'ablation.json'}")
     print(f"plot: {images.save(picture(rows, name, options), folder / 'ablation.png')}")
     return 0
+
+
+def merged(
+    path: Path, about: dict[str, Any], found: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Returns the rows beside those that were measured before, if all else is the same.
+
+    In the order of the family.
+    """
+    rows = found
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        known = json.loads(path.read_text())
+        old = known.pop("rows")
+        if known == json.loads(json.dumps(about)):
+            rows = {**old, **found}
+    base = EXPERIMENTS[about["experiment"]].config
+    names = [name.removeprefix(f"{base.name}_") for name in family(base)]
+    return {name: rows[name] for name in names if name in rows}
 
 
 def plan(options: Options) -> dict[str, Config]:
@@ -186,7 +208,7 @@ def measured(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields each row's result as it is ready."""
     on_cpu = jax.default_backend() == "cpu"
-    cores = sorted(os.sched_getaffinity(0))
+    cores = parallel.cores()
     workers = options.workers or (len(cores) if on_cpu else 1)
     if workers == 1:
         for row, config in configs.items():
@@ -213,7 +235,7 @@ def measured(
 
 def _take_cores(free: Any) -> None:
     """Ties this process to its cores, before XLA counts them."""
-    os.sched_setaffinity(0, free.get())
+    parallel.take_cores(free.get())
     arguments.quiet()
 
 
@@ -227,7 +249,8 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
     diverged, begun = None, time.monotonic()
     with _logged(run):
         try:
-            train.train(config)
+            if train.train(config):
+                raise KeyboardInterrupt  # it was asked to stop, and did
         except train.DivergedError as error:
             diverged = str(error)
     seconds = time.monotonic() - begun
@@ -239,12 +262,18 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
     }
     if not runs.has_checkpoint(run):
         return {**about, "bound": None, "l_simple": None, "distance": None}
-    params, _, _ = weights.load(config, run, weights.Weights())
+    params, step, _ = weights.load(config, run, weights.Weights())
+    if step > options.steps:
+        raise ConfigError(
+            f"steps must be at least those of the run that is there, {step:,}; got "
+            f"{options.steps:,}. Give another --output."
+        )
     key = {
         "weights": draws.digest(params),
         "count": options.count,
         "bound_images": options.bound_images,
         "seed": options.seed,
+        "sampling": chains.describe_sampling(config),
     }
     path = run.folder / "eval" / "ablation.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -258,7 +287,6 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
             **bound(config, params, dataset, options),
             "l_simple": l_simple(config, params, dataset, options),
             "distance": distance(config, run, params, dataset, options),
-            "sampling": chains.describe_sampling(config),
             "seconds": seconds,
         }
     runs.write_json(path, {"key": key, **result})
@@ -284,8 +312,8 @@ def bound(
     chosen = eval_nll.choose(len(dataset.images), asked)
     sums = eval_nll.evaluate(config, params, dataset, chosen, asked)
     totals = np.array(sums.totals)
-    error = totals.std(ddof=1) / np.sqrt(len(totals)) if len(totals) > 1 else np.nan
-    return {"bound": float(totals.mean()), "bound_error": float(error)}
+    error = float(totals.std(ddof=1) / np.sqrt(len(totals)))
+    return {"bound": float(totals.mean()), "bound_error": error}
 
 
 def l_simple(

@@ -48,6 +48,7 @@ def parse(argv: Sequence[str], *, prog: str) -> config.Config:
         f"Other experiments, to be named before the first flag: {others}.",
     )
     validation.validate(chosen)
+    validation.of_training(chosen)
     return chosen
 
 

@@ -57,7 +57,9 @@ def known_chain(config: Config) -> schedule.Schedule:
 
 def start_std(config: Config) -> float:
     """Returns the standard deviation of the noise that chains start from."""
-    return max(1.0, float(known_chain(config)(config.diffusion.num_steps).sigma))
+    if config.sample.sampler == "ode":
+        return max(1.0, float(known_chain(config)(config.diffusion.num_steps).sigma))
+    return max(1.0, float(known_chain(config)(int(make_grid(config)[0])).sigma))
 
 
 def make_sampler(
@@ -164,7 +166,13 @@ def count_evaluations(config: Config, params: Any) -> float:
     taken at most.
     """
     levels = sampling_schedule(config, params)
-    denoise = gaussian.denoiser(lambda x, t: 0 * x, levels, "x0")
+    silent = gaussian.denoiser(lambda x, t: 0 * x, levels, "x0")
+
+    def stand_in(x: jax.Array, t: jax.Array) -> gaussian.Prediction:
+        # Whatever variance the rule asks for.
+        return gaussian.Prediction(*silent(x, t)[:2], 0 * x, 0 * x, 0 * x)
+
+    denoise: gaussian.Denoiser = stand_in
     if sampling.RULES[config.sample.sampler].grid is None:
         denoise = make_denoiser(config, params)
     shape = (1, *[config.data.image_size] * 2, config.data.channels)
@@ -207,6 +215,8 @@ def make_draw(
 def describe_sampling(config: Config) -> dict[str, Any]:
     """Returns what has to be known of samples beside the weights and the seed."""
     about = sampling.resolve(config.sample, config.diffusion.num_steps)
+    if "guidance_interval" in about:
+        about["guidance_interval"] = list(about["guidance_interval"])  # as JSON has it
     if "variance" in about:
         about["variance"] = about["variance"] or config.diffusion.variance
     if config.net.classes and config.sample.label is None:
@@ -271,7 +281,6 @@ def _guided(
     judge = params["classifier"]
     classes = len(judge["logits"]["bias"])
     clip = sampling.resolve(config.sample, config.diffusion.num_steps)["clip"]
-    clip = clip and config.sample.threshold is None  # which has been applied already
 
     def guided(x: jax.Array, t: jax.Array) -> gaussian.Prediction:
         label = labels_of(config, len(x), first, classes)

@@ -28,6 +28,7 @@ from experiments import (
     chains,
     draws,
     extractors,
+    extras,
     reference,
     runs,
     weights,
@@ -141,6 +142,7 @@ def main(argv: Sequence[str]) -> int:
             f"{extractor.name}; got {options.count}. Give more samples."
         )
     params, step, _ = weights.load(config, run, options.which)
+    about_weights, params = draws.digest(params), extras.complete(config, run, params)
     size = options.batch_size
     real = reference.of(config, dataset.images, "train", extractor, batch_size=size)
 
@@ -155,9 +157,11 @@ def main(argv: Sequence[str]) -> int:
         "distance": extractor.distance(options.count),
         "count": options.count,
         "seed": options.seed,
-        "weights_sha256": draws.digest(params),
+        "weights_sha256": about_weights,
         "training_step": step,
-        "half_of_train_against_the_other_half": real.halves,
+        "half_of_train_against_the_other_half": (
+            real.halves if np.isfinite(real.halves) else None
+        ),
         "versions": runs.versions(),
     }
     known = known_points(out / "samplers.json", about)
@@ -219,12 +223,16 @@ def validate(options: Options) -> None:
 def ways(rule: str, config: Config, options: Options) -> list[tuple[float, Config]]:
     """Returns the budgets of a row, and what is drawn with each."""
     if rule == "ode":
+        if config.net.classes and config.sample.label is None:
+            return []  # draws one at a time, and does not know the turn
         hows = [(value, Sampling("ode", tolerance=value)) for value in TOLERANCES]
         return [(value, with_sampling(config, how)) for value, how in hows]
     entry, total = ENTRIES[rule], config.diffusion.num_steps
     found: list[tuple[float, Config]] = []
     for budget in sorted(set(options.evaluations)):
         steps = entry.steps(budget)
+        if rule == "ddpm" and config.diffusion.variance == "learned" and steps < total:
+            continue  # that variance is of single steps
         if steps <= total and (budget <= 100 or entry.slow):
             how = dataclasses.replace(entry.how, steps=steps)
             found.append((float(budget), with_sampling(config, how)))
@@ -251,14 +259,16 @@ def measure(
     if not chosen:
         return
     length = max(len(chains.make_grid(way)) for _, way in chosen)
-    mesh, std = parallel.make_mesh(), chains.start_std(config)
+    mesh = parallel.make_mesh()
     size, side = min(options.batch_size, options.count), config.data.image_size
     shape = (size, side, side, config.data.channels)
     out = parallel.sharded(mesh) if size % mesh.size == 0 else parallel.replicated(mesh)
 
     def program(way: Config) -> Callable[..., jax.Array]:
         @jax.jit
-        def draw(params: Any, key: jax.Array, first: jax.Array, grid: Any) -> jax.Array:
+        def draw(
+            params: Any, key: jax.Array, first: jax.Array, grid: Any, std: Any
+        ) -> jax.Array:
             rule = samplers.padded(chains.make_sampler(way, params, first=first))
             drawn = samplers.sample(key, rule, grid, shape, start_std=std, first=first)
             return jax.lax.with_sharding_constraint(drawn, out)
@@ -270,12 +280,13 @@ def measure(
         if rule == "ode" and budget != chosen[0][0]:
             compiled = program(way)  # a tolerance is compiled in; a grid is not
         grid = jnp.asarray(samplers.pad(chains.make_grid(way), length))
+        std = jnp.asarray(chains.start_std(way))
         key, parts = jax.random.key(options.seed), []
-        compiled(params, key, jnp.asarray(0), grid[-1:].repeat(length))  # compiles
+        compiled(params, key, jnp.asarray(0), grid[-1:].repeat(length), std)  # compiles
         begun = time.monotonic()
         starts = range(0, options.count, size)
         for first in tqdm(starts, desc=rule, disable=not sys.stderr.isatty()):
-            batch = np.asarray(compiled(params, key, jnp.asarray(first), grid))
+            batch = np.asarray(compiled(params, key, jnp.asarray(first), grid, std))
             parts.append(images.to_uint8(batch))
         seconds = time.monotonic() - begun
         drawn = np.concatenate(parts)[: options.count]

@@ -25,7 +25,16 @@ from diffusion_jax.gaussian import raise_unknown
 from diffusion_jax.schedule import Schedule
 from diffusion_jax.training import parallel, pixels
 from diffusion_jax.training.formats import DataError
-from experiments import arguments, chains, edit_options, extras, runs, sample, sampling
+from experiments import (
+    arguments,
+    build,
+    chains,
+    edit_options,
+    extras,
+    runs,
+    sample,
+    sampling,
+)
 from experiments.config import Config, ConfigError
 from experiments.sampling import Sampling
 from experiments.validation import with_sampling
@@ -65,10 +74,16 @@ def main(argv: Sequence[str]) -> int:
         config = _deterministic(loaded, shared.how)
     else:
         config = with_sampling(loaded, shared.how)
-    if config.net.classes and config.sample.label is None:
+    chosen = config.net.classes or config.sample.classifier_guidance
+    if chosen and config.sample.label is None:
         raise ConfigError(
-            "label must be given with a run that has classes; got none. Name the class "
-            f"of the image with --label, 0 to {config.net.classes - 1}."
+            "label must be given with a run that has classes, or a classifier that "
+            "guides; got none. Name the class of the image with --label."
+        )
+    if config.sample.sampler == "ode" and build.is_continuous(config):
+        raise ConfigError(
+            "sampler must be one that walks steps, for a run in continuous time; got "
+            "ode. Use --sampler ddim."
         )
     out = shared.out or run.folder / "edit" / f"{command}.png"
     if out.suffix.lower() != ".png":

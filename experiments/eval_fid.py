@@ -32,6 +32,7 @@ from experiments import (
     reference,
     runs,
     sampling,
+    weights,
 )
 from experiments.config import Config, ConfigError
 from experiments.sampling import Sampling
@@ -237,8 +238,10 @@ def draw(
     """Returns samples of the run, and what has to be known of them."""
     if options.untrained:
         params, step, kind = learning.init_state(config).params, 0, "untrained"
+        digest, params = draws.digest(params), extras.complete(config, run, params)
     else:
-        params, step, kind = extras.load(config, run, options.which)
+        params, step, kind = weights.load(config, run, options.which)
+        digest, params = draws.digest(params), extras.complete(config, run, params)
     drawn = draws.to_disk(
         run.folder / "eval" / "samples",
         config,
@@ -249,7 +252,7 @@ def draw(
     )
     about = {
         "weights": kind,
-        "weights_sha256": draws.digest(params),
+        "weights_sha256": digest,
         "training_step": step,
         **chains.describe_sampling(config),
     }

@@ -343,18 +343,22 @@ def summary(
     }
 
 
-def _mean(totals: np.ndarray) -> dict[str, float]:
+def _mean(totals: np.ndarray) -> dict[str, float | None]:
     count = len(totals)
-    spread = float(np.std(totals, ddof=1)) if count > 1 else math.nan
-    error = spread / math.sqrt(count)
+    error = float(np.std(totals, ddof=1) / np.sqrt(count)) if count > 1 else None
     return {"bits_per_dim": float(totals.mean()), "standard_error": error}
+
+
+def _plus_minus(error: float | None) -> str:
+    """The standard error, which one image does not have."""
+    return "" if error is None else f" +- {error:.4f}"
 
 
 def show_ode(run: runs.Run, result: dict[str, Any]) -> None:
     """Prints the flow's bits/dim, and how they were computed."""
     _show_protocol(run, result)
     total, error = result["bits_per_dim"], result["standard_error"]
-    print(f"  probability flow {total:8.4f} +- {error:.4f} bits/dim")
+    print(f"  probability flow {total:8.4f}{_plus_minus(error)} bits/dim")
     print(f"  {result['evaluations_per_image']:.1f} evaluations an image, ", end="")
     print(f"tolerance {result['tolerance']:g}")
     trace = f"{result['trace']} trace"
@@ -376,7 +380,7 @@ def show(run: runs.Run, result: dict[str, Any]) -> None:
     """Prints the bound, its terms, and how they were computed."""
     _show_protocol(run, result)
     total, error = result["bits_per_dim"], result["standard_error"]
-    print(f"  bound         {total:8.4f} +- {error:.4f} bits/dim")
+    print(f"  bound         {total:8.4f}{_plus_minus(error)} bits/dim")
     print(f"    prior L_T   {result['prior']:8.4f}")
     print(f"    L_1..L_T-1  {result['rate'] - result['prior']:8.4f}")
     print(f"    decoder L_0 {result['decoder']:8.4f}")

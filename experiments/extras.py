@@ -11,7 +11,15 @@ from tqdm import tqdm
 
 from diffusion_jax import analytic
 from diffusion_jax.training import data
-from experiments import build, chains, draws, runs, train_noisy_classifier, weights
+from experiments import (
+    build,
+    chains,
+    draws,
+    runs,
+    sampling,
+    train_noisy_classifier,
+    weights,
+)
 from experiments.config import Config, ConfigError
 from experiments.weights import Weights
 
@@ -31,7 +39,8 @@ def load(
       config: of the run, with the way to sample.
       run: its folder.
       which: the weights to choose.
-      variance: of the reverse steps; that of the samples when not given.
+      variance: of the reverse steps of a bound, which clips and is not guided; when
+        not given, all is as the samples are drawn.
 
     Raises:
       ConfigError, CheckpointError: as `weights.load`; or there is no classifier.
@@ -45,8 +54,11 @@ def complete(
 ) -> Any:
     """Returns the parameters with what sampling needs beside them, as `load`."""
     if (variance or config.sample.variance) == "analytic":
-        params = {**params, "x0_variance": x0_variance(config, run, params)}
-    if config.sample.classifier_guidance:
+        how = sampling.resolve(config.sample, config.diffusion.num_steps)
+        clip = how["clip"] if variance is None else True
+        table = x0_variance(config, run, params, clip=clip)
+        params = {**params, "x0_variance": table}
+    if config.sample.classifier_guidance and variance is None:
         path = train_noisy_classifier.path_of(run)
         guide = train_noisy_classifier.load(path)
         label = config.sample.label
@@ -59,13 +71,20 @@ def complete(
     return params
 
 
-def x0_variance(config: Config, run: runs.Run, params: Any) -> np.ndarray:
+def x0_variance(
+    config: Config, run: runs.Run, params: Any, *, clip: bool
+) -> np.ndarray:
     """Returns Var[x0 | x_t] for t = 0..T, [T + 1], estimated from training images.
 
     By the error of the network, so that it is the best for its mean, perfect or not.
     Kept in the run's folder for the next time.
     """
-    about = {"weights": draws.digest(params), "images": IMAGES, "clip": True}
+    if jax.process_count() > 1:
+        raise ConfigError(
+            "variance must be small, large, learned or range on several hosts; got "
+            "analytic. Estimate it on one host first: experiments.sample RUN."
+        )
+    about = {"weights": draws.digest(params), "images": IMAGES, "clip": clip}
     path = run.folder / "eval" / "x0_variance.json"
     try:
         known = json.loads(path.read_text())
@@ -81,7 +100,7 @@ def x0_variance(config: Config, run: runs.Run, params: Any) -> np.ndarray:
     @jax.jit
     def estimate(params: Any, key: jax.Array, image: Any, label: Any) -> jax.Array:
         levels = build.chain_schedule(config, params)
-        denoise = chains.given_labels(config, params, levels, label, clip=True)
+        denoise = chains.given_labels(config, params, levels, label, clip=clip)
         x0 = image.astype(jnp.float32) / 127.5 - 1
         return analytic.x0_variance(key, denoise, levels, x0, estimator="error")
 

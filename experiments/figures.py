@@ -43,17 +43,10 @@ def chain(
         return end, seen.x_t, seen.x0
 
     end, x_t, x0 = jax.tree.map(np.asarray, run(params, jax.random.key(seed)))
-    return end, samplers.Trajectory(grid[chosen], x_t / _width(config, chosen), x0)
-
-
-def _width(config: Config, steps: list[int]) -> np.ndarray:
-    """The standard deviation of the noise at steps of the chain, where above 1."""
-    times = chains.make_grid(config)[steps]
-    if config.sample.sampler == "ode" and build.is_continuous(config):
-        levels = build.make_schedule(config)
-    else:
-        levels = chains.known_chain(config)
-    return np.maximum(np.asarray(levels(times).sigma), 1)[:, None, None, None, None]
+    levels = chains.sampling_schedule(config, params)
+    times = grid[chosen] if config.sample.sampler == "ode" else grid[chosen].astype(int)
+    width = np.maximum(np.asarray(levels(times).sigma), 1)[:, None, None, None, None]
+    return end, samplers.Trajectory(grid[chosen], x_t / width, x0)
 
 
 def strip(end: np.ndarray, frames: Any) -> Any:
@@ -78,6 +71,11 @@ def shared(
     shape = (1, size, size, config.data.channels)
     parts = [int(np.argmin(np.abs(grid - grid[0] * share))) for share in SHARED_AT]
     root = jax.random.key(seed)
+    if config.net.classes and config.sample.label is None:
+        raise ConfigError(
+            "label must be given with a run that has classes, where samples share x_t; "
+            f"got none. Choose one with --label, 0 to {config.net.classes - 1}."
+        )
     if len(set(parts)) < len(parts):
         raise ConfigError(
             f"steps must be at least {len(SHARED_AT)}, for as many places to part; got "
@@ -132,6 +130,7 @@ def quality(
             f"{extractor.name}; got {count}. Draw more with --count."
         )
     real = reference.of(config, dataset.images, "train", extractor, batch_size=64)
+    grid = chains.make_grid(config)
     end, seen = chain(config, params, count=count, seed=seed, frames=13)
     name = extractor.distance(count)
     rows = []
@@ -143,7 +142,7 @@ def quality(
         distance = metrics.frechet_distance(*moments, real.mean, real.covariance)
         rows.append({"t": t, name: distance})
         print(f"  x0 seen at t = {t:5,}   {name} {distance:10.3f}")
-    done = [config.diffusion.num_steps - row["t"] for row in rows]
+    done = [config.diffusion.num_steps * (1 - row["t"] / grid[0]) for row in rows]
     images.curve(
         done,
         [row[name] for row in rows],

@@ -123,16 +123,17 @@ def make_loss(config: Config) -> state.LossFn:
         params: Any, batch: dict[str, jax.Array], key: jax.Array, memory: Any = ()
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         position = batch["position"]
+        # Apart from the first: a fold of one key by 2 is what split makes of it third.
+        key, key_t, key_dropout = jax.random.split(key, 3)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, position)
         flip_key, label_key, eps_key = jnp.unstack(jax.vmap(_split3)(keys), axis=1)
-        dropout_key = jax.random.fold_in(jax.random.fold_in(key, 1), position[0])
+        dropout_key = jax.random.fold_in(key_dropout, position[0])
         x0 = batch["image"].astype(jnp.float32) / 127.5 - 1
         if config.data.flip:
             chosen = jax.vmap(jax.random.bernoulli)(flip_key)
             x0 = jnp.where(chosen[:, None, None, None], x0[:, :, ::-1], x0)
         label = _label(config, batch, label_key)
         levels = make_schedule(config, params)
-        key_t = jax.random.fold_in(key, 2)
         t, weight = draw_times(config, key_t, position, levels, memory)
 
         def denoiser(levels: schedule.Schedule) -> gaussian.Denoiser:

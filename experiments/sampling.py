@@ -124,7 +124,7 @@ def override(sample: Sample, given: Sampling) -> Sample:
     chosen = {name: value for name, value in _fields(given) if value is not None}
     values = dataclasses.asdict(sample)
     if chosen.get("sampler", sample.sampler) != sample.sampler:
-        values |= dict.fromkeys((*OPTIONS, "grid", "steps"))
+        values |= dict.fromkeys((*OPTIONS, "grid", "steps", "threshold"))
     return Sample(**(values | chosen))
 
 

@@ -141,11 +141,11 @@ def loop(
         # device idle while the host prepares the next batch.
         while len(waiting) > (0 if saves or draws else 1):
             record(config, run, shown, *waiting.pop(0), pending)
+        snaps = weights.due(config, step + 1)
+        if snaps:  # before the checkpoint, from which a run would go on without
+            weights.save_snapshots(run, config, state)
         if saves:
             checkpoint.save(manager, step + 1, state, {"pending": [*pending]})
-        snaps = weights.due(config, step + 1)
-        if snaps:
-            weights.save_snapshots(run, config, state)
         if draws:
             write_grid(config, run, draw, state)
         if saves or draws or snaps:

@@ -15,7 +15,7 @@ from experiments.config import (
     micro_batches,
     to_dict,
 )
-from experiments.sampling import Sampling, override, problems
+from experiments.sampling import Sampling, override, problems, resolve
 
 _AT_LEAST = {
     "data.image_size": 4,
@@ -135,6 +135,12 @@ def objective(diffusion: Diffusion) -> Iterator[tuple[str, str, object]]:
     if d.weighting != "simple" and d.loss != "eps":
         must = f"eps with the weighting {d.weighting}, which weighs its error"
         yield "diffusion.loss", must, d.loss
+    if d.weighting == "sigmoid" and d.density in ("log_normal", "logit_normal"):
+        must = "uniform with the weighting sigmoid, which is of evenly drawn times"
+        yield "diffusion.density", must, d.density
+    value = d.weighting_value
+    if value is not None and d.weighting in ("min_snr", "p2") and not value > 0:
+        yield "diffusion.weighting_value", "above 0", value
     if d.weighting_value is not None and d.weighting in ("simple", "edm"):
         must = f"left out with the weighting {d.weighting}"
         yield "diffusion.weighting_value", must, d.weighting_value
@@ -175,26 +181,47 @@ def conditioning(config: Config) -> Iterator[tuple[str, str, object]]:
     if sample.variance in ("learned", "range") and sample.variance != variance:
         must = "one that the network was trained for"
         yield "sample.variance", must, sample.variance
-    guided = sample.guidance is not None or sample.guidance_interval is not None
-    if guided and not (net.classes and net.label_dropout):
-        must = "left out where no labels were dropped in training"
-        yield "sample.guidance", must, sample.guidance
+    chosen = sample.variance or variance
+    total = config.diffusion.num_steps
+    steps = resolve(sample, total).get("steps", total)
+    if sample.sampler == "ddpm" and chosen == "learned" and steps < total:
+        must = f"{total}, all, with a learned variance, which is that of single steps"
+        yield "sample.steps", must, steps
+    for name in ("guidance", "guidance_interval"):
+        given = getattr(sample, name)
+        if given is not None and not (net.classes and net.label_dropout):
+            must = "left out where no labels were dropped in training"
+            yield f"sample.{name}", must, given
+    if sample.threshold is not None and sample.classifier_guidance:
+        must = "left out with classifier guidance, which comes after it"
+        yield "sample.threshold", must, sample.threshold
     if sample.guidance_interval is not None and sample.guidance is None:
         yield "sample.guidance", "given with an interval", None
     if sample.label is not None:
-        if not (net.classes or sample.classifier_guidance is not None):
+        if not (net.classes or sample.classifier_guidance):
             must = "left out where the network has no classes and no classifier guides"
             yield "sample.label", must, sample.label
         if net.classes and sample.label >= net.classes:
             must = f"below {net.classes}, the number of classes"
             yield "sample.label", must, sample.label
-    chosen = net.classes or sample.classifier_guidance
-    if chosen and sample.label is None and sample.sampler == "ode":
+    asked = net.classes or sample.classifier_guidance
+    if asked and sample.label is None and sample.sampler == "ode":
         must = "given with the sampler ode, which draws one at a time"
         yield "sample.label", must, None
-    if config.diffusion.schedule == "learned" and sample.grid in ("logsnr", "karras"):
+    grid = resolve(sample, total).get("grid")
+    if config.diffusion.schedule == "learned" and grid in ("logsnr", "karras"):
         must = "uniform or quadratic where the schedule is learned"
-        yield "sample.grid", must, sample.grid
+        yield "sample.grid", must, grid
+
+
+def of_training(config: Config) -> None:
+    """Raises ConfigError for what only a trained network can be drawn with."""
+    if config.sample.variance == "analytic":
+        must = "small, large, learned or range in training: it is estimated afterwards"
+        _fail("sample.variance", must, "analytic")
+    if config.sample.classifier_guidance:
+        must = "left out in training: the classifier is trained afterwards"
+        _fail("sample.classifier_guidance", must, config.sample.classifier_guidance)
 
 
 def require_positive(options: Any, *names: str) -> None:

@@ -76,9 +76,10 @@ def test_l_simple_is_measured_at_the_noise_of_the_papers_schedule():
         continuous.discretize(continuous.ve(sigma_min=0.002, sigma_max=80), clean=True),
     ):
         found = chain(ablation.paper_times(chain, share)).logsnr
-        # To the nearest step of the chain, where it has so much or so little noise.
-        np.testing.assert_allclose(found, paper, atol=0.5)
-        assert np.abs(found - paper).mean() < 0.05
+        # To the nearest step of the chain, as far as it goes.
+        there = np.maximum(paper, chain(1000).logsnr)
+        np.testing.assert_allclose(found, there, atol=0.5)
+        assert np.abs(found - there).mean() < 0.05
 
 
 def test_a_network_that_says_nothing_errs_by_the_variance_of_the_noise(monkeypatch):

@@ -6,6 +6,7 @@ As a person runs them, with a network as small as there is.
 import dataclasses
 import json
 import shlex
+from typing import get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,20 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import continuous, schedule
-from experiments import build, chains, learning, runs, train, weights
+from experiments import (
+    build,
+    chains,
+    learning,
+    runs,
+    sample,
+    train,
+    validation,
+    weights,
+)
+from experiments.config import ConfigError, Diffusion, Net
 from experiments.configs import EXPERIMENTS, digits_family, table2
+from experiments.sampling import Sampling
+from experiments.validation import with_sampling
 
 SMALL = shlex.split(
     """--net.channels 8 --net.multipliers 1 --net.blocks 1 --net.attention
@@ -32,7 +45,9 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("name", digits_family.CONFIGS)
 def test_every_objective_trains_and_samples(folder, name):
-    assert train.main([name, *SMALL, "--output", str(folder)]) == 0
+    # A learned variance is that of single steps.
+    whole = ["--sample.steps", "20"] if name.endswith("learned") else []
+    assert train.main([name, *SMALL, *whole, "--output", str(folder)]) == 0
     run = runs.Run(folder / name)
     lines = runs.read_lines(run.metrics)
     assert [line["step"] for line in lines] == [5, 10, 15, 20]
@@ -71,6 +86,40 @@ def test_every_large_experiment_builds(name):
     out = jax.eval_shape(loss, state.params, batch, state.key)
     assert out.shape == ()
     assert out.dtype == jnp.float32
+
+
+def random_objective(seed):
+    """Values of the fields of an objective that fit together."""
+    rng, hints = np.random.default_rng(seed), get_type_hints(Diffusion)
+    names = ("schedule", "prediction", "loss", "variance", "spread", "density")
+    while True:
+        drawn = {n: str(rng.choice(get_args(hints[n]))) for n in (*names, "weighting")}
+        if drawn["loss"] != "eps":
+            drawn["weighting"] = "simple"
+        chosen = Diffusion(num_steps=20, **drawn)
+        if not list(validation.objective(chosen)):
+            return chosen
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_whatever_is_not_refused_has_a_finite_loss(seed):
+    config = dataclasses.replace(
+        EXPERIMENTS["digits"].config,
+        diffusion=random_objective(seed),
+        net=Net(channels=4, multipliers=(1,), blocks=1, attention=(), groups=1),
+    )
+    state = learning.init_state(config)
+    rng = np.random.default_rng(seed)
+    batch = {
+        "image": rng.integers(0, 256, (4, 8, 8, 1), dtype=np.uint8),
+        "position": np.arange(4, dtype=np.int32),
+    }
+    given = [state.params, batch, state.key]
+    if config.diffusion.density == "importance":
+        given.append(state.memory)
+    loss = learning.make_loss(config)(*given)
+    loss = loss[0] if isinstance(loss, tuple) else loss
+    assert np.isfinite(loss), config.diffusion
 
 
 def test_table_2_has_all_cells():
@@ -168,3 +217,50 @@ def test_importance_keeps_its_memory_in_the_checkpoint(folder):
     assert int(state.memory.counts.sum()) == 160
     assert int(state.memory.counts.min()) > 10
     assert json.loads(whole.config.read_text())["diffusion"]["density"] == "importance"
+
+
+@pytest.mark.parametrize("variance", ["small", "range", "analytic"])
+def test_evaluations_are_counted_whatever_the_variance(variance):
+    config = digits_family.CONFIGS["digits_cosine_hybrid"]
+    config = with_sampling(config, Sampling(steps=5, variance=variance))
+    assert chains.count_evaluations(config, None) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "words"),
+    [
+        ("digits_vdm", Sampling("heun"), "grid must be uniform or quadratic"),
+        ("digits_table2_eps_vlb_learned", Sampling(steps=100), "steps must be 1000"),
+        (
+            "digits",
+            Sampling(threshold=0.9, classifier_guidance=1.0, label=1),
+            "threshold must be left out with classifier guidance",
+        ),
+    ],
+)
+def test_ways_to_sample_that_do_not_fit_are_refused(name, how, words):
+    with pytest.raises(ConfigError, match=words):
+        with_sampling(EXPERIMENTS[name].config, how)
+
+
+def test_noise_starts_where_the_grid_does():
+    """Karras's grid begins at 200 times the signal, wherever the schedule ends."""
+    edm = digits_family.CONFIGS["digits_edm"]
+    wide = dataclasses.replace(
+        edm, diffusion=dataclasses.replace(edm.diffusion, sigma_max=1000.0)
+    )
+    assert chains.start_std(wide) == pytest.approx(200, rel=0.02)
+    whole = with_sampling(wide, Sampling("ddim", steps=10, grid="uniform"))
+    assert chains.start_std(whole) == pytest.approx(1000, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["digits_table2_eps_simple", "digits_edm"])
+def test_the_adaptive_flow_is_drawn_with_its_strip(folder, name):
+    run = runs.Run(folder / name)
+    if not runs.has_checkpoint(run):
+        train.main([name, *SMALL, "--output", str(folder)])
+    out = folder / f"{name}.png"
+    argv = [str(run.folder), "--sampler", "ode", "--tolerance", "0.1", "--count", "2"]
+    assert sample.main([*argv, "--out", str(out)]) == 0
+    with Image.open(out.with_name(f"{name}_denoising.png")) as image:
+        assert np.asarray(image).std() > 10

@@ -59,7 +59,20 @@ def split_cpu() -> None:
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+        jax.config.update("jax_num_cpu_devices", len(cores()))
+
+
+def cores() -> list[int]:
+    """Returns the CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))  # as on macOS, which ties nobody down
+
+
+def take_cores(chosen: set[int]) -> None:
+    """Ties this process to some cores, where the system can do that."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, chosen)
 
 
 def local_mesh() -> Mesh:

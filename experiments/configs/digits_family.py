@@ -62,7 +62,9 @@ def small(name: str, full: Config, base: Config) -> Config:
         ema_lengths=full.optimizer.ema_lengths,
         ema_snapshots=base.train.steps // 16 if full.optimizer.ema_snapshots else 0,
     )
-    steps = full.sample.steps or (250 if full.sample.sampler == "ddpm" else None)
+    steps = full.sample.steps
+    if full.sample.sampler == "ddpm" and full.diffusion.variance != "learned":
+        steps = steps or 250
     sample = replace(full.sample, every=base.sample.every, steps=steps)
     return replace(
         base,
