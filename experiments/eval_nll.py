@@ -98,6 +98,12 @@ def main(argv: Sequence[str]) -> int:
     dataset = build.load_data(config, split=options.split)
     parallel.persistent_cache(run.folder.parent.resolve() / ".cache")
     variance = options.variance or config.diffusion.variance
+    if variance in ("learned", "range") and variance != config.diffusion.variance:
+        raise ConfigError(
+            "variance must be one that the network was trained for, small, large or "
+            f"analytic; got {variance} with a run of variance "
+            f"{config.diffusion.variance}. Change it with --variance."
+        )
     params, step, kind = extras.load(config, run, options.which, variance=variance)
     chosen = choose(len(dataset.images), options)
     about = {

@@ -291,6 +291,11 @@ def test_bad_requests_of_the_flow_are_named(run, flags, message):
         eval_nll.main([str(run.folder), "--ode", *flags.split()])
 
 
+def test_a_variance_that_was_not_learned_is_refused(run):
+    with pytest.raises(ConfigError, match="variance must be one that the network was"):
+        eval_nll.main([str(run.folder), "--variance", "range"])
+
+
 def test_digits_have_no_test_images(run):
     with pytest.raises(data.DataError, match="test"):
         eval_nll.main([str(run.folder), "--split", "test"])
