@@ -6,8 +6,6 @@ by eval_fid where there are no Inception weights, or no use for them.
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, cast
@@ -16,13 +14,10 @@ import jax
 import numpy as np
 import optax
 import tyro
-from flax import traverse_util
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from diffusion_jax.nets.classifier import Classifier, Features
 from diffusion_jax.training import data
-from experiments import arguments, build
+from experiments import arguments, build, tensors
 from experiments.config import Config, ConfigError
 from experiments.configs import EXPERIMENTS
 
@@ -160,12 +155,8 @@ def logits_of(params: Any, num_classes: int, images: np.ndarray) -> np.ndarray:
 
 def save(path: Path, params: Any, num_classes: int, accuracy: float) -> Judge:
     """Writes a classifier under a temporary name, then renames it."""
-    flat = traverse_util.flatten_dict(params, sep=".")
     meta = {"num_classes": str(num_classes), "accuracy": repr(accuracy)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.tmp")
-    save_file({k: np.asarray(v) for k, v in flat.items()}, partial, metadata=meta)
-    partial.replace(path)
+    tensors.write(path, params, meta)
     return load(path)
 
 
@@ -176,18 +167,14 @@ def load(path: Path) -> Judge:
       ConfigError: the file is damaged or no classifier of ours.
     """
     try:
-        with safe_open(path, framework="numpy") as file:
-            meta = file.metadata()
-            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        num_classes, accuracy = int(meta["num_classes"]), json.loads(meta["accuracy"])
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        params, meta, digest = tensors.read(path)
+        num_classes, accuracy = int(meta["num_classes"]), float(meta["accuracy"])
+    except (OSError, KeyError, ValueError) as error:
         raise ConfigError(
             f"{path} must be a classifier that train_classifier wrote; got {error}. "
             "Delete it, and it is trained again."
         ) from error
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    params = traverse_util.unflatten_dict(flat, sep=".")
-    return Judge(params, num_classes, float(accuracy), digest, path)
+    return Judge(params, num_classes, accuracy, digest, path)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -6,7 +6,6 @@ them, by noise level, is printed and kept in the file.
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,15 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from flax import traverse_util
 from jax.typing import ArrayLike
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from diffusion_jax import continuous, gaussian, schedule, timesteps
 from diffusion_jax.nets.noisy_classifier import NoisyClassifier
 from diffusion_jax.training import data
-from experiments import arguments, build, runs, weights
+from experiments import arguments, build, runs, tensors, weights
 from experiments.config import Config, ConfigError
 from experiments.validation import require_positive
 
@@ -203,12 +199,8 @@ def save(
     path: Path, params: Any, num_classes: int, accuracy: dict[int, float]
 ) -> Guide:
     """Writes a classifier under a temporary name, then renames it."""
-    flat = traverse_util.flatten_dict(params, sep=".")
     meta = {"num_classes": str(num_classes), "accuracy": json.dumps(accuracy)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.tmp")
-    save_file({k: np.asarray(v) for k, v in flat.items()}, partial, metadata=meta)
-    partial.replace(path)
+    tensors.write(path, params, meta)
     return load(path)
 
 
@@ -219,26 +211,15 @@ def load(path: Path) -> Guide:
       ConfigError: there is none, or the file is damaged or no classifier of ours.
     """
     try:
-        with safe_open(path, framework="numpy") as file:
-            meta = file.metadata()
-            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        params, meta, digest = tensors.read(path)
         num_classes = int(meta["num_classes"])
         accuracy = {int(t): float(a) for t, a in json.loads(meta["accuracy"]).items()}
-    except (
-        OSError,
-        SafetensorError,
-        KeyError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path} must be a classifier that train_noisy_classifier wrote; got "
             f"{error}. Train it: python -m experiments.train_noisy_classifier "
             f"{path.parent}."
         ) from error
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    params = traverse_util.unflatten_dict(flat, sep=".")
     return Guide(params, num_classes, accuracy, digest, path)
 
 
