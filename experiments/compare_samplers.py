@@ -235,6 +235,9 @@ def ways(rule: str, config: Config, options: Options) -> list[tuple[float, Confi
             continue  # that variance is of single steps
         if steps <= total and (budget <= 100 or entry.slow):
             how = dataclasses.replace(entry.how, steps=steps)
+            if config.diffusion.schedule == "learned":
+                # The other grids ask for levels that are known before the weights.
+                how = dataclasses.replace(how, grid="uniform")
             found.append((float(budget), with_sampling(config, how)))
     return found
 
