@@ -94,8 +94,11 @@ def main(argv: Sequence[str]) -> int:
     widths = (
         f"  {{:<{max(map(len, configs)) + 2}}}{{:>18}}{{:>10}}{{:>{len(name) + 2}}}"
     )
-    print(f"{folder}: {options.steps:,} updates of each, samples {options.count:,}")
-    print(widths.format("", "bound (bits/dim)", "L_simple", name) + "  seconds")
+    print(
+        f"{folder}: {len(configs)} rows of {options.steps:,} updates and "
+        f"{options.count:,} samples; meanwhile each tells {folder}/ROW/log.txt"
+    )
+    print(widths.format("", "bound (bits/dim)", "L_simple", name))
     found: dict[str, dict[str, Any]] = {}
     for row, result in measured(configs, options):
         found[row] = result
@@ -113,7 +116,7 @@ def main(argv: Sequence[str]) -> int:
     rows = merged(folder / "ablation.json", about, found)
     table = folder / "ablation.txt"
     lines = [line(widths, row, result, name) for row, result in rows.items()]
-    head = widths.format("", "bound (bits/dim)", "L_simple", name) + "  seconds"
+    head = widths.format("", "bound (bits/dim)", "L_simple", name)
     table.write_text("\n".join([head, *lines]) + "\n")
     runs.write_json(folder / "ablation.json", {**about, "rows": rows})
     minutes, left = divmod(round(time.monotonic() - begun), 60)
@@ -246,14 +249,13 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
     """
     run = runs.of(config)
     run.folder.mkdir(parents=True, exist_ok=True)
-    diverged, begun = None, time.monotonic()
+    diverged = None
     with _logged(run):
         try:
             if train.train(config):
                 raise KeyboardInterrupt  # it was asked to stop, and did
         except train.DivergedError as error:
             diverged = str(error)
-    seconds = time.monotonic() - begun
     lines = runs.read_lines(run.metrics)
     about = {
         "steps": lines[-1]["step"] if lines else 0,
@@ -287,7 +289,6 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
             **bound(config, params, dataset, options),
             "l_simple": l_simple(config, params, dataset, options),
             "distance": distance(config, run, params, dataset, options),
-            "seconds": seconds,
         }
     runs.write_json(path, {"key": key, **result})
     return result
@@ -388,7 +389,6 @@ def line(widths: str, row: str, result: dict[str, Any], name: str) -> str:
     text = widths.format(
         row, bits, f"{result['l_simple']:.4f}", f"{result['distance']:.2f}"
     )
-    text += f"{result['seconds']:9.0f}"
     if result["diverged"]:
         text += f"  diverged at step {result['steps']:,}"
     elif result["skipped"]:

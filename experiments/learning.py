@@ -148,7 +148,7 @@ def make_loss(config: Config) -> state.LossFn:
             noise = gaussian.normal(fresh, x0.shape)
             each = _continuous_bound(config, params, denoiser, x0, eps, noise, t)
         else:
-            each = _squared_error_or_term(config, denoiser(levels), levels, x0, eps, t)
+            each = _loss_at(config, denoiser(levels), levels, x0, eps, t)
         return (weight * each).mean(), {"t": t, "loss": each}
 
     if config.diffusion.density == "importance":
@@ -156,7 +156,7 @@ def make_loss(config: Config) -> state.LossFn:
     return lambda params, batch, key: loss_fn(params, batch, key)[0]
 
 
-def _squared_error_or_term(
+def _loss_at(
     config: Config,
     denoise: gaussian.Denoiser,
     levels: schedule.Schedule,
