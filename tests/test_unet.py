@@ -21,7 +21,7 @@ from small_unets import (
     shapes,
 )
 
-from diffusion_jax.nets import unet
+from diffusion_jax.nets import embeddings, unet
 
 # All that is unusual: three levels, odd width, grey, labels, learned variance.
 UNUSUAL = unet.UNet(
@@ -129,7 +129,7 @@ def test_a_known_label_is_refused_inside_a_trace_too(refuses):
 
 def test_fourier_features_equal_numpy():
     x = 3 * normal(2, 3, 3, 2)
-    out = np.asarray(unet.fourier_features(jnp.asarray(x), (0, 7, 8)))
+    out = np.asarray(embeddings.fourier_features(jnp.asarray(x), (0, 7, 8)))
     assert out.shape == (2, 3, 3, 12)
     assert out.dtype == np.float32
     for channel in range(2):
@@ -142,7 +142,7 @@ def test_fourier_features_equal_numpy():
 
 def test_fourier_features_have_the_gradient_of_the_sine():
     x = jnp.asarray([[[[0.3, -0.7]]]])
-    grad = jax.grad(lambda x: unet.fourier_features(x, (3,))[..., :2].sum())(x)
+    grad = jax.grad(lambda x: embeddings.fourier_features(x, (3,))[..., :2].sum())(x)
     expected = 8 * np.pi * np.cos(8 * np.pi * np.asarray(x, np.float64))
     np.testing.assert_allclose(grad, expected, rtol=1e-5)
 

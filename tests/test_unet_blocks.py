@@ -18,7 +18,7 @@ from small_unets import (
     record,
 )
 
-from diffusion_jax.nets import unet
+from diffusion_jax.nets import embeddings, unet
 
 
 def res_block(**options):
@@ -33,7 +33,7 @@ def res_block(**options):
 @pytest.mark.parametrize("channels", [4, 5, 16, 17, 128])
 def test_time_embedding_equals_numpy(channels):
     t = np.array([0, 1, 10, 500, 999])
-    actual = unet.time_embedding(jnp.asarray(t), channels)
+    actual = embeddings.time_embedding(jnp.asarray(t), channels)
     assert actual.dtype == jnp.float32
     # A phase of 999 radians has a rounding error of 3e-5 in float32.
     assert_close(actual, numpy_unet.time_embedding(t, channels), 6e-5)
@@ -41,7 +41,7 @@ def test_time_embedding_equals_numpy(channels):
 
 
 def test_time_embedding_is_sines_then_cosines():
-    embedding = unet.time_embedding(jnp.array([0, 1]), 6)
+    embedding = embeddings.time_embedding(jnp.array([0, 1]), 6)
     np.testing.assert_array_equal(embedding[0], [0, 0, 0, 1, 1, 1])
     np.testing.assert_allclose(
         embedding[1],
@@ -51,19 +51,21 @@ def test_time_embedding_is_sines_then_cosines():
 
 
 def test_integer_and_float_times_are_the_same():
-    embeddings = [unet.time_embedding(jnp.array([3, 999], t), 8) for t in (int, float)]
+    embeddings = [
+        embeddings.time_embedding(jnp.array([3, 999], t), 8) for t in (int, float)
+    ]
     np.testing.assert_array_equal(*embeddings)
 
 
 @pytest.mark.parametrize("channels", [4, 5, 64, 128])
 def test_slowest_frequency_is_1e_4(channels):
-    embedding = unet.time_embedding(jnp.array([1]), channels)
+    embedding = embeddings.time_embedding(jnp.array([1]), channels)
     np.testing.assert_allclose(embedding[0, channels // 2 - 1], 1e-4, rtol=2e-6)
 
 
 def test_odd_time_embedding_ends_in_a_zero():
     t = jnp.array([0, 1, 999])
-    odd, even = unet.time_embedding(t, 9), unet.time_embedding(t, 8)
+    odd, even = embeddings.time_embedding(t, 9), embeddings.time_embedding(t, 8)
     assert odd.shape == (3, 9)
     np.testing.assert_array_equal(odd[:, :8], even)
     np.testing.assert_array_equal(odd[:, 8], 0)

@@ -6,19 +6,46 @@ is here:
   - GroupNorm has epsilon 1e-6 and 32 groups                        `GroupNorm`
   - the last layer of each block starts near zero, not at zero      `near_zero`
   - down-sampling pads one row below and one column to the right    `Downsample`
-  - the time embedding is [sin, cos], its slowest frequency 1e-4    `time_embedding`
+  - the time embedding is [sin, cos], its slowest frequency 1e-4    `embeddings`
   - skip connections carry what comes after the attention           `UNet`
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax.nets.embeddings import fourier_features, time_embedding
+
 Dtype = Any
+
+
+class Variant(NamedTuple):
+    """The constants in which U-Nets of the same shape differ."""
+
+    epsilon: float
+    """Of every GroupNorm."""
+    frequency_shift: int
+    """Of the time embedding: its slowest frequency is 1e-4 with 1."""
+    cosine_first: bool
+    """Whether the time embedding is [cos, sin] rather than [sin, cos]."""
+    before: int
+    """Rows above and columns to the left that stride 2 pads, beside the one below and
+    to the right."""
+    head_width: int | None
+    """Channels of a head of attention; None for a single head."""
+
+
+VARIANTS = {
+    # The authors' code, and diffusers' conversions of what they released.
+    "official": Variant(1e-6, 1, False, 0, None),
+    # What diffusers' UNet2DModel has where its configuration says nothing.
+    "diffusers": Variant(1e-5, 0, True, 1, 8),
+}
+OFFICIAL = VARIANTS["official"]
 
 
 def scaled(scale: float = 1.0) -> nn.initializers.Initializer:
@@ -32,56 +59,16 @@ near_zero = scaled(1e-10)
 unit = scaled()
 
 
-def time_embedding(t: jax.Array, channels: int) -> jax.Array:
-    """Returns the sinusoidal embedding of time, [B, channels], in float32.
-
-    [sin(t f_k), cos(t f_k)], f_k = 10000^(-k / (half - 1)), half = channels // 2
-    (Sec. 3.5, Vaswani et al. 2017); an odd count is filled with a zero.
-
-    Args:
-      t: times as the network counts them, [B]; DDPM's are 0..T-1.
-      channels: at least 4.
-
-    >>> print(time_embedding(jnp.zeros([1]), 4))
-    [[0. 0. 1. 1.]]
-    """
-    half = channels // 2
-    frequency = np.exp(-np.log(10000.0) * np.arange(half) / (half - 1))
-    phase = t.astype(jnp.float32)[:, None] * frequency.astype(np.float32)[None, :]
-    embedding = jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
-    return jnp.pad(embedding, ((0, 0), (0, channels % 2)))
-
-
-def fourier_features(x: jax.Array, powers: Sequence[int]) -> jax.Array:
-    """Returns [sin(2^n pi x), cos(2^n pi x)], [B, H, W, 2 C N], in float32.
-
-    App. C, Kingma et al. 2021, whose n are 7 and 8: they show the last bits of a pixel.
-    All n of a channel are beside each other, all sines before all cosines.
-
-    Args:
-      x: images, [B, H, W, C].
-      powers: the whole numbers n, [N].
-
-    >>> print(fourier_features(jnp.full([1, 1, 1, 1], 0.25), (0, 3)).round(3))
-    [[[[0.707 0.    0.707 1.   ]]]]
-    """
-    scale = np.exp2(np.asarray(powers)).astype(np.float32)
-    turns = x.astype(jnp.float32)[..., None] * scale.reshape(*[1] * x.ndim, -1)
-    # Whole turns are dropped before the product with pi, which would round them.
-    phase = jnp.pi * (turns - 2 * jnp.round(turns / 2))
-    phase = phase.reshape(*x.shape[:-1], -1)
-    return jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
-
-
 class GroupNorm(nn.Module):
-    """Group normalisation with epsilon 1e-6."""
+    """Group normalisation."""
 
     groups: int
     dtype: Dtype
+    epsilon: float = OFFICIAL.epsilon
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns (x - mean) / sqrt(variance + 1e-6) scale + bias, [B, H, W, C].
+        """Returns (x - mean) / sqrt(variance + epsilon) scale + bias, [B, H, W, C].
 
         Mean and variance are taken over the pixels and the channels of a group, in
         float32, over pixels first and then over channels. The variance is the mean of
@@ -100,7 +87,7 @@ class GroupNorm(nn.Module):
         mean = over_group(x32.mean((1, 2)))
         centred = x32 - mean[:, None, None]
         variance = over_group(jnp.square(centred).mean((1, 2)))
-        a = jax.lax.rsqrt(variance + 1e-6) * scale[None]
+        a = jax.lax.rsqrt(variance + self.epsilon) * scale[None]
         y = centred * a[:, None, None] + bias[None, None, None]
         return y.astype(self.dtype)
 
@@ -112,6 +99,8 @@ class Conv(nn.Module):
     method: str
     dtype: Dtype
     strides: int = 1
+    before: int = OFFICIAL.before
+    """Rows and columns that stride 2 pads above and to the left."""
     kernel_init: nn.initializers.Initializer = unit
 
     @nn.compact
@@ -121,26 +110,27 @@ class Conv(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.channels,))
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        # Sizes are even, so that "SAME" is one row and column all around, and with
+        # stride 2 only below and to the right.
+        before = 1 if self.strides == 1 else self.before
         if self.method == "matmul":
-            x = _patches(x, self.strides) @ kernel.reshape(-1, self.channels)
+            x = _patches(x, self.strides, before) @ kernel.reshape(-1, self.channels)
         else:
             x = jax.lax.conv_general_dilated(
                 x,
                 kernel,
                 (self.strides, self.strides),
-                "SAME",
+                ((before, 1), (before, 1)),
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
         return x + bias[None, None, None]
 
 
-def _patches(x: jax.Array, strides: int) -> jax.Array:
+def _patches(x: jax.Array, strides: int, before: int) -> jax.Array:
     """Returns the 3x3 neighbourhood of every output pixel, [B, H', W', 9 C]."""
     _, height, width, _ = x.shape
-    # "SAME" on even sizes: one row and column all around, and with stride 2 only
-    # below and to the right.
-    before = 1 if strides == 1 else 0
     x = jnp.pad(x, ((0, 0), (before, 1), (before, 1), (0, 0)))
+    height, width = height + before - 1, width + before - 1
     rows, columns = (slice(0, n, strides) for n in (height, width))
     shifted = (x[:, i : i + height, j : j + width] for i in range(3) for j in range(3))
     return jnp.concatenate([y[:, rows, columns] for y in shifted], axis=-1)
@@ -154,6 +144,7 @@ class ResBlock(nn.Module):
     dropout: float
     conv: str
     dtype: Dtype
+    variant: str = "official"
 
     @nn.compact
     def __call__(self, x: jax.Array, time: jax.Array, train: bool) -> jax.Array:
@@ -171,24 +162,26 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over all pixels, with a residual connection."""
+    """Self-attention over all pixels, with a residual connection."""
 
     groups: int
     dtype: Dtype
+    variant: str = "official"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns [B, H, W, C] from x of the same shape."""
         batch, height, width, channels = x.shape
+        each = VARIANTS[self.variant].head_width or channels
         h = group_norm(self, "norm")(x)
         q, k, v = (
-            dense(self, channels, name)(h).reshape(batch, height * width, channels)
+            dense(self, channels, name)(h).reshape(batch, height * width, -1, each)
             for name in ("query", "key", "value")
         )
         # The softmax is taken in float32 whatever the compute type.
-        scores = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32)
-        weights = nn.softmax(scores * channels**-0.5).astype(v.dtype)
-        h = jnp.einsum("bqk,bkc->bqc", weights, v).reshape(x.shape)
+        scores = jnp.einsum("bqhc,bkhc->bhqk", q, k, preferred_element_type=jnp.float32)
+        weights = nn.softmax(scores * each**-0.5).astype(v.dtype)
+        h = jnp.einsum("bhqk,bkhc->bqhc", weights, v).reshape(x.shape)
         return x + dense(self, channels, "out", near_zero)(h)
 
 
@@ -197,10 +190,11 @@ class Downsample(nn.Module):
 
     conv: str
     dtype: Dtype
+    variant: str = "official"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns [B, H/2, W/2, C]; "SAME" on even sizes pads only below and right."""
+        """Returns [B, H/2, W/2, C]; the official one pads only below and right."""
         return conv(self, x.shape[-1], "conv", strides=2)(x)
 
 
@@ -248,6 +242,9 @@ class UNet(nn.Module):
     the same numbers): in a loop on CPU several times faster, for more memory."""
     remat: bool = False
     """Whether blocks are computed again in the backward pass instead of stored."""
+    variant: str = "official"
+    """Whose constants: "official", or "diffusers", of networks that were trained with
+    the defaults of that library; see `VARIANTS`."""
     fourier: Sequence[int] = ()
     """The n of the features sin(2^n pi x) and cos(2^n pi x) that the first convolution
     sees beside x; see `fourier_features`."""
@@ -282,15 +279,20 @@ class UNet(nn.Module):
 
         def residual(x: jax.Array, width: int, name: str) -> jax.Array:
             options = (width, self.groups, self.dropout, self.conv, self.dtype)
-            return block(*options, name=name)(x, time, train)
+            return block(*options, self.variant, name=name)(x, time, train)
+
+        def attention(x: jax.Array, name: str) -> jax.Array:
+            return attend(self.groups, self.dtype, self.variant, name=name)(x)
 
         def level(x: jax.Array, width: int, name: str) -> jax.Array:
             x = residual(x, width, name)
             if x.shape[1] in self.attention:
-                x = attend(self.groups, self.dtype, name=f"{name}_attention")(x)
+                x = attention(x, f"{name}_attention")
             return x
 
-        time = time_embedding(t, self.channels)
+        _, shift, cosine_first, *_ = VARIANTS[self.variant]
+        options = {"shift": shift, "cosine_first": cosine_first}
+        time = time_embedding(t, self.channels, **options)
         time = dense(self, 4 * self.channels, "time1")(time)
         time = dense(self, 4 * self.channels, "time2")(nn.silu(time))
         if self.num_classes:
@@ -312,11 +314,12 @@ class UNet(nn.Module):
                 h = level(h, width, f"down{i}_block{j}")
                 skips.append(h)
             if i < len(widths) - 1:
-                h = Downsample(self.conv, self.dtype, name=f"down{i}_downsample")(h)
+                name = f"down{i}_downsample"
+                h = Downsample(self.conv, self.dtype, self.variant, name=name)(h)
                 skips.append(h)
 
         h = residual(h, widths[-1], "middle_block0")
-        h = attend(self.groups, self.dtype, name="middle_attention")(h)
+        h = attention(h, "middle_attention")
         h = residual(h, widths[-1], "middle_block1")
 
         for i, width in reversed(list(enumerate(widths))):
@@ -339,7 +342,8 @@ class UNet(nn.Module):
 
 def group_norm(parent: Any, name: str) -> GroupNorm:
     """Returns a normalisation with the parent's groups and type."""
-    return GroupNorm(parent.groups, parent.dtype, name=name)
+    epsilon = VARIANTS[parent.variant].epsilon
+    return GroupNorm(parent.groups, parent.dtype, epsilon, name=name)
 
 
 def conv(
@@ -350,7 +354,9 @@ def conv(
     strides: int = 1,
 ) -> Conv:
     """Returns a 3x3 convolution with the parent's method and type."""
-    return Conv(channels, parent.conv, parent.dtype, strides, init, name=name)
+    before = 0 if strides == 1 else VARIANTS[parent.variant].before
+    made = (channels, parent.conv, parent.dtype, strides, before, init)
+    return Conv(*made, name=name)
 
 
 def dense(
@@ -386,6 +392,18 @@ def check(net: UNet, x: jax.Array, t: jax.Array, label: jax.Array | None) -> Non
     if net.conv not in ("xla", "matmul"):
         raise ValueError(
             f"conv must be 'xla' or 'matmul'; got {net.conv!r}. Both compute the same."
+        )
+    if net.variant not in VARIANTS:
+        raise ValueError(
+            f"variant must be one of {', '.join(VARIANTS)}; got {net.variant!r}. The "
+            "paper's is official."
+        )
+    each = VARIANTS[net.variant].head_width
+    if each and any(net.channels * m % each for m in net.multipliers):
+        raise ValueError(
+            f"every level's width must be a multiple of {each}, the channels of a head "
+            f"of attention with variant={net.variant!r}; got channels={net.channels}. "
+            "Change channels or multipliers."
         )
     if net.channels < 4:
         raise ValueError(

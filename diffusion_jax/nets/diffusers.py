@@ -1,0 +1,239 @@
+"""The configuration of diffusers' UNet2DModel, read as our U-Net and written of it.
+
+Its networks are ours where the two are made of the same parts. Two sets of constants
+are known (`unet.VARIANTS`): those of the conversions of the authors' networks, and the
+defaults of the library, with which its own training script trains.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from diffusion_jax.nets.unet import VARIANTS, UNet, Variant
+
+CLASS = "UNet2DModel"
+VERSION = "0.31.0"
+"""Of diffusers, whose configuration is written."""
+
+# What a configuration means where it says nothing.
+_DEFAULTS: dict[str, Any] = {
+    "sample_size": None,
+    "in_channels": 3,
+    "out_channels": 3,
+    "center_input_sample": False,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "freq_shift": 0,
+    "flip_sin_to_cos": True,
+    "down_block_types": ("DownBlock2D", *["AttnDownBlock2D"] * 3),
+    "mid_block_type": "UNetMidBlock2D",
+    "up_block_types": (*["AttnUpBlock2D"] * 3, "UpBlock2D"),
+    "block_out_channels": (224, 448, 672, 896),
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "downsample_padding": 1,
+    "downsample_type": "conv",
+    "upsample_type": "conv",
+    "dropout": 0.0,
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
+    "attn_norm_num_groups": None,
+    "norm_eps": 1e-5,
+    "resnet_time_scale_shift": "default",
+    "add_attention": True,
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "num_train_timesteps": None,
+}
+# The one value that we have, where there are no two.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "center_input_sample": (False,),
+    "time_embedding_type": ("positional",),
+    "mid_block_type": ("UNetMidBlock2D",),
+    "mid_block_scale_factor": (1,),
+    "downsample_type": ("conv",),
+    "upsample_type": ("conv",),
+    "act_fn": ("silu", "swish"),
+    "resnet_time_scale_shift": ("default",),
+    "add_attention": (True,),
+    "class_embed_type": (None,),
+}
+_PLAIN, _ATTENTION = ("DownBlock2D", "UpBlock2D"), ("AttnDownBlock2D", "AttnUpBlock2D")
+
+
+class Architecture(NamedTuple):
+    """A network and the images that it is for."""
+
+    net: UNet
+    image_size: int
+    """Pixels a side."""
+    channels: int
+    """Of an image."""
+
+
+def read_config(config: Mapping[str, Any], *, where: str) -> Architecture:
+    """Returns the network that a UNet2DModel's configuration describes.
+
+    Args:
+      config: what was in config.json.
+      where: the file, for the error.
+
+    Raises:
+      ValueError: it is of another class, or has fields or values that we do not
+        support, which are all named.
+
+    >>> config = dict(
+    ...     _class_name="UNet2DModel", sample_size=32, norm_eps=1e-6, freq_shift=1,
+    ...     flip_sin_to_cos=False, downsample_padding=0, attention_head_dim=None,
+    ...     block_out_channels=[128, 256, 256, 256],
+    ...     down_block_types=["DownBlock2D", "AttnDownBlock2D", *["DownBlock2D"] * 2],
+    ...     up_block_types=[*["UpBlock2D"] * 2, "AttnUpBlock2D", "UpBlock2D"])
+    >>> found = read_config(config, where="config.json")
+    >>> found.net.multipliers, found.net.attention, found.image_size
+    ((1, 2, 2, 2), (16,), 32)
+    """
+    kind = config.get("_class_name")
+    if kind != CLASS:
+        raise ValueError(
+            f"{where} must describe a {CLASS}; got the class {kind!r}. Networks of "
+            "other families do not fit this U-Net."
+        )
+    given = {k: v for k, v in config.items() if not k.startswith("_")}
+    values = {**_DEFAULTS, **given}
+    wrong = [f"{name} {given[name]!r}" for name in given if name not in _DEFAULTS]
+    for name, allowed in _FIXED.items():
+        if values[name] not in allowed:
+            wrong.append(f"{name} {values[name]!r}, not {allowed[0]!r}")
+    widths, size = tuple(values["block_out_channels"]), _side(values["sample_size"])
+    wrong += _wrong_shape(values, widths, size)
+    variant = _variant(values)
+    if variant is None:
+        wrong.append(_wrong_constants(values))
+    if wrong:
+        raise ValueError(
+            f"{where} must have only what this U-Net supports; got {'; '.join(wrong)}. "
+            "Such a network cannot be converted: train one without these."
+        )
+    attended = [kind.endswith(_ATTENTION[0]) for kind in values["down_block_types"]]
+    net = UNet(
+        out_channels=values["out_channels"],
+        channels=widths[0],
+        multipliers=tuple(width // widths[0] for width in widths),
+        blocks=values["layers_per_block"],
+        attention=tuple(size // 2**i for i, there in enumerate(attended) if there),
+        dropout=values["dropout"],
+        groups=values["norm_num_groups"],
+        num_classes=values["num_class_embeds"] or 0,
+        variant=variant or "official",
+    )
+    return Architecture(net, size, values["in_channels"])
+
+
+def write_config(net: UNet, channels: int, *, image_size: int) -> dict[str, Any]:
+    """Returns the configuration of the UNet2DModel that computes what a network does.
+
+    Args:
+      net: the network.
+      channels: of its images.
+      image_size: pixels a side.
+
+    Raises:
+      ValueError: the network has a part that UNet2DModel lacks.
+    """
+    lacking = []
+    if net.multipliers[0] != 1:
+        lacking.append(f"multipliers {tuple(net.multipliers)}, which must begin with 1")
+    if net.fourier:
+        lacking.append(f"fourier {tuple(net.fourier)}, which must be empty")
+    if lacking:
+        raise ValueError(
+            f"a network must be made of what {CLASS} has; got {'; '.join(lacking)}. "
+            "Keep it as .safetensors of our own."
+        )
+    there = [image_size // 2**i in net.attention for i in range(len(net.multipliers))]
+    down, up = (
+        [pair[1] if attended else pair[0] for attended in there]
+        for pair in zip(_PLAIN, _ATTENTION, strict=True)
+    )
+    return {
+        "_class_name": CLASS,
+        "_diffusers_version": VERSION,
+        **_DEFAULTS,
+        **_constants(VARIANTS[net.variant]),
+        "sample_size": image_size,
+        "in_channels": channels,
+        "out_channels": net.out_channels,
+        "block_out_channels": [net.channels * m for m in net.multipliers],
+        "down_block_types": down,
+        "up_block_types": up[::-1],
+        "layers_per_block": net.blocks,
+        "dropout": net.dropout,
+        "norm_num_groups": net.groups,
+        "num_class_embeds": net.num_classes or None,
+    }
+
+
+def _side(size: Any) -> int:
+    """Returns the pixels a side of square images; 0 where they are not."""
+    sides = set(size) if isinstance(size, list | tuple) else {size}
+    side = sides.pop() if len(sides) == 1 else 0
+    return side if isinstance(side, int) else 0
+
+
+def _wrong_shape(
+    values: Mapping[str, Any], widths: tuple[int, ...], size: int
+) -> list[str]:
+    """Returns what of widths, blocks and sizes our network cannot have."""
+    wrong = []
+    if not size or size % 2 ** (len(widths) - 1):
+        wrong.append(
+            f"sample_size {values['sample_size']!r}, not one number that is a multiple "
+            f"of {2 ** (len(widths) - 1)}"
+        )
+    if not widths or any(width % widths[0] for width in widths):
+        wrong.append(f"block_out_channels {list(widths)}, not multiples of the first")
+    for way, kinds in enumerate(zip(_PLAIN, _ATTENTION, strict=True)):
+        name = ("down_block_types", "up_block_types")[way]
+        # Releases before the first had longer names.
+        given = [str(kind).removeprefix("UNetRes") for kind in values[name]]
+        if len(given) != len(widths) or set(given) - set(kinds):
+            wrong.append(f"{name} {list(values[name])}, not one of {kinds} a level")
+    down, up = (
+        [str(kind).removeprefix("UNetRes").startswith("Attn") for kind in values[name]]
+        for name in ("down_block_types", "up_block_types")
+    )
+    if down != up[::-1]:
+        wrong.append("up_block_types with attention elsewhere than down_block_types")
+    if widths and values["time_embedding_dim"] not in (None, 4 * widths[0]):
+        wrong.append(f"time_embedding_dim {values['time_embedding_dim']}, not null")
+    groups = values["attn_norm_num_groups"]
+    if groups not in (None, values["norm_num_groups"]):
+        wrong.append(f"attn_norm_num_groups {groups}, not null")
+    if values["out_channels"] % values["in_channels"]:
+        wrong.append(f"out_channels {values['out_channels']}, not in_channels or twice")
+    return wrong
+
+
+def _constants(variant: Variant) -> dict[str, Any]:
+    """Returns the fields that say which variant a network is."""
+    return {
+        "norm_eps": variant.epsilon,
+        "freq_shift": variant.frequency_shift,
+        "flip_sin_to_cos": variant.cosine_first,
+        "downsample_padding": variant.before,
+        "attention_head_dim": variant.head_width,
+    }
+
+
+def _variant(values: Mapping[str, Any]) -> str | None:
+    for name, variant in VARIANTS.items():
+        known = _constants(variant)
+        if all(values[key] == known[key] for key in known):
+            return name
+    return None
+
+
+def _wrong_constants(values: Mapping[str, Any]) -> str:
+    sets = [_constants(variant) for variant in VARIANTS.values()]
+    given = {key: values[key] for key in sets[0]}
+    return f"{given}, neither {' nor '.join(map(str, sets))}"

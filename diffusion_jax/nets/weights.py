@@ -1,0 +1,300 @@
+"""Weights of the U-Net under the names of others, and back.
+
+Two tables say where others have each of our tensors, and how they lay it out:
+
+  official_names     the variables of the authors' TensorFlow checkpoints
+  diffusers_names    the state of diffusers' UNet2DModel
+
+Our own name is the path of a parameter, "down0_block0/conv1/kernel". Values are never
+changed, only names and the order of axes: there and back is the identity, to the bit.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from diffusion_jax.nets.unet import UNet
+
+PyTree = Any
+
+# Types that float32 holds exactly.
+_TYPES = ("float32", "float16", "bfloat16")
+
+# The inside of a block: by our name, the official one and that of diffusers.
+_INNER = {
+    "norm1": ("norm1", "norm1"),
+    "conv1": ("conv1", "conv1"),
+    "time": ("temb_proj", "time_emb_proj"),
+    "norm2": ("norm2", "norm2"),
+    "conv2": ("conv2", "conv2"),
+    "shortcut": ("nin_shortcut", "conv_shortcut"),
+    "norm": ("norm", "group_norm"),
+    "query": ("q", "to_q"),
+    "key": ("k", "to_k"),
+    "value": ("v", "to_v"),
+    "out": ("proj_out", "to_out.0"),
+    "conv": ("conv", "conv"),
+}
+_OUTER = {
+    "time1": ("temb/dense0", "time_embedding.linear_1"),
+    "time2": ("temb/dense1", "time_embedding.linear_2"),
+    "label": ("", "class_embedding"),
+    "conv_in": ("conv_in", "conv_in"),
+    "norm_out": ("norm_out", "conv_norm_out"),
+    "conv_out": ("conv_out", "conv_out"),
+}
+# How diffusers called the parts of an attention before its version 0.18.
+_BEFORE = {
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "proj_attn": "to_out.0",
+}
+
+
+class Place(NamedTuple):
+    """Where someone else has one of our tensors."""
+
+    name: str
+    axes: tuple[int, ...] | None = None
+    """Our axes in their order; None where the order is ours."""
+    ones: int = 0
+    """Axes of length 1 that follow, as in a convolution of one pixel."""
+
+
+Names = dict[str, Place]
+"""Places of all tensors of a network, by our own name."""
+
+
+def shapes(net: UNet, channels: int, *, image_size: int) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every tensor of a network, by our own names.
+
+    Args:
+      net: the network.
+      channels: of its images.
+      image_size: pixels a side, which decides where there is attention.
+
+    >>> from diffusion_jax.nets.unet import UNet
+    >>> found = shapes(UNet(), 3, image_size=32)
+    >>> len(found), found["down1_block0/shortcut/kernel"]
+    (276, (128, 256))
+    """
+    x = jax.ShapeDtypeStruct((1, image_size, image_size, channels), jnp.float32)
+    t = jax.ShapeDtypeStruct((1,), jnp.float32)
+    label = jax.ShapeDtypeStruct((1,), jnp.int32) if net.num_classes else None
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    made = jax.eval_shape(net.init, key, x, t, label)["params"]
+    flat = traverse_util.flatten_dict(made, sep="/")
+    return {name: leaf.shape for name, leaf in flat.items()}
+
+
+def official_names(own: Iterable[str], *, average: bool = True) -> Names:
+    """Returns where the authors' checkpoints have each tensor.
+
+    Args:
+      own: our names, such as those of `shapes`.
+      average: whether those of the moving average, or of the last weights.
+
+    Raises:
+      ValueError: a network with labels, which the authors have none of.
+
+    >>> official_names(["middle_attention/query/bias"])["middle_attention/query/bias"]
+    Place(name='model/mid/attn_1/q/b/ExponentialMovingAverage', axes=None, ones=0)
+    """
+    end = "/ExponentialMovingAverage" if average else ""
+    names = {}
+    for name in own:
+        module, leaf = name.rsplit("/", 1)
+        if module == "label":
+            raise ValueError(
+                "a network of the authors' must have no labels; got num_classes above "
+                "0. Convert it to another format."
+            )
+        norm = "norm" in module.rsplit("/", 1)[-1]
+        theirs = {
+            "kernel": "W",
+            "scale": "gamma",
+            "bias": "beta" if norm else "b",
+        }[leaf]
+        names[name] = Place(f"model/{_official_module(module)}/{theirs}{end}")
+    return names
+
+
+def diffusers_names(own: Mapping[str, tuple[int, ...]], levels: int) -> Names:
+    """Returns where the state of diffusers' UNet2DModel has each tensor.
+
+    Args:
+      own: shapes by our names, as `shapes` returns them.
+      levels: of the network; diffusers counts those on the way up from the bottom.
+
+    >>> own = {"up0_block1/shortcut/kernel": (384, 128)}
+    >>> diffusers_names(own, levels=4)["up0_block1/shortcut/kernel"]
+    Place(name='up_blocks.3.resnets.1.conv_shortcut.weight', axes=(1, 0), ones=2)
+    """
+    names = {}
+    for name, shape in own.items():
+        module, leaf = name.rsplit("/", 1)
+        theirs = _diffusers_module(module, levels)
+        if leaf != "kernel":
+            bias = "bias" if leaf == "bias" else "weight"
+            names[name] = Place(f"{theirs}.{bias}")
+        elif len(shape) == 4:
+            names[name] = Place(f"{theirs}.weight", (3, 2, 0, 1))
+        else:
+            ones = 2 if module.endswith("/shortcut") else 0
+            names[name] = Place(f"{theirs}.weight", (1, 0), ones)
+    return names
+
+
+def renamed(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the state of a UNet2DModel with the names that it has today.
+
+    Released networks are older than the names of their attentions.
+
+    >>> renamed({"mid_block.attentions.0.proj_attn.bias": 0})
+    {'mid_block.attentions.0.to_out.0.bias': 0}
+    """
+    old = re.compile(rf"(.*\.attentions\.\d+)\.({'|'.join(_BEFORE)})\.(weight|bias)")
+
+    def today(name: str) -> str:
+        match = old.fullmatch(name)
+        return f"{match[1]}.{_BEFORE[match[2]]}.{match[3]}" if match else name
+
+    return {today(name): tensor for name, tensor in found.items()}
+
+
+def to_tensors(params: PyTree, names: Names) -> dict[str, np.ndarray]:
+    """Returns the parameters of a network as someone else has them, float32.
+
+    Args:
+      params: as `UNet.init` makes them.
+      names: from one of the tables.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    made = {}
+    for own, place in names.items():
+        array = np.asarray(flat[own], np.float32)
+        if place.axes is not None:
+            array = array.transpose(place.axes)
+        array = array.reshape(*array.shape, *[1] * place.ones)
+        made[place.name] = np.ascontiguousarray(array)
+    return made
+
+
+def from_tensors(
+    found: Mapping[str, Any],
+    names: Names,
+    own: Mapping[str, tuple[int, ...]],
+    *,
+    where: str,
+    ignore: Callable[[str], bool] = lambda name: False,
+) -> PyTree:
+    """Returns the parameters of a network from what someone else has.
+
+    Args:
+      found: tensors by name; of float32, float16 or bfloat16.
+      names: from one of the tables.
+      own: shapes by our names.
+      where: the file, for the error.
+      ignore: which names may be there without belonging to the network.
+
+    Returns:
+      The parameters as `UNet.apply` takes them, NumPy arrays of float32.
+
+    Raises:
+      ValueError: tensors that are missing, unknown, of another shape or type, or not
+        finite; all of them at once.
+    """
+    flat, missing, wrong = {}, [], []
+    for name, place in names.items():
+        if place.name not in found:
+            missing.append(place.name)
+            continue
+        array = np.asarray(found[place.name])
+        theirs = _their_shape(own[name], place)
+        if array.shape != theirs:
+            wrong.append(f"{place.name} {array.shape}, not {theirs}")
+        elif array.dtype.name not in _TYPES:
+            wrong.append(f"{place.name} of {array.dtype}, not {_TYPES[0]}")
+        elif not np.isfinite(array.astype(np.float32)).all():
+            wrong.append(f"{place.name} with values that are not finite")
+        else:
+            array = array.reshape(array.shape[: array.ndim - place.ones])
+            if place.axes is not None:
+                array = array.transpose(np.argsort(place.axes))
+            flat[name] = np.ascontiguousarray(array, np.float32)
+    known = {place.name for place in names.values()}
+    unknown = [name for name in found if name not in known and not ignore(name)]
+    lists = {"missing": missing, "unknown": unknown, "wrong": wrong}
+    said = [f"{kind}: {', '.join(of)}" for kind, of in lists.items() if of]
+    if said:
+        raise ValueError(
+            f"{where} must hold the {len(names)} tensors of this network, and no "
+            f"others; got {'; '.join(said)}. Give the file that belongs to the "
+            "configuration."
+        )
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _their_shape(shape: tuple[int, ...], place: Place) -> tuple[int, ...]:
+    moved = shape if place.axes is None else tuple(shape[i] for i in place.axes)
+    return (*moved, *[1] * place.ones)
+
+
+def _official_module(module: str) -> str:
+    """Returns the authors' name of a module.
+
+    >>> _official_module("up1_block2_attention/out")
+    'up_1/attn_2/proj_out'
+    """
+    if module in _OUTER:
+        return _OUTER[module][0]
+    block, part = module.split("/")
+    inner = _INNER[part][0]
+    way, level, kind, number, attention = _parse(block)
+    if way == "middle":
+        place = "attn_1" if kind == "attention" else f"block_{number + 1}"
+        return f"mid/{place}/{inner}"
+    if kind in ("downsample", "upsample"):
+        return f"{way}_{level}/{kind}/{inner}"
+    return f"{way}_{level}/{'attn' if attention else 'block'}_{number}/{inner}"
+
+
+def _diffusers_module(module: str, levels: int) -> str:
+    """Returns diffusers' name of a module.
+
+    >>> _diffusers_module("up1_block2_attention/out", 4)
+    'up_blocks.2.attentions.2.to_out.0'
+    """
+    if module in _OUTER:
+        return _OUTER[module][1]
+    block, part = module.split("/")
+    inner = _INNER[part][1]
+    way, level, kind, number, attention = _parse(block)
+    if way == "middle":
+        place = "attentions.0" if kind == "attention" else f"resnets.{number}"
+        return f"mid_block.{place}.{inner}"
+    place = f"{way}_blocks.{level if way == 'down' else levels - 1 - level}"
+    if kind in ("downsample", "upsample"):
+        return f"{place}.{kind}rs.0.{inner}"
+    return f"{place}.{'attentions' if attention else 'resnets'}.{number}.{inner}"
+
+
+def _parse(block: str) -> tuple[str, int, str, int, bool]:
+    """Returns way, level, kind, number and whether it is an attention.
+
+    >>> _parse("down1_block0_attention"), _parse("middle_block1")
+    (('down', 1, 'block', 0, True), ('middle', 0, 'block', 1, False))
+    """
+    match = re.fullmatch(
+        r"(down|middle|up)(\d*)_(block|attention|downsample|upsample)(\d*)(_attention)?",
+        block,
+    )
+    assert match, block
+    way, level, kind, number, attention = match.groups()
+    return way, int(level or 0), kind, int(number or 0), bool(attention)
