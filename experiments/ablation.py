@@ -265,7 +265,7 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
     if not runs.has_checkpoint(run):
         return {**about, "bound": None, "l_simple": None, "distance": None}
     params, step, _ = weights.load(config, run, weights.Weights())
-    if step > options.steps:
+    if step is not None and step > options.steps:
         raise ConfigError(
             f"steps must be at least those of the run that is there, {step:,}; got "
             f"{options.steps:,}. Give another --output."

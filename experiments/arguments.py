@@ -1,5 +1,6 @@
 """The command line: an experiment's name, then its fields as flags."""
 
+import dataclasses
 import inspect
 import logging
 import os
@@ -10,7 +11,7 @@ from typing import Any
 
 import tyro
 
-from experiments import config, validation
+from experiments import config, runs, validation
 from experiments.configs import EXPERIMENTS
 
 # What a user can mend. Such an error is shown as it is, without a traceback.
@@ -38,18 +39,45 @@ def parse(argv: Sequence[str], *, prog: str) -> config.Config:
         )
     experiment = EXPERIMENTS[name]
     others = ", ".join(other for other in EXPERIMENTS if other != name)
-    chosen: config.Config = tyro.cli(
-        config.Config,
-        default=experiment.config,
-        args=flags,
-        prog=f"{prog} {name}",
-        # Indented, a table keeps its lines.
-        description=f"{textwrap.indent(inspect.cleandoc(experiment.doc), '  ')}\n\n"
-        f"Other experiments, to be named before the first flag: {others}.",
-    )
+
+    def read(default: config.Config) -> config.Config:
+        return tyro.cli(
+            config.Config,
+            default=default,
+            args=flags,
+            prog=f"{prog} {name}",
+            # Indented, a table keeps its lines.
+            description=f"{textwrap.indent(inspect.cleandoc(experiment.doc), '  ')}\n\n"
+            f"Other experiments, to be named before the first flag: {others}.",
+        )
+
+    chosen = read(experiment.config)
+    if chosen.init_from is not None:
+        # Flags replace what the weights say, and the weights what the experiment says.
+        given = runs.read_config(runs.find(chosen.init_from))
+        chosen = read(like(experiment.config, given))
     validation.validate(chosen)
     validation.of_training(chosen)
     return chosen
+
+
+def like(experiment: config.Config, given: config.Config) -> config.Config:
+    """Returns an experiment of the same network and diffusion as given weights have.
+
+    What is data, optimiser and run stays; so does how the network is computed.
+    """
+    data = dataclasses.replace(
+        experiment.data,
+        image_size=given.data.image_size,
+        channels=given.data.channels,
+    )
+    how = {name: getattr(experiment.net, name) for name in ("dtype", "conv", "remat")}
+    return dataclasses.replace(
+        experiment,
+        data=data,
+        diffusion=given.diffusion,
+        net=dataclasses.replace(given.net, **how),
+    )
 
 
 def join_hosts() -> None:
@@ -104,6 +132,10 @@ def guarded(main: Callable[[Sequence[str]], int]) -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         code = BAD_INPUT
+    except BrokenPipeError:
+        # Whoever read what was printed, head for instance, has seen enough.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        code = 1
     except OSError as error:
         where = error.filename or "a file"
         print(

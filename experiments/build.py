@@ -14,7 +14,7 @@ from diffusion_jax import (
 )
 from diffusion_jax.nets.unet import UNet
 from diffusion_jax.training import data
-from experiments.config import CONTINUOUS, Config, ConfigError
+from experiments.config import CONTINUOUS, UNKNOWN, Config, ConfigError
 
 Apply = Callable[..., jax.Array]
 
@@ -108,6 +108,7 @@ def make_network(config: Config, *, looped: bool = False) -> UNet:
         remat=net.remat,
         # The last row stands for no label.
         num_classes=net.classes + (1 if net.classes and net.label_dropout else 0),
+        variant=net.variant,
         fourier=net.fourier,
     )
 
@@ -180,9 +181,16 @@ def load_data(config: Config, *, split: str = "train") -> data.Dataset:
     """Returns the images of a split, "train" or "test".
 
     Raises:
-      ConfigError: they do not have the configured size or channels.
+      ConfigError: they do not have the configured size or channels, or nobody said
+        what they are.
     """
     d = config.data
+    if d.source == UNKNOWN:
+        raise ConfigError(
+            "the data must be known; got a network from elsewhere, which says nothing "
+            "of what it was trained on. Name it where you convert the network, or "
+            "here where there is the flag: --data cifar10, or --data folder:PATH"
+        )
     try:
         dataset = data.load(
             d.source,

@@ -134,14 +134,14 @@ def main(argv: Sequence[str]) -> int:
     run = runs.find(options.run)
     config = runs.read_config(run)
     dataset = build.load_data(config)
-    parallel.persistent_cache(run.folder.parent.resolve() / ".cache")
+    parallel.persistent_cache(run.cache)
     extractor = extractors.choose("classifier", config, dataset)
     if options.count <= extractor.dimension:
         raise ConfigError(
             f"count must be above {extractor.dimension}, the number of features of "
             f"{extractor.name}; got {options.count}. Give more samples."
         )
-    params, step, _ = weights.load(config, run, options.which)
+    params, step, kind = weights.load(config, run, options.which)
     about_weights, params = draws.digest(params), extras.complete(config, run, params)
     size = options.batch_size
     real = reference.of(config, dataset.images, "train", extractor, batch_size=size)
@@ -166,8 +166,8 @@ def main(argv: Sequence[str]) -> int:
     }
     known = known_points(out / "samplers.json", about)
     print(
-        f"{run.folder}, step {step:,}: {about['distance']} of {options.count:,} "
-        "samples; in brackets evaluations, where they are others"
+        f"{run.folder}, {weights.describe(kind, step)}: {about['distance']} of "
+        f"{options.count:,} samples; in brackets evaluations, where they are others"
     )
     budgets = sorted(set(options.evaluations))
     print(f"  {'evaluations':<20}" + "".join(f"{b:>13}" for b in budgets))

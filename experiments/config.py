@@ -24,6 +24,8 @@ ScheduleName = Literal[
     "learned",
 ]
 CONTINUOUS = ("vp", "sub_vp", "ve", "continuous_cosine", "flow", "learned")
+UNKNOWN = "unknown"
+"""The source of the data of a network that came without any word of them."""
 
 
 class ConfigError(ValueError):
@@ -124,6 +126,9 @@ class Net:
     label_dropout: float = 0.1
     """With classes: share of labels left out in training, so that the network can also
     do without, as classifier-free guidance asks of it."""
+    variant: Literal["official", "diffusers"] = "official"
+    """Whose constants: those of the authors' code, or the defaults of diffusers, for
+    networks that were trained with them."""
     fourier: tuple[int, ...] = ()
     """With each n the network also sees sin and cos of 2^n pi x: fine detail, for the
     bound."""
@@ -196,6 +201,10 @@ class Config:
     """Name of the run: everything goes to <output>/<name>."""
     output: str = "runs"
     """Folder of all runs."""
+    init_from: str | None = None
+    """Trained weights to start from: a run, .safetensors, or a folder of diffusers.
+    What the network is, and what it learns, are then as there where nothing else is
+    said."""
     data: Data = field(default_factory=Data)
     diffusion: Diffusion = field(default_factory=Diffusion)
     net: Net = field(default_factory=Net)
@@ -210,6 +219,7 @@ class Config:
 MAY_CHANGE = (
     "name",
     "output",
+    "init_from",
     "data.path",
     "data.download",
     "net.conv",
@@ -239,8 +249,15 @@ def to_dict(config: Config) -> dict[str, Any]:
     return typing.cast(dict[str, Any], _jsonable(dataclasses.asdict(config)))
 
 
-def from_dict(values: dict[str, Any], cls: Any = Config) -> Any:
+def from_dict(
+    values: dict[str, Any], cls: Any = Config, *, partial: bool = False
+) -> Any:
     """Returns the configuration that `to_dict` wrote.
+
+    Args:
+      values: as JSON has them.
+      cls: the dataclass that they are of.
+      partial: whether fields may be missing, and then have their defaults.
 
     Raises:
       ConfigError: a key that no field has, a field without a key, or an unknown name,
@@ -254,7 +271,7 @@ def from_dict(values: dict[str, Any], cls: Any = Config) -> Any:
             f"{', '.join(unknown)}. Read the file with the version that wrote it."
         )
     missing = sorted(set(hints) - set(values))
-    if missing:
+    if missing and not partial:
         raise ConfigError(
             f"all fields of {cls.__name__} must be there; got none of "
             f"{', '.join(missing)}. Read the file with the version that wrote it."
@@ -268,7 +285,7 @@ def from_dict(values: dict[str, Any], cls: Any = Config) -> Any:
                 "Read the file with the version that wrote it."
             )
         if dataclasses.is_dataclass(hints[key]):
-            fields[key] = from_dict(value, hints[key])
+            fields[key] = from_dict(value, hints[key], partial=partial)
         else:
             fields[key] = tuple(value) if isinstance(value, list) else value
     return cls(**fields)

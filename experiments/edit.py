@@ -34,6 +34,7 @@ from experiments import (
     runs,
     sample,
     sampling,
+    weights,
 )
 from experiments.config import Config, ConfigError
 from experiments.sampling import Sampling
@@ -92,9 +93,9 @@ def main(argv: Sequence[str]) -> int:
             "that name without the ending."
         )
     draw = COMMANDS[command][1](config, options)
-    parallel.persistent_cache(run.folder.parent.resolve() / ".cache")
+    parallel.persistent_cache(run.cache)
     params, step, kind = extras.load(config, run, shared.which)
-    print(f"{run.folder}: {kind} weights of step {step:,}")
+    print(f"{run.folder}: {weights.describe(kind, step)}")
     edited = draw(params)
     folder = out.with_suffix("")
     if shared.out is None:

@@ -36,7 +36,7 @@ from experiments import (
 )
 from experiments.config import Config, ConfigError
 from experiments.sampling import Sampling
-from experiments.validation import require_positive, with_sampling
+from experiments.validation import require_positive, with_data, with_sampling
 from experiments.weights import Weights
 
 
@@ -74,6 +74,9 @@ class Options:
     which: tyro.conf.OmitArgPrefixes[Weights] = dataclasses.field(
         default_factory=Weights
     )
+    data: str | None = None
+    """The data to compare with, where the network does not name its own: cifar10,
+    folder:<path>, or what else data.source may be in training."""
     untrained: bool = False
     """Whether to use the weights that training began with, as a yardstick."""
 
@@ -84,10 +87,11 @@ def main(argv: Sequence[str]) -> int:
         Options, args=argv, prog="python -m experiments.eval_fid", description=__doc__
     )
     run = runs.find(options.run)
-    config = with_sampling(runs.read_config(run), options.how)
+    config = with_data(runs.read_config(run), options.data)
+    config = with_sampling(config, options.how)
     dataset = build.load_data(config)
     parallel.split_cpu()
-    parallel.persistent_cache(run.folder.parent.resolve() / ".cache")
+    parallel.persistent_cache(run.cache)
     extractor = extractors.choose(
         options.extractor,
         config,
@@ -236,8 +240,10 @@ def draw(
     run: runs.Run, config: Config, options: Options, count: int, seed: int
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Returns samples of the run, and what has to be known of them."""
+    step: int | None
     if options.untrained:
-        params, step, kind = learning.init_state(config).params, 0, "untrained"
+        params = learning.init_state(config, weights.initial(config)).params
+        step, kind = 0, "untrained"
         digest, params = draws.digest(params), extras.complete(config, run, params)
     else:
         params, step, kind = weights.load(config, run, options.which)
@@ -346,9 +352,9 @@ def show(result: dict[str, Any], extractor: extractors.Extractor) -> None:
         print(f"{result['count']:,} samples from {result['samples']}")
         return
     how = sampling.describe(result)
+    which = weights.describe(result["weights"], result["training_step"])
     print(
-        f"{result['count']:,} samples, seeds {result['seeds']}, {result['weights']} "
-        f"weights of step {result['training_step']:,}, {how} "
+        f"{result['count']:,} samples, seeds {result['seeds']}, {which}, {how} "
         f"({result['evaluations_per_sample']:.0f} evaluations), rounded to uint8"
     )
 

@@ -23,10 +23,10 @@ from diffusion_jax import continuous, likelihood, ode
 from diffusion_jax.evaluation import images
 from diffusion_jax.schedule import is_discrete
 from diffusion_jax.training import data, parallel
-from experiments import arguments, build, chains, extras, runs
+from experiments import arguments, build, chains, extras, runs, weights
 from experiments.config import Config, ConfigError
 from experiments.sampling import Variance
-from experiments.validation import require_positive
+from experiments.validation import require_positive, with_data
 from experiments.weights import Weights
 
 BEGINNING = 10
@@ -40,6 +40,9 @@ class Options:
         None
     )
     """A run's folder or name; the newest in runs/ when not given."""
+    data: str | None = None
+    """The data to compare with, where the network does not name its own: cifar10,
+    folder:<path>, or what else data.source may be in training."""
     split: Literal["train", "test"] = "train"
     """Images to evaluate: those trained on, or the official test images."""
     max_images: int | None = None
@@ -94,9 +97,9 @@ def main(argv: Sequence[str]) -> int:
     require_positive(options, "max_images", "batch_size", "chunk", "probes")
     check(options)
     run = runs.find(options.run)
-    config = runs.read_config(run)
+    config = with_data(runs.read_config(run), options.data)
     dataset = build.load_data(config, split=options.split)
-    parallel.persistent_cache(run.folder.parent.resolve() / ".cache")
+    parallel.persistent_cache(run.cache)
     variance = options.variance or config.diffusion.variance
     if variance in ("learned", "range") and variance != config.diffusion.variance:
         raise ConfigError(
@@ -378,8 +381,8 @@ def _show_protocol(run: runs.Run, result: dict[str, Any]) -> None:
     images_ = f"{result['images']:,} {result['split']} images of {result['data']}"
     if result["subset"]:
         images_ += " (a random subset)"
-    print(f"{run.folder}, {result['weights']} weights of step", end=" ")
-    print(f"{result['training_step']:,}; {images_}")
+    said = weights.describe(result["weights"], result["training_step"])
+    print(f"{run.folder}, {said}; {images_}")
 
 
 def show(run: runs.Run, result: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ IMAGES, BATCH = 256, 64
 
 def load(
     config: Config, run: runs.Run, which: Weights, *, variance: str | None = None
-) -> tuple[Any, int, str]:
+) -> tuple[Any, int | None, str]:
     """Returns the weights of a checkpoint with what sampling needs beside them.
 
     As `weights.load`, and in the parameters "x0_variance" where the variance is

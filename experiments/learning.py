@@ -34,10 +34,16 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     return optax.adam(rate, b2=o.b2, eps=1e-8)
 
 
-def init_state(config: Config) -> state.TrainState:
-    """Returns the training state before the first step, from the seed alone."""
+def init_state(config: Config, params: Any = None) -> state.TrainState:
+    """Returns the training state before the first step.
+
+    Args:
+      config: the configuration.
+      params: those to start from, `weights.initial`; from the seed when None.
+    """
     key_params, key_run = jax.random.split(jax.random.key(config.train.seed))
-    params = init_params(config, key_params)
+    if params is None:
+        params = init_params(config, key_params)
     memory: Any = ()
     if config.diffusion.density == "importance":
         memory = timesteps.history(config.diffusion.num_steps)

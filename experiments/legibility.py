@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from diffusion_jax.training import parallel
-from experiments import arguments, build, extras, runs, sample
+from experiments import arguments, build, extras, runs, sample, weights
 from experiments.config import ConfigError
 from experiments.sampling import Sampling
 from experiments.validation import with_sampling
@@ -71,8 +71,8 @@ def main(argv: Sequence[str]) -> int:
             f"{config.data.source}. Use digits or fashion_mnist, say."
         )
     parallel.split_cpu()
-    parallel.persistent_cache(run.folder.parent.resolve() / ".cache")
-    params, step, _ = extras.load(config, run, options.which)
+    parallel.persistent_cache(run.cache)
+    params, step, kind = extras.load(config, run, options.which)
     draws = sample.Options(count=options.count, seed=options.seed)
     samples = np.concatenate(list(sample.draw(config, params, draws)))
 
@@ -90,7 +90,8 @@ def main(argv: Sequence[str]) -> int:
         copied < MOST_COPIES,
     )
     each = " ".join(f"{100 * share:.1f}" for share in shares)
-    print(f"{run.folder}, step {step:,}, {options.count} samples, seed {options.seed}")
+    print(f"{run.folder}, {weights.describe(kind, step)}")
+    print(f"{options.count} samples, seed {options.seed}")
     for holds, text in zip(
         passed,
         (

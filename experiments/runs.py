@@ -9,13 +9,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import config, validation
+from experiments import config, networks, validation
 
 
 class Run(NamedTuple):
-    """The paths of a run."""
+    """The paths of a run, or of what is drawn with a network in a file."""
 
     folder: Path
+    network: networks.Found | None = None
+    """The file or folder of the network, where it is not one that was trained here."""
 
     @property
     def config(self) -> Path:
@@ -42,6 +44,12 @@ class Run(NamedTuple):
         """Returns the folder of grids."""
         return self.folder / "samples"
 
+    @property
+    def cache(self) -> Path:
+        """Returns where compiled programs are: for all runs beside each other."""
+        shared = self.folder.parent if self.network is None else self.folder
+        return shared.resolve() / ".cache"
+
 
 def of(cfg: config.Config) -> Run:
     """Returns the run of a configuration."""
@@ -51,8 +59,12 @@ def of(cfg: config.Config) -> Run:
 def find(path: str | None, output: str = "runs") -> Run:
     """Returns the run at a path or of a name; the newest one when none is given.
 
+    In place of a run there may be a network: a .safetensors file, beside which a folder
+    of its name takes what is drawn; or a folder of diffusers, which takes it itself.
+
     Raises:
       ConfigError: there is no such run.
+      ValueError: a file that holds no network.
     """
     if path is None:
         found = [Run(p.parent) for p in Path(output).glob("*/config.json")]
@@ -64,11 +76,17 @@ def find(path: str | None, output: str = "runs") -> Run:
         return max(found, key=lambda run: run.checkpoints.stat().st_mtime)
     for folder in (Path(path), Path(output) / path):
         if (folder / "config.json").is_file():
-            return Run(folder)
+            network = networks.find(folder)
+            return Run(folder, network)
+    network = networks.find(path)
+    if network is not None:
+        place = network.path
+        return Run(place if place.is_dir() else place.with_suffix(""), network)
     known = ", ".join(sorted(p.parent.name for p in Path(output).glob("*/config.json")))
     raise config.ConfigError(
-        f"RUN must be a folder that training wrote; got {path!r}, which has no "
-        f"config.json. Runs in {output}/: {known or 'none, run `make train` first'}."
+        "RUN must be a folder that training wrote, or a network in a file; got "
+        f"{path!r}, which is none. Runs in {output}/: "
+        f"{known or 'none, run `make train` first'}."
     )
 
 
@@ -86,10 +104,13 @@ def read_config(run: Run) -> config.Config:
     Raises:
       ConfigError: the file is damaged or from another version.
     """
+    where = run.folder.resolve()
+    if run.network is not None:
+        found = networks.read_config(run.network)
+        return dataclasses.replace(found, output=str(where))
     try:
         values = json.loads(run.config.read_text())
-        loaded: config.Config = config.from_dict(values)
-        where = run.folder.resolve()
+        loaded: config.Config = config.from_dict(values, partial=True)
         loaded = dataclasses.replace(
             loaded, output=str(where.parent), name=where.name or loaded.name
         )

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from diffusion_jax.evaluation import images
 from diffusion_jax.training import parallel
-from experiments import arguments, chains, extras, figures, runs, sampling
+from experiments import arguments, chains, extras, figures, runs, sampling, weights
 from experiments.config import Config
 from experiments.sampling import Sampling
 from experiments.validation import require_positive, with_sampling
@@ -63,10 +63,10 @@ def main(argv: Sequence[str]) -> int:
     run = runs.find(options.run)
     config = with_sampling(runs.read_config(run), options.how)
     parallel.split_cpu()
-    parallel.persistent_cache(run.folder.parent.resolve() / ".cache")
+    parallel.persistent_cache(run.cache)
     params, step, kind = extras.load(config, run, options.which)
     how = sampling.describe(chains.describe_sampling(config))
-    print(f"{run.folder}: {kind} weights of step {step:,}, {how}")
+    print(f"{run.folder}: {weights.describe(kind, step)}, {how}")
 
     if options.figure is not None:
         return draw_figure(config, params, run, options)

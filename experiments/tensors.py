@@ -1,13 +1,12 @@
 """Parameters in a .safetensors file, with what has to be known of them as text."""
 
-import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from flax import traverse_util
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+
+from diffusion_jax.nets import tensor_files
+from diffusion_jax.training.formats import DataError
 
 
 class Stored(NamedTuple):
@@ -21,26 +20,26 @@ class Stored(NamedTuple):
 
 
 def write(path: Path, params: Any, meta: dict[str, str]) -> None:
-    """Writes a tree of arrays under a temporary name, then renames the file."""
+    """Writes a tree of arrays under a temporary name, then renames the file.
+
+    Raises:
+      DataError: the disk refuses.
+    """
     flat = traverse_util.flatten_dict(params, sep=".")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.tmp")
-    save_file({k: np.asarray(v) for k, v in flat.items()}, partial, metadata=meta)
-    partial.replace(path)
+    tensor_files.write_safetensors(path, flat, meta)
 
 
 def read(path: Path) -> Stored:
     """Returns what `write` wrote.
 
     Raises:
-      OSError: there is no such file.
-      ValueError: it is damaged or no such file of ours.
+      ValueError: there is no such file, or it is damaged or none of ours; the message
+        is what was got, for callers who know what it had to be and what to do.
     """
     try:
-        with safe_open(path, framework="numpy") as file:
-            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            meta = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Stored(traverse_util.unflatten_dict(flat, sep="."), meta, digest)
+        found = tensor_files.read(path)
+    except DataError as error:
+        got = str(error).partition("; got ")[2].partition(". ")[0]
+        raise ValueError(got) from error
+    params = traverse_util.unflatten_dict(found.arrays, sep=".")
+    return Stored(params, found.meta, found.sha256)

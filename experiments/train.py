@@ -81,11 +81,12 @@ def start(config: Config, run: runs.Run, mesh: Any, manager: Any) -> Any:
     """
     replicated = parallel.replicated(mesh)
     if manager.latest_step() is None:
+        first = learning.init_state(config, weights.initial(config))
         runs.write_json(run.config, to_dict(config))
         for path in (run.metrics, run.speed):
             path.write_text("")
         weights.cut_snapshots(run, 0)
-        return jax.device_put(learning.init_state(config), replicated), []
+        return jax.device_put(first, replicated), []
     like = jax.eval_shape(lambda: learning.init_state(config))
     state, meta = checkpoint.restore(manager, like, replicated)
     for path in (run.metrics, run.speed):

@@ -69,6 +69,8 @@ def validate(config: Config) -> None:
                 f"a multiple of net.groups = {net.groups}",
                 net.channels * multiplier,
             )
+    if net.variant == "diffusers" and net.channels % 8:
+        _fail("net.channels", "a multiple of 8 in the variant diffusers", net.channels)
     sides = {data.image_size // 2**i for i in range(len(net.multipliers))}
     for side in net.attention:
         if side not in sides:
@@ -230,6 +232,15 @@ def require_positive(options: Any, *names: str) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             _fail(name, "at least 1", value)
+
+
+def with_data(config: Config, source: str | None) -> Config:
+    """Returns the configuration with other data, where they are given."""
+    if source is None:
+        return config
+    return dataclasses.replace(
+        config, data=dataclasses.replace(config.data, source=source)
+    )
 
 
 def with_sampling(config: Config, sampling: Sampling) -> Config:

@@ -8,7 +8,7 @@ power-function average of any other length is made of the tracked ones, of which
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import jax
 
 from diffusion_jax.training import averages, checkpoint, parallel
 from diffusion_jax.training.state import TrainState
-from experiments import learning, runs
+from experiments import learning, networks, runs
 from experiments.config import Config, ConfigError
 
 # As a share of the distance from the last weights: beyond it, what is reconstructed is
@@ -38,10 +38,11 @@ class Weights:
     """Checkpoint to use, in training steps; the latest when not given."""
 
 
-def load(config: Config, run: runs.Run, which: Weights) -> tuple[Any, int, str]:
+def load(config: Config, run: runs.Run, which: Weights) -> tuple[Any, int | None, str]:
     """Returns the weights of a checkpoint, its step, and what they are in words.
 
-    The words are such as "averaged", "last" or "averaged (length 0.08)".
+    The words are such as "averaged", "last" or "averaged (length 0.08)"; the step of a
+    network in a file may be unknown, and is then None.
 
     Args:
       config: the run's configuration.
@@ -50,12 +51,24 @@ def load(config: Config, run: runs.Run, which: Weights) -> tuple[Any, int, str]:
 
     Raises:
       CheckpointError: there is no such checkpoint.
-      ConfigError: no such average was tracked, or none can be made near enough.
-      ValueError: a snapshot is damaged.
+      ConfigError: no such average was tracked, or none can be made near enough; or
+        there is a single set of weights in a file, and another was asked for.
+      ValueError: a snapshot or the file is damaged.
     """
+    sharding = parallel.replicated(parallel.make_mesh())
+    if run.network is not None:
+        if which != Weights():
+            given = asdict(which).items()
+            said = [f"--{name} {value}" for name, value in given if value]
+            raise ConfigError(
+                "raw, average and step must be left out with a network in a file, "
+                f"which has one set of weights; got {' '.join(said)}. Choose when you "
+                "convert: python -m experiments.convert RUN OUT --raw"
+            )
+        _, params, about, _ = networks.read(run.network)
+        return jax.device_put(params, sharding), about.step, about.weights
     index = _tracked(config, which)
     like = jax.eval_shape(lambda: learning.init_state(config))
-    sharding = parallel.replicated(parallel.make_mesh())
     with checkpoint.open_folder(run.checkpoints, read_only=True) as manager:
         state, _ = checkpoint.restore(manager, like, sharding, which.step)
     step = int(state.step)
@@ -69,6 +82,47 @@ def load(config: Config, run: runs.Run, which: Weights) -> tuple[Any, int, str]:
     made = _reconstruct(config, run, state, which.average)
     words = f"averaged (length {which.average:g})"
     return jax.device_put(made, sharding), step, words
+
+
+def describe(words: str, step: int | None) -> str:
+    """Returns the words for the weights that `load` returned.
+
+    >>> describe("averaged", 5000), describe("released", None)
+    ('averaged weights of step 5,000', 'released weights')
+    """
+    return f"{words} weights" + ("" if step is None else f" of step {step:,}")
+
+
+def initial(config: Config) -> Any:
+    """Returns the parameters that training starts from, if it starts from weights.
+
+    Raises:
+      ConfigError: those of config.init_from are of another network.
+    """
+    if config.init_from is None:
+        return None
+    source = runs.find(config.init_from)
+    params, _, _ = load(runs.read_config(source), source, Weights())
+    like = jax.eval_shape(lambda: learning.init_state(config).params)
+    found, wanted = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (params, like)
+    )
+    wrong = [
+        f"{name} {found.get(name, 'missing')}, not {wanted.get(name, 'known')}"
+        for name in sorted(found | wanted)
+        if found.get(name) != wanted.get(name)
+    ]
+    if wrong:
+        raise ConfigError(
+            f"the weights of {config.init_from} must fit the network; got "
+            f"{'; '.join(wrong)}. Leave out the flags of --net and --diffusion, which "
+            "then are as they were there."
+        )
+    return params
 
 
 def due(config: Config, step: int) -> bool:

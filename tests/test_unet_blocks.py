@@ -51,10 +51,8 @@ def test_time_embedding_is_sines_then_cosines():
 
 
 def test_integer_and_float_times_are_the_same():
-    embeddings = [
-        embeddings.time_embedding(jnp.array([3, 999], t), 8) for t in (int, float)
-    ]
-    np.testing.assert_array_equal(*embeddings)
+    times = [jnp.array([3, 999], kind) for kind in (int, float)]
+    np.testing.assert_array_equal(*(embeddings.time_embedding(t, 8) for t in times))
 
 
 @pytest.mark.parametrize("channels", [4, 5, 64, 128])

@@ -28,10 +28,8 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from diffusion_jax.nets import graphdef, inception
+from diffusion_jax.nets import graphdef, inception, tensor_files
 from diffusion_jax.training.download import fetch
 from diffusion_jax.training.formats import DataError
 
@@ -163,20 +161,18 @@ def load(path: str | os.PathLike[str]) -> Weights:
         ) from error
     digest = hashlib.sha256(content).hexdigest()
     _check_digest(path, digest)
-    kind = _format(content)
+    kind = _format(path, content)
     if kind == "tgz":
         content = _from_archive(content, path)
-        kind = _format(content)
+        kind = "graphdef" if content[:1] == b"\n" else "unknown"
     if kind == "graphdef":
         found = graphdef.read(content, path)
         variables = _assemble(found, _graph_names(), path, others_allowed=True)
-    elif kind == "safetensors":
-        found = _read_safetensors(content, path)
-        pytorch = any(name.endswith(".conv.weight") for name in found)
-        names = _pytorch_names() if pytorch else _own_names()
+    elif kind in ("safetensors", "pytorch"):
+        found = _read(path)
+        theirs = any(name.endswith(".conv.weight") for name in found)
+        names = _pytorch_names() if theirs or kind == "pytorch" else _own_names()
         variables = _assemble(found, names, path)
-    elif kind == "pytorch":
-        variables = _assemble(read_pytorch(path), _pytorch_names(), path)
     else:
         raise _refusal(path, kind, content)
     return Weights(variables, digest, kind)
@@ -202,19 +198,7 @@ def save(variables: Mapping[str, Any], path: str | os.PathLike[str]) -> str:
             found[name] = np.ascontiguousarray(array)
     path = Path(path)
     _assemble(found, _own_names(), path)
-    content = safetensors.numpy.save(found)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
-        part.replace(path)
-    except OSError as error:
-        raise DataError(
-            f"{path.parent} must be a folder to write to; got {error}. Name another."
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
-    return hashlib.sha256(content).hexdigest()
+    return tensor_files.write_safetensors(path, found)
 
 
 @functools.cache
@@ -230,45 +214,24 @@ def shapes() -> Mapping[str, tuple[int, ...]]:
     }
 
 
-def read_pytorch(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the tensors of a PyTorch file, by name, read without running code.
-
-    Raises:
-      DataError: PyTorch is not installed, or finds more than tensors in the file.
-    """
-    try:
-        import torch
-    except ImportError:
-        raise DataError(
-            f"PyTorch must be installed to read {path}; got no module named torch. "
-            "Install it, or where it is installed convert the file once: "
-            "python -m experiments.convert_inception IN OUT.safetensors."
-        ) from None
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: tensor.numpy() for name, tensor in found.items()}
-    # PyTorch reports damage and refusals by a dozen types of exception.
-    except Exception as error:
-        raise DataError(
-            f"{path} must hold PyTorch tensors by name and nothing else; got "
-            f"{type(error).__name__}: {str(error)[:200]}. It was not run. Give the "
-            "file that pytorch-fid publishes."
-        ) from error
-
-
-def _format(content: bytes) -> str:
+def _format(path: Path, content: bytes) -> str:
     """Returns what the first bytes say: a format, "tgz", "pickle" or "unknown"."""
-    # The length of a header, which is JSON. Others have no such small number there.
-    if content[8:9] == b"{" and int.from_bytes(content[:8], "little") < 2**27:
-        return "safetensors"
     if content[:2] == b"\x1f\x8b":
         return "tgz"
-    zipped = content.startswith(b"PK\x03\x04") and b"data.pkl" in content[:256]
-    if zipped or content.startswith(_PYTORCH_MAGIC):
-        return "pytorch"
-    if content[:1] == b"\x80":
-        return "pickle"
-    return "graphdef" if content[:1] == b"\n" else "unknown"
+    kind = tensor_files.kind_of(path)
+    return "graphdef" if kind == "unknown" and content[:1] == b"\n" else kind
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """Returns the tensors of a safetensors file or of PyTorch's."""
+    try:
+        return tensor_files.read(path).arrays
+    except DataError as error:
+        raise DataError(
+            f"{error} Of these weights the source is the file that pytorch-fid "
+            "publishes, and what converts it, where PyTorch is installed, is python -m "
+            "experiments.convert_inception IN OUT.safetensors."
+        ) from error
 
 
 def _refusal(path: Path, kind: str, content: bytes) -> DataError:
@@ -323,17 +286,6 @@ def _from_archive(content: bytes, path: Path) -> bytes:
         f"{path} must hold {wanted}; got an archive without it. "
         "Give inception-2015-12-05.tgz as it was released."
     )
-
-
-def _read_safetensors(content: bytes, path: Path) -> dict[str, Any]:
-    try:
-        return safetensors.numpy.load(content)
-    # Types that NumPy lacks are a KeyError there.
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{path} must be a whole safetensors file of float32; got "
-            f"{type(error).__name__}: {error}. Convert the released file again."
-        ) from error
 
 
 def _own_names() -> dict[str, _Source]:

@@ -291,8 +291,7 @@ class UNet(nn.Module):
             return x
 
         _, shift, cosine_first, *_ = VARIANTS[self.variant]
-        options = {"shift": shift, "cosine_first": cosine_first}
-        time = time_embedding(t, self.channels, **options)
+        time = time_embedding(t, self.channels, shift=shift, cosine_first=cosine_first)
         time = dense(self, 4 * self.channels, "time1")(time)
         time = dense(self, 4 * self.channels, "time2")(nn.silu(time))
         if self.num_classes:

@@ -82,7 +82,7 @@ def shapes(net: UNet, channels: int, *, image_size: int) -> dict[str, tuple[int,
     >>> from diffusion_jax.nets.unet import UNet
     >>> found = shapes(UNet(), 3, image_size=32)
     >>> len(found), found["down1_block0/shortcut/kernel"]
-    (276, (128, 256))
+    (328, (128, 256))
     """
     x = jax.ShapeDtypeStruct((1, image_size, image_size, channels), jnp.float32)
     t = jax.ShapeDtypeStruct((1,), jnp.float32)
@@ -123,6 +123,25 @@ def official_names(own: Iterable[str], *, average: bool = True) -> Names:
         }[leaf]
         names[name] = Place(f"model/{_official_module(module)}/{theirs}{end}")
     return names
+
+
+def official_others(own: Iterable[str]) -> Callable[[str], bool]:
+    """Returns what tells whether a variable is of training and not of the network.
+
+    Those are the step, the powers of Adam's decays, and what is kept beside each
+    variable: its moving average and Adam's moments.
+
+    >>> is_other = official_others(["conv_in/kernel"])
+    >>> is_other("model/conv_in/W/Adam_1"), is_other("model/conv_in/V")
+    (True, False)
+    """
+    last = {place.name for place in official_names(own, average=False).values()}
+    alone = {"global_step", "beta1_power", "beta2_power"}
+
+    def is_other(name: str) -> bool:
+        return name in alone or name in last or name.rpartition("/")[0] in last
+
+    return is_other
 
 
 def diffusers_names(own: Mapping[str, tuple[int, ...]], levels: int) -> Names:
@@ -196,15 +215,28 @@ def from_tensors(
 ) -> PyTree:
     """Returns the parameters of a network from what someone else has.
 
+    As `matched`, and as `UNet.apply` takes them.
+    """
+    flat = matched(found, names, own, where=where, ignore=ignore)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def matched(
+    found: Mapping[str, Any],
+    names: Names,
+    own: Mapping[str, tuple[int, ...]],
+    *,
+    where: str,
+    ignore: Callable[[str], bool] = lambda name: False,
+) -> dict[str, np.ndarray]:
+    """Returns our tensors by our own names, float32, from what someone else has.
+
     Args:
       found: tensors by name; of float32, float16 or bfloat16.
       names: from one of the tables.
       own: shapes by our names.
       where: the file, for the error.
       ignore: which names may be there without belonging to the network.
-
-    Returns:
-      The parameters as `UNet.apply` takes them, NumPy arrays of float32.
 
     Raises:
       ValueError: tensors that are missing, unknown, of another shape or type, or not
@@ -238,7 +270,7 @@ def from_tensors(
             f"others; got {'; '.join(said)}. Give the file that belongs to the "
             "configuration."
         )
-    return traverse_util.unflatten_dict(flat, sep="/")
+    return flat
 
 
 def _their_shape(shape: tuple[int, ...], place: Place) -> tuple[int, ...]:

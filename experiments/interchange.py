@@ -1,0 +1,272 @@
+"""Configurations in the words of diffusers, and read from them.
+
+A network there is a UNet2DModel and a scheduler, each with a JSON file. The scheduler
+says what is diffused and how it is drawn; it counts times from 0 as our networks do.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+
+from diffusion_jax import schedule
+from diffusion_jax.nets import diffusers
+from experiments import build, validation
+from experiments.config import (
+    UNKNOWN,
+    Config,
+    ConfigError,
+    Data,
+    Diffusion,
+    Net,
+    ScheduleName,
+)
+from experiments.sampling import Sample
+
+SCHEDULERS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}
+_BETAS: dict[str, ScheduleName] = {
+    "linear": "linear",
+    "scaled_linear": "quad",
+    "squaredcos_cap_v2": "cosine",
+}
+_PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+_VARIANCES = {
+    "fixed_small": "small",
+    "fixed_large": "large",
+    "learned_range": "range",
+    # The same to rounding; diffusers tells them apart for numerical reasons.
+    "fixed_small_log": "small",
+}
+# What a scheduler's configuration means where it says nothing.
+_DEFAULTS: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "variance_type": "fixed_small",
+    "clip_sample": True,
+    "clip_sample_range": 1.0,
+    "prediction_type": "epsilon",
+    "thresholding": False,
+    "rescale_betas_zero_snr": False,
+    "set_alpha_to_one": True,
+    # Only of chains that leave out steps, for which there are our own grids.
+    "timestep_spacing": "leading",
+    "steps_offset": 0,
+    # Only with thresholding.
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
+    # Of the first releases: chosen steps, which no network has.
+    "timestep_values": None,
+    "tensor_format": "pt",
+}
+_FIXED: dict[str, Any] = {
+    "clip_sample_range": 1.0,
+    "thresholding": False,
+    "rescale_betas_zero_snr": False,
+    "set_alpha_to_one": True,
+    "timestep_values": None,
+}
+# Schedules that are known by their betas alone.
+_BY_BETAS: tuple[ScheduleName, ...] = (
+    "linear",
+    "quad",
+    "const",
+    "warmup10",
+    "warmup50",
+    "cosine",
+    "sigmoid",
+)
+
+
+def from_diffusers(
+    unet: Mapping[str, Any],
+    scheduler: Mapping[str, Any] | None,
+    *,
+    name: str,
+    where: str,
+) -> Config:
+    """Returns the configuration of a network of diffusers.
+
+    What training needs to know beside is as in an experiment where nothing is given.
+
+    Args:
+      unet: the UNet2DModel's configuration.
+      scheduler: the scheduler's; where there is none, the defaults of DDPMScheduler
+        are meant, with which the paper's schedule comes.
+      name: of the experiment.
+      where: the folder, for errors.
+
+    Raises:
+      ValueError: it has what we do not support; all of it is named.
+    """
+    network = diffusers.read_config(unet, where=where)
+    net = network.net
+    if network.channels not in (1, 3):
+        raise ConfigError(
+            f"{where} must be of grey or RGB images, in_channels 1 or 3; got "
+            f"{network.channels}. Networks of latents and others do not fit."
+        )
+    diffusion, sample = _read_scheduler(scheduler or {}, where)
+    split = 2 if diffusion.variance == "range" else 1
+    if net.out_channels != split * network.channels:
+        raise ConfigError(
+            f"{where} must have out_channels {split * network.channels}, for "
+            f"in_channels {network.channels} and the variance {diffusion.variance}; "
+            f"got {net.out_channels}. Correct variance_type in scheduler_config.json."
+        )
+    config = Config(
+        name=name,
+        data=Data(UNKNOWN, image_size=network.image_size, channels=network.channels),
+        diffusion=diffusion,
+        net=Net(
+            channels=net.channels,
+            multipliers=tuple(net.multipliers),
+            blocks=net.blocks,
+            attention=tuple(net.attention),
+            dropout=net.dropout,
+            groups=net.groups,
+            classes=net.num_classes,
+            # Which row stands for no label, if one does, nobody says.
+            label_dropout=0.0 if net.num_classes else Net.label_dropout,
+            variant=cast(Any, net.variant),
+        ),
+        sample=sample,
+    )
+    validation.validate(config)
+    return config
+
+
+def to_diffusers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the configurations of the UNet2DModel and of the DDPMScheduler.
+
+    Raises:
+      ConfigError: the network or its diffusion is nothing that diffusers has.
+    """
+    d, how = config.diffusion, config.sample
+    lacking = []
+    predictions = {ours: theirs for theirs, ours in _PREDICTIONS.items()}
+    variances = {"small": "fixed_small", "large": "fixed_large"}
+    variances["range"] = "learned_range"
+    variance = how.variance or d.variance
+    if build.is_continuous(config):
+        lacking.append(f"the schedule {d.schedule}, which must be of whole steps")
+    if d.prediction not in predictions:
+        lacking.append(f"prediction {d.prediction}, which must be eps, x0 or v")
+    if variance not in variances or (variance == "range") != (d.variance == "range"):
+        lacking.append(f"variance {variance}, which must be small, large or range")
+    if d.schedule == "jsd":
+        lacking.append("the schedule jsd, which ends without any signal")
+    if lacking:
+        raise ConfigError(
+            "a network for diffusers must have what its DDPMScheduler has; got "
+            f"{'; '.join(lacking)}. Keep it as .safetensors of our own."
+        )
+    unet = diffusers.write_config(
+        build.make_network(config),
+        config.data.channels,
+        image_size=config.data.image_size,
+    )
+    scheduler = {
+        "_class_name": "DDPMScheduler",
+        "_diffusers_version": diffusers.VERSION,
+        "num_train_timesteps": d.num_steps,
+        **_write_betas(config),
+        "variance_type": variances[variance],
+        "clip_sample": how.clip,
+        "clip_sample_range": 1.0,
+        "prediction_type": predictions[d.prediction],
+        "thresholding": False,
+        "timestep_spacing": "leading",
+        "steps_offset": 0,
+        "rescale_betas_zero_snr": False,
+    }
+    return unet, scheduler
+
+
+def _read_scheduler(given: Mapping[str, Any], where: str) -> tuple[Diffusion, Sample]:
+    """Returns what a scheduler says of the diffusion and of sampling."""
+    kind = given.get("_class_name", "DDPMScheduler")
+    named = {k: v for k, v in given.items() if not k.startswith("_")}
+    values = {**_DEFAULTS, **named}
+    wrong = [f"{k} {v!r}" for k, v in named.items() if k not in _DEFAULTS]
+    if kind not in SCHEDULERS:
+        wrong = [f"_class_name {kind!r}, not {' or '.join(SCHEDULERS)}"]
+    for name, only in _FIXED.items():
+        if values[name] != only:
+            wrong.append(f"{name} {values[name]!r}, not {only!r}")
+    tables = {"prediction_type": _PREDICTIONS, "variance_type": _VARIANCES}
+    for name, table in tables.items():
+        if values[name] not in table:
+            wrong.append(f"{name} {values[name]!r}, not {' or '.join(table)}")
+    found = _read_betas(values)
+    if isinstance(found, str):
+        wrong.append(found)
+    if wrong:
+        raise ConfigError(
+            f"the scheduler of {where} must have only what we support; got "
+            f"{'; '.join(wrong)}. Such a network cannot be drawn here as it was meant."
+        )
+    prediction = cast(Any, _PREDICTIONS[values["prediction_type"]])
+    variance = cast(Any, _VARIANCES[values["variance_type"]])
+    diffusion = dataclasses.replace(
+        cast(Diffusion, found),
+        prediction=prediction,
+        loss="hybrid" if variance == "range" else prediction,
+        variance=variance,
+    )
+    rule = cast(Any, SCHEDULERS[kind])
+    return diffusion, Sample(sampler=rule, clip=bool(values["clip_sample"]))
+
+
+def _read_betas(values: Mapping[str, Any]) -> Diffusion | str:
+    """Returns the schedule alone, or what is wrong with it."""
+    steps = values["num_train_timesteps"]
+    given = values["trained_betas"]
+    if given is None:
+        name = _BETAS.get(values["beta_schedule"])
+        if name is None:
+            known = " or ".join(_BETAS)
+            return f"beta_schedule {values['beta_schedule']!r}, not {known}"
+        if name == "cosine":
+            return Diffusion(name, steps)
+        ends = values["beta_start"], values["beta_end"]
+        return Diffusion(name, steps, beta_start=ends[0], beta_end=ends[1])
+    betas = np.asarray(given, np.float64)
+    if betas.shape != (steps,):
+        return f"trained_betas of shape {betas.shape}, not ({steps},)"
+    # Rounded, since a scheduler keeps no more of them than float32 does.
+    low, high = (float(f"{end:.6g}") for end in (betas.min(), betas.max()))
+    if not 0 < low <= high < 1:
+        return f"trained_betas from {low:g} to {high:g}, not above 0 and below 1"
+    for name in _BY_BETAS:
+        one = Diffusion(name, steps, beta_start=low, beta_end=high)
+        if np.allclose(_betas(Config(diffusion=one)), betas, rtol=1e-5, atol=0):
+            return one
+    return f"trained_betas, {steps} of them, that are none of {', '.join(_BY_BETAS)}"
+
+
+def _write_betas(config: Config) -> dict[str, Any]:
+    """Returns the fields that say which betas there are."""
+    d = config.diffusion
+    names = {ours: theirs for theirs, ours in _BETAS.items()}
+    if d.schedule in names and not d.logsnr_shift:
+        ends = {"beta_start": d.beta_start, "beta_end": d.beta_end}
+        return {**ends, "beta_schedule": names[d.schedule], "trained_betas": None}
+    return {
+        "beta_start": d.beta_start,
+        "beta_end": d.beta_end,
+        "beta_schedule": "linear",
+        "trained_betas": _betas(config).tolist(),
+    }
+
+
+def _betas(config: Config) -> np.ndarray:
+    """Returns the variance of each step of a discrete schedule, [T], float64."""
+    log_alpha, _ = (
+        np.asarray(table, np.float64)
+        for table in schedule.tables(build.make_schedule(config))
+    )
+    return -np.expm1(2 * np.diff(log_alpha))

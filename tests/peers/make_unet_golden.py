@@ -1,0 +1,344 @@
+"""Makes tests/golden/diffusers_unets.npz: what diffusers' UNet2DModel computes.
+
+    python tests/peers/make_unet_golden.py
+
+Made with torch 2.13.0+cpu, diffusers 0.42.1 and numpy 2.4.6, in float64 but for the
+time embedding, which diffusers has in float32; of JAX comes only the noise of chains,
+and of diffusion_jax nothing. There are no weights in the file: they are numbers drawn
+from the name of each tensor, by a generator whose bits never change, so that tests draw
+the same ones without PyTorch.
+
+The file holds of each case the names and shapes of all tensors as diffusers has them,
+the output, and of sum(output * c), c drawn as the weights are, the gradient: with
+respect to the images all of it, with respect to each tensor its norm and its inner
+products with DIRECTIONS drawn vectors of numbers of variance 1. Images are
+[B, H, W, C]. The case "256" has all six levels of the networks of 256 pixels a side,
+at 64 pixels and 1/16 of their width; 256 pixels are left to test_unets_live.py.
+
+Of chains it holds the images that they end in. Their network is random but for its last
+convolution: `fit` has found it by least squares, so that it predicts the noise of
+images as well as the random features allow. With a random one, chains run into the
+bounds of the clip, where all are alike. That convolution is in the file.
+"""
+
+import hashlib
+import importlib.metadata
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "diffusers_unets.npz"
+T = 1000
+DIRECTIONS = 3
+LAST = ("conv_out.weight", "conv_out.bias")
+
+# Of diffusers' conversions of the authors' networks; left out they are its defaults.
+OFFICIAL = types.MappingProxyType(
+    {
+        "norm_eps": 1e-6,
+        "freq_shift": 1,
+        "flip_sin_to_cos": False,
+        "downsample_padding": 0,
+        "attention_head_dim": None,
+    }
+)
+
+
+class Case(NamedTuple):
+    """One shape of the network."""
+
+    config: Mapping
+    """Keyword arguments of UNet2DModel."""
+    batch: int = 2
+
+
+def config(size, widths, attention, *, groups=4, blocks=1, constants=OFFICIAL, **rest):
+    """Keyword arguments of UNet2DModel, with attention at some levels."""
+    kinds = ["Attn" if i in attention else "" for i in range(len(widths))]
+    return {
+        "sample_size": size,
+        "block_out_channels": widths,
+        "down_block_types": tuple(f"{kind}DownBlock2D" for kind in kinds),
+        "up_block_types": tuple(f"{kind}UpBlock2D" for kind in kinds[::-1]),
+        "layers_per_block": blocks,
+        "norm_num_groups": groups,
+        **constants,
+        **rest,
+    }
+
+
+GREY = {"in_channels": 1, "out_channels": 1}
+CIFAR10 = config(32, (128, 256, 256, 256), (1,), groups=32, blocks=2)
+CASES = {
+    "cifar10": Case(CIFAR10, 1),
+    "256": Case(config(64, (8, 8, 16, 16, 32, 32), (4,), blocks=2), 1),
+    "grey": Case(config(28, (8, 16), (1,), **GREY)),
+    "attention at two": Case(config(16, (8, 24, 16), (1, 2))),
+    "attention at none": Case(config(8, (8, 16), (), blocks=2)),
+    "learned variance": Case(config(8, (8, 16), (1,), out_channels=6)),
+    "labels": Case(config(8, (8, 16), (1,), num_class_embeds=3)),
+    "defaults": Case(config(16, (16, 32), (1,), constants={})),
+}
+
+# Single modules, by piece, get images of this shape.
+PIECE, TIMES = (2, 8, 8, 16), np.array([0, 3, 500, 999])
+VARIANTS = {
+    "official": OFFICIAL,
+    "diffusers": {
+        "norm_eps": 1e-5,
+        "freq_shift": 0,
+        "flip_sin_to_cos": True,
+        "downsample_padding": 1,
+    },
+}
+TINY = 1e-3
+"""By which the images of GroupNorm are scaled: to a variance of its epsilon."""
+
+CHAIN = Case(config(8, (16, 16), (1,)))
+# By name: the scheduler, how many steps, its options.
+CHAINS = {
+    "ddim 50": ("DDIMScheduler", 50, {"timestep_spacing": "trailing"}),
+    "ddpm large": ("DDPMScheduler", T, {"variance_type": "fixed_large"}),
+    "ddpm small": ("DDPMScheduler", T, {"variance_type": "fixed_small"}),
+}
+
+
+# What tests draw too.
+
+
+def uniform(name, shape):
+    """Numbers in [-1, 1), the same for ever for a name: float32."""
+    digest = hashlib.sha256(name.encode()).digest()
+    bits = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
+    raw = bits.random_raw(int(np.prod(shape))) >> np.uint64(40)
+    return (raw.astype(np.float32) * np.float32(2**-23) - 1).reshape(shape)
+
+
+def normalized(name, shape):
+    """Numbers of mean 0 and variance 1."""
+    return uniform(name, shape) * np.float32(np.sqrt(3))
+
+
+def tensor(name, shape):
+    """A tensor of the random network, by diffusers' name and layout."""
+    kind = name.rsplit(".", 1)[1]
+    if name == "class_embedding.weight":
+        return normalized(name, shape)
+    if len(shape) > 1:  # keeps the size of activations through the layers
+        return normalized(name, shape) / np.float32(np.sqrt(np.prod(shape[1:])))
+    u = uniform(name, shape) * np.float32(0.5)
+    return 1 + u if kind == "weight" else u
+
+
+def inputs(case):
+    """(images, times, labels or None) of a case; times as the network counts them."""
+    size, options = case.config["sample_size"], case.config
+    x = normalized("x", (case.batch, size, size, options.get("in_channels", 3)))
+    t = np.array([3, 999])[-case.batch :]
+    return x, t, np.array([2, 0]) if options.get("num_class_embeds") else None
+
+
+def weighting(case):
+    """c of sum(output * c), of the shape of the output."""
+    size, channels = case.config["sample_size"], case.config.get("out_channels", 3)
+    return normalized("c", (case.batch, size, size, channels))
+
+
+def figures(name, gradient):
+    """The norm of a tensor's gradient, and its inner products, [1 + DIRECTIONS]."""
+    flat = np.asarray(gradient, np.float64).reshape(-1)
+    along = (
+        normalized(f"{name} direction {i}", flat.shape) for i in range(DIRECTIONS)
+    )
+    return np.array([np.linalg.norm(flat), *(flat @ each for each in along)])
+
+
+# What diffusers does.
+
+
+def network(case):
+    """diffusers' network with the weights that we draw."""
+    import diffusers
+
+    return drawn(diffusers.UNet2DModel(**case.config))
+
+
+def drawn(module, prefix=""):
+    """The module, with tensors that are drawn from their names."""
+    import torch
+
+    state = {
+        name: torch.from_numpy(tensor(prefix + name, tuple(value.shape)))
+        for name, value in module.state_dict().items()
+    }
+    module.load_state_dict(state)
+    return module.eval()
+
+
+def run(net, case):
+    """(output, gradient with respect to the images, those by the names of tensors)."""
+    import torch
+
+    x, t, label = inputs(case)
+    x = channels_first(x).to(net.dtype).requires_grad_()
+    label = None if label is None else torch.from_numpy(label)
+    output = net(x, torch.from_numpy(t), class_labels=label).sample
+    c = channels_first(weighting(case)).to(net.dtype)
+    named = dict(net.named_parameters())
+    of_x, *rest = torch.autograd.grad((output * c).sum(), [x, *named.values()])
+    gradients = {name: grad.numpy() for name, grad in zip(named, rest, strict=True)}
+    return channels_last(output), channels_last(of_x), gradients
+
+
+def measured(case):
+    """What the file holds of a case, by the last word of its key."""
+    net = network(case).double()
+    output, of_x, gradients = run(net, case)
+    shapes = [" ".join(map(str, each.shape)) for each in gradients.values()]
+    return {
+        "names": np.array(list(gradients)),
+        "shapes": np.array(shapes),
+        "output": output.astype(np.float32),
+        "gradient": of_x.astype(np.float32),
+        "figures": np.stack([figures(*pair) for pair in gradients.items()]),
+    }
+
+
+def pieces():
+    """Outputs of single modules with both sets of constants."""
+    import torch
+    from diffusers.models.downsampling import Downsample2D
+    from diffusers.models.embeddings import Timesteps
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.upsampling import Upsample2D
+
+    channels, made = PIECE[-1], {}
+    x = channels_first(normalized("x", PIECE)).double()
+    for variant, of in VARIANTS.items():
+        shape = {"in_channels": channels, "temb_channels": 4, "groups": 4}
+        down = Downsample2D(channels, True, padding=of["downsample_padding"], name="op")
+        modules = {
+            "down": drawn(down, "down."),
+            "norm": drawn(ResnetBlock2D(**shape, eps=of["norm_eps"]).norm1, "norm."),
+            "up": drawn(Upsample2D(channels, True), "up."),
+        }
+        with torch.no_grad():
+            for piece, module in modules.items():
+                seen = TINY * x if piece == "norm" else x
+                made[f"{piece}: {variant}"] = channels_last(module.double()(seen))
+        embed = Timesteps(channels, of["flip_sin_to_cos"], of["freq_shift"])
+        made[f"time: {variant}"] = embed(torch.from_numpy(TIMES)).numpy()
+    return made
+
+
+def fit(net):
+    """The network, its last convolution such that it predicts noise as it best can.
+
+    By linear regression on what the rest of it makes of Gaussian images of deviation
+    0.5 at all levels of noise.
+    """
+    import torch
+
+    count, size = 1000, CHAIN.config["sample_size"]
+    t = np.arange(count) * T // count
+    x0, eps = (
+        channels_first(normalized(name, (count, size, size, 3))).to(net.dtype)
+        for name in ("x0", "eps")
+    )
+    alpha_bar = torch.from_numpy(np.cumprod(1 - np.linspace(1e-4, 0.02, T))[t])
+    alpha_bar = alpha_bar.to(net.dtype)[:, None, None, None]
+    x_t = alpha_bar.sqrt() * 0.5 * x0 + (1 - alpha_bar).sqrt() * eps
+    seen = []
+    hook = net.conv_out.register_forward_pre_hook(lambda _, args: seen.extend(args))
+    with torch.no_grad():
+        net(x_t, torch.from_numpy(t))
+    hook.remove()
+    columns = torch.nn.functional.unfold(seen[0], 3, padding=1).transpose(1, 2)
+    columns = columns.reshape(count * size**2, -1).double().numpy()
+    columns = np.append(columns, np.ones([len(columns), 1]), axis=1)
+    wanted = channels_last(eps).reshape(len(columns), -1)
+    found = np.linalg.lstsq(columns, wanted, rcond=None)[0].astype(np.float32)
+    print(f"the last convolution leaves {np.mean((columns @ found - wanted) ** 2):.3f}")
+    with torch.no_grad():
+        net.conv_out.weight[:] = torch.from_numpy(found[:-1].T.reshape(3, -1, 3, 3))
+        net.conv_out.bias[:] = torch.from_numpy(found[-1])
+    return net
+
+
+def walk(net, name):
+    """The images that a chain ends in, by diffusers with its own tables."""
+    import diffusers
+    import make_scheduler_golden as schedulers
+    import torch
+
+    kind, steps, options = CHAINS[name]
+    peer = getattr(diffusers, kind)(
+        num_train_timesteps=T, beta_start=1e-4, beta_end=0.02, **options
+    )
+    peer.set_timesteps(steps)
+    step = {"use_clipped_model_output": True} if kind == "DDIMScheduler" else {}
+    noise = [channels_first(each).to(net.dtype) for each in start_and_noise(steps)]
+    x = noise[0]
+    with torch.no_grad():
+        for at, each in zip(peer.timesteps, noise[1:], strict=True):
+            with schedulers.noise_of(peer, each):
+                x = peer.step(net(x, at).sample, at, x, **step).prev_sample
+    return channels_last(x)
+
+
+def start_and_noise(steps):
+    """The start, then the noise of each step, [steps + 1, B, H, W, C].
+
+    Example b has the key fold_in(key(0), b); fold 0 of that draws its start, fold i + 1
+    the noise of step i.
+    """
+    import jax
+
+    size = CHAIN.config["sample_size"]
+    fold = jax.vmap(jax.random.fold_in, (0, None))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(
+        jax.random.key(0), np.arange(CHAIN.batch)
+    )
+    draw = jax.vmap(lambda key: jax.random.normal(key, (size, size, 3), np.float32))
+    each = jax.jit(lambda i: draw(fold(keys, i)))
+    return np.stack([np.asarray(each(i)) for i in range(steps + 1)])
+
+
+def channels_first(x):
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+
+
+def channels_last(x):
+    return x.detach().numpy().transpose(0, 2, 3, 1)
+
+
+def versions():
+    return [
+        f"{name} {importlib.metadata.version(name)}"
+        for name in ("diffusers", "torch", "numpy", "jax")
+    ]
+
+
+def main():
+    made = {"versions": np.array(versions()), **pieces()}
+    for name, case in CASES.items():
+        found = measured(case)
+        print(f"{name:20} output up to {np.abs(found['output']).max():.2f}")
+        made |= {f"{name}: {key}": value for key, value in found.items()}
+    net = fit(network(CHAIN))
+    made |= {f"chain: {name}": net.state_dict()[name].numpy() for name in LAST}
+    for name in CHAINS:
+        made[name] = walk(net.double(), name)
+        bound = np.mean(np.abs(made[name]) > 0.999)
+        print(f"{name:20} {bound:.0%} of the values at the bounds")
+    np.savez_compressed(GOLDEN, **made)
+    print(f"{GOLDEN.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Networks fetched from a hub: a server of this machine that speaks as the real one."""
+
+import contextlib
+import http.server
+import json
+import socket
+import sys
+import threading
+import time
+
+import pytest
+
+from experiments import hub
+
+constants = pytest.importorskip("huggingface_hub.constants")
+
+COMMIT = "0123456789" * 4
+MODULE = "diffusion_pytorch_model"
+CONTENT = {
+    "me/alone": ["config.json", f"{MODULE}.safetensors", f"{MODULE}.bin", ".gitignore"],
+    "me/pipeline": [
+        "README.md",
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        f"unet/{MODULE}.bin",
+        f"unet/{MODULE}.safetensors",
+        f"unet/{MODULE}.fp16.safetensors",
+        "vae/config.json",
+        "logs/events.out",
+    ],
+    "me/old": ["config.json", f"{MODULE}.bin"],
+    "me/text": ["config.json", "model.safetensors"],
+    "me/empty": [],
+    "me/gated": ["config.json", f"{MODULE}.safetensors"],
+}
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What the package asks of the hub, and what is noted of it."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        """Answers with a list of files, or one of them."""
+        self.server.asked.append((self.command, self.path))
+        parts = self.path.partition("?")[0].strip("/").split("/")
+        api = parts[:2] == ["api", "models"]
+        name = "/".join(parts[2:4] if api else parts[:2])
+        if name == "me/silent":
+            self.server.over.wait(60)
+            return
+        if name == "me/broken":
+            self.reply(b"", 500)
+        elif name not in CONTENT:
+            # What the hub says to someone who is not logged in.
+            self.reply(b"", 401, {"X-Error-Code": "RepoNotFound"})
+        elif api:
+            self.reply(json.dumps(self.about(name, parts[4:])).encode())
+        elif name == "me/gated":
+            self.reply(b"", 403, {"X-Error-Code": "GatedRepo"})
+        else:
+            file = "/".join(parts[4:])
+            headers = {"ETag": f'"{file.replace("/", "-")}"', "X-Repo-Commit": COMMIT}
+            self.reply(f"{name} {file}".encode(), 200, headers)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def about(self, name, rest):
+        files = CONTENT[name]
+        if rest[:1] == ["tree"]:
+            size = [len(f"{name} {file}") for file in files]
+            rows = zip(files, size, strict=True)
+            return [{"type": "file", "path": f, "size": n, "oid": f} for f, n in rows]
+        siblings = [{"rfilename": file} for file in files]
+        return {"id": name, "sha": COMMIT, "siblings": siblings, "tags": []}
+
+    def reply(self, content, status=200, headers=None):
+        self.send_response(status)
+        for key, value in (headers or {}).items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *args):
+        """Says nothing."""
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """The address of a hub; every other address is refused, and fails the test."""
+    reached = []
+    connect = socket.socket.connect
+
+    def only_here(self, address):
+        reached.append(address[0])
+        if address[0] not in ("127.0.0.1", "localhost"):
+            raise OSError("not in a test")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", only_here)
+    for variable in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+        monkeypatch.delenv(variable.lower(), raising=False)
+    # Read when the package is imported: those of the one who tests do not count.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        server.asked, server.over = [], threading.Event()
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        server.address = f"http://127.0.0.1:{server.server_port}"
+        yield server
+        server.over.set()
+        server.shutdown()
+    assert set(reached) <= {"127.0.0.1", "localhost"}
+
+
+@pytest.fixture
+def nowhere():
+    """The address of a hub that is not there."""
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("me/alone", ["config.json", f"{MODULE}.safetensors"]),
+        ("me/old", ["config.json", f"{MODULE}.bin"]),
+        (
+            "me/pipeline",
+            [
+                "README.md",
+                "model_index.json",
+                "scheduler/scheduler_config.json",
+                "unet/config.json",
+                f"unet/{MODULE}.safetensors",
+            ],
+        ),
+    ],
+)
+def test_what_is_needed_of_a_network_is_fetched(
+    server, tmp_path, capfd, name, expected
+):
+    folder = hub.fetch(name, cache=tmp_path, endpoint=server.address)
+    assert tmp_path in folder.parents
+    files = [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()]
+    assert sorted(files) == expected
+    for file in files:
+        assert (folder / file).read_text() == f"{name} {file}"
+    files = [path.partition("/resolve/")[2] for _, path in server.asked]
+    assert {f"{COMMIT}/{file}" for file in expected} == set(files) - {""}
+    assert not capfd.readouterr().err
+
+
+def test_what_was_fetched_serves_without_a_network(server, tmp_path, nowhere):
+    folder = hub.fetch("me/alone", cache=tmp_path, endpoint=server.address)
+    assert hub.fetch("me/alone", cache=tmp_path, endpoint=nowhere) == folder
+    next(folder.glob(f"{MODULE}*")).unlink()
+    with pytest.raises(ValueError, match="must be within reach"):
+        hub.fetch("me/alone", cache=tmp_path, endpoint=nowhere)
+    server.asked.clear()
+    hub.fetch("me/alone", cache=tmp_path, endpoint=server.address)
+    assert (folder / f"{MODULE}.safetensors").is_file()
+    assert not [path for _, path in server.asked if path.endswith("config.json")]
+
+
+@pytest.mark.parametrize(
+    ("name", "got"),
+    [
+        ("me/unknown", "status 401: there is none of this name"),
+        ("me/gated", "its owner asks for consent first"),
+        ("me/text", "config.json, model.safetensors. Name"),
+        ("me/empty", "an empty repository"),
+        ("me/broken", "500"),
+    ],
+)
+def test_what_the_hub_refuses_is_said(server, tmp_path, refuses, name, got):
+    with refuses(got):
+        hub.fetch(name, cache=tmp_path, endpoint=server.address)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cifar10",
+        "a/b/c",
+        "",
+        "me/../..",
+        "/home/me",
+        "https://h.co/me/a",
+        "-/a",
+        "me/a--b",
+    ],
+)
+def test_other_names_are_refused_unasked(server, tmp_path, refuses, name):
+    with refuses(repr(name)):
+        hub.fetch(name, cache=tmp_path, endpoint=server.address)
+    assert not server.asked
+
+
+def test_hub_out_of_reach_is_said_at_once(tmp_path, refuses, nowhere):
+    began = time.monotonic()
+    with refuses("hf download me/alone --local-dir DIR"):
+        hub.fetch("me/alone", cache=tmp_path, endpoint=nowhere)
+    assert time.monotonic() - began < 10
+
+
+def test_silent_hub_is_given_up(server, tmp_path, refuses, monkeypatch):
+    monkeypatch.setattr(hub, "PATIENCE", 0.3)
+    began = time.monotonic()
+    with refuses("Check the network"):
+        hub.fetch("me/silent", cache=tmp_path, endpoint=server.address)
+    assert time.monotonic() - began < 5
+
+
+def test_package_that_is_missing_is_named(monkeypatch, refuses):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with refuses("pip install .[hub]"):
+        hub.fetch("me/alone")
