@@ -1,6 +1,5 @@
 """The command line: an experiment's name, then its fields as flags."""
 
-import dataclasses
 import inspect
 import logging
 import os
@@ -11,7 +10,7 @@ from typing import Any
 
 import tyro
 
-from experiments import config, runs, validation
+from experiments import config, initial, runs, validation
 from experiments.configs import EXPERIMENTS
 
 # What a user can mend. Such an error is shown as it is, without a traceback.
@@ -55,29 +54,10 @@ def parse(argv: Sequence[str], *, prog: str) -> config.Config:
     if chosen.init_from is not None:
         # Flags replace what the weights say, and the weights what the experiment says.
         given = runs.read_config(runs.find(chosen.init_from))
-        chosen = read(like(experiment.config, given))
+        chosen = read(initial.like(experiment.config, given))
     validation.validate(chosen)
     validation.of_training(chosen)
     return chosen
-
-
-def like(experiment: config.Config, given: config.Config) -> config.Config:
-    """Returns an experiment of the same network and diffusion as given weights have.
-
-    What is data, optimiser and run stays; so does how the network is computed.
-    """
-    data = dataclasses.replace(
-        experiment.data,
-        image_size=given.data.image_size,
-        channels=given.data.channels,
-    )
-    how = {name: getattr(experiment.net, name) for name in ("dtype", "conv", "remat")}
-    return dataclasses.replace(
-        experiment,
-        data=data,
-        diffusion=given.diffusion,
-        net=dataclasses.replace(given.net, **how),
-    )
 
 
 def join_hosts() -> None:

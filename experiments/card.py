@@ -2,14 +2,10 @@
 
 from typing import Any
 
-import numpy as np
-
-from diffusion_jax.nets import weights
-from experiments import build
 from experiments.config import UNKNOWN, Config
 
 
-def write(config: Config, about: Any, name: str, digest: str) -> str:
+def write(config: Config, about: Any, name: str, digest: str, count: int) -> str:
     """Returns the text of the card, with the YAML head that the hub reads.
 
     Args:
@@ -17,6 +13,7 @@ def write(config: Config, about: Any, name: str, digest: str) -> str:
       about: which weights, of which step, from where, with which scores.
       name: of the folder.
       digest: SHA-256 of the file of weights.
+      count: how many weights there are.
     """
     data, d, net = config.data, config.diffusion, config.net
     kind = "conditional" if net.classes else "unconditional"
@@ -29,7 +26,7 @@ def write(config: Config, about: Any, name: str, digest: str) -> str:
         "weights": f"{about.weights}{step}, float32",
         "origin": about.origin,
         "SHA-256": f"`{digest}`",
-        "network": _network(config),
+        "network": _network(config, count),
         "diffusion": f"T = {d.num_steps:,}, {d.schedule} schedule"
         + (f" from {d.beta_start:g} to {d.beta_end:g}" if _has_ends(config) else ""),
         "predicts": {"eps": "the noise", "x0": "the image"}.get(d.prediction, "v"),
@@ -82,14 +79,8 @@ def _has_ends(config: Config) -> bool:
     return config.diffusion.schedule in ("linear", "quad", "warmup10", "warmup50")
 
 
-def _network(config: Config) -> str:
+def _network(config: Config, count: int) -> str:
     net = config.net
-    shapes = weights.shapes(
-        build.make_network(config),
-        config.data.channels,
-        image_size=config.data.image_size,
-    )
-    count = sum(int(np.prod(shape)) for shape in shapes.values())
     widths = ", ".join(str(net.channels * m) for m in net.multipliers)
     seen = " and ".join(f"{side}x{side}" for side in net.attention)
     where = f" at {seen} and" if seen else ""

@@ -28,6 +28,7 @@ from experiments import (
     draws,
     extractors,
     extras,
+    initial,
     learning,
     reference,
     runs,
@@ -242,7 +243,7 @@ def draw(
     """Returns samples of the run, and what has to be known of them."""
     step: int | None
     if options.untrained:
-        params = learning.init_state(config, weights.initial(config)).params
+        params = learning.init_state(config, initial.params(config)).params
         step, kind = 0, "untrained"
         digest, params = draws.digest(params), extras.complete(config, run, params)
     else:

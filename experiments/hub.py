@@ -155,7 +155,7 @@ def _refuse_known(hub: Any, error: Exception, name: str, where: str) -> None:
             "try again."
         ) from error
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
+    if status in (401, 404):  # the first where nobody is logged in
         raise DataError(
             f"{name} must be a repository of {where}; got status {status}: there is "
             "none of this name, or it is private. Check the name, or log in (hf auth "

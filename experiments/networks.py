@@ -10,6 +10,7 @@ by their content, and the first two are written. Nothing in a file is ever execu
 """
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -74,11 +75,7 @@ def find(path: str | os.PathLike[str]) -> Found | None:
     """
     path = Path(path)
     if path.is_dir():
-        there = any(
-            (path / name).is_file() for name in ("config.json", "unet/config.json")
-        )
-        ours = (path / "checkpoints").is_dir()  # a run
-        return Found(path, "diffusers") if there and not ours else None
+        return Found(path, "diffusers") if _is_diffusers(path) else None
     try:
         kind = tensor_files.kind_of(path)
     except DataError:
@@ -218,9 +215,10 @@ def write_folder(path: Path, network: Network) -> str:
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).write_text(json.dumps(values, indent=2) + "\n")
         # diffusers reads no file that does not say so.
+        count = sum(array.size for array in arrays.values())
         tensors = partial / "unet" / f"{TENSORS}.safetensors"
         digest = tensor_files.write_safetensors(tensors, arrays, {"format": "pt"})
-        text = card.write(network.config, network.about, path.name, digest)
+        text = card.write(network.config, network.about, path.name, digest, count)
         (partial / "README.md").write_text(text)
         if path.is_dir():
             shutil.rmtree(path)
@@ -345,6 +343,7 @@ def _json(path: Path) -> dict[str, Any]:
     return values
 
 
+@functools.cache
 def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return weights.shapes(
         build.make_network(config),

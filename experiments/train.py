@@ -17,7 +17,7 @@ import numpy as np
 from diffusion_jax.evaluation import images
 from diffusion_jax.training import checkpoint, data, parallel
 from diffusion_jax.training.state import TrainState
-from experiments import arguments, build, chains, learning, runs, weights
+from experiments import arguments, build, chains, initial, learning, runs, weights
 from experiments.config import Config, ConfigError, differences, to_dict
 from experiments.progress import Progress
 
@@ -81,7 +81,7 @@ def start(config: Config, run: runs.Run, mesh: Any, manager: Any) -> Any:
     """
     replicated = parallel.replicated(mesh)
     if manager.latest_step() is None:
-        first = learning.init_state(config, weights.initial(config))
+        first = learning.init_state(config, initial.params(config))
         runs.write_json(run.config, to_dict(config))
         for path in (run.metrics, run.speed):
             path.write_text("")

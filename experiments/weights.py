@@ -93,38 +93,6 @@ def describe(words: str, step: int | None) -> str:
     return f"{words} weights" + ("" if step is None else f" of step {step:,}")
 
 
-def initial(config: Config) -> Any:
-    """Returns the parameters that training starts from, if it starts from weights.
-
-    Raises:
-      ConfigError: those of config.init_from are of another network.
-    """
-    if config.init_from is None:
-        return None
-    source = runs.find(config.init_from)
-    params, _, _ = load(runs.read_config(source), source, Weights())
-    like = jax.eval_shape(lambda: learning.init_state(config).params)
-    found, wanted = (
-        {
-            jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
-        for tree in (params, like)
-    )
-    wrong = [
-        f"{name} {found.get(name, 'missing')}, not {wanted.get(name, 'known')}"
-        for name in sorted(found | wanted)
-        if found.get(name) != wanted.get(name)
-    ]
-    if wrong:
-        raise ConfigError(
-            f"the weights of {config.init_from} must fit the network; got "
-            f"{'; '.join(wrong)}. Leave out the flags of --net and --diffusion, which "
-            "then are as they were there."
-        )
-    return params
-
-
 def due(config: Config, step: int) -> bool:
     """Returns whether to save snapshots after this many updates.
 

@@ -180,9 +180,7 @@ def test_pickle_is_refused_and_not_run(tmp_path, name, head, protocol):
     """Under any name, and behind what PyTorch's files of old begin with."""
     canary, path = tmp_path / "canary", tmp_path / name
     path.write_bytes(head + pickle.dumps(Canary(canary), protocol))
-    # Protocols 0 and 1 are text without a mark of their own.
-    known = not head and (protocol > 1 or name in ("a.pkl", "a.pickle"))
-    message = r"got a pickle.* It was not run\." if known else r"must .*; got "
+    message = r"must .*; got " if head else r"got a pickle.* It was not run\."
     with pytest.raises(DataError, match=message):
         inception_weights.load(path)
     assert not canary.exists()
@@ -256,12 +254,10 @@ def test_interrupted_save_leaves_what_was_there(
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"old")
 
-    def full(self, content):
-        with self.open("wb") as file:
-            file.write(content[:100])
+    def full(self, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(path), "write_bytes", full)
+    monkeypatch.setattr(type(path), "replace", full)
     with refuses("No space left"):
         inception_weights.save(variables, path)
     assert path.read_bytes() == b"old"

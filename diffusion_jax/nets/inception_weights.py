@@ -228,9 +228,8 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         return tensor_files.read(path).arrays
     except DataError as error:
         raise DataError(
-            f"{error} Of these weights the source is the file that pytorch-fid "
-            "publishes, and what converts it, where PyTorch is installed, is python -m "
-            "experiments.convert_inception IN OUT.safetensors."
+            f"{error} Of Inception that is the file that pytorch-fid publishes, and "
+            "python -m experiments.convert_inception IN OUT.safetensors."
         ) from error
 
 

@@ -235,7 +235,7 @@ def _kind(head: bytes) -> str:
 def _prefix(path: Path) -> Path | None:
     """Returns the prefix of a TensorFlow checkpoint, if a path belongs to one."""
     named = _PART.search(path.name)
-    if not named and path.is_file():
+    if not named and path.exists():
         return None
     prefix = path.with_name(_PART.sub("", path.name))
     if _data_files(prefix):
@@ -337,19 +337,25 @@ def _read_pytorch(path: Path, progress: bool) -> Tensors:
         ) from None
     digest = _digest([path], progress)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        arrays = {str(name): _from_torch(found[name], torch) for name in found}
+        with path.open("rb") as file:  # of a path it would judge by the ending
+            found = torch.load(file, map_location="cpu", weights_only=True)
+        arrays = {str(name): _from_torch(name, x, torch) for name, x in found.items()}
     # PyTorch reports damage and refusals by a dozen types of exception.
     except Exception as error:
+        # Its own advice is to run what is in the file.
+        said = " ".join(str(error).split())
+        said = said.partition("WeightsUnpickler error: ")[2] or said
         raise DataError(
             f"{path} must hold PyTorch tensors by name and nothing else; got "
-            f"{type(error).__name__}: {str(error)[:200]}. It was not run. Save the "
-            "tensors as safetensors where the file comes from."
+            f"{type(error).__name__}: {said.partition('. ')[0][:200].rstrip('.')}. It "
+            "was not run. Save the tensors as safetensors where the file comes from."
         ) from error
     return Tensors(arrays, {}, "pytorch", digest)
 
 
-def _from_torch(tensor: Any, torch: Any) -> np.ndarray:
+def _from_torch(name: Any, tensor: Any, torch: Any) -> np.ndarray:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name!r} is a {type(tensor).__name__}")
     tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:  # which PyTorch has no NumPy type for
         return np.asarray(tensor.view(torch.int16).numpy().view(jnp.bfloat16))
@@ -367,7 +373,7 @@ def _read_tensorflow(prefix: Path, progress: bool) -> Tensors:
         )
     tensorflow = _tensorflow(prefix)
     try:
-        digest = _digest(files, progress=False)
+        digest = _digest(files, progress)
         reader = tensorflow.train.load_checkpoint(str(prefix))
         arrays = {}
         with _bar(sum(file.stat().st_size for file in files), progress) as update:
@@ -380,7 +386,7 @@ def _read_tensorflow(prefix: Path, progress: bool) -> Tensors:
             f"the checkpoint {prefix} must be whole; got {type(error).__name__}: "
             f"{str(error)[:200]}. It was cut off or damaged: download both files again."
         ) from error
-    texts = [name for name, array in arrays.items() if array.dtype == object]
+    texts = [name for name, array in arrays.items() if array.dtype.kind in "OSU"]
     if texts:
         raise DataError(
             f"the checkpoint {prefix} must hold numbers, as a Saver of variables "

@@ -201,7 +201,7 @@ def to_tensors(params: PyTree, names: Names) -> dict[str, np.ndarray]:
         if place.axes is not None:
             array = array.transpose(place.axes)
         array = array.reshape(*array.shape, *[1] * place.ones)
-        made[place.name] = np.ascontiguousarray(array)
+        made[place.name] = np.asarray(array, order="C")
     return made
 
 
@@ -259,16 +259,16 @@ def matched(
             array = array.reshape(array.shape[: array.ndim - place.ones])
             if place.axes is not None:
                 array = array.transpose(np.argsort(place.axes))
-            flat[name] = np.ascontiguousarray(array, np.float32)
+            flat[name] = np.asarray(array, np.float32, order="C")
     known = {place.name for place in names.values()}
     unknown = [name for name in found if name not in known and not ignore(name)]
     lists = {"missing": missing, "unknown": unknown, "wrong": wrong}
-    said = [f"{kind}: {', '.join(of)}" for kind, of in lists.items() if of]
+    said = [f"\n  {kind}: {one}" for kind, of in lists.items() for one in of]
     if said:
         raise ValueError(
             f"{where} must hold the {len(names)} tensors of this network, and no "
-            f"others; got {'; '.join(said)}. Give the file that belongs to the "
-            "configuration."
+            f"others; got {len(said)} that do not fit:{';'.join(said)}. Give the file "
+            "that belongs to the configuration."
         )
     return flat
 

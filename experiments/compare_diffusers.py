@@ -1,0 +1,190 @@
+"""Draws the same images with diffusers: `python -m experiments.compare_diffusers`.
+
+Without FOLDER it lets diffusers build the CIFAR-10 network with random weights, saves
+it as diffusers does, converts it, draws with both from the same noise, and prints by
+how much the images differ. With FOLDER it does so with a network of your own. It needs
+PyTorch and diffusers: `pip install .[peers]`.
+"""
+
+import dataclasses
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from unittest import mock
+
+import jax
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from diffusion_jax.training import parallel
+from experiments import arguments, chains, networks
+from experiments.config import Config, ConfigError
+from experiments.configs import EXPERIMENTS
+from experiments.interchange import to_diffusers
+from experiments.validation import require_positive
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to draw."""
+
+    folder: Annotated[
+        Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")
+    ] = None
+    """A folder of diffusers; a random CIFAR-10 network when not given."""
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    """ddim without noise, by so many steps; or ddpm, by all of them."""
+    steps: int = 50
+    """Of ddim: a divisor of the number of diffusion steps."""
+    count: int = 1
+    """Images."""
+    seed: int = 0
+    """Of the weights, where they are random, and of the noise."""
+    keep: Path | None = None
+    """Folder to leave the random network and its conversion in."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the largest difference of any pixel; returns the exit code."""
+    options = tyro.cli(
+        Options,
+        args=argv,
+        prog="python -m experiments.compare_diffusers",
+        description=__doc__,
+    )
+    require_positive(options, "steps", "count")
+    with tempfile.TemporaryDirectory() as scratch:
+        keep = options.keep or Path(scratch)
+        folder = options.folder or build(keep / "diffusers", options.seed)
+        file = keep / "converted.safetensors"
+        compare(folder, file, options)
+    return 0
+
+
+def build(folder: Path, seed: int) -> Path:
+    """Returns the folder that diffusers saved a random CIFAR-10 network in."""
+    torch, diffusers = peers()
+    unet, scheduler = to_diffusers(EXPERIMENTS["cifar10"].config)
+    torch.manual_seed(seed)
+    made = {k: v for k, v in unet.items() if not k.startswith("_")}
+    pipeline = diffusers.DDPMPipeline(
+        diffusers.UNet2DModel(**made), diffusers.DDPMScheduler.from_config(scheduler)
+    )
+    pipeline.save_pretrained(folder)
+    print(f"diffusers {diffusers.__version__}: a random network in {folder}")
+    return folder
+
+
+def compare(folder: Path, file: Path, options: Options) -> None:
+    """Converts the folder, draws with both, and prints by how much they differ."""
+    found = networks.find(folder)
+    if found is None or found.kind != "diffusers":
+        raise ConfigError(
+            f"FOLDER must be one that diffusers saved a UNet2DModel in; got {folder}. "
+            "Leave it out to compare a random network."
+        )
+    network = networks.read(found, progress=True)
+    networks.write_file(file, network)
+    print(f"converted: {file}")
+    network = networks.read(networks.Found(file, "diffusion_jax"))
+    config = chosen(network.config, options)
+    began = time.monotonic()
+    with jax.default_matmul_precision("highest"):
+        draw = chains.make_draw(config, options.count, parallel.make_mesh(1))
+        ours = draw(network.params, jax.random.key(options.seed), 0)
+    between = time.monotonic()
+    theirs = draw_there(folder, config, options)
+    ended = time.monotonic()
+    off = np.abs(ours - theirs)
+    print(
+        f"{options.count} x {config.data.image_size}x{config.data.image_size}, "
+        f"{config.sample.steps} steps of {options.sampler}: here "
+        f"{between - began:.0f} s with compilation, diffusers {ended - between:.0f} s"
+    )
+    print(f"images from {theirs.min():.3f} to {theirs.max():.3f}")
+    print(f"largest difference {off.max():.1e}, mean {off.mean():.1e}")
+
+
+def chosen(config: Config, options: Options) -> Config:
+    """Returns the configuration with the rule that is compared."""
+    total = config.diffusion.num_steps
+    steps = options.steps if options.sampler == "ddim" else total
+    if total % steps:
+        raise ConfigError(
+            f"steps must divide the {total} diffusion steps, for diffusers and us to "
+            f"go through the same times; got {steps}. Change it with --steps."
+        )
+    if config.net.classes:
+        raise ConfigError(
+            f"the network must be without labels; got {config.net.classes} classes. "
+            "Compare another."
+        )
+    sample = dataclasses.replace(config.sample, sampler=options.sampler, steps=steps)
+    return dataclasses.replace(config, sample=sample)
+
+
+def draw_there(folder: Path, config: Config, options: Options) -> np.ndarray:
+    """Returns what diffusers draws from the noise that our chain draws from.
+
+    Example i of a seed has the key fold_in(key(seed), i); fold 0 of that is its start,
+    and fold n + 1 the noise of step n.
+    """
+    torch, diffusers = peers()
+    pipeline = diffusers.DDPMPipeline.from_pretrained(folder)
+    kind = {"ddim": diffusers.DDIMScheduler, "ddpm": diffusers.DDPMScheduler}
+    # "trailing" ends in data, and begins in pure noise, as our uniform grid does.
+    scheduler = kind[options.sampler].from_config(
+        pipeline.scheduler.config, timestep_spacing="trailing"
+    )
+    scheduler.set_timesteps(config.sample.steps)
+    side = config.data.image_size
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(
+        jax.random.key(options.seed), np.arange(options.count)
+    )
+
+    @jax.jit
+    def drawn(fold: jax.Array) -> jax.Array:
+        shape = (side, side, config.data.channels)
+        noise = jax.vmap(
+            lambda key: jax.random.normal(jax.random.fold_in(key, fold), shape)
+        )(keys)
+        return noise.transpose(0, 3, 1, 2)
+
+    def noise(fold: int) -> Any:
+        return torch.tensor(np.array(drawn(fold)))
+
+    # What x0 is after the clip says what eps is. By default diffusers leaves eps as
+    # it was before, and x_s is no longer made of the two.
+    options_of_step = {"ddim": {"use_clipped_model_output": True}, "ddpm": {}}
+    more = options_of_step[options.sampler]
+    x, unet = noise(0), pipeline.unet.eval()
+    times = tqdm(scheduler.timesteps, desc="diffusers", disable=not sys.stderr.isatty())
+    drawn_by = "diffusers.schedulers.scheduling_ddpm.randn_tensor"
+    with torch.no_grad():
+        for n, t in enumerate(times):
+            output = unet(x, t).sample
+            # Its own noise is drawn there, and ours is put in its place.
+            with mock.patch(drawn_by, lambda *_, n=n, **__: noise(n + 1)):
+                x = scheduler.step(output, t, x, **more).prev_sample
+    return np.asarray(x.numpy().transpose(0, 2, 3, 1))
+
+
+def peers() -> tuple[Any, Any]:
+    """Returns torch and diffusers, where they are installed."""
+    try:
+        import diffusers
+        import torch
+    except ImportError as error:
+        raise ConfigError(
+            f"PyTorch and diffusers must be installed; got {error}. Install them: pip "
+            "install .[peers]"
+        ) from None
+    return torch, diffusers
+
+
+if __name__ == "__main__":
+    arguments.guarded(main)

@@ -1,0 +1,84 @@
+"""Training that starts from trained weights: what it takes from them, and what not."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from experiments import learning, runs, weights
+from experiments.config import Config, ConfigError
+from experiments.weights import Weights
+
+# Fields that say what is computed with the weights.
+_SHAPING = (
+    ("data", "channels"),
+    ("net", "channels"),
+    ("net", "multipliers"),
+    ("net", "blocks"),
+    ("net", "groups"),
+    ("net", "classes"),
+    ("net", "label_dropout"),
+    ("net", "variant"),
+    ("net", "fourier"),
+)
+
+
+def like(experiment: Config, given: Config) -> Config:
+    """Returns an experiment of the same network and diffusion as given weights have.
+
+    What is data, optimiser and run stays; so does how the network is computed.
+    """
+    data = dataclasses.replace(
+        experiment.data,
+        image_size=given.data.image_size,
+        channels=given.data.channels,
+    )
+    how = {name: getattr(experiment.net, name) for name in ("dtype", "conv", "remat")}
+    return dataclasses.replace(
+        experiment,
+        data=data,
+        diffusion=given.diffusion,
+        net=dataclasses.replace(given.net, **how),
+    )
+
+
+def params(config: Config) -> Any:
+    """Returns the parameters that training starts from, if it starts from weights.
+
+    Raises:
+      ConfigError: those of config.init_from are of another network.
+    """
+    if config.init_from is None:
+        return None
+    source = runs.find(config.init_from)
+    given = runs.read_config(source)
+    wrong = [
+        f"{section}.{name} {old}, not {new}"
+        for section, name in _SHAPING
+        if (old := getattr(getattr(given, section), name))
+        != (new := getattr(getattr(config, section), name))
+    ]
+    for name, special in (
+        ("variance", ("learned", "range")),
+        ("schedule", ("learned",)),
+    ):
+        old, new = (getattr(c.diffusion, name) for c in (given, config))
+        if old != new and (old in special or new in special):
+            wrong.append(f"diffusion.{name} {old}, not {new}")
+    # Where all these are alike, only a resolution with attention can be another.
+    old_tree, new_tree = (
+        jax.tree.map(
+            lambda leaf: leaf.shape,
+            jax.eval_shape(lambda c=c: learning.init_state(c).params),
+            is_leaf=lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct),
+        )
+        for c in (given, config)
+    )
+    if old_tree != new_tree and not wrong:
+        wrong = [f"net.attention {given.net.attention}, not {config.net.attention}"]
+    if wrong:
+        raise ConfigError(
+            f"the network must be that of {config.init_from}; got {'; '.join(wrong)}. "
+            "Leave out these flags: what they say is as it was there."
+        )
+    return weights.load(given, source, Weights())[0]

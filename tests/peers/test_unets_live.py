@@ -1,0 +1,210 @@
+"""diffusers' UNet2DModel, where that is installed, computes what our U-Net does.
+
+With weights of its own initialisation, a little perturbed, since that leaves scales at
+1 and biases at 0; written by its save_pretrained and read from that folder. And the
+golden file is what it does: see make_unet_golden.py, which also says with which
+versions that was made.
+
+Outputs differ by less than 1e-4 of the largest value. Gradients differ by less than
+1e-3 of the largest value that the gradient of that tensor has.
+"""
+
+import functools
+import inspect
+import json
+
+import jax
+import jax.numpy as jnp
+import make_unet_golden as golden
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from diffusion_jax import gaussian, grids, samplers, schedule
+from diffusion_jax.nets import diffusers, weights
+
+torch = pytest.importorskip("torch")
+peer = pytest.importorskip("diffusers")
+
+# As in the file, but for the true size and number of blocks where there it is smaller.
+LARGE = golden.config(256, (8, 8, 16, 16, 32, 32), (4,), blocks=2)
+CASES = golden.CASES | {"256": golden.Case(LARGE, 1)}
+RULES = {
+    "ddim 50": samplers.ddim,
+    "ddpm large": functools.partial(samplers.ddpm, variance="large"),
+    "ddpm small": functools.partial(samplers.ddpm, variance="small"),
+}
+
+
+@pytest.fixture(scope="module")
+def file():
+    with np.load(golden.GOLDEN) as found:
+        return dict(found)
+
+
+def initialised(case):
+    """diffusers' network as it makes it, a little perturbed."""
+    torch.manual_seed(0)
+    net = peer.UNet2DModel(**case.config).eval()
+    with torch.no_grad():
+        for each in net.parameters():
+            each += 0.05 * torch.randn_like(each) * max(each.std(), 0.1)
+    return net
+
+
+def imported(folder):
+    """(network, parameters, names, tensors of the file) of a folder of diffusers'."""
+    config = json.loads((folder / "config.json").read_text())
+    path = folder / "diffusion_pytorch_model.safetensors"
+    net, size, channels = diffusers.read_config(config, where=str(folder))
+    own = weights.shapes(net, channels, image_size=size)
+    names = weights.diffusers_names(own, len(net.multipliers))
+    found = safetensors.numpy.load_file(path)
+    return net, weights.from_tensors(found, names, own, where=str(path)), names, found
+
+
+def difference(name, actual, expected):
+    """The largest one, relative to the largest value."""
+    assert actual.shape == expected.shape
+    error = np.abs(actual - expected).max() / np.abs(expected).max()
+    print(f"{name}: largest difference {error:.1e}")
+    return error
+
+
+# Networks that diffusers has made.
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_and_gradients_are_the_same(name, tmp_path):
+    case = CASES[name]
+    theirs = initialised(case)
+    theirs.save_pretrained(tmp_path)
+    net, params, names, _ = imported(tmp_path)
+    x, t, label = golden.inputs(case)
+
+    def weighted(params, x):
+        output = net.apply({"params": params}, x, t, label)
+        return jnp.sum(output * golden.weighting(case)), output
+
+    with jax.default_matmul_precision("highest"):
+        run = jax.jit(jax.grad(weighted, (0, 1), has_aux=True))
+        (of_params, of_x), output = run(params, x)
+    expected, expected_of_x, gradients = golden.run(theirs, case)
+    assert difference(f"{name}, output", output, expected) < 1e-4
+    assert difference(f"{name}, images", of_x, expected_of_x) < 1e-3
+    worst = 0.0
+    for key, of_tensor in weights.to_tensors(of_params, names).items():
+        # A softmax does not see what is added to all keys: that has no gradient.
+        size = np.abs(gradients[key.replace("to_k.bias", "to_q.bias")]).max()
+        off = np.abs(of_tensor - gradients[key]).max()
+        assert off < 1e-3 * size, key
+        worst = max(worst, off / size)
+    print(f"{name}, tensors: largest difference {worst:.1e}")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_export_is_what_was_imported_and_diffusers_takes_it(name, tmp_path):
+    """To the bit, and the configuration too."""
+    initialised(CASES[name]).save_pretrained(tmp_path)
+    net, params, names, found = imported(tmp_path)
+    exported = weights.to_tensors(params, names)
+    assert exported.keys() == found.keys()
+    for key, value in found.items():
+        np.testing.assert_array_equal(exported[key], value, strict=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    written = diffusers.write_config(
+        net, config["in_channels"], image_size=config["sample_size"]
+    )
+    written = json.loads(json.dumps(written))
+    assert {**written, **{"_diffusers_version": peer.__version__}} == {
+        key: value for key, value in config.items() if key != "_name_or_path"
+    }
+    model = peer.UNet2DModel.from_config(written)
+    model.load_state_dict({key: torch.from_numpy(exported[key]) for key in exported})
+    again = golden.network(CASES[name])
+    assert model.config.keys() == again.config.keys()
+
+
+def test_old_names_of_attentions_are_those_that_diffusers_had():
+    """It can still write them, for its own old releases."""
+    net = initialised(CASES["attention at two"])
+    today = net.state_dict()
+    net._temp_convert_self_to_deprecated_attention_blocks()
+    old = net.state_dict()
+    assert len(set(old) - set(today)) == 8 * (2 + 4 + 1)
+    renamed = weights.renamed(old)
+    assert renamed.keys() == today.keys()
+    for key in today:
+        assert torch.equal(renamed[key], today[key])
+
+
+def test_fields_that_are_missing_mean_what_diffusers_takes_them_for():
+    signature = inspect.signature(peer.UNet2DModel.__init__)
+    defaults = {
+        name: each.default
+        for name, each in signature.parameters.items()
+        if name != "self"
+    }
+    assert diffusers._DEFAULTS == defaults
+    for name, theirs in defaults.items():
+        assert type(diffusers._DEFAULTS[name]) is type(theirs), name
+
+
+# Chains.
+
+
+@pytest.fixture(scope="module")
+def chain_net(tmp_path_factory):
+    """(diffusers' network as it makes it, its last convolution fitted, its folder)."""
+    net, folder = golden.fit(initialised(golden.CHAIN)), tmp_path_factory.mktemp("net")
+    net.save_pretrained(folder)
+    return net, folder
+
+
+@pytest.mark.parametrize("name", golden.CHAINS)
+def test_chains_end_in_the_same_images(name, chain_net):
+    theirs, folder = chain_net
+    net, params, _, _ = imported(folder)
+    lin, size = schedule.linear(golden.T), golden.CHAIN.config["sample_size"]
+    denoise = gaussian.denoiser(
+        lambda x, t: net.apply({"params": params}, x, t), lin, "eps", clip=True
+    )
+    images = samplers.sample(
+        jax.random.key(0),
+        RULES[name](denoise, lin),
+        grids.uniform(lin, golden.CHAINS[name][1]),
+        (golden.CHAIN.batch, size, size, 3),
+    )
+    expected = golden.walk(theirs, name)
+    assert np.mean(np.abs(expected) < 0.99) > 0.3
+    off = np.abs(np.asarray(images) - expected).max()
+    print(f"{name}: largest difference {off:.1e}")
+    assert off < 1e-3
+
+
+# The file.
+
+
+@pytest.mark.parametrize("name", golden.CASES)
+def test_file_is_what_diffusers_does(name, file):
+    found = golden.measured(golden.CASES[name])
+    for key, value in found.items():
+        in_file = file[f"{name}: {key}"]
+        if key in ("names", "shapes"):
+            np.testing.assert_array_equal(value, in_file)
+        else:
+            scale = np.abs(in_file).max()
+            np.testing.assert_allclose(value, in_file, rtol=1e-5, atol=1e-6 * scale)
+
+
+def test_file_has_what_modules_of_diffusers_do(file):
+    for name, value in golden.pieces().items():
+        np.testing.assert_allclose(value, file[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", golden.CHAINS)
+def test_file_has_where_chains_of_diffusers_end(name, file):
+    net = golden.network(golden.CHAIN)
+    last = {key: torch.from_numpy(file[f"chain: {key}"]) for key in golden.LAST}
+    net.load_state_dict({**net.state_dict(), **last})
+    assert np.abs(golden.walk(net.double(), name) - file[name]).max() < 1e-5

@@ -1,0 +1,452 @@
+"""Trained networks in files: written, read back, and refused where they are wrong."""
+
+import dataclasses
+import json
+import pickle
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from diffusion_jax.nets import diffusers, tensor_files, weights
+from experiments import build, interchange, networks
+from experiments.config import UNKNOWN, Config, Net, replace
+from experiments.configs import EXPERIMENTS
+
+ABOUT = networks.About("averaged", 12, "the run small", {})
+# Two levels with attention in one, so that every kind of tensor is there.
+NET = Net(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), groups=4)
+
+
+def small(name="digits", **fields):
+    """An experiment with a small network."""
+    config = EXPERIMENTS[name].config
+    kept = {field: getattr(config.net, field) for field in ("classes", "fourier")}
+    net = dataclasses.replace(NET, **(kept | fields))
+    return dataclasses.replace(config, net=net)
+
+
+def network_of(config, seed=0):
+    """Random parameters, none of them trivial."""
+    rng = np.random.default_rng(seed)
+    like = jax.eval_shape(lambda: build.init_params(config, jax.random.key(0)))
+    params = jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), like
+    )
+    return networks.Network(config, params, ABOUT, "")
+
+
+def read(path, **options):
+    found = networks.find(path)
+    assert found is not None
+    return networks.read(found, **options)
+
+
+def same(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, np.float32)
+        np.testing.assert_array_equal(a, b)
+
+
+# There and back.
+
+
+@pytest.mark.parametrize("name", ["digits", "digits_vdm", "digits_conditional"])
+def test_a_file_gives_back_the_network(name, tmp_path):
+    network = network_of(small(name))
+    digest = networks.write_file(tmp_path / "a.safetensors", network)
+    found = read(tmp_path / "a.safetensors")
+    same(found.params, network.params)
+    assert found.config == dataclasses.replace(network.config, name="a")
+    assert found.about == ABOUT
+    assert found.sha256 == digest
+    assert networks.write_file(tmp_path / "b.safetensors", found) == digest
+
+
+EXPORTED = {
+    "digits": small(),
+    "labels": small("digits_conditional"),
+    "learned range": small("digits_cosine_hybrid"),
+    "variant": small(variant="diffusers"),
+    "no attention": small(attention=()),
+    "betas": replace(small(), "diffusion", schedule="warmup10", prediction="eps"),
+}
+
+
+@pytest.mark.parametrize("config", EXPORTED.values(), ids=EXPORTED)
+def test_a_folder_gives_back_the_network(config, tmp_path):
+    network = network_of(config)
+    digest = networks.write_folder(tmp_path / "out", network)
+    found = read(tmp_path / "out")
+    same(found.params, network.params)
+    assert found.config == dataclasses.replace(config, name="out")
+    assert (found.about, found.sha256) == (ABOUT, digest)
+
+
+@pytest.mark.parametrize("config", EXPORTED.values(), ids=EXPORTED)
+def test_a_folder_without_our_record_gives_back_what_is_computed(config, tmp_path):
+    network = network_of(config)
+    networks.write_folder(tmp_path / "out", network)
+    (tmp_path / "out" / networks.RECORD).unlink()
+    found = read(tmp_path / "out")
+    same(found.params, network.params)
+    one, other = (build.make_network(c) for c in (config, found.config))
+    assert dataclasses.replace(one, dropout=0.0) == dataclasses.replace(
+        other, dropout=0.0
+    )
+    for field in ("prediction", "schedule", "num_steps", "variance"):
+        assert getattr(found.config.diffusion, field) == getattr(
+            config.diffusion, field
+        )
+    assert found.config.data.source == UNKNOWN
+    assert (found.about.weights, found.about.step) == ("released", None)
+
+
+def test_a_folder_that_was_changed_is_read_as_it_is_now(tmp_path):
+    networks.write_folder(tmp_path / "out", network_of(small()))
+    path = tmp_path / "out" / "scheduler" / "scheduler_config.json"
+    values = json.loads(path.read_text()) | {"clip_sample": False}
+    path.write_text(json.dumps(values))
+    found = read(tmp_path / "out")
+    assert found.config.sample.clip is False
+    assert "changed since" in found.about.origin
+
+
+def test_a_folder_of_the_first_releases_is_read(tmp_path):
+    """All in one folder, other names of attentions, and few fields."""
+    config = small()
+    network = network_of(config)
+    networks.write_folder(tmp_path / "new", network)
+    old = tmp_path / "old"
+    old.mkdir()
+    unet = json.loads((tmp_path / "new/unet/config.json").read_text())
+    fields = "sample_size in_channels out_channels freq_shift flip_sin_to_cos norm_eps"
+    fields += " down_block_types up_block_types block_out_channels layers_per_block"
+    fields += " downsample_padding attention_head_dim norm_num_groups _class_name"
+    kept = {name: unet[name] for name in fields.split()}
+    (old / "config.json").write_text(json.dumps(kept))
+    scheduler = {"_class_name": "DDPMScheduler", "variance_type": "fixed_small"}
+    scheduler |= {"timestep_values": None, "trained_betas": None, "beta_end": 0.02}
+    (old / "scheduler_config.json").write_text(json.dumps(scheduler))
+    stored = tensor_files.read(
+        tmp_path / "new/unet/diffusion_pytorch_model.safetensors"
+    )
+    before = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    arrays = {
+        re.sub("to_[qkv]|to_out.0", lambda found: before[found[0]], name): array
+        for name, array in stored.arrays.items()
+    }
+    assert set(arrays) != set(stored.arrays)
+    tensor_files.write_safetensors(
+        old / "diffusion_pytorch_model.safetensors", arrays, {"format": "pt"}
+    )
+    found = read(old)
+    same(found.params, network.params)
+    assert found.config.diffusion.variance == "small"
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_a_checkpoint_of_the_authors_is_read(average, monkeypatch):
+    config = replace(small(), "data", image_size=8)
+    own = weights.shapes(build.make_network(config), 1, image_size=8)
+    both = {average: network_of(config, seed=average) for average in (True, False)}
+    arrays = {"global_step": np.array(790_000), "beta1_power": np.float32(0.1)}
+    for which, network in both.items():
+        names = weights.official_names(own, average=which)
+        arrays |= weights.to_tensors(network.params["net"], names)
+    for name in [n for n in arrays if n.endswith("/W")]:
+        arrays[f"{name}/Adam"] = arrays[name]
+    stored = tensor_files.Tensors(arrays, {}, "tensorflow", "f" * 64)
+    monkeypatch.setattr(tensor_files, "read", lambda path, progress: stored)
+    found = networks.read_official("model.ckpt-790000", config, average=average)
+    same(found.params, both[average].params)
+    assert found.about.step == 790_000
+    assert found.about.weights == ("averaged" if average else "last")
+
+
+def test_a_file_says_nothing_of_the_machine(tmp_path):
+    config = replace(small(), "data", path="/home/somebody/data")
+    config = dataclasses.replace(
+        config, output=str(tmp_path / "secret"), init_from="/home/somebody/a"
+    )
+    networks.write_file(tmp_path / "a.safetensors", network_of(config))
+    networks.write_folder(tmp_path / "a", network_of(config))
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert len(files) == 7
+    for path in files:
+        content = path.read_bytes()
+        assert b"somebody" not in content, path
+        assert b"secret" not in content, path
+
+
+def test_a_field_younger_than_the_file_has_its_default(tmp_path):
+    values = networks._describe(network_of(small()))
+    del values["config"]["net"]["variant"], values["config"]["init_from"]
+    config, _ = networks._parse(json.dumps(values), tmp_path)
+    assert config.net.variant == "official"
+
+
+# What diffusers has no words for, and what we have none for.
+
+
+@pytest.mark.parametrize(
+    ("name", "got"),
+    [
+        ("digits_edm", "the schedule ve"),
+        ("digits_flow", "prediction velocity"),
+        ("digits_vdm", "the schedule learned"),
+        ("digits_table2_mean_mse", "prediction mean"),
+        ("digits_table2_eps_vlb_learned", "variance learned"),
+    ],
+)
+def test_what_diffusers_lacks_is_named_and_nothing_is_written(
+    name, got, tmp_path, refuses
+):
+    with refuses(got):
+        networks.write_folder(tmp_path / "out", network_of(small(name)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_parts_that_diffusers_lacks_are_named(tmp_path, refuses):
+    config = small(multipliers=(2, 2), fourier=(3,))
+    with refuses("multipliers (2, 2), which must begin with 1; fourier (3,)"):
+        networks.write_folder(tmp_path / "out", network_of(config))
+
+
+UNET, SCHEDULER = interchange.to_diffusers(EXPERIMENTS["cifar10"].config)
+
+
+def from_diffusers(scheduler=SCHEDULER, **unet):
+    return interchange.from_diffusers({**UNET, **unet}, scheduler, name="n", where="w")
+
+
+def test_the_paper_is_what_comes_back():
+    paper, config = EXPERIMENTS["cifar10"].config, from_diffusers()
+    assert (config.net, config.diffusion) == (paper.net, paper.diffusion)
+    assert (UNET["norm_eps"], UNET["downsample_padding"]) == (1e-6, 0)
+    assert (UNET["freq_shift"], UNET["flip_sin_to_cos"]) == (1, False)
+    assert SCHEDULER["variance_type"] == "fixed_large"
+    # At 256x256 the authors drew with the small variance.
+    church = interchange.to_diffusers(EXPERIMENTS["lsun_church256"].config)[1]
+    assert church["variance_type"] == "fixed_small"
+
+
+def test_every_field_of_a_scheduler_that_we_lack_is_named(refuses):
+    wrong = {
+        "thresholding": True,
+        "clip_sample_range": 2.0,
+        "rescale_betas_zero_snr": True,
+        "prediction_type": "flow",
+        "variance_type": "learned",
+        "beta_schedule": "laplace",
+        "flavour": "sweet",
+    }
+    for name, value in wrong.items():
+        with refuses(f"{name} {value!r}"):
+            from_diffusers({**SCHEDULER, name: value})
+    with pytest.raises(ValueError) as caught:
+        from_diffusers({**SCHEDULER, **wrong})
+    assert all(name in str(caught.value) for name in wrong)
+    with refuses("_class_name 'PNDMScheduler'"):
+        from_diffusers({**SCHEDULER, "_class_name": "PNDMScheduler"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "schedule"),
+    [("linear", "linear"), ("scaled_linear", "quad"), ("squaredcos_cap_v2", "cosine")],
+)
+def test_schedules_have_their_name_in_diffusers(kind, schedule):
+    config = from_diffusers({**SCHEDULER, "beta_schedule": kind})
+    assert config.diffusion.schedule == schedule
+    assert interchange.to_diffusers(config)[1]["beta_schedule"] == kind
+
+
+@pytest.mark.parametrize("schedule", ["const", "warmup10", "warmup50", "sigmoid"])
+def test_other_schedules_are_known_by_their_betas(schedule):
+    paper = EXPERIMENTS["cifar10"].config
+    scheduler = interchange.to_diffusers(replace(paper, "diffusion", schedule=schedule))
+    betas = scheduler[1]["trained_betas"]
+    assert len(betas) == 1000
+    found = from_diffusers(scheduler[1]).diffusion
+    made = interchange._betas(Config(diffusion=found))
+    np.testing.assert_allclose(made, betas, rtol=1e-5)
+    # As float32, which is how diffusers gives them back.
+    rounded = np.asarray(betas, np.float32).tolist()
+    assert from_diffusers({**scheduler[1], "trained_betas": rounded}).diffusion == found
+
+
+def test_betas_of_no_schedule_are_refused(refuses):
+    betas = np.linspace(1e-4, 0.02, 1000) ** 1.5
+    with refuses("trained_betas, 1000 of them, that are none of"):
+        from_diffusers({**SCHEDULER, "trained_betas": betas.tolist()})
+    with refuses("trained_betas of shape (3,)"):
+        from_diffusers({**SCHEDULER, "trained_betas": [0.1, 0.2, 0.3]})
+
+
+def test_channels_have_to_be_those_of_images(refuses):
+    with refuses("4. Networks of latents"):
+        from_diffusers(in_channels=4, out_channels=4)
+    with refuses("6. Correct variance_type"):
+        from_diffusers(out_channels=6)
+    learned = {**SCHEDULER, "variance_type": "learned_range"}
+    assert from_diffusers(learned, out_channels=6).diffusion.variance == "range"
+    with refuses("3. Correct variance_type"):
+        from_diffusers(learned)
+
+
+# What is wrong with files.
+
+
+@pytest.fixture
+def folder(tmp_path):
+    networks.write_folder(tmp_path / "good", network_of(small()))
+    return tmp_path / "good"
+
+
+@pytest.fixture
+def file(tmp_path):
+    networks.write_file(tmp_path / "good.safetensors", network_of(small()))
+    return tmp_path / "good.safetensors"
+
+
+class Program:
+    """A pickle that leaves a trace where it is run."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_a_pickle_in_disguise_is_not_run(tmp_path, folder, refuses):
+    trace = tmp_path / "trace"
+    program = pickle.dumps(Program(trace))
+    pickle.loads(program).close()
+    assert trace.exists()  # it does what it is meant to
+    trace.unlink()
+    (tmp_path / "a.safetensors").write_bytes(program)
+    with refuses("a pickle"):
+        networks.find(tmp_path / "a.safetensors")
+    tensors = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors.write_bytes(program)
+    with refuses("a pickle"):
+        read(folder)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.999])
+def test_a_file_that_was_cut_off_is_refused(kept, file, folder, refuses):
+    tensors = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    for path, opened in ((file, file), (tensors, folder)):
+        content = path.read_bytes()
+        path.write_bytes(content[: int(kept * len(content))])
+        with refuses(""):
+            read(opened)
+
+
+def test_tensors_without_a_configuration_are_refused(tmp_path, refuses):
+    path = tmp_path / "a.safetensors"
+    tensor_files.write_safetensors(path, {"a": np.zeros(3, np.float32)}, {})
+    with refuses("tensors alone"):
+        networks.find(path)
+
+
+def test_a_configuration_without_weights_is_refused(folder, refuses):
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with refuses("config.json"):
+        read(folder)
+
+
+@pytest.mark.parametrize("kind", ["UNet2DConditionModel", "AutoencoderKL", None])
+def test_another_family_is_refused(kind, folder, refuses):
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps({"_class_name": kind, "sample_size": 64}))
+    with refuses(f"the class {kind!r}"):
+        networks.read_config(networks.find(folder))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "\x00"])
+def test_a_damaged_configuration_is_refused(text, folder, refuses):
+    (folder / "unet" / "config.json").write_text(text)
+    with refuses(""):
+        networks.read_config(networks.find(folder))
+
+
+def test_every_tensor_that_does_not_fit_is_named(file, refuses):
+    stored = tensor_files.read(file)
+    arrays = dict(stored.arrays)
+    arrays["net.conv_in.bias"] = arrays["net.conv_in.bias"][:3]
+    arrays["net.more"] = arrays.pop("net.conv_out.bias")
+    arrays["net.norm_out.scale"] = arrays["net.norm_out.scale"] * np.nan
+    tensor_files.write_safetensors(file, arrays, stored.meta)
+    with pytest.raises(ValueError) as caught:
+        read(file)
+    for said in (
+        "got 4 that do not fit",
+        "missing: net.conv_out.bias",
+        "unknown: net.more",
+        "wrong: net.conv_in.bias (3,), not (8,)",
+        "wrong: net.norm_out.scale with values that are not finite",
+    ):
+        assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": 2},
+        {"about": {"weights": "averaged"}},
+        {"config": {"net": {"channels": 0}}},
+        {"config": {"flavour": "sweet"}},
+    ],
+)
+def test_a_record_of_another_kind_is_refused(change, file, refuses):
+    stored = tensor_files.read(file)
+    values = json.loads(stored.meta[networks.FORMAT]) | change
+    meta = {networks.FORMAT: json.dumps(values)}
+    tensor_files.write_safetensors(file, stored.arrays, meta)
+    with refuses(""):
+        networks.read_config(networks.find(file))
+
+
+def test_nothing_there_is_no_network(tmp_path):
+    assert networks.find(tmp_path / "nothing") is None
+    assert networks.find(tmp_path) is None
+    (tmp_path / "config.json").write_text(json.dumps({"diffusion": {}, "net": {}}))
+    assert networks.find(tmp_path) is None  # a run
+
+
+def test_nothing_is_left_of_a_folder_that_could_not_be_written(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tensor_files, "write_safetensors", full)
+    with pytest.raises(OSError, match="No space"):
+        networks.write_folder(tmp_path / "out", network_of(small()))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_card_says_what_it_is(tmp_path):
+    config = small("digits_conditional")
+    network = network_of(config)
+    scores = {"fd vs train": {"value": "1.8", "of": "1,797 samples"}}
+    network = network._replace(about=ABOUT._replace(scores=scores))
+    digest = networks.write_folder(tmp_path / "out", network)
+    text = (tmp_path / "out" / "README.md").read_text()
+    count = sum(leaf.size for leaf in jax.tree.leaves(network.params))
+    for said in (
+        "pipeline_tag: conditional-image-generation",
+        f"U-Net of {count:,} weights",
+        "averaged of step 12",
+        digest,
+        "| fd vs train | 1.8 | 1,797 samples |",
+        "class_labels",
+        "8x8, grey",
+        "| data | digits |",
+        "10, and a last row for none",
+    ):
+        assert said in text, said
+    assert diffusers.CLASS in text

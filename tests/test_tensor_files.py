@@ -1,0 +1,328 @@
+"""Tensors in files: whole, damaged, and in disguise."""
+
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import pickle
+import resource
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusion_jax.nets import tensor_files
+from diffusion_jax.training.formats import DataError
+from experiments import tensors
+
+rng = np.random.default_rng(0)
+ARRAYS = {
+    "double": rng.normal(size=(2, 3)),
+    "transposed": rng.normal(size=(3, 5, 2)).astype(np.float32).transpose(2, 0, 1),
+    "reversed": np.arange(7, dtype=np.int32)[::-2],
+    "big-endian": np.arange(3, dtype=">f4"),
+    "half": rng.normal(size=3).astype(np.float16),
+    "brain": jnp.asarray([1.5, -2, jnp.inf, 3.4e38], jnp.bfloat16),
+    "one": np.float32(3),
+    "none": np.zeros((0, 4), np.int64),
+    "bytes": np.arange(5, dtype=np.uint8),
+    "true": np.array([True, False]),
+}
+META = {"z": "1", "a": 'words "ü\n', "k": "", "b": "{}"}
+
+
+def make(entries, data=b"", *, pad=0):
+    """A safetensors file with a header of any content."""
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    text += b" " * pad
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def entry(dtype, shape, first, end):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [first, end]}
+
+
+WHOLE = make({"a": entry("F32", [2], 0, 8)}, bytes(8))
+
+
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, array in expected.items():
+        array = np.asarray(array)
+        assert actual[name].dtype == array.dtype.newbyteorder("=")
+        assert actual[name].shape == array.shape
+        np.testing.assert_array_equal(actual[name], array)
+
+
+# Whole files.
+
+
+def test_what_was_written_is_read(tmp_path):
+    path = tmp_path / "new" / "a.bin"
+    digest = tensor_files.write_safetensors(path, ARRAYS, META)
+    found = tensor_files.read(path, progress=True)
+    assert_same(found.arrays, ARRAYS)
+    assert (found.meta, found.format) == (META, "safetensors")
+    assert tensor_files.read_meta(path) == META
+    assert found.sha256 == digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert list(path.parent.iterdir()) == [path]
+    # For others it is a file like any.
+    with safetensors.safe_open(path, framework="numpy") as file:
+        assert file.metadata() == META
+        theirs = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert_same(theirs, ARRAYS)
+
+
+@given(st.dictionaries(st.text(), st.text(), max_size=5), st.randoms())
+def test_file_is_the_same_whatever_the_order_of_its_words(
+    tmp_path_factory, meta, random
+):
+    path = tmp_path_factory.getbasetemp() / "words.safetensors"
+    order = list(meta.items())
+    random.shuffle(order)
+    some = {name: np.asarray(ARRAYS[name]) for name in ("half", "bytes")}
+    digests = {
+        tensor_files.write_safetensors(path, some, words)
+        for words in (meta, dict(order))
+    }
+    assert len(digests) == 1
+    assert tensor_files.read_meta(path) == meta
+    if len(meta) < 2:  # where there is but one order
+        assert path.read_bytes() == safetensors.numpy.save(some, meta or None)
+
+
+def test_tensors_need_not_begin_at_whole_numbers_of_their_size(tmp_path):
+    path = tmp_path / "a"
+    entries = {"odd": entry("U8", [1], 0, 1), "brain": entry("BF16", [2], 1, 5)}
+    for pad in range(8):
+        path.write_bytes(make(entries, b"\7\x80\x3f\x00\xc0", pad=pad))
+        arrays = tensor_files.read(path).arrays
+        np.testing.assert_array_equal(arrays["brain"].astype(float), [1, -2])
+        np.testing.assert_array_equal(arrays["odd"], [7])
+        assert all(array.flags.aligned for array in arrays.values())
+
+
+def test_words_of_a_huge_file_are_read_alone(tmp_path):
+    path = tmp_path / "a"
+    size = 2**36
+    entries = {"a": entry("U8", [size], 0, size), "__metadata__": META}
+    path.write_bytes(make(entries))
+    with path.open("ab") as file:
+        file.truncate(size + file.tell())
+    assert tensor_files.read_meta(path) == META
+
+
+def test_bar_counts_bytes_on_a_terminal_only(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    tensor_files.write_safetensors(path, {"a": np.zeros(2**18, np.float32)})
+    for terminal, asked in itertools.product((True, False), repeat=2):
+        screen = io.StringIO()
+        screen.isatty = lambda terminal=terminal: terminal
+        monkeypatch.setattr(sys, "stderr", screen)
+        tensor_files.read(path, progress=asked)
+        shown = screen.getvalue()
+        assert ("reading: 100%" in shown and "1.05M/1.05M" in shown) == (
+            terminal and asked
+        )
+        assert bool(shown) == (terminal and asked)
+
+
+# What is refused.
+
+
+class Canary:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("ending", ["pkl", "safetensors", "bin", "pt", "index"])
+def test_pickle_in_disguise_is_named_and_not_run(tmp_path, refuses, protocol, ending):
+    path, canary = tmp_path / f"a.{ending}", tmp_path / "canary"
+    for content in (Canary(canary), {"a": Canary(canary)}, [Canary(canary)]):
+        path.write_bytes(pickle.dumps(content, protocol))
+        assert tensor_files.kind_of(path) == "pickle"
+        with refuses("a pickle, which is a program. It was not run."):
+            tensor_files.read(path)
+        with refuses("begins with"):
+            tensor_files.read_meta(path)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "got"),
+    [
+        (b"", "unknown", "begins with b''"),
+        (b"version https://git-lfs.github.com", "unknown", "https://git-lfs"),
+        (b"<html>{ no such file", "unknown", "<html>"),
+        (b"PK\x03\x04 an npz file", "unknown", "PK"),
+        (WHOLE[:5], "unknown", "begins with"),
+        (WHOLE[:30], "safetensors", "SafetensorError"),
+        (WHOLE[:-1], "safetensors", "SafetensorError"),
+        (WHOLE + b"\0", "safetensors", "SafetensorError"),
+        (b"\xff" * 8 + WHOLE[8:], "safetensors", "SafetensorError"),
+        (b"\x80\2\0\0\0\0\0\0" + WHOLE[8:], "safetensors", "SafetensorError"),
+        (make(b'{"a":'), "safetensors", "SafetensorError"),
+        (make(b'{"a": 3}'), "safetensors", "SafetensorError"),
+        (
+            make({"a": entry("F32", [2], 0, 12)}, bytes(12)),
+            "safetensors",
+            "SafetensorError",
+        ),
+        (
+            make({n: entry("F32", [2], 0, 8) for n in "ab"}, bytes(8)),
+            "safetensors",
+            "SafetensorError",
+        ),
+        (
+            make({"a": entry("F8_E4M3", [2], 0, 2)}, bytes(2)),
+            "safetensors",
+            "a of F8_E4M3.",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_refused(tmp_path, refuses, content, kind, got):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    assert tensor_files.kind_of(path) == kind
+    with refuses(got):
+        tensor_files.read(path)
+    if got != "a of F8_E4M3.":
+        with refuses(got):
+            tensor_files.read_meta(path)
+
+
+@given(st.data())
+def test_damage_is_read_or_refused_but_never_anything_else(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    content = bytearray(make({"é": entry("F32", [2, 1], 0, 8), "__metadata__": META}))
+    content += bytes(8)
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        content[at] = data.draw(
+            st.one_of(st.sampled_from(b'{}[]",:019\0'), st.integers(0, 255))
+        )
+    path.write_bytes(content)
+    with contextlib.suppress(DataError):
+        tensor_files.read(path)
+    with contextlib.suppress(DataError):
+        tensor_files.read_meta(path)
+
+
+def test_what_is_no_file_is_said(tmp_path, refuses):
+    for path in (tmp_path / "nothing", tmp_path, Path(".")):
+        for read in (tensor_files.kind_of, tensor_files.read, tensor_files.read_meta):
+            with refuses(str(path)):
+                read(path)
+
+
+@pytest.mark.parametrize("head", [b"PK\x03\x04" + bytes(26) + b"a/data.pkl", None])
+def test_pytorch_has_to_be_there_for_its_files(tmp_path, refuses, monkeypatch, head):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(head or pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2))
+    assert tensor_files.kind_of(path) == "pytorch"
+    with refuses("save the tensors as safetensors where it is installed"):
+        tensor_files.read(path)
+
+
+# Checkpoints of TensorFlow, as far as they go without it.
+
+INDEX, DATA = "model.ckpt-7.index", "model.ckpt-7.data-00000-of-00001"
+TABLE = bytes(40) + bytes.fromhex("57fb808b247547db")
+
+
+def test_checkpoint_is_known_by_each_of_its_names(tmp_path, refuses, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    (tmp_path / INDEX).write_bytes(TABLE)
+    (tmp_path / DATA).write_bytes(bytes(8))
+    for name in (INDEX, DATA, "model.ckpt-7"):
+        assert tensor_files.kind_of(tmp_path / name) == "tensorflow"
+        with refuses("python -m experiments.convert"):
+            tensor_files.read(tmp_path / name)
+    (tmp_path / "a.index").write_bytes(WHOLE)
+    assert tensor_files.kind_of(tmp_path / "a.index") == "safetensors"
+    for name in ("model.ckpt", "model.ckpt-8"):
+        with refuses("No such file"):
+            tensor_files.read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("there", "got"), [(INDEX, "no data beside"), (DATA, "data without an index")]
+)
+def test_half_a_checkpoint_is_refused(tmp_path, refuses, there, got):
+    (tmp_path / there).write_bytes(TABLE)
+    for name in (there, "model.ckpt-7"):
+        with refuses(got):
+            tensor_files.read(tmp_path / name)
+
+
+# What is not written.
+
+
+@pytest.mark.parametrize(
+    ("arrays", "meta"),
+    [
+        ({"a": np.array(["text"])}, {}),
+        ({"a": np.array([None])}, {}),
+        ({"a": np.zeros(2)}, {"step": 3}),
+    ],
+)
+def test_other_content_is_not_written(tmp_path, refuses, arrays, meta):
+    with refuses("Convert them first"):
+        tensor_files.write_safetensors(tmp_path / "a", arrays, meta)
+    assert not list(tmp_path.iterdir())
+
+
+def test_full_disk_leaves_what_was_there(tmp_path, refuses):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+    try:
+        with refuses("File too large"):
+            tensor_files.write_safetensors(path, {"a": np.zeros(2**15)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_place_that_is_none_is_refused(tmp_path, refuses):
+    (tmp_path / "file").write_bytes(b"old")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "file" / "a", tmp_path / "folder"):
+        with refuses(str(tmp_path)):
+            tensor_files.write_safetensors(path, {"a": np.zeros(2)})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+# Trees of the experiments.
+
+
+def test_tree_comes_back_with_its_words(tmp_path):
+    path = tmp_path / "new" / "a.safetensors"
+    tree = {"params": {"dense": {"kernel": np.eye(2), "bias": jnp.zeros(2)}}}
+    tensors.write(path, tree, META)
+    params, meta, digest = tensors.read(path)
+    np.testing.assert_array_equal(params["params"]["dense"]["kernel"], np.eye(2))
+    assert params["params"]["dense"]["bias"].dtype == np.float32
+    assert (meta, digest) == (META, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def test_what_is_no_tree_is_said_in_few_words(tmp_path):
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(ValueError, match=r"^\[Errno 2\] No such file"):
+        tensors.read(path)
+    path.write_bytes(WHOLE[:-1])
+    with pytest.raises(ValueError, match=r"^SafetensorError: .*[^.]$"):
+        tensors.read(path)

@@ -1,0 +1,235 @@
+"""The U-Net against diffusers' UNet2DModel: same weights, same images, same noise.
+
+tests/golden/diffusers_unets.npz has what that computes in each case of
+peers/make_unet_golden.py. Weights are drawn from their names in diffusers, here as
+there, and come in as those of a released network would: through the configuration and
+the table of names.
+
+Outputs, all of order 1, differ by less than 1e-4. Gradients differ by less than 1e-3 of
+the norm of the tensor's: with respect to images the difference itself, with respect to
+tensors that of the norms and of the products with some drawn vectors, which estimate
+it. The gradient of the CIFAR-10 network takes too long to compile for this place: it is
+in peers/test_unets_live.py, with that of 256 pixels a side.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_unets
+from peers import make_unet_golden as golden
+
+from diffusion_jax import gaussian, grids, samplers, schedule
+from diffusion_jax.nets import diffusers, embeddings, unet, weights
+
+# Many networks and their gradients: half the time, and twice as long as they run.
+quick_jit = functools.partial(
+    jax.jit,
+    compiler_options={
+        **small_unets.quick_jit.keywords["compiler_options"],
+        "xla_cpu_use_fusion_emitters": False,
+    },
+)
+NETWORKS = {**golden.CASES, "chain": golden.CHAIN}
+GRADIENTS = [name for name in golden.CASES if name != "cifar10"]
+RULES = {
+    "ddim 50": samplers.ddim,
+    "ddpm large": functools.partial(samplers.ddpm, variance="large"),
+    "ddpm small": functools.partial(samplers.ddpm, variance="small"),
+}
+
+
+@pytest.fixture(scope="module")
+def file():
+    with np.load(golden.GOLDEN) as found:
+        return dict(found)
+
+
+@functools.cache
+def opened(name):
+    """(network, names, shapes by our names) of a case, by its configuration."""
+    config = {"_class_name": "UNet2DModel", **NETWORKS[name].config}
+    net, size, channels = diffusers.read_config(config, where="config.json")
+    own = weights.shapes(net, channels, image_size=size)
+    return net, weights.diffusers_names(own, len(net.multipliers)), own
+
+
+@functools.cache
+def their_shapes(name):
+    """Shapes of a case's tensors, by the names in diffusers."""
+    _, names, own = opened(name)
+    empty = {key: np.zeros(shape, np.int8) for key, shape in own.items()}
+    return {key: each.shape for key, each in weights.to_tensors(empty, names).items()}
+
+
+def parameters(name, **given):
+    """The parameters of a case; tensors that are not given are drawn."""
+    _, names, own = opened(name)
+    drawn = {
+        key: golden.tensor(key, shape) for key, shape in their_shapes(name).items()
+    }
+    return weights.from_tensors(drawn | given, names, own, where="the file")
+
+
+@functools.cache
+def computed(name):
+    """(output, gradient with respect to images, those of tensors by their names)."""
+    case, (net, names, _) = golden.CASES[name], opened(name)
+    params = parameters(name)
+    x, t, label = golden.inputs(case)
+
+    def weighted(params, x):
+        output = net.apply({"params": params}, x, t, label)
+        return jnp.sum(output * golden.weighting(case)), output
+
+    if name not in GRADIENTS:
+        return np.asarray(quick_jit(weighted)(params, x)[1]), None, None
+    run = quick_jit(jax.grad(weighted, (0, 1), has_aux=True))
+    (of_params, of_x), output = run(params, x)
+    return *map(np.asarray, (output, of_x)), weights.to_tensors(of_params, names)
+
+
+def difference(name, actual, expected):
+    assert actual.shape == expected.shape
+    assert np.abs(expected).max() > 0.5
+    error = np.abs(actual - expected).max()
+    print(f"{name}: largest difference {error:.1e}")
+    return error
+
+
+# Networks.
+
+
+@pytest.mark.parametrize("name", golden.CASES)
+def test_tensors_have_the_names_and_shapes_of_diffusers(name, file):
+    expected = dict(zip(file[f"{name}: names"], file[f"{name}: shapes"], strict=True))
+    shapes = their_shapes(name)
+    assert {key: " ".join(map(str, shapes[key])) for key in shapes} == expected
+
+
+@pytest.mark.parametrize("name", golden.CASES)
+def test_output_is_that_of_diffusers(name, file):
+    output, _, _ = computed(name)
+    assert difference(name, output, file[f"{name}: output"]) < 1e-4
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_are_those_of_diffusers(name, file):
+    _, of_x, gradients = computed(name)
+    expected = file[f"{name}: gradient"]
+    worst = np.linalg.norm(of_x - expected) / np.linalg.norm(expected)
+    assert worst < 1e-3
+    figures = dict(zip(file[f"{name}: names"], file[f"{name}: figures"], strict=True))
+    for key, of_tensor in gradients.items():
+        off = np.abs(golden.figures(key, of_tensor) - figures[key]).max()
+        # A softmax does not see what is added to all keys: that has no gradient.
+        norm = figures[key.replace("to_k.bias", "to_q.bias")][0]
+        assert norm > 0.01, key
+        assert off < 1e-3 * norm, key
+        worst = max(worst, off / norm)
+    print(f"{name}: largest difference of gradients {worst:.1e}")
+
+
+# What other implementations get wrong.
+
+
+def conv_of(piece):
+    """The parameters of the piece that is a convolution."""
+    channels = golden.PIECE[-1]
+    kernel = golden.tensor(f"{piece}.conv.weight", (channels, channels, 3, 3))
+    bias = golden.tensor(f"{piece}.conv.bias", (channels,))
+    return {"conv": {"kernel": kernel.transpose(2, 3, 1, 0), "bias": bias}}
+
+
+def apply(module, params, x):
+    return np.asarray(jax.jit(module.apply)({"params": params}, x))
+
+
+def test_stride_2_pads_below_and_right_only(file):
+    x = golden.normalized("x", golden.PIECE)
+    for conv in ("xla", "matmul"):
+        ours, around = (
+            apply(unet.Downsample(conv, jnp.float32, variant), conv_of("down"), x)
+            for variant in ("official", "diffusers")
+        )
+        assert difference("down", ours, file["down: official"]) < 1e-5
+        # Padding all around, as diffusers does by default, is another convolution.
+        assert difference("around", around, file["down: diffusers"]) < 1e-5
+        assert difference("wrong", around, file["down: official"]) > 1.0
+
+
+def test_group_norm_epsilon_is_1e_6(file):
+    channels = golden.PIECE[-1]
+    x = golden.TINY * golden.normalized("x", golden.PIECE)
+    params = {
+        "scale": golden.tensor("norm.weight", (channels,)),
+        "bias": golden.tensor("norm.bias", (channels,)),
+    }
+    ours, other = (
+        apply(unet.GroupNorm(4, jnp.float32, variant.epsilon), params, x)
+        for variant in unet.VARIANTS.values()
+    )
+    assert difference("norm", ours, file["norm: official"]) < 1e-5
+    # 1e-5 is the default of PyTorch and of diffusers.
+    assert difference("1e-5", other, file["norm: diffusers"]) < 1e-5
+    assert difference("wrong", other, file["norm: official"]) > 0.1
+
+
+def test_upsampling_repeats_the_nearest_pixel(file):
+    x, expected = golden.normalized("x", golden.PIECE), file["up: official"]
+    ours = apply(unet.Upsample("xla", jnp.float32), conv_of("up"), x)
+    assert difference("up", ours, expected) < 1e-5
+    batch, height, width, channels = golden.PIECE
+    shape = (batch, 2 * height, 2 * width, channels)
+    conv = unet.Conv(channels, "xla", jnp.float32)
+    for method in ("nearest", "bilinear"):
+        resized = apply(conv, conv_of("up")["conv"], jax.image.resize(x, shape, method))
+        off = difference(method, resized, expected)
+        assert off < 1e-5 if method == "nearest" else off > 1.0
+
+
+def test_time_embedding_is_sines_then_cosines_down_to_a_frequency_of_1e_4(file):
+    t, channels = jnp.asarray(golden.TIMES), golden.PIECE[-1]
+    expected = file["time: official"]
+    # A phase of 999 radians has a rounding error of 3e-5 in float32.
+    ours = np.asarray(embeddings.time_embedding(t, channels))
+    assert difference("time", ours, expected) < 1e-4
+    for shift, cosine_first in ((0, False), (1, True), (0, True)):
+        options = {"shift": shift, "cosine_first": cosine_first}
+        wrong = np.asarray(embeddings.time_embedding(t, channels, **options))
+        assert difference(f"{options}", wrong, expected) > 0.5
+    # The last of them is that of diffusers by default.
+    assert difference("default", wrong, file["time: diffusers"]) < 1e-4
+
+
+# Chains.
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_chain_ends_in_the_images_of_diffusers(name, file):
+    """With its own tables, in float32: they move paths by up to 2e-4."""
+    last = {key: file[f"chain: {key}"] for key in golden.LAST}
+    net, params = opened("chain")[0], parameters("chain", **last)
+    lin, size = schedule.linear(golden.T), golden.CHAIN.config["sample_size"]
+    denoise = gaussian.denoiser(
+        lambda x, t: net.apply({"params": params}, x, t), lin, "eps", clip=True
+    )
+    _, steps, _ = golden.CHAINS[name]
+    shape = (golden.CHAIN.batch, size, size, 3)
+    images = quick_jit(
+        lambda key: samplers.sample(
+            key, RULES[name](denoise, lin), grids.uniform(lin, steps), shape
+        )
+    )(jax.random.key(0))
+    assert images.dtype == np.float32
+    assert difference(name, np.asarray(images), file[name]) < 1e-3
+
+
+def test_chains_end_apart_and_between_the_bounds(file):
+    ends = [file[name] for name in golden.CHAINS]
+    for i, end in enumerate(ends):
+        assert np.mean(np.abs(end) < 0.99) > 0.5
+        for other in ends[:i]:
+            assert np.abs(end - other).max() > 0.02
