@@ -189,7 +189,7 @@ def load_data(config: Config, *, split: str = "train") -> data.Dataset:
         raise ConfigError(
             "the data must be known; got a network from elsewhere, which says nothing "
             "of what it was trained on. Name it where you convert the network, or "
-            "here where there is the flag: --data cifar10, or --data folder:PATH"
+            "here where there is the flag: --data cifar10, or --data folder:PATH."
         )
     try:
         dataset = data.load(

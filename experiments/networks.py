@@ -112,7 +112,7 @@ def read_config(found: Found) -> Config:
     raise ConfigError(
         f"{found.path} must be a network with its configuration; got a TensorFlow "
         "checkpoint, which has none. Convert it first: python -m experiments.convert "
-        f"{found.path} OUT.safetensors --experiment cifar10"
+        f"{found.path} OUT.safetensors --experiment cifar10."
     )
 
 
@@ -274,7 +274,8 @@ def _parse(text: str, where: Path) -> tuple[Config, About]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{where} must describe a network of this project; got "
-            f"{type(error).__name__}: {error}. Convert it again with this version."
+            f"{type(error).__name__}: {str(error).rstrip('.')}. Convert it again with "
+            "this version."
         ) from error
     return config, about
 

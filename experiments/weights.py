@@ -63,7 +63,7 @@ def load(config: Config, run: runs.Run, which: Weights) -> tuple[Any, int | None
             raise ConfigError(
                 "raw, average and step must be left out with a network in a file, "
                 f"which has one set of weights; got {' '.join(said)}. Choose when you "
-                "convert: python -m experiments.convert RUN OUT --raw"
+                "convert: python -m experiments.convert RUN OUT --raw."
             )
         _, params, about, _ = networks.read(run.network)
         return jax.device_put(params, sharding), about.step, about.weights

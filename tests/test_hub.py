@@ -161,15 +161,17 @@ def test_what_is_needed_of_a_network_is_fetched(
     assert not capfd.readouterr().err
 
 
-def test_what_was_fetched_serves_without_a_network(server, tmp_path, nowhere):
-    folder = hub.fetch("me/alone", cache=tmp_path, endpoint=server.address)
-    assert hub.fetch("me/alone", cache=tmp_path, endpoint=nowhere) == folder
-    next(folder.glob(f"{MODULE}*")).unlink()
+@pytest.mark.parametrize("name", ["me/alone", "me/old"])
+def test_what_was_fetched_serves_without_a_network(server, tmp_path, nowhere, name):
+    folder = hub.fetch(name, cache=tmp_path, endpoint=server.address)
+    assert hub.fetch(name, cache=tmp_path, endpoint=nowhere) == folder
+    (weights,) = folder.glob(f"{MODULE}*")
+    weights.unlink()
     with pytest.raises(ValueError, match="must be within reach"):
-        hub.fetch("me/alone", cache=tmp_path, endpoint=nowhere)
+        hub.fetch(name, cache=tmp_path, endpoint=nowhere)
     server.asked.clear()
-    hub.fetch("me/alone", cache=tmp_path, endpoint=server.address)
-    assert (folder / f"{MODULE}.safetensors").is_file()
+    hub.fetch(name, cache=tmp_path, endpoint=server.address)
+    assert weights.is_file()
     assert not [path for _, path in server.asked if path.endswith("config.json")]
 
 

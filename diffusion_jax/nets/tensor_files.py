@@ -2,7 +2,7 @@
 
 Read are
 
-  safetensors   by memory of one copy, with what the file says of itself
+  safetensors   once over, into memory; with what the file says of itself
   pytorch       state of a module (.bin, .pt, .pth), where PyTorch is installed
   tensorflow    a checkpoint of variables, where TensorFlow is installed
 

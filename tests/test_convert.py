@@ -1,0 +1,298 @@
+"""Converting, drawing with what was converted, and training from it."""
+
+import dataclasses
+import hashlib
+import itertools
+import shlex
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from test_networks import network_of, same, small
+
+from diffusion_jax.training import checkpoint, parallel
+from experiments import (
+    arguments,
+    build,
+    convert,
+    hub,
+    initial,
+    learning,
+    networks,
+    runs,
+    sample,
+    train,
+    weights,
+)
+from experiments.config import ConfigError, replace, to_dict
+from experiments.weights import Weights
+
+QUICK = ["--count", "2", "--steps", "2", "--batch-size", "2"]
+
+
+def config_of():
+    return replace(small(), "sample", steps=2)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of 12 steps, whose weights are not trained but drawn."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = dataclasses.replace(config_of(), output=str(folder))
+    last, average = (network_of(config, seed=seed).params for seed in (1, 2))
+    state = learning.init_state(config, last)
+    state = state._replace(step=jnp.asarray(12), averages=(average,))
+    made = runs.of(config)
+    runs.write_json(made.config, to_dict(config))
+    with checkpoint.open_folder(made.checkpoints) as manager:
+        checkpoint.save(manager, 12, state, {})
+        checkpoint.wait(manager)
+    return made
+
+
+@pytest.fixture
+def file(tmp_path):
+    networks.write_file(tmp_path / "given.safetensors", network_of(config_of()))
+    return tmp_path / "given.safetensors"
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def drawn(source, out):
+    assert sample.main([str(source), *QUICK, "--no-strip", "--out", str(out)]) == 0
+    return np.asarray(Image.open(out))
+
+
+def test_a_run_goes_round_all_formats_and_draws_the_same(run, tmp_path, capsys):
+    """Run, file, folder, file: to the bit, with the digests that were printed."""
+    steps = [
+        run.folder,
+        tmp_path / "a.safetensors",
+        tmp_path / "folder",
+        tmp_path / "b.safetensors",
+    ]
+    for source, out in itertools.pairwise(steps):
+        capsys.readouterr()
+        assert convert.main([str(source), str(out)]) == 0
+        shown = capsys.readouterr().out
+        tensors = out / "unet" / "diffusion_pytorch_model.safetensors"
+        assert sha256(out if out.is_file() else tensors) in shown
+        if source.is_file():
+            assert sha256(source) in shown
+        assert "averaged weights of step 12" in shown
+    assert sha256(steps[1]) == sha256(steps[3])
+    pictures = [drawn(at, tmp_path / f"{i}.png") for i, at in enumerate(steps)]
+    assert pictures[0].std() > 0
+    for picture in pictures[1:]:
+        np.testing.assert_array_equal(picture, pictures[0])
+
+
+def test_what_is_drawn_goes_beside_the_file(file, capsys):
+    assert sample.main([str(file), *QUICK, "--no-strip"]) == 0
+    folder = file.with_suffix("")
+    assert (folder / "draw" / "seed0_2.png").is_file()
+    assert f"{folder}: averaged weights of step 12" in capsys.readouterr().out
+
+
+def test_the_last_weights_are_converted_when_asked_for(run, tmp_path):
+    out = tmp_path / "raw.safetensors"
+    assert convert.main([str(run.folder), str(out), "--raw"]) == 0
+    found = networks.read(networks.find(out))
+    raw = weights.load(runs.read_config(run), run, Weights(raw=True))[0]
+    same(found.params, raw)
+    assert found.about.weights == "last"
+
+
+def test_scores_go_with_the_weights_that_they_are_of(run, tmp_path):
+    network = convert.of_run(run, Weights())
+    numbers = {
+        "fd vs train": {"mean": 1.25},
+        "class_shares": [0.5],
+        "sure": {"mean": 1},
+    }
+    about = {"sampler": "ddim", "steps": 50, "grid": "uniform", "eta": 0.0}
+    result = {"numbers": numbers, "count": 1000, "weights_sha256": network.sha256}
+    runs.write_json(run.folder / "eval" / "fid.json", result | about)
+    other = result | about | {"weights_sha256": "0", "numbers": {"no": {"mean": 2.0}}}
+    runs.write_json(run.folder / "eval" / "fid_raw.json", other)
+    bound = {"weights": "averaged", "training_step": 12, "bits_per_dim": 4.5}
+    bound |= {"standard_error": 0.03, "images": 256, "split": "train"}
+    runs.write_json(run.folder / "eval" / "nll_train.json", bound)
+    runs.write_json(
+        run.folder / "eval" / "nll_test.json", bound | {"training_step": 11}
+    )
+    assert convert.main([str(run.folder), str(tmp_path / "a")]) == 0
+    found = networks.read(networks.find(tmp_path / "a")).about.scores
+    assert found == {
+        "fd vs train": {
+            "value": "1.25",
+            "of": "1,000 samples, 50 steps of ddim (eta 0.0, uniform grid)",
+        },
+        "bits/dim, bound, train": {"value": "4.5 +- 0.03", "of": "256 images"},
+    }
+    assert "| fd vs train | 1.25 |" in (tmp_path / "a" / "README.md").read_text()
+
+
+def test_a_network_of_the_hub_is_converted(file, tmp_path, monkeypatch):
+    networks.write_folder(tmp_path / "cache", networks.read(networks.find(file)))
+    asked = []
+    monkeypatch.setattr(
+        hub, "fetch", lambda name: asked.append(name) or tmp_path / "cache"
+    )
+    out = tmp_path / "out.safetensors"
+    assert convert.main(["google/ddpm", str(out), "--download"]) == 0
+    assert asked == ["google/ddpm"]
+    assert networks.read(networks.find(out)).about.origin == "google/ddpm, from the hub"
+
+
+def test_the_data_can_be_named(file, tmp_path):
+    out = tmp_path / "out.safetensors"
+    assert convert.main([str(file), str(out), "--data", "folder:mine"]) == 0
+    assert networks.read_config(networks.find(out)).data.source == "folder:mine"
+
+
+def test_a_checkpoint_needs_its_experiment(tmp_path, refuses):
+    for name in ("model.ckpt-7.index", "model.ckpt-7.data-00000-of-00001"):
+        (tmp_path / name).write_bytes(b"")
+    source, out = str(tmp_path / "model.ckpt-7"), str(tmp_path / "out.safetensors")
+    with refuses("None"):
+        convert.main([source, out])
+    with refuses("'cifar'"):
+        convert.main([source, out, "--experiment", "cifar"])
+    with refuses("step=3"):
+        convert.main([source, out, "--experiment", "cifar10", "--step", "3"])
+    with refuses("TensorFlow checkpoint, which has none"):
+        sample.main([source])
+
+
+@pytest.mark.parametrize("out", ["a.bin", "a.pt", "a.npz"])
+def test_a_format_that_is_not_written_is_refused(out, file, tmp_path, refuses):
+    with refuses(out):
+        convert.main([str(file), str(tmp_path / out)])
+
+
+def test_what_is_there_is_replaced_only_when_asked_for(file, tmp_path, refuses):
+    for name in ("there.safetensors", "there"):
+        out = tmp_path / name
+        assert convert.main([str(file), str(out)]) == 0
+        before = sorted(tmp_path.rglob("*"))
+        with refuses("there"):
+            convert.main([str(file), str(out)])
+        assert convert.main([str(file), str(out), "--overwrite"]) == 0
+        assert sorted(tmp_path.rglob("*")) == before
+    # A folder of something else is never replaced.
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    with refuses("another"):
+        convert.main([str(file), str(tmp_path / "mine"), "--overwrite"])
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
+
+
+def test_one_set_of_weights_leaves_no_choice(file, tmp_path, refuses):
+    out = str(tmp_path / "out.safetensors")
+    for flags in (["--raw"], ["--step", "3"], ["--experiment", "cifar10"]):
+        with refuses("some of them"):
+            convert.main([str(file), out, *flags])
+    for flags, said in ((["--raw"], "--raw True"), (["--step", "3"], "--step 3")):
+        with refuses(said):
+            sample.main([str(file), *flags])
+
+
+@pytest.mark.parametrize("content", [b"", b"not a network", b"\x80\x04K\x01."])
+def test_what_is_no_network_is_refused_and_nothing_written(content, tmp_path, refuses):
+    path, out = tmp_path / "a.safetensors", tmp_path / "out"
+    path.write_bytes(content)
+    for command in (convert.main, lambda args: sample.main(args[:1])):
+        with refuses(""):
+            command([str(path), str(out)])
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_damaged_tensors_are_refused_and_nothing_written(file, tmp_path, refuses):
+    file.write_bytes(file.read_bytes()[:-100])
+    out = tmp_path / "out.safetensors"
+    with refuses(""):
+        convert.main([str(file), str(out)])
+    assert not out.exists()
+
+
+def test_data_that_nobody_named_are_asked_for(file, tmp_path, refuses):
+    folder = tmp_path / "folder"
+    assert convert.main([str(file), str(folder)]) == 0
+    (folder / networks.RECORD).unlink()
+    config = runs.read_config(runs.find(str(folder)))
+    with refuses("a network from elsewhere"):
+        build.load_data(config)
+
+
+# Training from trained weights.
+
+
+def parsed(*flags):
+    return arguments.parse(["digits", *flags], prog="train")
+
+
+@pytest.mark.parametrize("kind", ["file", "run"])
+def test_training_starts_at_the_weights_that_were_given(kind, file, run, tmp_path):
+    source = file if kind == "file" else run.folder
+    config = parsed("--init-from", str(source), "--output", str(tmp_path))
+    made, mesh = runs.of(config), parallel.make_mesh(1)
+    with checkpoint.open_folder(made.checkpoints) as manager:
+        state, _ = train.start(config, made, mesh, manager)
+    found = runs.find(str(source))
+    given = weights.load(runs.read_config(found), found, Weights())[0]
+    same(jax.tree.map(np.asarray, state.params), given)
+    same(jax.tree.map(np.asarray, state.ema_params), given)
+    assert int(state.step) == 0
+    fresh = learning.init_state(config).params
+    assert (
+        fresh["net"]["conv_in"]["kernel"] != given["net"]["conv_in"]["kernel"]
+    ).all()
+
+
+def test_network_and_diffusion_are_those_of_the_weights(file):
+    given = networks.read_config(networks.find(file))
+    config = parsed("--init-from", str(file), "--data.source", "folder:mine")
+    assert config.diffusion == given.diffusion
+    for field in ("channels", "multipliers", "blocks", "attention", "groups"):
+        assert getattr(config.net, field) == getattr(given.net, field)
+    assert config.data.image_size == given.data.image_size
+    assert config.data.source == "folder:mine"
+    # Flags are heard.
+    other = parsed("--init-from", str(file), "--net.dropout", "0.3")
+    assert other.net.dropout == 0.3
+
+
+@pytest.mark.parametrize(
+    ("flags", "got"),
+    [
+        (["--net.channels", "16"], "net.channels 8, not 16"),
+        (["--net.groups", "8"], "net.groups 4, not 8"),
+        (["--net.variant", "diffusers"], "net.variant official, not diffusers"),
+        (["--net.attention", "8"], "net.attention (4,), not (8,)"),
+        (
+            ["--net.blocks", "2", "--net.classes", "10"],
+            "net.blocks 1, not 2; net.classes 0, not 10",
+        ),
+        (
+            shlex.split(
+                "--diffusion.variance range --diffusion.loss hybrid "
+                "--diffusion.prediction eps"
+            ),
+            "diffusion.variance small, not range",
+        ),
+    ],
+)
+def test_another_network_is_refused(flags, got, file, refuses):
+    config = parsed("--init-from", str(file), *flags)
+    with refuses(got):
+        initial.params(config)
+
+
+def test_weights_that_are_not_there_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="RUN must be"):
+        parsed("--init-from", str(tmp_path / "nothing"))
