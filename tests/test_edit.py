@@ -11,7 +11,7 @@ from test_eval import SMALL
 
 from diffusion_jax.training import data
 from diffusion_jax.training.checkpoint import CheckpointError
-from experiments import edit, runs, train
+from experiments import convert, edit, runs, train
 
 CELL = 68  # an image of 8 pixels enlarged to 64, and the gap
 BESIDE = 72 + 12  # one image by itself, and the space to the next panel
@@ -56,13 +56,24 @@ def files(tmp_path_factory):
 def edited(run, command, *args, out=None):
     """The picture, and the single images, [N, H, W]."""
     out = out or run.folder / "edit" / f"{command}.png"
-    assert edit.main([str(run.folder), command, *map(str, args)]) == 0
+    name = run.folder if run.network is None else run.network.path
+    assert edit.main([str(name), command, *map(str, args)]) == 0
     return Image.open(out), single(out)
 
 
 def single(out):
     paths = sorted(out.with_suffix("").iterdir())
     return np.stack([np.asarray(Image.open(path)) for path in paths])
+
+
+def test_a_network_in_a_file_edits_as_its_run(run, files, tmp_path):
+    file = tmp_path / "a.safetensors"
+    assert convert.main([str(run.folder), str(file)]) == 0
+    args = "vary", files / "a.png", "--count", "2", "--depth", "4"
+    (_, expected), (_, results) = (
+        edited(place, *args) for place in (run, runs.find(str(file)))
+    )
+    np.testing.assert_array_equal(results, expected)
 
 
 def test_interpolation_goes_from_one_image_to_the_other(run, files, capsys):

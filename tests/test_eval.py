@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from PIL import Image
 
 from diffusion_jax.training import data
 from experiments import (
+    convert,
     draws,
     eval_fid,
     eval_nll,
@@ -93,6 +95,24 @@ def test_the_training_images_are_at_distance_zero_from_themselves(run, tmp_path)
     numbers = evaluate(run, *flags, name="fid_given.json")["numbers"]
     assert numbers["fd_digits_classifier vs train"]["mean"] > 20
     assert numbers["precision"]["mean"] < 0.2
+
+
+def test_a_network_in_a_file_has_the_numbers_of_its_run(run, tmp_path):
+    file = tmp_path / "a.safetensors"
+    assert convert.main([str(run.folder), str(file)]) == 0
+    one, other = run, runs.find(str(file))
+    shutil.copytree(run.folder.parent / ".classifiers", other.folder / ".classifiers")
+    results = []
+    for name, place in ((run.folder, one), (file, other)):
+        flags = [str(name), "--count", "70", "--steps", "3"]
+        assert eval_fid.main(flags) == 0
+        assert eval_nll.main([str(name), "--max-images", "4"]) == 0
+        folder = place.folder / "eval"
+        files = [folder / name for name in ("fid.json", "nll_train.json")]
+        found = [json.loads(file.read_text()) for file in files]
+        found[0]["extractor_details"].pop("file")
+        results.append(found)
+    assert results[0] == results[1]
 
 
 def test_an_interrupted_evaluation_goes_on(run, tmp_path, capsys):

@@ -241,7 +241,7 @@ def fit(net):
     """
     import torch
 
-    count, size = 1000, CHAIN.config["sample_size"]
+    count, size = 250, CHAIN.config["sample_size"]
     t = np.arange(count) * T // count
     x0, eps = (
         channels_first(normalized(name, (count, size, size, 3))).to(net.dtype)
@@ -281,6 +281,9 @@ def walk(net, name):
     step = {"use_clipped_model_output": True} if kind == "DDIMScheduler" else {}
     noise = [channels_first(each).to(net.dtype) for each in start_and_noise(steps)]
     x = noise[0]
+    # Threads that wait for each other cost so small a network seconds a step where
+    # the cores are busy with something else.
+    torch.set_num_threads(1)
     with torch.no_grad():
         for at, each in zip(peer.timesteps, noise[1:], strict=True):
             with schedulers.noise_of(peer, each):

@@ -1,0 +1,121 @@
+"""diffusers, where that is installed, opens what we export and computes the same.
+
+pip install .[peers] && pytest tests/peers/test_export_live.py
+"""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+from test_networks import EXPORTED, SCHEDULER, UNET, network_of, small
+
+from diffusion_jax.nets import diffusers as ours
+from experiments import build, compare_diffusers, interchange, networks
+from experiments.config import replace
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+# Several threads wait for each other longer than such small networks take.
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def complaints(monkeypatch):
+    """What diffusers warns of, where it goes through its own log."""
+    said = []
+    logger = diffusers.utils.logging.get_logger("diffusers")
+    monkeypatch.setattr(
+        logger.__class__, "warning", lambda self, text, *a: said.append(text)
+    )
+    return said
+
+
+@pytest.mark.parametrize("config", EXPORTED.values(), ids=EXPORTED)
+def test_a_pipeline_opens_and_computes_the_same(config, tmp_path, complaints):
+    network = network_of(config)
+    folder = tmp_path / "out"
+    networks.write_folder(folder, network)
+    pipeline = diffusers.DDPMPipeline.from_pretrained(folder)
+    assert not [text for text in complaints if "accelerate" not in text]
+    scheduler, unet = pipeline.scheduler.config, pipeline.unet
+    kinds = {"small": "fixed_small", "large": "fixed_large", "range": "learned_range"}
+    assert scheduler.variance_type == kinds[config.diffusion.variance]
+    names = {"eps": "epsilon", "v": "v_prediction"}
+    assert scheduler.prediction_type == names[config.diffusion.prediction]
+    assert scheduler.clip_sample == config.sample.clip
+    np.testing.assert_allclose(
+        pipeline.scheduler.betas.numpy(), interchange._betas(config), rtol=2e-5
+    )
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 8, 8, config.data.channels)).astype(np.float32)
+    t, label = np.array([3, 900]), np.array([0, 9])
+    labels = config.net.classes > 0
+    more = {"class_labels": torch.tensor(label)} if labels else {}
+    with torch.no_grad():
+        there = unet(torch.tensor(x.transpose(0, 3, 1, 2)), torch.tensor(t), **more)
+    net = build.make_network(config)
+    with jax.default_matmul_precision("highest"):
+        here = jax.jit(net.apply)(
+            {"params": network.params["net"]}, x, t, label if labels else None
+        )
+    there = there.sample.numpy().transpose(0, 2, 3, 1)
+    assert np.abs(here - there).max() < 1e-4 * np.abs(there).max()
+
+
+def test_a_pipeline_draws(tmp_path):
+    networks.write_folder(tmp_path / "out", network_of(small()))
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out")
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(batch_size=2, num_inference_steps=4, output_type="np").images
+    assert images.shape == (2, 8, 8, 1)
+
+
+def test_what_diffusers_saves_again_is_read_back(tmp_path):
+    """Our record is gone, and its own fields are there."""
+    network = network_of(small())
+    networks.write_folder(tmp_path / "out", network)
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out")
+    pipeline.save_pretrained(tmp_path / "again")
+    found = networks.read(networks.find(tmp_path / "again"))
+    jax.tree.map(np.testing.assert_array_equal, found.params, network.params)
+    assert found.config.diffusion == network.config.diffusion
+
+
+@pytest.mark.parametrize("flags", [["--steps", "50"], ["--sampler", "ddpm"]])
+def test_both_draw_the_same_images(flags, tmp_path, capsys):
+    config = replace(small(), "diffusion", schedule="linear", prediction="eps")
+    networks.write_folder(tmp_path / "out", network_of(config))
+    assert compare_diffusers.main([str(tmp_path / "out"), "--count", "2", *flags]) == 0
+    shown = capsys.readouterr().out
+    off = float(re.search(r"largest difference (\S+),", shown)[1])
+    print(shown)
+    assert off < 1e-3
+
+
+def test_other_noise_is_other_images(tmp_path, capsys, monkeypatch):
+    """The comparison can fail."""
+    networks.write_folder(tmp_path / "out", network_of(small()))
+    there = compare_diffusers.draw_there
+
+    def other(folder, config, options):
+        return there(folder, config, dataclasses.replace(options, seed=1))
+
+    monkeypatch.setattr(compare_diffusers, "draw_there", other)
+    compare_diffusers.main([str(tmp_path / "out"), "--steps", "5", "--count", "2"])
+    off = float(re.search(r"difference (\S+),", capsys.readouterr().out)[1])
+    assert off > 0.1
+
+
+def test_configurations_are_those_of_the_library():
+    """Every field is one that it has, and none is left out."""
+    fields = {key: value for key, value in UNET.items() if key[0] != "_"}
+    unet = diffusers.UNet2DModel(**fields | {"block_out_channels": [32] * 4})
+    assert set(fields) == {key for key in unet.config if key[0] != "_"}
+    made = diffusers.DDPMScheduler.from_config(SCHEDULER)
+    assert {k: made.config[k] for k in SCHEDULER if k[0] != "_"} == {
+        k: v for k, v in SCHEDULER.items() if k[0] != "_"
+    }
+    assert type(unet).__name__ == ours.CLASS

@@ -1,0 +1,424 @@
+"""Weights and configurations of the U-Net under the names of others: there and back."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from diffusion_jax.nets import diffusers, unet, weights
+
+Architecture = diffusers.Architecture
+
+SMALL = unet.UNet(channels=8, multipliers=(1, 2), attention=(4,), groups=4, blocks=1)
+NETS = {
+    "small": Architecture(SMALL, 8, 3),
+    "no attention": Architecture(SMALL.clone(attention=()), 8, 3),
+    "three levels": Architecture(
+        SMALL.clone(multipliers=(1, 3, 2), attention=(16, 4), blocks=2), 16, 3
+    ),
+    "learned variance": Architecture(SMALL.clone(out_channels=6), 8, 3),
+    "grey": Architecture(
+        SMALL.clone(out_channels=1, attention=(14,), dropout=0.0), 28, 1
+    ),
+    "labels": Architecture(SMALL.clone(num_classes=5), 8, 3),
+    "variant": Architecture(SMALL.clone(variant="diffusers"), 8, 3),
+}
+TABLES = {
+    "diffusers": None,
+    "average": functools.partial(weights.official_names, average=True),
+    "last": functools.partial(weights.official_names, average=False),
+}
+PAIRS = [
+    (table, net)
+    for table in TABLES
+    for net in NETS
+    if table == "diffusers" or net != "labels"
+]
+BOTH = pytest.mark.parametrize(("table", "name"), PAIRS)
+
+
+@functools.cache
+def shapes(name):
+    net, size, channels = NETS[name]
+    return weights.shapes(net, channels, image_size=size)
+
+
+def names_of(table, name):
+    if table == "diffusers":
+        levels = len(NETS[name].net.multipliers)
+        return weights.diffusers_names(shapes(name), levels)
+    return TABLES[table](shapes(name))
+
+
+def parameters(name):
+    """Parameters of any bits that are numbers: subnormal, huge and -0 among them."""
+    rng = np.random.default_rng(0)
+
+    def draw(shape):
+        bits = rng.integers(2**32, size=shape, dtype=np.uint32)
+        values = bits.view(np.float32)
+        return np.where(np.isfinite(values), values, np.float32(-0.0))
+
+    flat = {key: draw(shape) for key, shape in shapes(name).items()}
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def read(found, table="diffusers", name="small", **options):
+    names = names_of(table, name)
+    return weights.from_tensors(found, names, shapes(name), where="a file", **options)
+
+
+def exported(table="diffusers", name="small"):
+    return weights.to_tensors(parameters(name), names_of(table, name))
+
+
+def assert_same_bits(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert a.dtype == b.dtype == np.float32
+        np.testing.assert_array_equal(a.view(np.uint32), b.view(np.uint32))
+
+
+# Names.
+
+
+@BOTH
+def test_every_tensor_has_a_name_of_its_own(table, name):
+    names = names_of(table, name)
+    assert names.keys() == shapes(name).keys()
+    assert len({place.name for place in names.values()}) == len(names)
+
+
+# All variables below "model/" of the authors' network SMALL, and their shapes.
+RES = "norm1/beta norm1/gamma conv1/W conv1/b temb_proj/W temb_proj/b norm2/beta "
+RES += "norm2/gamma conv2/W conv2/b"
+ATTENTION = "norm/beta norm/gamma q/W q/b k/W k/b v/W v/b proj_out/W proj_out/b"
+SHORTCUT = "nin_shortcut/W nin_shortcut/b"
+OFFICIAL = {
+    "temb": "dense0/W dense0/b dense1/W dense1/b",
+    "conv_in": "W b",
+    "down_0/block_0": RES,
+    "down_0/downsample/conv": "W b",
+    "down_1/block_0": f"{RES} {SHORTCUT}",
+    "down_1/attn_0": ATTENTION,
+    "mid/block_1": RES,
+    "mid/attn_1": ATTENTION,
+    "mid/block_2": RES,
+    "up_1/block_0": f"{RES} {SHORTCUT}",
+    "up_1/attn_0": ATTENTION,
+    "up_1/block_1": f"{RES} {SHORTCUT}",
+    "up_1/attn_1": ATTENTION,
+    "up_1/upsample/conv": "W b",
+    "up_0/block_0": f"{RES} {SHORTCUT}",
+    "up_0/block_1": f"{RES} {SHORTCUT}",
+    "norm_out": "beta gamma",
+    "conv_out": "W b",
+}
+SHAPES = {
+    "temb/dense0/W": (8, 32),
+    "temb/dense1/b": (32,),
+    "conv_in/W": (3, 3, 3, 8),
+    "down_0/downsample/conv/W": (3, 3, 8, 8),
+    "down_1/block_0/conv1/W": (3, 3, 8, 16),
+    "down_1/block_0/temb_proj/W": (32, 16),
+    "down_1/block_0/nin_shortcut/W": (8, 16),
+    "mid/attn_1/proj_out/W": (16, 16),
+    "up_1/block_0/norm1/gamma": (32,),
+    "up_1/block_1/nin_shortcut/W": (24, 16),
+    "up_1/upsample/conv/W": (3, 3, 16, 16),
+    "up_0/block_0/conv1/W": (3, 3, 24, 8),
+    "up_0/block_1/nin_shortcut/W": (16, 8),
+    "conv_out/W": (3, 3, 8, 3),
+}
+
+
+@pytest.mark.parametrize("table", ["average", "last"])
+def test_official_names_are_the_variables_of_the_authors(table):
+    end = "/ExponentialMovingAverage" if table == "average" else ""
+    variables = [f"{at}/{leaf}" for at in OFFICIAL for leaf in OFFICIAL[at].split()]
+    found = exported(table)
+    assert set(found) == {f"model/{variable}{end}" for variable in variables}
+    for variable, shape in SHAPES.items():
+        assert found[f"model/{variable}{end}"].shape == shape
+
+
+def test_the_authors_have_no_labels(refuses):
+    with refuses("num_classes"):
+        names_of("average", "labels")
+
+
+def before(name):
+    """A tensor of an attention as releases before 0.18 named it; others as they are."""
+    if ".attentions." not in name or ".group_norm." in name:
+        return name
+    head, _, rest = name.partition(".to_")
+    part, leaf = rest.replace("out.0", "out").split(".")
+    old = {"q": "query", "k": "key", "v": "value", "out": "proj_attn"}
+    return f"{head}.{old[part]}.{leaf}"
+
+
+def test_old_names_of_attentions_are_understood():
+    today = exported(name="three levels")
+    old = {before(name): tensor for name, tensor in today.items()}
+    # Attention in two levels: twice on the way down, three times up; and the middle.
+    assert len(old.keys() - today.keys()) == 8 * (2 * (2 + 3) + 1)
+    assert weights.renamed(old).keys() == today.keys()
+    assert weights.renamed(today).keys() == today.keys()
+    params = read(weights.renamed(old), name="three levels")
+    assert_same_bits(params, parameters("three levels"))
+
+
+# Values.
+
+
+@BOTH
+def test_import_after_export_is_the_identity(table, name):
+    found = exported(table, name)
+    for tensor in found.values():
+        assert tensor.flags.c_contiguous
+    assert_same_bits(read(found, table, name), parameters(name))
+
+
+@BOTH
+def test_export_after_import_is_the_identity(table, name):
+    found = exported(table, name)
+    again = weights.to_tensors(read(found, table, name), names_of(table, name))
+    assert_same_bits(again, found)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_half_precision_comes_in_exactly(dtype):
+    rng = np.random.default_rng(0)
+    names = names_of("diffusers", "small")
+    shapes = {key: tensor.shape for key, tensor in exported().items()}
+    found = {key: rng.normal(size=shapes[key]).astype(dtype) for key in shapes}
+    params = read(found)
+    for key, tensor in weights.to_tensors(params, names).items():
+        assert tensor.dtype == np.float32
+        np.testing.assert_array_equal(tensor.astype(dtype), found[key])
+        np.testing.assert_array_equal(tensor, found[key].astype(np.float64))
+
+
+@pytest.mark.parametrize("table", ["average", "last"])
+def test_variables_of_training_are_left_out(table):
+    params, last = parameters("small"), exported("last")
+    slots = ("Adam", "Adam_1", "ExponentialMovingAverage")
+    beside = {f"{key}/{slot}": -last[key] for key in last for slot in slots}
+    alone = {
+        key: np.float32(1.0) for key in ("beta1_power", "beta2_power", "global_step")
+    }
+    alone["global_step"] = np.int64(790_000)
+    found = {**last, **beside, **alone, **exported(table)}
+    others = weights.official_others(shapes("small"))
+    assert_same_bits(read(found, table, ignore=others), params)
+    with pytest.raises(ValueError) as caught:
+        read(found, table)
+    assert "global_step" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    ["model/conv_in/V", "model/down_2/block_0/conv1/W", "model/mid/attn_2/q/b/Adam"],
+)
+def test_other_variables_are_not_left_out(unknown, refuses):
+    found = {**exported("average"), unknown: np.zeros(3, np.float32)}
+    others = weights.official_others(shapes("small"))
+    with refuses(unknown):
+        read(found, "average", ignore=others)
+
+
+def test_all_that_is_wrong_is_named_at_once(refuses):
+    found = exported()
+    missing = ["conv_in.bias", "mid_block.attentions.0.to_q.weight"]
+    for name in missing:
+        del found[name]
+    unknown = ["conv_in.scale", "up_blocks.7.resnets.0.conv1.bias"]
+    found |= {name: np.zeros(3, np.float32) for name in unknown}
+    # Of the shape that is ours, but for the order of axes.
+    found["conv_in.weight"] = found["conv_in.weight"].transpose(2, 3, 1, 0)
+    shortcut = "down_blocks.1.resnets.0.conv_shortcut.weight"
+    found[shortcut] = found[shortcut][:, :, 0, 0]
+    of_type = {
+        "time_embedding.linear_1.bias": np.float64,
+        "time_embedding.linear_2.bias": np.int32,
+    }
+    for name, dtype in of_type.items():
+        found[name] = np.zeros(found[name].shape, dtype)
+    for name, value in {"conv_out.bias": np.nan, "conv_norm_out.bias": np.inf}.items():
+        found[name] = found[name].copy()
+        found[name][1] = value
+    with pytest.raises(ValueError) as caught:
+        read(found)
+    lines = (
+        *(f"missing: {name}" for name in missing),
+        *(f"unknown: {name}" for name in unknown),
+        "wrong: conv_in.weight (3, 3, 3, 8), not (8, 3, 3, 3)",
+        f"wrong: {shortcut} (16, 8), not (16, 8, 1, 1)",
+        *(f"wrong: {name} of {np.dtype(dtype)}" for name, dtype in of_type.items()),
+        "wrong: conv_out.bias with values that are not finite",
+        "wrong: conv_norm_out.bias with values that are not finite",
+    )
+    with refuses(f"{len(lines)} that do not fit"):
+        raise caught.value
+    for line in lines:
+        assert line in str(caught.value)
+
+
+# Configurations.
+
+
+def config(**fields):
+    """That of the network SMALL, with other fields."""
+    return {**diffusers.write_config(SMALL, 3, image_size=8), **fields}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_configuration_comes_back_through_json(name):
+    net, size, channels = NETS[name]
+    written = diffusers.write_config(net, channels, image_size=size)
+    text = json.dumps(written)
+    assert diffusers.read_config(json.loads(text), where="a file") == NETS[name]
+    assert json.loads(text).keys() - {"_class_name", "_diffusers_version"} == set(
+        diffusers._DEFAULTS
+    )
+
+
+def test_configuration_says_which_constants():
+    fields = ("norm_eps", "freq_shift", "flip_sin_to_cos", "downsample_padding")
+    fields += ("attention_head_dim",)
+    net = NETS["variant"].net
+    said = diffusers.write_config(net, 3, image_size=8)
+    assert [config()[field] for field in fields] == [1e-6, 1, False, 0, None]
+    assert [said[field] for field in fields] == [1e-5, 0, True, 1, 8]
+    assert diffusers.read_config(said, where="a file").net.variant == "diffusers"
+
+
+def test_fields_that_are_missing_are_those_of_diffusers():
+    """The head of attention is what comes of its defaults, 8 channels wide."""
+    short = {"_class_name": "UNet2DModel", "sample_size": 16}
+    net = unet.UNet(
+        channels=224,
+        multipliers=(1, 2, 3, 4),
+        attention=(8, 4, 2),
+        dropout=0.0,
+        variant="diffusers",
+    )
+    assert diffusers.read_config(short, where="a file") == Architecture(net, 16, 3)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"act_fn": "swish"},
+        {"sample_size": [8, 8]},
+        {"sample_size": (8, 8)},
+        {"time_embedding_dim": 32},
+        {"attn_norm_num_groups": 4},
+        {"mid_block_scale_factor": 1.0},
+        {"num_train_timesteps": 1000},
+        {"_name_or_path": "here", "_commit": 7},
+        {
+            "down_block_types": ["UNetResDownBlock2D", "UNetResAttnDownBlock2D"],
+            "up_block_types": ["UNetResAttnUpBlock2D", "UNetResUpBlock2D"],
+        },
+    ],
+    ids=str,
+)
+def test_other_words_for_the_same_are_understood(fields):
+    assert diffusers.read_config(config(**fields), where="a file") == NETS["small"]
+
+
+# Each is refused by itself, and all together.
+UNSUPPORTED = [
+    {"center_input_sample": True},
+    {"time_embedding_type": "fourier"},
+    {"time_embedding_dim": 64},
+    {"mid_block_type": None},
+    {"mid_block_scale_factor": 2},
+    {"downsample_type": "resnet"},
+    {"upsample_type": "resnet"},
+    {"act_fn": "gelu"},
+    {"attn_norm_num_groups": 2},
+    {"resnet_time_scale_shift": "scale_shift"},
+    {"add_attention": False},
+    {"class_embed_type": "timestep"},
+    {"out_channels": 4},
+    {"cross_attention_dim": 768},
+    {"norm_eps": 1e-4},
+    {"freq_shift": 0},
+    {"flip_sin_to_cos": True},
+    {"downsample_padding": 1},
+    {"attention_head_dim": 8},
+    {"block_out_channels": [8, 12]},
+    {"down_block_types": ["DownBlock2D", "SkipDownBlock2D"]},
+    {"up_block_types": ["SkipUpBlock2D", "UpBlock2D"]},
+    {"sample_size": [8, 16]},
+    {"sample_size": 7},
+    {"sample_size": None},
+]
+
+
+@pytest.mark.parametrize("fields", UNSUPPORTED, ids=str)
+def test_what_we_lack_is_refused(fields, refuses):
+    (name,) = fields
+    with refuses(name):
+        diffusers.read_config(config(**fields), where="a file")
+
+
+def test_all_that_we_lack_is_named_at_once(refuses):
+    fields = {name: value for each in UNSUPPORTED for name, value in each.items()}
+    with pytest.raises(ValueError) as caught:
+        diffusers.read_config(config(**fields), where="a file")
+    for name in fields:
+        with refuses(name):
+            raise caught.value
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"up_block_types": ["UpBlock2D", "AttnUpBlock2D"]},
+        {"up_block_types": ["UpBlock2D", "UpBlock2D"]},
+        {"down_block_types": ["DownBlock2D", "DownBlock2D"]},
+    ],
+    ids=str,
+)
+def test_attention_has_to_be_the_same_on_both_ways(fields, refuses):
+    with refuses("elsewhere than down_block_types"):
+        diffusers.read_config(config(**fields), where="a file")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"down_block_types": ["DownBlock2D"] * 3},
+        {"up_block_types": ["UpBlock2D"]},
+        {"block_out_channels": [8, 16, 16]},
+    ],
+    ids=str,
+)
+def test_every_level_has_a_kind(fields, refuses):
+    with refuses("a level"):
+        diffusers.read_config(config(**fields), where="a file")
+
+
+@pytest.mark.parametrize("kind", ["UNet2DConditionModel", "DDPMPipeline", None, 3])
+def test_another_class_is_refused(kind, refuses):
+    with refuses(f"the class {kind!r}"):
+        diffusers.read_config(config(_class_name=kind), where="a file")
+    nameless = {key: value for key, value in config().items() if key[0] != "_"}
+    with refuses("the class None"):
+        diffusers.read_config(nameless, where="a file")
+
+
+def test_what_diffusers_lacks_is_named_at_once(refuses):
+    net = SMALL.clone(multipliers=(2, 1), fourier=(7,))
+    with pytest.raises(ValueError) as caught:
+        diffusers.write_config(net, 3, image_size=8)
+    for lacking in ("fourier (7,)", "multipliers (2, 1)"):
+        with refuses(lacking):
+            raise caught.value
