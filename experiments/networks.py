@@ -74,6 +74,8 @@ def find(path: str | os.PathLike[str]) -> Found | None:
       ValueError: a file that should hold one, and is damaged or of another kind.
     """
     path = Path(path)
+    if path.name == "unet" and (path.parent / "model_index.json").is_file():
+        path = path.parent  # the scheduler belongs to it
     if path.is_dir():
         return Found(path, "diffusers") if _is_diffusers(path) else None
     try:
@@ -125,7 +127,9 @@ def read(found: Found, *, progress: bool = False) -> Network:
     """
     config = read_config(found)
     if found.kind == "diffusers":
-        _, about = _folder(found.path)
+        _, about, note = _folder(found.path)
+        if note:
+            print(f"note: {note}")
         stored = tensor_files.read(_tensors_of(found.path), progress=progress)
         own = _shapes(config)
         names = weights.diffusers_names(own, len(config.net.multipliers))
@@ -285,8 +289,8 @@ def _record(path: Path) -> tuple[Config, About]:
     return dataclasses.replace(config, name=_plain(path.stem)), about
 
 
-def _folder(path: Path) -> tuple[Config, About]:
-    """Returns what is known of a folder for diffusers."""
+def _folder(path: Path) -> tuple[Config, About, str | None]:
+    """Returns what is known of a folder for diffusers, and what is to be said of it."""
     unet = _json(_first(path, "unet/config.json", "config.json"))
     there = [
         path / name
@@ -297,16 +301,21 @@ def _folder(path: Path) -> tuple[Config, About]:
     name = _plain(path.resolve().name)
     config = interchange.from_diffusers(unet, scheduler, name=name, where=str(path))
     about = About("released", None, f"the diffusers folder {name}", {})
-    if scheduler is None:
-        about = about._replace(origin=f"{about.origin}, without a scheduler")
     record = path / RECORD
-    if not record.is_file():
-        return config, about
-    ours, known = _parse(record.read_text(), record)
-    # Ours says more, as long as it says the same.
-    if interchange.to_diffusers(ours) != (unet, scheduler):
-        return config, about._replace(origin=f"{about.origin}, changed since export")
-    return dataclasses.replace(ours, name=name), known
+    if record.is_file():
+        ours, known = _parse(record.read_text(), record)
+        # Ours says more, as long as it says the same.
+        if interchange.to_diffusers(ours) == (unet, scheduler):
+            return dataclasses.replace(ours, name=name), known, None
+        note = f"{record} is no more what the folder is: read without it"
+        return config, about, note
+    if scheduler is None:
+        note = (
+            f"{path} has no scheduler_config.json: taken for the paper's diffusion, "
+            "T = 1000, linear, eps, and the small variance"
+        )
+        return config, about, note
+    return config, about, None
 
 
 def _first(path: Path, *names: str) -> Path:

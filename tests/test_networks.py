@@ -104,14 +104,25 @@ def test_a_folder_without_our_record_gives_back_what_is_computed(config, tmp_pat
     assert (found.about.weights, found.about.step) == ("released", None)
 
 
-def test_a_folder_that_was_changed_is_read_as_it_is_now(tmp_path):
+def test_a_folder_that_was_changed_is_read_as_it_is_now(tmp_path, capsys):
     networks.write_folder(tmp_path / "out", network_of(small()))
     path = tmp_path / "out" / "scheduler" / "scheduler_config.json"
     values = json.loads(path.read_text()) | {"clip_sample": False}
     path.write_text(json.dumps(values))
     found = read(tmp_path / "out")
     assert found.config.sample.clip is False
-    assert "changed since" in found.about.origin
+    assert "is no more what the folder is" in capsys.readouterr().out
+
+
+def test_a_network_alone_is_taken_for_the_papers_and_that_is_said(tmp_path, capsys):
+    networks.write_folder(tmp_path / "out", network_of(small()))
+    pipeline = networks.find(tmp_path / "out")
+    assert networks.find(tmp_path / "out" / "unet") == pipeline
+    (tmp_path / "out" / "unet").rename(tmp_path / "alone")
+    found = read(tmp_path / "alone").config.diffusion
+    assert "has no scheduler_config.json" in capsys.readouterr().out
+    assert (found.schedule, found.beta_end, found.num_steps) == ("linear", 0.02, 1000)
+    assert (found.prediction, found.variance) == ("eps", "small")
 
 
 def test_a_folder_of_the_first_releases_is_read(tmp_path):
