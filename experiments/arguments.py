@@ -10,7 +10,7 @@ from typing import Any
 
 import tyro
 
-from experiments import config, initial, runs, validation
+from experiments import config, initial, validation
 from experiments.configs import EXPERIMENTS
 
 # What a user can mend. Such an error is shown as it is, without a traceback.
@@ -53,8 +53,7 @@ def parse(argv: Sequence[str], *, prog: str) -> config.Config:
     chosen = read(experiment.config)
     if chosen.init_from is not None:
         # Flags replace what the weights say, and the weights what the experiment says.
-        given = runs.read_config(runs.find(chosen.init_from))
-        chosen = read(initial.like(experiment.config, given))
+        chosen = read(initial.like(experiment.config, initial.given(chosen)))
     validation.validate(chosen)
     validation.of_training(chosen)
     return chosen

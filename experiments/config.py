@@ -219,7 +219,6 @@ class Config:
 MAY_CHANGE = (
     "name",
     "output",
-    "init_from",
     "data.path",
     "data.download",
     "net.conv",

@@ -23,6 +23,22 @@ _SHAPING = (
 )
 
 
+def given(config: Config) -> Config:
+    """Returns what the network and its diffusion are by the weights to start from.
+
+    A run that has begun knows it, and needs the weights no more.
+
+    Raises:
+      ConfigError: there are no such weights.
+    """
+    run = runs.of(config)
+    if runs.has_checkpoint(run) and run.config.is_file():
+        begun = runs.read_config(run)
+        if begun.init_from == config.init_from:
+            return begun
+    return runs.read_config(_source(config))
+
+
 def like(experiment: Config, given: Config) -> Config:
     """Returns an experiment of the same network and diffusion as given weights have.
 
@@ -50,7 +66,7 @@ def params(config: Config) -> Any:
     """
     if config.init_from is None:
         return None
-    source = runs.find(config.init_from)
+    source = _source(config)
     given = runs.read_config(source)
     wrong = [
         f"{section}.{name} {old}, not {new}"
@@ -82,3 +98,11 @@ def params(config: Config) -> Any:
             "Leave out these flags: what they say is as it was there."
         )
     return weights.load(given, source, Weights())[0]
+
+
+def _source(config: Config) -> runs.Run:
+    try:
+        return runs.find(config.init_from)
+    except ConfigError as error:
+        # Which other commands call RUN.
+        raise ConfigError(str(error).replace("RUN must", "init_from must", 1)) from None

@@ -294,5 +294,22 @@ def test_another_network_is_refused(flags, got, file, refuses):
 
 
 def test_weights_that_are_not_there_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="RUN must be"):
+    with pytest.raises(ConfigError, match="init_from must be"):
         parsed("--init-from", str(tmp_path / "nothing"))
+
+
+def test_a_run_that_has_begun_goes_on_without_the_weights(file, tmp_path):
+    flags = ["--init-from", str(file), "--output", str(tmp_path), "--name", "tuned"]
+    config = parsed(*flags)
+    made = runs.of(config)
+    with checkpoint.open_folder(made.checkpoints) as manager:
+        state, _ = train.start(config, made, parallel.make_mesh(1), manager)
+        checkpoint.save(manager, 3, state, {"pending": []})
+        checkpoint.wait(manager)
+    file.unlink()
+    again = parsed(*flags)
+    assert again == config
+    train.check_same_run(again, made)
+    # Another start is another run.
+    with pytest.raises(ConfigError, match="init_from: .*given.safetensors -> None"):
+        train.check_same_run(dataclasses.replace(config, init_from=None), made)
