@@ -80,14 +80,21 @@ def find(path: str | None, output: str = "runs") -> Run:
             return Run(folder, network)
     network = networks.find(path)
     if network is not None:
-        place = network.path
-        return Run(place if place.is_dir() else place.with_suffix(""), network)
+        return Run(_beside(network.path), network)
     known = ", ".join(sorted(p.parent.name for p in Path(output).glob("*/config.json")))
     raise config.ConfigError(
         "RUN must be a folder that training wrote, or a network in a file; got "
         f"{path!r}, which is none. Runs in {output}/: "
         f"{known or 'none, run `make train` first'}."
     )
+
+
+def _beside(network: Path) -> Path:
+    """Returns the folder that takes what is drawn with a network."""
+    if network.is_dir():
+        return network
+    named = network.with_suffix("")
+    return named if named != network else network.with_name(f"{network.name}_drawn")
 
 
 def has_checkpoint(run: Run) -> bool:

@@ -98,6 +98,13 @@ def test_what_is_drawn_goes_beside_the_file(file, capsys):
     assert f"{folder}: averaged weights of step 12" in capsys.readouterr().out
 
 
+def test_a_file_of_any_name_has_a_folder_beside_it(file):
+    for name, folder in (("a.b.safetensors", "a.b"), ("plain", "plain_drawn")):
+        path = file.rename(file.with_name(name))
+        assert runs.find(str(path)).folder == path.with_name(folder)
+        file = path
+
+
 def test_the_last_weights_are_converted_when_asked_for(run, tmp_path):
     out = tmp_path / "raw.safetensors"
     assert convert.main([str(run.folder), str(out), "--raw"]) == 0
