@@ -300,7 +300,10 @@ def _folder(path: Path) -> tuple[Config, About, str | None]:
     scheduler = _json(there[0]) if there else None
     name = _plain(path.resolve().name)
     config = interchange.from_diffusers(unet, scheduler, name=name, where=str(path))
-    about = About("released", None, f"the diffusers folder {name}", {})
+    # Averages of diffusers' own training say how many updates they have seen.
+    step = unet.get("optimization_step")
+    words = "released" if step is None else "averaged"
+    about = About(words, step, f"the diffusers folder {name}", {})
     record = path / RECORD
     if record.is_file():
         ours, known = _parse(record.read_text(), record)

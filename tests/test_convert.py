@@ -318,5 +318,5 @@ def test_a_run_that_has_begun_goes_on_without_the_weights(file, tmp_path):
     assert again == config
     train.check_same_run(again, made)
     # Another start is another run.
-    with pytest.raises(ConfigError, match="init_from: .*given.safetensors -> None"):
+    with pytest.raises(ConfigError, match=r"init_from: .*given\.safetensors -> None"):
         train.check_same_run(dataclasses.replace(config, init_from=None), made)

@@ -321,6 +321,9 @@ def test_fields_that_are_missing_are_those_of_diffusers():
         {"mid_block_scale_factor": 1.0},
         {"num_train_timesteps": 1000},
         {"_name_or_path": "here", "_commit": 7},
+        # Of averaged weights, from diffusers' own training script.
+        {"decay": 0.9999, "inv_gamma": 1.0, "min_decay": 0.0, "power": 2 / 3},
+        {"optimization_step": 9, "update_after_step": 0, "use_ema_warmup": True},
         {
             "down_block_types": ["UNetResDownBlock2D", "UNetResAttnDownBlock2D"],
             "up_block_types": ["UNetResAttnUpBlock2D", "UNetResUpBlock2D"],
@@ -347,6 +350,7 @@ UNSUPPORTED = [
     {"add_attention": False},
     {"class_embed_type": "timestep"},
     {"out_channels": 4},
+    {"out_channels": 9},
     {"cross_attention_dim": 768},
     {"norm_eps": 1e-4},
     {"freq_shift": 0},
@@ -364,6 +368,29 @@ UNSUPPORTED = [
 
 @pytest.mark.parametrize("fields", UNSUPPORTED, ids=str)
 def test_what_we_lack_is_refused(fields, refuses):
+    (name,) = fields
+    with refuses(name):
+        diffusers.read_config(config(**fields), where="a file")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"in_channels": each} for each in (None, 0, -1, 1.5, True, "3", [3])),
+        {"out_channels": None},
+        {"layers_per_block": [1, 2]},
+        {"norm_num_groups": None},
+        {"num_class_embeds": "five"},
+        {"dropout": "little"},
+        {"sample_size": [[8]]},
+        {"sample_size": []},
+        *({"block_out_channels": each} for each in (None, [], 8, [[8]], [0, 8])),
+        {"down_block_types": None},
+        {"up_block_types": 3},
+    ],
+    ids=str,
+)
+def test_values_of_another_kind_are_refused(fields, refuses):
     (name,) = fields
     with refuses(name):
         diffusers.read_config(config(**fields), where="a file")

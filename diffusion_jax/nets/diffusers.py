@@ -58,6 +58,18 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "add_attention": (True,),
     "class_embed_type": (None,),
 }
+# How an average of weights was made, which diffusers' EMAModel writes beside them.
+_AVERAGE = (
+    "decay",
+    "inv_gamma",
+    "min_decay",
+    "optimization_step",
+    "power",
+    "update_after_step",
+    "use_ema_warmup",
+)
+_COUNTS = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups")
+_LISTS = ("block_out_channels", "down_block_types", "up_block_types")
 _PLAIN, _ATTENTION = ("DownBlock2D", "UpBlock2D"), ("AttnDownBlock2D", "AttnUpBlock2D")
 
 
@@ -98,14 +110,18 @@ def read_config(config: Mapping[str, Any], *, where: str) -> Architecture:
             f"{where} must describe a {CLASS}; got the class {kind!r}. Networks of "
             "other families do not fit this U-Net."
         )
-    given = {k: v for k, v in config.items() if not k.startswith("_")}
+    given = {
+        name: value
+        for name, value in config.items()
+        if not name.startswith("_") and name not in _AVERAGE
+    }
     values = {**_DEFAULTS, **given}
     wrong = [f"{name} {given[name]!r}" for name in given if name not in _DEFAULTS]
     for name, allowed in _FIXED.items():
         if values[name] not in allowed:
             wrong.append(f"{name} {values[name]!r}, not {allowed[0]!r}")
-    widths, size = tuple(values["block_out_channels"]), _side(values["sample_size"])
-    wrong += _wrong_shape(values, widths, size)
+    size = _side(values["sample_size"])
+    wrong += _wrong_kinds(values) or _wrong_shape(values, size)
     variant = _variant(values)
     if variant is None:
         wrong.append(_wrong_constants(values))
@@ -114,6 +130,7 @@ def read_config(config: Mapping[str, Any], *, where: str) -> Architecture:
             f"{where} must have only what this U-Net supports; got {'; '.join(wrong)}. "
             "Such a network cannot be converted: train one without these."
         )
+    widths = values["block_out_channels"]
     attended = [kind.endswith(_ATTENTION[0]) for kind in values["down_block_types"]]
     net = UNet(
         out_channels=values["out_channels"],
@@ -173,24 +190,50 @@ def write_config(net: UNet, channels: int, *, image_size: int) -> dict[str, Any]
     }
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
 def _side(size: Any) -> int:
     """Returns the pixels a side of square images; 0 where they are not."""
-    sides = set(size) if isinstance(size, list | tuple) else {size}
-    side = sides.pop() if len(sides) == 1 else 0
-    return side if isinstance(side, int) else 0
+    sides = size if isinstance(size, list | tuple) else [size]
+    square = len(sides) in (1, 2) and sides[0] == sides[-1]
+    return sides[0] if square and _is_count(sides[0]) else 0
 
 
-def _wrong_shape(
-    values: Mapping[str, Any], widths: tuple[int, ...], size: int
-) -> list[str]:
+def _wrong_kinds(values: Mapping[str, Any]) -> list[str]:
+    """Returns what is no number or no list where there has to be one."""
+    wrong = [
+        f"{name} {values[name]!r}, not a whole number above 0"
+        for name in _COUNTS
+        if not _is_count(values[name])
+    ]
+    wrong += [
+        f"{name} {values[name]!r}, not a list with an entry a level"
+        for name in _LISTS
+        if not (isinstance(values[name], list | tuple) and values[name])
+    ]
+    widths = values["block_out_channels"]
+    if isinstance(widths, list | tuple) and not all(map(_is_count, widths)):
+        wrong.append(f"block_out_channels {widths!r}, not whole numbers above 0")
+    classes, dropout = values["num_class_embeds"], values["dropout"]
+    if not (classes is None or _is_count(classes)):
+        wrong.append(f"num_class_embeds {classes!r}, not null or a number above 0")
+    if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
+        wrong.append(f"dropout {dropout!r}, not a share below 1")
+    return wrong
+
+
+def _wrong_shape(values: Mapping[str, Any], size: int) -> list[str]:
     """Returns what of widths, blocks and sizes our network cannot have."""
+    widths, channels = values["block_out_channels"], values["in_channels"]
     wrong = []
     if not size or size % 2 ** (len(widths) - 1):
         wrong.append(
             f"sample_size {values['sample_size']!r}, not one number that is a multiple "
             f"of {2 ** (len(widths) - 1)}"
         )
-    if not widths or any(width % widths[0] for width in widths):
+    if any(width % widths[0] for width in widths):
         wrong.append(f"block_out_channels {list(widths)}, not multiples of the first")
     for way, kinds in enumerate(zip(_PLAIN, _ATTENTION, strict=True)):
         name = ("down_block_types", "up_block_types")[way]
@@ -204,12 +247,12 @@ def _wrong_shape(
     )
     if down != up[::-1]:
         wrong.append("up_block_types with attention elsewhere than down_block_types")
-    if widths and values["time_embedding_dim"] not in (None, 4 * widths[0]):
+    if values["time_embedding_dim"] not in (None, 4 * widths[0]):
         wrong.append(f"time_embedding_dim {values['time_embedding_dim']}, not null")
     groups = values["attn_norm_num_groups"]
     if groups not in (None, values["norm_num_groups"]):
         wrong.append(f"attn_norm_num_groups {groups}, not null")
-    if values["out_channels"] % values["in_channels"]:
+    if values["out_channels"] not in (channels, 2 * channels):
         wrong.append(f"out_channels {values['out_channels']}, not in_channels or twice")
     return wrong
 

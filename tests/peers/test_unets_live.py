@@ -26,6 +26,7 @@ from diffusion_jax.nets import diffusers, weights
 
 torch = pytest.importorskip("torch")
 peer = pytest.importorskip("diffusers")
+training_utils = pytest.importorskip("diffusers.training_utils")
 
 # As in the file, but for the true size and number of blocks where there it is smaller.
 LARGE = golden.config(256, (8, 8, 16, 16, 32, 32), (4,), blocks=2)
@@ -147,6 +148,17 @@ def test_old_names_of_attentions_are_what_diffusers_takes_them_for(tmp_path):
     for key, tensor in theirs.items():
         np.testing.assert_array_equal(ours[key], tensor.numpy())
         np.testing.assert_array_equal(ours[key], today[key])
+
+
+def test_averages_of_its_training_script_are_read(tmp_path):
+    """In the folder unet_ema, whose configuration also says how they were made."""
+    net = initialised(CASES["labels"])
+    average = training_utils.EMAModel(
+        net.parameters(), model_cls=peer.UNet2DModel, model_config=net.config
+    )
+    average.save_pretrained(tmp_path)
+    _, _, _, found = imported(tmp_path)
+    assert found.keys() == net.state_dict().keys()
 
 
 def test_fields_that_are_missing_mean_what_diffusers_takes_them_for():
