@@ -1,5 +1,6 @@
 """The command line: an experiment's name, then its fields as flags."""
 
+import dataclasses
 import inspect
 import logging
 import os
@@ -50,10 +51,11 @@ def parse(argv: Sequence[str], *, prog: str) -> config.Config:
             f"Other experiments, to be named before the first flag: {others}.",
         )
 
-    chosen = read(experiment.config)
+    chosen = initial.resolved(read(experiment.config))
     if chosen.init_from is not None:
         # Flags replace what the weights say, and the weights what the experiment says.
-        chosen = read(initial.like(experiment.config, initial.given(chosen)))
+        default = initial.like(experiment.config, initial.given(chosen))
+        chosen = dataclasses.replace(read(default), init_from=chosen.init_from)
     validation.validate(chosen)
     validation.of_training(chosen)
     return chosen

@@ -1,8 +1,10 @@
 """The model card: the README.md of a network that is given away."""
 
+import shlex
 from typing import Any
 
 from experiments.config import UNKNOWN, Config
+from experiments.records import public_source
 
 
 def write(config: Config, about: Any, name: str, digest: str, count: int) -> str:
@@ -16,13 +18,15 @@ def write(config: Config, about: Any, name: str, digest: str, count: int) -> str
       count: how many weights there are.
     """
     data, d, net = config.data, config.diffusion, config.net
-    kind = "conditional" if net.classes else "unconditional"
-    trained = data.source != UNKNOWN
     step = "" if about.step is None else f" of step {about.step:,}"
     colours = {1: "grey", 3: "RGB"}[data.channels]
     rows = {
         "images": f"{data.image_size}x{data.image_size}, {colours}",
-        "data": data.source if trained else "not stated by whoever trained it",
+        "data": (
+            "not stated by whoever trained it"
+            if data.source == UNKNOWN
+            else public_source(data.source)
+        ),
         "weights": f"{about.weights}{step}, float32",
         "origin": about.origin,
         "SHA-256": f"`{digest}`",
@@ -37,16 +41,16 @@ def write(config: Config, about: Any, name: str, digest: str, count: int) -> str
         rows["classes"] = f"{net.classes}" + (
             ", and a last row for none" if net.label_dropout else ""
         )
-    if trained:
+    if about.recipe:
         rows["training"] = _training(config)
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items())
+    tag = "unconditional-image-generation"
+    head = "" if net.classes else f"pipeline_tag: {tag}\n"
     return f"""---
 library_name: diffusers
-pipeline_tag: {kind}-image-generation
-tags:
+{head}tags:
 - diffusers
 - ddpm
-- {kind}-image-generation
 - diffusion_jax
 ---
 
@@ -104,23 +108,31 @@ def _use(config: Config, name: str) -> str:
     if config.net.classes:
         first = f"""from diffusers import UNet2DModel
 
-net = UNet2DModel.from_pretrained("{name}", subfolder="unet")
+net = UNet2DModel.from_pretrained({name!r}, subfolder="unet")
 # net(x, t, class_labels=...): DDPMPipeline itself knows no labels"""
     else:
         first = f"""from diffusers import DDPMPipeline
 
-images = DDPMPipeline.from_pretrained("{name}")(batch_size=4).images"""
+images = DDPMPipeline.from_pretrained({name!r})(batch_size=4).images"""
     return f"""```python
 {first}
 ```
 
 ```
-python -m experiments.sample {name}     # with diffusion_jax
+python -m experiments.sample {shlex.quote(name)}     # with diffusion_jax
 ```"""
 
 
 def _scores(scores: dict[str, dict[str, str]]) -> str:
     if not scores:
-        return "None were measured of these weights."
-    rows = (f"| {name} | {s['value']} | {s['of']} |" for name, s in scores.items())
+        return "None are recorded here."
+    rows = (
+        f"| {_cell(name)} | {_cell(s['value'])} | {_cell(s['of'])} |"
+        for name, s in scores.items()
+    )
     return "\n".join(["| | | of |", "|---|---|---|", *rows])
+
+
+def _cell(text: str) -> str:
+    """Returns text that does not end a cell of a table."""
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,6 +1,9 @@
 """The configuration of an experiment: frozen dataclasses, to and from JSON."""
 
 import dataclasses
+import json
+import math
+import reprlib
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -259,35 +262,30 @@ def from_dict(
       partial: whether fields may be missing, and then have their defaults.
 
     Raises:
-      ConfigError: a key that no field has, a field without a key, or an unknown name,
-        as when another version wrote it.
+      ConfigError: a key that no field has, a field without a key, an unknown name, or
+        values of another type than their fields, all of which are named: as when
+        another version wrote them, or the file is damaged.
+
+    >>> from_dict({"net": {"blocks": None}}, partial=True)
+    Traceback (most recent call last):
+    experiments.config.ConfigError: each value of Config must be of its field's type;
+    got net.blocks null, not a whole number. Correct the file, or restore it.
     """
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
+    wrong: list[tuple[str, str, str]] = []
+    found = _read(values, cls, "", partial, wrong)
+    if not wrong:
+        return found
+    key, must, got = wrong[0]
+    if len(wrong) == 1 and must.startswith("one of "):
         raise ConfigError(
-            f"the fields of {cls.__name__} must be among {', '.join(hints)}; got "
-            f"{', '.join(unknown)}. Read the file with the version that wrote it."
+            f"{key} must be {must}; got {got}. Read the file with the version that "
+            "wrote it."
         )
-    missing = sorted(set(hints) - set(values))
-    if missing and not partial:
-        raise ConfigError(
-            f"all fields of {cls.__name__} must be there; got none of "
-            f"{', '.join(missing)}. Read the file with the version that wrote it."
-        )
-    fields = {}
-    for key, value in values.items():
-        allowed = _names(hints[key])
-        if allowed and value not in allowed:
-            raise ConfigError(
-                f"{key} must be one of {', '.join(map(str, allowed))}; got {value!r}. "
-                "Read the file with the version that wrote it."
-            )
-        if dataclasses.is_dataclass(hints[key]):
-            fields[key] = from_dict(value, hints[key], partial=partial)
-        else:
-            fields[key] = tuple(value) if isinstance(value, list) else value
-    return cls(**fields)
+    said = "; ".join(f"{key} {got}, not {must}" for key, must, got in wrong)
+    raise ConfigError(
+        f"each value of {cls.__name__} must be of its field's type; got {said}. "
+        "Correct the file, or restore it."
+    )
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -312,13 +310,102 @@ def micro_batches(config: Config) -> int:
     return config.train.accumulate
 
 
-def _names(hint: Any) -> tuple[Any, ...]:
-    """The values that a Literal, or a Literal or None, allows; none for other types."""
+def _read(
+    values: Any,
+    cls: Any,
+    prefix: str,
+    partial: bool,
+    wrong: list[tuple[str, str, str]],
+) -> Any:
+    """Returns the dataclass that JSON's values are of; None where some are wrong.
+
+    What is wrong is added to a list, as (field, what it must be, what was got).
+    """
+    if not isinstance(values, dict):
+        where = prefix.rstrip(".") or "the whole"
+        wrong.append((where, "an object with fields", _shown(values)))
+        return None
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ConfigError(
+            f"the fields of {cls.__name__} must be among {', '.join(hints)}; got "
+            f"{', '.join(unknown)}. Read the file with the version that wrote it."
+        )
+    missing = sorted(set(hints) - set(values))
+    if missing and not partial:
+        raise ConfigError(
+            f"all fields of {cls.__name__} must be there; got none of "
+            f"{', '.join(missing)}. Read the file with the version that wrote it."
+        )
+    before, fields = len(wrong), {}
+    for name, value in values.items():
+        hint, key = hints[name], prefix + name
+        if dataclasses.is_dataclass(hint):
+            fields[name] = _read(value, hint, f"{key}.", partial, wrong)
+        elif not _fits(value, hint):
+            wrong.append((key, _words(hint), _shown(value)))
+        elif isinstance(value, list):
+            fields[name] = tuple(value)
+        else:
+            # JSON has one kind of number, and some write 2.0 as 2.
+            whole = hint in (float, float | None) and value is not None
+            fields[name] = float(value) if whole else value
+    return cls(**fields) if len(wrong) == before else None
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Returns whether a field of this type may have a value of JSON."""
     parts = typing.get_args(hint)
+    if type(None) in parts:
+        return value is None or _fits(value, parts[0])
     if typing.get_origin(hint) is Literal:
-        return parts
-    named = [_names(part) for part in parts if typing.get_origin(part) is Literal]
-    return (*named[0], None) if named else ()
+        return value in parts
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            return False
+        hints = parts[:1] * len(value) if parts[1] is ... else parts
+        return len(value) == len(hints) and all(map(_fits, value, hints))
+    if hint is float:
+        return is_finite(value)
+    return is_whole(value) if hint is int else isinstance(value, hint)
+
+
+def is_whole(value: Any) -> bool:
+    """Returns whether a value of JSON is a whole number, which true is not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_finite(value: Any) -> bool:
+    """Returns whether a value of JSON is a number that is finite as a float."""
+    try:
+        return (is_whole(value) or isinstance(value, float)) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _words(hint: Any) -> str:
+    """Returns what a field of a type must be.
+
+    >>> _words(tuple[int, ...]), _words(float | None)
+    ('a list of whole numbers', 'null or a finite number')
+    """
+    parts = typing.get_args(hint)
+    if type(None) in parts:
+        return f"null or {_words(parts[0])}"
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(parts)}"
+    if typing.get_origin(hint) is tuple:
+        count = "" if parts[1] is ... else f"{len(parts)} "
+        return f"a list of {count}{_words(parts[0]).removeprefix('a ')}s"
+    words = {int: "a whole number", float: "a finite number", bool: "true or false"}
+    return words.get(hint, "text")
+
+
+def _shown(value: Any) -> str:
+    """Returns a value as JSON has it; of a long one, its ends."""
+    plain = value is None or isinstance(value, bool)
+    return json.dumps(value) if plain else reprlib.repr(value)
 
 
 def _jsonable(value: Any) -> Any:

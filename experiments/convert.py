@@ -11,6 +11,7 @@ commands take in place of a run; or is the name of a folder, for diffusers.
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,9 +20,20 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import arguments, draws, hub, networks, runs, sampling, weights
-from experiments.config import UNKNOWN, ConfigError
-from experiments.configs import EXPERIMENTS
+from diffusion_jax.training import data
+from experiments import (
+    arguments,
+    draws,
+    folders,
+    hub,
+    networks,
+    records,
+    runs,
+    sampling,
+    weights,
+)
+from experiments.config import UNKNOWN, Config, ConfigError
+from experiments.records import About, Network
 from experiments.validation import with_data
 from experiments.weights import Weights
 
@@ -38,8 +50,8 @@ class Options:
         default_factory=Weights
     )
     experiment: str | None = None
-    """Experiment that a TensorFlow checkpoint was trained in, such as cifar10: it does
-    not say itself."""
+    """Experiment that a TensorFlow checkpoint was trained in, such as lsun_cat256, from
+    which its data are known: the checkpoint itself tells no more than the network."""
     data: str | None = None
     """What the network was trained on, where it does not say itself: cifar10,
     folder:<path>, or what else data.source may be in training."""
@@ -64,137 +76,146 @@ def main(argv: Sequence[str]) -> int:
         print(
             "trained on data that nobody has named (--data): nothing to evaluate with"
         )
-    if options.out.suffix == ".safetensors":
+    if is_file(options.out):
         written = networks.write_file(options.out, network)
         print(f"{options.out}: SHA-256 {written}")
-        print(f"draw with it: python -m experiments.sample {options.out}")
+        quoted = shlex.quote(str(options.out))
+        print(f"draw with it: python -m experiments.sample {quoted}")
         return 0
-    written = networks.write_folder(options.out, network)
-    file = options.out / "unet" / f"{networks.TENSORS}.safetensors"
-    print(f"{file}: SHA-256 {written}")
+    written = folders.write(options.out, network)
+    print(f"{options.out / folders.WEIGHTS}: SHA-256 {written}")
     if network.config.net.classes:
         print("note: DDPMPipeline knows no labels; UNet2DModel takes class_labels")
     else:
-        print(f'open it: DDPMPipeline.from_pretrained("{options.out}")')
+        print(f"open it: DDPMPipeline.from_pretrained({str(options.out)!r})")
     return 0
 
 
 def check_out(options: Options) -> None:
     """Raises ConfigError where OUT cannot be written, before anything is read."""
-    out = options.out
-    if out.suffix in (".bin", ".ckpt", ".npz", ".pkl", ".pt", ".pth", ".json", ".h5"):
+    out, suffix = options.out, options.out.suffix.lower()
+    if suffix in (".bin", ".ckpt", ".npz", ".pkl", ".pt", ".pth", ".json", ".h5"):
         raise ConfigError(
             "OUT must end in .safetensors, for a file of ours, or have no ending, for "
             f"a folder of diffusers; got {out}. Name it otherwise."
         )
-    if out.exists() and not options.overwrite:
+    there = out.exists() or out.is_symlink()
+    if there and not options.overwrite:
         raise ConfigError(
             f"nothing must be at {out}; got a {'folder' if out.is_dir() else 'file'} "
             "there. Name another place, or give --overwrite."
         )
-    if out.is_dir() and not networks.is_export(out):
+    if not is_file(out):
+        folders.check_replaceable(out)
+    elif out.is_dir():
         raise ConfigError(
-            f"{out} must be a folder that this command wrote, to be replaced; got "
-            "another. Name another place."
+            f"{out} must be a file, to be replaced; got a folder. Name another place."
         )
 
 
-def read(options: Options) -> networks.Network:
+def is_file(out: Path) -> bool:
+    """Returns whether OUT is to be a file of ours, rather than a folder."""
+    return out.suffix.lower() == ".safetensors"
+
+
+def read(options: Options) -> Network:
     """Returns the network that IN is, with what the options say of it."""
-    source = options.source
+    source, origin = options.source, None
+    if options.data is not None:
+        data.check_source(options.data)
     if options.download:
+        origin = f"{source}, from the hub"
         found = networks.find(hub.fetch(source))
         if found is None:
             raise ConfigError(
                 f"{source} must be a UNet2DModel or a pipeline with one; got neither. "
                 "Other families do not fit this U-Net."
             )
-        network = _alone(options, found)
-        about = network.about._replace(origin=f"{source}, from the hub")
-        network = network._replace(about=about)
+        run = runs.Run(found.path, found)
     else:
         run = runs.find(source)
-        if run.network is None:
-            network = of_run(run, options.which)
-        elif run.network.kind == "official":
-            network = _official(options, run.network.path)
-        else:
-            network = _alone(options, run.network)
-    return network._replace(config=with_data(network.config, options.data))
+    kind = "run" if run.network is None else run.network.kind
+    if options.experiment is not None and kind != "official":
+        raise ConfigError(
+            "experiment must be left out with a network that has a configuration; got "
+            f"--experiment {options.experiment}. It is for TensorFlow checkpoints."
+        )
+    if run.network is None:
+        network = of_run(run, options.which)
+    elif kind == "official":
+        network = _official(options, run.network.path)
+    else:
+        weights.check_alone(options.which)
+        network = networks.read(run.network, progress=True)
+    network = network._replace(config=with_data(network.config, options.data))
+    about = network.about._replace(origin=origin or network.about.origin)
+    measured = scores(run, draws.digest(network.params), network.config)
+    return network._replace(about=about._replace(scores={**about.scores, **measured}))
 
 
-def of_run(run: runs.Run, which: Weights) -> networks.Network:
-    """Returns the network of a run, with what was measured of it."""
+def of_run(run: runs.Run, which: Weights) -> Network:
+    """Returns the network of a run."""
     config = runs.read_config(run)
     params, step, words = weights.load(config, run, which)
     params = jax.tree.map(np.asarray, params)
-    digest = draws.digest(params)
-    about = networks.About(
-        words, step, f"the run {config.name}", scores(run, digest, words, step)
-    )
-    return networks.Network(config, params, about, digest)
+    origin = f"the run {config.name}"
+    if config.init_from is not None:
+        origin += f", fine-tuned from {Path(config.init_from).name}"
+    about = About(words, step, origin, {}, recipe=True)
+    return Network(config, params, about, draws.digest(params))
 
 
-def scores(
-    run: runs.Run, digest: str, words: str, step: int | None
-) -> dict[str, dict[str, str]]:
-    """Returns what the evaluations in a run's folder say of just these weights.
+def scores(run: runs.Run, digest: str, config: Config) -> dict[str, dict[str, str]]:
+    """Returns what the evaluations in a folder say of just these weights.
 
     For each number its "value", and "of" what it is.
+
+    Args:
+      run: where the evaluations are.
+      digest: of the weights.
+      config: of the network.
     """
-    found = {}
-    for path in sorted((run.folder / "eval").glob("fid*.json")):
+    found: dict[str, dict[str, str]] = {}
+    for path in sorted((run.folder / "eval").glob("*.json")):
         result = _json(path)
         if result.get("weights_sha256") != digest:
             continue
-        drawn = f"{result['count']:,} samples, {sampling.describe(result)}"
-        for name, value in result["numbers"].items():
-            if isinstance(value, dict) and name != "sure":
-                bar = f" +- {value['std']:.2g}" if "std" in value else ""
-                found[name] = {"value": f"{value['mean']:.4g}{bar}", "of": drawn}
-    for path in sorted((run.folder / "eval").glob("nll_*.json")):
-        result = _json(path)
-        if (result.get("weights"), result.get("training_step")) != (words, step):
+        where = "" if result["data"] == config.data.source else result["data"]
+        where = f", {records.public_source(where)}" if where else ""
+        if path.name.startswith("fid"):
+            of = f"{result['count']:,} samples, {sampling.describe(result)}{where}"
+            numbers = {
+                name: (value["mean"], value.get("std"))
+                for name, value in result["numbers"].items()
+                if isinstance(value, dict) and name != "sure"
+            }
+        elif path.name.startswith("nll"):
+            of = f"{result['images']:,} {result['split']} images{where}"
+            name = "bits/dim by the flow"
+            if "variance" in result:
+                name, of = "bits/dim, bound", f"{of}, variance {result['variance']}"
+            numbers = {name: (result["bits_per_dim"], result["standard_error"])}
+        else:
             continue
-        name = "bits/dim by the flow" if "tolerance" in result else "bits/dim, bound"
-        error = result["standard_error"]
-        bar = "" if error is None else f" +- {error:.2g}"
-        found[f"{name}, {result['split']}"] = {
-            "value": f"{result['bits_per_dim']:.4g}{bar}",
-            "of": f"{result['images']:,} images",
-        }
+        for name, (mean, error) in numbers.items():
+            bar = "" if error is None else f" +- {error:.2g}"
+            key = name if name not in found else f"{name} ({path.stem})"
+            found[key] = {"value": f"{mean:.4g}{bar}", "of": of}
     return found
 
 
-def _alone(options: Options, found: networks.Found) -> networks.Network:
-    """Returns a network that has one set of weights and its own configuration."""
-    given = options.which != Weights() or options.experiment is not None
-    if given:
-        raise ConfigError(
-            "raw, average and step must be left out with a network that has one set "
-            "of weights, and experiment with one that has a configuration; got some "
-            f"of them with {options.source}. Leave them out."
-        )
-    return networks.read(found, progress=True)
-
-
-def _official(options: Options, path: Path) -> networks.Network:
+def _official(options: Options, path: Path) -> Network:
     """Returns the network of a checkpoint of the authors."""
-    which, name = options.which, options.experiment
+    which = options.which
     if which.average is not None or which.step is not None:
         raise ConfigError(
             "average and step must be left out with a TensorFlow checkpoint, which has "
-            f"one average and one step; got {which}. Choose the last weights with "
-            "--raw."
+            f"one average and one step; got {weights.flags(which)}. Choose the last "
+            "weights with --raw."
         )
-    if name not in EXPERIMENTS:
-        raise ConfigError(
-            "experiment must name what a TensorFlow checkpoint was trained in, since "
-            f"it does not say; got {name!r}. Give --experiment cifar10, celebahq256, "
-            "lsun_church256, lsun_cat256 or lsun_bedroom256."
-        )
-    config = EXPERIMENTS[name].config
-    return networks.read_official(path, config, average=not which.raw, progress=True)
+    return networks.read_official(
+        path, options.experiment, average=not which.raw, progress=True
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:

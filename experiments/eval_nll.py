@@ -23,7 +23,7 @@ from diffusion_jax import continuous, likelihood, ode
 from diffusion_jax.evaluation import images
 from diffusion_jax.schedule import is_discrete
 from diffusion_jax.training import data, parallel
-from experiments import arguments, build, chains, extras, runs, weights
+from experiments import arguments, build, chains, draws, extras, runs, weights
 from experiments.config import Config, ConfigError
 from experiments.sampling import Variance
 from experiments.validation import require_positive, with_data
@@ -107,7 +107,9 @@ def main(argv: Sequence[str]) -> int:
             f"analytic; got {variance} with a run of variance "
             f"{config.diffusion.variance}. Change it with --variance."
         )
-    params, step, kind = extras.load(config, run, options.which, variance=variance)
+    params, step, kind = weights.load(config, run, options.which)
+    digest = draws.digest(params)
+    params = extras.complete(config, run, params, variance=variance)
     chosen = choose(len(dataset.images), options)
     about = {
         "data": config.data.source,
@@ -115,6 +117,7 @@ def main(argv: Sequence[str]) -> int:
         "images": len(chosen),
         "subset": len(chosen) < len(dataset.images),
         "weights": kind,
+        "weights_sha256": digest,
         "training_step": step,
         "seed": options.seed,
         "versions": runs.versions(),

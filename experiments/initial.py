@@ -1,6 +1,7 @@
 """Training that starts from trained weights: what it takes from them, and what not."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,18 +32,36 @@ def given(config: Config) -> Config:
     Raises:
       ConfigError: there are no such weights.
     """
-    run = runs.of(config)
-    if runs.has_checkpoint(run) and run.config.is_file():
-        begun = runs.read_config(run)
-        if begun.init_from == config.init_from:
-            return begun
+    begun = _begun(config)
+    if begun is not None and begun.init_from == config.init_from:
+        return begun
     return runs.read_config(_source(config))
+
+
+def resolved(config: Config) -> Config:
+    """Returns the configuration with the weights by their whole path.
+
+    So that the run finds them from any folder, and under any spelling. Where none are
+    named, a run that has begun from weights keeps its own.
+    """
+    if config.init_from is not None:
+        begun = _begun(config)
+        whole = str(Path(config.init_from).resolve())
+        if begun is None or begun.init_from != whole:
+            source = _source(config)
+            place = source.folder if source.network is None else source.network.path
+            whole = str(place.resolve())
+        return dataclasses.replace(config, init_from=whole)
+    begun = _begun(config)
+    known = None if begun is None else begun.init_from
+    return dataclasses.replace(config, init_from=known)
 
 
 def like(experiment: Config, given: Config) -> Config:
     """Returns an experiment of the same network and diffusion as given weights have.
 
-    What is data, optimiser and run stays; so does how the network is computed.
+    What is data, optimiser and run stays; so does how the network is computed, and by
+    which rule its pictures are drawn, as far as that fits.
     """
     data = dataclasses.replace(
         experiment.data,
@@ -50,11 +69,22 @@ def like(experiment: Config, given: Config) -> Config:
         channels=given.data.channels,
     )
     how = {name: getattr(experiment.net, name) for name in ("dtype", "conv", "remat")}
+    steps = experiment.sample.steps
+    if steps is not None and steps > given.diffusion.num_steps:
+        steps = None
+    ddpm = experiment.sample.sampler == given.sample.sampler == "ddpm"
+    sample = dataclasses.replace(
+        experiment.sample,
+        steps=steps,
+        clip=given.sample.clip,
+        variance=given.sample.variance if ddpm else experiment.sample.variance,
+    )
     return dataclasses.replace(
         experiment,
         data=data,
         diffusion=given.diffusion,
         net=dataclasses.replace(given.net, **how),
+        sample=sample,
     )
 
 
@@ -98,6 +128,14 @@ def params(config: Config) -> Any:
             "Leave out these flags: what they say is as it was there."
         )
     return weights.load(given, source, Weights())[0]
+
+
+def _begun(config: Config) -> Config | None:
+    """Returns the configuration of the run, if it has a checkpoint."""
+    run = runs.of(config)
+    if not (runs.has_checkpoint(run) and run.config.is_file()):
+        return None
+    return runs.read_config(run)
 
 
 def _source(config: Config) -> runs.Run:

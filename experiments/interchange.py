@@ -5,7 +5,8 @@ says what is diffused and how it is drawn; it counts times from 0 as our network
 """
 
 import dataclasses
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -21,6 +22,8 @@ from experiments.config import (
     Diffusion,
     Net,
     ScheduleName,
+    is_finite,
+    is_whole,
 )
 from experiments.sampling import Sample
 
@@ -62,12 +65,51 @@ _DEFAULTS: dict[str, Any] = {
     "timestep_values": None,
     "tensor_format": "pt",
 }
-_FIXED: dict[str, Any] = {
-    "clip_sample_range": 1.0,
-    "thresholding": False,
-    "rescale_betas_zero_snr": False,
-    "set_alpha_to_one": True,
-    "timestep_values": None,
+_STEPS = "diffusion.num_steps"
+_FEWEST, _MOST = validation.AT_LEAST[_STEPS], validation.AT_MOST[_STEPS]
+# There a threshold has an upper end, which ours does not have: this one cuts nothing.
+_NO_END = float(np.finfo(np.float32).max)
+
+_RANGE = ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")
+
+# A test that a value of JSON must pass, and the same in words.
+_Test = tuple[Callable[[Any], bool], str]
+
+
+def _one_of(names: Collection[str]) -> _Test:
+    return lambda value: isinstance(value, str) and value in names, " or ".join(names)
+
+
+_TRUTH: _Test = (lambda value: isinstance(value, bool), "true or false")
+_NUMBER: _Test = (is_finite, "a finite number")
+_ALLOWED: dict[str, _Test] = {
+    "_class_name": _one_of(SCHEDULERS),
+    "num_train_timesteps": (
+        lambda value: is_whole(value) and _FEWEST <= value <= _MOST,
+        f"a whole number from {_FEWEST} to {_MOST}",
+    ),
+    "beta_start": _NUMBER,
+    "beta_end": _NUMBER,
+    "beta_schedule": _one_of(_BETAS),
+    "trained_betas": (
+        lambda value: (
+            value is None
+            or (isinstance(value, list | tuple) and all(map(is_finite, value)))
+        ),
+        "null or a list of finite numbers",
+    ),
+    "variance_type": _one_of(_VARIANCES),
+    "clip_sample": _TRUTH,
+    "clip_sample_range": (lambda value: is_finite(value) and value == 1, "1.0"),
+    "prediction_type": _one_of(_PREDICTIONS),
+    "thresholding": _TRUTH,
+    "rescale_betas_zero_snr": (lambda value: value is False, "False"),
+    "set_alpha_to_one": (lambda value: value is True, "True"),
+    "timestep_spacing": _one_of(("leading", "trailing", "linspace")),
+    "steps_offset": (is_whole, "a whole number"),
+    "dynamic_thresholding_ratio": _NUMBER,
+    "sample_max_value": (lambda value: is_finite(value) or value == np.inf, "a number"),
+    "timestep_values": (lambda value: value is None, "None"),
 }
 # Schedules that are known by their betas alone.
 _BY_BETAS: tuple[ScheduleName, ...] = (
@@ -135,8 +177,53 @@ def from_diffusers(
         ),
         sample=sample,
     )
-    validation.validate(config)
+    try:
+        validation.validate(config)
+    except ConfigError as error:
+        # Its advice is to change a flag, which nobody gave.
+        must, _, got = str(error).partition("; got ")
+        got = got.partition(". Change it with --")[0]
+        raise ConfigError(
+            f"{where}: {must}; got {got}. Such a network cannot be run here: see "
+            "whether its files are as they were released."
+        ) from None
     return config
+
+
+def notes(
+    unet: Mapping[str, Any], scheduler: Mapping[str, Any] | None
+) -> tuple[str, ...]:
+    """Returns what a user has to know of a network that is read from diffusers alone.
+
+    Args:
+      unet: the UNet2DModel's configuration, which `from_diffusers` has read.
+      scheduler: the scheduler's; None where there is none.
+
+    >>> notes({}, {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"})
+    ()
+    """
+    said = []
+    if scheduler is None:
+        said.append(
+            "there is no scheduler_config.json: taken for the paper's diffusion, "
+            "T = 1000, linear, eps, and the small variance"
+        )
+    rows = unet.get("num_class_embeds")
+    if rows is not None:
+        said.append(
+            f"num_class_embeds {rows} rows: all are taken for classes; if the last "
+            f"stands for no label, label {rows - 1} draws without one, and "
+            "classifier-free guidance needs our own record, which says that it does"
+        )
+    given = {**_DEFAULTS, **(scheduler or {})}
+    spacing = given["timestep_spacing"]
+    if given.get("_class_name") == "DDIMScheduler" and spacing != "trailing":
+        what = "leave out the noisiest" if spacing == "leading" else "are others"
+        said.append(
+            f"timestep_spacing {spacing}: the times of its DDIMScheduler {what}; those "
+            "drawn at here are the ones of trailing"
+        )
+    return tuple(said)
 
 
 def to_diffusers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -169,6 +256,13 @@ def to_diffusers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
         config.data.channels,
         image_size=config.data.image_size,
     )
+    threshold: dict[str, Any] = {"thresholding": False}
+    if how.threshold is not None:
+        threshold = {
+            "thresholding": True,
+            "dynamic_thresholding_ratio": how.threshold,
+            "sample_max_value": _NO_END,
+        }
     scheduler = {
         "_class_name": "DDPMScheduler",
         "_diffusers_version": diffusers.VERSION,
@@ -178,7 +272,7 @@ def to_diffusers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
         "clip_sample": how.clip,
         "clip_sample_range": 1.0,
         "prediction_type": predictions[d.prediction],
-        "thresholding": False,
+        **threshold,
         "timestep_spacing": "leading",
         "steps_offset": 0,
         "rescale_betas_zero_snr": False,
@@ -188,22 +282,24 @@ def to_diffusers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _read_scheduler(given: Mapping[str, Any], where: str) -> tuple[Diffusion, Sample]:
     """Returns what a scheduler says of the diffusion and of sampling."""
-    kind = given.get("_class_name", "DDPMScheduler")
     named = {k: v for k, v in given.items() if not k.startswith("_")}
-    values = {**_DEFAULTS, **named}
-    wrong = [f"{k} {v!r}" for k, v in named.items() if k not in _DEFAULTS]
-    if kind not in SCHEDULERS:
-        wrong = [f"_class_name {kind!r}, not {' or '.join(SCHEDULERS)}"]
-    for name, only in _FIXED.items():
-        if values[name] != only:
-            wrong.append(f"{name} {values[name]!r}, not {only!r}")
-    tables = {"prediction_type": _PREDICTIONS, "variance_type": _VARIANCES}
-    for name, table in tables.items():
-        if values[name] not in table:
-            wrong.append(f"{name} {values[name]!r}, not {' or '.join(table)}")
-    found = _read_betas(values)
-    if isinstance(found, str):
-        wrong.append(found)
+    kind = given.get("_class_name", "DDPMScheduler")
+    values = {"_class_name": kind, **_DEFAULTS, **named}
+    if values["trained_betas"] is not None and isinstance(values["beta_schedule"], str):
+        values["beta_schedule"] = "linear"  # nothing is read of it then
+    unfit = [name for name, (fits, _) in _ALLOWED.items() if not fits(values[name])]
+    wrong = [f"{k} {reprlib.repr(v)}" for k, v in named.items() if k not in _DEFAULTS]
+    if "_class_name" in unfit:
+        wrong = []  # fields of another scheduler are no news
+    wrong += [f"{k} {reprlib.repr(values[k])}, not {_ALLOWED[k][1]}" for k in unfit]
+    found: Diffusion | str = Diffusion()
+    # The tables are as long as it says, which is only now known to be bounded.
+    if not {"num_train_timesteps", "trained_betas", "beta_schedule"} & set(unfit):
+        found = _read_betas(values)
+    within: dict[str, Any] | str = {}
+    if not {*_RANGE} & set(unfit):
+        within = _read_range(values)
+    wrong += [said for said in (found, within) if isinstance(said, str)]
     if wrong:
         raise ConfigError(
             f"the scheduler of {where} must have only what we support; got "
@@ -218,7 +314,25 @@ def _read_scheduler(given: Mapping[str, Any], where: str) -> tuple[Diffusion, Sa
         variance=variance,
     )
     rule = cast(Any, SCHEDULERS[kind])
-    return diffusion, Sample(sampler=rule, clip=bool(values["clip_sample"]))
+    return diffusion, Sample(sampler=rule, **cast(dict[str, Any], within))
+
+
+def _read_range(values: Mapping[str, Any]) -> dict[str, Any] | str:
+    """Returns how x0 is kept in its range, fields of Sample, or what is wrong.
+
+    Dynamic thresholding there divides by s, a percentile of |x0| clipped to [1, end].
+    """
+    threshold, ratio, end = (values[name] for name in _RANGE)
+    if not threshold:
+        return {"clip": values["clip_sample"]}
+    if end == 1:
+        return {"clip": True}  # s is 1 then
+    if end >= _NO_END:
+        return {"clip": values["clip_sample"], "threshold": float(ratio)}
+    return (
+        f"sample_max_value {reprlib.repr(end)} with thresholding, not 1.0, which is a "
+        f"clip, or {_NO_END}, which is no end"
+    )
 
 
 def _read_betas(values: Mapping[str, Any]) -> Diffusion | str:
@@ -226,17 +340,14 @@ def _read_betas(values: Mapping[str, Any]) -> Diffusion | str:
     steps = values["num_train_timesteps"]
     given = values["trained_betas"]
     if given is None:
-        name = _BETAS.get(values["beta_schedule"])
-        if name is None:
-            known = " or ".join(_BETAS)
-            return f"beta_schedule {values['beta_schedule']!r}, not {known}"
+        name = _BETAS[values["beta_schedule"]]
         if name == "cosine":
             return Diffusion(name, steps)
         ends = values["beta_start"], values["beta_end"]
         return Diffusion(name, steps, beta_start=ends[0], beta_end=ends[1])
+    if len(given) != steps:
+        return f"trained_betas of shape ({len(given)},), not ({steps},)"
     betas = np.asarray(given, np.float64)
-    if betas.shape != (steps,):
-        return f"trained_betas of shape {betas.shape}, not ({steps},)"
     # Rounded, since a scheduler keeps no more of them than float32 does.
     low, high = (float(f"{end:.6g}") for end in (betas.min(), betas.max()))
     if not 0 < low <= high < 1:

@@ -39,7 +39,7 @@ def init_state(config: Config, params: Any = None) -> state.TrainState:
 
     Args:
       config: the configuration.
-      params: those to start from, `weights.initial`; from the seed when None.
+      params: those to start from, `initial.params`; from the seed when None.
     """
     key_params, key_run = jax.random.split(jax.random.key(config.train.seed))
     if params is None:

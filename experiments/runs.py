@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
@@ -59,8 +60,8 @@ def of(cfg: config.Config) -> Run:
 def find(path: str | None, output: str = "runs") -> Run:
     """Returns the run at a path or of a name; the newest one when none is given.
 
-    In place of a run there may be a network: a .safetensors file, beside which a folder
-    of its name takes what is drawn; or a folder of diffusers, which takes it itself.
+    In place of a run there may be a network, in a file or a folder. What is drawn with
+    it goes to NAME.drawn beside it, so that it stays as it is.
 
     Raises:
       ConfigError: there is no such run.
@@ -74,27 +75,25 @@ def find(path: str | None, output: str = "runs") -> Run:
                 f"a trained run must be in {output}/; got none. Run `make train` first."
             )
         return max(found, key=lambda run: run.checkpoints.stat().st_mtime)
-    for folder in (Path(path), Path(output) / path):
-        if (folder / "config.json").is_file():
-            network = networks.find(folder)
-            return Run(folder, network)
-    network = networks.find(path)
-    if network is not None:
-        return Run(_beside(network.path), network)
+    for place in (Path(path), Path(output) / path):
+        network = networks.find(place)
+        if network is not None:
+            at = network.path if network.path.name else network.path.resolve()
+            return Run(at.with_name(f"{at.name}.drawn"), network)
+        if (place / "config.json").is_file():
+            return Run(place)
     known = ", ".join(sorted(p.parent.name for p in Path(output).glob("*/config.json")))
+    hub = ""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        hub = (
+            " One of the hub is fetched by: python -m experiments.convert "
+            f"{path} OUT.safetensors --download."
+        )
     raise config.ConfigError(
         "RUN must be a folder that training wrote, or a network in a file; got "
         f"{path!r}, which is none. Runs in {output}/: "
-        f"{known or 'none, run `make train` first'}."
+        f"{known or 'none, run `make train` first'}.{hub}"
     )
-
-
-def _beside(network: Path) -> Path:
-    """Returns the folder that takes what is drawn with a network."""
-    if network.is_dir():
-        return network
-    named = network.with_suffix("")
-    return named if named != network else network.with_name(f"{network.name}_drawn")
 
 
 def has_checkpoint(run: Run) -> bool:

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 from flax import traverse_util
 
 from diffusion_jax.nets import tensor_files
-from diffusion_jax.training.formats import DataError
 
 
 class Stored(NamedTuple):
@@ -33,13 +32,8 @@ def read(path: Path) -> Stored:
     """Returns what `write` wrote.
 
     Raises:
-      ValueError: there is no such file, or it is damaged or none of ours; the message
-        is what was got, for callers who know what it had to be and what to do.
+      DataError: there is no such file, or it is damaged.
     """
-    try:
-        found = tensor_files.read(path)
-    except DataError as error:
-        got = str(error).partition("; got ")[2].partition(". ")[0]
-        raise ValueError(got) from error
+    found = tensor_files.read(path)
     params = traverse_util.unflatten_dict(found.arrays, sep=".")
     return Stored(params, found.meta, found.sha256)

@@ -169,7 +169,10 @@ def load(path: Path) -> Judge:
     try:
         params, meta, digest = tensors.read(path)
         num_classes, accuracy = int(meta["num_classes"]), float(meta["accuracy"])
-    except (OSError, KeyError, ValueError) as error:
+    except data.DataError as error:
+        again = "Or delete it, and it is trained again."
+        raise ConfigError(f"{error} {again}") from error
+    except (KeyError, ValueError) as error:
         raise ConfigError(
             f"{path} must be a classifier that train_classifier wrote; got {error}. "
             "Delete it, and it is trained again."

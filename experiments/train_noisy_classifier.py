@@ -214,7 +214,10 @@ def load(path: Path) -> Guide:
         params, meta, digest = tensors.read(path)
         num_classes = int(meta["num_classes"])
         accuracy = {int(t): float(a) for t, a in json.loads(meta["accuracy"]).items()}
-    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except data.DataError as error:
+        again = f"python -m experiments.train_noisy_classifier {path.parent}"
+        raise ConfigError(f"{error} Or train it: {again}.") from error
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path} must be a classifier that train_noisy_classifier wrote; got "
             f"{error}. Train it: python -m experiments.train_noisy_classifier "

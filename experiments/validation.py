@@ -17,7 +17,7 @@ from experiments.config import (
 )
 from experiments.sampling import Sampling, override, problems, resolve
 
-_AT_LEAST = {
+AT_LEAST = {
     "data.image_size": 4,
     "diffusion.num_steps": 2,
     "net.channels": 4,
@@ -41,14 +41,35 @@ _AT_LEAST = {
     "sample.steps": 1,
     "sample.label": 0,
 }
+_WIDTHS = "net.channels times each of net.multipliers"
+# Beyond every serious network, and still traced in seconds. A file from elsewhere may
+# ask for anything, and what it asks for would take all time or memory before any of
+# its weights is looked at. Of a list it is the most entries.
+AT_MOST = {
+    "data.image_size": 4096,
+    "diffusion.num_steps": 1_000_000,
+    "net.channels": 4096,
+    "net.multipliers": 12,
+    _WIDTHS: 65_536,
+    "net.blocks": 64,
+    "net.attention": 12,
+    "net.classes": 1_000_000,
+    "net.fourier": 32,
+}
 
 
 def validate(config: Config) -> None:
     """Raises ConfigError where a value is out of range or two do not fit together."""
     for key, value in flat(to_dict(config)).items():
-        low = _AT_LEAST.get(key)
+        low = AT_LEAST.get(key)
         if low is not None and value is not None and not value >= low:
             _fail(key, f"at least {low}", value)
+        if key not in AT_MOST:
+            continue
+        several = isinstance(value, list)
+        size, of_what = (len(value), " entries") if several else (value, "")
+        if size > AT_MOST[key]:
+            _fail(key, f"at most {AT_MOST[key]}{of_what}", size)
     data, diffusion, net = config.data, config.diffusion, config.net
     train, optimizer = config.train, config.optimizer
     if not config.name or "/" in config.name or config.name.startswith("."):
@@ -62,13 +83,15 @@ def validate(config: Config) -> None:
             f"a multiple of {factor}, since there are {len(net.multipliers)} levels",
             data.image_size,
         )
-    for multiplier in net.multipliers:
-        if multiplier < 1 or net.channels * multiplier % net.groups:
-            _fail(
-                "net.channels times each of net.multipliers",
-                f"a multiple of net.groups = {net.groups}",
-                net.channels * multiplier,
-            )
+    for width in (net.channels * multiplier for multiplier in net.multipliers):
+        if width < 1 or width % net.groups:
+            _fail(_WIDTHS, f"a multiple of net.groups = {net.groups}", width)
+        if width > AT_MOST[_WIDTHS]:
+            _fail(_WIDTHS, f"at most {AT_MOST[_WIDTHS]}", width)
+    for power in net.fourier:
+        # In float32 2^24 x has no fraction left, and its sine is 0.
+        if not 0 <= power <= 23:
+            _fail("net.fourier", "from 0 to 23", power)
     if net.variant == "diffusers" and net.channels % 8:
         _fail("net.channels", "a multiple of 8 in the variant diffusers", net.channels)
     sides = {data.image_size // 2**i for i in range(len(net.multipliers))}
@@ -122,6 +145,11 @@ def validate(config: Config) -> None:
             f"at most diffusion.num_steps = {diffusion.num_steps}",
             config.sample.steps,
         )
+    for key, value in flat(to_dict(config)).items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
+            # Which a file of JSON could not give back.
+            _fail(key, "finite", value)
 
 
 def objective(diffusion: Diffusion) -> Iterator[tuple[str, str, object]]:

@@ -8,7 +8,7 @@ power-function average of any other length is made of the tracked ones, of which
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +57,8 @@ def load(config: Config, run: runs.Run, which: Weights) -> tuple[Any, int | None
     """
     sharding = parallel.replicated(parallel.make_mesh())
     if run.network is not None:
-        if which != Weights():
-            given = asdict(which).items()
-            said = [f"--{name} {value}" for name, value in given if value]
-            raise ConfigError(
-                "raw, average and step must be left out with a network in a file, "
-                f"which has one set of weights; got {' '.join(said)}. Choose when you "
-                "convert: python -m experiments.convert RUN OUT --raw."
-            )
-        _, params, about, _ = networks.read(run.network)
+        check_alone(which, official=run.network.kind == "official")
+        _, params, about, _ = networks.read(run.network, average=not which.raw)
         return jax.device_put(params, sharding), about.step, about.weights
     index = _tracked(config, which)
     like = jax.eval_shape(lambda: learning.init_state(config))
@@ -82,6 +75,36 @@ def load(config: Config, run: runs.Run, which: Weights) -> tuple[Any, int | None
     made = _reconstruct(config, run, state, which.average)
     words = f"averaged (length {which.average:g})"
     return jax.device_put(made, sharding), step, words
+
+
+def check_alone(which: Weights, *, official: bool = False) -> None:
+    """Raises ConfigError where a network in a file leaves no such choice of weights.
+
+    Args:
+      which: what was asked for.
+      official: whether it is a checkpoint of the authors', which has the last weights
+        too.
+    """
+    if which == Weights(raw=which.raw and official):
+        return
+    raise ConfigError(
+        "raw, average and step must be left out with a network in a file, which has "
+        f"one set of weights; got {flags(which)}. Choose when you convert a run: "
+        "python -m experiments.convert RUN OUT --raw."
+    )
+
+
+def flags(which: Weights) -> str:
+    """Returns the choice of weights as it is typed.
+
+    >>> flags(Weights(raw=True, step=0))
+    '--raw --step 0'
+    """
+    said = ["--raw"] if which.raw else []
+    for name in ("average", "step"):
+        value = getattr(which, name)
+        said += [] if value is None else [f"--{name} {value}"]
+    return " ".join(said)
 
 
 def describe(words: str, step: int | None) -> str:

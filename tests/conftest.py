@@ -25,6 +25,26 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error:::diffusion_jax")
+    config.addinivalue_line(
+        "markers", "optimised: programs of this file are compiled as users compile them"
+    )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compiles with few optimisations: most of the time goes into compiling.
+
+    Two programs of the same numbers may then differ in the last bit. Files whose tests
+    compare such programs to the bit are marked `optimised`.
+    """
+    if request.node.get_closest_marker("optimised"):
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    # Programs of a function are told apart by its arguments alone.
+    jax.clear_caches()
 
 
 _tests = itertools.count(1)

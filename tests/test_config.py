@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import math
 import resource
 import subprocess
 import sys
+import typing
 
 import pytest
 
@@ -114,6 +116,20 @@ BAD = {
     "--optimizer.ema-lengths 0.5": "must be above 0 and at most 0.28; got 0.5",
     "--optimizer.ema-decay 0.9 0.9": "must be different from each other",
     "--name a/b": "name must be a plain folder name; got 'a/b'",
+    "--data.image-size 8192": "data.image_size must be at most 4096; got 8192",
+    "--diffusion.num-steps 1000001": "num_steps must be at most 1000000; got 1000001",
+    "--net.channels 8192": "net.channels must be at most 4096; got 8192",
+    "--net.multipliers 1 8192": "net.multipliers must be at most 65536; got 1310",
+    f"--net.multipliers {'1 ' * 13}": "at most 12 entries; got 13",
+    "--net.blocks 65": "net.blocks must be at most 64; got 65",
+    f"--net.attention {'4 ' * 13}": "net.attention must be at most 12 entries; got 13",
+    "--net.classes 1000001": "net.classes must be at most 1000000; got 1000001",
+    f"--net.fourier {'1 ' * 33}": "net.fourier must be at most 32 entries; got 33",
+    "--net.fourier 24": "net.fourier must be from 0 to 23; got 24",
+    "--net.fourier -1": "net.fourier must be from 0 to 23; got -1",
+    "--diffusion.sigma-data inf": "sigma_data must be finite; got inf",
+    "--diffusion.logsnr-shift nan": "logsnr_shift must be finite; got nan",
+    "--sample.churn inf --sample.sampler edm": "sample.churn must be finite; got inf",
 }
 
 
@@ -174,9 +190,10 @@ def test_help_explains_every_field(capsys):
     assert caught.value.code == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "make train EXP=cifar10" in shown
-    sections = [f.name for f in dataclasses.fields(config.Config)][2:]
-    for section in sections:
-        cls = getattr(config, section.capitalize())
+    for section, cls in typing.get_type_hints(config.Config).items():
+        if not dataclasses.is_dataclass(cls):
+            assert f"--{section.replace('_', '-')}" in shown
+            continue
         for field in dataclasses.fields(cls):
             assert f"--{section}.{field.name.replace('_', '-')}" in shown or (
                 f"--{section}.no-{field.name}" in shown
@@ -213,3 +230,84 @@ def test_a_damaged_file_is_refused():
     values["diffusion"]["schedule"] = "cos"
     with pytest.raises(config.ConfigError, match=r"must be one of linear.*got 'cos'"):
         config.from_dict(values)
+
+
+# Values that no field of their type can have, as a damaged file may hold them.
+WRONG = {
+    "a whole number": ("net.blocks", [None, 2.5, "2", True, [], {}, math.inf]),
+    "null or a whole number": ("sample.steps", [2.5, "2", False, [], {}, math.nan]),
+    "a finite number": (
+        "diffusion.sigma_data",
+        [None, "x", True, [], {}, math.inf, -math.inf, math.nan, 10**400],
+    ),
+    "null or a finite number": ("sample.guidance", ["x", True, [], {}, math.inf]),
+    "true or false": ("data.flip", [None, "x", 0, 1, [], {}]),
+    "text": ("data.source", [None, 5, True, [], {}]),
+    "null or text": ("data.path", [5, False, [], {}]),
+    "a list of whole numbers": (
+        "net.fourier",
+        [None, "x", 5, {}, [None], [1.0], [True], ["1"], [[1]]],
+    ),
+    "a list of finite numbers": (
+        "optimizer.ema_decay",
+        [None, 0.9, "x", {}, [None], [math.nan], ["0.9"], [[0.9]]],
+    ),
+    "null or a list of 2 finite numbers": (
+        "sample.guidance_interval",
+        ["ab", 1.0, {}, [], [1.0], [1.0, 2.0, 3.0], [1.0, None], [1.0, math.inf]],
+    ),
+    "an object with fields": ("net", [None, 5, "x", [], True]),
+}
+NAMES = {"diffusion.schedule": [None, 5, [], {}, "cos"], "sample.grid": [5, [], "x"]}
+
+
+def damaged(*changes):
+    """A configuration as JSON has it, with the values of some fields changed."""
+    values = config.to_dict(cifar10.CONFIG)
+    for key, value in changes:
+        *section, name = key.split(".")
+        (values[section[0]] if section else values)[name] = value
+    return values
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_value_of_another_type_is_named(kind, refuses):
+    key, values = WRONG[kind]
+    for value in values:
+        with refuses(f"{key} "):
+            config.from_dict(damaged((key, value)))
+        with pytest.raises(config.ConfigError, match=f", not {kind}\\. "):
+            config.from_dict(damaged((key, value)))
+
+
+@pytest.mark.parametrize("key", NAMES)
+def test_a_name_that_is_none_is_refused(key):
+    for value in NAMES[key]:
+        with pytest.raises(config.ConfigError, match=rf"{key} .*one of (linear|uni)"):
+            config.from_dict(damaged((key, value)))
+
+
+def test_all_values_of_other_types_are_named_at_once():
+    changes = [(key, values[0]) for key, values in WRONG.values() if "." in key]
+    changes.append(("diffusion.schedule", "cos"))
+    with pytest.raises(config.ConfigError) as caught:
+        config.from_dict(damaged(*changes))
+    for key, _ in changes:
+        assert f"{key} " in str(caught.value)
+    for said in ("net.blocks null, not a whole number", "schedule 'cos', not one of"):
+        assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("values", [None, [], "x", 5, [1]])
+def test_a_file_of_something_else_is_refused(values, refuses):
+    for partial in (False, True):
+        with refuses("not an object with fields"):
+            config.from_dict(values, partial=partial)
+
+
+def test_a_whole_number_is_a_number_too():
+    found = config.from_dict(damaged(("diffusion.sigma_data", 1), ("sample.churn", 3)))
+    assert isinstance(found.diffusion.sigma_data, float)
+    assert (found.diffusion.sigma_data, found.sample.churn) == (1.0, 3.0)
+    given = ("sample.guidance_interval", [0, 2])
+    assert config.from_dict(damaged(given)).sample.guidance_interval == (0, 2)

@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import itertools
+import os
 import shlex
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from experiments import (
     arguments,
     build,
     convert,
+    folders,
     hub,
     initial,
     learning,
@@ -93,16 +96,34 @@ def test_a_run_goes_round_all_formats_and_draws_the_same(run, tmp_path, capsys):
 
 def test_what_is_drawn_goes_beside_the_file(file, capsys):
     assert sample.main([str(file), *QUICK, "--no-strip"]) == 0
-    folder = file.with_suffix("")
+    folder = file.with_name("given.safetensors.drawn")
     assert (folder / "draw" / "seed0_2.png").is_file()
     assert f"{folder}: averaged weights of step 12" in capsys.readouterr().out
 
 
-def test_a_file_of_any_name_has_a_folder_beside_it(file):
-    for name, folder in (("a.b.safetensors", "a.b"), ("plain", "plain_drawn")):
+def test_what_is_drawn_never_meets_a_run_or_a_network(file, tmp_path):
+    for name in ("a.b.safetensors", "plain"):
         path = file.rename(file.with_name(name))
-        assert runs.find(str(path)).folder == path.with_name(folder)
+        assert runs.find(str(path)).folder == tmp_path / f"{name}.drawn"
         file = path
+    assert convert.main([str(file), str(tmp_path / "out")]) == 0
+    for spelled in ("out", "out/", "out/unet"):
+        found = runs.find(f"{tmp_path}/{spelled}")
+        assert found.folder == tmp_path / "out.drawn"
+
+
+def test_a_path_comes_before_the_name_of_a_run(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "net").mkdir(parents=True)
+    (tmp_path / "runs" / "net" / "config.json").write_text('{"diffusion": 1}')
+    assert runs.find("net").network is None
+    assert convert.main([str(file), "net"]) == 0
+    assert runs.find("net").network is not None
+
+
+def test_a_name_of_the_hub_is_told_how_to_come_here(refuses):
+    with refuses("google/ddpm-cifar10-32 OUT.safetensors --download"):
+        runs.find("google/ddpm-cifar10-32")
 
 
 def test_the_last_weights_are_converted_when_asked_for(run, tmp_path):
@@ -115,37 +136,50 @@ def test_the_last_weights_are_converted_when_asked_for(run, tmp_path):
 
 
 def test_scores_go_with_the_weights_that_they_are_of(run, tmp_path):
-    network = convert.of_run(run, Weights())
-    numbers = {
-        "fd vs train": {"mean": 1.25},
-        "class_shares": [0.5],
-        "sure": {"mean": 1},
+    digest = convert.of_run(run, Weights()).sha256
+    numbers = {"fd vs train": {"mean": 1.25}, "class_shares": [0.5]}
+    fid = {"numbers": numbers, "count": 1000, "weights_sha256": digest}
+    fid |= {"sampler": "ddim", "steps": 50, "grid": "uniform", "eta": 0.0}
+    fid |= {"data": "digits"}
+    bound = {"bits_per_dim": 4.5, "standard_error": 0.03, "images": 256}
+    bound |= {"split": "train", "variance": "small", "weights_sha256": digest}
+    bound |= {"data": "digits"}
+    flow = {k: v for k, v in bound.items() if k != "variance"}
+    files = {
+        "fid": fid,
+        "fid_raw": fid | {"weights_sha256": "0", "numbers": {"no": {"mean": 2.0}}},
+        "nll_train": bound | {"data": "folder:/home/me/noise", "variance": "large"},
+        "nll_test": bound | {"weights_sha256": "0"},
+        "nll_ode_train": flow | {"standard_error": None},
     }
-    about = {"sampler": "ddim", "steps": 50, "grid": "uniform", "eta": 0.0}
-    result = {"numbers": numbers, "count": 1000, "weights_sha256": network.sha256}
-    runs.write_json(run.folder / "eval" / "fid.json", result | about)
-    other = result | about | {"weights_sha256": "0", "numbers": {"no": {"mean": 2.0}}}
-    runs.write_json(run.folder / "eval" / "fid_raw.json", other)
-    bound = {"weights": "averaged", "training_step": 12, "bits_per_dim": 4.5}
-    bound |= {"standard_error": 0.03, "images": 256, "split": "train"}
-    runs.write_json(run.folder / "eval" / "nll_train.json", bound)
-    runs.write_json(
-        run.folder / "eval" / "nll_test.json", bound | {"training_step": 11}
-    )
+    for name, values in files.items():
+        runs.write_json(run.folder / "eval" / f"{name}.json", values)
+    (run.folder / "eval" / "damaged.json").write_text("{")
     assert convert.main([str(run.folder), str(tmp_path / "a")]) == 0
-    found = networks.read(networks.find(tmp_path / "a")).about.scores
-    assert found == {
+    expected = {
         "fd vs train": {
             "value": "1.25",
             "of": "1,000 samples, 50 steps of ddim (eta 0.0, uniform grid)",
         },
-        "bits/dim, bound, train": {"value": "4.5 +- 0.03", "of": "256 images"},
+        "bits/dim by the flow": {"value": "4.5", "of": "256 train images"},
+        "bits/dim, bound": {
+            "value": "4.5 +- 0.03",
+            "of": "256 train images, folder:noise, variance large",
+        },
     }
+    found = networks.read(networks.find(tmp_path / "a")).about.scores
+    assert found == expected
     assert "| fd vs train | 1.25 |" in (tmp_path / "a" / "README.md").read_text()
+    # What was measured of a folder or a file goes with it too.
+    again = fid | {"numbers": {"KID": {"mean": 3.0}}, "data": "digits"}
+    runs.write_json(tmp_path / "a.drawn" / "eval" / "fid.json", again)
+    assert convert.main([str(tmp_path / "a"), str(tmp_path / "b.safetensors")]) == 0
+    found = networks.read(networks.find(tmp_path / "b.safetensors")).about.scores
+    assert set(found) == {*expected, "KID"}
 
 
 def test_a_network_of_the_hub_is_converted(file, tmp_path, monkeypatch):
-    networks.write_folder(tmp_path / "cache", networks.read(networks.find(file)))
+    folders.write(tmp_path / "cache", networks.read(networks.find(file)))
     asked = []
     monkeypatch.setattr(
         hub, "fetch", lambda name: asked.append(name) or tmp_path / "cache"
@@ -162,18 +196,16 @@ def test_the_data_can_be_named(file, tmp_path):
     assert networks.read_config(networks.find(out)).data.source == "folder:mine"
 
 
-def test_a_checkpoint_needs_its_experiment(tmp_path, refuses):
+@pytest.mark.parametrize("command", [convert.main, lambda args: sample.main(args[:1])])
+def test_a_checkpoint_needs_tensorflow(command, tmp_path, refuses, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
     for name in ("model.ckpt-7.index", "model.ckpt-7.data-00000-of-00001"):
         (tmp_path / name).write_bytes(b"")
-    source, out = str(tmp_path / "model.ckpt-7"), str(tmp_path / "out.safetensors")
-    with refuses("None"):
-        convert.main([source, out])
-    with refuses("'cifar'"):
-        convert.main([source, out, "--experiment", "cifar"])
-    with refuses("step=3"):
-        convert.main([source, out, "--experiment", "cifar10", "--step", "3"])
-    with refuses("TensorFlow checkpoint, which has none"):
-        sample.main([source])
+    with refuses("no module named tensorflow"):
+        command([str(tmp_path / "model.ckpt-7"), str(tmp_path / "out.safetensors")])
+    with refuses("--step 3"):
+        source, out = tmp_path / "model.ckpt-7", tmp_path / "out.safetensors"
+        convert.main([str(source), str(out), "--step", "3"])
 
 
 @pytest.mark.parametrize("out", ["a.bin", "a.pt", "a.npz"])
@@ -194,19 +226,37 @@ def test_what_is_there_is_replaced_only_when_asked_for(file, tmp_path, refuses):
     # A folder of something else is never replaced.
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")
-    with refuses("another"):
+    with refuses("thesis.txt too"):
         convert.main([str(file), str(tmp_path / "mine"), "--overwrite"])
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
+    (tmp_path / "there" / ".git").mkdir()
+    (tmp_path / "there" / ".git" / "HEAD").write_text("ref")
+    with refuses(".git/HEAD too"):
+        convert.main([str(file), str(tmp_path / "there"), "--overwrite"])
+    # Nor a file by a folder, a folder by a file, or what a link leads to.
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for out in (file.rename(tmp_path / "plain"), tmp_path / "link"):
+        with refuses("a file or a link"):
+            convert.main([str(tmp_path / "plain"), str(out), "--overwrite"])
+    (tmp_path / "x.safetensors").mkdir()
+    with refuses("a folder"):
+        convert.main(
+            [str(tmp_path / "plain"), str(tmp_path / "x.safetensors"), "--overwrite"]
+        )
 
 
 def test_one_set_of_weights_leaves_no_choice(file, tmp_path, refuses):
     out = str(tmp_path / "out.safetensors")
-    for flags in (["--raw"], ["--step", "3"], ["--experiment", "cifar10"]):
-        with refuses("some of them"):
-            convert.main([str(file), out, *flags])
-    for flags, said in ((["--raw"], "--raw True"), (["--step", "3"], "--step 3")):
-        with refuses(said):
-            sample.main([str(file), *flags])
+    for flag in ("--raw", "--step 0", "--average 0.99"):
+        with refuses(flag):
+            convert.main([str(file), out, *flag.split()])
+        with refuses(flag):
+            sample.main([str(file), *flag.split()])
+    with refuses("--experiment cifar10"):
+        convert.main([str(file), out, "--experiment", "cifar10"])
+    with refuses("'cifr10'"):
+        convert.main([str(file), out, "--data", "cifr10"])
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"not a network", b"\x80\x04K\x01."])
@@ -217,6 +267,13 @@ def test_what_is_no_network_is_refused_and_nothing_written(content, tmp_path, re
         with refuses(""):
             command([str(path), str(out)])
     assert sorted(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_no_network(tmp_path, refuses):
+    os.mkfifo(tmp_path / "pipe")
+    with refuses("pipe"):
+        convert.main([str(tmp_path / "pipe"), str(tmp_path / "out")])
 
 
 def test_damaged_tensors_are_refused_and_nothing_written(file, tmp_path, refuses):
@@ -230,7 +287,7 @@ def test_damaged_tensors_are_refused_and_nothing_written(file, tmp_path, refuses
 def test_data_that_nobody_named_are_asked_for(file, tmp_path, refuses):
     folder = tmp_path / "folder"
     assert convert.main([str(file), str(folder)]) == 0
-    (folder / networks.RECORD).unlink()
+    (folder / folders.RECORD).unlink()
     config = runs.read_config(runs.find(str(folder)))
     with refuses("a network from elsewhere"):
         build.load_data(config)
@@ -274,6 +331,15 @@ def test_network_and_diffusion_are_those_of_the_weights(file):
     assert other.net.dropout == 0.3
 
 
+def test_pictures_are_drawn_as_the_weights_ask_for(tmp_path):
+    config = replace(config_of(), "sample", clip=False, variance="large")
+    config = replace(config, "diffusion", num_steps=100)
+    networks.write_file(tmp_path / "a.safetensors", network_of(config))
+    found = parsed("--init-from", str(tmp_path / "a.safetensors")).sample
+    assert (found.clip, found.variance) == (False, "large")
+    assert found.steps is None  # those of the experiment are more than there are
+
+
 @pytest.mark.parametrize(
     ("flags", "got"),
     [
@@ -305,7 +371,7 @@ def test_weights_that_are_not_there_are_refused(tmp_path):
         parsed("--init-from", str(tmp_path / "nothing"))
 
 
-def test_a_run_that_has_begun_goes_on_without_the_weights(file, tmp_path):
+def test_a_run_that_has_begun_goes_on_without_the_weights(file, tmp_path, monkeypatch):
     flags = ["--init-from", str(file), "--output", str(tmp_path), "--name", "tuned"]
     config = parsed(*flags)
     made = runs.of(config)
@@ -317,6 +383,12 @@ def test_a_run_that_has_begun_goes_on_without_the_weights(file, tmp_path):
     again = parsed(*flags)
     assert again == config
     train.check_same_run(again, made)
+    # Nor does it have to be told again, or in the same words.
+    assert parsed(*flags[2:]) == config
+    monkeypatch.chdir(tmp_path)
+    assert parsed("--init-from", file.name, *flags[2:]) == config
     # Another start is another run.
-    with pytest.raises(ConfigError, match=r"init_from: .*given\.safetensors -> None"):
-        train.check_same_run(dataclasses.replace(config, init_from=None), made)
+    networks.write_file(tmp_path / "other.safetensors", network_of(config_of()))
+    other = parsed("--init-from", "other.safetensors", *flags[2:])
+    with pytest.raises(ConfigError, match=r"given\.safetensors -> .*other\.safeten"):
+        train.check_same_run(other, made)

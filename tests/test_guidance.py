@@ -18,6 +18,8 @@ from diffusion_jax import (
     schedule,
 )
 
+pytestmark = pytest.mark.optimised
+
 T, NONE, SHAPE = 40, 2, (2, 2, 1)
 COSINE = schedule.cosine(T)
 BOTH = mixtures.two()

@@ -9,12 +9,17 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion_jax.nets import diffusers, tensor_files, weights
-from experiments import build, interchange, networks
-from experiments.config import UNKNOWN, Config, Net, replace
+from diffusion_jax.nets import (
+    diffusers,
+    tensor_files,
+    tensorflow_checkpoint,
+    weights,
+)
+from experiments import build, folders, networks, records
+from experiments.config import UNKNOWN, Net, replace
 from experiments.configs import EXPERIMENTS
 
-ABOUT = networks.About("averaged", 12, "the run small", {})
+ABOUT = records.About("averaged", 12, "the run small", {}, recipe=True)
 # Two levels with attention in one, so that every kind of tensor is there.
 NET = Net(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), groups=4)
 
@@ -34,7 +39,7 @@ def network_of(config, seed=0):
     params = jax.tree.map(
         lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), like
     )
-    return networks.Network(config, params, ABOUT, "")
+    return records.Network(config, params, ABOUT, "")
 
 
 def read(path, **options):
@@ -78,7 +83,7 @@ EXPORTED = {
 @pytest.mark.parametrize("config", EXPORTED.values(), ids=EXPORTED)
 def test_a_folder_gives_back_the_network(config, tmp_path):
     network = network_of(config)
-    digest = networks.write_folder(tmp_path / "out", network)
+    digest = folders.write(tmp_path / "out", network)
     found = read(tmp_path / "out")
     same(found.params, network.params)
     assert found.config == dataclasses.replace(config, name="out")
@@ -88,8 +93,8 @@ def test_a_folder_gives_back_the_network(config, tmp_path):
 @pytest.mark.parametrize("config", EXPORTED.values(), ids=EXPORTED)
 def test_a_folder_without_our_record_gives_back_what_is_computed(config, tmp_path):
     network = network_of(config)
-    networks.write_folder(tmp_path / "out", network)
-    (tmp_path / "out" / networks.RECORD).unlink()
+    folders.write(tmp_path / "out", network)
+    (tmp_path / "out" / folders.RECORD).unlink()
     found = read(tmp_path / "out")
     same(found.params, network.params)
     one, other = (build.make_network(c) for c in (config, found.config))
@@ -105,7 +110,7 @@ def test_a_folder_without_our_record_gives_back_what_is_computed(config, tmp_pat
 
 
 def test_a_folder_that_was_changed_is_read_as_it_is_now(tmp_path, capsys):
-    networks.write_folder(tmp_path / "out", network_of(small()))
+    folders.write(tmp_path / "out", network_of(small()))
     path = tmp_path / "out" / "scheduler" / "scheduler_config.json"
     values = json.loads(path.read_text()) | {"clip_sample": False}
     path.write_text(json.dumps(values))
@@ -115,12 +120,12 @@ def test_a_folder_that_was_changed_is_read_as_it_is_now(tmp_path, capsys):
 
 
 def test_a_network_alone_is_taken_for_the_papers_and_that_is_said(tmp_path, capsys):
-    networks.write_folder(tmp_path / "out", network_of(small()))
+    folders.write(tmp_path / "out", network_of(small()))
     pipeline = networks.find(tmp_path / "out")
     assert networks.find(tmp_path / "out" / "unet") == pipeline
     (tmp_path / "out" / "unet").rename(tmp_path / "alone")
     found = read(tmp_path / "alone").config.diffusion
-    assert "has no scheduler_config.json" in capsys.readouterr().out
+    assert "there is no scheduler_config.json" in capsys.readouterr().out
     assert (found.schedule, found.beta_end, found.num_steps) == ("linear", 0.02, 1000)
     assert (found.prediction, found.variance) == ("eps", "small")
 
@@ -129,7 +134,7 @@ def test_a_folder_of_the_first_releases_is_read(tmp_path):
     """All in one folder, other names of attentions, and few fields."""
     config = small()
     network = network_of(config)
-    networks.write_folder(tmp_path / "new", network)
+    folders.write(tmp_path / "new", network)
     old = tmp_path / "old"
     old.mkdir()
     unet = json.loads((tmp_path / "new/unet/config.json").read_text())
@@ -160,7 +165,10 @@ def test_a_folder_of_the_first_releases_is_read(tmp_path):
 
 @pytest.mark.parametrize("average", [True, False])
 def test_a_checkpoint_of_the_authors_is_read(average, monkeypatch):
-    config = replace(small(), "data", image_size=8)
+    config = small()
+    monkeypatch.setitem(
+        EXPERIMENTS, "small", EXPERIMENTS["digits"]._replace(config=config)
+    )
     own = weights.shapes(build.make_network(config), 1, image_size=8)
     both = {average: network_of(config, seed=average) for average in (True, False)}
     arrays = {"global_step": np.array(790_000), "beta1_power": np.float32(0.1)}
@@ -171,31 +179,55 @@ def test_a_checkpoint_of_the_authors_is_read(average, monkeypatch):
         arrays[f"{name}/Adam"] = arrays[name]
     stored = tensor_files.Tensors(arrays, {}, "tensorflow", "f" * 64)
     monkeypatch.setattr(tensor_files, "read", lambda path, progress: stored)
-    found = networks.read_official("model.ckpt-790000", config, average=average)
+    found = networks.read_official("model.ckpt-790000", "small", average=average)
     same(found.params, both[average].params)
     assert found.about.step == 790_000
     assert found.about.weights == ("averaged" if average else "last")
+    assert found.config == config
+
+
+@pytest.mark.parametrize("name", ["cifar10", "lsun_church256", "lsun_bedroom256_large"])
+def test_a_checkpoint_tells_which_network_it_is(name, monkeypatch, tmp_path):
+    """Not which data: the networks of 256x256 are all alike."""
+    config = EXPERIMENTS[name].config
+    own = folders.shapes(config)
+    names = weights.official_names(own, average=False)
+    shapes = {names[key].name: own[key] for key in own} | {"global_step": ()}
+    monkeypatch.setattr(tensorflow_checkpoint, "shapes", lambda path: shapes)
+    found = networks.read_config(networks.Found(tmp_path / "model.ckpt-7", "official"))
+    assert (found.net, found.diffusion) == (config.net, config.diffusion)
+    assert found.data.image_size == config.data.image_size
+    assert found.data.source == UNKNOWN
+
+
+def test_a_checkpoint_of_another_network_is_refused(monkeypatch, tmp_path, refuses):
+    monkeypatch.setattr(tensorflow_checkpoint, "shapes", lambda path: {"dense/w": (3,)})
+    with refuses("1 tensors that are none"):
+        networks.read_config(networks.Found(tmp_path / "a", "official"))
 
 
 def test_a_file_says_nothing_of_the_machine(tmp_path):
     config = replace(small(), "data", path="/home/somebody/data")
+    config = replace(config, "data", source="folder:/home/somebody/photos")
     config = dataclasses.replace(
         config, output=str(tmp_path / "secret"), init_from="/home/somebody/a"
     )
     networks.write_file(tmp_path / "a.safetensors", network_of(config))
-    networks.write_folder(tmp_path / "a", network_of(config))
+    folders.write(tmp_path / "a", network_of(config))
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert len(files) == 7
     for path in files:
         content = path.read_bytes()
         assert b"somebody" not in content, path
         assert b"secret" not in content, path
+    assert read(tmp_path / "a").config.data.source == "folder:photos"
+    assert "| data | folder:photos |" in (tmp_path / "a" / "README.md").read_text()
 
 
 def test_a_field_younger_than_the_file_has_its_default(tmp_path):
-    values = networks._describe(network_of(small()))
+    values = records.write(network_of(small()))
     del values["config"]["net"]["variant"], values["config"]["init_from"]
-    config, _ = networks._parse(json.dumps(values), tmp_path)
+    config, _ = records.read(json.dumps(values), tmp_path)
     assert config.net.variant == "official"
 
 
@@ -216,95 +248,14 @@ def test_what_diffusers_lacks_is_named_and_nothing_is_written(
     name, got, tmp_path, refuses
 ):
     with refuses(got):
-        networks.write_folder(tmp_path / "out", network_of(small(name)))
+        folders.write(tmp_path / "out", network_of(small(name)))
     assert not list(tmp_path.iterdir())
 
 
 def test_parts_that_diffusers_lacks_are_named(tmp_path, refuses):
     config = small(multipliers=(2, 2), fourier=(3,))
     with refuses("multipliers (2, 2), which must begin with 1; fourier (3,)"):
-        networks.write_folder(tmp_path / "out", network_of(config))
-
-
-UNET, SCHEDULER = interchange.to_diffusers(EXPERIMENTS["cifar10"].config)
-
-
-def from_diffusers(scheduler=SCHEDULER, **unet):
-    return interchange.from_diffusers({**UNET, **unet}, scheduler, name="n", where="w")
-
-
-def test_the_paper_is_what_comes_back():
-    paper, config = EXPERIMENTS["cifar10"].config, from_diffusers()
-    assert (config.net, config.diffusion) == (paper.net, paper.diffusion)
-    assert (UNET["norm_eps"], UNET["downsample_padding"]) == (1e-6, 0)
-    assert (UNET["freq_shift"], UNET["flip_sin_to_cos"]) == (1, False)
-    assert SCHEDULER["variance_type"] == "fixed_large"
-    # At 256x256 the authors drew with the small variance.
-    church = interchange.to_diffusers(EXPERIMENTS["lsun_church256"].config)[1]
-    assert church["variance_type"] == "fixed_small"
-
-
-def test_every_field_of_a_scheduler_that_we_lack_is_named(refuses):
-    wrong = {
-        "thresholding": True,
-        "clip_sample_range": 2.0,
-        "rescale_betas_zero_snr": True,
-        "prediction_type": "flow",
-        "variance_type": "learned",
-        "beta_schedule": "laplace",
-        "flavour": "sweet",
-    }
-    for name, value in wrong.items():
-        with refuses(f"{name} {value!r}"):
-            from_diffusers({**SCHEDULER, name: value})
-    with pytest.raises(ValueError) as caught:
-        from_diffusers({**SCHEDULER, **wrong})
-    assert all(name in str(caught.value) for name in wrong)
-    with refuses("_class_name 'PNDMScheduler'"):
-        from_diffusers({**SCHEDULER, "_class_name": "PNDMScheduler"})
-
-
-@pytest.mark.parametrize(
-    ("kind", "schedule"),
-    [("linear", "linear"), ("scaled_linear", "quad"), ("squaredcos_cap_v2", "cosine")],
-)
-def test_schedules_have_their_name_in_diffusers(kind, schedule):
-    config = from_diffusers({**SCHEDULER, "beta_schedule": kind})
-    assert config.diffusion.schedule == schedule
-    assert interchange.to_diffusers(config)[1]["beta_schedule"] == kind
-
-
-@pytest.mark.parametrize("schedule", ["const", "warmup10", "warmup50", "sigmoid"])
-def test_other_schedules_are_known_by_their_betas(schedule):
-    paper = EXPERIMENTS["cifar10"].config
-    scheduler = interchange.to_diffusers(replace(paper, "diffusion", schedule=schedule))
-    betas = scheduler[1]["trained_betas"]
-    assert len(betas) == 1000
-    found = from_diffusers(scheduler[1]).diffusion
-    made = interchange._betas(Config(diffusion=found))
-    np.testing.assert_allclose(made, betas, rtol=1e-5)
-    # As float32, which is how diffusers gives them back.
-    rounded = np.asarray(betas, np.float32).tolist()
-    assert from_diffusers({**scheduler[1], "trained_betas": rounded}).diffusion == found
-
-
-def test_betas_of_no_schedule_are_refused(refuses):
-    betas = np.linspace(1e-4, 0.02, 1000) ** 1.5
-    with refuses("trained_betas, 1000 of them, that are none of"):
-        from_diffusers({**SCHEDULER, "trained_betas": betas.tolist()})
-    with refuses("trained_betas of shape (3,)"):
-        from_diffusers({**SCHEDULER, "trained_betas": [0.1, 0.2, 0.3]})
-
-
-def test_channels_have_to_be_those_of_images(refuses):
-    with refuses("4. Networks of latents"):
-        from_diffusers(in_channels=4, out_channels=4)
-    with refuses("6. Correct variance_type"):
-        from_diffusers(out_channels=6)
-    learned = {**SCHEDULER, "variance_type": "learned_range"}
-    assert from_diffusers(learned, out_channels=6).diffusion.variance == "range"
-    with refuses("3. Correct variance_type"):
-        from_diffusers(learned)
+        folders.write(tmp_path / "out", network_of(config))
 
 
 # What is wrong with files.
@@ -312,7 +263,7 @@ def test_channels_have_to_be_those_of_images(refuses):
 
 @pytest.fixture
 def folder(tmp_path):
-    networks.write_folder(tmp_path / "good", network_of(small()))
+    folders.write(tmp_path / "good", network_of(small()))
     return tmp_path / "good"
 
 
@@ -379,7 +330,7 @@ def test_another_family_is_refused(kind, folder, refuses):
         networks.read_config(networks.find(folder))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "\x00"])
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "\x00", "[" * 10**5])
 def test_a_damaged_configuration_is_refused(text, folder, refuses):
     (folder / "unet" / "config.json").write_text(text)
     with refuses(""):
@@ -410,6 +361,9 @@ def test_every_tensor_that_does_not_fit_is_named(file, refuses):
     [
         {"version": 2},
         {"about": {"weights": "averaged"}},
+        {"about": {**ABOUT._asdict(), "step": "x"}},
+        {"about": {**ABOUT._asdict(), "scores": {"fid": 3}}},
+        {"about": {**ABOUT._asdict(), "origin": None}},
         {"config": {"net": {"channels": 0}}},
         {"config": {"flavour": "sweet"}},
     ],
@@ -436,8 +390,55 @@ def test_nothing_is_left_of_a_folder_that_could_not_be_written(tmp_path, monkeyp
 
     monkeypatch.setattr(tensor_files, "write_safetensors", full)
     with pytest.raises(OSError, match="No space"):
-        networks.write_folder(tmp_path / "out", network_of(small()))
+        folders.write(tmp_path / "out", network_of(small()))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_folder_that_was_there_stays_if_anything_fails(at, folder, monkeypatch):
+    def content():
+        return {p: p.read_bytes() for p in folder.parent.rglob("*") if p.is_file()}
+
+    before = content()
+    real, calls = type(folder).rename, []
+
+    def rename(self, target):
+        calls.append(self)
+        if len(calls) == at:
+            raise OSError(5, "Input/output error")
+        return real(self, target)
+
+    monkeypatch.setattr(type(folder), "rename", rename)
+    with pytest.raises(OSError, match="Input/output"):
+        folders.write(folder, network_of(small(), seed=1))
+    monkeypatch.undo()
+    assert {
+        p: p.read_bytes() for p in folder.parent.rglob("*") if p.is_file()
+    } == before
+    folders.write(folder, network_of(small(), seed=1))
+    same(read(folder).params, network_of(small(), seed=1).params)
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_recipe_that_nobody_told_is_not_on_the_card(folder, tmp_path):
+    assert "| training | loss v, batch 64" in (folder / "README.md").read_text()
+    (folder / folders.RECORD).unlink()
+    found = read(folder)
+    config = replace(found.config, "data", source="digits")
+    folders.write(tmp_path / "again", found._replace(config=config))
+    text = (tmp_path / "again" / "README.md").read_text()
+    assert "| data | digits |" in text
+    assert "training" not in text
+    assert read(tmp_path / "again").about.recipe is False
+
+
+def test_a_card_is_in_order_whatever_the_names(tmp_path):
+    config = replace(small(), "data", source="folder:a|b")
+    folders.write(tmp_path / 'we"ird', network_of(config))
+    text = (tmp_path / 'we"ird' / "README.md").read_text()
+    code = text.partition("```python\n")[2].partition("```")[0]
+    compile(code, "card", "exec")
+    assert "| data | folder:a\\|b |" in text
 
 
 def test_the_card_says_what_it_is(tmp_path):
@@ -445,11 +446,11 @@ def test_the_card_says_what_it_is(tmp_path):
     network = network_of(config)
     scores = {"fd vs train": {"value": "1.8", "of": "1,797 samples"}}
     network = network._replace(about=ABOUT._replace(scores=scores))
-    digest = networks.write_folder(tmp_path / "out", network)
+    digest = folders.write(tmp_path / "out", network)
     text = (tmp_path / "out" / "README.md").read_text()
     count = sum(leaf.size for leaf in jax.tree.leaves(network.params))
     for said in (
-        "pipeline_tag: conditional-image-generation",
+        "library_name: diffusers",
         f"U-Net of {count:,} weights",
         "averaged of step 12",
         digest,
@@ -461,3 +462,4 @@ def test_the_card_says_what_it_is(tmp_path):
     ):
         assert said in text, said
     assert diffusers.CLASS in text
+    assert "pipeline_tag" not in text  # the hub has none for it

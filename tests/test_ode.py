@@ -12,6 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from diffusion_jax import continuous, grids, ode, samplers, schedule, sde
 
+pytestmark = pytest.mark.optimised
+
 DATA = gaussian_image()
 KEY = jax.random.key(0)
 TOLERANCES = {"rtol": 1e-5, "atol": 1e-5}

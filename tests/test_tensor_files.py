@@ -319,10 +319,10 @@ def test_tree_comes_back_with_its_words(tmp_path):
     assert (meta, digest) == (META, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def test_what_is_no_tree_is_said_in_few_words(tmp_path):
+def test_what_is_no_tree_is_refused(tmp_path, refuses):
     path = tmp_path / "a.safetensors"
-    with pytest.raises(ValueError, match=r"^\[Errno 2\] No such file"):
+    with refuses("No such file"):
         tensors.read(path)
     path.write_bytes(WHOLE[:-1])
-    with pytest.raises(ValueError, match=r"^SafetensorError: .*[^.]$"):
+    with refuses("SafetensorError"):
         tensors.read(path)

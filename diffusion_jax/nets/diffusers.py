@@ -131,6 +131,7 @@ def read_config(config: Mapping[str, Any], *, where: str) -> Architecture:
             "Such a network cannot be converted: train one without these."
         )
     widths = values["block_out_channels"]
+    assert variant is not None  # or it would be among what is wrong
     attended = [kind.endswith(_ATTENTION[0]) for kind in values["down_block_types"]]
     net = UNet(
         out_channels=values["out_channels"],
@@ -141,7 +142,7 @@ def read_config(config: Mapping[str, Any], *, where: str) -> Architecture:
         dropout=values["dropout"],
         groups=values["norm_num_groups"],
         num_classes=values["num_class_embeds"] or 0,
-        variant=variant or "official",
+        variant=variant,
     )
     return Architecture(net, size, values["in_channels"])
 

@@ -13,7 +13,6 @@ PyTorch's are opened, by its own `weights_only` reader.
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import json
 import os
@@ -29,6 +28,7 @@ import safetensors
 import safetensors.numpy
 from tqdm import tqdm
 
+from diffusion_jax.nets import tensorflow_checkpoint
 from diffusion_jax.training.formats import DataError
 
 # Types of safetensors; its own table for NumPy has no bfloat16 in some versions.
@@ -59,9 +59,6 @@ _PYTORCH_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
 _PICKLE = re.compile(
     rb"\x80[\x02-\x05]|c[\w.]+\n[\w.]+\n|[(][dl]p\d+\n|[(]i[\w.]+\n|[\]})]q\x00"
 )
-# The last bytes of the table of a TensorFlow checkpoint, its .index.
-_TABLE_MAGIC = bytes.fromhex("57fb808b247547db")
-_PART = re.compile(r"\.(index|data-\d{5}-of-\d{5})$")
 
 
 class Tensors(NamedTuple):
@@ -93,7 +90,7 @@ def kind_of(path: str | os.PathLike[str]) -> str:
       DataError: there is no such file.
     """
     path = Path(path)
-    if _prefix(path):
+    if tensorflow_checkpoint.prefix_of(path):
         return "tensorflow"
     return _kind(_head(path))
 
@@ -110,7 +107,7 @@ def read(path: str | os.PathLike[str], *, progress: bool = False) -> Tensors:
         type of tensors that cannot be read, or what reads the format is not installed.
     """
     path = Path(path)
-    prefix = _prefix(path)
+    prefix = tensorflow_checkpoint.prefix_of(path)
     if prefix:
         return _read_tensorflow(prefix, progress)
     head = _head(path)
@@ -232,31 +229,6 @@ def _kind(head: bytes) -> str:
     return "safetensors" if braced and head[9:10] in (b'"', b"}") else "unknown"
 
 
-def _prefix(path: Path) -> Path | None:
-    """Returns the prefix of a TensorFlow checkpoint, if a path belongs to one."""
-    named = _PART.search(path.name)
-    if not named and path.exists():
-        return None
-    prefix = path.with_name(_PART.sub("", path.name))
-    if _data_files(prefix):
-        return prefix
-    # Without its data; then only the table shows that it is one.
-    with contextlib.suppress(OSError), _index(prefix).open("rb") as file:
-        file.seek(-len(_TABLE_MAGIC), os.SEEK_END)
-        if file.read() == _TABLE_MAGIC:
-            return prefix
-    return None
-
-
-def _index(prefix: Path) -> Path:
-    return prefix.with_name(f"{prefix.name}.index")
-
-
-def _data_files(prefix: Path) -> list[Path]:
-    pattern = f"{glob.escape(prefix.name)}.data-*"
-    return sorted(f for f in prefix.parent.glob(pattern) if _PART.search(f.name))
-
-
 @contextlib.contextmanager
 def _bar(total: int, progress: bool) -> Iterator[Callable[[int], object]]:
     """A bar of bytes read; the block gets what moves it on."""
@@ -363,53 +335,8 @@ def _from_torch(name: Any, tensor: Any, torch: Any) -> np.ndarray:
 
 
 def _read_tensorflow(prefix: Path, progress: bool) -> Tensors:
-    files = _data_files(prefix)
-    if not files or not _index(prefix).is_file():
-        there = "no data beside its index" if not files else "data without an index"
-        raise DataError(
-            f"the checkpoint {prefix} must have {prefix.name}.index and "
-            f"{prefix.name}.data-00000-of-00001 beside each other; got {there}. Put "
-            "both files there."
-        )
-    tensorflow = _tensorflow(prefix)
-    try:
-        digest = _digest(files, progress)
-        reader = tensorflow.train.load_checkpoint(str(prefix))
-        arrays = {}
-        with _bar(sum(file.stat().st_size for file in files), progress) as update:
-            for name in sorted(reader.get_variable_to_shape_map()):
-                arrays[name] = np.asarray(reader.get_tensor(name))
-                update(arrays[name].nbytes)
-    # TensorFlow reports damage by half a dozen types of exception.
-    except Exception as error:
-        raise DataError(
-            f"the checkpoint {prefix} must be whole; got {type(error).__name__}: "
-            f"{str(error)[:200]}. It was cut off or damaged: download both files again."
-        ) from error
-    texts = [name for name, array in arrays.items() if array.dtype.kind in "OSU"]
-    if texts:
-        raise DataError(
-            f"the checkpoint {prefix} must hold numbers, as a Saver of variables "
-            f"writes them; got text for {', '.join(texts[:3])}. Save the variables by "
-            "their names."
-        )
+    files = tensorflow_checkpoint.data_files(prefix)
+    digest = _digest(files, progress)
+    with _bar(sum(file.stat().st_size for file in files), progress) as update:
+        arrays = tensorflow_checkpoint.variables(prefix, update)
     return Tensors(arrays, {}, "tensorflow", digest)
-
-
-def _tensorflow(prefix: Path) -> Any:
-    """Returns TensorFlow, which is kept quiet and off the accelerators."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # Nothing is computed with it; it tells of this one whatever its level.
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    try:
-        import tensorflow
-    except ImportError:
-        raise DataError(
-            f"TensorFlow must be installed to read the checkpoint {prefix}; got no "
-            "module named tensorflow. Install it: pip install .[tensorflow]; or "
-            "convert the checkpoint once on a machine that has it: "
-            "python -m experiments.convert."
-        ) from None
-    with contextlib.suppress(RuntimeError):  # in use already
-        tensorflow.config.set_visible_devices([], "GPU")
-    return tensorflow

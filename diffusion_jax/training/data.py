@@ -104,7 +104,7 @@ def load(
     (1797, 16, 16, 1)
     """
     kind, _, argument = source.partition(":")
-    _check_arguments(source, kind, argument, split, data_dir)
+    _check_arguments(source, kind, split, data_dir)
     images: np.ndarray | LazyImages
     labels: np.ndarray | None = None
     if kind == "digits":
@@ -139,14 +139,9 @@ def load(
     return Dataset(_fit(images, image_size, fit, channels, source), labels, source)
 
 
-def _check_arguments(
-    source: str,
-    kind: str,
-    argument: str,
-    split: str,
-    data_dir: str | os.PathLike[str] | None,
-) -> None:
-    """Raises where the source is unknown or is given what it does not take."""
+def check_source(source: str) -> None:
+    """Raises DataError for a source that `load` does not know; nothing is read."""
+    kind, _, argument = source.partition(":")
     with_argument = {s.partition(":")[0]: ":" in s for s in SOURCES}
     if kind not in with_argument or with_argument[kind] != bool(argument):
         close = difflib.get_close_matches(kind, list(with_argument), n=1)
@@ -155,6 +150,16 @@ def _check_arguments(
             f"source must be one of {', '.join(SOURCES)}; got {source!r}. "
             + (f"Did you mean {meant!r}?" if meant else "Give one of these.")
         )
+
+
+def _check_arguments(
+    source: str,
+    kind: str,
+    split: str,
+    data_dir: str | os.PathLike[str] | None,
+) -> None:
+    """Raises where the source is unknown or is given what it does not take."""
+    check_source(source)
     if kind in ("digits", "folder", "npz", "idx") and split != "train":
         raise DataError(
             f"split of {kind} must be 'train': it has no official test split; got "

@@ -9,10 +9,11 @@ import re
 import jax
 import numpy as np
 import pytest
-from test_networks import EXPORTED, SCHEDULER, UNET, network_of, small
+from test_interchange import SCHEDULER, UNET
+from test_networks import EXPORTED, network_of, small
 
 from diffusion_jax.nets import diffusers as ours
-from experiments import build, compare_diffusers, interchange, networks
+from experiments import build, compare_diffusers, folders, interchange, networks
 from experiments.config import replace
 
 torch = pytest.importorskip("torch")
@@ -37,7 +38,7 @@ def complaints(monkeypatch):
 def test_a_pipeline_opens_and_computes_the_same(config, tmp_path, complaints):
     network = network_of(config)
     folder = tmp_path / "out"
-    networks.write_folder(folder, network)
+    folders.write(folder, network)
     pipeline = diffusers.DDPMPipeline.from_pretrained(folder)
     assert not [text for text in complaints if "accelerate" not in text]
     scheduler, unet = pipeline.scheduler.config, pipeline.unet
@@ -66,7 +67,7 @@ def test_a_pipeline_opens_and_computes_the_same(config, tmp_path, complaints):
 
 
 def test_a_pipeline_draws(tmp_path):
-    networks.write_folder(tmp_path / "out", network_of(small()))
+    folders.write(tmp_path / "out", network_of(small()))
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out")
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(batch_size=2, num_inference_steps=4, output_type="np").images
@@ -76,7 +77,7 @@ def test_a_pipeline_draws(tmp_path):
 def test_what_diffusers_saves_again_is_read_back(tmp_path):
     """Our record is gone, and its own fields are there."""
     network = network_of(small())
-    networks.write_folder(tmp_path / "out", network)
+    folders.write(tmp_path / "out", network)
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out")
     pipeline.save_pretrained(tmp_path / "again")
     found = networks.read(networks.find(tmp_path / "again"))
@@ -87,7 +88,7 @@ def test_what_diffusers_saves_again_is_read_back(tmp_path):
 @pytest.mark.parametrize("flags", [["--steps", "50"], ["--sampler", "ddpm"]])
 def test_both_draw_the_same_images(flags, tmp_path, capsys):
     config = replace(small(), "diffusion", schedule="linear", prediction="eps")
-    networks.write_folder(tmp_path / "out", network_of(config))
+    folders.write(tmp_path / "out", network_of(config))
     assert compare_diffusers.main([str(tmp_path / "out"), "--count", "2", *flags]) == 0
     shown = capsys.readouterr().out
     off = float(re.search(r"largest difference (\S+),", shown)[1])
@@ -97,7 +98,7 @@ def test_both_draw_the_same_images(flags, tmp_path, capsys):
 
 def test_other_noise_is_other_images(tmp_path, capsys, monkeypatch):
     """The comparison can fail."""
-    networks.write_folder(tmp_path / "out", network_of(small()))
+    folders.write(tmp_path / "out", network_of(small()))
     there = compare_diffusers.draw_there
 
     def other(folder, config, options):

@@ -1,0 +1,244 @@
+"""Configurations in the words of diffusers: written, read back, and refused."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from experiments import interchange
+from experiments.config import Config, replace
+from experiments.configs import EXPERIMENTS
+
+UNET, SCHEDULER = interchange.to_diffusers(EXPERIMENTS["cifar10"].config)
+
+
+def from_diffusers(scheduler=SCHEDULER, **unet):
+    return interchange.from_diffusers({**UNET, **unet}, scheduler, name="n", where="w")
+
+
+def test_the_paper_is_what_comes_back():
+    paper, config = EXPERIMENTS["cifar10"].config, from_diffusers()
+    assert (config.net, config.diffusion) == (paper.net, paper.diffusion)
+    assert (UNET["norm_eps"], UNET["downsample_padding"]) == (1e-6, 0)
+    assert (UNET["freq_shift"], UNET["flip_sin_to_cos"]) == (1, False)
+    assert SCHEDULER["variance_type"] == "fixed_large"
+    # At 256x256 the authors drew with the small variance.
+    church = interchange.to_diffusers(EXPERIMENTS["lsun_church256"].config)[1]
+    assert church["variance_type"] == "fixed_small"
+
+
+def test_every_field_of_a_scheduler_that_we_lack_is_named(refuses):
+    wrong = {
+        "clip_sample_range": 2.0,
+        "rescale_betas_zero_snr": True,
+        "prediction_type": "flow",
+        "variance_type": "learned",
+        "beta_schedule": "laplace",
+        "flavour": "sweet",
+    }
+    for name, value in wrong.items():
+        with refuses(f"{name} {value!r}"):
+            from_diffusers({**SCHEDULER, name: value})
+    with pytest.raises(ValueError) as caught:
+        from_diffusers({**SCHEDULER, **wrong})
+    assert all(name in str(caught.value) for name in wrong)
+    with refuses("_class_name 'PNDMScheduler'"):
+        from_diffusers({**SCHEDULER, "_class_name": "PNDMScheduler"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "schedule"),
+    [("linear", "linear"), ("scaled_linear", "quad"), ("squaredcos_cap_v2", "cosine")],
+)
+def test_schedules_have_their_name_in_diffusers(kind, schedule):
+    config = from_diffusers({**SCHEDULER, "beta_schedule": kind})
+    assert config.diffusion.schedule == schedule
+    assert interchange.to_diffusers(config)[1]["beta_schedule"] == kind
+
+
+@pytest.mark.parametrize("schedule", ["const", "warmup10", "warmup50", "sigmoid"])
+def test_other_schedules_are_known_by_their_betas(schedule):
+    paper = EXPERIMENTS["cifar10"].config
+    scheduler = interchange.to_diffusers(replace(paper, "diffusion", schedule=schedule))
+    betas = scheduler[1]["trained_betas"]
+    assert len(betas) == 1000
+    found = from_diffusers(scheduler[1]).diffusion
+    made = interchange._betas(Config(diffusion=found))
+    np.testing.assert_allclose(made, betas, rtol=1e-5)
+    # As float32, which is how diffusers gives them back.
+    rounded = np.asarray(betas, np.float32).tolist()
+    assert from_diffusers({**scheduler[1], "trained_betas": rounded}).diffusion == found
+
+
+def test_betas_of_no_schedule_are_refused(refuses):
+    betas = np.linspace(1e-4, 0.02, 1000) ** 1.5
+    with refuses("trained_betas, 1000 of them, that are none of"):
+        from_diffusers({**SCHEDULER, "trained_betas": betas.tolist()})
+    with refuses("trained_betas of shape (3,)"):
+        from_diffusers({**SCHEDULER, "trained_betas": [0.1, 0.2, 0.3]})
+
+
+def test_channels_have_to_be_those_of_images(refuses):
+    with refuses("4. Networks of latents"):
+        from_diffusers(in_channels=4, out_channels=4)
+    with refuses("6. Correct variance_type"):
+        from_diffusers(out_channels=6)
+    learned = {**SCHEDULER, "variance_type": "learned_range"}
+    assert from_diffusers(learned, out_channels=6).diffusion.variance == "range"
+    with refuses("3. Correct variance_type"):
+        from_diffusers(learned)
+
+
+# Whatever a file holds, it ends in one error that names it.
+
+NO_NUMBERS = [None, "1", [1], {}, True, math.inf, -math.inf, math.nan, 10**400]
+NO_TRUTHS = [None, "false", [], 0, 1, math.nan]
+NO_NAMES = [None, [], {}, 5, True, "x"]
+WRONG = {
+    "num_train_timesteps": [*NO_NUMBERS, 1e6, 1000.0, 0, -5, 1, 10**12, 1_000_001],
+    "beta_start": NO_NUMBERS,
+    "beta_end": NO_NUMBERS,
+    "beta_schedule": NO_NAMES,
+    "trained_betas": ["x", {}, 5, True],
+    "variance_type": NO_NAMES,
+    "prediction_type": NO_NAMES,
+    "clip_sample": NO_TRUTHS,
+    "clip_sample_range": [*NO_NUMBERS, 2.0],
+    "thresholding": NO_TRUTHS,
+    "rescale_betas_zero_snr": [*NO_TRUTHS, True],
+    "set_alpha_to_one": [*NO_TRUTHS, False],
+    "dynamic_thresholding_ratio": NO_NUMBERS,
+    "sample_max_value": [None, "1", [1], {}, True, math.nan, 10**400],
+    "timestep_spacing": NO_NAMES,
+    "steps_offset": [None, "1", [], 1.0, True],
+    "timestep_values": [[1, 2], 0, ""],
+    "_class_name": [*NO_NAMES, "PNDMScheduler"],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_value_of_another_type_is_named(name, refuses):
+    for value in WRONG[name]:
+        with refuses(f"{name} "):
+            from_diffusers({**SCHEDULER, name: value})
+
+
+@pytest.mark.parametrize("beta", [None, "0.1", [0.1], True, math.nan, math.inf])
+def test_each_beta_has_to_be_a_number(beta, refuses):
+    few = {**SCHEDULER, "num_train_timesteps": 2, "trained_betas": [0.1, beta]}
+    with refuses("not null or a list of finite numbers"):
+        from_diffusers(few)
+
+
+def test_all_values_of_other_types_are_named_at_once():
+    wrong = {name: values[0] for name, values in WRONG.items() if name[0] != "_"}
+    with pytest.raises(ValueError) as caught:
+        from_diffusers({**SCHEDULER, **wrong})
+    for name, value in wrong.items():
+        assert f"{name} {value!r}, not " in str(caught.value)
+
+
+def test_a_long_value_is_not_repeated_in_full():
+    with pytest.raises(ValueError) as caught:
+        from_diffusers(
+            {**SCHEDULER, "flavour": "x" * 10**6, "trained_betas": "0" * 999}
+        )
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("fields", "got"),
+    [
+        ({"sample_size": 8192}, "8192"),
+        ({"sample_size": 2**20}, "1048576"),
+        ({"layers_per_block": 100_000}, "100000"),
+        ({"block_out_channels": [8 * 10**8] * 4}, "800000000"),
+        ({"block_out_channels": [128, 128, 128, 128 * 1024]}, "131072"),
+        ({"num_class_embeds": 10**12}, "1000000000000"),
+    ],
+)
+def test_sizes_beyond_every_network_are_refused_before_any_work(
+    fields, got, refuses, monkeypatch
+):
+    monkeypatch.delattr("jax.eval_shape")
+    with refuses(got):
+        from_diffusers(**fields)
+    with pytest.raises(ValueError, match=r"^w: \S.* must be at most \d+; got ") as said:
+        from_diffusers(**fields)
+    assert "Change it with" not in str(said.value)
+
+
+def test_betas_are_counted_before_any_is_made(refuses, monkeypatch):
+    monkeypatch.delattr(interchange, "_betas")
+    monkeypatch.delattr("numpy.asarray")
+    few = {**SCHEDULER, "trained_betas": [0.1, 0.2]}
+    with refuses("trained_betas of shape (2,), not (1000,)"):
+        from_diffusers(few)
+    with refuses("num_train_timesteps 1000000000000, not a whole number from 2 to"):
+        from_diffusers({**few, "num_train_timesteps": 10**12})
+
+
+# Dynamic thresholding.
+
+
+def test_dynamic_thresholding_is_there_and_back():
+    config = replace(EXPERIMENTS["cifar10"].config, "sample", threshold=0.95)
+    scheduler = interchange.to_diffusers(config)[1]
+    assert scheduler["thresholding"] is True
+    assert scheduler["dynamic_thresholding_ratio"] == 0.95
+    again = json.loads(json.dumps(scheduler, allow_nan=False))
+    found = from_diffusers(again)
+    assert (found.sample.threshold, found.sample.clip) == (0.95, True)
+    assert interchange.to_diffusers(found)[1] == scheduler
+    assert from_diffusers({**again, "sample_max_value": math.inf}) == found
+
+
+def test_a_threshold_that_ends_at_one_is_the_clip(refuses):
+    """It is what a scheduler has where nothing else is said."""
+    on = {**SCHEDULER, "thresholding": True, "clip_sample": False}
+    sample = from_diffusers(on).sample
+    assert (sample.clip, sample.threshold) == (True, None)
+    for end in (0.5, 1.5, 100.0):
+        with refuses(f"sample_max_value {end} with thresholding"):
+            from_diffusers({**on, "sample_max_value": end})
+        off = {**on, "thresholding": False, "sample_max_value": end}
+        sample = from_diffusers(off).sample
+        assert (sample.clip, sample.threshold) == (False, None)
+    with refuses("1.5"):
+        endless = {"sample_max_value": math.inf, "dynamic_thresholding_ratio": 1.5}
+        from_diffusers({**on, **endless})
+
+
+# What is said of a folder that is read without our record.
+
+DDIM = {**SCHEDULER, "_class_name": "DDIMScheduler"}
+
+
+def test_there_is_nothing_to_say_of_our_own():
+    assert interchange.notes(UNET, SCHEDULER) == ()
+    assert interchange.notes(UNET, {**DDIM, "timestep_spacing": "trailing"}) == ()
+
+
+@pytest.mark.parametrize(
+    ("unet", "scheduler", "words"),
+    [
+        ({}, None, ("no scheduler_config.json", "T = 1000", "the small variance")),
+        (
+            {"num_class_embeds": 11},
+            SCHEDULER,
+            ("11 rows", "label 10", "our own record"),
+        ),
+        ({}, DDIM, ("timestep_spacing leading", "leave out the noisiest")),
+        ({}, {"_class_name": "DDIMScheduler"}, ("timestep_spacing leading",)),
+        ({}, {**DDIM, "timestep_spacing": "linspace"}, ("linspace", "are others")),
+    ],
+)
+def test_what_a_folder_does_not_say_is_said(unet, scheduler, words):
+    (note,) = interchange.notes({**UNET, **unet}, scheduler)
+    for word in words:
+        assert word in note
+
+
+def test_all_of_it_is_said():
+    assert len(interchange.notes({"num_class_embeds": 11}, None)) == 2
