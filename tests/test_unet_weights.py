@@ -384,7 +384,10 @@ def test_what_we_lack_is_refused(fields, refuses):
         {"dropout": "little"},
         {"sample_size": [[8]]},
         {"sample_size": []},
-        *({"block_out_channels": each} for each in (None, [], 8, [[8]], [0, 8])),
+        *(
+            {"block_out_channels": each}
+            for each in (None, [], 8, [[8]], [0, 8], [8] * 20_000)
+        ),
         {"down_block_types": None},
         {"up_block_types": 3},
     ],

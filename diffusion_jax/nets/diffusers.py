@@ -5,6 +5,7 @@ are known (`unet.VARIANTS`): those of the conversions of the authors' networks, 
 defaults of the library, with which its own training script trains.
 """
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -68,6 +69,8 @@ _AVERAGE = (
     "update_after_step",
     "use_ema_warmup",
 )
+# 4096 pixels a side, halved to one.
+_MOST_LEVELS = 13
 _COUNTS = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups")
 _LISTS = ("block_out_channels", "down_block_types", "up_block_types")
 _PLAIN, _ATTENTION = ("DownBlock2D", "UpBlock2D"), ("AttnDownBlock2D", "AttnUpBlock2D")
@@ -210,9 +213,12 @@ def _wrong_kinds(values: Mapping[str, Any]) -> list[str]:
         if not _is_count(values[name])
     ]
     wrong += [
-        f"{name} {values[name]!r}, not a list with an entry a level"
+        f"{name} {reprlib.repr(values[name])}, not a list with an entry a level"
         for name in _LISTS
-        if not (isinstance(values[name], list | tuple) and values[name])
+        if not (
+            isinstance(values[name], list | tuple)
+            and 0 < len(values[name]) <= _MOST_LEVELS
+        )
     ]
     widths = values["block_out_channels"]
     if isinstance(widths, list | tuple) and not all(map(_is_count, widths)):
