@@ -1,13 +1,12 @@
 """The model card: the README.md of a network that is given away."""
 
 import shlex
-from typing import Any
 
 from experiments.config import UNKNOWN, Config
-from experiments.records import public_source
+from experiments.records import About, public_source
 
 
-def write(config: Config, about: Any, name: str, digest: str, count: int) -> str:
+def write(config: Config, about: About, name: str, digest: str, count: int) -> str:
     """Returns the text of the card, with the YAML head that the hub reads.
 
     Args:
