@@ -354,7 +354,7 @@ def _read_betas(values: Mapping[str, Any]) -> Diffusion | str:
         return f"trained_betas from {low:g} to {high:g}, not above 0 and below 1"
     for name in _BY_BETAS:
         one = Diffusion(name, steps, beta_start=low, beta_end=high)
-        if np.allclose(_betas(Config(diffusion=one)), betas, rtol=1e-5, atol=0):
+        if np.allclose(betas_of(Config(diffusion=one)), betas, rtol=1e-5, atol=0):
             return one
     return f"trained_betas, {steps} of them, that are none of {', '.join(_BY_BETAS)}"
 
@@ -370,11 +370,11 @@ def _write_betas(config: Config) -> dict[str, Any]:
         "beta_start": d.beta_start,
         "beta_end": d.beta_end,
         "beta_schedule": "linear",
-        "trained_betas": _betas(config).tolist(),
+        "trained_betas": betas_of(config).tolist(),
     }
 
 
-def _betas(config: Config) -> np.ndarray:
+def betas_of(config: Config) -> np.ndarray:
     """Returns the variance of each step of a discrete schedule, [T], float64."""
     log_alpha, _ = (
         np.asarray(table, np.float64)

@@ -64,7 +64,7 @@ def test_other_schedules_are_known_by_their_betas(schedule):
     betas = scheduler[1]["trained_betas"]
     assert len(betas) == 1000
     found = from_diffusers(scheduler[1]).diffusion
-    made = interchange._betas(Config(diffusion=found))
+    made = interchange.betas_of(Config(diffusion=found))
     np.testing.assert_allclose(made, betas, rtol=1e-5)
     # As float32, which is how diffusers gives them back.
     rounded = np.asarray(betas, np.float32).tolist()

@@ -48,7 +48,7 @@ def test_a_pipeline_opens_and_computes_the_same(config, tmp_path, complaints):
     assert scheduler.prediction_type == names[config.diffusion.prediction]
     assert scheduler.clip_sample == config.sample.clip
     np.testing.assert_allclose(
-        pipeline.scheduler.betas.numpy(), interchange._betas(config), rtol=2e-5
+        pipeline.scheduler.betas.numpy(), interchange.betas_of(config), rtol=2e-5
     )
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 8, 8, config.data.channels)).astype(np.float32)

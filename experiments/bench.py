@@ -1,0 +1,302 @@
+"""Measures speed: `python -m experiments.bench [EXPERIMENT] [--field value ...]`.
+
+Training and sampling of any configuration on the devices there are, with the share of a
+ceiling that is measured in the same run: a large matrix product in the network's type.
+Arithmetic is that of matrix products and convolutions, counted in the mathematics (see
+`diffusion_jax.training.arithmetic`), and not what a compiler makes of it.
+"""
+
+import dataclasses
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from diffusion_jax.training import arithmetic, data, parallel
+from experiments import (
+    arguments,
+    bench_peer,
+    build,
+    chains,
+    config,
+    learning,
+    runs,
+    train,
+)
+from experiments.config import Config, ConfigError
+from experiments.configs import EXPERIMENTS
+from experiments.validation import require_positive, validate
+
+CEILING = {"cpu": 1024}
+"""Side of the matrices of the ceiling; 8192 on other devices."""
+STORED = 2048
+"""Images that the input is gathered from: enough that none is in a cache."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to measure, and how."""
+
+    what: tuple[Literal["train", "sample"], ...] = ("train", "sample")
+    """Training steps, and chains of the sampling rule."""
+    batch_sizes: tuple[int, ...] = (64,)
+    """Images a training step, and images a chain; one row each."""
+    steps: int = 10
+    """Training steps, or chains, that are timed together."""
+    repeats: int = 5
+    """How often they are: the median counts, and the whole range is shown."""
+    warmup: int = 3
+    """Steps before the clock starts, after the one that compiles."""
+    peer: bool = False
+    """Whether to measure the same work by diffusers and PyTorch in this run (pip
+    install .[peers]), and print how much faster this is."""
+    out: Path | None = None
+    """JSON file to write."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=Config
+    )
+
+
+class Clock(NamedTuple):
+    """Seconds of one call, of several measurements."""
+
+    median: float
+    least: float
+    most: float
+    first: float
+    """Of the first call, which compiles, beyond the median."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the table, and writes it; returns the exit code."""
+    options = parse(argv)
+    mesh = parallel.make_mesh(options.config.train.devices)
+    for size in options.batch_sizes:
+        parallel.check_batch_size(size, mesh.size)
+    device = mesh.devices.flat[0]
+    top = ceiling(options, device.platform) * mesh.size
+    about = {
+        "device": device.device_kind,
+        "devices": mesh.size,
+        "experiment": options.config.name,
+        "dtype": options.config.net.dtype,
+        "ceiling_tflops": top / 1e12,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "versions": runs.versions(),
+    }
+    print(
+        f"{options.config.name} on {mesh.size} x {device.device_kind}, "
+        f"{options.config.net.dtype}; matrix product {top / 1e12:.3g} TFLOP/s"
+    )
+    print(f"  {'what':<7}{'batch':>7}{'per s':>12}{'ms':>11}{'range':>19}", end="")
+    print(f"{'TFLOP/s':>10}{'share':>7}{'compile s':>11}{'input ms':>10}{'GiB':>7}")
+    rows = []
+    for what in options.what:
+        for size in options.batch_sizes:
+            row = measure(options, mesh, what, size)
+            row["share"] = row["tflops"] * 1e12 / top
+            rows.append(row)
+            show(row)
+            if options.peer:
+                row["peer"] = measure_peer(options, row)
+    print("per s: images trained on, or evaluations of the network in a chain")
+    print("GiB: most memory in use so far, of a device or, on CPU, of the process")
+    if options.out is not None:
+        runs.write_json(options.out, {**about, "rows": rows})
+        print(f"written: {options.out}")
+    return 0
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """Returns the checked options: an experiment's name, then flags."""
+    name, flags = "digits", list(argv)
+    if flags and not flags[0].startswith("-"):
+        name = flags.pop(0)
+    if name not in EXPERIMENTS:
+        raise ConfigError(
+            f"the experiment must be one of {', '.join(EXPERIMENTS)}; got {name!r}. "
+            "Say, for instance: python -m experiments.bench cifar10"
+        )
+    options = tyro.cli(
+        Options,
+        default=Options(config=EXPERIMENTS[name].config),
+        args=flags,
+        prog=f"python -m experiments.bench {name}",
+        description=__doc__,
+    )
+    require_positive(options, "steps", "repeats", "warmup")
+    if not options.batch_sizes or min(options.batch_sizes) < 1:
+        raise ConfigError(
+            f"batch_sizes must be whole numbers above 0; got {options.batch_sizes}. "
+            "Change it with --batch-sizes 64 128."
+        )
+    validate(options.config)
+    if options.peer:
+        bench_peer.check(options.config)
+    return options
+
+
+def measure(options: Options, mesh: Any, what: str, size: int) -> dict[str, Any]:
+    """Returns the figures of one row."""
+    measured = {"train": measure_train, "sample": measure_sample}[what]
+    return {
+        "what": what,
+        "batch": size,
+        **measured(options, mesh, size),
+        "memory_gib": peak_memory(mesh) / 2**30,
+    }
+
+
+def measure_train(options: Options, mesh: Any, size: int) -> dict[str, Any]:
+    """Returns the figures of training steps on one batch that does not change."""
+    chosen = config.replace(options.config, "train", batch_size=size)
+    rng = np.random.default_rng(0)
+    shape = (max(STORED, size), *image_shape(chosen))
+    images = rng.integers(0, 256, shape, dtype=np.uint8)
+    labels = np.arange(len(images)) % max(chosen.net.classes, 1)
+    dataset = data.Dataset(images, labels, "random")
+    step = learning.make_step(chosen, mesh)
+    replicated = parallel.replicated(mesh)
+    state = jax.device_put(learning.init_state(chosen), replicated)
+    batch = parallel.shard(train.batch_of(chosen, dataset, 0), mesh)
+    flops = arithmetic.count(_gradient(chosen), state.params, batch)
+    held = [state]
+
+    def once() -> Any:
+        held[0], metrics = step(held[0], batch)
+        return metrics["loss"]
+
+    clock = timed(once, options)
+    began = time.perf_counter()
+    for n in range(options.steps):
+        fresh = parallel.shard(train.batch_of(chosen, dataset, n), mesh)
+    jax.block_until_ready(fresh)
+    host = (time.perf_counter() - began) / options.steps
+    return figures(clock, size, flops) | {"input_ms": 1000 * host}
+
+
+def measure_sample(options: Options, mesh: Any, size: int) -> dict[str, Any]:
+    """Returns the figures of whole chains of the configured rule."""
+    chosen = options.config
+    params = jax.device_put(
+        build.init_params(chosen, jax.random.key(0)), parallel.replicated(mesh)
+    )
+    draw = chains.make_draw(chosen, size, mesh)
+    evaluations = chains.count_evaluations(chosen, params)
+    label = jnp.zeros(1, jnp.int32) if chosen.net.classes else None
+    one = arithmetic.count(
+        build.make_network(chosen).apply,
+        {"params": params["net"]},
+        jnp.zeros((1, *image_shape(chosen))),
+        jnp.zeros(1),
+        label,
+    )
+    clock = timed(lambda: draw(params, jax.random.key(0), 0), options)
+    many = round(evaluations * size)
+    return figures(clock, many, many * one) | {"evaluations_per_sample": evaluations}
+
+
+def measure_peer(options: Options, row: dict[str, Any]) -> dict[str, Any]:
+    """Returns the seconds of the peer for the work of a row, and prints them."""
+    clock, how = bench_peer.measure(
+        options.config,
+        row["what"],
+        row["batch"],
+        row.get("evaluations_per_sample", 1.0),
+        lambda once: timed(once, options),
+    )
+    ms = 1000 * clock.median
+    per_second = row["per_second"] * row["ms"] / ms
+    ratio = ms / row["ms"]
+    print(f"    {how}: {per_second:,.1f} per s, {ms:,.2f} ms; here {ratio:.2f} times")
+    return {"how": how, "ms": ms, "per_second": per_second, "ratio": ratio}
+
+
+def figures(clock: Clock, items: int, flops: int) -> dict[str, Any]:
+    """Returns what the seconds of a call mean, for so many items and operations."""
+    return {
+        "per_second": items / clock.median,
+        "ms": 1000 * clock.median,
+        "ms_range": [1000 * clock.least, 1000 * clock.most],
+        "tflops": flops / clock.median / 1e12,
+        "compile_s": clock.first,
+    }
+
+
+def timed(once: Callable[[], Any], options: Options) -> Clock:
+    """Returns the seconds of a call; what it returns is waited for."""
+    began = time.perf_counter()
+    jax.block_until_ready(once())
+    first = time.perf_counter() - began
+    for _ in range(options.warmup):
+        jax.block_until_ready(once())
+    each = []
+    for _ in range(options.repeats):
+        began = time.perf_counter()
+        for _ in range(options.steps):
+            last = once()
+        jax.block_until_ready(last)
+        each.append((time.perf_counter() - began) / options.steps)
+    median = statistics.median(each)
+    return Clock(median, min(each), max(each), max(0.0, first - median))
+
+
+def ceiling(options: Options, platform: str) -> float:
+    """Returns operations a second of a large matrix product on one device."""
+    side, dtype = CEILING.get(platform, 8192), jnp.dtype(options.config.net.dtype)
+    product = jax.jit(lambda a, b: a @ b)
+    a = jnp.ones((side, side), dtype)
+    return 2 * side**3 / timed(lambda: product(a, a), options).median
+
+
+def peak_memory(mesh: Any) -> int:
+    """Returns the most bytes in use so far: of a device, or on CPU of the process."""
+    found = [device.memory_stats() or {} for device in mesh.local_devices]
+    peaks = [
+        stats["peak_bytes_in_use"] for stats in found if "peak_bytes_in_use" in stats
+    ]
+    if peaks:
+        return max(peaks)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def image_shape(chosen: Config) -> tuple[int, int, int]:
+    """Returns height, width and channels."""
+    d = chosen.data
+    return d.image_size, d.image_size, d.channels
+
+
+def show(row: dict[str, Any]) -> None:
+    """Prints a row of the table."""
+    low, high = row["ms_range"]
+    host = f"{row['input_ms']:.2f}" if "input_ms" in row else "-"
+    print(
+        f"  {row['what']:<7}{row['batch']:>7,}{row['per_second']:>12,.1f}"
+        f"{row['ms']:>11,.2f}{f'{low:,.2f} to {high:,.2f}':>19}{row['tflops']:>10.3g}"
+        f"{row['share']:>7.1%}{row['compile_s']:>11.1f}{host:>10}"
+        f"{row['memory_gib']:>7.2f}"
+    )
+
+
+def _gradient(chosen: Config) -> Callable[..., Any]:
+    """Returns the gradient of the loss of a whole batch, to be counted."""
+    # Without parts and loops: the arithmetic is the same.
+    whole = config.replace(chosen, "optimizer", preset="modern")
+    whole = config.replace(whole, "train", accumulate=1)
+    whole = config.replace(whole, "diffusion", density="uniform")
+    loss = learning.make_loss(whole)
+    return lambda params, batch: jax.grad(loss)(params, batch, jax.random.key(0))
+
+
+if __name__ == "__main__":
+    arguments.guarded(main)

@@ -1,0 +1,97 @@
+"""Arithmetic is counted as one counts it by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from diffusion_jax.nets import unet
+from diffusion_jax.training import arithmetic
+
+
+def of(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def conv(strides):
+    def function(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (strides, strides),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    return function
+
+
+def test_a_batched_product_is_two_operations_a_multiply_add():
+    found = arithmetic.count(
+        lambda a, b: jnp.einsum("bqc,bkc->bqk", a, b), of(4, 5, 6), of(4, 7, 6)
+    )
+    assert found == 2 * 4 * 5 * 7 * 6
+
+
+@pytest.mark.parametrize("strides", [1, 2])
+def test_a_convolution_counts_its_taps(strides):
+    x, kernel = of(2, 8, 8, 3), of(3, 3, 3, 5)
+    forward = 2 * 2 * (8 // strides) ** 2 * 5 * 3 * 9
+    assert arithmetic.count(conv(strides), x, kernel) == forward
+
+
+@pytest.mark.parametrize("strides", [1, 2])
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_a_gradient_costs_as_much_as_going_forward(strides, wanted):
+    """Of the input and of the kernel: each pairs the same numbers once.
+
+    At the edges a stride leaves out a row of taps or counts one more.
+    """
+    x, kernel = of(2, 32, 32, 3), of(3, 3, 3, 5)
+
+    def loss(x, kernel):
+        return (conv(strides)(x, kernel) ** 2).sum()
+
+    forward = arithmetic.count(loss, x, kernel)
+    both = arithmetic.count(jax.grad(loss, argnums=wanted), x, kernel)
+    assert abs(both / forward - 2) < (0.001 if strides == 1 else 0.15)
+
+
+def test_loops_count_as_often_as_they_run():
+    def looped(a):
+        return jax.lax.scan(lambda x, _: (x @ a, None), a, None, length=7)[0]
+
+    assert arithmetic.count(looped, of(4, 4)) == 7 * 2 * 4**3
+    assert arithmetic.count(jax.jit(looped), of(4, 4)) == 7 * 2 * 4**3
+    assert arithmetic.count(jax.vmap(looped), of(3, 4, 4)) == 3 * 7 * 2 * 4**3
+
+    def branch(a):
+        return jax.lax.cond(a[0, 0] > 0, lambda a: a @ a @ a, lambda a: a @ a, a)
+
+    assert arithmetic.count(branch, of(4, 4)) == 2 * 2 * 4**3
+
+
+def test_a_loop_of_unknown_length_is_refused(refuses):
+    def until(a):
+        return jax.lax.while_loop(lambda x: x[0, 0] < 1, lambda x: x @ x, a)
+
+    with refuses("while loop"):
+        arithmetic.count(until, of(4, 4))
+
+
+def test_the_network_of_the_paper():
+    """12.44 GFLOP an image; three times that with the gradient, but for the first
+    layer, whose input needs none.
+    """
+    net = unet.UNet()
+    x, t = of(1, 32, 32, 3), of(1)
+    params = jax.eval_shape(net.init, jax.random.key(0), x, t)
+    forward = arithmetic.count(net.apply, params, x, t)
+    assert forward == 12_443_713_536
+    first = 2 * 32 * 32 * 9 * 3 * 128 + 2 * 128 * 512
+    gradient = arithmetic.count(
+        jax.grad(lambda p, x, t: net.apply(p, x, t).sum()), params, x, t
+    )
+    assert abs(gradient - (3 * forward - first)) < 1e-4 * gradient
+    # Patches times kernel are the same arithmetic.
+    other = unet.UNet(conv="matmul")
+    assert arithmetic.count(other.apply, params, x, t) == forward

@@ -1,0 +1,56 @@
+"""The command that measures speed."""
+
+import json
+
+import jax
+import pytest
+
+from diffusion_jax.training import arithmetic
+from experiments import bench, build
+from experiments.config import ConfigError
+
+SMALL = ["--net.channels", "8", "--net.multipliers", "1", "--net.blocks", "1"]
+SMALL += ["--net.attention", "--net.groups", "4", "--sample.steps", "4"]
+SMALL += ["--train.devices", "1", "--steps", "2", "--repeats", "3", "--warmup", "1"]
+
+
+def test_a_row_for_each_batch_size(tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    flags = [*SMALL, "--batch-sizes", "2", "4", "--out", str(out)]
+    assert bench.main(["digits", *flags]) == 0
+    found = json.loads(out.read_text())
+    options = bench.parse(["digits", *SMALL])
+    params = build.init_params(options.config, jax.random.key(0))
+    x, t = jax.numpy.zeros((1, 8, 8, 1)), jax.numpy.zeros(1)
+    net = build.make_network(options.config)
+    forward = arithmetic.count(net.apply, {"params": params["net"]}, x, t)
+    rows = {(row["what"], row["batch"]): row for row in found["rows"]}
+    assert list(rows) == [("train", 2), ("train", 4), ("sample", 2), ("sample", 4)]
+    for (what, batch), row in rows.items():
+        low, high = row["ms_range"]
+        assert 0 < low <= row["ms"] <= high
+        seconds = row["ms"] / 1000
+        # Images in training, evaluations of the network in a chain of four steps.
+        items = batch * (4 if what == "sample" else 1)
+        assert row["per_second"] == pytest.approx(items / seconds)
+        flops = row["tflops"] * 1e12 * seconds / items
+        assert flops == pytest.approx(forward * (3 if what == "train" else 1), rel=0.02)
+        assert row["share"] == pytest.approx(row["tflops"] / found["ceiling_tflops"])
+        assert row["memory_gib"] > 0.05
+        assert ("input_ms" in row) == (what == "train")
+    shown = capsys.readouterr().out
+    assert shown.count("\n  train") == shown.count("\n  sample") == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["cifar"], "the experiment must be one of .*got 'cifar'"),
+        (["digits", "--batch-sizes", "0"], "batch_sizes must be whole numbers above 0"),
+        (["digits", "--repeats", "0"], "repeats must be at least 1; got 0"),
+        (["digits", "--net.channels", "3"], "net.channels must be at least 4"),
+    ],
+)
+def test_bad_requests_are_named(argv, message):
+    with pytest.raises(ConfigError, match=message):
+        bench.main(argv)
