@@ -170,7 +170,7 @@ def test_sizes_beyond_every_network_are_refused_before_any_work(
 
 
 def test_betas_are_counted_before_any_is_made(refuses, monkeypatch):
-    monkeypatch.delattr(interchange, "_betas")
+    monkeypatch.delattr(interchange, "betas_of")
     monkeypatch.delattr("numpy.asarray")
     few = {**SCHEDULER, "trained_betas": [0.1, 0.2]}
     with refuses("trained_betas of shape (2,), not (1000,)"):
