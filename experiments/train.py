@@ -56,7 +56,17 @@ def train(config: Config) -> int:
         state, pending = start(config, run, mesh, manager)
         describe(config, run, mesh, dataset, state)
         with stop_requests() as requested:
-            state = loop(config, run, mesh, dataset, manager, state, pending, requested)
+            state = loop(
+                config,
+                run,
+                mesh,
+                dataset,
+                manager,
+                state,
+                pending,
+                requested,
+                started,
+            )
             checkpoint.wait(manager)
     return finish(config, run, state, requested, time.monotonic() - started)
 
@@ -124,6 +134,7 @@ def loop(
     state: TrainState,
     pending: list[dict[str, float]],
     requested: list[int],
+    started: float,
 ) -> TrainState:
     """Returns the state after the last step, or after the one at which to stop."""
     plan, sample = config.train, config.sample
@@ -134,6 +145,9 @@ def loop(
     waiting: list[tuple[int, Any]] = []
     for step in range(begin, last):
         state, metrics = step_fn(state, batch_of(config, dataset, step))
+        if step == begin:
+            jax.block_until_ready(metrics)
+            print(f"first step after {time.monotonic() - started:.1f} s", flush=True)
         waiting.append((step + 1, metrics))
         stop = step + 1 == last or bool(requested)
         saves = stop or (step + 1) % plan.checkpoint_every == 0
