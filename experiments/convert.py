@@ -154,7 +154,7 @@ def read(options: Options) -> Network:
 
 
 def of_run(run: runs.Run, which: Weights) -> Network:
-    """Returns the network of a run."""
+    """Returns the network of a run; its digest is of the weights, without a file."""
     config = runs.read_config(run)
     params, step, words = weights.load(config, run, which)
     params = jax.tree.map(np.asarray, params)

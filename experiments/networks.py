@@ -84,6 +84,8 @@ def read_config(found: Found) -> Config:
     Raises:
       ValueError: there is none, or it has what we do not support.
     """
+    if found.kind == "official":
+        return _official(found.path, tensorflow_checkpoint.shapes(found.path), None)
     return _describe(found).config
 
 
@@ -164,18 +166,13 @@ def write_file(path: Path, network: Network) -> str:
 
 
 def _describe(found: Found) -> Described:
-    """Returns what a file or folder says of its network."""
-    if found.kind == "diffusion_jax":
-        path = found.path
-        config, about = records.read(tensor_files.read_meta(path)[FORMAT], path)
-        return Described(
-            dataclasses.replace(config, name=records.plain_name(path.stem)), about
-        )
+    """Returns what a file of ours or a folder of diffusers says of its network."""
+    path = found.path
     if found.kind == "diffusers":
-        return folders.describe(found.path)
-    shapes = tensorflow_checkpoint.shapes(found.path)
-    about = About("averaged", None, f"{found.path.name}", {}, recipe=False)
-    return Described(_official(found.path, shapes, None), about)
+        return folders.describe(path)
+    config, about = records.read(tensor_files.read_meta(path)[FORMAT], path)
+    name = records.plain_name(path.stem)
+    return Described(dataclasses.replace(config, name=name), about)
 
 
 def _official(

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from diffusion_jax.nets import (
-    diffusers,
     tensor_files,
     tensorflow_checkpoint,
     weights,
@@ -418,48 +417,3 @@ def test_a_folder_that_was_there_stays_if_anything_fails(at, folder, monkeypatch
     folders.write(folder, network_of(small(), seed=1))
     same(read(folder).params, network_of(small(), seed=1).params)
     assert list(folder.parent.iterdir()) == [folder]
-
-
-def test_a_recipe_that_nobody_told_is_not_on_the_card(folder, tmp_path):
-    assert "| training | loss v, batch 64" in (folder / "README.md").read_text()
-    (folder / folders.RECORD).unlink()
-    found = read(folder)
-    config = replace(found.config, "data", source="digits")
-    folders.write(tmp_path / "again", found._replace(config=config))
-    text = (tmp_path / "again" / "README.md").read_text()
-    assert "| data | digits |" in text
-    assert "training" not in text
-    assert read(tmp_path / "again").about.recipe is False
-
-
-def test_a_card_is_in_order_whatever_the_names(tmp_path):
-    config = replace(small(), "data", source="folder:a|b")
-    folders.write(tmp_path / 'we"ird', network_of(config))
-    text = (tmp_path / 'we"ird' / "README.md").read_text()
-    code = text.partition("```python\n")[2].partition("```")[0]
-    compile(code, "card", "exec")
-    assert "| data | folder:a\\|b |" in text
-
-
-def test_the_card_says_what_it_is(tmp_path):
-    config = small("digits_conditional")
-    network = network_of(config)
-    scores = {"fd vs train": {"value": "1.8", "of": "1,797 samples"}}
-    network = network._replace(about=ABOUT._replace(scores=scores))
-    digest = folders.write(tmp_path / "out", network)
-    text = (tmp_path / "out" / "README.md").read_text()
-    count = sum(leaf.size for leaf in jax.tree.leaves(network.params))
-    for said in (
-        "library_name: diffusers",
-        f"U-Net of {count:,} weights",
-        "averaged of step 12",
-        digest,
-        "| fd vs train | 1.8 | 1,797 samples |",
-        "class_labels",
-        "8x8, grey",
-        "| data | digits |",
-        "10, and a last row for none",
-    ):
-        assert said in text, said
-    assert diffusers.CLASS in text
-    assert "pipeline_tag" not in text  # the hub has none for it

@@ -18,20 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small_unets
 from peers import make_unet_golden as golden
+from small_unets import quick_jit
 
 from diffusion_jax import gaussian, grids, samplers, schedule
 from diffusion_jax.nets import diffusers, embeddings, unet, weights
 
-# Without these emitters the gradients of so many networks compile in half the time.
-quick_jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        **small_unets.quick_jit.keywords["compiler_options"],
-        "xla_cpu_use_fusion_emitters": False,
-    },
-)
 NETWORKS = {**golden.CASES, "chain": golden.CHAIN}
 GRADIENTS = [name for name in golden.CASES if name != "cifar10"]
 RULES = {

@@ -9,7 +9,6 @@ Outputs differ by less than 1e-4, and than 1e-4 of the largest value. Gradients 
 by less than 1e-3 of the largest value that the gradient of that tensor has.
 """
 
-import functools
 import inspect
 import json
 
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from small_unets import quick_jit
+from test_unet_parity import RULES
 
 from diffusion_jax import gaussian, grids, samplers, schedule
 from diffusion_jax.nets import diffusers, weights
@@ -31,11 +31,6 @@ training_utils = pytest.importorskip("diffusers.training_utils")
 # As in the file, but for the true size and number of blocks where there it is smaller.
 LARGE = golden.config(256, (8, 8, 16, 16, 32, 32), (4,), blocks=2)
 CASES = golden.CASES | {"256": golden.Case(LARGE, 1)}
-RULES = {
-    "ddim 50": samplers.ddim,
-    "ddpm large": functools.partial(samplers.ddpm, variance="large"),
-    "ddpm small": functools.partial(samplers.ddpm, variance="small"),
-}
 
 
 @pytest.fixture(scope="module")
