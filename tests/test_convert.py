@@ -208,6 +208,20 @@ def test_a_checkpoint_needs_tensorflow(command, tmp_path, refuses, monkeypatch):
         convert.main([str(source), str(out), "--step", "3"])
 
 
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_checkpoint_has_two_sets_of_weights(raw, tmp_path, monkeypatch):
+    asked = []
+
+    def read(found, *, average):
+        asked.append(average)
+        return network_of(config_of())
+
+    monkeypatch.setattr(networks, "read", read)
+    found = networks.Found(tmp_path / "model.ckpt-7", "official")
+    weights.load(config_of(), runs.Run(tmp_path, found), Weights(raw=raw))
+    assert asked == [not raw]
+
+
 @pytest.mark.parametrize("out", ["a.bin", "a.pt", "a.npz"])
 def test_a_format_that_is_not_written_is_refused(out, file, tmp_path, refuses):
     with refuses(out):

@@ -99,20 +99,24 @@ def test_the_training_images_are_at_distance_zero_from_themselves(run, tmp_path)
 
 def test_a_network_in_a_file_has_the_numbers_of_its_run(run, tmp_path):
     file = tmp_path / "a.safetensors"
-    assert convert.main([str(run.folder), str(file)]) == 0
+    # It names other data, which are not there; the command line does.
+    elsewhere = ["--data", "folder:elsewhere"]
+    assert convert.main([str(run.folder), str(file), *elsewhere]) == 0
     one, other = run, runs.find(str(file))
     shutil.copytree(run.folder.parent / ".classifiers", other.folder / ".classifiers")
     results = []
     for name, place in ((run.folder, one), (file, other)):
-        flags = [str(name), "--count", "70", "--steps", "3"]
-        assert eval_fid.main(flags) == 0
-        assert eval_nll.main([str(name), "--max-images", "4"]) == 0
+        given = [str(name), "--data", "digits"]
+        assert eval_fid.main([*given, "--count", "70", "--steps", "3"]) == 0
+        assert eval_nll.main([*given, "--max-images", "4"]) == 0
         folder = place.folder / "eval"
         files = [folder / name for name in ("fid.json", "nll_train.json")]
         found = [json.loads(file.read_text()) for file in files]
         found[0]["extractor_details"].pop("file")
         results.append(found)
     assert results[0] == results[1]
+    digests = {result["weights_sha256"] for result in results[0]}
+    assert digests == {convert.of_run(run, Weights()).sha256}
 
 
 def test_an_interrupted_evaluation_goes_on(run, tmp_path, capsys):
