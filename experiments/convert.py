@@ -70,8 +70,9 @@ def main(argv: Sequence[str]) -> int:
     network = read(options)
     count = sum(leaf.size for leaf in jax.tree.leaves(network.params))
     about = network.about
-    print(f"{about.origin}, SHA-256 {network.sha256}")
-    print(f"{weights.describe(about.weights, about.step)}: {count:,} parameters")
+    print(f"{options.source}: SHA-256 {network.sha256}")
+    said = weights.describe(about.weights, about.step)
+    print(f"{said}, {count:,} parameters, of {about.origin}")
     if network.config.data.source == UNKNOWN:
         print(
             "trained on data that nobody has named (--data): nothing to evaluate with"

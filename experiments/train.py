@@ -243,13 +243,15 @@ def finish(
     """Draws the loss, says where everything is, and returns the exit code."""
     step, again = int(state.step), "the same command goes on from here"
     lines = [line for line in runs.read_lines(run.metrics) if line["loss"] is not None]
-    plot = images.curve(
-        [line["step"] for line in lines],
-        [line["loss"] for line in lines],
-        title=f"{config.name}: training loss",
-        ylabel=f"loss ({config.diffusion.loss})",
-        path=run.folder / "loss.png",
-    )
+    plot: object = "none, with no line in metrics.jsonl; see --train.log-every"
+    if lines:
+        plot = images.curve(
+            [line["step"] for line in lines],
+            [line["loss"] for line in lines],
+            title=f"{config.name}: training loss",
+            ylabel=f"loss ({config.diffusion.loss})",
+            path=run.folder / "loss.png",
+        )
     if requested:
         print(f"stopped at step {step:,}; {again}")
         return 128 + requested[0]
