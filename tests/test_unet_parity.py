@@ -22,7 +22,7 @@ from peers import make_unet_golden as golden
 from small_unets import quick_jit
 
 from diffusion_jax import gaussian, grids, samplers, schedule
-from diffusion_jax.nets import diffusers, embeddings, unet, weights
+from diffusion_jax.nets import blocks, diffusers, embeddings, weights
 
 NETWORKS = {**golden.CASES, "chain": golden.CHAIN}
 GRADIENTS = [name for name in golden.CASES if name != "cifar10"]
@@ -143,7 +143,7 @@ def test_stride_2_pads_below_and_right_only(file):
     x = golden.normalized("x", golden.PIECE)
     for conv in ("xla", "matmul"):
         ours, around = (
-            apply(unet.Downsample(conv, jnp.float32, variant), conv_of("down"), x)
+            apply(blocks.Downsample(conv, jnp.float32, variant), conv_of("down"), x)
             for variant in ("official", "diffusers")
         )
         assert difference("down", ours, file["down: official"]) < 1e-5
@@ -160,8 +160,8 @@ def test_group_norm_epsilon_is_1e_6(file):
         "bias": golden.tensor("norm.bias", (channels,)),
     }
     ours, other = (
-        apply(unet.GroupNorm(4, jnp.float32, variant.epsilon), params, x)
-        for variant in unet.VARIANTS.values()
+        apply(blocks.GroupNorm(4, jnp.float32, variant.epsilon), params, x)
+        for variant in blocks.VARIANTS.values()
     )
     assert difference("norm", ours, file["norm: official"]) < 1e-5
     # 1e-5 is the default of PyTorch and of diffusers.
@@ -171,11 +171,11 @@ def test_group_norm_epsilon_is_1e_6(file):
 
 def test_upsampling_repeats_the_nearest_pixel(file):
     x, expected = golden.normalized("x", golden.PIECE), file["up: official"]
-    ours = apply(unet.Upsample("xla", jnp.float32), conv_of("up"), x)
+    ours = apply(blocks.Upsample("xla", jnp.float32), conv_of("up"), x)
     assert difference("up", ours, expected) < 1e-5
     batch, height, width, channels = golden.PIECE
     shape = (batch, 2 * height, 2 * width, channels)
-    conv = unet.Conv(channels, "xla", jnp.float32)
+    conv = blocks.Conv(channels, "xla", jnp.float32)
     for method in ("nearest", "bilinear"):
         resized = apply(conv, conv_of("up")["conv"], jax.image.resize(x, shape, method))
         off = difference(method, resized, expected)

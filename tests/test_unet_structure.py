@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from small_unets import TWO_LEVELS, by_shape, normal, shapes
 
-from diffusion_jax.nets import unet
+from diffusion_jax.nets import blocks, unet
 
 
 def names(net, size):
@@ -31,7 +31,7 @@ def test_every_group_norm_is_this_one_with_32_groups():
 
     def listen(module, args, kwargs, context):
         if "Norm" in type(context.module).__name__:
-            assert isinstance(context.module, unet.GroupNorm)
+            assert isinstance(context.module, blocks.GroupNorm)
             groups["/".join(context.module.path)] = context.module.groups
         return module(*args, **kwargs)
 

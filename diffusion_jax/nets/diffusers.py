@@ -1,15 +1,16 @@
 """The configuration of diffusers' UNet2DModel, read as our U-Net and written of it.
 
 Its networks are ours where the two are made of the same parts. Two sets of constants
-are known (`unet.VARIANTS`): those of the conversions of the authors' networks, and the
-defaults of the library, with which its own training script trains.
+are known (`blocks.VARIANTS`): those of the conversions of the authors' networks, and
+the defaults of the library, with which its own training script trains.
 """
 
 import reprlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from diffusion_jax.nets.unet import VARIANTS, UNet, Variant
+from diffusion_jax.nets.blocks import VARIANTS, Variant
+from diffusion_jax.nets.unet import UNet
 
 CLASS = "UNet2DModel"
 VERSION = "0.31.0"

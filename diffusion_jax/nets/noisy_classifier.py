@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffusion_jax.nets.blocks import GroupNorm
 from diffusion_jax.nets.embeddings import time_embedding
-from diffusion_jax.nets.unet import GroupNorm
 
 GROUPS = 8
 

@@ -3,212 +3,38 @@
 35,746,307 parameters for CIFAR-10. What other implementations get wrong, and where it
 is here:
 
-  - GroupNorm has epsilon 1e-6 and 32 groups                        `GroupNorm`
-  - the last layer of each block starts near zero, not at zero      `near_zero`
-  - down-sampling pads one row below and one column to the right    `Downsample`
+  - GroupNorm has epsilon 1e-6 and 32 groups                        `blocks.GroupNorm`
+  - the last layer of each block starts near zero, not at zero      `blocks.near_zero`
+  - down-sampling pads one row below and one column to the right    `blocks.Downsample`
   - the time embedding is [sin, cos], its slowest frequency 1e-4    `embeddings`
   - skip connections carry what comes after the attention           `UNet`
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax.nets.blocks import (
+    VARIANTS,
+    Activation,
+    Attention,
+    Conv,
+    Downsample,
+    Dtype,
+    ResBlock,
+    Upsample,
+    conv,
+    dense,
+    group_norm,
+    near_zero,
+)
 from diffusion_jax.nets.embeddings import fourier_features, time_embedding
 
-Dtype = Any
-
-
-class Variant(NamedTuple):
-    """The constants in which U-Nets of the same shape differ."""
-
-    epsilon: float
-    """Of every GroupNorm."""
-    frequency_shift: int
-    """Of the time embedding: its slowest frequency is 1e-4 with 1."""
-    cosine_first: bool
-    """Whether the time embedding is [cos, sin] rather than [sin, cos]."""
-    before: int
-    """Rows above and columns to the left that stride 2 pads, beside the one below and
-    to the right."""
-    head_width: int | None
-    """Channels of a head of attention; None for a single head."""
-
-
-VARIANTS = {
-    # The authors' code, and diffusers' conversions of what they released.
-    "official": Variant(1e-6, 1, False, 0, None),
-    # What diffusers' UNet2DModel has where its configuration says nothing.
-    "diffusers": Variant(1e-5, 0, True, 1, 8),
-}
-OFFICIAL = VARIANTS["official"]
-
-
-def scaled(scale: float = 1.0) -> nn.initializers.Initializer:
-    """Returns the initialiser of every kernel: uniform, fan-average, of this scale."""
-    return nn.initializers.variance_scaling(scale, "fan_avg", "uniform")
-
-
-# The official code asks for scale 0 and gets 1e-10: small, but with a gradient in
-# both directions from the first step.
-near_zero = scaled(1e-10)
-unit = scaled()
-
-
-class GroupNorm(nn.Module):
-    """Group normalisation."""
-
-    groups: int
-    dtype: Dtype
-    epsilon: float = OFFICIAL.epsilon
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns (x - mean) / sqrt(variance + epsilon) scale + bias, [B, H, W, C].
-
-        Mean and variance are taken over the pixels and the channels of a group, in
-        float32, over pixels first and then over channels. The variance is the mean of
-        (x - mean)^2: the cheaper E[x^2] - mean^2 is wrong by 1e-3 where the mean is a
-        hundred times the deviation.
-        """
-        batch, channels = x.shape[0], x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-
-        def over_group(per_channel: jax.Array) -> jax.Array:
-            mean = per_channel.reshape(batch, self.groups, -1).mean(-1)
-            return mean.repeat(channels // self.groups, axis=-1)
-
-        x32 = x.astype(jnp.float32)
-        mean = over_group(x32.mean((1, 2)))
-        centred = x32 - mean[:, None, None]
-        variance = over_group(jnp.square(centred).mean((1, 2)))
-        a = jax.lax.rsqrt(variance + self.epsilon) * scale[None]
-        y = centred * a[:, None, None] + bias[None, None, None]
-        return y.astype(self.dtype)
-
-
-class Conv(nn.Module):
-    """3x3 convolution with "SAME" padding."""
-
-    channels: int
-    method: str
-    dtype: Dtype
-    strides: int = 1
-    before: int = OFFICIAL.before
-    """Rows and columns that stride 2 pads above and to the left."""
-    kernel_init: nn.initializers.Initializer = unit
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns [B, H / strides, W / strides, channels] from x [B, H, W, C]."""
-        shape = (3, 3, x.shape[-1], self.channels)
-        kernel = self.param("kernel", self.kernel_init, shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.channels,))
-        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        # Sizes are even, so that "SAME" is one row and column all around, and with
-        # stride 2 only below and to the right.
-        before = 1 if self.strides == 1 else self.before
-        if self.method == "matmul":
-            x = _patches(x, self.strides, before) @ kernel.reshape(-1, self.channels)
-        else:
-            x = jax.lax.conv_general_dilated(
-                x,
-                kernel,
-                (self.strides, self.strides),
-                ((before, 1), (before, 1)),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
-        return x + bias[None, None, None]
-
-
-def _patches(x: jax.Array, strides: int, before: int) -> jax.Array:
-    """Returns the 3x3 neighbourhood of every output pixel, [B, H', W', 9 C]."""
-    _, height, width, _ = x.shape
-    x = jnp.pad(x, ((0, 0), (before, 1), (before, 1), (0, 0)))
-    height, width = height + before - 1, width + before - 1
-    rows, columns = (slice(0, n, strides) for n in (height, width))
-    shifted = (x[:, i : i + height, j : j + width] for i in range(3) for j in range(3))
-    return jnp.concatenate([y[:, rows, columns] for y in shifted], axis=-1)
-
-
-class ResBlock(nn.Module):
-    """Two convolutions around the time embedding, and a shortcut."""
-
-    channels: int
-    groups: int
-    dropout: float
-    conv: str
-    dtype: Dtype
-    variant: str = "official"
-
-    @nn.compact
-    def __call__(self, x: jax.Array, time: jax.Array, train: bool) -> jax.Array:
-        """Returns [B, H, W, channels] from x [B, H, W, C] and time [B, 4 width]."""
-        h = nn.silu(group_norm(self, "norm1")(x))
-        h = conv(self, self.channels, "conv1")(h)
-        shift = dense(self, self.channels, "time")(nn.silu(time))
-        h = h + shift[:, None, None, :]
-        h = nn.silu(group_norm(self, "norm2")(h))
-        h = nn.Dropout(self.dropout, deterministic=not train)(h)
-        h = conv(self, self.channels, "conv2", near_zero)(h)
-        if x.shape[-1] != self.channels:
-            x = dense(self, self.channels, "shortcut")(x)
-        return x + h
-
-
-class Attention(nn.Module):
-    """Self-attention over all pixels, with a residual connection."""
-
-    groups: int
-    dtype: Dtype
-    variant: str = "official"
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns [B, H, W, C] from x of the same shape."""
-        batch, height, width, channels = x.shape
-        each = VARIANTS[self.variant].head_width or channels
-        h = group_norm(self, "norm")(x)
-        q, k, v = (
-            dense(self, channels, name)(h).reshape(batch, height * width, -1, each)
-            for name in ("query", "key", "value")
-        )
-        # The softmax is taken in float32 whatever the compute type.
-        scores = jnp.einsum("bqhc,bkhc->bhqk", q, k, preferred_element_type=jnp.float32)
-        weights = nn.softmax(scores * each**-0.5).astype(v.dtype)
-        h = jnp.einsum("bhqk,bkhc->bqhc", weights, v).reshape(x.shape)
-        return x + dense(self, channels, "out", near_zero)(h)
-
-
-class Downsample(nn.Module):
-    """Halves height and width by a convolution with stride 2."""
-
-    conv: str
-    dtype: Dtype
-    variant: str = "official"
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns [B, H/2, W/2, C]; the official one pads only below and right."""
-        return conv(self, x.shape[-1], "conv", strides=2)(x)
-
-
-class Upsample(nn.Module):
-    """Doubles height and width by repetition, followed by a convolution."""
-
-    conv: str
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns [B, 2H, 2W, C]."""
-        x = x.repeat(2, axis=1).repeat(2, axis=2)
-        return conv(self, x.shape[-1], "conv")(x)
+FUSE = ("norm", "skip", "qkv")
 
 
 class UNet(nn.Module):
@@ -248,6 +74,17 @@ class UNet(nn.Module):
     fourier: Sequence[int] = ()
     """The n of the features sin(2^n pi x) and cos(2^n pi x) that the first convolution
     sees beside x; see `fourier_features`."""
+    fuse: Sequence[str] = ()
+    """Forms of the same mathematics, with the same parameters, that move less memory:
+    "norm", GroupNorm and SiLU in few passes, with a backward pass of their own
+    (`norm.fused`, which has no forward derivative); "skip", skip connections that are
+    never joined to what they meet; "qkv", q, k and v in one product."""
+    kernels: str = "xla"
+    """What computes "norm": "xla", or "pallas", a kernel each way on an NVIDIA GPU;
+    `norm_pallas.fused` says what is computed elsewhere."""
+    dropout_bits: str = "threefry"
+    """Generator of dropout: "threefry", the same bits on every device, or "rbg", the
+    device's own; see `dropout.dropout`."""
 
     @nn.compact
     def __call__(
@@ -277,14 +114,16 @@ class UNet(nn.Module):
         else:
             block, attend = ResBlock, Attention
 
-        def residual(x: jax.Array, width: int, name: str) -> jax.Array:
+        forms = (self.variant, self.fuse, self.kernels)
+
+        def residual(x: Activation, width: int, name: str) -> jax.Array:
             options = (width, self.groups, self.dropout, self.conv, self.dtype)
-            return block(*options, self.variant, name=name)(x, time, train)
+            return block(*options, *forms, self.dropout_bits, name=name)(x, time, train)
 
         def attention(x: jax.Array, name: str) -> jax.Array:
-            return attend(self.groups, self.dtype, self.variant, name=name)(x)
+            return attend(self.groups, self.dtype, *forms, name=name)(x)
 
-        def level(x: jax.Array, width: int, name: str) -> jax.Array:
+        def level(x: Activation, width: int, name: str) -> jax.Array:
             x = residual(x, width, name)
             if x.shape[1] in self.attention:
                 x = attention(x, f"{name}_attention")
@@ -323,12 +162,14 @@ class UNet(nn.Module):
 
         for i, width in reversed(list(enumerate(widths))):
             for j in range(self.blocks + 1):
-                h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = level(h, width, f"up{i}_block{j}")
+                met: Activation = (h, skips.pop())
+                if "skip" not in self.fuse:
+                    met = jnp.concatenate(met, axis=-1)
+                h = level(met, width, f"up{i}_block{j}")
             if i > 0:
                 h = Upsample(self.conv, self.dtype, name=f"up{i}_upsample")(h)
 
-        h = nn.silu(group_norm(self, "norm_out")(h))
+        h = group_norm(self, "norm_out")(h, silu=True)
         out = Conv(
             self.out_channels,
             self.conv,
@@ -339,33 +180,28 @@ class UNet(nn.Module):
         return out(h)
 
 
-def group_norm(parent: Any, name: str) -> GroupNorm:
-    """Returns a normalisation with the parent's groups and type."""
-    epsilon = VARIANTS[parent.variant].epsilon
-    return GroupNorm(parent.groups, parent.dtype, epsilon, name=name)
+def cast(params: Any, dtype: Dtype) -> Any:
+    """Returns the parameters in the types that a network of this type computes in.
 
+    Kernels, biases and embeddings are cast; the scale and bias of a GroupNorm and the
+    last convolution stay as they are. The network casts each where it uses it, so its
+    output is the same to the bit, but a chain of many evaluations casts them once.
 
-def conv(
-    parent: Any,
-    channels: int,
-    name: str,
-    init: nn.initializers.Initializer = unit,
-    strides: int = 1,
-) -> Conv:
-    """Returns a 3x3 convolution with the parent's method and type."""
-    before = 0 if strides == 1 else VARIANTS[parent.variant].before
-    made = (channels, parent.conv, parent.dtype, strides, before, init)
-    return Conv(*made, name=name)
+    Args:
+      params: of a `UNet`.
+      dtype: of that network.
 
-
-def dense(
-    parent: Any,
-    channels: int,
-    name: str,
-    init: nn.initializers.Initializer = unit,
-) -> nn.Dense:
-    """Returns a linear layer over channels in the parent's type."""
-    return nn.Dense(channels, kernel_init=init, dtype=parent.dtype, name=name)
+    >>> params = {"norm": {"scale": jnp.ones(2)}, "query": {"bias": jnp.ones(2)}}
+    >>> jax.tree.map(lambda leaf: leaf.dtype.name, cast(params, jnp.bfloat16))
+    {'norm': {'scale': 'float32'}, 'query': {'bias': 'bfloat16'}}
+    """
+    if not isinstance(params, Mapping):
+        return params.astype(dtype)
+    kept = "scale" in params
+    return {
+        name: leaf if kept or name == "conv_out" else cast(leaf, dtype)
+        for name, leaf in params.items()
+    }
 
 
 def check(net: UNet, x: jax.Array, t: jax.Array, label: jax.Array | None) -> None:
@@ -391,6 +227,27 @@ def check(net: UNet, x: jax.Array, t: jax.Array, label: jax.Array | None) -> Non
     if net.conv not in ("xla", "matmul"):
         raise ValueError(
             f"conv must be 'xla' or 'matmul'; got {net.conv!r}. Both compute the same."
+        )
+    unknown = [name for name in net.fuse if name not in FUSE]
+    if unknown or len(set(net.fuse)) < len(net.fuse):
+        raise ValueError(
+            f"fuse must hold some of {', '.join(FUSE)}, each once; got "
+            f"{', '.join(net.fuse)}. All of them compute the same."
+        )
+    if net.kernels not in ("xla", "pallas"):
+        raise ValueError(
+            f"kernels must be 'xla' or 'pallas'; got {net.kernels!r}. Both compute the "
+            "same."
+        )
+    if net.kernels == "pallas" and "norm" not in net.fuse:
+        raise ValueError(
+            "kernels must be 'xla' where fuse has no 'norm', which is what a kernel "
+            "computes; got 'pallas'. Add 'norm' to fuse."
+        )
+    if net.dropout_bits not in ("threefry", "rbg"):
+        raise ValueError(
+            f"dropout_bits must be 'threefry' or 'rbg'; got {net.dropout_bits!r}. The "
+            "first are the same on every device."
         )
     if net.variant not in VARIANTS:
         raise ValueError(
