@@ -1,0 +1,125 @@
+"""Parameters as one vector: the same tree, gradient, step and checkpoint."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from diffusion_jax.training import averages, flat, state
+
+rng = np.random.default_rng(0)
+TREE = {
+    "conv": {"kernel": rng.normal(size=(3, 3, 2, 5)), "bias": rng.normal(size=5)},
+    "scalar": rng.normal(size=()),
+    "dense": [rng.normal(size=(5, 4)), rng.normal(size=(1, 0, 2))],
+}
+TREE = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), TREE)
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_a_tree_comes_back_to_the_bit():
+    packed = flat.pack(TREE)
+    assert packed.vector.shape == (3 * 3 * 2 * 5 + 5 + 1 + 20,)
+    assert_equal(flat.unpack(packed), TREE)
+    assert_equal(jax.jit(lambda tree: flat.unpack(flat.pack(tree)))(TREE), TREE)
+
+
+def test_kernels_of_convolutions_are_stored_with_their_outputs_first():
+    kernel = TREE["conv"]["kernel"]
+    vector = flat.pack({"kernel": kernel}).vector
+    np.testing.assert_array_equal(vector, kernel.transpose(3, 0, 1, 2).ravel())
+
+
+def loss(tree, x, key=None):
+    out = jax.lax.conv_general_dilated(
+        x,
+        tree["conv"]["kernel"],
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    out = jnp.tanh(out + tree["conv"]["bias"][None, None, None]) @ tree["dense"][0]
+    return jnp.square(out).mean() * jnp.exp(tree["scalar"]) + tree["dense"][1].sum()
+
+
+X = jnp.asarray(rng.normal(size=(4, 6, 6, 2)), jnp.float32)
+
+
+def test_the_gradient_is_that_of_the_tree():
+    grad = jax.jit(jax.grad(flat.of_tree(loss)))(flat.pack(TREE), X)
+    assert isinstance(grad, flat.Flat)
+    truth = jax.jit(jax.grad(loss))(TREE, X)
+    for x, y in zip(
+        jax.tree.leaves(flat.unpack(grad)), jax.tree.leaves(truth), strict=True
+    ):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
+    assert min(jnp.abs(x).max() for x in jax.tree.leaves(truth) if x.size) > 1e-3
+
+
+def test_the_gradient_is_joined_once_and_not_added_up():
+    # Derived from slices, it would be a sum of vectors that are padded with zeros.
+    jaxpr = str(jax.make_jaxpr(jax.grad(flat.of_tree(loss)))(flat.pack(TREE), X))
+    assert jaxpr.count("concatenate") == 1
+    assert f"f32[{flat.pack(TREE).vector.size}] = add_any" not in jaxpr
+    assert "= pad[" not in jaxpr
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    "optimizer",
+    [optax.adam(1e-2), state.tf_adam(1e-2, eps=1e-8), optax.sgd(1e-2)],
+    ids=["adam", "tf_adam", "sgd"],
+)
+def test_steps_are_those_of_the_tree(optimizer, accumulate):
+    options = {
+        "averages": [averages.exponential(0.9), averages.power(0.1)],
+        "clip_norm": 0.05,
+        "accumulate": accumulate,
+    }
+    plain = jax.jit(state.make_step(loss, optimizer, **options))
+    packed = jax.jit(state.make_step(flat.of_tree(loss), optimizer, **options))
+    one = state.init(jax.random.key(0), TREE, optimizer, averages=2)
+    two = flat.pack_all(one, one.params)
+    for number in range(5):
+        one, metrics = plain(one, X + number)
+        two, others = packed(two, X + number)
+        for name, value in metrics.items():
+            np.testing.assert_allclose(others[name], value, rtol=1e-5)
+    # Clipped: so the norm of the vector is in what is compared.
+    assert metrics["grad_norm"] > 0.05
+    sizes = {x.ndim for x in jax.tree.leaves(two._replace(key=jnp.zeros(())))}
+    assert sizes == {0, 1}
+    again = flat.unpack_all(two)
+    assert jax.tree.structure(again) == jax.tree.structure(one)
+    keyless = jnp.zeros(())
+    for x, y in zip(
+        jax.tree.leaves(again._replace(key=keyless)),
+        jax.tree.leaves(one._replace(key=keyless)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-7)
+
+
+def test_a_tree_in_a_tuple_in_a_state_is_found_and_others_are_left():
+    inside = {"a": (TREE, jnp.ones(3)), "b": [TREE]}
+    packed = flat.pack_all(inside, TREE)
+    assert [type(x) for x in (packed["a"][0], packed["b"][0])] == [flat.Flat] * 2
+    np.testing.assert_array_equal(packed["a"][1], jnp.ones(3))
+    assert_equal(flat.unpack_all(packed), inside)
+
+
+def test_what_is_printed_of_a_vector_is_short():
+    assert repr(flat.pack(TREE)) == "Flat(116 numbers of 5 arrays)"
+
+
+def test_leaves_of_several_types_are_refused(refuses):
+    with refuses("bfloat16, float32"):
+        flat.pack({"a": jnp.zeros(2), "b": jnp.zeros(2, jnp.bfloat16)})
+    with refuses("no leaves"):
+        flat.pack({})
