@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from diffusion_jax.training import checkpoint, parallel
+from diffusion_jax.training import averages, checkpoint, parallel, state
 
 
 def tree():
@@ -44,6 +45,63 @@ def test_state_comes_back_on_any_number_of_devices(tmp_path, devices):
     assert_same(restored, tree())
     assert meta == {"note": [1.5]}
     assert restored["w"].sharding.num_devices == devices
+
+
+def trained(devices, fsdp, folder=None, *, steps=0):
+    """A state on some devices, from a checkpoint where one is given, and its loss."""
+    params = {"w": jnp.ones([32, 64]) / 10, "b": jnp.zeros(64)}
+    optimizer = optax.adam(1e-2)
+    first = state.init(jax.random.key(0), params, optimizer)
+    mesh = parallel.make_mesh(devices, fsdp)
+    placed = parallel.state_sharding(first, mesh)
+
+    def loss(params, batch, key):
+        out = batch @ params["w"] + params["b"][None]
+        # Short sums: their order, which is the devices', moves the last bit alone.
+        return ((out - 0.5) ** 2).mean(axis=1).mean()
+
+    make = state.make_step(
+        parallel.gathered(loss, mesh),
+        optimizer,
+        averages=[averages.exponential(0.9)],
+    )
+    step = parallel.data_parallel(make, mesh)
+    now = jax.device_put(first, placed)
+    if folder is not None:
+        with checkpoint.open_folder(folder, read_only=True) as manager:
+            like = jax.eval_shape(lambda: first)
+            now, _ = checkpoint.restore(manager, like, placed)
+    rows = np.random.default_rng(1).normal(size=(8, 32)).astype(np.float32)
+    metrics = {"loss": jnp.nan}
+    for _ in range(steps):
+        now, metrics = step(now, rows)
+    return now, placed, float(metrics["loss"])
+
+
+@pytest.mark.parametrize(
+    ("wrote", "reads"),
+    [
+        ((8, 4), [(1, 1), (2, 2), (4, 1), (4, 4), (8, 8)]),
+        ((8, 1), [(1, 1), (2, 2), (4, 4)]),
+        ((1, 1), [(8, 4), (4, 2)]),
+        ((2, 2), [(8, 4), (8, 1)]),
+    ],
+    ids=str,
+)
+def test_training_goes_on_from_any_mesh_on_any_other(tmp_path, wrote, reads):
+    now, _, _ = trained(*wrote, steps=3)
+    with checkpoint.open_folder(tmp_path / "c") as manager:
+        checkpoint.save(manager, 3, now, {})
+        checkpoint.wait(manager)
+    _, _, expected = trained(*wrote, steps=4)
+    for mesh in reads:
+        restored, placed, _ = trained(*mesh, tmp_path / "c")
+        assert_same(restored, now)
+        assert jax.tree.map(lambda x: x.sharding, restored) == placed
+        cut = [not x.is_fully_replicated for x in jax.tree.leaves(restored.params)]
+        assert any(cut) == (mesh[1] > 1)
+        _, _, loss = trained(*mesh, tmp_path / "c", steps=1)
+        np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
 def test_newest_is_restored_and_old_ones_go(tmp_path):

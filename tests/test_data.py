@@ -157,6 +157,20 @@ def empty_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
 
 
+@pytest.mark.parametrize("where", ["file", "package"])
+def test_digits_are_those_of_scikit_learn(where, monkeypatch):
+    if where == "package":  # as where its files are laid out in another way
+        monkeypatch.setattr(sources, "find_spec", lambda name: None)
+    from sklearn.datasets import load_digits
+
+    expected = load_digits()
+    images, labels = sources.digits()
+    np.testing.assert_array_equal(labels, expected.target)
+    np.testing.assert_array_equal(
+        images[..., 0], np.round(expected.images * (255 / 16))
+    )
+
+
 def test_digits():
     digits = data.load("digits")
     assert digits.images.shape == (1797, 8, 8, 1)

@@ -1,5 +1,8 @@
 """One step by three strategies on eight fake devices."""
 
+from collections import Counter
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,11 +37,12 @@ def batches():
     ]
 
 
-def train(strategy, devices, batches, cfg=TINY):
-    mesh = parallel.make_mesh(devices)
+def train(strategy, devices, batches, cfg=TINY, fsdp=1):
+    mesh = parallel.make_mesh(devices, fsdp)
     cfg = config.replace(cfg, "train", parallel=strategy)
     step = learning.make_step(cfg, mesh)
-    now = jax.device_put(learning.init_state(cfg), parallel.replicated(mesh))
+    first = learning.init_state(cfg)
+    now = jax.device_put(first, parallel.state_sharding(first, mesh))
     losses = []
     for batch in batches:
         now, metrics = step(now, batch)
@@ -82,13 +86,20 @@ def test_every_strategy_gives_the_gradient_of_one_device(strategy, batches):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "devices"), [("mesh", 2), ("mesh", 8), ("pmap", 8), ("shard_map", 8)]
+    ("strategy", "devices", "fsdp"),
+    [
+        ("mesh", 2, 1),
+        ("mesh", 8, 1),
+        ("mesh", 8, 4),
+        ("pmap", 8, 1),
+        ("shard_map", 8, 1),
+    ],
 )
 def test_twenty_steps_agree_with_those_of_one_device(
-    strategy, devices, batches, one_device
+    strategy, devices, fsdp, batches, one_device
 ):
     one, losses_one = one_device
-    many, losses_many = train(strategy, devices, batches)
+    many, losses_many = train(strategy, devices, batches, fsdp=fsdp)
     np.testing.assert_allclose(losses_many, losses_one, rtol=1e-5)
     assert_close(many.params, one.params, 1e-5)
     assert_close(many.ema_params, one.ema_params, 1e-5)
@@ -165,6 +176,128 @@ def test_samples_do_not_depend_on_devices_or_batch():
     assert one.std(axis=0).max() > 0.1
 
 
+def quadratic(width):
+    """A state large enough to be cut, its loss, and a batch: no network to compile."""
+    params = {"w": jnp.ones([width, 3 * width]), "b": jnp.zeros(3 * width)}
+    optimizer = optax.adam(1e-2)
+
+    def loss(params, batch, key):
+        return ((batch @ params["w"] + params["b"][None]) ** 2).mean()
+
+    step = partial(
+        state.make_step, optimizer=optimizer, averages=[averages.exponential(0.9)]
+    )
+    batch = np.random.default_rng(0).normal(size=(8, width)).astype(np.float32)
+    return state.init(jax.random.key(0), params, optimizer), loss, step, batch
+
+
+def held(tree):
+    """Bytes on each device, of all devices that hold any."""
+    count = Counter()
+    for leaf in jax.tree.leaves(tree):
+        for part in leaf.addressable_shards:
+            count[part.device] += part.data.nbytes
+    return count
+
+
+@pytest.mark.parametrize(("devices", "fsdp"), [(8, 8), (8, 4), (4, 4), (6, 3)])
+def test_each_device_holds_its_part_of_the_state_and_no_more(devices, fsdp):
+    start, loss, make, batch = quadratic(48)
+    mesh = parallel.make_mesh(devices, fsdp)
+    rows = np.tile(batch, (2, 1))[: 2 * devices]
+    run = parallel.data_parallel(make(parallel.gathered(loss, mesh)), mesh)
+    whole = sum(x.nbytes for x in jax.tree.leaves((start.params, start.opt_state)))
+    large = 4 * 48 * 144  # bytes of w; b and the counter are copied
+    now = jax.device_put(start, parallel.state_sharding(start, mesh))
+    for _ in range(2):  # the second takes what the first gave
+        now, _ = run(now, rows)
+        for part, copies in (
+            ((now.params, now.opt_state), 3),
+            (now.averages, 1),
+        ):
+            total = sum(x.nbytes for x in jax.tree.leaves(part))
+            expected = copies * large / fsdp + total - copies * large
+            assert set(held(part).values()) == {expected}
+            assert len(held(part)) == devices
+    assert expected < whole / 2
+
+
+def test_the_gradient_of_what_is_cut_is_that_of_the_whole():
+    for clip in (None, 0.1):
+        ends = []
+        for devices, fsdp in ((1, 1), (8, 4)):
+            start, loss, make, batch = quadratic(48)  # a step uses its state up
+            mesh = parallel.make_mesh(devices, fsdp)
+            step = make(parallel.gathered(loss, mesh), clip_norm=clip, accumulate=2)
+            run = parallel.data_parallel(step, mesh)
+            now = jax.device_put(start, parallel.state_sharding(start, mesh))
+            for _ in range(3):
+                now, metrics = run(now, np.tile(batch, (2, 1)))
+            ends.append((now.params, now.averages, metrics))
+        assert_close(*ends, 1e-6)
+
+
+def test_only_what_is_large_and_fits_is_cut():
+    mesh = parallel.make_mesh(8, 4)
+    spec = jax.sharding.PartitionSpec
+    for shape, expected in {
+        (3, 3, 64, 128): spec(None, None, None, "fsdp"),
+        (3, 3, 128, 64): spec(None, None, "fsdp"),
+        (64, 64): spec("fsdp"),
+        (1000, 6, 2): spec("fsdp"),
+        (1023, 5): spec(),
+        (512,): spec(),
+        (): spec(),
+    }.items():
+        leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+        assert parallel.state_sharding(leaf, mesh).spec == expected, shape
+        plain = parallel.state_sharding(leaf, parallel.make_mesh(8))
+        assert plain == parallel.replicated(parallel.make_mesh(8))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 4096))
+    assert parallel.state_sharding(keys, mesh).spec == spec()
+
+
+def test_a_state_that_is_cut_can_be_put_together():
+    mesh, w = parallel.make_mesh(8, 4), np.arange(4096.0, dtype=np.float32)
+    cut = jax.device_put(w, parallel.state_sharding(w, mesh))
+    whole = parallel.whole({"w": cut, "n": 3})
+    assert not cut.is_fully_replicated
+    assert whole["w"].is_fully_replicated
+    np.testing.assert_array_equal(whole["w"], w)
+    assert parallel.whole(whole)["w"] is whole["w"]
+
+
+def test_neighbours_share_a_copy():
+    mesh = parallel.make_mesh(8, 4)
+    assert mesh.axis_names == (parallel.AXIS, parallel.FSDP)
+    assert [[d.id for d in row] for row in mesh.devices] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    batch = parallel.shard(np.arange(16.0), mesh)
+    rows = [shard.data.tolist() for shard in batch.addressable_shards]
+    assert rows == [[2.0 * i, 2.0 * i + 1] for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("cores", "batch_size", "devices"),
+    [(2, 64, 2), (2, 63, 1), (8, 64, 2), (8, 128, 4), (6, 192, 6), (4, 8, 1)],
+)
+def test_cpu_cores_share_a_batch_in_parts_that_pay(
+    cores, batch_size, devices, monkeypatch
+):
+    asked = {}
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(parallel, "cores", lambda: list(range(cores)))
+    monkeypatch.setattr(jax.config, "update", asked.__setitem__)
+    parallel.split_cpu(batch_size)
+    assert asked == {"jax_num_cpu_devices": devices}
+    parallel.split_cpu()
+    assert asked == {"jax_num_cpu_devices": cores}
+
+
+def test_devices_that_were_asked_for_are_left(monkeypatch):
+    monkeypatch.setattr(jax.config, "update", None)
+    parallel.split_cpu(64)  # XLA_FLAGS of these tests says eight
+
+
 def test_second_call_compiles_nothing(batches):
     mesh = parallel.make_mesh(2)
     calls = 0
@@ -185,6 +318,17 @@ def test_second_call_compiles_nothing(batches):
     ("call", "message"),
     [
         (lambda: parallel.make_mesh(9), "devices must be in 1..8.*; got 9"),
+        (
+            lambda: parallel.make_mesh(6, 4),
+            "fsdp must divide the number of devices, 6; got 4. Give one of 1, 2, 3, 6",
+        ),
+        (lambda: parallel.make_mesh(6, 0), "fsdp must divide.*; got 0"),
+        (
+            lambda: parallel.data_parallel(
+                None, parallel.make_mesh(8, 2), strategy="pmap"
+            ),
+            "strategy must be 'mesh' where.*; got 'pmap' with fsdp 2",
+        ),
         (
             lambda: parallel.data_parallel(None, parallel.make_mesh(1), strategy="ddp"),
             "strategy must be one of mesh, pmap, shard_map; got 'ddp'",

@@ -2,6 +2,9 @@
 
 A checkpoint is the state and a small dictionary beside it (the configuration, what is
 left to log). A step that is being written is invisible until it is whole.
+
+On several hosts all call every function here alike, with a folder that they share:
+each writes the parts of the arrays that it holds, the first one all the rest.
 """
 
 import os
@@ -42,6 +45,8 @@ def open_folder(
         cleanup_tmp_directories=not read_only,
         read_only=read_only,
         create=not read_only,
+        # One host looks which steps there are and tells the others, lest they differ.
+        single_host_load_and_broadcast=jax.process_count() > 1,
     )
     return ocp.CheckpointManager(path, options=options)
 
@@ -64,7 +69,7 @@ def save(
     if step in manager.all_steps():
         return
     items = ocp.args.Composite(
-        state=ocp.args.StandardSave(state),
+        state=ocp.args.StandardSave(jax.tree.map(_of_one_device, state)),
         meta=ocp.args.JsonSave(meta),
         arrays=ocp.args.JsonSave(_arrays(state)),
     )
@@ -98,7 +103,7 @@ def wait(manager: ocp.CheckpointManager) -> None:
 def restore(
     manager: ocp.CheckpointManager,
     like: PyTree,
-    sharding: jax.sharding.Sharding,
+    sharding: PyTree,
     step: int | None = None,
 ) -> tuple[PyTree, dict[str, Any]]:
     """Returns the state and the dictionary of a checkpoint.
@@ -106,7 +111,8 @@ def restore(
     Args:
       manager: from `open_folder`.
       like: a pytree of arrays or `jax.ShapeDtypeStruct` of the same structure.
-      sharding: where the arrays go: on any number of devices, whatever wrote them.
+      sharding: where the arrays go, one `jax.sharding.Sharding` for all or a tree of
+        them like `like`: on any number of devices, whatever wrote them.
       step: which one; the latest when not given.
 
     Raises:
@@ -118,8 +124,13 @@ def restore(
             f"a checkpoint must be in {manager.directory}; got steps "
             f"{sorted(manager.all_steps())}. Train first, or give another run."
         )
+    if isinstance(sharding, jax.sharding.Sharding):
+        one = sharding
+        sharding = jax.tree.map(lambda _: one, like)
     target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+        like,
+        sharding,
     )
     items = ocp.args.Composite(
         state=ocp.args.StandardRestore(target),
@@ -140,6 +151,16 @@ def restore(
             f"Delete the folder {step} there to go on from the one before."
         ) from error
     return restored["state"], restored["meta"]
+
+
+def _of_one_device(x: Any) -> Any:
+    """Returns an array that every device has whole as that of the first.
+
+    To choose among copies orbax would compile a program for each shape, and take two
+    seconds for the first checkpoint. On several hosts it has to.
+    """
+    shared = isinstance(x, jax.Array) and x.is_fully_replicated
+    return x.addressable_data(0) if shared and jax.process_count() == 1 else x
 
 
 def _arrays(tree: PyTree) -> dict[str, str]:

@@ -9,6 +9,10 @@
 
 pmap and shard_map need a step that averages over the axis "data"
 (`make_step(..., axis_name=parallel.AXIS)`).
+
+With a second axis, "fsdp", the devices along it share one copy of the state: each holds
+a part of every large array (`state_sharding`), parameters are put together for the loss
+and its gradient is cut again (`gathered`). Only "mesh" can do that.
 """
 
 import contextlib
@@ -20,46 +24,74 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXIS = "data"
+AXIS, FSDP = "data", "fsdp"
+SMALL = 1024
+"""Elements below which an array is not worth cutting: what it costs is the message."""
+CPU_SHARE = 32
+"""Images a step that a core is given at least."""
 STRATEGIES = ("mesh", "pmap", "shard_map")
 
 PyTree = Any
 
 
-def make_mesh(devices: int | None = None) -> Mesh:
-    """Returns a mesh with one axis, "data", over the devices of all hosts.
+def make_mesh(devices: int | None = None, fsdp: int = 1) -> Mesh:
+    """Returns a mesh over the devices of all hosts: ("data",), or ("data", "fsdp").
+
+    The devices are in the order of their hosts. So the rows of a batch on one host
+    follow each other, and those that share a copy of the state are near each other.
 
     Args:
       devices: how many devices to use; all when not given.
+      fsdp: how many of them share one copy of the state; 1 for a copy on each, and no
+        second axis.
 
     Raises:
-      ValueError: there are not that many.
+      ValueError: there are not that many, some hosts would have none, or fsdp does not
+        divide them.
     """
-    found = jax.devices()
+    found = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     if devices is not None and not 1 <= devices <= len(found):
         raise ValueError(
             f"devices must be in 1..{len(found)}, what JAX finds here; got {devices}. "
-            "Leave it out to use all."
+            "Leave it out to use all; of a CPU's, XLA_FLAGS="
+            "--xla_force_host_platform_device_count=N makes more."
         )
-    return jax.make_mesh(
-        (devices or len(found),),
-        (AXIS,),
-        axis_types=(AxisType.Auto,),
-        devices=found[:devices],
-    )
+    if devices is not None and devices < len(found) and jax.process_count() > 1:
+        raise ValueError(
+            f"devices must be {len(found)}, all of them, on several hosts; got "
+            f"{devices}. Leave it out, or use fewer hosts."
+        )
+    chosen = np.array(found[:devices])
+    if fsdp < 1 or chosen.size % fsdp:
+        fitting = [n for n in range(1, chosen.size + 1) if chosen.size % n == 0]
+        raise ValueError(
+            f"fsdp must divide the number of devices, {chosen.size}; got {fsdp}. Give "
+            f"one of {', '.join(map(str, fitting))}."
+        )
+    if fsdp == 1:
+        return Mesh(chosen, (AXIS,), axis_types=(AxisType.Auto,))
+    cut = chosen.reshape(-1, fsdp)
+    return Mesh(cut, (AXIS, FSDP), axis_types=(AxisType.Auto,) * 2)
 
 
-def split_cpu() -> None:
+def split_cpu(batch_size: int | None = None) -> None:
     """Makes every CPU core a device of its own, where there is no accelerator.
 
-    XLA runs much of a small network on one core; chains that share nothing are drawn
-    faster by a core each. Nothing happens once JAX has looked for devices, or where
-    XLA_FLAGS says how many there are.
+    XLA runs much of a small network on one core: it is faster by a core each. Nothing
+    happens once JAX has looked for devices, or where XLA_FLAGS says how many there are.
+
+    Args:
+      batch_size: of training, which the devices have to share, at least `CPU_SHARE`
+        images each; None for chains, of which any number can be drawn.
     """
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
+    count = len(cores())
+    if batch_size is not None:
+        most = min(count, max(1, batch_size // CPU_SHARE))
+        count = max(n for n in range(1, most + 1) if batch_size % n == 0)
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", len(cores()))
+        jax.config.update("jax_num_cpu_devices", count)
 
 
 def cores() -> list[int]:
@@ -88,8 +120,91 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def sharded(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding that cuts the leading axis over the devices."""
-    return NamedSharding(mesh, PartitionSpec(AXIS))
+    """Returns the sharding that cuts the leading axis over all devices."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
+def state_sharding(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Returns how each array of a state lies on the devices, a tree of shardings.
+
+    A large array is cut along the longest of its axes that the devices of the axis
+    "fsdp" can share; all others, and all on a mesh without that axis, are copied.
+
+    Args:
+      tree: arrays or `jax.ShapeDtypeStruct`.
+      mesh: the devices.
+
+    >>> found = state_sharding({"w": np.zeros([64, 64])}, make_mesh(1))
+    >>> found["w"].is_fully_replicated
+    True
+    """
+    parts = mesh.shape.get(FSDP, 1)
+
+    def place(x: Any) -> NamedSharding:
+        typed_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        fitting = [axis for axis, size in enumerate(x.shape) if size % parts == 0]
+        if parts == 1 or typed_key or x.size < SMALL or not fitting:
+            return replicated(mesh)
+        longest = max(fitting, key=lambda axis: x.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*[None] * longest, FSDP))
+
+    return jax.tree.map(place, tree)
+
+
+def place(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Returns arrays that lie on the devices as a tree of shardings says.
+
+    On several hosts all must call it alike, with the same values: it is not checked.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    # device_put compares the values of all hosts one by one, and takes no typed keys.
+    return jax.jit(lambda x: x, out_shardings=shardings)(tree)
+
+
+def whole(tree: PyTree) -> PyTree:
+    """Returns a tree of which every device has a copy, so that every host can read it.
+
+    On several hosts all must call it alike. Arrays that are on one mesh as it is, and
+    copied, are given back as they are.
+    """
+    leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
+    if all(x.is_fully_replicated for x in leaves):
+        return tree
+    cut: Any = next(x.sharding for x in leaves if not x.is_fully_replicated)
+    return place(tree, jax.tree.map(lambda _: replicated(cut.mesh), tree))
+
+
+def gathered(loss_fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Returns a loss of parameters that are cut over the axis "fsdp".
+
+    They are put together before the loss sees them; its gradient is cut as they are.
+
+    Args:
+      loss_fn: from (params, ...) to anything.
+      mesh: the devices; without that axis the loss stays as it is.
+    """
+    if FSDP not in mesh.shape:
+        return loss_fn
+
+    @jax.custom_vjp
+    def gather(params: PyTree) -> PyTree:
+        return jax.lax.with_sharding_constraint(params, replicated(mesh))
+
+    def forward(params: PyTree) -> tuple[PyTree, None]:
+        return gather(params), None
+
+    def backward(_: None, grad: PyTree) -> tuple[PyTree]:
+        # Not the transpose of forward, which would have the whole sum on every device:
+        # each needs the sum of its own part alone.
+        return (jax.lax.with_sharding_constraint(grad, state_sharding(grad, mesh)),)
+
+    gather.defvjp(forward, backward)
+
+    def loss(params: PyTree, *rest: Any) -> Any:
+        return loss_fn(gather(params), *rest)
+
+    return loss
 
 
 def shard(batch: PyTree, mesh: Mesh) -> PyTree:
@@ -109,55 +224,62 @@ def shard(batch: PyTree, mesh: Mesh) -> PyTree:
 
 
 def data_parallel(
-    step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
+    step: Callable[..., tuple[PyTree, PyTree]],
     mesh: Mesh,
     *,
     strategy: str = "mesh",
+    stored: PyTree = None,
 ) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]:
     """Returns the step compiled for a mesh: the batch is cut, the state is copied.
+
+    On a mesh with the axis "fsdp" the state is cut too, as `state_sharding` says.
 
     Args:
       step: a pure function from (state, batch) to (state, metrics).
       mesh: the devices.
       strategy: "mesh", "pmap" or "shard_map"; the latter two need a step that
         averages over the axis "data".
+      stored: what the step takes as its third argument, a copy on every device: images,
+        say, of which the batch names some. With None it takes two.
 
     Returns:
       A function of (state, batch) with batch as in `shard`. Under "mesh" and
       "shard_map" the state passed in is used up.
 
     Raises:
-      ValueError: an unknown strategy, or a batch that the devices cannot share.
+      ValueError: an unknown strategy, one that cannot cut the state, or a batch that
+        the devices cannot share.
     """
     if strategy not in STRATEGIES:
         raise ValueError(
             f"strategy must be one of {', '.join(STRATEGIES)}; got {strategy!r}. "
             "Use 'mesh' unless you need per-device semantics."
         )
+    if strategy != "mesh" and FSDP in mesh.shape:
+        raise ValueError(
+            "strategy must be 'mesh' where devices share a copy of the state; got "
+            f"{strategy!r} with fsdp {mesh.shape[FSDP]}. Use 'mesh', or an fsdp of 1."
+        )
     count = mesh.size
+    # An argument of the program: what it closes over would be compiled into it.
+    rest = () if stored is None else (stored,)
     if strategy == "pmap":
         mapped = jax.pmap(
             step,
             axis_name=AXIS,
-            in_axes=(None, 0),
+            in_axes=(None, 0, None)[: 2 + len(rest)],
             out_axes=None,
             devices=list(mesh.devices.flat),
         )
     else:
-        inner = step
-        if strategy == "shard_map":
-            # check_vma=False: the step's own pmean is the only mean there is.
-            inner = jax.shard_map(
-                step,
-                mesh=mesh,
-                in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
-                out_specs=PartitionSpec(),
-                check_vma=False,
-            )
+        inner = on_each(step, mesh, len(rest)) if strategy == "shard_map" else step
+        if FSDP in mesh.shape:
+            inner = _cut(step, mesh)
+        copied = None if FSDP in mesh.shape else replicated(mesh)
         compiled = jax.jit(
             inner,
-            in_shardings=(replicated(mesh), sharded(mesh)),
-            out_shardings=replicated(mesh),
+            in_shardings=(copied, sharded(mesh), replicated(mesh))[: 2 + len(rest)],
+            out_shardings=(copied, replicated(mesh)),
             donate_argnums=0,
         )
 
@@ -166,8 +288,39 @@ def data_parallel(
         if strategy == "pmap":
             local = count // jax.process_count()
             cut = jax.tree.map(lambda x: x.reshape(local, -1, *x.shape[1:]), batch)
-            return mapped(state, cut)
-        return compiled(state, shard(batch, mesh))
+            return mapped(state, cut, *rest)
+        return compiled(state, shard(batch, mesh), *rest)
+
+    return run
+
+
+def on_each(step: Callable[..., Any], mesh: Mesh, more: int = 0) -> Callable[..., Any]:
+    """Returns the step as each device runs it on its share of the batch.
+
+    Args:
+      step: from (state, batch, ...) to (state, metrics), which averages over "data".
+      mesh: the devices.
+      more: how many arguments follow, of which every device has all.
+    """
+    return jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(AXIS), *[PartitionSpec()] * more),
+        out_specs=PartitionSpec(),
+        # The step's own mean is the only one there is.
+        check_vma=False,
+    )
+
+
+def _cut(step: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """The step, from a state that is cut to one that is cut alike."""
+
+    def cut(state: PyTree) -> PyTree:
+        return jax.lax.with_sharding_constraint(state, state_sharding(state, mesh))
+
+    def run(state: PyTree, *rest: PyTree) -> tuple[PyTree, PyTree]:
+        new, metrics = step(cut(state), *rest)
+        return cut(new), metrics
 
     return run
 
@@ -191,4 +344,6 @@ def persistent_cache(directory: str | os.PathLike[str]) -> None:
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     jax.config.update("jax_compilation_cache_dir", os.fspath(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    # All of them, be they small and quickly compiled: there are many such.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

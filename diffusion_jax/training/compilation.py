@@ -1,0 +1,61 @@
+"""How many programs were compiled, and how many came from the cache on disk.
+
+They are counted from the first call of `count` on, in the whole process.
+"""
+
+import functools
+from collections import Counter
+from typing import NamedTuple
+
+import jax
+
+# As JAX names them: one event for each program that was asked for, whether it was
+# compiled or read, and one for each that was read.
+ASKED = "/jax/core/compile/backend_compile_duration"
+READ = "/jax/compilation_cache/cache_hits"
+
+
+class Programs(NamedTuple):
+    """Programs of this process."""
+
+    compiled: int
+    cached: int
+    """Read from the cache on disk in place of being compiled."""
+
+
+def count() -> Programs:
+    """Returns how many programs there have been since the first call of this.
+
+    A version of JAX that has other names for its events gives none of either.
+    """
+    seen = _listen()
+    return Programs(max(seen[ASKED] - seen[READ], 0), seen[READ])
+
+
+def since(before: Programs) -> str:
+    """Returns what there has been since an earlier `count`, in words; "" where none.
+
+    >>> since(Programs(*(n - 1 for n in count())))
+    '1 programs compiled, 1 from the cache'
+    """
+    compiled, cached = (b - a for a, b in zip(before, count(), strict=True))
+    if not compiled + cached:
+        return ""
+    programs = "program" if compiled == 1 else "programs"
+    return f"{compiled} {programs} compiled, {cached} from the cache"
+
+
+@functools.cache
+def _listen() -> Counter[str]:
+    """What has happened how often, from now on."""
+    seen: Counter[str] = Counter()
+
+    def event(event: str, **_: str | int) -> None:
+        seen[event] += 1
+
+    def duration(event: str, duration_secs: float, **_: str | int) -> None:
+        seen[event] += 1
+
+    jax.monitoring.register_event_listener(event)
+    jax.monitoring.register_event_duration_secs_listener(duration)
+    return seen
