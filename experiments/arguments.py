@@ -11,7 +11,7 @@ from typing import Any
 
 import tyro
 
-from experiments import config, initial, validation
+from experiments import config, hosts, initial, validation
 from experiments.configs import EXPERIMENTS
 
 # What a user can mend. Such an error is shown as it is, without a traceback.
@@ -29,14 +29,7 @@ def parse(argv: Sequence[str], *, prog: str) -> config.Config:
       ConfigError: an unknown experiment, or values that do not fit.
       SystemExit: `--help`, or a flag that does not exist or has another type.
     """
-    name, flags = "digits", list(argv)
-    if flags and not flags[0].startswith("-"):
-        name = flags.pop(0)
-    if name not in EXPERIMENTS:
-        raise config.ConfigError(
-            f"the experiment must be one of {', '.join(EXPERIMENTS)}; got {name!r}. "
-            f"Say, for instance: {prog} cifar10"
-        )
+    name, flags = _experiment(argv, prog)
     experiment = EXPERIMENTS[name]
     others = ", ".join(other for other in EXPERIMENTS if other != name)
 
@@ -61,32 +54,76 @@ def parse(argv: Sequence[str], *, prog: str) -> config.Config:
     return chosen
 
 
-def join_hosts() -> None:
-    """Joins the other hosts of a job, where the environment names a coordinator.
+def join_hosts(argv: Sequence[str], *, several: bool) -> list[str]:
+    """Returns the command's own arguments after joining the other hosts of its job.
 
-    JAX_COORDINATOR_ADDRESS, and JAX_NUM_PROCESSES and JAX_PROCESS_ID where JAX cannot
-    tell them from the cluster's own environment. Only the first host prints.
+    Args:
+      argv: all arguments; those about hosts are taken out.
+      several: whether the command works on several hosts.
 
     Raises:
-      ConfigError: the two numbers are not numbers.
+      ConfigError: it does not, or the hosts cannot be found.
     """
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if address is None:
-        return
-    import jax
-
-    given = [os.environ.get(n) for n in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
-    try:
-        count, index = (None if text is None else int(text) for text in given)
-    except ValueError as error:
+    given, rest = hosts.split(argv)
+    if {"-h", "--help"} & set(rest):
+        return rest
+    job = hosts.decide(given, os.environ)
+    if job is None:
+        said = None if given else hosts.note(os.environ)
+        if several and said:
+            print(said, file=sys.stderr)
+        return rest
+    if not several:
         raise config.ConfigError(
-            "JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers; got "
-            f"{given[0]!r} and {given[1]!r}. Leave them out where JAX detects the "
-            "cluster."
-        ) from error
-    jax.distributed.initialize(address, count, index)
-    if jax.process_index():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            "this command must run on one host, with any number of devices; got "
+            f"several hosts by {job.source}. Start it once, with --hosts 1."
+        )
+    hosts.join(job)
+    return rest
+
+
+def parse_with(
+    options: Any, argv: Sequence[str], *, prog: str, description: str | None
+) -> Any:
+    """Returns the options of a command that has a configuration among them, `config`.
+
+    Args:
+      options: their dataclass.
+      argv: an experiment's name (digits when the first one is a flag), then flags.
+      prog: how the command is called.
+      description: what `--help` says of it.
+
+    Raises:
+      ConfigError: as `parse`.
+    """
+    name, flags = _experiment(argv, prog)
+    found = tyro.cli(
+        options,
+        default=options(config=EXPERIMENTS[name].config),
+        args=flags,
+        prog=f"{prog} {name}",
+        description=description,
+    )
+    if found.config.init_from is not None:
+        raise config.ConfigError(
+            "init_from must be left out: the values of weights change nothing here; "
+            f"got {found.config.init_from!r}. Say what the network is by its fields."
+        )
+    validation.validate(found.config)
+    return found
+
+
+def _experiment(argv: Sequence[str], prog: str) -> tuple[str, list[str]]:
+    """Returns the experiment that comes first, and the flags after it."""
+    name, flags = "digits", list(argv)
+    if flags and not flags[0].startswith("-"):
+        name = flags.pop(0)
+    if name not in EXPERIMENTS:
+        raise config.ConfigError(
+            f"the experiment must be one of {', '.join(EXPERIMENTS)}; got {name!r}. "
+            f"Say, for instance: {prog} cifar10"
+        )
+    return name, flags
 
 
 def quiet() -> None:
@@ -94,16 +131,26 @@ def quiet() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
 
 
-def guarded(main: Callable[[Sequence[str]], int]) -> None:
-    """Runs a command and leaves with its exit code; 2 and one message for bad input."""
+def guarded(main: Callable[[Sequence[str]], int], *, several: bool = False) -> None:
+    """Runs a command and leaves with its exit code; 2 and one message for bad input.
+
+    Args:
+      main: from the arguments to the exit code.
+      several: whether it works on several hosts.
+    """
     from diffusion_jax.training.checkpoint import CheckpointError
     from diffusion_jax.training.data import DataError
 
     quiet()
     expected: tuple[Any, ...] = (config.ConfigError, CheckpointError, DataError)
     try:
-        join_hosts()
-        code = main(sys.argv[1:])
+        raise SystemExit(main(join_hosts(sys.argv[1:], several=several)))
+    except SystemExit as left:
+        if several and left.code == 0 and {"-h", "--help"} & set(sys.argv):
+            print(hosts.HELP)
+        if left.code == BAD_INPUT:  # by a flag that this host alone may have wrong
+            hosts.leave(BAD_INPUT)
+        raise
     except expected as error:
         print(f"error: {error}", file=sys.stderr)
         code = BAD_INPUT
@@ -128,4 +175,5 @@ def guarded(main: Callable[[Sequence[str]], int]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    hosts.leave(code)
     raise SystemExit(code)

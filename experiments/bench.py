@@ -7,11 +7,13 @@ Arithmetic is that of matrix products and convolutions, counted in the mathemati
 """
 
 import dataclasses
+import math
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -21,10 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from diffusion_jax.training import arithmetic, data, parallel
+from diffusion_jax.training import arithmetic, data, feed, parallel
 from experiments import (
     arguments,
     bench_peer,
+    bench_scaling,
     build,
     chains,
     config,
@@ -33,8 +36,7 @@ from experiments import (
     train,
 )
 from experiments.config import Config, ConfigError
-from experiments.configs import EXPERIMENTS
-from experiments.validation import require_positive, validate
+from experiments.validation import require_positive
 
 CEILING = {"cpu": 1024}
 """Side of the matrices of the ceiling; 8192 on other devices."""
@@ -56,6 +58,9 @@ class Options:
     """How often they are: the median counts, and the whole range is shown."""
     warmup: int = 3
     """Steps before the clock starts, after the one that compiles."""
+    scaling: bool = False
+    """Whether to train on 1, 2, 4, ... of the devices as well, with the same batch and
+    with the same share of it."""
     peer: bool = False
     """Whether to measure the same work by diffusers and PyTorch in this run (pip
     install .[peers]), and print how much faster this is."""
@@ -79,11 +84,17 @@ class Clock(NamedTuple):
 def main(argv: Sequence[str]) -> int:
     """Prints the table, and writes it; returns the exit code."""
     options = parse(argv)
-    mesh = parallel.make_mesh(options.config.train.devices)
+    parallel.split_cpu(math.gcd(*options.batch_sizes))
+    plan = options.config.train
+    mesh = parallel.make_mesh(plan.devices, plan.fsdp)
+    if "train" in options.what:
+        learning.check(options.config, mesh)
     for size in options.batch_sizes:
         parallel.check_batch_size(size, mesh.size)
+        if options.scaling:
+            bench_scaling.check(size, mesh.size)
     device = mesh.devices.flat[0]
-    top = ceiling(options, device.platform) * mesh.size
+    top = ceiling(options, mesh)
     about = {
         "device": device.device_kind,
         "devices": mesh.size,
@@ -98,7 +109,7 @@ def main(argv: Sequence[str]) -> int:
         f"{options.config.net.dtype}; matrix product {top / 1e12:.3g} TFLOP/s"
     )
     print(f"  {'what':<7}{'batch':>7}{'per s':>12}{'ms':>11}{'range':>19}", end="")
-    print(f"{'TFLOP/s':>10}{'share':>7}{'compile s':>11}{'input ms':>10}{'GiB':>7}")
+    print(f"{'TFLOP/s':>10}{'share':>7}{'compile s':>11}{'data x':>8}{'GiB':>7}")
     rows = []
     for what in options.what:
         for size in options.batch_sizes:
@@ -109,7 +120,10 @@ def main(argv: Sequence[str]) -> int:
             if options.peer:
                 row["peer"] = measure_peer(options, row)
     print("per s: images trained on, or evaluations of the network in a chain")
+    print("data x: a step with fresh batches, in units of one with the same batch")
     print("GiB: most memory in use so far, of a device or, on CPU, of the process")
+    if options.scaling:
+        about["scaling"] = measure_scaling(options, mesh.size)
     if options.out is not None:
         runs.write_json(options.out, {**about, "rows": rows})
         print(f"written: {options.out}")
@@ -118,20 +132,8 @@ def main(argv: Sequence[str]) -> int:
 
 def parse(argv: Sequence[str]) -> Options:
     """Returns the checked options: an experiment's name, then flags."""
-    name, flags = "digits", list(argv)
-    if flags and not flags[0].startswith("-"):
-        name = flags.pop(0)
-    if name not in EXPERIMENTS:
-        raise ConfigError(
-            f"the experiment must be one of {', '.join(EXPERIMENTS)}; got {name!r}. "
-            "Say, for instance: python -m experiments.bench cifar10"
-        )
-    options = tyro.cli(
-        Options,
-        default=Options(config=EXPERIMENTS[name].config),
-        args=flags,
-        prog=f"python -m experiments.bench {name}",
-        description=__doc__,
+    options = arguments.parse_with(
+        Options, argv, prog="python -m experiments.bench", description=__doc__
     )
     require_positive(options, "steps", "repeats", "warmup")
     if not options.batch_sizes or min(options.batch_sizes) < 1:
@@ -139,7 +141,6 @@ def parse(argv: Sequence[str]) -> Options:
             f"batch_sizes must be whole numbers above 0; got {options.batch_sizes}. "
             "Change it with --batch-sizes 64 128."
         )
-    validate(options.config)
     if options.peer:
         bench_peer.check(options.config)
     return options
@@ -165,23 +166,31 @@ def measure_train(options: Options, mesh: Any, size: int) -> dict[str, Any]:
     labels = np.arange(len(images)) % max(chosen.net.classes, 1)
     dataset = data.Dataset(images, labels, "random")
     step = learning.make_step(chosen, mesh)
-    replicated = parallel.replicated(mesh)
-    state = jax.device_put(learning.init_state(chosen), replicated)
-    batch = parallel.shard(train.batch_of(chosen, dataset, 0), mesh)
-    flops = arithmetic.count(_gradient(chosen), state.params, batch)
-    held = [state]
+    whole_state = jax.eval_shape(lambda: learning.init_state(chosen))
+    placed = parallel.state_sharding(whole_state, mesh)
+    held = [learning.as_trained(chosen, train.first_state(chosen, placed))]
+    fed = train.feed_of(chosen, dataset, mesh)
+    whole = feed.batch_at(dataset, bool(chosen.net.classes), 0, size, 0)
+    batch = parallel.shard(whole, mesh)
+    flops = arithmetic.count(gradient(chosen), whole_state.params, batch)
 
     def once() -> Any:
         held[0], metrics = step(held[0], batch)
         return metrics["loss"]
 
     clock = timed(once, options)
-    began = time.perf_counter()
-    for n in range(options.steps):
-        fresh = parallel.shard(train.batch_of(chosen, dataset, n), mesh)
-    jax.block_until_ready(fresh)
-    host = (time.perf_counter() - began) / options.steps
-    return figures(clock, size, flops) | {"input_ms": 1000 * host}
+    fed_step = step
+    if fed.stored is not None:
+        fed_step = learning.make_step(chosen, mesh, fed.stored)
+    with closing(fed.batches(0, sys.maxsize)) as batches:
+
+        def fresh() -> Any:
+            held[0], metrics = fed_step(held[0], next(batches))
+            return metrics["loss"]
+
+        ratio, spread = compared(fresh, once, options)
+    measured = {"data_x": ratio, "data_x_range": spread, "input": fed.source}
+    return figures(clock, size, flops) | measured
 
 
 def measure_sample(options: Options, mesh: Any, size: int) -> dict[str, Any]:
@@ -203,6 +212,22 @@ def measure_sample(options: Options, mesh: Any, size: int) -> dict[str, Any]:
     clock = timed(lambda: draw(params, jax.random.key(0), 0), options)
     many = round(evaluations * size)
     return figures(clock, many, many * one) | {"evaluations_per_sample": evaluations}
+
+
+def measure_scaling(options: Options, found: int) -> list[dict[str, Any]]:
+    """Returns the rows of training on more and more of the devices, and prints them."""
+
+    def images_per_second(devices: int, size: int) -> float:
+        fsdp = math.gcd(devices, options.config.train.fsdp)
+        mesh = parallel.make_mesh(devices, fsdp)
+        per_second: float = measure_train(options, mesh, size)["per_second"]
+        return per_second
+
+    return [
+        row
+        for size in options.batch_sizes
+        for row in bench_scaling.measure(images_per_second, size, found)
+    ]
 
 
 def measure_peer(options: Options, row: dict[str, Any]) -> dict[str, Any]:
@@ -250,12 +275,34 @@ def timed(once: Callable[[], Any], options: Options) -> Clock:
     return Clock(median, min(each), max(each), max(0.0, first - median))
 
 
-def ceiling(options: Options, platform: str) -> float:
-    """Returns operations a second of a large matrix product on one device."""
-    side, dtype = CEILING.get(platform, 8192), jnp.dtype(options.config.net.dtype)
-    product = jax.jit(lambda a, b: a @ b)
-    a = jnp.ones((side, side), dtype)
-    return 2 * side**3 / timed(lambda: product(a, a), options).median
+def compared(
+    call: Callable[[], Any], other: Callable[[], Any], options: Options
+) -> tuple[float, list[float]]:
+    """Returns the seconds of a call in units of those of another, and their range.
+
+    The two take turns, so that what else the machine does slows both.
+    """
+    seconds: list[tuple[float, ...]] = []
+    for repeat in range(-1, options.repeats):  # the first compiles
+        both = []
+        for once in (call, other):
+            began = time.perf_counter()
+            for _ in range(options.steps if repeat >= 0 else options.warmup):
+                last = once()
+            jax.block_until_ready(last)
+            both.append(time.perf_counter() - began)
+        seconds.append(tuple(both))
+    ratios = [a / b for a, b in seconds[1:]]
+    return statistics.median(ratios), [min(ratios), max(ratios)]
+
+
+def ceiling(options: Options, mesh: Any) -> float:
+    """Returns operations a second of large matrix products, one on each device."""
+    dtype = jnp.dtype(options.config.net.dtype)
+    side = CEILING.get(mesh.devices.flat[0].platform, 8192)
+    product = jax.jit(lambda a: a @ a)
+    a = jnp.ones((mesh.size, side, side), dtype, device=parallel.sharded(mesh))
+    return 2 * mesh.size * side**3 / timed(lambda: product(a), options).median
 
 
 def peak_memory(mesh: Any) -> int:
@@ -279,16 +326,16 @@ def image_shape(chosen: Config) -> tuple[int, int, int]:
 def show(row: dict[str, Any]) -> None:
     """Prints a row of the table."""
     low, high = row["ms_range"]
-    host = f"{row['input_ms']:.2f}" if "input_ms" in row else "-"
+    fresh = f"{row['data_x']:.3f}" if "data_x" in row else "-"
     print(
         f"  {row['what']:<7}{row['batch']:>7,}{row['per_second']:>12,.1f}"
         f"{row['ms']:>11,.2f}{f'{low:,.2f} to {high:,.2f}':>19}{row['tflops']:>10.3g}"
-        f"{row['share']:>7.1%}{row['compile_s']:>11.1f}{host:>10}"
+        f"{row['share']:>7.1%}{row['compile_s']:>11.1f}{fresh:>8}"
         f"{row['memory_gib']:>7.2f}"
     )
 
 
-def _gradient(chosen: Config) -> Callable[..., Any]:
+def gradient(chosen: Config) -> Callable[..., Any]:
     """Returns the gradient of the loss of a whole batch, to be counted."""
     # Without parts and loops: the arithmetic is the same.
     whole = config.replace(chosen, "optimizer", preset="modern")

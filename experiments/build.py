@@ -12,9 +12,10 @@ from diffusion_jax import (
     learned,
     schedule,
 )
+from diffusion_jax.nets import unet
 from diffusion_jax.nets.unet import UNet
 from diffusion_jax.training import data
-from experiments.config import CONTINUOUS, UNKNOWN, Config, ConfigError
+from experiments.config import CONTINUOUS, UNKNOWN, Config, ConfigError, replace
 
 Apply = Callable[..., jax.Array]
 
@@ -82,13 +83,15 @@ def time_shift(config: Config) -> int:
     return 0 if is_continuous(config) else 1
 
 
-def make_network(config: Config, *, looped: bool = False) -> UNet:
+def make_network(config: Config, *, looped: bool = False, cut: bool = True) -> UNet:
     """Returns the network; its parameters come from `init_params`.
 
     Args:
       config: the configuration.
       looped: whether its gradient is taken inside a compiled loop, where XLA's
         convolution on CPU is many times slower than the matrix product.
+      cut: whether XLA may cut the program over devices, which it cannot do to a kernel
+        of our own: where there are several devices there is none then.
     """
     net = config.net
     split = config.diffusion.variance in ("learned", "range")
@@ -110,7 +113,27 @@ def make_network(config: Config, *, looped: bool = False) -> UNet:
         num_classes=net.classes + (1 if net.classes and net.label_dropout else 0),
         variant=net.variant,
         fourier=net.fourier,
+        fuse=net.fuse,
+        kernels="xla" if cut and jax.device_count() > 1 else net.kernels,
+        dropout_bits=net.dropout_bits,
     )
+
+
+def plain(config: Config) -> Config:
+    """Returns the configuration without the forms that have no forward derivative.
+
+    The network and its parameters are the same; `jax.jvp` of it can be taken.
+    """
+    fuse = tuple(name for name in config.net.fuse if name != "norm")
+    return replace(config, "net", fuse=fuse, kernels="xla")
+
+
+def as_computed(config: Config, params: Any) -> Any:
+    """Returns the parameters with those of the network in the types it computes in.
+
+    The network's output is the same to the bit; see `unet.cast`.
+    """
+    return {**params, "net": unet.cast(params["net"], jnp.dtype(config.net.dtype))}
 
 
 def make_apply(
@@ -119,6 +142,7 @@ def make_apply(
     levels: schedule.Schedule,
     *,
     looped: bool = False,
+    cut: bool = True,
     **options: Any,
 ) -> Apply:
     """Returns the network as a function of x, t and, with classes, the label.
@@ -128,9 +152,10 @@ def make_apply(
       params: as `init_params` makes them.
       levels: the schedule whose times t are.
       looped: as in `make_network`.
+      cut: as in `make_network`.
       options: of the network's call.
     """
-    net = make_network(config, looped=looped)
+    net = make_network(config, looped=looped, cut=cut)
 
     def fed(t: jax.Array) -> jax.Array:
         if config.diffusion.prediction == "edm" or not is_continuous(config):

@@ -198,13 +198,18 @@ def make_draw(
     # Devices that cannot share the images equally draw all of them each.
     spread = count % mesh.size == 0
     out = parallel.sharded(mesh) if spread else parallel.replicated(mesh)
+    several = mesh.is_multi_process
 
     @jax.jit
     def draw(params: Any, key: jax.Array, first: jax.Array) -> jax.Array:
-        sampler = make_sampler(config, params, first=first)
+        # Once, and not at each of the chain's evaluations.
+        sampler = make_sampler(config, build.as_computed(config, params), first=first)
         shape = (count, size, size, config.data.channels)
         images = samplers.sample(key, sampler, grid, shape, start_std=std, first=first)
-        return jax.lax.with_sharding_constraint(images, out)
+        images = jax.lax.with_sharding_constraint(images, out)
+        if several:  # every host gets all of them
+            images = jax.lax.with_sharding_constraint(images, parallel.replicated(mesh))
+        return images
 
     def drawn(params: Any, key: jax.Array, first: int = 0) -> np.ndarray:
         return np.asarray(draw(params, key, jnp.asarray(first)))

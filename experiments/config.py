@@ -135,6 +135,16 @@ class Net:
     fourier: tuple[int, ...] = ()
     """With each n the network also sees sin and cos of 2^n pi x: fine detail, for the
     bound."""
+    fuse: tuple[Literal["norm", "skip", "qkv"], ...] = ()
+    """The same in forms that move less memory: norm and SiLU in few passes, with their
+    own backward pass; skip connections never joined; q, k, v in one product."""
+    kernels: Literal["xla", "pallas"] = "xla"
+    """What computes the norm of fuse: the compiler, or on an NVIDIA GPU a kernel of our
+    own, for images that fit (32x32, not 256x256). A CPU interprets it, for tests. Of
+    several devices they use it only in training, with parallel shard_map or pmap."""
+    dropout_bits: Literal["threefry", "rbg"] = "threefry"
+    """Generator of dropout: the same bits on every device, or the device's own fast
+    one, whose bits change with versions."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +177,9 @@ class Optimizer:
     ema_snapshots: int = 0
     """Steps between two snapshots of the power-function averages, from which an average
     of any length can be made afterwards; 0 for none."""
+    flat: bool = False
+    """Whether parameters, moments and averages are one vector each in training: a few
+    large operations a step, not a thousand small ones. Checkpoints are the same."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +201,13 @@ class Train:
     """How a step is spread over the devices."""
     devices: int | None = None
     """How many devices to use; all that there are when not given."""
+    fsdp: int = 1
+    """Devices that share one copy of parameters, moments and averages; 1 for a copy on
+    every device."""
+    input: Literal["auto", "device", "grain", "host"] = "auto"
+    """Where batches come from: images that stay on the device; grain, which prepares
+    them in the background; or the host, just before each step. auto is the device
+    where the images fit, else grain where it is installed."""
     log_every: int = 100
     """Steps between two lines of metrics.jsonl, each the mean since the last."""
     checkpoint_every: int = 10_000
@@ -225,10 +245,15 @@ MAY_CHANGE = (
     "data.path",
     "data.download",
     "net.conv",
+    "net.fuse",
+    "net.kernels",
     "net.remat",
+    "optimizer.flat",
     "train.stop_at",
     "train.parallel",
     "train.devices",
+    "train.fsdp",
+    "train.input",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep",

@@ -28,6 +28,7 @@ from experiments import (
     draws,
     extractors,
     extras,
+    hosts,
     initial,
     learning,
     reference,
@@ -87,11 +88,13 @@ def main(argv: Sequence[str]) -> int:
     options = tyro.cli(
         Options, args=argv, prog="python -m experiments.eval_fid", description=__doc__
     )
+    parallel.split_cpu()  # before JAX looks for devices, as the checks of hosts do
     run = runs.find(options.run)
+    hosts.check_same("the options", repr(options))
+    hosts.check_shared(run.folder)
     config = with_data(runs.read_config(run), options.data)
     config = with_sampling(config, options.how)
     dataset = build.load_data(config)
-    parallel.split_cpu()
     parallel.persistent_cache(run.cache)
     extractor = extractors.choose(
         options.extractor,
@@ -101,6 +104,7 @@ def main(argv: Sequence[str]) -> int:
         download=options.download,
         preprocessing=options.preprocessing,
     )
+    hosts.check_same("the extractor", extractor.details["sha256"])
     given = load_samples(options, config)
     count = len(given) if given is not None else options.count
     count = count or min(50_000, len(dataset.images))
@@ -117,24 +121,25 @@ def main(argv: Sequence[str]) -> int:
             drawn.append(fake)
         else:
             drawn.append(given)
-    if jax.process_index():
-        return 0  # the first host has all samples, and does the rest
+    # All hosts extract features together; the first one has them, and does the rest.
     real = known or references(config, dataset, extractor, options)
     scores = [score(extractor, real, fake, options) for fake in drawn]
-    result = summary(extractor, real, scores, about, options, count, config)
-    show(result, extractor)
     out = run.folder / "eval"
     kind = "untrained" if options.untrained else "raw" if options.which.raw else ""
     if options.which.average is not None:
         kind = f"average_{options.which.average:g}"
     kind = "given" if given is not None else kind
     written = out / f"fid{'_' * bool(kind)}{kind}.json"
-    runs.write_json(written, result)
+    if hosts.first():
+        result = summary(extractor, real, scores, about, options, count, config)
+        show(result, extractor)
+        runs.write_json(written, result)
     if "train" in real:
-        path = out / f"neighbours{'_' * bool(kind)}{kind}.png"
         picture = neighbours(real["train"], dataset, extractor, drawn[-1], options)
-        images.save(picture, path)
-        print(f"nearest training images, by pixels and by features: {path}")
+        path = out / f"neighbours{'_' * bool(kind)}{kind}.png"
+        if hosts.first():
+            images.save(picture, path)
+            print(f"nearest training images, by pixels and by features: {path}")
     print(f"written: {written}")
     return 0
 
@@ -273,10 +278,12 @@ def score(
     fake: np.ndarray,
     options: Options,
 ) -> dict[str, Any]:
-    """Returns the numbers of one set of samples."""
+    """Returns the numbers of one set of samples; none on a host but the first."""
     features, logits = extractors.extract(
         extractor, fake, batch_size=options.batch_size, label="features of samples"
     )
+    if not hosts.first():
+        return {}
     fitted = reference.gaussian_of(features)
     found: dict[str, Any] = {}
     for split, known in real.items():
@@ -371,13 +378,15 @@ def neighbours(
     """Returns samples, and under each the nearest training image (Figs. 12 and 15).
 
     The first row of three are samples, the second their neighbours in pixels, the third
-    those in features.
+    those in features. None on a host but the first.
     """
     shown = np.asarray(fake[:columns])
-    candidates = np.asarray(dataset.images[real.chosen])
     features, _ = extractors.extract(
         extractor, shown, batch_size=options.batch_size, label="neighbours"
     )
+    if not hosts.first():
+        return None
+    candidates = np.asarray(dataset.images[real.chosen])
     rows = [shown]
     for among, of in (
         (candidates.reshape(len(candidates), -1), shown.reshape(len(shown), -1)),
@@ -390,4 +399,4 @@ def neighbours(
 
 
 if __name__ == "__main__":
-    arguments.guarded(main)
+    arguments.guarded(main, several=True)

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from diffusion_jax.nets import inception, inception_weights
 from diffusion_jax.training import data, parallel
-from experiments import train_classifier
-from experiments.config import Config
+from experiments import hosts, train_classifier
+from experiments.config import Config, ConfigError
 
 Batch = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -102,6 +103,12 @@ def _inception(path: str | None, download: bool, preprocessing: str) -> Extracto
 
 def _classifier(config: Config, dataset: data.Dataset) -> Extractor:
     path = train_classifier.path_of(config)
+    if jax.process_count() > 1 and not path.exists():
+        raise ConfigError(
+            f"the classifier must be trained before several hosts use it; got none at "
+            f"{path}. Train it on one: python -m experiments.train_classifier, or "
+            "evaluate once with --hosts 1."
+        )
     if path.exists():
         judge = train_classifier.load(path)
     else:
@@ -128,10 +135,17 @@ def _classifier(config: Config, dataset: data.Dataset) -> Extractor:
 def extract(
     extractor: Extractor, images: Any, *, batch_size: int, label: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns features [N, D] and logits [N, K] of images, float32, with a bar."""
+    """Returns features [N, D] and logits [N, K] of images, float32, with a bar.
+
+    On several hosts all must call it: each does its share of every batch of the first
+    host's images, whatever its own are, and gets the features of all.
+    """
+    if jax.process_count() > 1:
+        extractor, images, batch_size = _shared(extractor, images, batch_size)
     features, logits = [], []
     starts = range(0, len(images), batch_size)
-    for begin in tqdm(starts, desc=label, unit="batch", disable=None):
+    quiet = None if hosts.first() else True
+    for begin in tqdm(starts, desc=label, unit="batch", disable=quiet):
         end = min(begin + batch_size, len(images))
         batch = np.asarray(images[np.arange(begin, end)])
         short = batch_size - len(batch)
@@ -140,3 +154,23 @@ def extract(
         features.append(seen[0][: len(batch)].astype(np.float32))
         logits.append(seen[1][: len(batch)].astype(np.float32))
     return np.concatenate(features), np.concatenate(logits)
+
+
+def _shared(
+    extractor: Extractor, images: Any, batch_size: int
+) -> tuple[Extractor, Any, int]:
+    """What several hosts do in the place of one: extractor, images and batch size."""
+    count, host = jax.process_count(), jax.process_index()
+    share = -(-batch_size // count)
+    own = np.zeros(4, int) if host else np.array(images.shape)
+    shape = multihost_utils.broadcast_one_to_all(own)
+    if host:  # the first one's are sent batch by batch
+        images = np.broadcast_to(np.zeros((), np.uint8), shape)
+
+    def apply(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        batch = np.asarray(multihost_utils.broadcast_one_to_all(batch))
+        seen = extractor.apply(batch[host * share : (host + 1) * share])
+        every: Any = multihost_utils.process_allgather(seen, tiled=True)
+        return every
+
+    return extractor._replace(apply=apply), images, share * count

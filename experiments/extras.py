@@ -79,11 +79,6 @@ def x0_variance(
     By the error of the network, so that it is the best for its mean, perfect or not.
     Kept in the run's folder for the next time.
     """
-    if jax.process_count() > 1:
-        raise ConfigError(
-            "variance must be small, large, learned or range on several hosts; got "
-            "analytic. Estimate it on one host first: experiments.sample RUN."
-        )
     about = {"weights": draws.digest(params), "images": IMAGES, "clip": clip}
     path = run.folder / "eval" / "x0_variance.json"
     try:
@@ -92,6 +87,12 @@ def x0_variance(
             return np.asarray(known["table"], np.float64)
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there, or of no use: estimated again
+    if jax.process_count() > 1:
+        raise ConfigError(
+            "variance must be small, large, learned or range on several hosts, where "
+            "none has estimated another yet; got analytic. Estimate it on one host "
+            "first: experiments.sample RUN --variance analytic."
+        )
     dataset = build.load_data(config)
     rng = np.random.default_rng(0)
     count = min(IMAGES, len(dataset.images) // BATCH * BATCH) or len(dataset.images)

@@ -57,6 +57,10 @@ def resolved(config: Config) -> Config:
     return dataclasses.replace(config, init_from=known)
 
 
+# Of the network: how it is computed, and not what it is.
+HOW = ("dtype", "conv", "remat", "fuse", "kernels", "dropout_bits")
+
+
 def like(experiment: Config, given: Config) -> Config:
     """Returns an experiment of the same network and diffusion as given weights have.
 
@@ -68,7 +72,7 @@ def like(experiment: Config, given: Config) -> Config:
         image_size=given.data.image_size,
         channels=given.data.channels,
     )
-    how = {name: getattr(experiment.net, name) for name in ("dtype", "conv", "remat")}
+    how = {name: getattr(experiment.net, name) for name in HOW}
     steps = experiment.sample.steps
     if steps is not None and steps > given.diffusion.num_steps:
         steps = None

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from diffusion_jax import gaussian, learned, losses, schedule, timesteps, weightings
-from diffusion_jax.training import averages, parallel, state
+from diffusion_jax.training import averages, feed, flat, parallel, state
 from experiments.build import (
     init_params,
     is_continuous,
@@ -16,7 +16,7 @@ from experiments.build import (
     make_denoiser,
     make_schedule,
 )
-from experiments.config import Config, micro_batches
+from experiments.config import Config, ConfigError, micro_batches
 
 # Least time in continuous time, as in Song et al. 2021: at 0 vp has no noise.
 FIRST_TIME = 1e-5
@@ -54,6 +54,26 @@ def init_state(config: Config, params: Any = None) -> state.TrainState:
         averages=len(make_averages(config)),
         memory=memory,
     )
+
+
+def as_trained(config: Config, whole: state.TrainState) -> state.TrainState:
+    """Returns a state as the training step takes it, from one that is all trees."""
+    return _pack(whole) if config.optimizer.flat else whole
+
+
+def as_stored(trained: state.TrainState) -> state.TrainState:
+    """Returns a state that is all trees, as checkpoints have it, from any."""
+    return _unpack(trained) if isinstance(trained.params, flat.Flat) else trained
+
+
+@jax.jit
+def _pack(whole: state.TrainState) -> Any:
+    return flat.pack_all(whole, whole.params)
+
+
+@jax.jit
+def _unpack(trained: state.TrainState) -> Any:
+    return flat.unpack_all(trained)
 
 
 def make_averages(config: Config) -> tuple[averages.Profile, ...]:
@@ -144,7 +164,10 @@ def make_loss(config: Config) -> state.LossFn:
 
         def denoiser(levels: schedule.Schedule) -> gaussian.Denoiser:
             options = {"train": True, "rngs": {"dropout": dropout_key}}
-            apply = make_apply(config, params, levels, looped=looped, **options)
+            # `make_pure_step` holds that the program is not cut where it must not be.
+            apply = make_apply(
+                config, params, levels, looped=looped, cut=False, **options
+            )
             given = apply if label is None else lambda x, t: apply(x, t, label)
             return make_denoiser(config, given, levels)
 
@@ -228,15 +251,38 @@ def _label(
     return label
 
 
-def make_step(config: Config, mesh: jax.sharding.Mesh) -> state.StepFn:
-    """Returns the training step, compiled for the mesh by the configured strategy."""
+def check(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Raises ConfigError for what the devices cannot do, before anything is compiled.
+
+    That is a kernel of our own in a program that XLA would have to cut.
+    """
+    plan = config.train
+    if config.net.kernels == "pallas" and plan.parallel == "mesh" and mesh.size > 1:
+        raise ConfigError(
+            "train.parallel must be shard_map or pmap for net.kernels = pallas on "
+            f"several devices; got mesh on {mesh.size}. Change it with "
+            "--train.parallel shard_map, or leave the kernels to xla."
+        )
+
+
+def make_pure_step(config: Config, mesh: jax.sharding.Mesh) -> state.StepFn:
+    """Returns the training step as a function of a state `as_trained` and a batch.
+
+    Raises:
+      ConfigError: as `check`.
+    """
+    check(config, mesh)
     o, strategy = config.optimizer, config.train.parallel
     official = o.preset == "official"
     parts = micro_batches(config)
     if strategy != "mesh" and official:
         parts = max(1, parts // mesh.size)
-    step = state.make_step(
-        make_loss(config),
+    loss_fn = make_loss(config)
+    if o.flat:
+        loss_fn = flat.of_tree(loss_fn)
+    loss_fn = parallel.gathered(loss_fn, mesh)
+    return state.make_step(
+        loss_fn,
         make_optimizer(config),
         averages=make_averages(config),
         clip_norm=o.clip_norm,
@@ -245,7 +291,23 @@ def make_step(config: Config, mesh: jax.sharding.Mesh) -> state.StepFn:
         axis_name=None if strategy == "mesh" else parallel.AXIS,
         remember=_remember if config.diffusion.density == "importance" else None,
     )
-    return parallel.data_parallel(step, mesh, strategy=strategy)
+
+
+def make_step(
+    config: Config, mesh: jax.sharding.Mesh, stored: Any = None
+) -> state.StepFn:
+    """Returns the training step, compiled for the mesh by the configured strategy.
+
+    Args:
+      config: the configuration.
+      mesh: the devices.
+      stored: the images that stay on them, where batches are indices: `feed.Feed`.
+    """
+    strategy = config.train.parallel
+    step = make_pure_step(config, mesh)
+    if stored is not None:
+        step = feed.gathering(step)
+    return parallel.data_parallel(step, mesh, strategy=strategy, stored=stored)
 
 
 def _remember(memory: timesteps.History, seen: dict[str, jax.Array]) -> Any:

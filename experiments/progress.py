@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 from tqdm import tqdm
@@ -18,9 +20,11 @@ class Progress:
         """Starts counting at step `begin` of `last`."""
         self.file = file or sys.stderr
         self.step, self.last, self.images = begin, last, images_per_step
+        self.began = begin
         self.shown = time.monotonic()
         self.since: tuple[int, float] | None = None
         self.rate, self.skipped = 0.0, 0
+        self.held, self.begun = 0.0, time.monotonic()
         self.bar = None
         if self.file.isatty():
             self.bar = tqdm(
@@ -39,6 +43,8 @@ class Progress:
         self.skipped = self.skipped + 1 if loss is None else 0
         now = time.monotonic()
         # The clock starts after a first step, which may have compiled.
+        if self.step == self.began:
+            self.begun = now
         before, then = self.since or (step, now)
         if self.since is None or now - then >= 1.0:
             self.since = (step, now)
@@ -56,6 +62,20 @@ class Progress:
     def pause(self) -> None:
         """Leaves what follows, until the next step, out of the speed."""
         self.since = None
+
+    @contextmanager
+    def held_up(self) -> Iterator[None]:
+        """Counts what is done within, such as saving, as time the run was held up."""
+        since = time.monotonic()
+        yield
+        self.held += time.monotonic() - since
+
+    def held_up_for(self) -> str:
+        """Returns how long that was in all, and its share since the first step."""
+        if self.step <= self.began + 1:
+            return f"{self.held:.1f} s"
+        share = self.held / (time.monotonic() - self.begun)
+        return f"{self.held:.1f} s, {share:.1%} of the time since the first step"
 
     def close(self) -> None:
         """Leaves the bar on the screen as it stands."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import validation
-from experiments.config import Config, ConfigError, from_dict, to_dict
+from experiments.config import Config, ConfigError, Net, from_dict, to_dict
 
 PyTree = Any
 
@@ -58,6 +58,8 @@ def write(network: Network) -> dict[str, Any]:
         name=Config.name,  # that of the file
         output=Config.output,
         init_from=None,
+        # Not every installation has what they need.
+        net=dataclasses.replace(config.net, kernels=Net.kernels),
         data=dataclasses.replace(
             config.data, path=None, source=public_source(config.data.source)
         ),

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion_jax.evaluation import metrics, moments
+from experiments import hosts
 from experiments.config import Config
 from experiments.extractors import Extractor, extract
 
@@ -33,10 +34,17 @@ class Reference(NamedTuple):
     """Frechet distance between two halves of the images; nan where they are few."""
 
 
+_empty = np.zeros((0, 0), np.float32)
+NOTHING = Reference(_empty, _empty, 0, _empty, _empty, float("nan"))
+"""What a host has that only helped the first one."""
+
+
 def of(
     config: Config, images: Any, split: str, extractor: Extractor, *, batch_size: int
 ) -> Reference:
     """Returns the statistics of a split, from the cache where they are known.
+
+    On several hosts all must call it; only the first one gets them.
 
     The cache is <output>/.cache/reference; a file is named after the extractor's sha256
     and protocol, the split, its images and their size.
@@ -53,10 +61,13 @@ def of(
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
     path = Path(config.output) / ".cache" / "reference" / f"{name}.npz"
     cached = _load(path)
-    if cached is not None:
-        return cached
+    # Several hosts compute together, unless the first one has what it needs.
+    if hosts.tell(cached is not None):
+        return cached or NOTHING
     label = f"features of {split} images"
     features, _ = extract(extractor, images, batch_size=batch_size, label=label)
+    if not hosts.first():
+        return NOTHING
     made = _compute(features)
     _save(made, path, text)
     return made

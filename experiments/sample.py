@@ -13,8 +13,17 @@ from tqdm import tqdm
 
 from diffusion_jax.evaluation import images
 from diffusion_jax.training import parallel
-from experiments import arguments, chains, extras, figures, runs, sampling, weights
-from experiments.config import Config
+from experiments import (
+    arguments,
+    chains,
+    extras,
+    figures,
+    hosts,
+    runs,
+    sampling,
+    weights,
+)
+from experiments.config import Config, ConfigError
 from experiments.sampling import Sampling
 from experiments.validation import require_positive, with_sampling
 from experiments.weights import Weights
@@ -60,9 +69,16 @@ def main(argv: Sequence[str]) -> int:
         Options, args=argv, prog="python -m experiments.sample", description=__doc__
     )
     require_positive(options, "count", "columns", "batch_size")
+    parallel.split_cpu()  # before JAX looks for devices, as the checks of hosts do
     run = runs.find(options.run)
+    if options.figure is not None and jax.process_count() > 1:
+        raise ConfigError(
+            "a figure must be drawn on one host; got --figure "
+            f"{options.figure} on {jax.process_count()}. Draw it with --hosts 1."
+        )
+    hosts.check_same("the options", repr(options))
+    hosts.check_shared(run.folder)
     config = with_sampling(runs.read_config(run), options.how)
-    parallel.split_cpu()
     parallel.persistent_cache(run.cache)
     params, step, kind = extras.load(config, run, options.which)
     how = sampling.describe(chains.describe_sampling(config))
@@ -71,6 +87,10 @@ def main(argv: Sequence[str]) -> int:
     if options.figure is not None:
         return draw_figure(config, params, run, options)
     batches = draw(config, params, options)
+    if not hosts.first():
+        for _ in batches:  # drawn by all, and kept by the first
+            pass
+        return 0
     out = options.out or run.folder / "draw" / default_name(options)
     if options.format == "png":
         save_each(batches, out)
@@ -84,6 +104,8 @@ def main(argv: Sequence[str]) -> int:
     if options.format == "grid" and options.strip:
         path = out.with_name(f"{out.stem}_denoising.png")
         rows = min(8, options.count)
+        if jax.process_count() > 1:  # the first host draws these alone
+            params = jax.tree.map(np.asarray, params)
         end, seen = figures.chain(config, params, count=rows, seed=options.seed)
         print(f"denoising: {images.save(figures.strip(end, seen.x_t), path)}")
     return 0
@@ -116,7 +138,8 @@ def draw(config: Config, params: Any, options: Options) -> Iterator[np.ndarray]:
         parallel.make_mesh(),
     )
     key = jax.random.key(options.seed)
-    bar = tqdm(total=options.count, unit="image", disable=not sys.stderr.isatty())
+    quiet = not (hosts.first() and sys.stderr.isatty())
+    bar = tqdm(total=options.count, unit="image", disable=quiet)
     with bar:
         for first in range(0, options.count, size):
             # The last batch is drawn whole and cut, so that nothing compiles again.
@@ -151,4 +174,4 @@ def save_npz(drawn: np.ndarray, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    arguments.guarded(main)
+    arguments.guarded(main, several=True)

@@ -55,26 +55,34 @@ def load(config: Config, run: runs.Run, which: Weights) -> tuple[Any, int | None
         there is a single set of weights in a file, and another was asked for.
       ValueError: a snapshot or the file is damaged.
     """
-    sharding = parallel.replicated(parallel.make_mesh())
+    mesh = parallel.make_mesh()
+    sharding = parallel.replicated(mesh)
     if run.network is not None:
         check_alone(which, official=run.network.kind == "official")
         _, params, about, _ = networks.read(run.network, average=not which.raw)
-        return jax.device_put(params, sharding), about.step, about.weights
+        at = jax.tree.map(lambda _: sharding, params)
+        return parallel.place(params, at), about.step, about.weights
     index = _tracked(config, which)
     like = jax.eval_shape(lambda: learning.init_state(config))
+    cut = mesh
+    if config.train.fsdp > 1:  # all of it may be more than one device holds
+        cut = parallel.make_mesh(fsdp=mesh.size)
+    placed = parallel.state_sharding(like, cut)
     with checkpoint.open_folder(run.checkpoints, read_only=True) as manager:
-        state, _ = checkpoint.restore(manager, like, sharding, which.step)
+        state, _ = checkpoint.restore(manager, like, placed, which.step)
     step = int(state.step)
     if which.raw:
-        return state.params, step, "last"
-    if which.average is None:
-        return state.averages[0], step, "averaged"
-    if index is not None:
+        chosen, words = state.params, "last"
+    elif which.average is None:
+        chosen, words = state.averages[0], "averaged"
+    elif index is not None:
         name = "decay" if index < len(config.optimizer.ema_decay) else "length"
-        return state.averages[index], step, f"averaged ({name} {which.average:g})"
-    made = _reconstruct(config, run, state, which.average)
-    words = f"averaged (length {which.average:g})"
-    return jax.device_put(made, sharding), step, words
+        chosen, words = state.averages[index], f"averaged ({name} {which.average:g})"
+    else:
+        chosen = _reconstruct(config, run, state, which.average)
+        words = f"averaged (length {which.average:g})"
+    at = jax.tree.map(lambda _: sharding, chosen)
+    return parallel.place(chosen, at), step, words
 
 
 def check_alone(which: Weights, *, official: bool = False) -> None:
@@ -132,8 +140,10 @@ def save_snapshots(run: runs.Run, config: Config, state: TrainState) -> list[Pat
     checkpoint writes the same values again.
     """
     lengths = config.optimizer.ema_lengths
-    tracked = state.averages[len(config.optimizer.ema_decay) :]
+    tracked = parallel.whole(state.averages[len(config.optimizer.ema_decay) :])
     step = int(state.step)
+    if jax.process_index():
+        return []  # the first host writes for all
     return [
         averages.save(_path(run, step, index), tree, step, length)
         for index, (length, tree) in enumerate(zip(lengths, tracked, strict=True))
@@ -198,7 +208,8 @@ def _reconstruct(
     def trees() -> Iterator[Any]:
         for path in before:
             yield averages.load(path, state.params)
-        yield from state.averages[len(config.optimizer.ema_decay) :]
+        for tree in state.averages[len(config.optimizer.ema_decay) :]:
+            yield parallel.whole(tree)
 
     return averages.reconstruct(trees(), list(factors))
 

@@ -12,6 +12,7 @@ from experiments.config import ConfigError
 SMALL = ["--net.channels", "8", "--net.multipliers", "1", "--net.blocks", "1"]
 SMALL += ["--net.attention", "--net.groups", "4", "--sample.steps", "4"]
 SMALL += ["--train.devices", "1", "--steps", "2", "--repeats", "3", "--warmup", "1"]
+SMALL += ["--train.input", "host"]
 
 
 def test_a_row_for_each_batch_size(tmp_path, capsys):
@@ -37,7 +38,11 @@ def test_a_row_for_each_batch_size(tmp_path, capsys):
         assert flops == pytest.approx(forward * (3 if what == "train" else 1), rel=0.02)
         assert row["share"] == pytest.approx(row["tflops"] / found["ceiling_tflops"])
         assert row["memory_gib"] > 0.05
-        assert ("input_ms" in row) == (what == "train")
+        assert ("data_x" in row) == (what == "train")
+        if what == "train":
+            low, high = row["data_x_range"]
+            assert 0 < low <= row["data_x"] <= high
+            assert row["input"] == "host"
     shown = capsys.readouterr().out
     assert shown.count("\n  train") == shown.count("\n  sample") == 2
 

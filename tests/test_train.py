@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax.training import checkpoint, parallel
-from experiments import learning, runs, sample, train
+from experiments import eval_fid, learning, runs, sample, train
 from experiments.config import ConfigError
 
 # As small as a network gets; the cosine decay makes the learning rate depend on the
@@ -133,6 +134,26 @@ def test_steps_without_a_finite_loss_are_skipped_and_counted(folder, capsys):
     assert all(np.isfinite(np.frombuffer(leaf, np.float32)).all() for leaf in leaves)
 
 
+def test_parameters_as_one_vector_are_the_same_run(folder, whole, capsys):
+    # Begun as a vector and ended as a tree: what is on disk is a tree in both.
+    flags = ("--optimizer.flat", "--train.stop-at", "7")
+    assert run_train(folder, "vector", *flags)[0] == 0
+    code, run = run_train(folder, "vector")
+    assert code == 0
+    assert "going on from step 7 of 12" in capsys.readouterr().out
+    leaves, step = final_state(run)
+    others, _ = final_state(whole)
+    assert step == 12
+    assert [len(leaf) for leaf in leaves] == [len(leaf) for leaf in others]
+    for leaf, other in zip(leaves, others, strict=True):
+        pair = (np.frombuffer(bits, np.float32) for bits in (leaf, other))
+        np.testing.assert_allclose(*pair, rtol=1e-4, atol=1e-6)
+    drawn = (
+        np.asarray(Image.open(r.samples / "step_00000012.png")) for r in (run, whole)
+    )
+    assert np.abs(np.subtract(*(image.astype(int) for image in drawn))).max() <= 2
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on(tmp_path, number):
     command = [sys.executable, "-m", "experiments.train", "digits", *SMALL]
@@ -158,6 +179,15 @@ def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on(tmp_path, numb
     lines = [json.loads(line) for line in metrics.open()]
     assert step >= 5
     assert [line["step"] for line in lines] == list(range(5, step + 1, 5))
+    assert re.search(r"first step after .* s \([1-9]\d* programs compiled", output)
+    if number == signal.SIGTERM:
+        return
+    again = [*command, "--train.stop-at", str(step + 1)]
+    output = subprocess.check_output(
+        again, env=env, stderr=subprocess.STDOUT, text=True
+    )
+    assert re.search(r"\(0 programs compiled, [1-9]\d* from the cache\)", output)
+    assert re.search(r"checkpoints held the run up for \d+\.\d s", output)
 
 
 def test_sample_i_depends_on_seed_and_i_alone(whole, tmp_path, capsys):
@@ -175,6 +205,27 @@ def test_sample_i_depends_on_seed_and_i_alone(whole, tmp_path, capsys):
     assert np.abs(other - ten[:3]).max() > 1
     assert np.abs(draw("raw.npz", "--count", "3", "--raw") - ten[:3]).max() > 1
     assert "last weights of step 12" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [sample, eval_fid])
+def test_cores_become_devices_before_jax_has_looked_for_any(
+    command, whole, monkeypatch
+):
+    calls = []
+
+    def note(name, ends=False):
+        def call(*_):
+            calls.append(name)
+            if ends:
+                raise InterruptedError
+
+        return call
+
+    monkeypatch.setattr(parallel, "split_cpu", note("split"))
+    monkeypatch.setattr(jax, "process_count", note("looked", ends=True))
+    with pytest.raises(InterruptedError):
+        command.main([str(whole.folder), "--count", "4"])
+    assert calls == ["split", "looked"]
 
 
 def test_samples_come_as_grid_strip_and_single_files(whole, tmp_path):

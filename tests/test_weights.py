@@ -28,7 +28,7 @@ def config_of(decays=DECAYS, lengths=LENGTHS, every=EVERY):
     optimizer = SimpleNamespace(
         ema_decay=decays, ema_lengths=lengths, ema_snapshots=every
     )
-    return SimpleNamespace(optimizer=optimizer)
+    return SimpleNamespace(optimizer=optimizer, train=SimpleNamespace(fsdp=1))
 
 
 def tree_of(params):

@@ -1,0 +1,241 @@
+"""What a step is made of: `python -m experiments.compiled [EXPERIMENT] [--field ...]`.
+
+Compiles the training step, or one evaluation of the network, and counts kernels, the
+bytes they move, what devices tell each other, and the memory it takes: for the devices
+that are here, or for others that need not be (--target h100:8, or v5e:4x4). Nothing is
+run, and nothing here is a measured time.
+"""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import tyro
+from jax.sharding import Mesh
+
+from diffusion_jax.training import arithmetic, flat, parallel, program
+from experiments import arguments, bench, build, learning, runs, targets
+from experiments.config import Config, ConfigError, replace
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to compile, and for what."""
+
+    what: Literal["train", "sample"] = "train"
+    """A training step, or an evaluation of the network as chains make it; of
+    train.batch_size images."""
+    target: str = "here"
+    """here; h100:N, so many GPUs, eight a host; or a slice of TPUs, such as v5e:4x4."""
+    largest: int = 0
+    """How many of the kernels that move most to list."""
+    out: Path | None = None
+    """JSON file to write."""
+    text: Path | None = None
+    """File to write the compiled program to."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=Config
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the table; returns the exit code."""
+    options = arguments.parse_with(
+        Options, argv, prog="python -m experiments.compiled", description=__doc__
+    )
+    chosen = options.config
+    check(options)
+    if options.target != "here" and chosen.net.conv == "auto":
+        # What auto would choose here is for this machine.
+        chosen = replace(chosen, "net", conv="xla")
+    if options.target == "here":
+        parallel.split_cpu(chosen.train.batch_size)
+    with targets.aim(options.target) as target:
+        mesh = target.mesh(chosen.train.devices, chosen.train.fsdp)
+        parallel.check_batch_size(chosen.train.batch_size, mesh.size)
+        lowered, flops = {"train": training, "sample": sampling}[options.what](
+            chosen, mesh
+        )
+        began = time.perf_counter()
+        compiled = lowered.compile()
+        seconds = time.perf_counter() - began
+    text = compiled.as_text()
+    found = summary(text, compiled.memory_analysis(), flops / mesh.size)
+    if target.speed is not None and chosen.net.dtype == "bfloat16":
+        found["model"] = model(found, target.speed)
+    print(
+        f"{chosen.name}, {options.what}, batch {chosen.train.batch_size:,} on "
+        f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {chosen.net.dtype}; "
+        f"compiled in {seconds:.0f} s"
+    )
+    show(found)
+    for kernel in _largest(text, options.largest):
+        print(
+            f"  {kernel.times * kernel.moved / 1e6:10,.1f} MB  {kernel.kind:<12} "
+            f"{kernel.name}: {kernel.source}"
+        )
+    if options.text is not None:
+        options.text.write_text(text)
+    if options.out is not None:
+        about = {"target": options.target, "versions": runs.versions()}
+        runs.write_json(options.out, {**about, **found})
+        print(f"written: {options.out}")
+    return 0
+
+
+def check(options: Options) -> None:
+    """Raises ConfigError before anything is compiled, which may take minutes."""
+    if options.target != "here" and options.config.train.devices is not None:
+        raise ConfigError(
+            "train.devices must be left out for a target that is not here; got "
+            f"{options.config.train.devices}. Say how many with --target h100:8."
+        )
+    if options.largest < 0:
+        raise ConfigError(
+            f"largest must be at least 0; got {options.largest}. It is a number of "
+            "kernels to list."
+        )
+    for path in (options.out, options.text):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise ConfigError(
+                f"the folder of {path} must be there; got none. Make it, or write "
+                "elsewhere."
+            )
+
+
+def training(chosen: Config, mesh: Mesh) -> tuple[Any, int]:
+    """Returns the lowered training step, and its operations over all devices."""
+    state = jax.eval_shape(
+        lambda: learning.as_trained(chosen, learning.init_state(chosen))
+    )
+    batch = batch_like(chosen)
+    learning.check(chosen, mesh)
+    pure = learning.make_pure_step(chosen, mesh)
+    if chosen.train.parallel != "mesh":  # pmap is the same program
+        pure = parallel.on_each(pure, mesh)
+    step = jax.jit(
+        pure,
+        in_shardings=(parallel.state_sharding(state, mesh), parallel.sharded(mesh)),
+        out_shardings=(parallel.state_sharding(state, mesh), parallel.replicated(mesh)),
+        donate_argnums=0,
+    )
+    params = jax.eval_shape(flat.unpack_all, state.params)
+    count = arithmetic.count(bench.gradient(chosen), params, batch)
+    return step.lower(state, batch), count
+
+
+def sampling(chosen: Config, mesh: Mesh) -> tuple[Any, int]:
+    """Returns the lowered evaluation of the network, and its operations."""
+    # As chains have them: the parameters cast before the first step, and no kernels of
+    # our own where XLA would have to cut them.
+    if mesh.size > 1:
+        chosen = replace(chosen, "net", kernels="xla")
+    net = build.make_network(chosen, cut=False)
+    params = jax.eval_shape(
+        lambda: build.as_computed(chosen, build.init_params(chosen, jax.random.key(0)))[
+            "net"
+        ]
+    )
+    size = chosen.train.batch_size
+    image = jax.ShapeDtypeStruct((size, *bench.image_shape(chosen)), jnp.float32)
+    rest = [jax.ShapeDtypeStruct((size,), jnp.float32)]
+    if net.num_classes:
+        rest.append(jax.ShapeDtypeStruct((size,), jnp.int32))
+    apply = jax.jit(
+        lambda params, *inputs: net.apply({"params": params}, *inputs),
+        in_shardings=(
+            parallel.replicated(mesh),
+            *[parallel.sharded(mesh)] * (1 + len(rest)),
+        ),
+        out_shardings=parallel.sharded(mesh),
+    )
+    count = arithmetic.count(net.apply, {"params": params}, image, *rest)
+    return apply.lower(params, image, *rest), count
+
+
+def batch_like(chosen: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a batch."""
+    size = chosen.train.batch_size
+    batch = {
+        "image": jax.ShapeDtypeStruct((size, *bench.image_shape(chosen)), jnp.uint8),
+        "position": jax.ShapeDtypeStruct((size,), jnp.int32),
+    }
+    if chosen.net.classes:
+        batch["label"] = jax.ShapeDtypeStruct((size,), jnp.int32)
+    return batch
+
+
+def summary(text: str, memory: Any, flops: float) -> dict[str, Any]:
+    """Returns what is known of a compiled program, a device."""
+    count: collections.Counter[str] = collections.Counter()
+    moved: collections.Counter[str] = collections.Counter()
+    for kernel in program.kernels(text):
+        count[kernel.kind] += kernel.times
+        moved[kernel.kind] += kernel.times * kernel.moved
+    temporary = memory.temp_size_in_bytes
+    kept = memory.argument_size_in_bytes
+    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {
+        "kernels": dict(count),
+        "bytes": dict(moved),
+        "flops": flops,
+        "memory": {
+            "arguments": kept,
+            "temporary": temporary,
+            "all": kept + temporary + fresh,
+        },
+    }
+
+
+def model(found: dict[str, Any], speed: targets.Speed) -> dict[str, float]:
+    """Returns the milliseconds of the parts of a step, were none to overlap.
+
+    Arithmetic is all of it at the speed of convolutions; memory is what all other
+    kernels move, products among them. What devices tell each other is left out.
+    """
+    busy = ("convolution", "collective")
+    rest = sum(moved for kind, moved in found["bytes"].items() if kind not in busy)
+    parts = {
+        "arithmetic": found["flops"] / speed.flops,
+        "memory": rest / speed.bandwidth,
+        "launches": sum(found["kernels"].values()) * speed.launch,
+    }
+    return {name: 1000 * seconds for name, seconds in parts.items()}
+
+
+def show(found: dict[str, Any]) -> None:
+    """Prints the table, of one device."""
+    print(f"  {'kernels':<16}{'number':>8}{'GB moved':>12}")
+    for kind in sorted(found["bytes"], key=lambda kind: -found["bytes"][kind]):
+        print(f"  {kind:<16}{found['kernels'][kind]:>8,}", end="")
+        print(f"{found['bytes'][kind] / 1e9:>12.3f}")
+    total = sum(found["bytes"].values()) / 1e9
+    print(f"  {'all':<16}{sum(found['kernels'].values()):>8,}{total:>12.3f}")
+    memory = {name: size / GIB for name, size in found["memory"].items()}
+    print(
+        f"memory: {memory['all']:.2f} GiB, of which {memory['arguments']:.2f} state "
+        f"and input, {memory['temporary']:.2f} temporary; "
+        f"{found['flops'] / 1e12:.3f} TFLOP"
+    )
+    if "model" in found:
+        parts = " + ".join(f"{name} {ms:.1f}" for name, ms in found["model"].items())
+        total = f"{sum(found['model'].values()):.1f} ms"
+        told = "collective" in found["kernels"]
+        alone = ", without what devices tell each other" if told else ""
+        print(f"model, not measured{alone}: {parts} = {total}")
+
+
+def _largest(text: str, count: int) -> list[program.Kernel]:
+    found = program.kernels(text)
+    return sorted(found, key=lambda kernel: -kernel.times * kernel.moved)[:count]
+
+
+if __name__ == "__main__":
+    arguments.guarded(main)

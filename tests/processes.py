@@ -1,0 +1,79 @@
+"""Commands on several hosts: as many processes on this machine, with a few devices."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LONGEST = 240
+"""Seconds that any of them may take before it is killed."""
+
+
+def free_port() -> int:
+    """A port that nobody listens on, now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextmanager
+def started(
+    command: Sequence[str],
+    *,
+    hosts: int = 2,
+    devices: int = 1,
+    places: Sequence[Path] = (ROOT, ROOT),
+) -> Iterator[list[subprocess.Popen]]:
+    """Starts `python COMMAND --coordinator ... --host I` for each I, and ends them.
+
+    Compiled as the tests around are: with few optimisations.
+    """
+    where = ["--coordinator", f"127.0.0.1:{free_port()}", "--hosts", str(hosts)]
+    env = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *command, *where, "--host", str(index)],
+            env=env,
+            cwd=places[index],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(hosts)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def ended(processes: Sequence[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """Waits for their ends: exit code, what was printed, and what went to stderr."""
+    until = time.monotonic() + LONGEST
+    outputs = [
+        process.communicate(timeout=max(1, until - time.monotonic()))
+        for process in processes
+    ]
+    return [(p.returncode, *o) for p, o in zip(processes, outputs, strict=True)]
+
+
+def run(command: Sequence[str], **options: object) -> list[tuple[int, str, str]]:
+    """Starts a command on several hosts and waits for its end."""
+    with started(command, **options) as processes:
+        return ended(processes)

@@ -1,0 +1,132 @@
+"""What a step is made of, for the devices of this machine and for others."""
+
+import json
+
+import jax
+import pytest
+
+from experiments import compiled, learning, targets
+from experiments.config import ConfigError
+
+SMALL = [
+    "--net.channels",
+    "8",
+    "--net.multipliers",
+    "1",
+    "--net.blocks",
+    "1",
+    "--net.attention",
+    "--net.groups",
+    "4",
+    "--train.batch-size",
+    "16",
+]
+
+
+def run(tmp_path, *flags):
+    out = tmp_path / "found.json"
+    assert compiled.main(["digits", *SMALL, *flags, "--out", str(out)]) == 0
+    return json.loads(out.read_text())
+
+
+def test_a_step_is_counted_and_shown(tmp_path, capsys):
+    text = tmp_path / "step.hlo"
+    found = run(tmp_path, "--text", str(text), "--largest", "2")
+    assert text.read_text().startswith("HloModule")
+    printed = capsys.readouterr().out
+    assert "digits, train, batch 16 on 8 x cpu, float32; compiled in" in printed
+    kernels = f"{sum(found['kernels'].values()):,}"
+    assert any(line.split()[:2] == ["all", kernels] for line in printed.splitlines())
+    assert sum(" MB  " in line for line in printed.splitlines()) == 2
+    # Eight devices tell each other the gradient, and hold the state each.
+    assert found["kernels"]["collective"] >= 1
+    parsed = compiled.arguments.parse(["digits", *SMALL], prog="test")
+    state = jax.eval_shape(lambda: learning.init_state(parsed))
+    size = sum(
+        x.size * x.dtype.itemsize for x in jax.tree.leaves(state._replace(key=()))
+    )
+    assert size <= found["memory"]["arguments"] <= 1.1 * size + 10_000
+    assert "model" not in found  # of devices whose speed is not known
+
+
+def test_a_vector_takes_fewer_kernels_than_a_tree(tmp_path):
+    tree, vector = run(tmp_path), run(tmp_path, "--optimizer.flat")
+    count = sum(vector["kernels"].values())
+    assert count < 0.7 * sum(tree["kernels"].values())
+    assert vector["flops"] == tree["flops"]
+
+
+def test_devices_that_share_a_state_hold_less(tmp_path):
+    whole, cut = (run(tmp_path, "--net.channels", "32", *f) for f in ((), SHARED))
+    held = cut["memory"]["arguments"] / whole["memory"]["arguments"]
+    assert 1 / 8 < held < 1 / 4
+
+
+SHARED = ("--train.fsdp", "8")
+
+
+def test_an_evaluation_of_the_network_is_less_than_a_third_of_a_step(tmp_path):
+    step, one = run(tmp_path), run(tmp_path, "--what", "sample")
+    assert 0.3 < one["flops"] / step["flops"] < 0.36
+    assert sum(one["kernels"].values()) < sum(step["kernels"].values())
+
+
+@pytest.mark.parametrize("strategy", ["shard_map", "pmap"])
+def test_steps_of_each_device_are_compiled_too(strategy, tmp_path):
+    found = run(tmp_path, "--train.parallel", strategy, "--train.devices", "2")
+    assert found["kernels"]["collective"] >= 1
+
+
+def test_parameters_are_cast_once_before_a_chain(tmp_path):
+    wide, half = (
+        run(tmp_path, "--what", "sample", "--net.dtype", dtype)
+        for dtype in ("float32", "bfloat16")
+    )
+    assert half["memory"]["arguments"] < 0.75 * wide["memory"]["arguments"]
+
+
+def test_the_model_adds_what_was_counted():
+    speed = targets.Speed(flops=1e12, bandwidth=1e9, launch=1e-6)
+    found = {
+        "kernels": {"convolution": 100, "reduction": 300},
+        "bytes": {"convolution": 7e9, "reduction": 3e6, "collective": 5e9},
+        "flops": 2e9,
+    }
+    parts = compiled.model(found, speed)
+    expected = {"arithmetic": 2.0, "memory": 3.0, "launches": 0.4}
+    assert parts == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--target", "moon"], "target must be here, h100:8 or.*; got 'moon'"),
+        (
+            ["--target", "h100", "--train.devices", "2"],
+            "train.devices must be left out",
+        ),
+        (["--largest", "-1"], "largest must be at least 0; got -1"),
+        (["--out", "/nowhere/x"], "the folder of /nowhere/x must be there; got none"),
+        (["--init-from", "x"], "init_from must be left out.*; got 'x'"),
+        (["--target", "h100:12"], "target must be.*a host; got 'h100:12'"),
+        (["--train.fsdp", "3"], "fsdp must divide.*; got 3"),
+        (
+            ["--train.batch-size", "12"],
+            "must be a multiple of the number of devices, 8",
+        ),
+    ],
+)
+def test_what_cannot_be_compiled_for_is_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        compiled.main(["digits", *SMALL, *flags])
+
+
+def test_a_compiler_that_is_not_there_is_named(monkeypatch):
+    def missing(**_):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(targets.topologies, "get_topology_desc", missing)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    said = r"got topology not implemented for cuda\. Say: pip install 'jax\[cuda12\]'"
+    with pytest.raises(ConfigError, match=said), targets.aim("h100"):
+        pass

@@ -1,0 +1,370 @@
+"""Several hosts do what one does; and whatever is wrong is said, and never waited for.
+
+Hosts are processes on this machine: see processes.py.
+"""
+
+import json
+import shlex
+import signal
+import sys
+import time
+
+import jax
+import numpy as np
+import processes
+import pytest
+from PIL import Image
+
+from diffusion_jax.training import checkpoint, data, parallel
+from experiments import (
+    arguments,
+    eval_fid,
+    hosts,
+    learning,
+    runs,
+    sample,
+    train,
+    train_classifier,
+)
+from experiments.config import ConfigError
+
+SMALL = shlex.split(  # flags as a person types them
+    """--net.channels 8 --net.multipliers 1 --net.blocks 1 --net.attention
+--net.groups 4 --net.dropout 0.1 --train.batch-size 8 --train.steps 12
+--optimizer.warmup 2 --diffusion.num-steps 20 --sample.steps 4 --sample.count 4
+--optimizer.decay constant
+--train.log-every 5 --sample.every 12 --train.checkpoint-every 100"""
+)
+GRID = "step_00000012.png"
+TWO = ["--train.devices", "2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+def arguments_of(folder, name, *flags):
+    return ["digits", *SMALL, "--output", str(folder), "--name", name, *flags]
+
+
+def here(folder, name, *flags):
+    """Trains in this process, on two of its devices."""
+    assert train.main(arguments_of(folder, name, *TWO, *flags)) == 0
+    return runs.Run(folder / name)
+
+
+def final_state(run):
+    config = runs.read_config(run)
+    like = jax.eval_shape(lambda: learning.init_state(config))
+    with checkpoint.open_folder(run.checkpoints, read_only=True) as manager:
+        one = parallel.replicated(parallel.make_mesh(1))
+        state, meta = checkpoint.restore(manager, like, one)
+    return jax.device_get(state._replace(key=jax.random.key_data(state.key))), meta
+
+
+def assert_same_numbers(state, other):
+    """Within a millionth of the largest number of the kind: weights, or a moment.
+
+    But for the bias of the keys in attention, whose gradient is zero: Adam follows its
+    rounding error.
+    """
+    moments, others = state.opt_state[0], other.opt_state[0]
+    for kind, same in (
+        (state.params, other.params),
+        (state.averages, other.averages),
+        (moments.mu, others.mu),
+        (moments.nu, others.nu),
+    ):
+        largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(same))
+        for (path, a), b in zip(
+            jax.tree_util.tree_leaves_with_path(kind),
+            jax.tree.leaves(same),
+            strict=True,
+        ):
+            if not jax.tree_util.keystr(path).endswith("['key']['bias']"):
+                np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * largest)
+    assert state.step == other.step
+    np.testing.assert_array_equal(state.key, other.key)
+
+
+def lines_of(run):
+    return [json.loads(line) for line in run.metrics.open()]
+
+
+def printed(output):
+    """What a command printed: the library that connects CPUs does so too."""
+    return [line for line in output.splitlines() if not line.startswith("[Gloo]")]
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    return here(folder, "whole")
+
+
+def test_what_one_host_began_two_finish(folder, whole):
+    run = here(folder, "begun", "--train.stop-at", "7")
+    command = ["-m", "experiments.train", *arguments_of(folder, "begun")]
+    results = processes.run(command)
+    assert [code for code, _, _ in results] == [0, 0], results
+    (state, pending), (expected, waiting) = final_state(run), final_state(whole)
+    assert_same_numbers(state, expected)
+    assert pending["pending"] == [pytest.approx(each) for each in waiting["pending"]]
+    assert lines_of(run) == [pytest.approx(each) for each in lines_of(whole)]
+    grids = [np.asarray(Image.open(r.samples / GRID)) for r in (run, whole)]
+    assert np.abs(grids[0].astype(int) - grids[1]).max() <= 1
+    first, second = (printed(output) for _, output, _ in results)
+    assert first[0] == "2 hosts, 2 devices"
+    assert "going on from step 7 of 12" in first
+    assert second == []
+    assert "loss" not in results[1][2]
+    assert not list(run.folder.glob(".hosts_*"))
+
+
+def test_two_hosts_draw_as_one(whole, tmp_path):
+    flags = [str(whole.folder), "--count", "6", "--batch-size", "4", "--format", "npz"]
+    assert sample.main([*flags, "--out", str(tmp_path / "one.npz")]) == 0
+    command = ["-m", "experiments.sample", *flags, "--out", str(tmp_path / "two.npz")]
+    results = processes.run(command)
+    assert [code for code, _, _ in results] == [0, 0], results
+    one, two = (np.load(tmp_path / name)["images"] for name in ("one.npz", "two.npz"))
+    assert one.std() > 10
+    assert np.abs(one.astype(int) - two).max() <= 1
+    assert (one != two).mean() < 0.02
+
+
+def test_two_hosts_evaluate_as_one(whole):
+    config = runs.read_config(whole)
+    train_classifier.train(config, data.load("digits"), steps=100)
+    flags = ["--count", "90", "--steps", "3", "--batch-size", "15"]
+    assert eval_fid.main([str(whole.folder), *flags]) == 0
+    one = json.loads((whole.folder / "eval" / "fid.json").read_text())
+    drawn = [np.load(p).astype(int) for p in whole.folder.rglob("samples/*.npy")]
+    cache = whole.folder.parent / ".cache" / "reference"
+    for old in (*whole.folder.rglob("eval/samples/*"), *cache.iterdir()):
+        old.unlink()
+    (whole.folder / "eval" / "fid.json").unlink()
+    command = ["-m", "experiments.eval_fid", str(whole.folder), *flags]
+    results = processes.run(command, devices=2)
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert "fd_digits_classifier vs train" in results[0][1]
+    assert printed(results[1][1]) == []
+    two = json.loads((whole.folder / "eval" / "fid.json").read_text())
+    again = [np.load(p).astype(int) for p in whole.folder.rglob("samples/*.npy")]
+    assert np.abs(again[0] - drawn[0]).max() <= 1
+    for name, number in one["numbers"].items():
+        if name == "class_shares":
+            np.testing.assert_allclose(two["numbers"][name], number, atol=1e-4)
+        else:
+            assert two["numbers"][name]["mean"] == pytest.approx(
+                number["mean"], rel=1e-4
+            )
+    halves = "half_of_train_against_the_other_half"
+    assert two[halves] == pytest.approx(one[halves], rel=1e-4)
+    assert list(cache.iterdir())
+
+
+def test_a_signal_to_one_host_stops_all_at_one_step(folder, whole):
+    name = "signalled"
+    flags = arguments_of(folder, name, "--train.steps", "1000000")
+    metrics = folder / name / "metrics.jsonl"
+    with processes.started(["-m", "experiments.train", *flags]) as both:
+        until = time.monotonic() + processes.LONGEST
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert [process.poll() for process in both] == [None, None]
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        both[1].send_signal(signal.SIGTERM)
+        results = processes.ended(both)
+    assert [code for code, _, _ in results] == [128 + signal.SIGTERM] * 2, results
+    assert "the same command goes on from here" in results[0][1]
+    assert lines_of(runs.Run(folder / name))[0] == pytest.approx(lines_of(whole)[0])
+    step = checkpoint.open_folder(folder / name / "checkpoints").latest_step()
+    assert step % hosts.ASK_EVERY == 1  # asked after one step, read after the next
+    more = ["--train.steps", "1000000", "--train.stop-at", str(step + 1)]
+    run = here(folder, name, *more)
+    assert int(final_state(run)[0].step) == step + 1
+
+
+# A command that needs no network, with shorter patience than that of a person.
+IMPATIENT = """
+import os, sys
+from pathlib import Path
+from experiments import hosts
+from experiments.config import ConfigError
+hosts.TIMEOUT = hosts.SEEN_WITHIN = 3
+given, rest = hosts.split(sys.argv[1:])
+hosts.join(hosts.decide(given, {}))
+for check in (
+    lambda: hosts.check_same("the word", "same"),
+    lambda: hosts.check_shared(Path(rest[0])),
+    lambda: hosts.check_shared(Path("runs")),
+    lambda: hosts.check_same("the word", given["--host"]),
+):
+    try:
+        check()
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+hosts.leave(2)
+"""
+
+
+def test_what_hosts_do_not_share_is_named(tmp_path):
+    places = [tmp_path / "a", tmp_path / "b"]
+    for place in places:
+        place.mkdir()
+    results = processes.run(["-c", IMPATIENT, str(tmp_path)], places=places)
+    for code, _, errors in results:
+        assert code == 2, results
+        unshared, unlike = (line for line in errors.splitlines() if "; got " in line)
+        assert (
+            "/runs must be on a disk that all hosts share; got nothing on" in unshared
+        )
+        assert "host 1 of what host 0 wrote there. Give a folder" in unshared
+        assert "the word must be the same on all hosts; got another on host 1" in unlike
+
+
+def test_a_coordinator_that_does_not_answer_is_named(tmp_path):
+    with processes.started(["-c", IMPATIENT, str(tmp_path)]) as both:
+        both[0].kill()
+        [(code, _, errors)] = processes.ended(both[1:])
+    assert code == 2
+    assert "all 2 hosts must meet at 127.0.0.1:" in errors
+    assert "within 3 s; got no answer for host 1. Start the same command" in errors
+
+
+NODE = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
+STEP = {**NODE, "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_NUM_NODES": "2"}
+MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
+LAUNCHER = {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1"}
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
+
+
+@pytest.mark.parametrize(
+    ("env", "source", "devices"),
+    [
+        ({}, None, None),
+        # salloc, or a script of sbatch: the job has tasks, this process is alone.
+        ({**NODE, "SLURM_NTASKS": "4"}, None, None),
+        ({**STEP, "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, None, None),
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "2"}, "SLURM", None),
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "16"}, "SLURM", (1,)),
+        (
+            {**STEP, "SLURM_STEP_NUM_TASKS": "16", "CUDA_VISIBLE_DEVICES": "0"},
+            "SLURM",
+            None,
+        ),
+        ({**MPI, **LAUNCHER, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "Open MPI", None),
+        (
+            {
+                **MPI,
+                **LAUNCHER,
+                "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+            },
+            "Open MPI",
+            (1,),
+        ),
+        # mpirun in an allocation of SLURM: its daemons are the step, not we.
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "2", **MPI, **LAUNCHER}, "Open MPI", None),
+        ({**MPI, **LAUNCHER, "OMPI_COMM_WORLD_SIZE": "1"}, None, None),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}, "the TPU slice", None),
+        (
+            {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"},
+            "the TPU slice",
+            None,
+        ),
+        (POD, None, None),  # may be one of many runs, as in a search
+    ],
+)
+def test_several_processes_are_seen_where_they_are_announced(env, source, devices):
+    job = hosts.decide({}, env)
+    assert (job and job.source) == source
+    if job is not None:
+        assert job == hosts.Job(source, devices=devices)
+        assert hosts.decide({"--hosts": "1"}, env) is None
+
+
+def test_the_coordinator_is_named_by_flags_or_environment():
+    address = {"JAX_COORDINATOR_ADDRESS": "a:1"}
+    assert hosts.decide({}, address) == hosts.Job("JAX_COORDINATOR_ADDRESS", "a:1")
+    numbers = {"JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
+    assert hosts.decide({}, {**address, **numbers})[1:4] == ("a:1", 3, 2)
+    given = {"--coordinator": "b:2", "--hosts": "4", "--host": "3"}
+    assert hosts.decide(given, {**address, **STEP})[:4] == (
+        "--coordinator",
+        "b:2",
+        4,
+        3,
+    )
+    assert hosts.decide({**given, "--coordinator": "[::1]:5"}, {})[1] == "[::1]:5"
+    assert hosts.decide({**given, "--hosts": "1", "--host": "0"}, {}) is None
+    assert hosts.decide({"--hosts": "auto"}, {}) == hosts.Job("--hosts auto")
+
+
+@pytest.mark.parametrize(
+    ("flags", "env", "got"),
+    [
+        ("--hosts 2", {}, "no --coordinator and no --host"),
+        ("--coordinator a:1 --host 0", {}, "no --hosts"),
+        ("--coordinator a:1 --hosts 2 --host 2", {}, "2"),
+        ("--coordinator a:1 --hosts 0 --host 0", {}, "0"),
+        ("--coordinator a:1 --hosts two --host 0", {}, "'two'"),
+        ("--coordinator a:1 --hosts 2 --host -1", {}, "'-1'"),
+        ("--coordinator a --hosts 2 --host 0", {}, "'a'"),
+        ("--coordinator a:99999 --hosts 2 --host 0", {}, "'a:99999'"),
+        ("--coordinator", {}, "''"),
+        ("--hosts auto", POD, "none"),
+        ("", {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "x"}, "'x'"),
+        ("", MPI, "2 processes without it"),
+    ],
+)
+def test_what_does_not_fit_is_refused(flags, env, got, refuses, monkeypatch):
+    monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: None)
+    with refuses(got):
+        hosts.decide(hosts.split(flags.split())[0], env)
+
+
+def leaves(monkeypatch, main, *flags, **options):
+    monkeypatch.setattr(sys, "argv", ["command", *flags])
+    with pytest.raises(SystemExit) as left:
+        arguments.guarded(main, **options)
+    return left.value.code
+
+
+def test_a_command_for_one_host_says_so_before_it_waits(monkeypatch, capsys):
+    flags = ["--coordinator", "10.0.0.1:1", "--hosts", "2", "--host", "0"]
+    assert leaves(monkeypatch, lambda argv: 1 / 0, *flags) == 2
+    assert "must run on one host" in capsys.readouterr().err
+    seen = []
+    assert leaves(monkeypatch, lambda argv: seen.append(argv), "x", "--hosts=1") is None
+    assert seen == [["x"]]
+
+
+def test_help_speaks_of_hosts_and_joins_none(monkeypatch, capsys):
+    flags = ["--help", "--coordinator", "10.0.0.1:1", "--hosts", "2", "--host", "0"]
+    assert leaves(monkeypatch, train.main, *flags, several=True) == 0
+    shown = capsys.readouterr().out
+    assert "--train.batch-size" in shown
+    assert all(flag in shown for flag in hosts.FLAGS)
+
+
+def test_a_pod_that_works_by_itself_is_told_how_to_join():
+    assert "--host $JOB_COMPLETION_INDEX" in hosts.note(POD)
+    assert hosts.note({}) is None
+
+
+@pytest.mark.parametrize(("signals", "stops"), [([], 4), ([15], 1)])
+def test_one_host_stops_at_once(signals, stops):
+    stop = hosts.make_stop(signals)
+    assert next(step for step in range(1, 5) if stop(step, step == 4)) == stops
+
+
+def test_one_host_has_nobody_to_agree_with(tmp_path):
+    hosts.check_same("this", "that")
+    hosts.check_shared(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    assert hosts.tell(3) == 3
+    with pytest.raises(ConfigError):
+        hosts.split(["--hosts"])
