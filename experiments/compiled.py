@@ -220,9 +220,9 @@ def show(found: dict[str, Any]) -> None:
     print(f"  {'all':<16}{sum(found['kernels'].values()):>8,}{total:>12.3f}")
     memory = {name: size / GIB for name, size in found["memory"].items()}
     print(
-        f"memory: {memory['all']:.2f} GiB, of which {memory['arguments']:.2f} state "
-        f"and input, {memory['temporary']:.2f} temporary; "
-        f"{found['flops'] / 1e12:.3f} TFLOP"
+        f"memory: {memory['all']:.3g} GiB, of which {memory['arguments']:.3g} state "
+        f"and input, {memory['temporary']:.3g} temporary; "
+        f"{found['flops'] / 1e12:.3g} TFLOP"
     )
     if "model" in found:
         parts = " + ".join(f"{name} {ms:.1f}" for name, ms in found["model"].items())

@@ -134,6 +134,13 @@ def test_steps_without_a_finite_loss_are_skipped_and_counted(folder, capsys):
     assert all(np.isfinite(np.frombuffer(leaf, np.float32)).all() for leaf in leaves)
 
 
+def test_what_devices_cannot_do_is_said_before_anything_is_written(folder):
+    flags = ("--net.fuse", "norm", "--net.kernels", "pallas", "--train.devices", "2")
+    with pytest.raises(ConfigError, match=r"must be shard_map .*; got mesh on 2\. "):
+        run_train(folder, "kernels", *flags)
+    assert not (folder / "kernels" / "config.json").exists()
+
+
 def test_parameters_as_one_vector_are_the_same_run(folder, whole, capsys):
     # Begun as a vector and ended as a tree: what is on disk is a tree in both.
     flags = ("--optimizer.flat", "--train.stop-at", "7")

@@ -226,18 +226,18 @@ def check(net: UNet, x: jax.Array, t: jax.Array, label: jax.Array | None) -> Non
             )
     if net.conv not in ("xla", "matmul"):
         raise ValueError(
-            f"conv must be 'xla' or 'matmul'; got {net.conv!r}. Both compute the same."
+            f"conv must be 'xla' or 'matmul'; got {net.conv!r}. Leave it at 'xla'."
         )
     unknown = [name for name in net.fuse if name not in FUSE]
     if unknown or len(set(net.fuse)) < len(net.fuse):
         raise ValueError(
             f"fuse must hold some of {', '.join(FUSE)}, each once; got "
-            f"{', '.join(net.fuse)}. All of them compute the same."
+            f"{', '.join(net.fuse)}. Leave out what is not among them."
         )
     if net.kernels not in ("xla", "pallas"):
         raise ValueError(
-            f"kernels must be 'xla' or 'pallas'; got {net.kernels!r}. Both compute the "
-            "same."
+            f"kernels must be 'xla' or 'pallas'; got {net.kernels!r}. Leave it at "
+            "'xla' unless on an NVIDIA GPU."
         )
     if net.kernels == "pallas" and "norm" not in net.fuse:
         raise ValueError(
