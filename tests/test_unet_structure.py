@@ -166,7 +166,7 @@ def test_output_has_the_shape_of_the_images(size, channels):
             unet.UNet(conv="fft"),
             (2, 16, 16, 3),
             None,
-            ["conv must be 'xla' or 'matmul'", "got 'fft'", "Both"],
+            ["conv must be 'xla' or 'matmul'", "got 'fft'", "Leave"],
         ),
         (
             unet.UNet(channels=2, groups=2),
