@@ -238,4 +238,4 @@ def test_programs_are_counted():
     assert compilation.since(before) == ""
     function(np.ones(3, np.float32))
     function(np.ones(3, np.float32))
-    assert compilation.since(before) == "1 programs compiled, 0 from the cache"
+    assert compilation.since(before) == "1 program compiled, 0 from the cache"

@@ -186,7 +186,7 @@ def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on(tmp_path, numb
     lines = [json.loads(line) for line in metrics.open()]
     assert step >= 5
     assert [line["step"] for line in lines] == list(range(5, step + 1, 5))
-    assert re.search(r"first step after .* s \([1-9]\d* programs compiled", output)
+    assert re.search(r"first step after .* s \([1-9]\d* programs? compiled", output)
     if number == signal.SIGTERM:
         return
     again = [*command, "--train.stop-at", str(step + 1)]

@@ -36,7 +36,7 @@ def since(before: Programs) -> str:
     """Returns what there has been since an earlier `count`, in words; "" where none.
 
     >>> since(Programs(*(n - 1 for n in count())))
-    '1 programs compiled, 1 from the cache'
+    '1 program compiled, 1 from the cache'
     """
     compiled, cached = (b - a for a, b in zip(before, count(), strict=True))
     if not compiled + cached:
