@@ -9,7 +9,8 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help train sample eval samplers ablation legibility test lint format clean
+.PHONY: help train sample eval samplers ablation legibility test torture lint format \
+	clean
 
 help:  ## show this
 	@echo "usage: make TARGET [EXP=experiment] [ARGS=\"--flag value ...\"] [PYTHON=python3]"
@@ -43,6 +44,9 @@ legibility: $(READY)  ## measure whether the samples of EXP can be read
 
 test: $(READY)  ## run all tests and doctests
 	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+
+torture: $(READY)  ## kill runs, fill their disks, damage their files: 40 minutes
+	$(PY) -m tests.torture $(ARGS)
 
 lint: $(READY)  ## check style and types
 	$(PY) -m ruff check .

@@ -39,7 +39,7 @@ from experiments import (
 from experiments.config import Config, ConfigError
 from experiments.configs import EXPERIMENTS
 from experiments.configs.digits_family import family
-from experiments.validation import require_positive, validate
+from experiments.validation import require_positive, require_seed, validate
 
 DRAWS = 16
 """Times at which L_simple is measured, of each image."""
@@ -82,6 +82,7 @@ def main(argv: Sequence[str]) -> int:
         Options, args=argv, prog="python -m experiments.ablation", description=__doc__
     )
     require_positive(options, "steps", "count", "workers", "batch_size")
+    require_seed(options.seed)
     if options.bound_images < 2:
         raise ConfigError(
             "bound_images must be at least 2, for there to be a standard error; got "

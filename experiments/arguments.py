@@ -2,12 +2,13 @@
 
 import dataclasses
 import inspect
+import io
 import logging
 import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -18,8 +19,30 @@ from experiments.configs import EXPERIMENTS
 BAD_INPUT = 2
 
 
+# Its fields are flags without a prefix.
+_Unnamed = Annotated[config.Config, tyro.conf.arg(name="")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What is to be trained, and how to take what is there already."""
+
+    strict: bool = False
+    """Refuse to go on where the newest checkpoint is damaged, instead of going on from
+    the newest that verifies."""
+    force: bool = False
+    """Go on with other values than the run was begun with. What the network and the
+    optimizer are made of must still fit the checkpoint."""
+    config: _Unnamed = dataclasses.field(default_factory=config.Config)
+
+
 def parse(argv: Sequence[str], *, prog: str) -> config.Config:
-    """Returns the checked configuration that the arguments describe.
+    """Returns the configuration of `parse_training`."""
+    return parse_training(argv, prog=prog).config
+
+
+def parse_training(argv: Sequence[str], *, prog: str) -> Training:
+    """Returns what the arguments describe, checked.
 
     Args:
       argv: an experiment's name (digits when the first one is a flag), then flags.
@@ -33,10 +56,10 @@ def parse(argv: Sequence[str], *, prog: str) -> config.Config:
     experiment = EXPERIMENTS[name]
     others = ", ".join(other for other in EXPERIMENTS if other != name)
 
-    def read(default: config.Config) -> config.Config:
+    def read(default: config.Config) -> Training:
         return tyro.cli(
-            config.Config,
-            default=default,
+            Training,
+            default=Training(config=default),
             args=flags,
             prog=f"{prog} {name}",
             # Indented, a table keeps its lines.
@@ -44,14 +67,15 @@ def parse(argv: Sequence[str], *, prog: str) -> config.Config:
             f"Other experiments, to be named before the first flag: {others}.",
         )
 
-    chosen = initial.resolved(read(experiment.config))
+    given = read(experiment.config)
+    chosen = initial.resolved(given.config)
     if chosen.init_from is not None:
         # Flags replace what the weights say, and the weights what the experiment says.
         default = initial.like(experiment.config, initial.given(chosen))
-        chosen = dataclasses.replace(read(default), init_from=chosen.init_from)
+        chosen = dataclasses.replace(read(default).config, init_from=chosen.init_from)
     validation.validate(chosen)
     validation.of_training(chosen)
-    return chosen
+    return dataclasses.replace(given, config=chosen)
 
 
 def join_hosts(argv: Sequence[str], *, several: bool) -> list[str]:
@@ -127,8 +151,18 @@ def _experiment(argv: Sequence[str], prog: str) -> tuple[str, list[str]]:
 
 
 def quiet() -> None:
-    """Silences what Orbax reports through absl: it does it anyway."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    """Silences what orbax and tensorstore say of errors that we say ourselves."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _unraisable
+
+
+def _unraisable(error: Any) -> None:
+    """Says what failed where nobody could catch it."""
+    # After a failed read or write all others end into an event loop that is gone.
+    if str(error.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(error)
 
 
 def guarded(main: Callable[[Sequence[str]], int], *, several: bool = False) -> None:
@@ -142,6 +176,10 @@ def guarded(main: Callable[[Sequence[str]], int], *, several: bool = False) -> N
     from diffusion_jax.training.data import DataError
 
     quiet()
+    for stream in (sys.stdout, sys.stderr):
+        # A path may be no text in any encoding, and is shown all the same.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     expected: tuple[Any, ...] = (config.ConfigError, CheckpointError, DataError)
     try:
         raise SystemExit(main(join_hosts(sys.argv[1:], several=several)))

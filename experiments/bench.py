@@ -141,6 +141,10 @@ def parse(argv: Sequence[str]) -> Options:
             f"batch_sizes must be whole numbers above 0; got {options.batch_sizes}. "
             "Change it with --batch-sizes 64 128."
         )
+    if not options.what:
+        raise ConfigError(
+            "what must be train, sample or both; got neither. Leave it out for both."
+        )
     if options.peer:
         bench_peer.check(options.config)
     return options

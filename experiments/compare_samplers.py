@@ -35,7 +35,7 @@ from experiments import (
 )
 from experiments.config import Config, ConfigError
 from experiments.sampling import Sampling
-from experiments.validation import require_positive, with_sampling
+from experiments.validation import require_positive, require_seed, with_sampling
 from experiments.weights import Weights
 
 
@@ -132,6 +132,9 @@ def main(argv: Sequence[str]) -> int:
     parallel.split_cpu()
     validate(options)
     run = runs.find(options.run)
+    if run.network is not None:
+        official = run.network.kind == "official"
+        weights.check_alone(options.which, official=official)
     config = runs.read_config(run)
     dataset = build.load_data(config)
     parallel.persistent_cache(run.cache)
@@ -207,6 +210,12 @@ def known_points(path: Path, about: dict[str, Any]) -> list[Point]:
 def validate(options: Options) -> None:
     """Raises ConfigError before anything is drawn."""
     require_positive(options, "count", "batch_size")
+    require_seed(options.seed)
+    if not options.rules:
+        raise ConfigError(
+            f"rules must be one or more of {', '.join(ENTRIES)} and ode; got none. "
+            "Leave them out for all."
+        )
     for rule in options.rules:
         if rule not in (*ENTRIES, "ode"):
             try:

@@ -1,13 +1,11 @@
 """The configuration of an experiment: frozen dataclasses, to and from JSON."""
 
 import dataclasses
-import json
-import math
-import reprlib
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from experiments.fields import ConfigError, flat, jsonable, read
 from experiments.sampling import Sample
 
 ScheduleName = Literal[
@@ -29,10 +27,6 @@ ScheduleName = Literal[
 CONTINUOUS = ("vp", "sub_vp", "ve", "continuous_cosine", "flow", "learned")
 UNKNOWN = "unknown"
 """The source of the data of a network that came without any word of them."""
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +207,15 @@ class Train:
     checkpoint_every: int = 10_000
     """Steps between two checkpoints; the last step always has one."""
     keep: int = 3
-    """How many of the newest checkpoints stay."""
+    """How many of the newest checkpoints stay; so does the one of the lowest loss."""
+    keep_every: int | None = None
+    """Checkpoints of steps that are multiples of it stay for good."""
+    max_skipped: int = 20
+    """Steps skipped in a row, as not finite, at which the run is given up."""
+    deterministic: bool = False
+    """Whether a GPU computes the same bits in every run, by XLA's flag
+    xla_gpu_deterministic_ops: slower, and without autotuning. On a CPU they are the
+    same without it."""
 
 
 @dataclass(frozen=True)
@@ -257,6 +259,9 @@ MAY_CHANGE = (
     "train.log_every",
     "train.checkpoint_every",
     "train.keep",
+    "train.keep_every",
+    "train.max_skipped",
+    "train.deterministic",
     "sample",
 )
 
@@ -273,7 +278,7 @@ def replace(config: Config, section: str, **fields: Any) -> Config:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Returns the configuration as JSON has it (tuples are lists)."""
-    return typing.cast(dict[str, Any], _jsonable(dataclasses.asdict(config)))
+    return typing.cast(dict[str, Any], jsonable(dataclasses.asdict(config)))
 
 
 def from_dict(
@@ -293,11 +298,11 @@ def from_dict(
 
     >>> from_dict({"net": {"blocks": None}}, partial=True)
     Traceback (most recent call last):
-    experiments.config.ConfigError: each value of Config must be of its field's type;
+    experiments.fields.ConfigError: each value of Config must be of its field's type;
     got net.blocks null, not a whole number. Correct the file, or restore it.
     """
     wrong: list[tuple[str, str, str]] = []
-    found = _read(values, cls, "", partial, wrong)
+    found = read(values, cls, "", partial, wrong)
     if not wrong:
         return found
     key, must, got = wrong[0]
@@ -333,118 +338,3 @@ def micro_batches(config: Config) -> int:
     if config.optimizer.preset == "official":
         return config.optimizer.replicas
     return config.train.accumulate
-
-
-def _read(
-    values: Any,
-    cls: Any,
-    prefix: str,
-    partial: bool,
-    wrong: list[tuple[str, str, str]],
-) -> Any:
-    """Returns the dataclass that JSON's values are of; None where some are wrong.
-
-    What is wrong is added to a list, as (field, what it must be, what was got).
-    """
-    if not isinstance(values, dict):
-        where = prefix.rstrip(".") or "the whole"
-        wrong.append((where, "an object with fields", _shown(values)))
-        return None
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise ConfigError(
-            f"the fields of {cls.__name__} must be among {', '.join(hints)}; got "
-            f"{', '.join(unknown)}. Read the file with the version that wrote it."
-        )
-    missing = sorted(set(hints) - set(values))
-    if missing and not partial:
-        raise ConfigError(
-            f"all fields of {cls.__name__} must be there; got none of "
-            f"{', '.join(missing)}. Read the file with the version that wrote it."
-        )
-    before, fields = len(wrong), {}
-    for name, value in values.items():
-        hint, key = hints[name], prefix + name
-        if dataclasses.is_dataclass(hint):
-            fields[name] = _read(value, hint, f"{key}.", partial, wrong)
-        elif not _fits(value, hint):
-            wrong.append((key, _words(hint), _shown(value)))
-        elif isinstance(value, list):
-            fields[name] = tuple(value)
-        else:
-            # JSON has one kind of number, and some write 2.0 as 2.
-            whole = hint in (float, float | None) and value is not None
-            fields[name] = float(value) if whole else value
-    return cls(**fields) if len(wrong) == before else None
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Returns whether a field of this type may have a value of JSON."""
-    parts = typing.get_args(hint)
-    if type(None) in parts:
-        return value is None or _fits(value, parts[0])
-    if typing.get_origin(hint) is Literal:
-        return value in parts
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple):
-            return False
-        hints = parts[:1] * len(value) if parts[1] is ... else parts
-        return len(value) == len(hints) and all(map(_fits, value, hints))
-    if hint is float:
-        return is_finite(value)
-    return is_whole(value) if hint is int else isinstance(value, hint)
-
-
-def is_whole(value: Any) -> bool:
-    """Returns whether a value of JSON is a whole number, which true is not."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_finite(value: Any) -> bool:
-    """Returns whether a value of JSON is a number that is finite as a float."""
-    try:
-        return (is_whole(value) or isinstance(value, float)) and math.isfinite(value)
-    except OverflowError:
-        return False
-
-
-def _words(hint: Any) -> str:
-    """Returns what a field of a type must be.
-
-    >>> _words(tuple[int, ...]), _words(float | None)
-    ('a list of whole numbers', 'null or a finite number')
-    """
-    parts = typing.get_args(hint)
-    if type(None) in parts:
-        return f"null or {_words(parts[0])}"
-    if typing.get_origin(hint) is Literal:
-        return f"one of {', '.join(parts)}"
-    if typing.get_origin(hint) is tuple:
-        count = "" if parts[1] is ... else f"{len(parts)} "
-        return f"a list of {count}{_words(parts[0]).removeprefix('a ')}s"
-    words = {int: "a whole number", float: "a finite number", bool: "true or false"}
-    return words.get(hint, "text")
-
-
-def _shown(value: Any) -> str:
-    """Returns a value as JSON has it; of a long one, its ends."""
-    plain = value is None or isinstance(value, bool)
-    return json.dumps(value) if plain else reprlib.repr(value)
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _jsonable(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the values of all sections as {'section.field': value}."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found

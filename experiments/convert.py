@@ -10,7 +10,6 @@ commands take in place of a run; or is the name of a folder, for diffusers.
 """
 
 import dataclasses
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from experiments import (
     records,
     runs,
     sampling,
+    texts,
     weights,
 )
 from experiments.config import UNKNOWN, Config, ConfigError
@@ -222,7 +222,7 @@ def _official(options: Options, path: Path) -> Network:
 def _json(path: Path) -> dict[str, Any]:
     """Returns what an evaluation wrote; nothing where it is damaged."""
     try:
-        values = json.loads(path.read_text())
+        values = texts.read(path)
     except ValueError:
         return {}
     return values if isinstance(values, dict) else {}

@@ -38,7 +38,7 @@ from experiments import (
 )
 from experiments.config import Config, ConfigError
 from experiments.sampling import Sampling
-from experiments.validation import with_sampling
+from experiments.validation import require_seed, with_sampling
 
 MOST_COLUMNS = 10
 ENCODING_STEPS = 200
@@ -67,6 +67,7 @@ Rule = tuple[samplers.Sampler, Schedule]
 def main(argv: Sequence[str]) -> int:
     """Edits as the arguments ask; returns the exit code."""
     name, options = parse(argv)
+    require_seed(options.shared.seed)
     command = next(key for key, (kind, _) in COMMANDS.items() if kind is type(options))
     shared: edit_options.Shared = options.shared
     run = runs.find(name)
@@ -195,7 +196,8 @@ def slerp(config: Config, options: edit_options.Slerp) -> Draw:
 
 def inpaint(config: Config, options: edit_options.Inpaint) -> Draw:
     """Returns what draws the white part of a mask."""
-    at_least(options, "count", 1)
+    for name in ("count", "jump"):
+        at_least(options, name, 1)
     _check_steps(config)
     image = read(config, options.image, "IMAGE")
     white = read_mask(config, options)

@@ -6,7 +6,6 @@ are at hand, the distance in the features of a small classifier, which is called
 fd_<data>_classifier and is no FID, where they are not.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +18,7 @@ from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 
 from diffusion_jax.evaluation import images, metrics, moments
-from diffusion_jax.training import data, parallel
-from diffusion_jax.training.pixels import IMAGE_ENDINGS
+from diffusion_jax.training import data, parallel, pixels
 from experiments import (
     arguments,
     build,
@@ -38,7 +36,12 @@ from experiments import (
 )
 from experiments.config import Config, ConfigError
 from experiments.sampling import Sampling
-from experiments.validation import require_positive, with_data, with_sampling
+from experiments.validation import (
+    require_positive,
+    require_seed,
+    with_data,
+    with_sampling,
+)
 from experiments.weights import Weights
 
 
@@ -88,12 +91,17 @@ def main(argv: Sequence[str]) -> int:
     options = tyro.cli(
         Options, args=argv, prog="python -m experiments.eval_fid", description=__doc__
     )
+    check(options)
     parallel.split_cpu()  # before JAX looks for devices, as the checks of hosts do
     run = runs.find(options.run)
+    if run.network is not None:
+        official = run.network.kind == "official"
+        weights.check_alone(options.which, official=official)
     hosts.check_same("the options", repr(options))
     hosts.check_shared(run.folder)
     config = with_data(runs.read_config(run), options.data)
     config = with_sampling(config, options.how)
+    given, known = load_samples(options, config), load_reference(options)
     dataset = build.load_data(config)
     parallel.persistent_cache(run.cache)
     extractor = extractors.choose(
@@ -105,14 +113,14 @@ def main(argv: Sequence[str]) -> int:
         preprocessing=options.preprocessing,
     )
     hosts.check_same("the extractor", extractor.details["sha256"])
-    given = load_samples(options, config)
     count = len(given) if given is not None else options.count
     count = count or min(50_000, len(dataset.images))
-    validate(options, extractor, count)
+    check_count(extractor, count)
+    if known is not None:
+        check_reference(known, options, extractor)
     print(
         f"{run.folder} by {extractor.name}, sha256 {extractor.details['sha256'][:16]}"
     )
-    known = given_reference(options, extractor)
     drawn: list[np.ndarray] = []
     about: dict[str, Any] = {"samples": options.samples}
     for seed in range(options.seed, options.seed + options.seeds):
@@ -144,19 +152,24 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def validate(options: Options, extractor: extractors.Extractor, count: int) -> None:
-    """Raises ConfigError before anything is drawn."""
-    require_positive(options, "seeds", "batch_size")
+def check(options: Options) -> None:
+    """Raises ConfigError where options are out of range or do not fit together."""
+    require_positive(options, "count", "seeds", "batch_size")
+    require_seed(options.seed, sets=options.seeds)
+    if options.untrained and options.which != Weights():
+        raise ConfigError(
+            "untrained must stand alone; got --raw, --average or --step as "
+            "well. Evaluate one set of weights at a time."
+        )
+
+
+def check_count(extractor: extractors.Extractor, count: int) -> None:
+    """Raises ConfigError where there are too few samples, before any is drawn."""
     if count <= extractor.dimension:
         raise ConfigError(
             f"count must be above {extractor.dimension}, the number of features of "
             f"{extractor.name}: fewer samples have no covariance to compare; got "
             f"{count}. Give more samples, or --extractor classifier."
-        )
-    if options.untrained and options.which != Weights():
-        raise ConfigError(
-            "untrained must stand alone; got --raw, --average or --step as "
-            "well. Evaluate one set of weights at a time."
         )
 
 
@@ -187,38 +200,47 @@ def load_samples(options: Options, config: Config) -> np.ndarray | None:
 
 def check_sizes(folder: Path, size: int) -> None:
     """Raises ConfigError for an image of another size: nothing is resized unasked."""
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in IMAGE_ENDINGS:
+    for path in pixels.image_files(folder):
+        try:
+            with Image.open(path) as image:
+                own = image.size
+        except Exception:  # of any kind: reading it will say what it is
             continue
-        with contextlib.suppress(OSError), Image.open(path) as image:
-            if image.size != (size, size):
-                raise ConfigError(
-                    f"samples must be {size}x{size} like the images of the run; got "
-                    f"{image.width}x{image.height} in {path}. Resize them yourself, "
-                    "and say how: it moves the number."
-                )
+        if own != (size, size):
+            raise ConfigError(
+                f"samples must be {size}x{size} like the images of the run; got "
+                f"{own[0]}x{own[1]} in {path}. Resize them yourself, and say how: it "
+                "moves the number."
+            )
 
 
-def given_reference(
-    options: Options, extractor: extractors.Extractor
-) -> dict[str, reference.Reference] | None:
+def load_reference(options: Options) -> dict[str, reference.Reference] | None:
     """Returns the statistics in the file that was named, if one was.
 
     Raises:
-      ConfigError: they are those of another extractor.
+      ValueError: it is damaged or holds something else.
     """
     if options.reference is None:
         return None
     mean, covariance = moments.load_reference(options.reference)
+    none, nothing = np.zeros((0, len(mean)), np.float32), np.zeros(0, np.int64)
+    known = reference.Reference(mean, covariance, 0, nothing, none, float("nan"))
+    return {"reference": known}
+
+
+def check_reference(
+    known: dict[str, reference.Reference],
+    options: Options,
+    extractor: extractors.Extractor,
+) -> None:
+    """Raises ConfigError where statistics are those of another extractor."""
+    mean = known["reference"].mean
     if len(mean) != extractor.dimension:
         raise ConfigError(
             f"the reference must be of {extractor.dimension} features, those of "
             f"{extractor.name}; got {len(mean)} in {options.reference}. Make it with "
             "the same extractor."
         )
-    none, nothing = np.zeros((0, len(mean)), np.float32), np.zeros(0, np.int64)
-    known = reference.Reference(mean, covariance, 0, nothing, none, float("nan"))
-    return {"reference": known}
 
 
 def references(

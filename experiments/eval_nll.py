@@ -26,7 +26,7 @@ from diffusion_jax.training import data, parallel
 from experiments import arguments, build, chains, draws, extras, runs, weights
 from experiments.config import Config, ConfigError
 from experiments.sampling import Variance
-from experiments.validation import require_positive, with_data
+from experiments.validation import require_positive, require_seed, with_data
 from experiments.weights import Weights
 
 BEGINNING = 10
@@ -95,6 +95,7 @@ def main(argv: Sequence[str]) -> int:
         Options, args=argv, prog="python -m experiments.eval_nll", description=__doc__
     )
     require_positive(options, "max_images", "batch_size", "chunk", "probes")
+    require_seed(options.seed)
     check(options)
     run = runs.find(options.run)
     config = with_data(runs.read_config(run), options.data)
@@ -143,10 +144,10 @@ def main(argv: Sequence[str]) -> int:
 
 def check(options: Options) -> None:
     """Raises ConfigError where options do not fit together."""
-    if not options.tolerance > 0:
+    if not 0 < options.tolerance < 1:
         raise ConfigError(
-            f"tolerance must be above 0; got {options.tolerance}. The usual one is "
-            "1e-5. Change it with --tolerance."
+            f"tolerance must be above 0 and below 1; got {options.tolerance}. The "
+            "usual one is 1e-5. Change it with --tolerance."
         )
     given = {
         "--variance": options.variance is not None,

@@ -61,6 +61,7 @@ def complete(
     if config.sample.classifier_guidance and variance is None:
         path = train_noisy_classifier.path_of(run)
         guide = train_noisy_classifier.load(path)
+        train_noisy_classifier.check(guide, config)
         label = config.sample.label
         if label is not None and label >= guide.num_classes:
             raise ConfigError(

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_jax.nets import tensor_files, weights
-from experiments import build, card, interchange, records
+from experiments import build, card, interchange, records, texts
 from experiments.config import Config, ConfigError
+from experiments.fields import is_whole
 from experiments.records import About, Described, Network
 
 RECORD = "diffusion_jax.json"
@@ -41,14 +42,15 @@ def describe(path: Path) -> Described:
     config = interchange.from_diffusers(unet, scheduler, name=name, where=str(path))
     # Averages of diffusers' own training say how many updates they have seen.
     step = unet.get("optimization_step")
-    step = step if isinstance(step, int) else None
+    step = step if is_whole(step) and int(step or 0) >= 0 else None
     words = "released" if step is None else "averaged"
     about = About(words, step, f"the diffusers folder {name}", {}, recipe=False)
     notes = interchange.notes(unet, scheduler)
     record = path / RECORD
     if not record.is_file():
         return Described(config, about, notes)
-    ours, known = records.read(record.read_text(), record)
+    # Written again as text: it is read as a file that others may have changed.
+    ours, known = records.read(json.dumps(_json(record)), record)
     # Ours says more, as long as it says the same.
     with contextlib.suppress(ConfigError):
         if interchange.to_diffusers(ours) == (unet, scheduler):
@@ -64,11 +66,12 @@ def read(path: Path, config: Config, *, progress: bool = False) -> tuple[Any, st
       ValueError: the file is missing or damaged, or does not hold the tensors that the
         configuration asks for; all that is wrong with them is listed.
     """
-    stored = tensor_files.read(_tensors_of(path), progress=progress)
+    file = _tensors_of(path)
+    stored = tensor_files.read(file, progress=progress)
     own = shapes(config)
     names = weights.diffusers_names(own, len(config.net.multipliers))
     tensors = weights.renamed(stored.arrays)
-    params = weights.from_tensors(tensors, names, own, where=str(path))
+    params = weights.from_tensors(tensors, names, own, where=str(file))
     return {"net": params}, stored.sha256
 
 
@@ -146,8 +149,8 @@ def is_one(path: Path) -> bool:
     if (path / "unet" / "config.json").is_file():
         return True
     try:
-        return "diffusion" not in json.loads((path / "config.json").read_text())
-    except (OSError, ValueError, TypeError, RecursionError):
+        return "diffusion" not in texts.read(path / "config.json")
+    except (OSError, ValueError, TypeError):
         return False
 
 
@@ -186,10 +189,10 @@ def _tensors_of(path: Path) -> Path:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text())
+        values = texts.read(path)
         if not isinstance(values, dict):
             raise ValueError(f"a {type(values).__name__}")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(
             f"{path} must hold a JSON object; got {error}. Download it again."
         ) from error

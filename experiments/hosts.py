@@ -35,10 +35,15 @@ from experiments.config import ConfigError
 FLAGS = ("--coordinator", "--hosts", "--host")
 TIMEOUT = 300
 """Seconds within which all hosts must have met."""
+SILENT = 40
+"""Seconds without a sign of life after which a host counts as dead, and the others end.
+A thread of its own gives the signs: no compilation holds it up, nor does Python."""
 SEEN_WITHIN = 30.0
 """Seconds within which a file on a shared disk must be seen by all hosts."""
 ASK_EVERY = 10
 """Steps between two questions whether any host was told to stop."""
+LOST = ("Gloo", "heartbeat", "coordination service", "CoordinationService")
+"""What the message of an error has in it when another host has gone."""
 HELP = f"""
 several hosts: the same command on each, with a RUN or --output on a disk they share
   --coordinator HOST:PORT   where they meet: the first host, and any free port of it
@@ -46,7 +51,8 @@ several hosts: the same command on each, with a RUN or --output on a disk they s
                             find them (TPU machines, Kubernetes)
   --host I                  which one this is: 0 is the first, which writes and prints
 Under srun, mpirun and on TPU slices that announce their hosts none of them is needed.
-All must have met within {TIMEOUT} s."""
+All must have met within {TIMEOUT} s. When one dies the others end within a minute;
+started again, all go on from the last checkpoint."""
 
 
 class Job(NamedTuple):
@@ -178,6 +184,7 @@ def join(job: Job) -> None:
             local_device_ids=job.devices,
             cluster_detection_method="deactivate" if known else None,
             initialization_timeout=TIMEOUT + 30,
+            heartbeat_timeout_seconds=SILENT,
             # The first host may be busy long after the others are done.
             shutdown_timeout_seconds=24 * 3600,
         )
@@ -223,7 +230,7 @@ def leave(code: int) -> None:
     """Ends the process of a host that failed; does nothing where there is but one.
 
     The usual end would wait for the other hosts, while they wait for this one. They are
-    ended by JAX within 100 s, when they have not heard of it.
+    ended by JAX within `SILENT` seconds, when they have not heard of it.
     """
     if not jax.distributed.is_initialized():
         return
@@ -235,14 +242,32 @@ def leave(code: int) -> None:
 
 
 def _fail(*error: Any) -> None:
-    """Ends the process of a host by an error that nobody expected."""
-    sys.__excepthook__(*error)
+    """Ends the process of a host by an error that nobody expected.
+
+    But for one: that another host has died, which is said without a traceback.
+    """
+    said = str(error[1])
+    if any(word in said for word in LOST):
+        print(
+            f"error: all {jax.process_count()} hosts must work until the end; got "
+            f"{said.splitlines()[0]}. See what the others printed, and start the same "
+            "command again on every host: a run goes on from its last checkpoint.",
+            file=sys.stderr,
+        )
+    else:
+        sys.__excepthook__(*error)
     leave(1)
 
 
 def first() -> bool:
     """Returns whether this is the first host, which writes and prints."""
     return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+    """Prints a note on stderr, on the first host."""
+    if first():
+        print(text, file=sys.stderr, flush=True)
 
 
 def screen() -> Any:
@@ -321,7 +346,7 @@ def make_stop(requested: list[int]) -> Callable[[int, bool], bool]:
     answer. Then, and at the last step, every host has it in its list.
 
     Args:
-      requested: the signals that came, by number; see `train.stop_requests`.
+      requested: the signals that came, by number; see `stopping.requests`.
     """
     if jax.process_count() == 1:
         return lambda step, last: last or bool(requested)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusion_jax.training.download import check_address
 from diffusion_jax.training.formats import DataError
 
 PATIENCE = 8.0
@@ -40,13 +41,14 @@ def fetch(name: str, *, cache: Path | None = None, endpoint: str | None = None) 
 
     Raises:
       DataError: not such a name, no such repository, one that is not open to the user
-        or holds no network of diffusers; no network, a refusal, or huggingface_hub is
-        not installed.
+        or holds no network of diffusers; an address without encryption, no network, a
+        refusal, or huggingface_hub is not installed.
     """
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
         raise _bad_name(name)
     hub = _package()
     where = endpoint or hub.constants.ENDPOINT
+    check_address(where)
     try:
         files = _listed(hub, name, endpoint)
     except Exception as error:  # of the hub, of its client and of the system

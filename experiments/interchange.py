@@ -22,9 +22,8 @@ from experiments.config import (
     Diffusion,
     Net,
     ScheduleName,
-    is_finite,
-    is_whole,
 )
+from experiments.fields import is_finite, is_whole
 from experiments.sampling import Sample
 
 SCHEDULERS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}

@@ -20,6 +20,8 @@ from experiments.config import Config, ConfigError, micro_batches
 
 # Least time in continuous time, as in Song et al. 2021: at 0 vp has no noise.
 FIRST_TIME = 1e-5
+EPSILON = 1e-8
+"""Of Adam."""
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
@@ -30,8 +32,20 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         o.learning_rate, warmup=o.warmup, decay_steps=decay_steps
     )
     if o.preset == "official":
-        return state.tf_adam(rate, b2=o.b2, eps=1e-8)
-    return optax.adam(rate, b2=o.b2, eps=1e-8)
+        return state.tf_adam(rate, b2=o.b2, eps=EPSILON)
+    return optax.adam(rate, b2=o.b2, eps=EPSILON)
+
+
+def may_overflow(config: Config) -> bool:
+    """Returns whether an update of Adam from a finite gradient may not be finite.
+
+    Its first moment is at most the norm that gradients are clipped to, and is divided
+    by epsilon at least: with a sane rate nothing gets near what float32 can hold, and
+    to look for it would be a pass over parameters and moments for nothing.
+    """
+    o = config.optimizer
+    farthest = o.learning_rate * o.clip_norm / EPSILON * config.train.steps
+    return farthest > float(jnp.finfo(jnp.float32).max) / 1e6
 
 
 def init_state(config: Config, params: Any = None) -> state.TrainState:
@@ -290,6 +304,7 @@ def make_pure_step(config: Config, mesh: jax.sharding.Mesh) -> state.StepFn:
         accumulate=parts,
         axis_name=None if strategy == "mesh" else parallel.AXIS,
         remember=_remember if config.diffusion.density == "importance" else None,
+        check_update=may_overflow(config),
     )
 
 

@@ -23,7 +23,7 @@ from diffusion_jax.training import parallel
 from experiments import arguments, build, extras, runs, sample, weights
 from experiments.config import ConfigError
 from experiments.sampling import Sampling
-from experiments.validation import with_sampling
+from experiments.validation import require_positive, require_seed, with_sampling
 from experiments.weights import Weights
 
 SURE = 0.9
@@ -62,6 +62,8 @@ def main(argv: Sequence[str]) -> int:
             "count must be at least 100 and splits at least 1; got "
             f"{options.count} and {options.splits}. Shares of fewer say nothing."
         )
+    require_positive(options, "count", "splits")
+    require_seed(options.seed)
     run = runs.find(options.run)
     config = with_sampling(runs.read_config(run), options.how)
     dataset = build.load_data(config)

@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -15,15 +16,29 @@ class Progress:
     """Counts steps on the screen, with loss, images a second and the time left."""
 
     def __init__(
-        self, begin: int, last: int, images_per_step: int, file: TextIO | None = None
+        self,
+        begin: int,
+        last: int,
+        images_per_step: int,
+        file: TextIO | None = None,
+        row: Mapping[str, int] | None = None,
     ) -> None:
-        """Starts counting at step `begin` of `last`."""
+        """Starts counting at step `begin` of `last`.
+
+        Args:
+          begin: steps that are done.
+          last: how many there are in all.
+          images_per_step: the batch size.
+          file: where to show it; stderr when None.
+          row: the last of the steps that are done, where they were skipped in a row:
+            how many by which cause.
+        """
         self.file = file or sys.stderr
         self.step, self.last, self.images = begin, last, images_per_step
         self.began = begin
         self.shown = time.monotonic()
         self.since: tuple[int, float] | None = None
-        self.rate, self.skipped = 0.0, 0
+        self.rate, self.row = 0.0, Counter(row or {})
         self.held, self.begun = 0.0, time.monotonic()
         self.bar = None
         if self.file.isatty():
@@ -35,12 +50,18 @@ class Progress:
                 bar_format="{percentage:3.0f}% |{bar}| step {n:,}/{total:,}{postfix}",
             )
 
-    def update(self, step: int, loss: float | None) -> None:
-        """Shows that `step` steps are done and what the last loss was; None: skipped.
+    def update(self, step: int, loss: float | None, cause: str = "") -> None:
+        """Shows that `step` steps are done and what the last loss was.
 
-        `skipped` is the number of steps skipped in a row.
+        Args:
+          step: the number of steps.
+          loss: of the last of them; None where it was skipped.
+          cause: of that. `row` counts the steps skipped in a row by their causes.
         """
-        self.skipped = self.skipped + 1 if loss is None else 0
+        if loss is None:
+            self.row[cause] += 1
+        else:
+            self.row.clear()
         now = time.monotonic()
         # The clock starts after a first step, which may have compiled.
         if self.step == self.began:

@@ -1,12 +1,12 @@
 """What has to be known of a trained network beside its weights, and how it is kept."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import validation
+from experiments import texts, validation
 from experiments.config import Config, ConfigError, Net, from_dict, to_dict
+from experiments.fields import is_whole
 
 PyTree = Any
 
@@ -90,7 +90,7 @@ def read(text: str, where: Path) -> tuple[Config, About]:
       ConfigError: it is damaged, of another version, or of nothing that can be run.
     """
     try:
-        values = json.loads(text)
+        values = texts.parse(text)
         if values["version"] != VERSION:
             raise ConfigError(f"version {values['version']}, not {VERSION}")
         # A field that is not there is younger than the file: what it has by default is
@@ -98,7 +98,7 @@ def read(text: str, where: Path) -> tuple[Config, About]:
         config: Config = from_dict(values["config"], partial=True)
         about = _about(values["about"])
         validation.validate(config)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{where} must describe a network of this project; got "
             f"{type(error).__name__}: {str(error).rstrip('.')}. Convert it again with "
@@ -114,7 +114,7 @@ def _about(values: dict[str, Any]) -> About:
     for score in about.scores.values():
         words += [score["value"], score["of"]]
     step = about.step
-    counted = step is None or (isinstance(step, int) and step >= 0)
+    counted = step is None or (is_whole(step) and step >= 0)
     if not counted or not all(isinstance(word, str) for word in words):
         raise ConfigError(f"{values} of weights")
     return about

@@ -5,12 +5,16 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import config, networks, validation
+import jax
+
+from experiments import config, fields, hosts, networks, texts, validation
 
 
 class Run(NamedTuple):
@@ -115,7 +119,7 @@ def read_config(run: Run) -> config.Config:
         found = networks.read_config(run.network)
         return dataclasses.replace(found, output=str(where))
     try:
-        values = json.loads(run.config.read_text())
+        values = texts.read(run.config)
         loaded: config.Config = config.from_dict(values, partial=True)
         loaded = dataclasses.replace(
             loaded, output=str(where.parent), name=where.name or loaded.name
@@ -136,17 +140,33 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives the path to an error of the disk that has none, as that of a full one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_json(path: Path, values: Any) -> None:
-    """Writes a JSON file under a temporary name, then renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    partial.replace(path)
+    """Writes a JSON file under a temporary name, then renames it.
+
+    Raises:
+      OSError: it cannot be written; nothing is left of it, and what was there stays.
+    """
+    _write(path, json.dumps(values, indent=2) + "\n")
 
 
 def append_line(path: Path, values: dict[str, Any]) -> None:
-    """Adds one JSON object to a file of lines."""
-    with path.open("a") as file:
+    """Adds one JSON object to a file of lines.
+
+    Raises:
+      OSError: it cannot be written; `cut_lines` removes what there is of it.
+    """
+    with naming(path), path.open("a") as file:
         file.write(json.dumps(values) + "\n")
 
 
@@ -154,11 +174,27 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Returns the objects of a file of lines; none where there is no file.
 
     A last line that was cut off, by a machine that stopped, is left out.
+
+    Raises:
+      ConfigError: another line is no object with a step.
     """
     if not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines, found = path.read_bytes().splitlines(keepends=True), []
+    for number, line in enumerate(lines, 1):
+        if number == len(lines) and not line.endswith(b"\n"):
+            break
+        try:
+            value = json.loads(line)
+            if not fields.is_whole(value["step"]):
+                raise ValueError("no step")
+        except (ValueError, TypeError, KeyError) as error:
+            raise config.ConfigError(
+                f"every line of {path} must be an object with a step; got something "
+                f"else in line {number}. Restore the file, or delete that line."
+            ) from error
+        found.append(value)
+    return found
 
 
 def cut_lines(path: Path, last_step: int) -> None:
@@ -166,7 +202,66 @@ def cut_lines(path: Path, last_step: int) -> None:
     kept: Iterable[dict[str, Any]] = (
         line for line in read_lines(path) if line["step"] <= last_step
     )
-    text = "".join(json.dumps(line) + "\n" for line in kept)
+    _write(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def remove_partials(run: Run) -> None:
+    """Removes what training began to write here when it was killed.
+
+    Only for who holds the run's lock: nobody else writes files of these names.
+    """
+    for folder, name in (
+        (run.folder, "config.json"),
+        (run.folder, "*.jsonl"),
+        (run.folder, "loss.png"),
+        (run.samples, "step_*.png"),
+        (run.folder / "averages", "*.safetensors"),
+    ):
+        for path in folder.glob(f".{name}.*.tmp"):
+            path.unlink(missing_ok=True)
+
+
+def check_room(run: Run, state: Any, there: int, keep: int) -> None:
+    """Raises ConfigError where no checkpoint fits on the disk; says where few do.
+
+    All hosts must call it alike.
+
+    Args:
+      run: where the checkpoints go.
+      state: what they are of, by its shapes.
+      there: how many there are already.
+      keep: how many of the newest stay.
+    """
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    fits = hosts.tell(min(shutil.disk_usage(run.folder).free // size, 2**30))
+    each = f"{size / 2**20:,.2f} MiB"
+    if not fits:
+        raise config.ConfigError(
+            f"{run.folder} must have room for a checkpoint, {each}; got less on its "
+            "disk. Make room, or choose another disk with --output."
+        )
+    # The newest, the best, and the one that is being written before another goes.
+    wanted = max(1, keep + 2 - there)
+    if fits < wanted:
+        hosts.say(
+            f"note: the disk of {run.folder} has room for {fits} checkpoints of {each} "
+            f"more; train.keep = {keep} takes up to {wanted}"
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file so that at any moment it is the old one or the new one, whole."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text)
-    partial.replace(path)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("w") as file:
+                file.write(text)
+                file.flush()
+                # Before the new name: a machine without power would else have it, and
+                # nothing in it.
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise

@@ -25,7 +25,7 @@ from experiments import (
 )
 from experiments.config import Config, ConfigError
 from experiments.sampling import Sampling
-from experiments.validation import require_positive, with_sampling
+from experiments.validation import require_positive, require_seed, with_sampling
 from experiments.weights import Weights
 
 
@@ -69,6 +69,7 @@ def main(argv: Sequence[str]) -> int:
         Options, args=argv, prog="python -m experiments.sample", description=__doc__
     )
     require_positive(options, "count", "columns", "batch_size")
+    require_seed(options.seed)
     parallel.split_cpu()  # before JAX looks for devices, as the checks of hosts do
     run = runs.find(options.run)
     if options.figure is not None and jax.process_count() > 1:

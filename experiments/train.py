@@ -1,13 +1,22 @@
 """Trains a network: `python -m experiments.train [EXPERIMENT] [--field value ...]`.
 
 The same command again goes on where the run stopped.
+
+Exit codes: 0 when the run is complete, or stopped at train.stop_at; 2 for what can be
+mended (arguments, files, a disk that is full, another process in the same folder); 3
+when it diverged; 128 + n after signal n, SIGINT (130) or SIGTERM (143): after the first
+with a checkpoint of the step it came in, after a second at once.
 """
 
+import os
 import signal
 import sys
+
+if __name__ == "__main__":  # while the rest is loaded, Ctrl-C ends this without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,27 +24,44 @@ import jax
 import numpy as np
 
 from diffusion_jax.evaluation import images
-from diffusion_jax.training import checkpoint, compilation, data, feed, parallel
+from diffusion_jax.training import (
+    checkpoint,
+    compilation,
+    data,
+    determinism,
+    feed,
+    parallel,
+)
 from diffusion_jax.training.state import TrainState
 from experiments import (
     arguments,
     build,
     chains,
+    history,
     hosts,
     initial,
     learning,
+    lock,
     runs,
+    stopping,
     weights,
 )
 from experiments.config import Config, ConfigError, differences, to_dict
 from experiments.progress import Progress
 
-# Steps in a row without a finite loss, after which a run is given up.
-MOST_SKIPPED = 20
+DivergedError = history.DivergedError
+DIVERGED = 3
+"""The exit code of a run that is given up."""
 
 
-class DivergedError(ConfigError):
-    """A run whose loss is not finite any more."""
+class Begun(NamedTuple):
+    """What a command goes on from."""
+
+    state: TrainState
+    pending: list[dict[str, Any]]
+    """The metrics that are not yet logged, a dictionary a step."""
+    row: dict[str, int]
+    """Of the last steps, those skipped in a row, by cause."""
 
 
 class Job(NamedTuple):
@@ -46,7 +72,7 @@ class Job(NamedTuple):
     mesh: Any
     feed: feed.Feed
     manager: Any
-    requested: list[int]
+    signals: stopping.Requests
     """The signals that asked for the end."""
     started: float
     """When the command was started, by `time.monotonic`."""
@@ -56,20 +82,57 @@ class Job(NamedTuple):
 
 def main(argv: Sequence[str]) -> int:
     """Trains as the arguments say; returns the exit code."""
-    return train(arguments.parse(argv, prog="python -m experiments.train"))
+    given = arguments.parse_training(argv, prog="python -m experiments.train")
+    return train(given.config, strict=given.strict, force=given.force)
 
 
-def train(config: Config) -> int:
+def command(argv: Sequence[str]) -> int:
+    """As `main`, with an exit code and a message for a run that diverged."""
+    try:
+        return main(argv)
+    except DivergedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return DIVERGED
+
+
+def train(config: Config, *, strict: bool = False, force: bool = False) -> int:
     """Trains, or goes on where the run stopped; returns the exit code.
 
+    Args:
+      config: the configuration.
+      strict: whether the newest checkpoint must verify; otherwise the run goes on from
+        the newest that does.
+      force: whether the run may go on with another configuration than it had.
+
     Raises:
+      CheckpointError: there are checkpoints, and none to go on from.
       ConfigError: the folder holds another run, or this one diverged.
     """
     started, before = time.monotonic(), compilation.count()
-    parallel.split_cpu(config.train.batch_size)  # before JAX looks for devices
+    if config.train.deterministic:
+        determinism.ask()
+    parallel.split_cpu(config.train.batch_size)  # both before JAX looks for devices
     run = runs.of(config)
+    with stopping.requests() as signals, lock.hold(run.folder):
+        if hosts.first():
+            runs.remove_partials(run)
+        options = {"strict": strict, "force": force}
+        return _train(config, run, signals, started, before, **options)
+
+
+def _train(
+    config: Config,
+    run: runs.Run,
+    signals: stopping.Requests,
+    started: float,
+    before: compilation.Programs,
+    *,
+    strict: bool,
+    force: bool,
+) -> int:
+    """As `train`, in a folder that is this process's alone."""
     check_hosts(config, run)
-    check_same_run(config, run)
+    check_same_run(config, run, force=force)
     parallel.persistent_cache(Path(config.output).resolve() / ".cache")
     mesh = parallel.make_mesh(config.train.devices, config.train.fsdp)
     parallel.check_batch_size(config.train.batch_size, mesh.size)
@@ -78,13 +141,14 @@ def train(config: Config) -> int:
     hosts.check_same("the images", f"{dataset.images.shape}")
     fed = feed_of(config, dataset, mesh)
     hosts.check_same("the input", fed.source)
-    with checkpoint.open_folder(run.checkpoints, keep=config.train.keep) as manager:
-        state, pending = start(config, run, mesh, manager)
-        describe(config, run, mesh, dataset, fed, state)
-        state = learning.as_trained(config, state)
-        with stop_requests() as requested:
-            job = Job(config, run, mesh, fed, manager, requested, started, before)
-            state = loop(job, state, pending)
+    with checkpoint.open_folder(
+        run.checkpoints, keep=config.train.keep, keep_every=config.train.keep_every
+    ) as manager:
+        begun = start(config, run, mesh, manager, strict=strict)
+        describe(config, run, mesh, dataset, fed, begun.state)
+        begun = begun._replace(state=learning.as_trained(config, begun.state))
+        job = Job(config, run, mesh, fed, manager, signals, started, before)
+        state = loop(job, begun)
     return finish(job, state)
 
 
@@ -99,51 +163,91 @@ def check_hosts(config: Config, run: runs.Run) -> None:
     hosts.check_shared(run.folder)
 
 
-def check_same_run(config: Config, run: runs.Run) -> None:
-    """Raises ConfigError where the folder holds a run of another configuration."""
-    if not run.config.exists() or not runs.has_checkpoint(run):
+def check_same_run(config: Config, run: runs.Run, *, force: bool = False) -> None:
+    """Raises ConfigError where the folder holds a run of another configuration.
+
+    With force says what is other, and goes on.
+    """
+    if not runs.has_checkpoint(run):
         return
-    changed = differences(runs.read_config(run), config)
-    if changed:
+    if run.config.exists():
+        changed = differences(runs.read_config(run), config)
+    else:
+        changed = [f"{run.config} is not there"]
+    if changed and force:
+        hosts.say(f"going on with other values than before: {'; '.join(changed)}")
+    elif changed:
         raise ConfigError(
             f"the configuration must be that of the run in {run.folder}; got other "
-            f"values for: {'; '.join(changed)}. Give the old values, or start another "
-            "run with --name NAME."
+            f"values for: {'; '.join(changed)}. Give the old values, start another run "
+            "with --name NAME, or go on with these by --force."
         )
 
 
-def start(config: Config, run: runs.Run, mesh: Any, manager: Any) -> Any:
-    """Returns the state to go on from, and the metrics not yet logged, by step.
+def start(
+    config: Config,
+    run: runs.Run,
+    mesh: Any,
+    folder: checkpoint.Folder,
+    *,
+    strict: bool = False,
+) -> Begun:
+    """Returns what to go on from.
 
-    The latest checkpoint where there is one, a fresh state otherwise.
+    The newest checkpoint that verifies where there is one, a fresh state otherwise.
+    Newer ones, which do not, are set aside.
     """
     like = jax.eval_shape(lambda: learning.init_state(config))
+    steps, plan = folder.steps(), config.train
+    if not steps or steps[-1] < plan.steps:
+        runs.check_room(run, like, len(steps), plan.keep)
     placed = parallel.state_sharding(like, mesh)
-    if manager.latest_step() is None:
+    if not steps:
         state = first_state(config, placed)
         if hosts.first():
             runs.write_json(run.config, to_dict(config))
             for path in (run.metrics, run.speed):
-                path.write_text("")
+                with runs.naming(path):
+                    path.write_text("")
             weights.cut_snapshots(run, 0)
-        return state, []
-    state, meta = checkpoint.restore(manager, like, placed)
+        return Begun(state, [], {})
+    found = checkpoint.restore(folder, like, placed, strict=strict)
+    weights.describe_skipped(run, found)
+    for path in checkpoint.set_aside(folder, found.skipped):
+        hosts.say(f"it is {path} now")
     if hosts.first():
         for path in (run.metrics, run.speed):
-            runs.cut_lines(path, int(state.step))
-        weights.cut_snapshots(run, int(state.step))
+            runs.cut_lines(path, found.step)
+        weights.cut_snapshots(run, found.step)
         runs.write_json(run.config, to_dict(config))
-    return state, meta["pending"]
+    return Begun(found.state, found.meta["pending"], found.meta.get("row", {}))
 
 
 def first_state(config: Config, placed: Any) -> TrainState:
     """Returns the state before the first step, on the devices as its leaves say."""
     params = initial.params(config)
+    if config.init_from is not None:
+        check_finite(config, params)
     if config.train.fsdp == 1:
         return parallel.place(learning.init_state(config, params), placed)
     # Made where it belongs: the whole may be more than one device holds.
     make = jax.jit(lambda p: learning.init_state(config, p), out_shardings=placed)
     return make(params)
+
+
+def check_finite(config: Config, params: Any) -> None:
+    """Raises ConfigError for weights that no step could mend, nor log."""
+    leaves = jax.tree.leaves(params)
+    bad = [
+        name
+        for name, leaf in zip(history.tensors(params), leaves, strict=True)
+        if not np.isfinite(np.asarray(leaf)).all()
+    ]
+    if bad:
+        raise ConfigError(
+            f"the weights of {config.init_from} must be finite; got others in "
+            f"{len(bad)} tensors, first in {bad[0]}. Take another set of weights."
+        )
 
 
 def feed_of(config: Config, dataset: data.Dataset, mesh: Any) -> feed.Feed:
@@ -193,35 +297,42 @@ def describe(
         print(f"{'going on from' if step else 'starting at'} step {step:,} of {last:,}")
 
 
-def loop(job: Job, state: TrainState, pending: list[dict[str, float]]) -> TrainState:
+def loop(job: Job, begun: Begun) -> TrainState:
     """Returns the state after the last step, or after the one at which to stop.
 
     Args:
       job: what the run is made of.
-      state: the state to go on from; it is used up.
-      pending: the metrics that are not yet logged, a dictionary a step.
+      begun: what to go on from; its state is used up.
     """
     config, run, plan, sample = job.config, job.run, job.config.train, job.config.sample
+    state = begun.state
     step_fn = learning.make_step(config, job.mesh, job.feed.stored)
     draw = chains.make_draw(config, sample.count, job.mesh)
     begin, last = int(state.step), min(plan.steps, plan.stop_at or plan.steps)
-    shown = Progress(begin, plan.steps, plan.batch_size, hosts.screen())
-    stops = hosts.make_stop(job.requested)
+    shown = Progress(begin, plan.steps, plan.batch_size, hosts.screen(), begun.row)
+    names = history.tensors(state.params)
+    log = history.Log(config, run, shown, begun.pending, names)
+    stops = hosts.make_stop(job.signals.numbers)
     waiting: list[tuple[int, Any]] = []
+    # A run may have been killed between a checkpoint and its grid.
+    drawn = not begin or not has_grid(config, begin) or grid_path(run, begin).exists()
+    if not hosts.tell(drawn):
+        write_grid(config, run, draw, learning.as_stored(state))
     with closing(job.feed.batches(begin, last)) as batches:
         for step, batch in enumerate(batches, begin):
             state, metrics = step_fn(state, batch)
             if step == begin:
                 jax.block_until_ready(metrics)
                 describe_first(job)
+                job.signals.note()
             waiting.append((step + 1, metrics))
             stop = stops(step + 1, step + 1 == last)
             saves = stop or (step + 1) % plan.checkpoint_every == 0
-            draws = step + 1 == plan.steps or (step + 1) % sample.every == 0
+            draws = has_grid(config, step + 1)
             # Metrics are read one step late: reading those of this step would leave
             # the device idle while the host prepares the next batch.
             while len(waiting) > (0 if saves or draws else 1):
-                record(config, run, shown, *waiting.pop(0), pending)
+                history.record(log, *waiting.pop(0))
             snaps = weights.due(config, step + 1)
             if saves or draws or snaps:
                 with shown.held_up():
@@ -229,8 +340,9 @@ def loop(job: Job, state: TrainState, pending: list[dict[str, float]]) -> TrainS
                     if snaps:  # before the checkpoint: a run would go on without them
                         weights.save_snapshots(run, config, whole)
                     if saves:
-                        meta = {"pending": [*pending]}
-                        checkpoint.save(job.manager, step + 1, whole, meta)
+                        meta = {"pending": [*log.pending], "row": dict(shown.row)}
+                        mean = history.score(config, run, step + 1)
+                        checkpoint.save(job.manager, step + 1, whole, meta, score=mean)
                 if draws:
                     write_grid(config, run, draw, whole)
                 del whole
@@ -239,6 +351,7 @@ def loop(job: Job, state: TrainState, pending: list[dict[str, float]]) -> TrainS
                 break
     with shown.held_up():
         checkpoint.wait(job.manager)
+    job.signals.done()
     shown.close()
     if last > begin:
         print(f"checkpoints held the run up for {shown.held_up_for()}")
@@ -252,46 +365,9 @@ def describe_first(job: Job) -> None:
     print(f"first step after {seconds:.1f} s{made and f' ({made})'}", flush=True)
 
 
-def record(
-    config: Config,
-    run: runs.Run,
-    shown: Progress,
-    step: int,
-    metrics: dict[str, jax.Array],
-    pending: list[dict[str, float]],
-) -> None:
-    """Takes in the metrics of a step; every log_every-th one writes their mean.
-
-    A step that was skipped, because loss or gradient was not finite, is counted; the
-    means are of the others.
-
-    Raises:
-      DivergedError: so many in a row that no later one can be hoped for.
-    """
-    values = {name: float(value) for name, value in metrics.items()}
-    shown.update(step, None if values["skipped"] else values["loss"])
-    pending.append({"skipped": 1.0} if values["skipped"] else values)
-    if shown.skipped >= MOST_SKIPPED:
-        raise DivergedError(
-            "loss and gradient must be finite at some steps; got none in the last "
-            f"{MOST_SKIPPED}, up to step {step}: the run has diverged. Start another "
-            "with --name NAME and a lower --optimizer.learning-rate; the last "
-            f"checkpoint is in {run.checkpoints}."
-        )
-    if step % config.train.log_every == 0:
-        made = [p for p in pending if not p["skipped"]]
-        mean = {
-            name: float(np.mean([p[name] for p in made])) if made else None
-            for name in ("loss", "grad_norm")
-        }
-        line = {"step": step, **mean, "skipped": len(pending) - len(made)}
-        pending.clear()
-        if not hosts.first():
-            return
-        runs.append_line(run.metrics, line)
-        speed = {"images_per_second": round(shown.rate, 1), "time": time.time()}
-        held = {"checkpoint_seconds": round(shown.held, 3)}
-        runs.append_line(run.speed, {"step": step, **speed, **held})
+def has_grid(config: Config, step: int) -> bool:
+    """Returns whether samples are drawn after this many updates."""
+    return step == config.train.steps or step % config.sample.every == 0
 
 
 def write_grid(config: Config, run: runs.Run, draw: Any, state: TrainState) -> None:
@@ -310,7 +386,7 @@ def grid_path(run: runs.Run, step: int) -> Path:
 
 def finish(job: Job, state: TrainState) -> int:
     """Draws the loss, says where everything is, and returns the exit code."""
-    config, run, requested = job.config, job.run, job.requested
+    config, run, requested = job.config, job.run, job.signals.numbers
     seconds = time.monotonic() - job.started
     step, again = int(state.step), "the same command goes on from here"
     lines = [line for line in runs.read_lines(run.metrics) if line["loss"] is not None]
@@ -325,13 +401,14 @@ def finish(job: Job, state: TrainState) -> int:
         )
     if requested:
         print(f"stopped at step {step:,}; {again}")
-        return 128 + requested[0]
+        return stopping.CODE + requested[0]
     if step < config.train.steps:
         print(f"stopped at step {step:,} as asked; without --train.stop-at {again}")
         return 0
-    skipped = sum(line["skipped"] for line in runs.read_lines(run.metrics))
+    skipped = history.skipped(run)
     if skipped:
-        print(f"{skipped:,} steps were skipped: their loss was not finite")
+        count = f"{skipped.total():,} steps were skipped"
+        print(f"{count}; what was not finite: {history.in_words(skipped)}")
     minutes, left = divmod(round(seconds), 60)
     print(
         f"done: step {step:,}, {minutes} min {left} s since the start of this command"
@@ -344,24 +421,19 @@ def finish(job: Job, state: TrainState) -> int:
     return 0
 
 
-@contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Gives a list that a first SIGINT or SIGTERM is noted in; a second one kills."""
-    requested: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        requested.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        print("\nstopping after this step, with a checkpoint", file=sys.stderr)
-
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(kind, note) for kind in kinds]
-    try:
-        yield requested
-    finally:
-        for kind, handler in zip(kinds, before, strict=True):
-            signal.signal(kind, handler)
-
-
 if __name__ == "__main__":
-    arguments.guarded(main, several=True)
+    if "--train.deterministic" in sys.argv:
+        # Several hosts meet before `main`, and JAX then looks for devices. What is
+        # wrong is said by `train`.
+        with suppress(ValueError):
+            determinism.ask()
+    try:
+        arguments.guarded(command, several=True)
+    except SystemExit as left:
+        if left.code != arguments.BAD_INPUT:
+            raise
+        # The usual end waits for threads of orbax. Those of a save whose folder could
+        # not be made wait for ever.
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(arguments.BAD_INPUT)

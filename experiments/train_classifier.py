@@ -6,11 +6,13 @@ by eval_fid where there are no Inception weights, or no use for them.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
@@ -20,8 +22,10 @@ from diffusion_jax.training import data
 from experiments import arguments, build, tensors
 from experiments.config import Config, ConfigError
 from experiments.configs import EXPERIMENTS
+from experiments.validation import AT_MOST, require_positive, require_seed
 
 BATCH, RATE, HELD_OUT, WIDTH = 128, 2e-3, 0.2, 64
+MOST_CLASSES = AT_MOST["net.classes"]
 
 
 class Judge(NamedTuple):
@@ -69,6 +73,8 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(
             f"steps must be at least 1; got {options.steps}. The default is 1500."
         )
+    require_positive(options, "steps")
+    require_seed(options.seed)
     config: Config = EXPERIMENTS[options.experiment].config
     config = dataclasses.replace(
         config,
@@ -161,7 +167,7 @@ def save(path: Path, params: Any, num_classes: int, accuracy: float) -> Judge:
 
 
 def load(path: Path) -> Judge:
-    """Returns the classifier in a file.
+    """Returns the classifier in a file, named as `path_of` names it.
 
     Raises:
       ConfigError: the file is damaged or no classifier of ours.
@@ -169,6 +175,17 @@ def load(path: Path) -> Judge:
     try:
         params, meta, digest = tensors.read(path)
         num_classes, accuracy = int(meta["num_classes"]), float(meta["accuracy"])
+        if not (0 < num_classes <= MOST_CLASSES and 0 <= accuracy <= 1):
+            raise ValueError(f"{num_classes} classes and an accuracy of {accuracy}")
+        shape = re.search(r"_(\d+)x(\d+)x(\d+)$", path.stem)
+        if shape is None:
+            raise ValueError("a name that does not end in the shape of its images")
+        sides = map(int, shape.groups())
+        images = jax.ShapeDtypeStruct((1, *sides), jnp.uint8)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        net = Classifier(num_classes, width=WIDTH)
+        like = jax.eval_shape(net.init, key, images)
+        tensors.check(params, like, path)
     except data.DataError as error:
         again = "Or delete it, and it is trained again."
         raise ConfigError(f"{error} {again}") from error

@@ -21,9 +21,9 @@ from jax.typing import ArrayLike
 from diffusion_jax import continuous, gaussian, schedule, timesteps
 from diffusion_jax.nets.noisy_classifier import NoisyClassifier
 from diffusion_jax.training import data
-from experiments import arguments, build, runs, tensors, weights
+from experiments import arguments, build, runs, tensors, texts, weights
 from experiments.config import Config, ConfigError
-from experiments.validation import require_positive
+from experiments.validation import require_positive, require_seed
 
 BATCH, RATE, HELD_OUT = 128, 2e-3, 0.2
 SHARES = (0.1, 0.25, 0.5, 0.75)
@@ -66,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
         description=__doc__,
     )
     require_positive(options, "steps")
+    require_seed(options.seed)
     run = runs.find(options.run)
     config = runs.read_config(run)
     dataset = build.load_data(config)
@@ -213,7 +214,9 @@ def load(path: Path) -> Guide:
     try:
         params, meta, digest = tensors.read(path)
         num_classes = int(meta["num_classes"])
-        accuracy = {int(t): float(a) for t, a in json.loads(meta["accuracy"]).items()}
+        accuracy = {int(t): float(a) for t, a in texts.parse(meta["accuracy"]).items()}
+        if params["logits"]["bias"].shape != (num_classes,):
+            raise ValueError(f"{num_classes} classes, and other weights")
     except data.DataError as error:
         again = f"python -m experiments.train_noisy_classifier {path.parent}"
         raise ConfigError(f"{error} Or train it: {again}.") from error
@@ -224,6 +227,17 @@ def load(path: Path) -> Guide:
             f"{path.parent}."
         ) from error
     return Guide(params, num_classes, accuracy, digest, path)
+
+
+def check(guide: Guide, config: Config) -> None:
+    """Raises DataError where a classifier is not of a run's images, or is damaged."""
+    side, channels = config.data.image_size, config.data.channels
+    images = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
+    times = jax.ShapeDtypeStruct((1,), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    net = NoisyClassifier(guide.num_classes)
+    like = jax.eval_shape(net.init, key, images, times)["params"]
+    tensors.check(guide.params, like, guide.path)
 
 
 def _make_update(

@@ -37,6 +37,8 @@ AT_LEAST = {
     "train.log_every": 1,
     "train.checkpoint_every": 1,
     "train.keep": 1,
+    "train.keep_every": 1,
+    "train.max_skipped": 1,
     "sample.every": 1,
     "sample.count": 1,
     "sample.steps": 1,
@@ -56,7 +58,13 @@ AT_MOST = {
     "net.attention": 12,
     "net.classes": 1_000_000,
     "net.fourier": 32,
+    "train.batch_size": 2**20,
+    "sample.count": 2**20,
+    # JAX reads no more than 32 bits of a seed: beyond, two would be the same.
+    "train.seed": 2**32 - 1,
 }
+# Of other whole numbers: what a counter on a device can hold.
+MOST = 2**31 - 1
 
 
 def validate(config: Config) -> None:
@@ -65,16 +73,20 @@ def validate(config: Config) -> None:
         low = AT_LEAST.get(key)
         if low is not None and value is not None and not value >= low:
             _fail(key, f"at least {low}", value)
-        if key not in AT_MOST:
+        counted = isinstance(value, int) and not isinstance(value, bool)
+        if key not in AT_MOST and not counted:
             continue
-        several = isinstance(value, list)
+        several, most = isinstance(value, list), AT_MOST.get(key, MOST)
         size, of_what = (len(value), " entries") if several else (value, "")
-        if size > AT_MOST[key]:
-            _fail(key, f"at most {AT_MOST[key]}{of_what}", size)
+        if size is not None and size > most:
+            _fail(key, f"at most {most}{of_what}", size)
     data, diffusion, net = config.data, config.diffusion, config.net
     train, optimizer = config.train, config.optimizer
     if not config.name or "/" in config.name or config.name.startswith("."):
         _fail("name", "a plain folder name", repr(config.name))
+    if len(config.name.encode("utf-8", "surrogatepass")) > 200:
+        # Of the 255 bytes of a file system, some go to endings of our own.
+        _fail("name", "at most 200 bytes long", f"{len(config.name)} characters")
     if data.channels not in (1, 3):
         _fail("data.channels", "1 or 3", data.channels)
     factor = 2 ** (len(net.multipliers) - 1)
@@ -204,6 +216,9 @@ def objective(diffusion: Diffusion) -> Iterator[tuple[str, str, object]]:
     if d.density != "uniform" and real and d.loss == "vlb":
         must = "uniform with the continuous bound"
         yield "diffusion.density", must, d.density
+    if abs(d.logsnr_shift) > 100:
+        # With e^-100 of noise, or of signal, there is nothing to learn.
+        yield "diffusion.logsnr_shift", "from -100 to 100", d.logsnr_shift
     if d.logsnr_shift and d.schedule in ("sub_vp", "ve", "flow", "learned"):
         must = "0 where the schedule does not preserve variance, or is learned"
         yield "diffusion.logsnr_shift", must, d.logsnr_shift
@@ -266,11 +281,28 @@ def of_training(config: Config) -> None:
 
 
 def require_positive(options: Any, *names: str) -> None:
-    """Raises ConfigError where one of a command's options is given and below 1."""
+    """Raises ConfigError where one of a command's options is given and below 1.
+
+    Or above what a counter on a device can hold.
+    """
     for name in names:
         value = getattr(options, name)
         if value is not None and value < 1:
             _fail(name, "at least 1", value)
+        if value is not None and value > MOST:
+            _fail(name, f"at most {MOST}", value)
+
+
+def require_seed(seed: int, *, sets: int = 1) -> None:
+    """Raises ConfigError where JAX would take a seed for another one.
+
+    Args:
+      seed: of a command.
+      sets: how many seeds there are, each one above the one before.
+    """
+    most = AT_MOST["train.seed"]
+    if not 0 <= seed <= most - (sets - 1):
+        _fail("seed", f"from 0 to {most - (sets - 1)}", seed)
 
 
 def with_data(config: Config, source: str | None) -> Config:

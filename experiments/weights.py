@@ -16,7 +16,7 @@ import jax
 
 from diffusion_jax.training import averages, checkpoint, parallel
 from diffusion_jax.training.state import TrainState
-from experiments import learning, networks, runs
+from experiments import hosts, learning, networks, runs
 from experiments.config import Config, ConfigError
 
 # As a share of the distance from the last weights: beyond it, what is reconstructed is
@@ -36,6 +36,9 @@ class Weights:
     first that the run tracked when not given."""
     step: int | None = None
     """Checkpoint to use, in training steps; the latest when not given."""
+    strict: bool = False
+    """Refuse a latest checkpoint that is damaged, instead of taking the newest that
+    verifies."""
 
 
 def load(config: Config, run: runs.Run, which: Weights) -> tuple[Any, int | None, str]:
@@ -68,9 +71,12 @@ def load(config: Config, run: runs.Run, which: Weights) -> tuple[Any, int | None
     if config.train.fsdp > 1:  # all of it may be more than one device holds
         cut = parallel.make_mesh(fsdp=mesh.size)
     placed = parallel.state_sharding(like, cut)
-    with checkpoint.open_folder(run.checkpoints, read_only=True) as manager:
-        state, _ = checkpoint.restore(manager, like, placed, which.step)
-    step = int(state.step)
+    with checkpoint.open_folder(run.checkpoints, read_only=True) as folder:
+        found = checkpoint.restore(
+            folder, like, placed, which.step, strict=which.strict
+        )
+    describe_skipped(run, found)
+    state, step = found.state, found.step
     if which.raw:
         chosen, words = state.params, "last"
     elif which.average is None:
@@ -93,7 +99,7 @@ def check_alone(which: Weights, *, official: bool = False) -> None:
       official: whether it is a checkpoint of the authors', which has the last weights
         too.
     """
-    if which == Weights(raw=which.raw and official):
+    if which == Weights(raw=which.raw and official, strict=which.strict):
         return
     raise ConfigError(
         "raw, average and step must be left out with a network in a file, which has "
@@ -108,7 +114,7 @@ def flags(which: Weights) -> str:
     >>> flags(Weights(raw=True, step=0))
     '--raw --step 0'
     """
-    said = ["--raw"] if which.raw else []
+    said = ["--raw"] * which.raw + ["--strict"] * which.strict
     for name in ("average", "step"):
         value = getattr(which, name)
         said += [] if value is None else [f"--{name} {value}"]
@@ -122,6 +128,15 @@ def describe(words: str, step: int | None) -> str:
     ('averaged weights of step 5,000', 'released weights')
     """
     return f"{words} weights" + ("" if step is None else f" of step {step:,}")
+
+
+def describe_skipped(run: runs.Run, found: checkpoint.Restored) -> None:
+    """Says on stderr which checkpoints were passed over, and why."""
+    for step, why in found.skipped:
+        hosts.say(
+            f"note: checkpoint {run.checkpoints / str(step)} is damaged ({why}); step "
+            f"{found.step:,} is used in its place"
+        )
 
 
 def due(config: Config, step: int) -> bool:

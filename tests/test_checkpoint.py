@@ -36,12 +36,12 @@ def on(devices):
 
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_state_comes_back_on_any_number_of_devices(tmp_path, devices):
-    with checkpoint.open_folder(tmp_path / "c") as manager:
-        checkpoint.save(manager, 5, jax.device_put(tree(), on(8)), {"note": [1.5]})
-        checkpoint.wait(manager)
-    with checkpoint.open_folder(tmp_path / "c", read_only=True) as manager:
+    with checkpoint.open_folder(tmp_path / "c") as folder:
+        checkpoint.save(folder, 5, jax.device_put(tree(), on(8)), {"note": [1.5]})
+        checkpoint.wait(folder)
+    with checkpoint.open_folder(tmp_path / "c", read_only=True) as folder:
         like = jax.eval_shape(tree)
-        restored, meta = checkpoint.restore(manager, like, on(devices))
+        restored, meta, *_ = checkpoint.restore(folder, like, on(devices))
     assert_same(restored, tree())
     assert meta == {"note": [1.5]}
     assert restored["w"].sharding.num_devices == devices
@@ -68,9 +68,9 @@ def trained(devices, fsdp, folder=None, *, steps=0):
     step = parallel.data_parallel(make, mesh)
     now = jax.device_put(first, placed)
     if folder is not None:
-        with checkpoint.open_folder(folder, read_only=True) as manager:
+        with checkpoint.open_folder(folder, read_only=True) as folder:
             like = jax.eval_shape(lambda: first)
-            now, _ = checkpoint.restore(manager, like, placed)
+            now, *_ = checkpoint.restore(folder, like, placed)
     rows = np.random.default_rng(1).normal(size=(8, 32)).astype(np.float32)
     metrics = {"loss": jnp.nan}
     for _ in range(steps):
@@ -90,9 +90,9 @@ def trained(devices, fsdp, folder=None, *, steps=0):
 )
 def test_training_goes_on_from_any_mesh_on_any_other(tmp_path, wrote, reads):
     now, _, _ = trained(*wrote, steps=3)
-    with checkpoint.open_folder(tmp_path / "c") as manager:
-        checkpoint.save(manager, 3, now, {})
-        checkpoint.wait(manager)
+    with checkpoint.open_folder(tmp_path / "c") as folder:
+        checkpoint.save(folder, 3, now, {})
+        checkpoint.wait(folder)
     _, _, expected = trained(*wrote, steps=4)
     for mesh in reads:
         restored, placed, _ = trained(*mesh, tmp_path / "c")
@@ -105,48 +105,48 @@ def test_training_goes_on_from_any_mesh_on_any_other(tmp_path, wrote, reads):
 
 
 def test_newest_is_restored_and_old_ones_go(tmp_path):
-    with checkpoint.open_folder(tmp_path, keep=2) as manager:
+    with checkpoint.open_folder(tmp_path, keep=2) as folder:
         for step in (1, 2, 3):
-            checkpoint.save(manager, step, {"w": jnp.full(2, float(step))}, {})
-        checkpoint.wait(manager)
+            checkpoint.save(folder, step, {"w": jnp.full(2, float(step))}, {})
+        checkpoint.wait(folder)
         like = {"w": jax.ShapeDtypeStruct((2,), jnp.float32)}
-        restored, _ = checkpoint.restore(manager, like, on(1))
+        restored, *_ = checkpoint.restore(folder, like, on(1))
         assert restored["w"].tolist() == [3.0, 3.0]
-        assert sorted(manager.all_steps()) == [2, 3]
-        older, _ = checkpoint.restore(manager, like, on(1), 2)
+        assert folder.steps() == [2, 3]
+        older, *_ = checkpoint.restore(folder, like, on(1), 2)
         assert older["w"].tolist() == [2.0, 2.0]
 
 
 def test_saved_values_are_those_of_the_moment(tmp_path):
     # The arrays are used up by the next step at once, as in training.
     bump = jax.jit(lambda x: x + 1, donate_argnums=0)
-    with checkpoint.open_folder(tmp_path) as manager:
+    with checkpoint.open_folder(tmp_path) as folder:
         x = jnp.zeros(1000)
-        checkpoint.save(manager, 1, {"x": x}, {})
+        checkpoint.save(folder, 1, {"x": x}, {})
         for _ in range(5):
             x = bump(x)
-        checkpoint.wait(manager)
+        checkpoint.wait(folder)
         like = {"x": jax.ShapeDtypeStruct((1000,), jnp.float32)}
-        restored, _ = checkpoint.restore(manager, like, on(1))
+        restored, *_ = checkpoint.restore(folder, like, on(1))
     assert float(jnp.abs(restored["x"]).max()) == 0.0
 
 
 def test_saving_a_step_again_leaves_it_alone(tmp_path):
-    with checkpoint.open_folder(tmp_path) as manager:
-        checkpoint.save(manager, 1, {"x": jnp.zeros(2)}, {})
-        checkpoint.save(manager, 1, {"x": jnp.ones(2)}, {})
-        checkpoint.wait(manager)
+    with checkpoint.open_folder(tmp_path) as folder:
+        checkpoint.save(folder, 1, {"x": jnp.zeros(2)}, {})
+        checkpoint.save(folder, 1, {"x": jnp.ones(2)}, {})
+        checkpoint.wait(folder)
         like = {"x": jax.ShapeDtypeStruct((2,), jnp.float32)}
-        restored, _ = checkpoint.restore(manager, like, on(1))
+        restored, *_ = checkpoint.restore(folder, like, on(1))
     assert restored["x"].tolist() == [0.0, 0.0]
 
 
 def test_an_older_step_than_the_latest_is_refused(tmp_path):
-    with checkpoint.open_folder(tmp_path) as manager:
-        checkpoint.save(manager, 5, {"x": jnp.zeros(2)}, {})
-        checkpoint.wait(manager)
+    with checkpoint.open_folder(tmp_path) as folder:
+        checkpoint.save(folder, 5, {"x": jnp.zeros(2)}, {})
+        checkpoint.wait(folder)
         with pytest.raises(checkpoint.CheckpointError, match=r"must be newer.*got 5"):
-            checkpoint.save(manager, 4, {"x": jnp.zeros(2)}, {})
+            checkpoint.save(folder, 4, {"x": jnp.zeros(2)}, {})
 
 
 @pytest.mark.parametrize(
@@ -159,18 +159,21 @@ def test_an_older_step_than_the_latest_is_refused(tmp_path):
     ids=["shape", "name", "dtype"],
 )
 def test_what_does_not_fit_is_refused(tmp_path, like):
-    with checkpoint.open_folder(tmp_path) as manager:
-        checkpoint.save(manager, 1, {"x": jnp.ones(2)}, {})
-        checkpoint.wait(manager)
+    with checkpoint.open_folder(tmp_path) as folder:
+        checkpoint.save(folder, 1, {"x": jnp.ones(2)}, {})
+        checkpoint.wait(folder)
         with pytest.raises(checkpoint.CheckpointError, match="must fit the network"):
-            checkpoint.restore(manager, like, on(1))
+            checkpoint.restore(folder, like, on(1))
 
 
 def test_missing_folder_and_missing_step_are_named(tmp_path):
-    with pytest.raises(checkpoint.CheckpointError, match=r"must be at .*none"):
-        checkpoint.open_folder(tmp_path / "none", read_only=True)
     with (
-        checkpoint.open_folder(tmp_path) as manager,
+        pytest.raises(checkpoint.CheckpointError, match=r"must be at .*none"),
+        checkpoint.open_folder(tmp_path / "none", read_only=True),
+    ):
+        pass
+    with (
+        checkpoint.open_folder(tmp_path) as folder,
         pytest.raises(checkpoint.CheckpointError, match=r"got steps \[\]"),
     ):
-        checkpoint.restore(manager, {}, on(1))
+        checkpoint.restore(folder, {}, on(1))

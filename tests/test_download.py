@@ -16,6 +16,10 @@ from diffusion_jax.training.formats import DataError
 
 CONTENT = os.urandom(600_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
+LEADS = {
+    "to-http": "http://example.org/a",
+    "to-ftp": "ftp://127.0.0.1/a",
+}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -33,6 +37,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if manner == "moved":
             self.send_response(302)
             self.send_header("Location", "/whole")
+            self.end_headers()
+            return
+        if manner in LEADS:
+            self.send_response(302)
+            self.send_header("Location", LEADS[manner])
             self.end_headers()
             return
         self.send_response(200)
@@ -155,7 +164,7 @@ def test_connecting_has_one_deadline(tmp_path, monkeypatch, hangs):
     start = time.monotonic()
     with pytest.raises(DataError, match=r"answer within 0\.5 s"):
         download.fetch(
-            "http://example.invalid/a",
+            "https://example.invalid/a",
             tmp_path / "a.bin",
             sha256=SHA256,
             connect_timeout=0.5,
@@ -170,10 +179,12 @@ def test_unknown_host_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     with pytest.raises(DataError, match=r"must be reachable; got .*not known"):
-        download.fetch("http://example.invalid/a", tmp_path / "a", sha256=SHA256)
+        download.fetch("https://example.invalid/a", tmp_path / "a", sha256=SHA256)
 
 
-@pytest.mark.parametrize("url", ["ftp://example.org/a", "file:///etc/hostname", "a"])
+@pytest.mark.parametrize(
+    "url", ["ftp://example.org/a", "file:///etc/hostname", "http://example.org/a", "a"]
+)
 def test_other_addresses_are_refused(tmp_path, url):
     with pytest.raises(DataError, match="must begin with http"):
         download.fetch(url, tmp_path / "a", sha256=SHA256)
@@ -218,3 +229,37 @@ def test_concurrent_downloads_do_not_mix(tmp_path, server):
 def test_bar_is_quiet_where_there_is_no_terminal(tmp_path, server, capfd):
     download.fetch(f"{server}/whole", tmp_path / "a.bin", sha256=SHA256)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("manner", LEADS)
+def test_redirects_lead_nowhere_else(tmp_path, server, manner):
+    """Nobody is asked but the server that was named: example.org would take longer."""
+    with pytest.raises(DataError, match=r"begin with https://; got .*, where http"):
+        download.fetch(f"{server}/{manner}", tmp_path / "a.bin", sha256=None)
+    assert files_under(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("https://example.org/a", "http://example.org/a"),
+        ("https://example.org/a", "http://127.0.0.1/a"),
+        ("https://example.org/a", "file:///etc/passwd"),
+        ("http://127.0.0.1/a", "http://example.org/a"),
+        ("http://127.0.0.1/a", "http://127.0.0.1.example.org/a"),
+        ("http://127.0.0.1/a", "http://127.0.0.1@example.org/a"),
+    ],
+)
+def test_encryption_is_never_left(before, after):
+    with pytest.raises(DataError, match="must begin with https://"):
+        download.check_address(after, before)
+    download.check_address("https://example.com/b", before)
+
+
+@pytest.mark.parametrize("manner", ["whole", "unsized"])
+def test_a_file_has_no_more_than_it_may(tmp_path, server, manner):
+    path = tmp_path / "a.bin"
+    with pytest.raises(DataError, match="must have at most 599999 bytes; got"):
+        download.fetch(f"{server}/{manner}", path, sha256=SHA256, most=599_999)
+    assert files_under(tmp_path) == []
+    download.fetch(f"{server}/{manner}", path, sha256=SHA256, most=600_000)

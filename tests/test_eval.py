@@ -301,7 +301,7 @@ def test_bits_of_the_probability_flow_are_reported(run, capsys):
     ("flags", "message"),
     [
         ("--probes 0", "probes must be at least 1; got 0"),
-        ("--tolerance 0", "tolerance must be above 0; got 0.0"),
+        ("--tolerance 0", "tolerance must be above 0 and below 1; got 0.0"),
         ("--variance small", "--ode must stand without --variance"),
         ("--rate-distortion", "--ode must stand without"),
     ],

@@ -215,7 +215,7 @@ def test_importance_keeps_its_memory_in_the_checkpoint(folder):
 
     sharding = parallel.replicated(parallel.make_mesh(1))
     with checkpoint.open_folder(whole.checkpoints, read_only=True) as manager:
-        state, _ = checkpoint.restore(manager, like, sharding)
+        state, *_ = checkpoint.restore(manager, like, sharding)
     # 20 batches of 8 have been recorded, of all four times.
     assert int(state.memory.counts.sum()) == 160
     assert int(state.memory.counts.min()) > 10

@@ -59,7 +59,7 @@ def final_state(run):
     like = jax.eval_shape(lambda: learning.init_state(config))
     with checkpoint.open_folder(run.checkpoints, read_only=True) as manager:
         one = parallel.replicated(parallel.make_mesh(1))
-        state, meta = checkpoint.restore(manager, like, one)
+        state, meta, *_ = checkpoint.restore(manager, like, one)
     return jax.device_get(state._replace(key=jax.random.key_data(state.key))), meta
 
 
@@ -179,11 +179,57 @@ def test_a_signal_to_one_host_stops_all_at_one_step(folder, whole):
     assert [code for code, _, _ in results] == [128 + signal.SIGTERM] * 2, results
     assert "the same command goes on from here" in results[0][1]
     assert lines_of(runs.Run(folder / name))[0] == pytest.approx(lines_of(whole)[0])
-    step = checkpoint.open_folder(folder / name / "checkpoints").latest_step()
+    step = checkpoint.steps(folder / name / "checkpoints")[-1]
     assert step % hosts.ASK_EVERY == 1  # asked after one step, read after the next
     more = ["--train.steps", "1000000", "--train.stop-at", str(step + 1)]
     run = here(folder, name, *more)
     assert int(final_state(run)[0].step) == step + 1
+
+
+# The command of training, where a host that is silent for seconds counts as dead.
+WATCHFUL = """
+import runpy
+from experiments import hosts
+hosts.SILENT = 8
+runpy.run_module("experiments.train", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_killed_host_ends_the_other_and_both_go_on(folder, whole):
+    more = ["--train.checkpoint-every", "1"]  # which also slows it, to be killed in
+    flags = arguments_of(folder, "killed", *more)
+    run = runs.Run(folder / "killed")
+    with processes.started(["-c", WATCHFUL, *flags]) as both:
+        until = time.monotonic() + processes.LONGEST
+        while not (run.metrics.exists() and run.metrics.stat().st_size):
+            assert [process.poll() for process in both] == [None, None]
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        both[1].kill()
+        killed = time.monotonic()
+        [(code, _, errors)] = processes.ended(both[:1])
+    assert code != 0
+    assert time.monotonic() - killed < 60
+    assert "must work until the end" in errors or "another task died" in errors
+    assert checkpoint.steps(run.checkpoints)[-1] < 12
+    results = processes.run(["-m", "experiments.train", *flags])
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert "going on from step" in results[0][1]
+    assert_same_numbers(final_state(run)[0], final_state(whole)[0])
+    assert lines_of(run) == [pytest.approx(each) for each in lines_of(whole)]
+
+
+def test_the_loss_of_a_host_is_said_and_a_bug_shown(monkeypatch, capsys):
+    left = []
+    monkeypatch.setattr(hosts, "leave", left.append)
+    lost = RuntimeError("UNKNOWN: Gloo all-reduce failed\nmore")
+    hosts._fail(RuntimeError, lost, None)
+    said = capsys.readouterr().err
+    assert "must work until the end; got UNKNOWN: Gloo all-reduce failed. See" in said
+    assert "more" not in said
+    hosts._fail(KeyError, KeyError("a bug"), None)
+    assert "KeyError: 'a bug'" in capsys.readouterr().err
+    assert left == [1, 1]
 
 
 # A command that needs no network, with shorter patience than that of a person.

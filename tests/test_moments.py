@@ -123,7 +123,7 @@ def test_a_pickle_is_never_opened(tmp_path, monkeypatch, refuses):
     monkeypatch.chdir(tmp_path)
     bad = np.array([Canary()], dtype=object)
     np.savez("bad.npz", mu=bad, sigma=bad)
-    with refuses("Object arrays cannot be loaded"):
+    with refuses("mu.npy of objects, a pickle"):
         moments.load_reference("bad.npz")
     np.savez("beside.npz", mu=np.zeros(2), sigma=np.eye(2), other=bad)
     moments.load_reference("beside.npz")
@@ -154,10 +154,10 @@ def test_cut_and_other_files_are_refused(tmp_path, refuses):
     with refuses("File is not a zip file"):
         moments.load(path)
     path.write_bytes(b"")
-    with refuses("No data"):
+    with refuses("File is not a zip file"):
         moments.load(path)
     np.save(tmp_path / "x.npy", np.zeros(3))
-    with refuses("a single array"):
+    with refuses("File is not a zip file"):
         moments.load(tmp_path / "x.npy")
     np.savez(path, pool_3=np.zeros((5, 3)))
     with refuses("no mu and no sigma"):

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from diffusion_jax.training import averages, state
+from diffusion_jax.training import averages, parallel, state
 
 LAST = averages.exponential(0.0)
 
@@ -225,3 +225,124 @@ def test_a_loss_remembers_what_it_saw_of_the_whole_batch_in_order(parts):
     np.testing.assert_allclose(
         seen[1]["loss"], 2 * now.memory["each"].mean(), rtol=1e-6
     )
+
+
+@jax.custom_vjp
+def hurt(w, bad):
+    """w itself; where bad, its gradient is NaN."""
+    return w
+
+
+hurt.defvjp(
+    lambda w, bad: (w, bad),
+    lambda bad, g: (jnp.where(bad, jnp.nan, g), np.zeros((), jax.dtypes.float0)),
+)
+
+
+def fragile(params, batch, key, memory):
+    """A quadratic whose examples can go wrong in the ways of state.CAUSES."""
+    bad = batch["bad"]
+    w = hurt(params["w"], (bad == 3).any())
+    each = jnp.square(w[None] - batch["x"]).mean(-1)
+    # The rate is 1e30: what is scaled by less stays finite, the rest does not.
+    each = each * jnp.where(bad == 4, 1e14, 1e-31)
+    each = jnp.where(bad == 2, jnp.inf, each)
+    return each.mean(), {"each": each}
+
+
+def remember(memory, seen):
+    return {"sum": memory["sum"] + seen["each"].sum(), "count": memory["count"] + 1}
+
+
+# By name: strategy, devices, devices that share a copy, micro-batches.
+SPREADS = {
+    "micro": ("mesh", 1, 1, 4),
+    "mesh": ("mesh", 8, 1, 1),
+    "fsdp": ("mesh", 8, 4, 1),
+    "pmap": ("pmap", 8, 1, 1),
+    "shard_map": ("shard_map", 8, 1, 1),
+}
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_a_single_example_gone_wrong_skips_the_step_on_every_device(spread):
+    strategy, devices, fsdp, parts = SPREADS[spread]
+    mesh = parallel.make_mesh(devices, fsdp)
+    optimizer = optax.sgd(1e30, momentum=0.9)
+    step = state.make_step(
+        parallel.gathered(fragile, mesh),
+        optimizer,
+        averages=[averages.exponential(0.5)],
+        clip_norm=None,
+        accumulate=parts,
+        axis_name=None if strategy == "mesh" else parallel.AXIS,
+        remember=remember,
+    )
+    first = state.init(
+        jax.random.key(0),
+        {"a": jnp.zeros(()), "w": jnp.zeros(2048)},
+        optimizer,
+        memory={"sum": jnp.zeros(()), "count": jnp.zeros(())},
+    )
+    now = parallel.place(first, parallel.state_sharding(first, mesh))
+    compiled = parallel.data_parallel(step, mesh, strategy=strategy)
+    x = np.random.default_rng(0).normal(size=(8, 2048)).astype(np.float32)
+
+    def bits(one):
+        one = one._replace(step=0, key=jax.random.key_data(one.key))
+        return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(one)]
+
+    for code, cause in enumerate(state.CAUSES):
+        before = bits(now)
+        batch = {"x": x.copy(), "bad": np.zeros(8, np.int32)}
+        batch["bad"][5] = code
+        if cause == "batch":
+            batch["x"][5, 7] = np.nan
+        now, metrics = compiled(now, batch)
+        assert state.CAUSES[int(metrics["cause"])] == cause
+        assert int(metrics["skipped"]) == bool(cause)
+        assert int(now.step) == code + 1
+        assert (bits(now) == before) == bool(cause)
+        if cause == "gradient":
+            assert int(metrics["tensor"]) == 1  # of w
+            assert np.isfinite(metrics["loss"])
+        if cause == "update":
+            assert np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
+    after = bits(now)
+    now, metrics = compiled(now, {"x": x, "bad": np.zeros(8, np.int32)})
+    assert bits(now) != after
+    assert int(now.memory["count"]) == 2
+    kept = (now.params, now.averages, now.opt_state, now.memory)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(kept))
+
+
+def test_an_optimizer_that_divides_by_nothing_is_noticed():
+    # Adam without epsilon, and a gradient of 0: 0 / 0.
+    optimizer = optax.adam(0.1, eps=0.0)
+    now, (metrics,) = run(quadratic, optimizer, [batch_of([1.0, 0.0])], averages=[LAST])
+    assert state.CAUSES[int(metrics["cause"])] == "update"
+    np.testing.assert_array_equal(now.params["w"], [0.0, 0.0])
+    unchecked, _ = run(
+        quadratic,
+        optimizer,
+        [batch_of([1.0, 0.0])],
+        averages=[LAST],
+        check_update=False,
+    )
+    assert np.isnan(unchecked.params["w"]).any()
+
+
+def test_a_part_whose_norm_overflows_is_no_part_of_norm_zero():
+    # Clipped by itself to 1 / inf of its size, it would vanish among the others.
+    rows = [[1e25, 0.0], [0.0, 0.5]]
+    now, (metrics,) = run(
+        lambda params, batch, key: (params["w"][None] * batch["x"]).sum(-1).mean(),
+        optax.sgd(1.0),
+        [batch_of(*rows)],
+        averages=[LAST],
+        clip_each=True,
+        accumulate=2,
+    )
+    assert float(metrics["loss"]) == 0
+    assert state.CAUSES[int(metrics["cause"])] == "gradient"
+    np.testing.assert_array_equal(now.params["w"], [0.0, 0.0])

@@ -1,5 +1,6 @@
 """The training command, run as a person runs it."""
 
+import contextlib
 import json
 import os
 import re
@@ -10,9 +11,11 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from test_state import hurt
 
 from diffusion_jax.training import checkpoint, parallel
 from experiments import eval_fid, learning, runs, sample, train
@@ -34,12 +37,27 @@ def run_train(folder, name, *flags):
     return train.main(argv), runs.Run(folder / name)
 
 
+@contextlib.contextmanager
+def one_step_program():
+    """Runs that differ in nothing that it is made of share the compiled step."""
+    real, made = learning.make_step, {}
+
+    def make(config, mesh, stored):
+        if mesh.size not in made:
+            made[mesh.size] = real(config, mesh, stored)
+        return made[mesh.size]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learning, "make_step", make)
+        yield
+
+
 def final_state(run):
     config = runs.read_config(run)
     like = jax.eval_shape(lambda: learning.init_state(config))
     sharding = parallel.replicated(parallel.make_mesh())
     with checkpoint.open_folder(run.checkpoints, read_only=True) as manager:
-        state, _ = checkpoint.restore(manager, like, sharding)
+        state, *_ = checkpoint.restore(manager, like, sharding)
     leaves = jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))
     return [np.asarray(leaf).tobytes() for leaf in leaves], int(state.step)
 
@@ -126,12 +144,94 @@ def test_steps_without_a_finite_loss_are_skipped_and_counted(folder, capsys):
     assert code == 0
     lines = [json.loads(line) for line in run.metrics.open()]
     assert [line["skipped"] for line in lines] == [4, 5]
-    assert lines[1] == {"step": 10, "loss": None, "grad_norm": None, "skipped": 5}
-    assert "9 steps were skipped: their loss was not finite" in capsys.readouterr().out
+    none = {"loss": None, "grad_norm": None}
+    assert lines[1] == {"step": 10, **none, "skipped": 5, "causes": {"loss": 5}}
+    said = "9 steps were skipped; what was not finite: loss 9"
+    assert said in capsys.readouterr().out
     leaves, step = final_state(run)
     assert step == 12
     # What was saved are the weights of the last finite step.
     assert all(np.isfinite(np.frombuffer(leaf, np.float32)).all() for leaf in leaves)
+
+
+@contextlib.contextmanager
+def broken(*, loss, gradient):
+    """In steps of these numbers the loss is NaN, or the gradient of one tensor."""
+    real = learning.make_loss
+
+    def make_loss(config):
+        loss_fn = real(config)
+        run_key = jax.random.split(jax.random.key(config.train.seed))[1]
+
+        def keys(steps):
+            fold = jax.vmap(jax.random.fold_in, (None, 0))
+            return jax.random.key_data(fold(run_key, jnp.array(steps)))
+
+        of_loss, of_gradient = keys(loss), keys(gradient)
+
+        def broken_loss(params, batch, key):
+            mine = jax.random.key_data(key)[None]
+            bad = (mine == of_gradient).all(-1).any()
+            out = params["net"]["conv_out"]
+            out = {**out, "kernel": hurt(out["kernel"], bad)}
+            params = {**params, "net": {**params["net"], "conv_out": out}}
+            bad = (mine == of_loss).all(-1).any()
+            return jnp.where(bad, jnp.nan, loss_fn(params, batch, key))
+
+        return broken_loss
+
+    with pytest.MonkeyPatch.context() as patch, one_step_program():
+        patch.setattr(learning, "make_loss", make_loss)
+        yield
+
+
+def test_what_was_not_finite_is_logged_and_counted_beyond_a_stop(folder, capsys):
+    with broken(loss=[2, 3], gradient=list(range(6, 30))):
+        code, run = run_train(folder, "broken", "--train.stop-at", "11")
+        assert code == 0
+        lines = [json.loads(line) for line in run.metrics.open()]
+        assert [line["causes"] for line in lines] == [{"loss": 2}, {"gradient": 4}]
+        assert [line["skipped"] for line in lines] == [2, 4]
+        assert np.isfinite([line["loss"] for line in lines]).all()
+        # Three in a row before the stop, and two after it.
+        flags = ("--train.max-skipped", "5", "--name", "row", "--output", str(folder))
+        argv = ["digits", *SMALL, *flags]
+        assert train.command([*argv, "--train.stop-at", "9"]) == 0
+        kept = final_state(runs.Run(folder / "row"))
+        for _ in range(2):  # the same command ends alike
+            capsys.readouterr()
+            assert train.command(argv) == 3
+            said = capsys.readouterr().err
+            assert "error: batch, loss, gradient and update must be finite at" in said
+            words = "none in the last 5, up to step 11: not finite were gradient 5, at"
+            assert f"{words} step 11 first the gradient of net/conv_out/kernel." in said
+            assert final_state(runs.Run(folder / "row")) == kept
+    leaves, step = kept
+    assert step == 9
+    assert all(np.isfinite(np.frombuffer(leaf, np.float32)).all() for leaf in leaves)
+
+
+def test_a_signal_before_the_first_step_leaves_nothing_in_the_way(folder):
+    command = [sys.executable, "-m", "experiments.train", "digits", *SMALL]
+    command += ["--output", str(folder), "--name", "early"]
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if "starting at step 0" in line:
+            break
+    begun = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert time.monotonic() - begun < 30
+    assert "first step" not in out
+    assert "Traceback" not in err
+    assert "leaving; the same command begins here again" in err
+    with one_step_program():
+        code, _ = run_train(folder, "early", "--train.stop-at", "1")
+    assert code == 0
 
 
 def test_what_devices_cannot_do_is_said_before_anything_is_written(folder):

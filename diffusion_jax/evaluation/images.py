@@ -1,5 +1,6 @@
 """Pictures: grids and strips of images, and plots of a run."""
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,8 +66,15 @@ def save(image: Image.Image, path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    image.save(partial, format="PNG")
-    partial.replace(path)
+    try:
+        image.save(partial, format="PNG")
+        partial.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk has no name of its own
+        raise
     return path
 
 

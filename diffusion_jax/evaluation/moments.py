@@ -5,13 +5,13 @@ hosts, and goes to a file from which an interrupted evaluation goes on.
 """
 
 import os
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from diffusion_jax.training import archives
 
 
 class Statistics(NamedTuple):
@@ -220,6 +220,12 @@ def as_moments(
     largest entry, as those summed in float32 are; what is returned is its symmetric
     part.
     """
+    kinds = {np.asarray(array).dtype.kind for array in (mean, matrix)}
+    if not kinds <= set("fiu"):
+        raise ValueError(
+            f"mean and covariance {name} must be of real numbers; got arrays of other "
+            "types. Make them with moments.finish."
+        )
     mean, matrix = np.asarray(mean, np.float64), np.asarray(matrix, np.float64)
     if mean.ndim != 1 or not mean.size or matrix.shape != 2 * mean.shape:
         raise ValueError(
@@ -231,6 +237,11 @@ def as_moments(
         raise ValueError(
             f"mean and covariance {name} must be finite; got some that are not. Make "
             "them from finite features, with moments.finish."
+        )
+    if matrix.diagonal().min() < 0:
+        raise ValueError(
+            f"covariance {name} must have variances of at least 0 on its diagonal; got "
+            f"{matrix.diagonal().min():.3g}. Make it with moments.finish."
         )
     skew = np.abs(matrix - matrix.T).max()
     if skew > 1e-5 * np.abs(matrix).max():
@@ -245,26 +256,17 @@ def _read(
     path: str | os.PathLike[str], names: tuple[str, ...]
 ) -> dict[str, np.ndarray]:
     """Returns the arrays of these names in an .npz file; no others are opened."""
+
+    def choose(there: list[str]) -> list[str]:
+        if missing := [name for name in names if name not in there]:
+            raise archives.ArchiveError(f"no {' and no '.join(missing)}")
+        return list(names)
+
     try:
-        with open(path, "rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("a single array")
-            if missing := [name for name in names if name not in archive.files]:
-                raise ValueError(f"no {' and no '.join(missing)}")
-            return {name: archive[name] for name in names}
+        return archives.read_npz(path, choose)
     except FileNotFoundError:
         raise
-    # np.load reports objects, other formats and damage in all these ways.
-    except (
-        ValueError,
-        OSError,
-        EOFError,
-        KeyError,
-        RuntimeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except (ValueError, OSError) as error:
         got = str(error).strip().rstrip(".") or type(error).__name__
         raise ValueError(
             f"{path} must be an .npz file of plain arrays {', '.join(names)}; got "

@@ -21,6 +21,8 @@ from diffusion_jax.training.formats import DataError
 _FLOAT = 1
 # More elements than any tensor here has: a shape must not reserve memory by lying.
 _MAX_SIZE = 2**28
+# Elements of a tensor that is written down as one number, repeated: a bias has some.
+_MAX_REPEATED = 2**20
 
 
 def read(content: bytes, what: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -82,11 +84,14 @@ def _tensor(raw: memoryview, name: str) -> np.ndarray | None:
         return None
     data = content or b"".join(values)
     size = math.prod(shape)
-    if len(data) % 4 or size > _MAX_SIZE:
+    # An axis of 0 would hide any other.
+    if len(data) % 4 or max(size, *shape, 0) > _MAX_SIZE:
         raise ValueError(f"{len(data)} bytes for {name} of shape {shape}")
     array = np.frombuffer(data, "<f4").astype(np.float32)
     if not content and 0 < array.size < size:
         # Listed values may stop early: the last one goes on to the end.
+        if size > _MAX_REPEATED:
+            raise ValueError(f"{array.size} numbers for {name} of shape {shape}")
         array = np.pad(array, (0, size - array.size), mode="edge")
     if array.size != size:
         raise ValueError(f"{array.size} numbers for {name} of shape {shape}")

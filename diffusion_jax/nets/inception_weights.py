@@ -17,11 +17,9 @@ import hashlib
 import io
 import os
 import re
-import tarfile
 import warnings
-import zlib
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import flax
@@ -30,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.nets import graphdef, inception, tensor_files
+from diffusion_jax.training import archives
 from diffusion_jax.training.download import fetch
 from diffusion_jax.training.formats import DataError
 
@@ -122,7 +121,7 @@ def find(path: str | os.PathLike[str] | None = None, *, download: bool = False) 
             f"{folder}; got none of {', '.join(FILES)} there. Allow the download, or "
             f"put there by hand what lies at {URL}."
         )
-    got = fetch(URL, folder / FILES[1], sha256=None)
+    got = fetch(URL, folder / FILES[1], sha256=None, most=_MAX_BYTES)
     digest = hashlib.sha256(got.read_bytes()).hexdigest()
     _noted(got).write_text(f"{digest}  {got.name}\n")
     warnings.warn(
@@ -269,18 +268,18 @@ def _from_archive(content: bytes, path: Path) -> bytes:
     """Returns the graph in an archive; nothing of it touches the disk."""
     wanted = "classify_image_graph_def.pb"
     try:
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as archive:
-            for member in archive:
-                if member.isreg() and Path(member.name).name == wanted:
-                    if member.size > _MAX_BYTES:
-                        raise tarfile.TarError(f"{wanted} of {member.size} bytes")
-                    stream = archive.extractfile(member)
-                    return stream.read() if stream else b""
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        found = archives.read_tar(
+            io.BytesIO(content),
+            lambda name: PurePosixPath(name).name == wanted,
+            most=_MAX_BYTES,
+            total=2 * _MAX_BYTES,
+        )
+    except archives.ArchiveError as error:
         raise DataError(
-            f"{path} must be a whole .tgz archive; got {type(error).__name__}: "
-            f"{error}. Download it again."
+            f"{path} must be a whole .tgz archive; got {error}. Download it again."
         ) from error
+    if found:
+        return next(iter(found.values()))
     raise DataError(
         f"{path} must hold {wanted}; got an archive without it. "
         "Give inception-2015-12-05.tgz as it was released."

@@ -12,6 +12,7 @@ PyTorch's are opened, by its own `weights_only` reader.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import hashlib
 import json
@@ -271,7 +272,14 @@ def _read_safetensors(path: Path, progress: bool) -> Tensors:
                     raise OSError("it became shorter while it was read")
                 digest.update(chunk.data)
                 update(len(chunk))
-    entries = {n: e for n, e in json.loads(header).items() if n != "__metadata__"}
+    listed = json.loads(header, object_pairs_hook=lambda pairs: pairs)
+    counts = collections.Counter(name for name, _ in listed)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise DataError(
+            f"{path} must name each tensor once; got {', '.join(twice[:3])} twice. "
+            "Write it again."
+        )
+    entries = {n: dict(e) for n, e in listed if n != "__metadata__"}
     kinds = {name: entry["dtype"] for name, entry in entries.items()}
     wrong = [f"{name} of {kind}" for name, kind in kinds.items() if kind not in _TYPES]
     if wrong:

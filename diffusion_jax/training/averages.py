@@ -19,6 +19,7 @@ relative length. (1) is no limit of many updates: the product of the decays
 hold for any number of updates.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -46,6 +47,8 @@ _DAMAGE = (
     TypeError,
     ValueError,
     AttributeError,
+    OverflowError,
+    RecursionError,
 )
 
 
@@ -272,8 +275,16 @@ def save(path: str | os.PathLike[str], params: PyTree, step: int, length: float)
     partial = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     # In one entry, since safetensors writes several in any order: the same average
     # is the same file, to the byte.
-    partial.write_bytes(safetensors.numpy.save(arrays, {FORMAT: json.dumps(about)}))
-    partial.replace(file)
+    data = safetensors.numpy.save(arrays, {FORMAT: json.dumps(about)})
+    try:
+        partial.write_bytes(data)
+        partial.replace(file)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(file)  # a full disk has no name of its own
+        raise
     return file
 
 
@@ -319,6 +330,9 @@ def load(path: str | os.PathLike[str], like: PyTree) -> PyTree:
             f"{'; '.join(wrong[:3])}{more}. Use the configuration that wrote it, or "
             "delete the file."
         )
+    endless = [name for name in wanted if not np.isfinite(stored[name]).all()]
+    if endless:
+        raise _damaged(path, f"{endless[0]} with values that are not finite")
     return jax.tree.unflatten(jax.tree.structure(like), [stored[n] for n in wanted])
 
 

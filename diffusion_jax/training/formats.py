@@ -14,15 +14,16 @@ import io
 import math
 import os
 import pickle
-import tarfile
+import pickletools
 import warnings
-import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from diffusion_jax.training import archives
 
 CIFAR10_ARCHIVES = ("cifar-10-binary.tar.gz", "cifar-10-python.tar.gz")
 
@@ -33,8 +34,11 @@ _CIFAR10_BATCHES = {
 }
 _CIFAR10_PIXELS = 3 * 32 * 32
 _CIFAR10_BATCH_LENGTH = 10_000
-# An official batch holds 31 MB; far larger members are decompression bombs.
+# An official batch holds 31 MB, an archive 186 MB; what is far larger is a bomb.
 _MAX_BATCH_BYTES = 64 * 2**20
+_MAX_ARCHIVE_BYTES = 2**28
+# Steps of the machine that a pickle is a program for; an official batch takes 60,000.
+_MAX_PICKLE_STEPS = 1_000_000
 
 
 class DataError(ValueError):
@@ -131,21 +135,20 @@ def _cifar10_archive(path: Path, split: str) -> dict[str, bytes]:
         for folder, ending in zip(_CIFAR10_FOLDERS, (".bin", ""), strict=True)
         for name in _CIFAR10_BATCHES[split]
     }
-    found: dict[str, bytes] = {}
     try:
-        with tarfile.open(path, "r:*") as archive:
-            for member in archive:
-                name = member.name.removeprefix("./")
-                if name not in wanted or not member.isreg():
-                    continue
-                _check_batch_bytes(member.size, f"{path}: {name}")
-                stream = archive.extractfile(member)
-                found[name] = stream.read() if stream else b""
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        with path.open("rb") as file:
+            members = archives.read_tar(
+                file,
+                lambda name: name.removeprefix("./") in wanted,
+                most=_MAX_BATCH_BYTES,
+                total=_MAX_ARCHIVE_BYTES,
+            )
+    except (archives.ArchiveError, OSError) as error:
         raise DataError(
-            f"{path} must be a whole tar archive; got {_describe(error)}. "
+            f"{path} must be a whole tar archive of CIFAR-10; got {error}. "
             "Download it again: it may have been cut off."
         ) from error
+    found = {name.removeprefix("./"): raw for name, raw in members.items()}
     for folder, ending in zip(_CIFAR10_FOLDERS, (".bin", ""), strict=True):
         names = [f"{folder}/{name}{ending}" for name in _CIFAR10_BATCHES[split]]
         if all(name in found for name in names):
@@ -186,7 +189,11 @@ def _parse_batch(
         content = _unpickle(raw, what)
         try:
             pixels = content[b"data"].array()
-            labels = np.asarray(content[b"labels"], np.int32)
+            listed = content[b"labels"]
+            # Lists of lists of one list have more entries than there is memory.
+            if not all(type(label) is int for label in listed):
+                raise TypeError("labels that are no whole numbers")
+            labels = np.asarray(listed, np.int32)
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as e:
             raise DataError(
                 f"{what} must be a dict with an array b'data' and a list b'labels'; "
@@ -246,7 +253,9 @@ class _PickledArray:
         """Returns the uint8 array; raises ValueError where it is none."""
         if getattr(self.dtype, "name", None) not in ("u1", "uint8", "|u1"):
             raise ValueError(f"an array of type {getattr(self.dtype, 'name', None)}")
-        flat = np.frombuffer(bytes(self.raw), np.uint8)
+        if not isinstance(self.raw, bytes | bytearray):  # of a number it makes zeros
+            raise TypeError(f"a {type(self.raw).__name__} in place of bytes")
+        flat = np.frombuffer(self.raw, np.uint8)
         return flat.reshape(self.shape, order="F" if self.order == "F" else "C")
 
 
@@ -279,6 +288,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
 def _unpickle(raw: bytes, what: str) -> Any:
     """Returns the content of a pickle of plain containers and arrays."""
     try:
+        _check_steps(raw)
         return _RestrictedUnpickler(io.BytesIO(raw), encoding="bytes").load()
     except DataError as error:
         raise DataError(f"{what}: {error}") from None
@@ -288,6 +298,15 @@ def _unpickle(raw: bytes, what: str) -> Any:
             f"{what} must be a whole pickle; got {_describe(error)}. "
             "Download the official archive again."
         ) from error
+
+
+def _check_steps(raw: bytes) -> None:
+    """Raises where a pickle would take much time, or memory that it has not filled."""
+    for count, (operation, argument, _) in enumerate(pickletools.genops(raw)):
+        # The memo is an array as long as the largest place in it.
+        far = "PUT" in operation.name and int(argument or 0) > _MAX_PICKLE_STEPS
+        if far or count > _MAX_PICKLE_STEPS:
+            raise ValueError(f"more than {_MAX_PICKLE_STEPS} steps or places")
 
 
 def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
@@ -301,22 +320,27 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise archives.ArchiveError("no regular file")
         with path.open("rb") as plain:
             zipped = plain.read(2) == b"\x1f\x8b"
+        packed = path.stat().st_size if zipped else None
         with gzip.open(path, "rb") if zipped else path.open("rb") as stream:
-            return _parse_idx(stream, path)  # type: ignore[arg-type]
+            return _parse_idx(stream, path, packed)  # type: ignore[arg-type]
     except FileNotFoundError:
         raise DataError(
             f"an IDX file must exist; got {path}, which does not. Check the path."
         ) from None
-    except (OSError, EOFError, zlib.error) as error:
+    except DataError:
+        raise
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise DataError(
             f"{path} must be a readable, whole file; got {_describe(error)}. "
             "Download it again."
         ) from error
 
 
-def _parse_idx(stream: BinaryIO, path: Path) -> np.ndarray:
+def _parse_idx(stream: BinaryIO, path: Path, packed: int | None) -> np.ndarray:
     head = stream.read(4)
     if len(head) < 4 or head[:3] != b"\x00\x00\x08" or not 1 <= head[3] <= 4:
         raise DataError(
@@ -327,6 +351,8 @@ def _parse_idx(stream: BinaryIO, path: Path) -> np.ndarray:
     sizes = stream.read(4 * head[3])
     shape = tuple(int(n) for n in np.frombuffer(sizes[: len(sizes) // 4 * 4], ">u4"))
     count = math.prod(shape) if len(shape) == head[3] else 0
+    if packed is not None:
+        archives.check_packed(count, packed, "an array")
     # One byte more than wanted shows a file that goes on; no more is ever unpacked.
     raw = _read_up_to(stream, count + 1)
     if len(shape) != head[3] or len(raw) != count:
@@ -359,36 +385,32 @@ def read_npz(
     Raises:
       DataError: no such file, no such array, or one of another type or shape.
     """
+
+    def choose(names: list[str]) -> list[str]:
+        others = [name for name in names if name != "labels"]
+        # By these names in turn; failing them, the only array there is.
+        only = others if len(others) == 1 else []
+        keys = [k for k in ("images", "arr_0") if k in names] + only
+        if not keys:
+            raise archives.ArchiveError(
+                f"{', '.join(names[:8]) or 'none'}, of which no array is named "
+                "images or arr_0, nor alone"
+            )
+        return [keys[0], *(name for name in names if name == "labels")]
+
     try:
-        with open(path, "rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("a single array")
-            names = archive.files
-            others = [name for name in names if name != "labels"]
-            # By these names in turn; failing them, the only array there is.
-            only = others if len(others) == 1 else []
-            keys = [k for k in ("images", "arr_0") if k in names] + only
-            if not keys:
-                raise DataError(
-                    f"{path} must hold an array named images, or arr_0, or one array "
-                    f"only; got {', '.join(names) or 'none'}. Save it with "
-                    "np.savez(path, images=images)."
-                )
-            images = archive[keys[0]]
-            labels = archive["labels"] if "labels" in names else None
-    except DataError:
-        raise
+        arrays = archives.read_npz(path, choose)
     except FileNotFoundError:
         raise DataError(
             f"an npz file must exist; got {path}, which does not. Check the path."
         ) from None
-    # np.load reports objects, other formats and damage as ValueError and OSError.
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (archives.ArchiveError, ValueError, OSError) as error:
         raise DataError(
-            f"{path} must be an npz file of plain arrays; got {_describe(error)}. "
+            f"{path} must be an npz file of plain arrays; got {error}. "
             "Save it with np.savez(path, images=images), images being uint8."
         ) from error
+    labels = arrays.pop("labels", None)
+    (images,) = arrays.values()
     return as_images(images, path), as_labels(labels, len(images), path)
 
 

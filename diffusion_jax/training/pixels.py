@@ -109,8 +109,8 @@ def fitter(
     if image_size < height:
         raise DataError(
             f"image_size must be at least the images' own size; got image_size="
-            f"{image_size} for {own} images. Give {height} or more, or fit='crop' "
-            "to shrink them."
+            f"{image_size} for {own} images in {what}. Give {height} or more, or "
+            "fit='crop' to shrink them."
         )
     return partial(pad, size=image_size), square
 
@@ -198,6 +198,7 @@ def _decode(path: str | Path, size: int, channels: int) -> tuple[np.ndarray, int
     """Returns `(pixels uint8 [size, size, channels], the original's shorter side)`."""
     with Image.open(path) as opened:
         _check_bomb(opened)
+        _check_transparent(opened)
         image = _middle(ImageOps.exif_transpose(opened))
     image = _convert(image, channels)
     return _pixels(_resize(image, size)), min(image.size)
@@ -211,6 +212,9 @@ def _probe(path: str | Path) -> tuple[None, int]:
 
 
 def _check_bomb(image: Image.Image) -> None:
+    # For which Pillow starts an interpreter, as soon as pixels are asked for.
+    if image.format == "EPS":
+        raise ValueError("PostScript, which is a program; it was not run")
     # Pillow raises at twice its limit and only warns at once: here both are errors.
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
@@ -220,6 +224,14 @@ def _check_bomb(image: Image.Image) -> None:
         )
 
 
+def _check_transparent(image: Image.Image) -> None:
+    # Of 16 bits of colour Pillow keeps 8, in which the one colour that stands for
+    # nothing is no longer told from its neighbours.
+    deep = any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+    if deep and image.mode == "RGB" and "transparency" in image.info:
+        raise ValueError("16 bits of RGB with a colour that is transparent")
+
+
 def _convert(image: Image.Image, channels: int) -> Image.Image:
     """Returns the image in RGB or grey, 8 bits, from whatever mode it is in."""
     if image.mode.startswith("I"):
@@ -227,6 +239,8 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("grey values outside 16 bits")
+        if "transparency" in image.info:
+            values[values == image.info["transparency"]] = 65535
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("floating-point pixels, whose range is unknown")
@@ -265,7 +279,7 @@ def read_folder(
       DataError: no folder, no images, or unreadable ones (the first ten are named).
     """
     folder = Path(folder)
-    files = _image_files(folder)
+    files = image_files(folder)
     shape = (image_size, image_size, channels)
     decode = partial(_decode, size=image_size, channels=channels)
     lazy = len(files) * int(np.prod(shape)) > memory_limit
@@ -292,8 +306,12 @@ def read_folder(
     )
 
 
-def _image_files(folder: Path) -> list[Path]:
-    """Returns the paths of a folder's images, in order."""
+def image_files(folder: Path) -> list[Path]:
+    """Returns the paths of a folder's images, in order.
+
+    Raises:
+      DataError: no folder, or no images in it.
+    """
     if not folder.is_dir():
         raise DataError(
             f"a folder of images must exist; got {folder}, which is no folder. "

@@ -16,6 +16,9 @@ LossFn = Callable[..., Any]
 Profile = Callable[[jax.Array], jax.Array]
 Metrics = dict[str, jax.Array]
 
+CAUSES = ("", "batch", "loss", "gradient", "update")
+"""Of a step that was skipped, by the number in its metrics; "" of one that was not."""
+
 
 class TrainState(NamedTuple):
     """All that training carries from one step to the next."""
@@ -76,10 +79,13 @@ def make_step(
     accumulate: int = 1,
     axis_name: str | None = None,
     remember: Callable[[PyTree, PyTree], PyTree] | None = None,
+    check_update: bool = True,
 ) -> StepFn:
     """Returns the training step: gradient, clip, update, averages.
 
-    A step whose loss or gradient is not finite changes nothing but the step number.
+    A step in which a number of the batch, the loss, the gradient's norm or the update
+    is not finite changes nothing but the step number. The device decides that by
+    itself: the host may read the metrics whenever it likes.
 
     Args:
       loss_fn: from (params, batch, key) to the mean loss of the batch, a scalar. Every
@@ -100,11 +106,17 @@ def make_step(
         loss has seen of the whole batch, in its order, to the next memory. The loss is
         then from (params, batch, key, memory) to (mean loss, seen), where seen is a
         tree of arrays with the example as the leading axis.
+      check_update: whether to look for numbers that are not finite among the new
+        parameters and moments too. The answer has to be there before any of them is
+        kept, so gradient, moments and parameters are read once more, which no fusion
+        can spare. False is for an optimizer whose update cannot overflow.
 
     Returns:
       A function of (state, batch), where the leading axis of every array in the batch
-      is the example. Its metrics are the mean "loss", the "grad_norm" before clipping,
-      and "skipped", 1 where nothing was changed; all scalars.
+      is the example. Its metrics are scalars: the mean "loss", the "grad_norm" before
+      clipping, "skipped", 1 where nothing was changed, the "cause" of that, an index of
+      `CAUSES`, and "tensor": where the cause is the gradient, which leaf of params is
+      the first whose gradient is not finite; -1 where no leaf is to blame.
 
     >>> from diffusion_jax.training import averages
     >>> half = averages.exponential(0.5)
@@ -139,6 +151,7 @@ def make_step(
                 "init too."
             )
         key = jax.random.fold_in(state.key, state.step)
+        wrong = _not_finite(batch)
         (loss, grad), seen = _accumulate(
             gradient, accumulate, state.params, batch, key, state.memory
         )
@@ -147,7 +160,11 @@ def make_step(
             # the gradient of replicated parameters has been summed already.
             loss, grad = jax.lax.pmean((loss, grad), axis_name)
             seen = jax.lax.all_gather(seen, axis_name, tiled=True)
-        norm = optax.tree.norm(grad)
+            if _floating(batch):
+                wrong = jax.lax.pmax(wrong.astype(jnp.int32), axis_name) > 0
+        # The sums that `clip` needs as well: the compiler makes them once.
+        squares = [optax.tree.norm(x, squared=True) for x in jax.tree.leaves(grad)]
+        norm = jnp.sqrt(sum(squares))
         if not clip_each:
             grad = clip(grad, clip_norm)
         updates, opt_state = optimizer.update(grad, state.opt_state, state.params)
@@ -158,10 +175,19 @@ def make_step(
         )
         memory = state.memory if remember is None else remember(state.memory, seen)
         new = TrainState(state.step, params, means, opt_state, memory, state.key)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
-        skipped = 1 - finite.astype(jnp.int32)
-        metrics = {"loss": loss, "grad_norm": norm, "skipped": skipped}
+        # The averages lie between their old values and the parameters.
+        kept = (memory, params, opt_state) if check_update else memory
+        found = (wrong, ~jnp.isfinite(loss), ~jnp.isfinite(norm), _not_finite(kept))
+        cause = jnp.select(found, range(1, len(CAUSES)), 0).astype(jnp.int32)
+        new = jax.tree.map(lambda a, b: jnp.where(cause == 0, a, b), new, state)
+        metrics = {
+            "loss": loss,
+            "grad_norm": norm,
+            "skipped": (cause > 0).astype(jnp.int32),
+            "cause": cause,
+            # Clipped one by one, all leaves of a bad gradient are bad.
+            "tensor": _first_bad(() if clip_each else squares),
+        }
         return new._replace(step=state.step + 1), metrics
 
     return step
@@ -170,13 +196,17 @@ def make_step(
 def clip(grad: PyTree, norm: float | None) -> PyTree:
     """Returns the gradient scaled down to a global norm of at most `norm`.
 
-    >>> print(clip(jnp.array([3.0, 4.0]), 1.0))
-    [0.6 0.8]
+    One whose norm is not finite becomes NaN: scaled to 0, it would pass for a small one
+    among the others of a batch.
+
+    >>> print(clip(jnp.array([3.0, 4.0]), 1.0), clip(jnp.array([1e30, 0.0]), 1.0))
+    [0.6 0.8] [nan nan]
     """
     if norm is None:
         return grad
-    scale = jnp.minimum(1.0, norm / jnp.maximum(optax.tree.norm(grad), norm))
-    return optax.tree.scale(scale, grad)
+    whole = optax.tree.norm(grad)
+    scale = jnp.minimum(1.0, norm / jnp.maximum(whole, norm))
+    return optax.tree.scale(jnp.where(jnp.isfinite(whole), scale, jnp.nan), grad)
 
 
 def learning_rate(
@@ -257,3 +287,23 @@ def _accumulate(
     like, _ = jax.eval_shape(gradient, params, first, key, memory)
     total, seen = jax.lax.scan(add, optax.tree.zeros_like(like), micros)
     return optax.tree.scale(1 / parts, total), jax.tree.map(whole, seen)
+
+
+def _floating(tree: PyTree) -> list[jax.Array]:
+    """The leaves that may hold something else than finite numbers."""
+    leaves = map(jnp.asarray, jax.tree.leaves(tree))
+    return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+
+def _not_finite(tree: PyTree) -> jax.Array:
+    """Whether any number of a tree is NaN or infinite."""
+    bad = [~jnp.isfinite(x).all() for x in _floating(tree)]
+    return jnp.stack(bad).any() if bad else jnp.zeros((), bool)
+
+
+def _first_bad(squares: Sequence[jax.Array]) -> jax.Array:
+    """The index of the first that is not finite, int32; -1 where all are."""
+    if not squares:
+        return jnp.full((), -1, jnp.int32)
+    bad = ~jnp.isfinite(jnp.stack(squares))
+    return jnp.where(bad.any(), jnp.argmax(bad), -1).astype(jnp.int32)

@@ -1,0 +1,239 @@
+"""What a checkpoint must hold: type, shape and sha256 of every leaf.
+
+Orbax gives back flipped bytes without a word. So every process writes, into the
+checkpoint and before it counts as whole, a manifest of what it has put there: of each
+leaf the parts that it holds (all of it, where devices have copies) with the digest of
+their bytes. Who reads a checkpoint reads all manifests, and believes no byte that they
+do not vouch for.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+PyTree = Any
+
+FORMAT = 1
+"""Of the manifest, and with it of the whole checkpoint."""
+THREADS = 4
+"""Digests that are taken at a time."""
+
+
+class Part(NamedTuple):
+    """A block of a leaf, as the host has it."""
+
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+    data: np.ndarray
+
+
+class Leaf(NamedTuple):
+    """A leaf as a manifest describes it."""
+
+    dtype: str
+    """Of the leaf: 'float32', 'key<fry>'."""
+    shape: tuple[int, ...]
+    """Of the leaf."""
+    parts: list[tuple[list[int], list[int], str]]
+    """Of what is stored (a key's numbers, say): first index, last plus one, sha256."""
+
+
+class Manifest(NamedTuple):
+    """All manifests of a checkpoint, put together."""
+
+    leaves: dict[str, Leaf]
+    meta: dict[str, Any]
+    """What was saved beside the state."""
+    score: float | None
+    """By which the best checkpoint is known: the lowest."""
+
+
+class UnverifiedError(Exception):
+    """What is stored is not what was written; str() says in a few words why."""
+
+
+def by_path(tree: PyTree) -> dict[str, Any]:
+    """Returns the leaves of a tree by their paths.
+
+    Raises:
+      ValueError: two leaves have the same path.
+
+    >>> by_path({"a": [1, 2]})
+    {'a/0': 1, 'a/1': 2}
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    found = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in leaves
+    }
+    if len(found) < len(leaves):
+        raise ValueError(
+            "every leaf must have a path of its own, with its keys joined by '/'; got "
+            f"{len(leaves)} leaves with {len(found)} paths. Use keys without '/'."
+        )
+    return found
+
+
+def stored(leaf: Any) -> Any:
+    """Returns a leaf as an array of numbers, which a random key has within."""
+    if is_key(leaf):
+        return jax.random.key_data(leaf)
+    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+
+
+def is_key(leaf: Any) -> bool:
+    """Returns whether a leaf is an array of random keys."""
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def parts(array: Any) -> list[Part]:
+    """Returns the blocks of an array that this process answers for, on the host.
+
+    Of copies on several devices, the first; of a leaf without a device, the first
+    process's.
+    """
+    if not isinstance(array, jax.Array):
+        if jax.process_index():
+            return []
+        return [Part((0,) * array.ndim, array.shape, np.array(array))]
+    found = []
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            cuts = zip(shard.index, array.shape, strict=True)
+            bounds = [cut.indices(size) for cut, size in cuts]
+            start, stop = (tuple(bound[end] for bound in bounds) for end in (0, 1))
+            # The next step uses up what is on the device. This is a copy of it; on CPU
+            # it is the same memory, which JAX leaves alone while it is held.
+            found.append(Part(start, stop, np.asarray(shard.data)))
+    return found
+
+
+def describe(
+    like: Mapping[str, Any],
+    held: Mapping[str, Sequence[Part]],
+    meta: dict[str, Any],
+    score: float | None,
+) -> str:
+    """Returns the text of this process's manifest.
+
+    Args:
+      like: the leaves by path.
+      held: the parts of each that this process answers for, from `parts`.
+      meta: what is saved beside the state.
+      score: see `Manifest`.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        digests = pool.map(digest, [p.data for path in like for p in held[path]])
+        leaves = {
+            path: {
+                "dtype": str(leaf.dtype),
+                "shape": list(leaf.shape),
+                "parts": [[p.start, p.stop, next(digests)] for p in held[path]],
+            }
+            for path, leaf in like.items()
+        }
+    count = jax.process_count()
+    about = {"format": FORMAT, "process": jax.process_index(), "processes": count}
+    return _seal({**about, "leaves": leaves, "meta": meta, "score": score})
+
+
+def digest(array: np.ndarray) -> str:
+    """Returns the sha256 of the bytes of an array, in C order.
+
+    >>> digest(np.zeros(2, np.uint8)) == hashlib.sha256(bytes(2)).hexdigest()
+    True
+    """
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return hashlib.sha256(flat.view(np.uint8).data).hexdigest()
+
+
+def read(folder: Path) -> Manifest:
+    """Returns what the manifests in a folder say together.
+
+    Raises:
+      UnverifiedError: one is missing, damaged, or of another format.
+    """
+    files = [_unseal(path) for path in sorted(folder.glob("process_*.json"))]
+    if not files:
+        raise UnverifiedError("no manifest")
+    if any(file.get("format") != FORMAT for file in files):
+        raise UnverifiedError(f"a manifest of another format than {FORMAT}")
+    try:
+        count = files[0]["processes"]
+        if sorted(file["process"] for file in files) != list(range(count)):
+            raise UnverifiedError(f"{len(files)} manifests for {count} processes")
+        first = min(files, key=lambda file: int(file["process"]))
+        leaves = {
+            path: Leaf(
+                leaf["dtype"],
+                tuple(leaf["shape"]),
+                [
+                    tuple(part)
+                    for file in files
+                    for part in file["leaves"][path]["parts"]
+                ],
+            )
+            for path, leaf in first["leaves"].items()
+        }
+        return Manifest(leaves, first["meta"], first["score"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UnverifiedError(f"a manifest without {error}") from error
+
+
+def check(leaves: Mapping[str, Leaf], arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises UnverifiedError unless every leaf is, to the bit, what was written.
+
+    Args:
+      leaves: from `read`.
+      arrays: what was read, by path.
+    """
+
+    def wrong(path: str) -> str | None:
+        leaf, array = leaves[path], arrays[path]
+        covered = 0
+        for start, stop, expected in leaf.parts:
+            block = array[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))]
+            covered += block.size
+            if digest(block) != expected:
+                return f"other bytes in {path}"
+        return None if covered == array.size else f"no digest for all of {path}"
+
+    missing = sorted(leaves.keys() ^ arrays.keys())
+    if missing:
+        raise UnverifiedError(f"nothing in {missing[0]}{_more(len(missing))}")
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = [said for said in pool.map(wrong, leaves) if said]
+    if found:
+        raise UnverifiedError(f"{found[0]}{_more(len(found))}")
+
+
+def _more(count: int) -> str:
+    return f" and {count - 1} more" if count > 1 else ""
+
+
+def _seal(body: dict[str, Any]) -> str:
+    """The text of a manifest, with the digest of the rest of it."""
+    return json.dumps({**body, "sha256": _sum(body)})
+
+
+def _unseal(path: Path) -> dict[str, Any]:
+    """What `_seal` made a text of."""
+    try:
+        body = json.loads(path.read_bytes())
+        said = body.pop("sha256")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UnverifiedError(f"a manifest that cannot be read, {path.name}") from error
+    if said != _sum(body):
+        raise UnverifiedError(f"a manifest with other bytes, {path.name}")
+    return dict(body)
+
+
+def _sum(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

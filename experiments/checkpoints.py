@@ -1,0 +1,129 @@
+"""Lists the checkpoints of a run, after comparing all of each with its manifest.
+
+`python -m experiments.checkpoints [RUN]`; leaves with 1 where one is damaged.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import tyro
+
+from diffusion_jax.training import checkpoint, retention
+from experiments import arguments, runs
+from experiments.config import ConfigError
+
+DAMAGED = 1
+"""Exit code where a checkpoint does not verify."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Whose checkpoints to list."""
+
+    run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = (
+        None
+    )
+    """A run's folder or name; the newest in runs/ when not given."""
+
+
+class Row(NamedTuple):
+    """A checkpoint as it is listed."""
+
+    name: str
+    step: int
+    size: int
+    """Bytes of all its files."""
+    written: float
+    """Seconds since 1970."""
+    loss: float | None
+    """The mean that was logged before it, by which the best one is known."""
+    wrong: str | None
+    """Why it does not verify; None where it does."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Lists the checkpoints; returns the exit code."""
+    options = tyro.cli(
+        Options,
+        args=argv,
+        prog="python -m experiments.checkpoints",
+        description=__doc__,
+    )
+    run = runs.find(options.run)
+    if run.network is not None:
+        raise ConfigError(
+            "RUN must be a folder that training wrote, which has checkpoints; got the "
+            f"network {run.network.path}. Give a run."
+        )
+    found = rows(run.checkpoints)
+    if not found:
+        raise ConfigError(
+            f"a checkpoint must be in {run.checkpoints}; got none. Train first, or "
+            "give another run."
+        )
+    print(f"{run.checkpoints}/")
+    print(table(found, runs.read_config(run).train.keep_every))
+    return DAMAGED if any(row.wrong for row in found) else 0
+
+
+def rows(folder: Path) -> list[Row]:
+    """Returns a row for each checkpoint of a folder, those set aside last."""
+    every = [folder / str(step) for step in checkpoint.steps(folder)]
+    aside = [path for path in folder.glob("*.damaged*") if path.is_dir()]
+    return [_row(path) for path in (*every, *sorted(aside))]
+
+
+def _row(path: Path) -> Row:
+    files = [file for file in path.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    step, loss, wrong = int(path.name.partition(".")[0]), None, None
+    try:
+        loss = checkpoint.verify(path).score
+    except checkpoint.CheckpointError as error:
+        wrong = str(error).partition("; got ")[2].partition(". ")[0]
+    return Row(path.name, step, size, path.stat().st_mtime, loss, wrong)
+
+
+def table(found: Sequence[Row], keep_every: int | None = None) -> str:
+    """Returns the rows as lines, with what each is good for.
+
+    >>> print(table([Row("9", 9, 2048, 0.0, 0.5, None)]))
+    step      size  written              loss  state
+    9      2.0 KiB  1970-01-01 00:00   0.5000  verified, latest, best
+    """
+    whole = [row for row in found if row.wrong is None]
+    latest = max((row.step for row in whole), default=None)
+    best = retention.best({row.step: row.loss for row in whole})
+    wide = max(len("step"), *(len(row.name) for row in found))
+    lines = [f"{'step':{wide}}  {'size':>8}  {'written':16}  {'loss':>7}  state"]
+    for row in found:
+        marks = [f"damaged: {row.wrong}" if row.wrong else "verified"]
+        if row.wrong is None:
+            marks += ["latest"] * (row.step == latest) + ["best"] * (row.step == best)
+            marks += ["kept"] * (keep_every is not None and row.step % keep_every == 0)
+        date = time.strftime("%Y-%m-%d %H:%M", time.gmtime(row.written))
+        loss = "-" if row.loss is None else f"{row.loss:.4f}"
+        size = _size(row.size)
+        lines.append(
+            f"{row.name:{wide}}  {size:>8}  {date}  {loss:>7}  {', '.join(marks)}"
+        )
+    return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    """Returns bytes as a person reads them.
+
+    >>> _size(1000), _size(3 * 2**30)
+    ('1000 B', '3.0 GiB')
+    """
+    power = min(int(math.log2(max(count, 1))) // 10, 3)
+    unit = ("B", "KiB", "MiB", "GiB")[power]
+    return f"{count / 1024**power:.{min(power, 1)}f} {unit}"
+
+
+if __name__ == "__main__":
+    arguments.guarded(main)

@@ -1,0 +1,104 @@
+"""SIGINT and SIGTERM: a checkpoint after the first, the end at once after a second.
+
+The interpreter runs handlers between its own instructions, and not while it waits for
+a compiler or a disk. So signals are taken by a thread, which hears of them by a pipe
+that the interpreter writes to at once.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+KINDS = (signal.SIGINT, signal.SIGTERM)
+CODE = 128
+"""Added to a signal's number it is the exit code, as shells have it."""
+
+_taking = False
+
+
+class Requests:
+    """The signals that came."""
+
+    def __init__(self) -> None:
+        """Starts without any; one ends the process until `note` says otherwise."""
+        self.numbers: list[int] = []
+        """Those that asked for the end of the loop."""
+        self._noting = False
+
+    def note(self) -> None:
+        """Has the first signal noted from now on."""
+        self._noting = True
+
+    def done(self) -> None:
+        """Has any signal end the process again: all is written."""
+        self._noting = False
+
+    def take(self, number: int) -> None:
+        """Takes a signal, on the thread: notes it, or ends the process."""
+        if self._noting and not self.numbers:
+            self.numbers.append(number)
+            _say("stopping after this step, with a checkpoint; again: at once, without")
+            return
+        if self.numbers:
+            _say("leaving at once; the same command goes on from the last checkpoint")
+        else:
+            _say("leaving; the same command begins here again")
+        os._exit(CODE + number)
+
+
+@contextmanager
+def requests() -> Iterator[Requests]:
+    """Takes SIGINT and SIGTERM in place of whoever took them, and gives them back.
+
+    To be called on the main thread. What is written meanwhile has to bear the end of
+    the process at any instruction, as it has to bear SIGKILL.
+    """
+    global _taking
+    found = Requests()
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    thread = threading.Thread(target=_listen, args=(heard, found), daemon=True)
+    thread.start()
+    wakeup = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    before = [signal.signal(kind, _ignore) for kind in KINDS]
+    _taking = True
+    try:
+        yield found
+    finally:
+        _taking = False
+        for kind, handler in zip(KINDS, before, strict=True):
+            signal.signal(kind, handler)
+        signal.set_wakeup_fd(wakeup)
+        os.close(told)  # the end of the thread
+        thread.join()
+
+
+def _listen(heard: int, found: Requests) -> None:
+    with os.fdopen(heard, "rb", buffering=0) as pipe:
+        while number := pipe.read(1):
+            if number[0] in KINDS:
+                found.take(number[0])
+
+
+def _ignore(number: int, frame: Any) -> None:
+    """Does nothing: without a handler the pipe would not be written to."""
+
+
+def _say(text: str) -> None:
+    with suppress(OSError, ValueError):
+        os.write(sys.stderr.fileno(), f"\n{text}\n".encode())
+
+
+def _forget() -> None:
+    """Leaves a forked child, which shares the pipe, to die of its signals."""
+    if _taking:
+        signal.set_wakeup_fd(-1)
+        for kind in KINDS:
+            signal.signal(kind, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,109 @@
+"""A disk that is full: the path is named, nothing is lost, and the run goes on later.
+
+A limit on the size of a file stands for it: to write beyond fails as on a full disk,
+for the interpreter and for what writes checkpoints alike.
+"""
+
+import contextlib
+import os
+import resource
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax.evaluation import images
+from diffusion_jax.training import averages
+from experiments import runs
+from experiments.config import ConfigError
+
+
+@contextlib.contextmanager
+def no_file_beyond(size):
+    """No file of this process grows beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def picture(path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    images.save(Image.fromarray(noise), path)
+
+
+def snapshot(path):
+    averages.save(path, {"w": np.ones(500, np.float32)}, 3, 0.1)
+
+
+def config(path):
+    runs.write_json(path, {"a": [1] * 500})
+
+
+def cut(path):
+    runs.cut_lines(path, 10_000)
+
+
+@pytest.mark.parametrize("write", [picture, snapshot, config, cut])
+def test_what_cannot_be_written_leaves_what_was_there(write, tmp_path):
+    path = tmp_path / "file"
+    path.write_text("".join(f'{{"step": {n}}}\n' for n in range(500)))
+    before = path.read_bytes()
+    with no_file_beyond(1000), pytest.raises(OSError, match="large") as caught:
+        write(path)
+    assert str(caught.value.filename).startswith(str(tmp_path))
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["file"]
+    write(path)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_line_that_was_cut_off_is_dropped_and_written_again(tmp_path):
+    path = tmp_path / "lines"
+    runs.append_line(path, {"step": 1, "text": "a" * 80})
+    with no_file_beyond(150), pytest.raises(OSError, match="large") as caught:
+        runs.append_line(path, {"step": 2, "text": "b" * 80})
+    assert caught.value.filename == str(path)
+    runs.cut_lines(path, 5)
+    assert [line["step"] for line in runs.read_lines(path)] == [1]
+    runs.append_line(path, {"step": 2})
+    assert [line["step"] for line in runs.read_lines(path)] == [1, 2]
+
+
+@pytest.mark.parametrize("line", ["{]\n", "3\n", '{"loss": 1}\n', "\0\0\0\n", "\xff\n"])
+def test_a_log_that_somebody_damaged_is_named(line, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}{{"step": 3}}\n', encoding="latin-1")
+    with pytest.raises(ConfigError, match=rf"{path} must .*; got .* in line 2\. Rest"):
+        runs.read_lines(path)
+
+
+def test_what_a_killed_process_began_to_write_is_removed(tmp_path):
+    run = runs.Run(tmp_path)
+    run.samples.mkdir()
+    begun = [".config.json.7.tmp", ".metrics.jsonl.7.tmp", "samples/.step_1.png.7.tmp"]
+    other = [".fid.json.7.tmp", "config.json", "metrics.jsonl"]
+    for name in (*begun, *other):
+        (tmp_path / name).write_text("")
+    runs.remove_partials(run)
+    left = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert left == set(other)
+
+
+def test_room_is_asked_for_before_and_little_is_said(tmp_path, monkeypatch, capsys):
+    state = {"w": np.zeros(1000, np.float32), "step": np.zeros((), np.int32)}
+
+    def check(free, there=0):
+        usage = type("Usage", (), {"free": free})
+        monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: usage)
+        runs.check_room(runs.Run(tmp_path), state, there, 3)
+        return capsys.readouterr().err
+
+    with pytest.raises(ConfigError, match=f"{tmp_path} must have room .*0.00 MiB; got"):
+        check(4003)
+    assert "has room for 1 checkpoints of 0.00 MiB more; train.keep = 3" in check(4004)
+    assert check(4004, there=4) == ""  # it takes the place of one that goes
+    assert "takes up to 5" in check(5 * 4004 - 1)
+    assert check(5 * 4004) == ""

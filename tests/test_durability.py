@@ -1,0 +1,219 @@
+"""What a run is made of: two runs are equal to the bit, and nothing can be left out."""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from processes import ROOT
+from test_disk import no_file_beyond
+from test_train import SMALL, one_step_program, run_train
+
+from diffusion_jax.training import checkpoint, determinism, parallel
+from experiments import learning, runs
+
+
+def restored(run):
+    config = runs.read_config(run)
+    like = jax.eval_shape(lambda: learning.init_state(config))
+    one = parallel.replicated(parallel.make_mesh(1))
+    with checkpoint.open_folder(run.checkpoints, read_only=True) as folder:
+        return checkpoint.restore(folder, like, one)
+
+
+def digests(run):
+    """sha256 of each part of the last state, and of the log."""
+    state = restored(run).state
+    state = state._replace(key=jax.random.key_data(state.key))
+    found = {"log": hashlib.sha256(run.metrics.read_bytes())}
+    for name, part in state._asdict().items():
+        found[name] = hashlib.sha256()
+        for leaf in jax.tree.leaves(part):
+            found[name].update(np.asarray(leaf).tobytes())
+    return {name: one.hexdigest() for name, one in found.items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_program():
+    with one_step_program():
+        yield
+
+
+# Neither the grid of the last step is drawn, nor a program for it made.
+UNTIL = ("--train.stop-at", "11")
+
+
+@pytest.fixture(scope="module")
+def half(folder):
+    return run_train(folder, "half", "--train.stop-at", "7")[1]
+
+
+def copy_of(run, name):
+    shutil.copytree(run.folder, run.folder.with_name(name))
+    return runs.Run(run.folder.with_name(name))
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    return run_train(folder, "whole", *UNTIL)[1]
+
+
+def test_a_fresh_process_is_equal_to_the_bit(folder, whole):
+    env = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    env["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
+    command = [sys.executable, "-m", "experiments.train", "digits", *SMALL, *UNTIL]
+    done = subprocess.run(
+        [*command, "--output", str(folder), "--name", "fresh"],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = digests(runs.Run(folder / "fresh"))
+    assert found == digests(whole)
+    assert len(found) == 7
+
+
+def test_a_run_that_moves_between_devices_is_the_same_within_1e_5(folder, whole, half):
+    moved = copy_of(half, "moved")
+    for devices, until in ((8, 9), (1, 11)):
+        flags = ("--train.stop-at", str(until), "--train.devices", str(devices))
+        assert run_train(folder, "moved", *flags)[0] == 0
+    one, other = restored(whole).state, restored(moved).state
+    assert int(one.step) == int(other.step) == 11
+    for name in ("params", "averages", "opt_state"):
+        leaves = jax.tree_util.tree_leaves_with_path(getattr(one, name))
+        others = jax.tree.leaves(getattr(other, name))
+        for (path, a), b in zip(leaves, others, strict=True):
+            # But for the bias of the keys in attention, whose gradient is zero: Adam
+            # follows its rounding error.
+            if not jax.tree_util.keystr(path).endswith("['key']['bias']"):
+                np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+    logs = [[json.loads(line) for line in run.metrics.open()] for run in (whole, moved)]
+    assert [line["step"] for line in logs[0]] == [5, 10]
+    for a, b in zip(*logs, strict=True):
+        assert a["step"] == b["step"]
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+
+
+# What a checkpoint could have left out, and what of the end differs when each is put
+# back to what it was at first.
+LEARNED = {"params", "averages", "opt_state", "log"}
+LEFT_OUT = {
+    "nothing": set(),
+    "key": {"key"} | LEARNED,
+    "opt_state": LEARNED,
+    "averages": {"averages"},
+    "step": LEARNED,
+    "pending": {"log"},
+}
+
+
+@pytest.mark.parametrize("part", LEFT_OUT)
+def test_a_checkpoint_without_a_part_would_not_go_unnoticed(part, folder, whole, half):
+    run = copy_of(half, f"without_{part}")
+    found = restored(half)
+    state, meta = found.state, found.meta
+    if part == "pending":
+        meta = {**meta, "pending": []}
+    elif part != "nothing":
+        first = learning.init_state(runs.read_config(run))
+        # That of the key is all that it ever is.
+        first = first._replace(key=jax.random.key(99))
+        state = state._replace(**{part: getattr(first, part)})
+    shutil.rmtree(run.checkpoints)
+    with checkpoint.open_folder(run.checkpoints) as store:
+        checkpoint.save(store, found.step, state, meta)
+    assert run_train(folder, run.folder.name, *UNTIL)[0] == 0
+    ended, right = digests(run), digests(whole)
+    assert {name for name in right if ended[name] != right[name]} == LEFT_OUT[part]
+
+
+def test_a_disk_that_fills_during_a_run_costs_nothing_but_time(folder, whole, half):
+    run = copy_of(half, "full")
+    before = digests(run)
+    # Enough for every small file, too little for a checkpoint's.
+    with no_file_beyond(20_000), pytest.raises(checkpoint.CheckpointError) as caught:
+        run_train(folder, "full", *UNTIL)
+    assert str(run.checkpoints) in str(caught.value)
+    assert "File too large" in str(caught.value)
+    real = runs.append_line
+
+    def append(path, values):
+        real(pathlib.Path("/dev/full"), values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "append_line", append)
+        with pytest.raises(OSError, match="No space left on device") as other:
+            run_train(folder, "full", *UNTIL)
+    assert other.value.filename == "/dev/full"
+    state = {name: digest for name, digest in before.items() if name != "log"}
+    assert state.items() <= digests(run).items()
+    assert run_train(folder, "full", *UNTIL)[0] == 0
+    assert digests(run) == digests(whole)
+    assert not [path for path in run.folder.rglob("*") if "tmp" in path.name]
+
+
+FLAG = f"{determinism.FLAG}=true"
+# What JAX has read by the time that it has devices: XLA ends a process whose flags it
+# does not know.
+LOOK = """
+import os, sys
+import jax
+from diffusion_jax.training import determinism
+from experiments import stopping, train
+
+def look():
+    assert not determinism._started()
+    print(os.environ.get("XLA_FLAGS"))
+    print(jax.device_count(), determinism._started())
+    sys.exit(0)
+
+stopping.requests = look
+train.main(["digits", *sys.argv[1:]])
+"""
+
+
+def test_the_flag_is_there_before_jax_looks_for_devices(tmp_path):
+    flags = ["--train.deterministic", "--output", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK, *flags],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": "--xla_dump_to="},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    given, devices = done.stdout.splitlines()
+    assert given == f"--xla_dump_to= {FLAG}"
+    assert devices.endswith(" True")
+
+
+def test_the_flag_is_given_once_and_not_against_another():
+    env = {"XLA_FLAGS": FLAG}
+    determinism.ask(env)
+    assert env == {"XLA_FLAGS": FLAG}
+    with pytest.raises(ValueError, match=r"must not forbid .*; got .*=false\. Take"):
+        determinism.ask({"XLA_FLAGS": f"{determinism.FLAG}=false"})
+
+
+def test_a_gpu_that_was_found_without_the_flag_is_refused(monkeypatch):
+    jax.devices()
+    determinism.ask({})  # of a CPU nothing is asked
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(ValueError, match="got a GPU that was found without it"):
+        determinism.ask({})

@@ -1,0 +1,205 @@
+"""One process a run, and a folder that can be written, before anything is compiled."""
+
+import errno
+import fcntl
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+from processes import ROOT
+
+from experiments import hosts, learning, lock, runs, train
+from experiments.config import ConfigError
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from experiments import lock
+with lock.hold(Path(sys.argv[1])):
+    {body}
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def holder(folder, body="pass"):
+    """A process that holds the lock; it has it when this returns."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD.format(body=body), str(folder)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def refused(folder, match):
+    with pytest.raises(ConfigError, match=match) as caught, lock.hold(folder):
+        pass
+    return str(caught.value)
+
+
+def test_a_second_process_is_told_whose_the_run_is_until_that_dies(tmp_path):
+    run = tmp_path / "run"
+    owner = holder(run)
+    said = refused(run, f"got {run} in the hands of process {owner.pid} on ")
+    assert os.uname().nodename in said
+    assert time.strftime("started %Y-") in said
+    assert "--name NAME" in said
+    owner.kill()
+    owner.wait()
+    assert (run / lock.NAME).exists()
+    with lock.hold(run):
+        assert f"process {os.getpid()} on" in (run / lock.NAME).read_text()
+    assert not (run / lock.NAME).exists()
+    assert run.exists()
+
+
+def test_a_child_of_a_dead_owner_holds_nothing(tmp_path):
+    body = "child = os.fork()\n    if not child: time.sleep(60)\n    print(child)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD.format(body=body), str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    child = int(process.stdout.readline())
+    try:
+        assert process.stdout.readline() == "held\n"
+        refused(tmp_path, "in the hands of")
+        process.kill()
+        process.wait()
+        os.kill(child, 0)  # it lives
+        with lock.hold(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_within_a_process_too_a_run_is_trained_once_at_a_time(tmp_path):
+    with lock.hold(tmp_path):
+        refused(tmp_path, f"process {os.getpid()} on")
+        refused(tmp_path, "in the hands of")  # being refused takes nothing away
+    with lock.hold(tmp_path):
+        pass
+
+
+def test_a_file_that_its_owner_has_removed_is_no_lock(tmp_path, monkeypatch):
+    # As when the owner ends between our opening of the file and our lock on it.
+    path, real, calls = tmp_path / lock.NAME, fcntl.flock, []
+
+    def flock(file, how):
+        if not calls:
+            path.unlink()
+        calls.append(how)
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with lock.hold(tmp_path):
+        assert len(calls) == 2
+        refused(tmp_path, f"process {os.getpid()} on")
+
+
+def test_where_there_are_no_locks_it_is_said(tmp_path, monkeypatch, capsys):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with lock.hold(tmp_path):
+        said = capsys.readouterr().err
+    assert f"note: the file system of {tmp_path} has no locks (No locks avail" in said
+
+
+@pytest.mark.parametrize("code", [lock.HELD, lock.UNWRITABLE])
+def test_the_other_hosts_end_as_the_first(code, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(hosts, "first", lambda: False)
+    monkeypatch.setattr(hosts, "tell", lambda mine: code)
+    refused(tmp_path / "run", "Host 0 says wh(ose|ich)")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch):
+    """The command must end before it makes a step, and soon."""
+
+    def fail(*_):
+        raise AssertionError("it got as far as making a step")
+
+    monkeypatch.setattr(learning, "make_step", fail)
+    monkeypatch.setattr(learning, "init_state", fail)
+    begun = time.process_time()
+    yield
+    assert time.process_time() - begun < 5
+
+
+def test_the_command_is_refused_before_it_compiles(tmp_path, nothing_compiled):
+    owner = holder(tmp_path / "digits")
+    with pytest.raises(lock.LockedError, match=f"process {owner.pid} on"):
+        train.main(["digits", "--output", str(tmp_path)])
+    owner.kill()
+    owner.wait()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [".lock", "digits"]
+
+
+@pytest.mark.parametrize("where", ["file", "file/below", "digits"])
+def test_a_folder_that_cannot_be_is_named(where, tmp_path, nothing_compiled):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "digits").write_text("")
+    output = tmp_path if where == "digits" else tmp_path / where
+    with pytest.raises(ConfigError, match=f"{output}.* must be a folder that can be"):
+        train.main(["digits", "--output", str(output)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["digits", "file"]
+
+
+def test_a_folder_that_was_made_for_nothing_is_gone(tmp_path):
+    flags = shlex.split("--train.devices 99 --name a")
+    with pytest.raises(ValueError, match="devices must be in 1"):
+        train.main(["digits", "--output", str(tmp_path / "b"), *flags])
+    left = [path.name for path in tmp_path.rglob("*")]
+    assert "a" not in left
+    assert lock.NAME not in left
+
+
+def on_a_disk(folder, options, *command):
+    """Runs a command in a mount namespace that has a small disk at a folder.
+
+    The disk is gone with it, and no other process sees it.
+    """
+    mount = f"mount -t tmpfs -o {options} tmpfs {shlex.quote(str(folder))}"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount], check=False).returncode:
+        pytest.skip("only root may mount a disk")
+    line = f"{mount} && exec {shlex.join(command)}"
+    return subprocess.run(
+        ["unshare", "-m", "sh", "-c", line],
+        cwd=ROOT,
+        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_disk_that_may_only_be_read_is_named(tmp_path):
+    command = [sys.executable, "-m", "experiments.train", "digits", "--output"]
+    done = on_a_disk(tmp_path, "ro", *command, str(tmp_path))
+    assert done.returncode == 2
+    folder = tmp_path / "digits"
+    assert done.stderr.startswith(f"error: {folder} must be a folder that can be made")
+    assert "got Read-only file system for" in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_named(tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 100_000})
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(train, "first_state", lambda *_: pytest.fail("it went on"))
+    folder = tmp_path / "digits"
+    with pytest.raises(ConfigError, match=f"{folder} must have room for a checkpoint"):
+        train.main(["digits", "--output", str(tmp_path)])

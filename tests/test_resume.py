@@ -1,0 +1,128 @@
+"""A run goes on from the newest checkpoint that verifies, or says why not."""
+
+import json
+import shutil
+
+import pytest
+from test_train import SMALL
+
+from diffusion_jax.training import checkpoint
+from experiments import arguments, runs, sample, train
+
+EVERY = ["--train.checkpoint-every", "4", "--train.keep", "9"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs")
+    argv = ["digits", *SMALL, *EVERY, "--output", str(output), "--name", "whole"]
+    assert train.main(argv) == 0
+    return runs.Run(output / "whole")
+
+
+@pytest.fixture
+def damaged(whole, tmp_path):
+    """The run with a flipped bit in its last two checkpoints."""
+    run = runs.Run(shutil.copytree(whole.folder, tmp_path / "damaged"))
+    for step in (8, 12):
+        flip(run.checkpoints / str(step))
+    return run
+
+
+def flip(path):
+    """Flips bits in the data of a checkpoint until one of them mattered."""
+    files = (path / "state").rglob("d/*")
+    for file in sorted(files, key=lambda file: -file.stat().st_size):
+        content = bytearray(file.read_bytes())
+        for place in range(100, len(content), len(content) // 8):
+            content[place] ^= 1
+        file.write_bytes(content)
+        try:
+            checkpoint.verify(path)
+        except checkpoint.CheckpointError:
+            return
+    raise AssertionError(path)
+
+
+def flags(run, *more):
+    at = ["--output", str(run.folder.parent), "--name", run.folder.name]
+    return ["digits", *SMALL, *EVERY, *at, *more]
+
+
+def test_training_goes_on_from_the_newest_that_verifies(whole, damaged, capsys):
+    grid = damaged.samples / "step_00000012.png"
+    grid.unlink()
+    assert train.main(flags(damaged)) == 0
+    said = capsys.readouterr()
+    assert "going on from step 4 of 12" in said.out
+    for step in (8, 12):
+        path = damaged.checkpoints / str(step)
+        assert f"checkpoint {path} is damaged (" in said.err
+        assert f"it is {path}.damaged now" in said.err
+    assert damaged.metrics.read_bytes() == whole.metrics.read_bytes()
+    assert grid.read_bytes() == (whole.samples / grid.name).read_bytes()
+    for step in (4, 8, 12):
+        leaves = [
+            checkpoint.verify(run.checkpoints / str(step)).leaves
+            for run in (whole, damaged)
+        ]
+        assert leaves[0] == leaves[1]  # digests and all
+
+
+def test_strict_refuses_and_changes_nothing(damaged, capsys):
+    before = sorted(damaged.folder.rglob("*"))
+    for main, given in (
+        (train.main, flags(damaged, "--strict")),
+        (sample.main, [str(damaged.folder), "--strict", "--count", "1"]),
+    ):
+        with pytest.raises(checkpoint.CheckpointError, match=r"/12 must be what"):
+            main(given)
+    now = [path for path in damaged.folder.rglob("*") if path.name != ".lock"]
+    assert sorted(now) == [path for path in before if path.name != ".lock"]
+
+
+def test_samples_come_from_the_newest_that_verifies(damaged, capsys):
+    assert sample.main([str(damaged.folder), "--count", "1"]) == 0
+    said = capsys.readouterr()
+    assert "averaged weights of step 4" in said.out
+    assert "step 4 is used in its place" in said.err
+    assert (damaged.checkpoints / "12").exists()
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_begun_again(damaged):
+    shutil.rmtree(damaged.checkpoints / "4")
+    before = damaged.metrics.read_bytes()
+    with pytest.raises(checkpoint.CheckpointError, match=r"by step, 12: .*; 8: "):
+        train.main(flags(damaged))
+    assert damaged.metrics.read_bytes() == before
+
+
+def test_other_values_are_refused_unless_forced(damaged, capsys):
+    with pytest.raises(ValueError, match=r"train.seed: 0 -> 1. Give .* by --force\."):
+        train.main(flags(damaged, "--train.seed", "1"))
+    assert train.main(flags(damaged, "--train.seed", "1", "--force")) == 0
+    assert (
+        "with other values than before: train.seed: 0 -> 1" in capsys.readouterr().err
+    )
+    assert json.loads(damaged.config.read_text())["train"]["seed"] == 1
+
+
+def test_force_does_not_make_another_network_fit(damaged):
+    more = ["--net.channels", "16", "--force"]
+    with pytest.raises(checkpoint.CheckpointError, match=r"leaves that do not: .*conv"):
+        train.main(flags(damaged, *more))
+    assert json.loads(damaged.config.read_text())["net"]["channels"] == 8
+
+
+def test_a_run_that_lost_its_configuration_is_not_taken_for_another(damaged):
+    damaged.config.unlink()
+    with pytest.raises(ValueError, match=r"config.json is not there. Give"):
+        train.main(flags(damaged))
+    assert train.main(flags(damaged, "--force")) == 0
+    assert damaged.config.exists()
+
+
+def test_how_to_take_what_is_there_is_no_part_of_the_configuration():
+    given = arguments.parse_training(["digits", "--strict", "--force"], prog="train")
+    assert (given.strict, given.force) == (True, True)
+    assert given.config == arguments.parse(["digits"], prog="train")

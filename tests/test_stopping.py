@@ -1,0 +1,116 @@
+"""Signals: the first is noted, the second ends the process, whatever it waits for."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from processes import ROOT
+
+from experiments import stopping
+
+# Work of a compiler's kind: seconds within one call, during which the interpreter runs
+# no handler. It says where it is by a file.
+SCRIPT = """
+import hashlib, os, pathlib, sys
+from experiments import stopping
+
+def busy(word):
+    pathlib.Path(sys.argv[1], word).touch()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 300_000_000)
+
+with stopping.requests() as signals:
+    {body}
+    print("the end", signals.numbers)
+"""
+
+
+def started(body, folder):
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT.format(body=body), str(folder)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(path):
+    until = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def end_of(process):
+    begun = time.monotonic()
+    out, err = process.communicate(timeout=30)
+    assert "Traceback" not in err
+    assert time.monotonic() - begun < 10
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize("number", stopping.KINDS)
+def test_a_signal_during_preparations_ends_the_process_within_a_call(number, tmp_path):
+    process = started("busy('preparing')", tmp_path)
+    wait_for(tmp_path / "preparing")
+    process.send_signal(number)
+    code, _, err = end_of(process)
+    assert code == 128 + number
+    assert "leaving; the same command begins here again" in err
+
+
+@pytest.mark.parametrize(
+    "pair", [("SIGTERM", "SIGTERM"), ("SIGTERM", "SIGINT"), ("SIGINT", "SIGTERM")]
+)
+def test_a_second_signal_of_either_kind_ends_it_within_a_call(pair, tmp_path):
+    first, second = (getattr(signal, name) for name in pair)
+    process = started("signals.note(); busy('saving')", tmp_path)
+    wait_for(tmp_path / "saving")
+    process.send_signal(first)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(second)
+    code, _, err = end_of(process)
+    assert code == 128 + second
+    assert "again: at once, without" in err
+    assert "leaving at once" in err
+
+
+def test_a_first_signal_is_noted_and_no_more(tmp_path):
+    body = """signals.note()
+    os.kill(os.getpid(), 15)
+    while not signals.numbers: pass
+    signals.done()"""
+    code, out, _ = end_of(started(body, tmp_path))
+    assert (code, out) == (0, "the end [15]\n")
+
+
+def test_after_the_last_checkpoint_one_ends_it_again(tmp_path):
+    process = started("signals.note(); signals.done(); busy('plots')", tmp_path)
+    wait_for(tmp_path / "plots")
+    process.send_signal(signal.SIGINT)
+    assert end_of(process)[0] == 130
+
+
+def test_a_forked_child_dies_of_its_signals_alone(tmp_path):
+    body = """signals.note()
+    child = os.fork()
+    if not child:
+        os.kill(os.getpid(), 15)
+    status = os.waitpid(child, 0)[1]
+    assert os.WTERMSIG(status) == 15"""
+    code, out, _ = end_of(started(body, tmp_path))
+    assert (code, out) == (0, "the end []\n")
+
+
+def test_handlers_are_given_back():
+    before = [signal.getsignal(kind) for kind in stopping.KINDS]
+    files = len(os.listdir("/proc/self/fd"))
+    with stopping.requests():
+        assert [signal.getsignal(kind) for kind in stopping.KINDS] != before
+    assert [signal.getsignal(kind) for kind in stopping.KINDS] == before
+    assert signal.set_wakeup_fd(-1) == -1
+    assert len(os.listdir("/proc/self/fd")) == files

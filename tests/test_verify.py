@@ -1,0 +1,259 @@
+"""What was not written so is never read: damage of every kind, at every place."""
+
+import json
+import random
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax.training import checkpoint, manifest, parallel
+from experiments import checkpoints, config, runs
+from experiments.configs import EXPERIMENTS
+
+FLIPS = 200
+
+
+def state(step):
+    noise = np.random.default_rng(step).normal(size=[40, 8]).astype(np.float32)
+    return {
+        "params": {"w": jnp.asarray(noise), "half": jnp.ones(5, jnp.bfloat16) * step},
+        "averages": (jnp.asarray(noise[:3]), jnp.zeros([0, 4])),
+        "count": jnp.array(step),
+        "key": jax.random.key(step),
+    }
+
+
+def raw(tree):
+    tree = jax.tree.map(manifest.stored, tree)
+    return [(str(x.dtype), np.asarray(x).tobytes()) for x in jax.tree.leaves(tree)]
+
+
+def save(path, step, tree, **options):
+    with checkpoint.open_folder(path) as folder:
+        checkpoint.save(folder, step, tree, {"pending": [{"loss": step}]}, **options)
+
+
+def on(devices=1):
+    return parallel.replicated(parallel.make_mesh(devices))
+
+
+def restore(path, **options):
+    like = jax.eval_shape(lambda: state(0))
+    with checkpoint.open_folder(path, read_only=True) as folder:
+        return checkpoint.restore(folder, like, on(), **options)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    path = tmp_path_factory.mktemp("written")
+    for step in (1, 2):
+        save(path, step, state(step))
+    return path
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "c")
+
+
+def files(path):
+    return sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def outcome(path):
+    """The step that is restored; what is restored is what was written, or it fails."""
+    found = restore(path)
+    assert raw(found.state) == raw(state(found.step))
+    assert found.meta == {"pending": [{"loss": found.step}]}
+    assert [s.step for s in found.skipped] == ([2] if found.step == 1 else [])
+    return found.step
+
+
+def test_no_flipped_bit_comes_back(folder):
+    draw, seen = random.Random(0), {}
+    inside = files(folder / "2")
+    sizes = [file.stat().st_size for file in inside]
+    for _ in range(FLIPS):
+        # Half by size, half by file, lest the small ones be left out.
+        by_size = draw.random() < 0.5
+        [file] = draw.choices(inside, [max(s, 1) for s in sizes] if by_size else None)
+        content = file.read_bytes()
+        if not content:
+            continue
+        place = draw.randrange(len(content))
+        bad = bytearray(content)
+        bad[place] ^= 1 << draw.randrange(8)
+        file.write_bytes(bad)
+        kind = file.suffix or file.parent.name
+        seen.setdefault(kind, []).append(outcome(folder))
+        file.write_bytes(content)
+    assert outcome(folder) == 2
+    # A manifest vouches for itself; data files for nothing.
+    assert set(seen[".json"]) == {1}
+    assert seen["d"].count(1) > 20
+
+
+@pytest.mark.parametrize("options", [{"strict": True}, {"step": 2}], ids=str)
+def test_who_wants_the_newest_gets_no_other(folder, options):
+    (folder / "2" / "state" / "manifest.ocdbt").unlink()
+    assert outcome(folder) == 1
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"/2 must be what was .*; got"
+    ):
+        restore(folder, **options)
+
+
+def test_no_lost_or_shortened_file_comes_back(folder):
+    changed = 0
+    for file in files(folder / "2"):
+        content = file.read_bytes()
+        for bad in (None, b"", content[: len(content) // 2], content + b"x"):
+            if bad is None:
+                file.unlink()
+            else:
+                file.write_bytes(bad)
+            changed += outcome(folder) == 1
+        file.write_bytes(content)
+    assert changed > 10
+    assert outcome(folder) == 2
+
+
+def test_every_leaf_is_vouched_for(folder):
+    # As if the manifest itself had been written of other values, or of too few.
+    path = folder / "2" / "manifest" / "process_0.json"
+    _, arrays = checkpoint._read(folder / "2")
+    body = json.loads(path.read_text())
+    del body["sha256"]
+    for name, about in body["leaves"].items():
+        parts = about["parts"]
+        wrong = [[[start, stop, "0" * 64] for start, stop, _ in parts]]
+        wrong += [[]] if 0 not in about["shape"] else []
+        for bad in wrong:
+            leaves = {**body["leaves"], name: {**about, "parts": bad}}
+            path.write_text(manifest._seal({**body, "leaves": leaves}))
+            leaves = manifest.read(path.parent).leaves
+            with pytest.raises(manifest.UnverifiedError, match=name):
+                manifest.check(leaves, arrays)
+
+
+def test_what_is_no_checkpoint_is_passed_over_and_set_aside(folder):
+    (folder / "9").mkdir()
+    (folder / "7").mkdir()
+    (folder / "7" / "manifest").mkdir()
+    left = folder / "8.orbax-checkpoint-tmp"
+    left.mkdir()
+    found = restore(folder)
+    assert [(s.step, s.why) for s in found.skipped] == [
+        (9, "no manifest"),
+        (7, "no manifest"),
+    ]
+    assert left.exists()  # who only reads tidies nothing away
+    with checkpoint.open_folder(folder) as opened:
+        moved = checkpoint.set_aside(opened, found.skipped)
+        assert [path.name for path in moved] == ["9.damaged", "7.damaged"]
+        assert opened.steps() == [1, 2]
+        checkpoint.save(opened, 7, state(7), {"pending": [{"loss": 7}]})
+    assert not left.exists()
+    assert outcome(folder) == 7
+    (folder / "9").mkdir()
+    with checkpoint.open_folder(folder) as opened:
+        moved = checkpoint.set_aside(opened, [checkpoint.Skipped(9, "")])
+    assert [path.name for path in moved] == ["9.damaged2"]
+
+
+def test_where_nothing_verifies_all_reasons_are_given(folder):
+    for step in (1, 2):
+        (folder / str(step) / "manifest" / "process_0.json").unlink()
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"got, by step, 2: no manifest; 1: no man"
+    ):
+        restore(folder)
+
+
+def test_all_that_does_not_fit_is_listed(folder):
+    like = jax.eval_shape(lambda: state(0))
+    like["params"]["w"] = jax.ShapeDtypeStruct((40, 9), jnp.float32)
+    like["params"]["half"] = jax.ShapeDtypeStruct((5,), jnp.float32)
+    like["more"] = like.pop("count")
+    with (
+        checkpoint.open_folder(folder, read_only=True) as opened,
+        pytest.raises(checkpoint.CheckpointError) as caught,
+    ):
+        checkpoint.restore(opened, like, on())
+    for said in (
+        "got 4 of 7 leaves that do not: count: int32[] for nothing; more: nothing for "
+        "int32[]; params/half: bfloat16[5] for float32[5]; "
+        "params/w: float32[40,8] for float32[40,9]. Use",
+    ):
+        assert said in str(caught.value)
+
+
+def test_newest_best_and_every_kth_stay(tmp_path):
+    scores = {1: 0.9, 2: 0.4, 3: 0.5, 4: None, 5: 0.8, 6: 0.4, 7: 0.7, 8: 0.6}
+    kept = {}
+    for step, score in scores.items():  # a start for each: scores are read again
+        with checkpoint.open_folder(tmp_path, keep=2, keep_every=5) as folder:
+            checkpoint.save(folder, step, {"x": jnp.zeros(2)}, {}, score=score)
+        kept[step] = checkpoint.steps(tmp_path)
+    assert kept[4] == [2, 3, 4]
+    assert kept[5] == [2, 4, 5]
+    assert kept[6] == [5, 6]  # as good, and newer
+    assert kept[8] == [5, 6, 7, 8]
+
+
+def test_parts_of_devices_are_vouched_for_each(tmp_path):
+    mesh = parallel.make_mesh(8, 4)
+    whole = {"w": jnp.arange(2048.0).reshape(64, 32), "n": jnp.array(3)}
+    placed = parallel.state_sharding(whole, mesh)
+    with checkpoint.open_folder(tmp_path) as folder:
+        checkpoint.save(folder, 1, jax.device_put(whole, placed), {})
+    leaves = checkpoint.verify(tmp_path / "1").leaves
+    assert [len(leaf.parts) for leaf in leaves.values()] == [1, 4]
+    with pytest.raises(manifest.UnverifiedError, match="other bytes in n and 1 more"):
+        manifest.check(leaves, {"w": np.zeros((64, 32), np.float32), "n": np.array(3)})
+
+
+def test_a_failing_disk_is_named_and_the_last_one_stays(folder):
+    resource = pytest.importorskip("resource")
+    big = {**state(3), "params": {"w": np.random.default_rng(0).random(2**18)}}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    try:
+        with pytest.raises(checkpoint.CheckpointError, match="must be written whole"):
+            save(folder, 3, big)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert outcome(folder) == 2
+    save(folder, 3, state(3))
+    assert outcome(folder) == 3
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(checkpoint.CheckpointError, match=r"got .*Not a directory"),
+        checkpoint.open_folder(tmp_path / "file" / "c"),
+    ):
+        pass
+
+
+def test_the_list_says_what_each_is_good_for(folder, capsys):
+    run = runs.Run(folder.parent / "run")
+    runs.write_json(run.config, config.to_dict(EXPERIMENTS["digits"].config))
+    folder = folder.rename(run.checkpoints)
+    (folder / "3").mkdir()
+    with checkpoint.open_folder(folder, keep=9) as opened:
+        checkpoint.save(opened, 4, state(4), {}, score=0.5)
+        checkpoint.save(opened, 10, state(5), {}, score=0.7)
+    assert checkpoints.main([str(run.folder)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{folder}/"
+    assert [line.split()[0] for line in lines[1:]] == ["step", "1", "2", "3", "4", "10"]
+    assert lines[4].endswith("-  damaged: no manifest")
+    assert lines[5].endswith("0.5000  verified, best")
+    assert lines[6].endswith("0.7000  verified, latest")
+    shutil.rmtree(folder / "3")
+    assert checkpoints.main([str(run.folder)]) == 0

@@ -1,0 +1,249 @@
+"""Killed at any moment, and started again by a loop: the run ends as if nothing was.
+
+The evaluation of a run too.
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from . import moments, trainings
+from .cases import FailedError, Outcome, check, outcome
+from .trainings import Training
+
+STEPS = 2000
+"""Of the run that is killed again and again."""
+SEEN_WITHIN = 4.0
+"""Seconds of training, once all is compiled, in which a moment has to come."""
+Aim = Callable[[Training, random.Random], moments.Moment]
+
+
+class Kill(NamedTuple):
+    """One of them."""
+
+    seconds: float
+    """After the start of the process."""
+    hit: list[str]
+    """What it was doing."""
+    reached: int
+    """The last step in metrics.jsonl."""
+    resumed: int
+    """The step at which the next process went on."""
+
+
+def at_start(training: Training, rng: random.Random) -> moments.Moment:
+    seen = moments.restoring(training)
+    return moments.later(seen, rng.choice([0.0, rng.uniform(0, 0.3)]))
+
+
+def at_compilation(training: Training, rng: random.Random) -> moments.Moment:
+    return moments.later(moments.said(training, " step "), rng.uniform(0.1, 4))
+
+
+def at_any_time(training: Training, rng: random.Random) -> moments.Moment:
+    return moments.later(moments.stepping(training), rng.uniform(0, 2))
+
+
+def at_save(training: Training, rng: random.Random) -> moments.Moment:
+    stepping, saving = moments.stepping(training), moments.saving(training)
+    return moments.later(moments.then(stepping, saving), rng.uniform(0, 0.12))
+
+
+def at_commit(training: Training, rng: random.Random) -> moments.Moment:
+    return moments.later(moments.committed(training), rng.uniform(0, 0.004))
+
+
+def at_deletion(training: Training, rng: random.Random) -> moments.Moment:
+    return moments.then(moments.stepping(training), moments.deleting(training))
+
+
+def at_grid(training: Training, rng: random.Random) -> moments.Moment:
+    stepping, drawing = moments.stepping(training), moments.drawing(training)
+    return moments.later(moments.then(stepping, drawing), rng.uniform(0, 0.02))
+
+
+def at_grid_file(training: Training, rng: random.Random) -> moments.Moment:
+    stepping, writing = moments.stepping(training), moments.writing_grid(training)
+    return moments.then(stepping, writing)
+
+
+AIMS: list[Aim] = [
+    *[at_compilation] * 3,
+    *[at_start] * 5,
+    *[at_any_time] * 6,
+    *[at_save] * 5,
+    *[at_commit] * 3,
+    *[at_deletion] * 4,
+    *[at_grid] * 3,
+    *[at_grid_file] * 2,
+]
+"""The aims of the kills, those of the first start first."""
+
+
+def cases(folder: Path, seed: int) -> Iterator[Outcome]:
+    """Yields the outcomes: one a kill, and those of the run that came of it."""
+    rng = random.Random(seed)
+    whole, run = folder / "whole" / "digits", folder / "killed" / "digits"
+    flags = ["--train.steps", STEPS]
+    yield outcome(
+        f"undisturbed run of {STEPS} steps",
+        lambda: trainings.finish(whole, *flags, log=folder / "whole.log") and None,
+    )
+    first = [aim for aim in AIMS if aim is at_compilation]
+    others = [aim for aim in AIMS if aim is not at_compilation]
+    rng.shuffle(others)
+    kills: list[Kill] = []
+    loop = disturbed(run, flags, [*first, *others], rng, folder / "killed.logs")
+    for number, killed in enumerate(loop, 1):
+        kills.append(killed)
+        result = outcome(
+            f"kill -9 #{number} at {killed.seconds:.1f} s during "
+            f"{' and '.join(killed.hit)}, step {killed.reached}",
+            lambda kill=killed: lost_little(kill),
+        )
+        yield result._replace(seconds=killed.seconds)
+    yield outcome(f"{len(kills)} kills hit all kinds of moments", lambda: kinds(kills))
+    yield outcome("killed run: final state", lambda: trainings.same_state(run, whole))
+    yield outcome("killed run: files", lambda: trainings.same_files(run, whole))
+    yield outcome("killed run: log", lambda: trainings.every_step(run, STEPS))
+    yield outcome("killed run: nothing left over", lambda: nothing_left(run))
+    yield from evaluations(folder, run, rng)
+
+
+def disturbed(
+    run: Path,
+    flags: Sequence[object],
+    aims: Sequence[Aim],
+    rng: random.Random,
+    logs: Path,
+    **options: object,
+) -> Iterator[Kill]:
+    """Trains to the end, killed at each of some moments; yields the kills.
+
+    Nothing but starting the same command again is done in between.
+
+    Raises:
+      FailedError: a process ended by itself with an error.
+    """
+    waiting: list[Kill] = []
+    for number in range(len(aims) + 1):
+        log, before = logs / f"{number}.log", moments.partial(run)
+        training = trainings.start(run, *flags, log=log, **options)
+        if number < len(aims):
+            # What is rarely seen is not waited for until the run is over.
+            longest = moments.later(moments.drawn(training), SEEN_WITHIN)
+            aim = aims[number](training, rng)
+            moments.wait(training, moments.either(aim, longest))
+            seconds = time.monotonic() - training.began
+            alive = training.process.poll() is None
+            trainings.kill(training)
+        else:
+            alive, seconds = False, 0.0
+            trainings.ended(training)
+        begun = trainings.begun_at(log)
+        if begun is not None and waiting:
+            # Kills before a process said where it goes on cost nothing of their own.
+            yield waiting[0]._replace(resumed=begun)
+            yield from waiting[1:]
+            waiting = []
+        if not alive:
+            code = training.process.returncode
+            check(code == 0, f"exit code {code}, {trainings.last_words(log)}")
+            return
+        reached = max(trainings.logged(run), default=0)
+        waiting.append(Kill(seconds, moments.hit(training, before), reached, reached))
+
+
+def lost_little(killed: Kill) -> str:
+    """Checks that no more work was lost than that since the last checkpoint."""
+    lost = max(0, killed.reached - killed.resumed)
+    # A save that was not finished by then counts for nothing: the one before does.
+    limit = trainings.EVERY * (2 if "a save" in killed.hit else 1)
+    check(lost <= limit, f"{lost} steps lost, with a checkpoint each {trainings.EVERY}")
+    return f"{lost} steps lost"
+
+
+def kinds(kills: Sequence[Kill]) -> str:
+    """Checks that there were kills of every kind; counts them."""
+    names = [name for kill in kills for name in kill.hit]
+    wanted = ("a step", "a save", "a grid", "a deletion", "the start")
+    missing = [name for name in wanted if name not in names]
+    said = ", ".join(f"{names.count(name)} {name}" for name in sorted(set(names)))
+    check(len(kills) >= 20, f"only {len(kills)}: {said}")
+    check(not missing, f"none during {' and '.join(missing)}; {said}")
+    return said
+
+
+def nothing_left(run: Path) -> None:
+    """Checks that no temporary file is left of what was interrupted."""
+    found = trainings.left_over(run)
+    check(not found, f"{len(found)} left: {', '.join(found[:3])}")
+
+
+def evaluations(folder: Path, run: Path, rng: random.Random) -> Iterator[Outcome]:
+    """Yields the outcomes of an evaluation that is killed, and goes on."""
+    files = ("fid.json", "neighbours.png")
+    results: list[tuple[bytes, ...]] = []
+    given = [str(run), "--count", "1200", "--steps", "4", "--batch-size", "10"]
+
+    def evaluate(number: int, delay: float | None) -> int | None:
+        log = folder / "eval.logs" / f"{number}.log"
+        training = trainings.start(
+            run, log=log, module="experiments.eval_fid", given=given
+        )
+        if delay is not None:
+            seen = drawn(run) if number % 2 else moments.started(training)
+            moments.wait(training, moments.later(seen, delay))
+            trainings.kill(training)
+            return training.process.returncode
+        code = trainings.ended(training)
+        check(code == 0, f"exit code {code}, {trainings.last_words(log)}")
+        results.append(tuple((run / "eval" / name).read_bytes() for name in files))
+        return code
+
+    def interrupted() -> str:
+        went_on, killed = 0, 0
+        for number in range(8):
+            # By turns after some samples are there, and at any time since the start.
+            delay = rng.uniform(0, 0.3) if number % 2 else rng.uniform(1, 8)
+            killed += evaluate(number, delay) == -9
+            log = trainings.text(folder / "eval.logs" / f"{number}.log")
+            went_on += "going on from sample" in log
+        evaluate(8, None)
+        went_on += "going on from sample" in trainings.text(folder / "eval.logs/8.log")
+        check(killed >= 4, f"only {killed} kills came before the end")
+        check(went_on, "no evaluation went on from the samples of another")
+        return f"{killed} kills, {went_on} went on from samples that were there"
+
+    def undisturbed() -> str:
+        for path in (run / "eval", run.parent / ".classifiers", run.parent / ".cache"):
+            if not path.exists():
+                raise FailedError(f"{path} is not there")
+            path.rename(path.with_name(f"{path.name}.killed"))
+        evaluate(9, None)
+        check(len(results) == 2, "an evaluation without results")
+        for name, one, other in zip(files, *results, strict=True):
+            check(one == other, f"{name} differs")
+        return ", ".join(files)
+
+    yield outcome("evaluation killed and started again", interrupted)
+    yield outcome("the same evaluation undisturbed: same files", undisturbed)
+
+
+def drawn(run: Path) -> moments.Moment:
+    """The note on the samples of an evaluation is there, or has changed."""
+    before: list[set[tuple[str, int]]] = []
+
+    def moment() -> bool:
+        try:
+            notes = (run / "eval" / "samples").glob("*.json")
+            now = {(note.name, note.stat().st_mtime_ns) for note in notes}
+        except OSError:
+            return False
+        if not before:
+            before.append(now)
+        return now != before[0]
+
+    return moment

@@ -1,0 +1,83 @@
+"""Two processes of one run, one killed: the other ends, and both go on to the same."""
+
+import json
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from . import trainings
+from .cases import Outcome, check, outcome
+
+sys.path.insert(0, str(trainings.ROOT / "tests"))
+import processes
+
+STEPS = 200
+WITHIN = 60.0
+"""Seconds in which the other process must have ended."""
+FLAGS = shlex.split(
+    "--train.checkpoint-every 40 --train.log-every 5 --sample.every 200"
+)
+
+
+def cases(folder: Path, seed: int) -> Iterator[Outcome]:
+    """Yields the outcomes: a host killed, or as dead as one without a network."""
+    flags = [*FLAGS, "--train.seed", seed, "--train.steps", STEPS, "--train.devices", 2]
+    whole = folder / "whole" / "digits"
+
+    def undisturbed() -> None:
+        both_finish(whole, *flags)
+
+    def loses(victim: int, kind: signal.Signals) -> str:
+        run = folder / f"{kind.name}{victim}" / "digits"
+        given = ["-m", "experiments.train", *trainings.arguments(run, *flags)]
+        with processes.started(given) as both:
+            until = time.monotonic() + 240
+            while len(lines_of(run)) < 12:
+                codes = [process.poll() for process in both]
+                check(codes == [None, None], f"ended by themselves, {codes}")
+                check(time.monotonic() < until, "no steps within 240 s")
+                time.sleep(0.02)
+            both[victim].send_signal(kind)
+            began = time.monotonic()
+            other = both[1 - victim]
+            while other.poll() is None and time.monotonic() - began < 2 * WITHIN:
+                time.sleep(0.1)
+            seconds, code = time.monotonic() - began, other.poll()
+        check(code is not None, f"host {1 - victim} still there after {seconds:.0f} s")
+        check(code != 0, f"host {1 - victim} ended with exit code 0")
+        check(seconds < WITHIN, f"host {1 - victim} ended only after {seconds:.0f} s")
+        both_finish(run, *flags)
+        trainings.same_state(run, whole)
+        trainings.same_files(run, whole)
+        check(lines_of(run) == lines_of(whole), "other lines in metrics.jsonl")
+        return f"host {1 - victim} ended after {seconds:.1f} s, exit code {code}"
+
+    yield outcome(f"two hosts undisturbed, {STEPS} steps", undisturbed)
+    for victim in (0, 1):
+        yield outcome(
+            f"host {victim} killed by -9, both started again to an equal end",
+            lambda victim=victim: loses(victim, signal.SIGKILL),
+        )
+    # A machine that is cut off closes no connection: only its silence tells.
+    for victim in (0, 1):
+        yield outcome(
+            f"host {victim} silent, both started again to an equal end",
+            lambda victim=victim: loses(victim, signal.SIGSTOP),
+        )
+
+
+def both_finish(run: Path, *flags: object) -> None:
+    """Trains to the end on two hosts."""
+    given = ["-m", "experiments.train", *trainings.arguments(run, *flags)]
+    for host, (code, _, errors) in enumerate(processes.run(given)):
+        check(code == 0, f"host {host}: exit code {code}, {errors.strip()[-300:]!r}")
+
+
+def lines_of(run: Path) -> list[dict[str, float]]:
+    """Returns the whole lines of metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,178 @@
+"""Long runs: what a process holds does not grow."""
+
+import functools
+import os
+import re
+import shutil
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from . import damage, trainings
+from .cases import Outcome, check, outcome
+
+CYCLES, WARM_UP = 1000, 200
+"""Saves and restores; the first ones, after which memory must not grow."""
+ROWS = 16_384
+"""Of a matrix of 16 columns: 1 MiB, in parameters, moments and average."""
+STEPS = 20_000
+FLAT = 0.05
+"""Share by which the end may be above the begin."""
+
+
+class Held(NamedTuple):
+    """What a process holds at a time."""
+
+    done: int
+    """Cycles or steps."""
+    memory: int
+    """Resident, bytes."""
+    files: int
+    """Open file descriptors."""
+    threads: int
+
+
+def held(done: int, process: int | str = "self") -> Held:
+    """Returns what a process holds now."""
+    folder = Path("/proc") / str(process)
+    status = (folder / "status").read_text()
+    kib, threads = (
+        int(re.search(rf"^{name}:\s+(\d+)", status, re.M)[1])
+        for name in ("VmRSS", "Threads")
+    )
+    return Held(done, kib * 1024, len(os.listdir(folder / "fd")), threads)
+
+
+def flat(samples: Sequence[Held], last: int, warm_up: int) -> str:
+    """Checks that nothing has grown since a warm-up; says from what to what.
+
+    Args:
+      samples: what was held, over all the time.
+      last: cycles or steps in all.
+      warm_up: how many of them do not count.
+    """
+    part = (last - warm_up) // 8
+    begin = [s for s in samples if warm_up <= s.done < warm_up + part]
+    end = [s for s in samples if s.done > last - part]
+    check(begin and end, f"{len(samples)} samples, none at the begin or the end")
+    said, grown = [], []
+    for name, unit in (("memory", 1 << 20), ("files", 1), ("threads", 1)):
+        # A save in flight has files open: the usual number counts, not the largest.
+        before, after = (
+            statistics.median(getattr(s, name) for s in part) for part in (begin, end)
+        )
+        ratio = after / before - 1
+        what = "MiB of memory" if unit > 1 else name
+        said.append(f"{before / unit:.0f} -> {after / unit:.0f} {what} ({ratio:+.1%})")
+        if ratio > FLAT:
+            grown.append(name)
+    check(not grown, f"{' and '.join(grown)} grew: {', '.join(said)}")
+    return ", ".join(said)
+
+
+def cycles(folder: Path, seed: int) -> Iterator[Outcome]:
+    """Yields the outcomes of many saves and restores in one process."""
+    import jax
+
+    from diffusion_jax.training import checkpoint, parallel
+
+    state = damage.init(seed, ROWS)
+    like = jax.eval_shape(lambda: state)
+    one = parallel.replicated(parallel.make_mesh(1))
+    bump = jax.jit(lambda tree: jax.tree.map(_bumped, tree))
+    samples: list[Held] = []
+
+    def one_manager() -> str:
+        now = state
+        shown = functools.partial(print, "cycle", flush=True)
+        with checkpoint.open_folder(folder / "one", keep=3) as opened:
+            for step in range(1, CYCLES + 1):
+                now = bump(now)
+                checkpoint.save(opened, step, now, {"pending": [], "seed": seed})
+                checkpoint.wait(opened)
+                found = checkpoint.restore(opened, like, one)
+                check(found.step == step, f"step {found.step} in the place of {step}")
+                if step % 10 == 0:
+                    samples.append(held(step))
+                    shown(samples[-1])
+        _write(folder / "one.tsv", samples)
+        return flat(samples, CYCLES, WARM_UP)
+
+    def many_managers() -> str:
+        """The folder opened and closed each time, as by runs that go on."""
+        now, found = state, []
+        for step in range(1, CYCLES // 4 + 1):
+            now = bump(now)
+            with checkpoint.open_folder(folder / "many", keep=3) as opened:
+                checkpoint.save(opened, step, now, {"pending": []})
+            with checkpoint.open_folder(folder / "many", read_only=True) as opened:
+                checkpoint.restore(opened, like, one)
+            if step % 5 == 0:
+                found.append(held(step))
+        _write(folder / "many.tsv", found)
+        return flat(found, CYCLES // 4, WARM_UP // 4)
+
+    def clean() -> None:
+        for name in ("one", "many"):
+            names = sorted(path.name for path in (folder / name).iterdir())
+            steps = [each for each in names if each.isdecimal()]
+            check(len(steps) <= 4, f"{len(steps)} steps kept: {steps}")
+            check(names == steps, f"left over: {sorted(set(names) - set(steps))}")
+
+    yield outcome(f"{CYCLES:,} saves and restores", one_manager)
+    yield outcome(f"{CYCLES // 4:,} openings of a folder", many_managers)
+    yield outcome("nothing but checkpoints left", clean)
+    shutil.rmtree(folder / "one", ignore_errors=True)
+
+
+def _bumped(leaf: object) -> object:
+    import jax
+
+    return leaf if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf + 1
+
+
+def steps(folder: Path, seed: int) -> Iterator[Outcome]:
+    """Yields the outcome of a long run of digits, with its own network."""
+    run = folder / "digits"
+    samples: list[Held] = []
+    # One device: the other core is for the other cases. Four times the usual steps,
+    # with all else as usual.
+    flags = ["digits", "--output", str(folder), "--train.steps", str(STEPS)]
+    flags += ["--train.seed", str(seed), "--train.devices", "1"]
+
+    def long() -> str:
+        training = trainings.start(run, log=folder / "train.log", given=flags)
+        while training.process.poll() is None:
+            done = trainings.logged(run)
+            if done:
+                # Between the last look and the end the process may have gone.
+                try:
+                    samples.append(held(done[-1], training.process.pid))
+                except (OSError, TypeError):
+                    break
+            time.sleep(1)
+        code = trainings.ended(training)
+        seconds = time.monotonic() - training.began
+        check(code == 0, f"exit code {code}, {trainings.last_words(training.log)}")
+        _write(folder / "steps.tsv", samples)
+        lines = trainings.logged(run)
+        check(lines == list(range(50, STEPS + 1, 50)), f"{len(lines)} lines")
+        said = flat(samples, STEPS, STEPS // 5)
+        return f"{said}; {STEPS / seconds:.0f} steps/s"
+
+    yield outcome(f"{STEPS:,} steps of digits", long)
+    yield outcome("the last checkpoint verifies", lambda: _verified(run))
+
+
+def _verified(run: Path) -> str:
+    state = trainings.state_of(run)
+    left = trainings.left_over(run)
+    check(not left, f"left over: {left[:3]}")
+    return f"{len(state)} leaves, nothing left over"
+
+
+def _write(path: Path, samples: Sequence[Held]) -> None:
+    lines = ["\t".join(Held._fields), *("\t".join(map(str, s)) for s in samples)]
+    path.write_text("\n".join(lines) + "\n")
