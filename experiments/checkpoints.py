@@ -5,8 +5,10 @@
 
 import dataclasses
 import math
+import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -16,6 +18,8 @@ from diffusion_jax.training import checkpoint, retention
 from experiments import arguments, runs
 from experiments.config import ConfigError
 
+ASIDE = re.compile(r"\d+\.damaged\d*")
+"""Names of checkpoints that were set aside. They may be deleted."""
 DAMAGED = 1
 """Exit code where a checkpoint does not verify."""
 
@@ -73,8 +77,14 @@ def main(argv: Sequence[str]) -> int:
 def rows(folder: Path) -> list[Row]:
     """Returns a row for each checkpoint of a folder, those set aside last."""
     every = [folder / str(step) for step in checkpoint.steps(folder)]
-    aside = [path for path in folder.glob("*.damaged*") if path.is_dir()]
-    return [_row(path) for path in (*every, *sorted(aside))]
+    aside = [path for path in folder.glob("*.damaged*") if ASIDE.fullmatch(path.name)]
+    found = []
+    for path in (*every, *sorted(aside)):
+        with suppress(FileNotFoundError):
+            row = _row(path)
+            # Training may have deleted it meanwhile, for newer ones.
+            found += [row] if path.is_dir() else []
+    return found
 
 
 def _row(path: Path) -> Row:
@@ -84,7 +94,7 @@ def _row(path: Path) -> Row:
     try:
         loss = checkpoint.verify(path).score
     except checkpoint.CheckpointError as error:
-        wrong = str(error).partition("; got ")[2].partition(". ")[0]
+        wrong = str(error).partition("; got ")[2].partition(". Use an")[0]
     return Row(path.name, step, size, path.stat().st_mtime, loss, wrong)
 
 
@@ -95,14 +105,14 @@ def table(found: Sequence[Row], keep_every: int | None = None) -> str:
     step      size  written              loss  state
     9      2.0 KiB  1970-01-01 00:00   0.5000  verified, latest, best
     """
-    whole = [row for row in found if row.wrong is None]
+    whole = [row for row in found if row.wrong is None and row.name.isdecimal()]
     latest = max((row.step for row in whole), default=None)
     best = retention.best({row.step: row.loss for row in whole})
     wide = max(len("step"), *(len(row.name) for row in found))
     lines = [f"{'step':{wide}}  {'size':>8}  {'written':16}  {'loss':>7}  state"]
     for row in found:
         marks = [f"damaged: {row.wrong}" if row.wrong else "verified"]
-        if row.wrong is None:
+        if row in whole:
             marks += ["latest"] * (row.step == latest) + ["best"] * (row.step == best)
             marks += ["kept"] * (keep_every is not None and row.step % keep_every == 0)
         date = time.strftime("%Y-%m-%d %H:%M", time.gmtime(row.written))

@@ -110,13 +110,16 @@ def score(config: Config, run: runs.Run, step: int) -> float | None:
     """Returns the mean loss that was logged up to a step since a checkpoint before it.
 
     By it the best checkpoint is known. It comes from what was logged, so a run that was
-    stopped has the same.
+    stopped has the same. All hosts must call it alike.
     """
     since = step - max(config.train.checkpoint_every, config.train.log_every)
     lines = runs.read_lines(run.metrics) if hosts.first() else []
-    losses = [line["loss"] for line in lines if since < line["step"] <= step]
+    losses = [line.get("loss") for line in lines if since < line["step"] <= step]
     known = [loss for loss in losses if loss is not None]
-    return float(np.mean(known)) if known else None
+    # All hosts have the first one's, to the bit.
+    mean = np.float32(np.mean(known) if known else np.nan)
+    mean = np.int32(hosts.tell(int(mean.view(np.int32)))).view(np.float32)
+    return None if np.isnan(mean) else float(mean)
 
 
 def tensors(params: Any) -> list[str]:

@@ -174,7 +174,9 @@ def _leave(folder: Path, file: int | None, made: list[Path]) -> None:
 
 def _let_go(path: Path, file: int) -> None:
     with suppress(OSError):
-        path.unlink()
+        # The folder may have been moved, and another run have its own lock here.
+        if os.path.samestat(os.fstat(file), os.stat(path)):
+            path.unlink()
     _open.discard(file)
     os.close(file)
 

@@ -205,6 +205,14 @@ def cut_lines(path: Path, last_step: int) -> None:
     _write(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
+def to_disk(run: Run) -> None:
+    """Has what was logged on the disk, before a checkpoint that goes on after it."""
+    for path in (run.metrics, run.speed):
+        if hosts.first() and path.exists():
+            with naming(path), path.open("rb+") as file:
+                os.fsync(file.fileno())
+
+
 def remove_partials(run: Run) -> None:
     """Removes what training began to write here when it was killed.
 
@@ -219,6 +227,8 @@ def remove_partials(run: Run) -> None:
     ):
         for path in folder.glob(f".{name}.*.tmp"):
             path.unlink(missing_ok=True)
+    for path in run.folder.glob(".hosts_*"):  # of `hosts.check_shared`
+        path.unlink(missing_ok=True)
 
 
 def check_room(run: Run, state: Any, there: int, keep: int) -> None:

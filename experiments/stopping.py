@@ -17,7 +17,8 @@ KINDS = (signal.SIGINT, signal.SIGTERM)
 CODE = 128
 """Added to a signal's number it is the exit code, as shells have it."""
 
-_taking = False
+_pipe: tuple[int, ...] = ()
+"""Both ends of the pipe, while signals are taken."""
 
 
 class Requests:
@@ -27,7 +28,7 @@ class Requests:
         """Starts without any; one ends the process until `note` says otherwise."""
         self.numbers: list[int] = []
         """Those that asked for the end of the loop."""
-        self._noting = False
+        self._noting = self._came = False
 
     def note(self) -> None:
         """Has the first signal noted from now on."""
@@ -39,14 +40,14 @@ class Requests:
 
     def take(self, number: int) -> None:
         """Takes a signal, on the thread: notes it, or ends the process."""
-        if self._noting and not self.numbers:
-            self.numbers.append(number)
+        first, self._came = not self._came, True
+        if self._noting and first:
+            # Another host's may be there already: all stop at one step.
+            if not self.numbers:
+                self.numbers.append(number)
             _say("stopping after this step, with a checkpoint; again: at once, without")
             return
-        if self.numbers:
-            _say("leaving at once; the same command goes on from the last checkpoint")
-        else:
-            _say("leaving; the same command begins here again")
+        _say("leaving at once; the same command goes on from what is there")
         os._exit(CODE + number)
 
 
@@ -57,20 +58,22 @@ def requests() -> Iterator[Requests]:
     To be called on the main thread. What is written meanwhile has to bear the end of
     the process at any instruction, as it has to bear SIGKILL.
     """
-    global _taking
+    global _pipe
     found = Requests()
     heard, told = os.pipe()
     os.set_blocking(told, False)
     thread = threading.Thread(target=_listen, args=(heard, found), daemon=True)
     thread.start()
     wakeup = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
-    before = [signal.signal(kind, _ignore) for kind in KINDS]
-    _taking = True
+    # One that is ignored, as Ctrl-C is in the background of a script, stays so.
+    kinds = [kind for kind in KINDS if signal.getsignal(kind) is not signal.SIG_IGN]
+    before = [signal.signal(kind, _ignore) for kind in kinds]
+    _pipe = (heard, told)
     try:
         yield found
     finally:
-        _taking = False
-        for kind, handler in zip(KINDS, before, strict=True):
+        _pipe = ()
+        for kind, handler in zip(kinds, before, strict=True):
             signal.signal(kind, handler)
         signal.set_wakeup_fd(wakeup)
         os.close(told)  # the end of the thread
@@ -94,11 +97,13 @@ def _say(text: str) -> None:
 
 
 def _forget() -> None:
-    """Leaves a forked child, which shares the pipe, to die of its signals."""
-    if _taking:
+    """Leaves a forked child to die of its signals, and the pipe to its parent."""
+    if _pipe:
         signal.set_wakeup_fd(-1)
         for kind in KINDS:
             signal.signal(kind, signal.SIG_DFL)
+    for end in _pipe:
+        os.close(end)
 
 
 os.register_at_fork(after_in_child=_forget)

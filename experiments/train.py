@@ -12,7 +12,8 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__":  # while the rest is loaded, Ctrl-C ends this without a word
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    # While the rest is loaded, Ctrl-C ends this without a word.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 import time
 from collections.abc import Sequence
@@ -170,10 +171,15 @@ def check_same_run(config: Config, run: runs.Run, *, force: bool = False) -> Non
     """
     if not runs.has_checkpoint(run):
         return
-    if run.config.exists():
-        changed = differences(runs.read_config(run), config)
-    else:
+    if not run.config.exists():
         changed = [f"{run.config} is not there"]
+    else:
+        try:
+            changed = differences(runs.read_config(run), config)
+        except ConfigError:
+            if not force:
+                raise
+            changed = [f"{run.config} is damaged"]
     if changed and force:
         hosts.say(f"going on with other values than before: {'; '.join(changed)}")
     elif changed:
@@ -334,6 +340,8 @@ def loop(job: Job, begun: Begun) -> TrainState:
             while len(waiting) > (0 if saves or draws else 1):
                 history.record(log, *waiting.pop(0))
             snaps = weights.due(config, step + 1)
+            if (step + 1) % plan.log_every == 0:
+                checkpoint.check(job.manager)
             if saves or draws or snaps:
                 with shown.held_up():
                     whole = learning.as_stored(state)
@@ -341,6 +349,7 @@ def loop(job: Job, begun: Begun) -> TrainState:
                         weights.save_snapshots(run, config, whole)
                     if saves:
                         meta = {"pending": [*log.pending], "row": dict(shown.row)}
+                        runs.to_disk(run)
                         mean = history.score(config, run, step + 1)
                         checkpoint.save(job.manager, step + 1, whole, meta, score=mean)
                 if draws:
@@ -389,7 +398,8 @@ def finish(job: Job, state: TrainState) -> int:
     config, run, requested = job.config, job.run, job.signals.numbers
     seconds = time.monotonic() - job.started
     step, again = int(state.step), "the same command goes on from here"
-    lines = [line for line in runs.read_lines(run.metrics) if line["loss"] is not None]
+    logged = runs.read_lines(run.metrics)
+    lines = [line for line in logged if line.get("loss") is not None]
     plot: object = "none, with no line in metrics.jsonl; see --train.log-every"
     if lines and hosts.first():
         plot = images.curve(
@@ -399,7 +409,7 @@ def finish(job: Job, state: TrainState) -> int:
             ylabel=f"loss ({config.diffusion.loss})",
             path=run.folder / "loss.png",
         )
-    if requested:
+    if requested and step < config.train.steps:
         print(f"stopped at step {step:,}; {again}")
         return stopping.CODE + requested[0]
     if step < config.train.steps:

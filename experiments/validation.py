@@ -89,6 +89,9 @@ def validate(config: Config) -> None:
         _fail("name", "at most 200 bytes long", f"{len(config.name)} characters")
     if data.channels not in (1, 3):
         _fail("data.channels", "1 or 3", data.channels)
+    if train.keep_every and train.keep_every % train.checkpoint_every:
+        must = f"a multiple of train.checkpoint_every, {train.checkpoint_every}"
+        _fail("train.keep_every", must, train.keep_every)
     factor = 2 ** (len(net.multipliers) - 1)
     if not net.multipliers or data.image_size % factor:
         _fail(

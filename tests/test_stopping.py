@@ -59,7 +59,7 @@ def test_a_signal_during_preparations_ends_the_process_within_a_call(number, tmp
     process.send_signal(number)
     code, _, err = end_of(process)
     assert code == 128 + number
-    assert "leaving; the same command begins here again" in err
+    assert "leaving at once; the same command goes on from what" in err
 
 
 @pytest.mark.parametrize(
@@ -114,3 +114,34 @@ def test_handlers_are_given_back():
     assert [signal.getsignal(kind) for kind in stopping.KINDS] == before
     assert signal.set_wakeup_fd(-1) == -1
     assert len(os.listdir("/proc/self/fd")) == files
+
+
+def test_a_signal_after_that_of_another_host_is_no_second(monkeypatch):
+    left = []
+    monkeypatch.setattr(stopping.os, "_exit", left.append)
+    found = stopping.Requests()
+    found.note()
+    found.numbers[:] = [signal.SIGTERM]  # as all hosts have agreed
+    found.take(signal.SIGTERM)
+    assert (left, found.numbers) == ([], [signal.SIGTERM])
+    found.take(signal.SIGTERM)
+    assert left == [128 + signal.SIGTERM]
+
+
+def test_what_is_ignored_stays_so():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stopping.requests() as found:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+        assert found.numbers == []
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_forked_child_that_lives_on_holds_nothing_up(tmp_path):
+    # The child's copy of the pipe would keep the thread that listens to it.
+    body = "os.fork() or (__import__('time').sleep(6), os._exit(0))"
+    process = started(body, tmp_path)
+    assert process.wait(timeout=5) == 0

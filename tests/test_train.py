@@ -228,7 +228,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_in_the_way(folder):
     assert time.monotonic() - begun < 30
     assert "first step" not in out
     assert "Traceback" not in err
-    assert "leaving; the same command begins here again" in err
+    assert "leaving at once; the same command goes on from what" in err
     with one_step_program():
         code, _ = run_train(folder, "early", "--train.stop-at", "1")
     assert code == 0

@@ -3,13 +3,15 @@
 import json
 import random
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from diffusion_jax.training import checkpoint, manifest, parallel
+from diffusion_jax.training import checkpoint, manifest, parallel, stored
 from experiments import checkpoints, config, runs
 from experiments.configs import EXPERIMENTS
 
@@ -124,7 +126,7 @@ def test_no_lost_or_shortened_file_comes_back(folder):
 def test_every_leaf_is_vouched_for(folder):
     # As if the manifest itself had been written of other values, or of too few.
     path = folder / "2" / "manifest" / "process_0.json"
-    _, arrays = checkpoint._read(folder / "2")
+    _, arrays = stored.read(folder / "2")
     body = json.loads(path.read_text())
     del body["sha256"]
     for name, about in body["leaves"].items():
@@ -147,8 +149,8 @@ def test_what_is_no_checkpoint_is_passed_over_and_set_aside(folder):
     left.mkdir()
     found = restore(folder)
     assert [(s.step, s.why) for s in found.skipped] == [
-        (9, "no manifest"),
-        (7, "no manifest"),
+        (9, "no manifest: cut off, or of an older version"),
+        (7, "no manifest: cut off, or of an older version"),
     ]
     assert left.exists()  # who only reads tidies nothing away
     with checkpoint.open_folder(folder) as opened:
@@ -168,7 +170,8 @@ def test_where_nothing_verifies_all_reasons_are_given(folder):
     for step in (1, 2):
         (folder / str(step) / "manifest" / "process_0.json").unlink()
     with pytest.raises(
-        checkpoint.CheckpointError, match=r"got, by step, 2: no manifest; 1: no man"
+        checkpoint.CheckpointError,
+        match=r"got, by step, 2: no manifest: cut off, .*; 1: no man",
     ):
         restore(folder)
 
@@ -212,8 +215,10 @@ def test_parts_of_devices_are_vouched_for_each(tmp_path):
         checkpoint.save(folder, 1, jax.device_put(whole, placed), {})
     leaves = checkpoint.verify(tmp_path / "1").leaves
     assert [len(leaf.parts) for leaf in leaves.values()] == [1, 4]
-    with pytest.raises(manifest.UnverifiedError, match="other bytes in n and 1 more"):
-        manifest.check(leaves, {"w": np.zeros((64, 32), np.float32), "n": np.array(3)})
+    with pytest.raises(manifest.UnverifiedError, match="other bytes in w"):
+        manifest.check(
+            leaves, {"w": np.zeros((64, 32), np.float32), "n": np.int32(3)[...]}
+        )
 
 
 def test_a_failing_disk_is_named_and_the_last_one_stays(folder):
@@ -252,8 +257,71 @@ def test_the_list_says_what_each_is_good_for(folder, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{folder}/"
     assert [line.split()[0] for line in lines[1:]] == ["step", "1", "2", "3", "4", "10"]
-    assert lines[4].endswith("-  damaged: no manifest")
+    assert lines[4].endswith("-  damaged: no manifest: cut off, or of an older version")
     assert lines[5].endswith("0.5000  verified, best")
     assert lines[6].endswith("0.7000  verified, latest")
     shutil.rmtree(folder / "3")
     assert checkpoints.main([str(run.folder)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("read", "why"),
+    [
+        (lambda x: x.view(np.int32), "another type in params/w"),
+        (lambda x: x[..., None], "another shape in params/w"),
+        (lambda x: x.reshape(-1), "another shape in params/w"),
+    ],
+)
+def test_equal_bytes_of_another_type_or_shape_are_not_the_same(folder, read, why):
+    about, arrays = stored.read(folder / "2")
+    arrays["params/w"] = read(arrays["params/w"])
+    with pytest.raises(manifest.UnverifiedError, match=why):
+        manifest.check(about.leaves, arrays)
+
+
+def test_what_cannot_be_read_now_is_not_taken_for_damaged(folder, monkeypatch):
+    def fails(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: no memory for it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.PyTreeCheckpointHandler, "restore", fails)
+        with pytest.raises(checkpoint.CheckpointError, match="must be readable now"):
+            restore(folder)
+    path = folder / "2" / "manifest" / "process_0.json"
+    body = json.loads(path.read_text())
+    del body["sha256"]
+    path.write_text(manifest._seal({**body, "format": manifest.FORMAT + 1}))
+    with pytest.raises(checkpoint.CheckpointError, match="of format 1; got another"):
+        restore(folder)
+    assert checkpoint.steps(folder) == [1, 2]
+
+
+def test_one_that_is_deleted_meanwhile_is_no_damage(folder):
+    with checkpoint.open_folder(folder, read_only=True) as opened:
+        shutil.rmtree(folder / "2")
+        like = jax.eval_shape(lambda: state(0))
+        found = checkpoint.restore(opened, like, on())
+    assert (found.step, found.skipped) == (1, [])
+
+
+def test_a_failed_save_is_known_before_the_next(folder):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    big = {"w": np.random.default_rng(0).random(2**18)}
+
+    def save_and_look():
+        with checkpoint.open_folder(folder) as opened:
+            checkpoint.check(opened)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+            checkpoint.save(opened, 3, big, {})
+            until = time.monotonic() + 30
+            while time.monotonic() < until:
+                checkpoint.check(opened)
+                time.sleep(0.01)
+            pytest.fail("nothing was said of it")
+
+    try:
+        with pytest.raises(checkpoint.CheckpointError, match="got File too large"):
+            save_and_look()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -12,45 +12,28 @@ On several hosts all call every function here alike, with a folder that they sha
 each writes the parts of the arrays that it holds, the first one all the rest.
 """
 
-import dataclasses
+import functools
 import os
-import sys
-import time
+import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.experimental import multihost_utils
-from orbax.checkpoint import future
 
-from diffusion_jax.training import manifest, retention
+from diffusion_jax.training import manifest, retention, stored
+from diffusion_jax.training.stored import CheckpointError
 
 PyTree = Any
 
 
 LISTED = 10
 """Leaves that an error names, of those that do not fit."""
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read."""
-
-
-class _DamagedError(CheckpointError):
-    """One that is not what was written. An older one may be."""
-
-    def __init__(self, path: Path, why: str) -> None:
-        self.why = why
-        super().__init__(
-            f"checkpoint {path} must be what was written there; got {why}. Use an "
-            "older one, or bring this one back from a copy."
-        )
 
 
 class Skipped(NamedTuple):
@@ -113,10 +96,15 @@ def open_folder(
             f"a folder of checkpoints must be at {path}; got nothing there. Train "
             "first, or give the folder of another run."
         )
+    if not read_only and jax.process_index() == 0:
+        for left in path.glob(f"*{stored.PARTIAL}*"):
+            shutil.rmtree(left, ignore_errors=True)
     policy = retention.Keep(keep, keep_every, {}, path)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policy,
-        cleanup_tmp_directories=not read_only,
+        async_options=ocp.options.AsyncOptions(
+            post_finalization_callback=functools.partial(stored.to_disk, path)
+        ),
         read_only=read_only,
         create=not read_only,
         # One host looks which steps there are and tells the others, lest they differ.
@@ -175,13 +163,14 @@ def save(
         path: _of_one_device(manifest.stored(leaf)) for path, leaf in leaves.items()
     }
     for array in arrays.values():
-        if isinstance(array, jax.Array) and array.is_fully_addressable:
-            array.copy_to_host_async()
+        for shard in array.addressable_shards if isinstance(array, jax.Array) else []:
+            if shard.replica_id == 0:
+                shard.data.copy_to_host_async()
     held = {path: manifest.parts(array) for path, array in arrays.items()}
     items = ocp.args.Composite(
         # Orbax refuses what has no elements, and the manifest says all of it.
         state=ocp.args.PyTreeSave({p: x for p, x in arrays.items() if x.size}),
-        manifest=_ManifestSave(leaves=leaves, held=held, meta=meta, score=score),
+        manifest=stored.ManifestSave(leaves=leaves, held=held, meta=meta, score=score),
     )
     folder.keep.scores[step] = score
     try:
@@ -194,6 +183,15 @@ def save(
             f"checkpoint {step} must be newer than those in {folder.path}; "
             f"got {folder.steps()[-1]} as the latest there. Use a new folder."
         )
+
+
+def check(folder: Folder) -> None:
+    """Raises CheckpointError where the last save has failed by now; does not wait.
+
+    On several hosts, which may find out one after another, only `save` and `wait` do.
+    """
+    if jax.process_count() == 1 and not folder.manager.is_saving_in_progress():
+        wait(folder)
 
 
 def wait(folder: Folder) -> None:
@@ -239,7 +237,11 @@ def restore(
         path = folder.path / str(tried)
         try:
             about, arrays = _read_everywhere(path)
-        except _DamagedError as error:
+        except stored.DamagedError as error:
+            if step is None and not path.is_dir():
+                # Training that goes on has deleted it, for newer ones.
+                folder.manager.reload()
+                return restore(folder, like, sharding, strict=strict)
             if strict or step is not None:
                 raise
             skipped.append(Skipped(tried, error.why))
@@ -286,7 +288,7 @@ def verify(path: str | os.PathLike[str]) -> manifest.Manifest:
     Raises:
       CheckpointError: it is not what was written there.
     """
-    return _read(Path(path))[0]
+    return stored.read(Path(path))[0]
 
 
 def _place_of(path: Path) -> tuple[int, int]:
@@ -299,54 +301,18 @@ def _place_of(path: Path) -> tuple[int, int]:
 def _read_everywhere(path: Path) -> tuple[manifest.Manifest, dict[str, np.ndarray]]:
     """As `_read`; where one host finds it damaged it is so for all."""
     if jax.process_count() == 1:
-        return _read(path)
-    error: _DamagedError | None = None
+        return stored.read(path)
+    error: stored.DamagedError | None = None
     try:
-        found = _read(path)
-    except _DamagedError as damaged:
+        found = stored.read(path)
+    except stored.DamagedError as damaged:
         error = damaged
     bad = multihost_utils.process_allgather(np.asarray(error is not None))
     if error is not None:
         raise error
     if bad.any():
-        raise _DamagedError(path, f"other bytes on host {int(np.argmax(bad))}")
+        raise stored.DamagedError(path, f"other bytes on host {int(np.argmax(bad))}")
     return found
-
-
-def _read(path: Path) -> tuple[manifest.Manifest, dict[str, np.ndarray]]:
-    """Returns what a checkpoint says of itself, and its arrays, compared."""
-    try:
-        about = manifest.read(path / "manifest")
-        empty = {p: x for p, x in about.leaves.items() if 0 in x.shape}
-        target = dict.fromkeys(about.leaves.keys() - empty.keys(), 0)
-        how = dict.fromkeys(target, ocp.RestoreArgs(restore_type=np.ndarray))
-        with _whatever_is_damaged():
-            arrays = ocp.PyTreeCheckpointHandler().restore(
-                epath.Path(path) / "state",
-                args=ocp.args.PyTreeRestore(item=target, restore_args=how),
-            )
-        arrays |= {p: np.zeros(x.shape, jnp.dtype(x.dtype)) for p, x in empty.items()}
-        manifest.check(about.leaves, arrays)
-    except manifest.UnverifiedError as error:
-        raise _DamagedError(path, str(error)) from error
-    return about, arrays
-
-
-@contextmanager
-def _whatever_is_damaged() -> Iterator[None]:
-    """Raises UnverifiedError for all kinds that orbax raises for damaged data."""
-    hook = sys.unraisablehook
-    # After the first error the other reads, in threads of tensorstore, end into an
-    # event loop that is closed, and say so on stderr.
-    sys.unraisablehook = lambda _: None
-    try:
-        yield
-    except Exception as error:
-        time.sleep(0.02)  # by then they have ended
-        first = str(error).strip().split("\n")[0][:100]
-        raise manifest.UnverifiedError(f"data that cannot be read ({first})") from error
-    finally:
-        sys.unraisablehook = hook
 
 
 def _placed(arrays: dict[str, np.ndarray], like: PyTree, sharding: PyTree) -> PyTree:
@@ -379,7 +345,7 @@ def _of_one_device(x: Any) -> Any:
     return x.addressable_data(0) if shared and jax.process_count() == 1 else x
 
 
-def _check_fits(path: Path, stored: Mapping[str, manifest.Leaf], like: PyTree) -> None:
+def _check_fits(path: Path, held: Mapping[str, manifest.Leaf], like: PyTree) -> None:
     """Raises CheckpointError unless what is stored has the leaves of `like`.
 
     Orbax itself casts another dtype without a word.
@@ -391,7 +357,7 @@ def _check_fits(path: Path, stored: Mapping[str, manifest.Leaf], like: PyTree) -
         return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
     wanted = manifest.by_path(like)
-    had = {path: words(leaf) for path, leaf in stored.items()}
+    had = {path: words(leaf) for path, leaf in held.items()}
     want = {path: words(leaf) for path, leaf in wanted.items()}
     differing = [
         f"{path}: {had.get(path, 'nothing')} for {want.get(path, 'nothing')}"
@@ -410,41 +376,17 @@ def _check_fits(path: Path, stored: Mapping[str, manifest.Leaf], like: PyTree) -
 
 
 def _unwritable(what: str, path: Any, error: Exception) -> CheckpointError:
-    said = str(error).strip().split("\n")[0][:200] or type(error).__name__
+    inner: BaseException = error
+    while inner := inner.__cause__ or inner.__context__:  # type: ignore[assignment]
+        if isinstance(inner, OSError):
+            error = inner  # what the disk did; the rest is what became of it
+    # Of tensorstore, which says where in its layers it was, what the disk said.
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    said = (
+        os.strerror(int(code[1])) if code else str(error).strip().split("\n")[0][:200]
+    )
+    said = said or type(error).__name__
     return CheckpointError(
         f"{what} must be written whole to {path}; got {said}. Make room there or check "
         "the permissions, and start again: the run goes on from the last whole one."
     )
-
-
-class _ManifestHandler(ocp.AsyncCheckpointHandler):
-    """Writes the manifest in the background, as part of the checkpoint."""
-
-    async def async_save(self, directory: Any, args: Any) -> list[Any]:
-        async def write() -> None:
-            text = manifest.describe(args.leaves, args.held, args.meta, args.score)
-            name = f"process_{jax.process_index()}.json"
-            (Path(directory) / name).write_text(text)
-
-        return [future.CommitFutureAwaitingContractedSignals(write(), name="manifest")]
-
-    def save(self, directory: Any, args: Any) -> None:
-        raise NotImplementedError("written in the background only")
-
-    def restore(self, directory: Any, args: Any = None) -> Any:
-        raise NotImplementedError("read by manifest.read")
-
-
-@ocp.args.register_with_handler(_ManifestHandler, for_save=True)
-@dataclasses.dataclass
-class _ManifestSave(ocp.args.CheckpointArgs):
-    leaves: dict[str, Any]
-    held: dict[str, list[manifest.Part]]
-    meta: dict[str, Any]
-    score: float | None
-
-
-@ocp.args.register_with_handler(_ManifestHandler, for_restore=True)
-@dataclasses.dataclass
-class _ManifestRestore(ocp.args.CheckpointArgs):
-    """Orbax wants one of each handler."""

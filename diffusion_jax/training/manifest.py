@@ -158,13 +158,18 @@ def read(folder: Path) -> Manifest:
     """Returns what the manifests in a folder say together.
 
     Raises:
-      UnverifiedError: one is missing, damaged, or of another format.
+      UnverifiedError: one is missing or damaged.
+      ValueError: one is of another format.
+      OSError: one cannot be read now.
     """
     files = [_unseal(path) for path in sorted(folder.glob("process_*.json"))]
     if not files:
-        raise UnverifiedError("no manifest")
+        raise UnverifiedError("no manifest: cut off, or of an older version")
     if any(file.get("format") != FORMAT for file in files):
-        raise UnverifiedError(f"a manifest of another format than {FORMAT}")
+        raise ValueError(
+            f"manifests in {folder} must be of format {FORMAT}; got another. Read the "
+            "checkpoint with the version that wrote it."
+        )
     try:
         count = files[0]["processes"]
         if sorted(file["process"] for file in files) != list(range(count)):
@@ -197,6 +202,11 @@ def check(leaves: Mapping[str, Leaf], arrays: Mapping[str, np.ndarray]) -> None:
 
     def wrong(path: str) -> str | None:
         leaf, array = leaves[path], arrays[path]
+        stops = [stop for _, stop, _ in leaf.parts]
+        if array.shape != tuple(map(max, zip(*stops, strict=True))) and stops:
+            return f"another shape in {path}"
+        if str(array.dtype) != (leaf.dtype if "key" not in leaf.dtype else "uint32"):
+            return f"another type in {path}"
         covered = 0
         for start, stop, expected in leaf.parts:
             block = array[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))]
@@ -228,7 +238,9 @@ def _unseal(path: Path) -> dict[str, Any]:
     try:
         body = json.loads(path.read_bytes())
         said = body.pop("sha256")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except FileNotFoundError as error:
+        raise UnverifiedError(f"no {path.name}") from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UnverifiedError(f"a manifest that cannot be read, {path.name}") from error
     if said != _sum(body):
         raise UnverifiedError(f"a manifest with other bytes, {path.name}")
