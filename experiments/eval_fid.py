@@ -185,7 +185,7 @@ def load_samples(options: Options, config: Config) -> np.ndarray | None:
     size, channels = config.data.image_size, config.data.channels
     kind, _, where = options.samples.partition(":")
     if kind == "folder":
-        check_sizes(Path(where), size)
+        check_sizes(Path(where).expanduser(), size)
         found = data.load(options.samples, image_size=size, channels=channels)
     else:
         found = data.load(options.samples)

@@ -101,10 +101,8 @@ def _digest(images: Any) -> str:
 
 def _save(made: Reference, path: Path, about: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.tmp")
-    with partial.open("wb") as file:
+    with moments.replacing(path) as file:
         np.savez(file, about=np.array(about), **made._asdict())
-    partial.replace(path)
 
 
 def _load(path: Path) -> Reference | None:

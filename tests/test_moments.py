@@ -218,3 +218,9 @@ def test_bad_input_is_refused_with_advice(case, refuses):
     call, got = BAD_CALLS[case]
     with refuses(got):
         call()
+
+
+def test_a_variance_below_zero_by_rounding_is_accepted():
+    # Of a feature that is constant, as others compute it.
+    _, matrix = moments.as_moments(np.zeros(2), np.diag([2.0, -2e-15]), "of others")
+    assert matrix[0, 0] == 2

@@ -402,6 +402,7 @@ GRAPHS = {
     "a shape of 100 axes": shaped(*[1] * 100),
     "a number repeated a billion times": shaped(2**30),
     "numbers repeated to fill all memory": lambda _: shaped(2**27) * 20,
+    "numbers repeated in many constants": shaped(2**20) * 40,
     "bytes of no number": shaped(3, content=b"abc"),
     "too many numbers": shaped(1, content=bytes(40)),
     "a constant nan": graphs.constant(

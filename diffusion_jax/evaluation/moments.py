@@ -5,8 +5,10 @@ hosts, and goes to a file from which an interrupted evaluation goes on.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -134,11 +136,29 @@ def save(stats: Statistics, path: str | os.PathLike[str]) -> Path:
     }
     if stats.number > 1:
         arrays["sigma"] = finish(stats)[1]
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(partial, "wb") as file:
+    with replacing(path) as file:
         np.savez(file, **arrays)
-    partial.replace(path)
     return path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Gives a file that takes the place of another when all of it is written.
+
+    Raises:
+      OSError: it cannot be written; nothing is left of it, and what was there stays.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk has no name of its own
+        raise
 
 
 def load(path: str | os.PathLike[str]) -> Statistics:
@@ -238,7 +258,8 @@ def as_moments(
             f"mean and covariance {name} must be finite; got some that are not. Make "
             "them from finite features, with moments.finish."
         )
-    if matrix.diagonal().min() < 0:
+    # What others computed may be below 0 by rounding, for a feature that is constant.
+    if matrix.diagonal().min() < -1e-5 * np.abs(matrix).max():
         raise ValueError(
             f"covariance {name} must have variances of at least 0 on its diagonal; got "
             f"{matrix.diagonal().min():.3g}. Make it with moments.finish."

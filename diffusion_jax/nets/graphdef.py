@@ -23,6 +23,8 @@ _FLOAT = 1
 _MAX_SIZE = 2**28
 # Elements of a tensor that is written down as one number, repeated: a bias has some.
 _MAX_REPEATED = 2**20
+# Bytes by which the numbers of a whole file may so become more than the file.
+_MAX_ADDED = 2**26
 
 
 def read(content: bytes, what: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -35,13 +37,17 @@ def read(content: bytes, what: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     Raises:
       DataError: it is cut off, or is something else.
     """
-    constants = {}
+    constants, room = {}, len(content) + _MAX_ADDED
     try:
         for number, _, node in _fields(memoryview(content)):
             if number == 1:
                 name, array = _constant(node)
-                if array is not None:
-                    constants[name] = array
+                if array is None:
+                    continue
+                room -= array.nbytes
+                if room < 0:
+                    raise ValueError(f"numbers repeated beyond {_MAX_ADDED} bytes")
+                constants[name] = array
     except ValueError as error:
         raise DataError(
             f"{what} must be a whole TensorFlow GraphDef; got {error}. Download it "

@@ -107,7 +107,12 @@ def check_address(url: str, before: str | None = None) -> None:
     >>> check_address("https://example.org/a")
     >>> check_address("http://127.0.0.1:8000/a")
     """
-    parts = urllib.parse.urlsplit(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError as error:
+        raise DataError(
+            f"a URL must be an address; got {url} ({error}). Correct it."
+        ) from error
     # What never leaves this machine needs no encryption; but nobody else leads to it.
     here = parts.scheme == "http" and _is_here(url) and _is_here(before or url)
     if parts.scheme != "https" and not here:
@@ -178,7 +183,8 @@ def _copy(
 ) -> str:
     """Returns the SHA-256 of the bytes copied, having checked how many they were."""
     stated = response.headers.get("Content-Length", "")
-    expected = int(stated) if stated.isdigit() else size
+    known = stated.isascii() and stated.isdecimal() and len(stated) < 20
+    expected = int(stated) if known else size
     if size is not None and expected != size:
         raise _wrong_size(url, size, expected)
     if expected is not None and expected > (size or most):

@@ -30,6 +30,8 @@ SLOWER = 3
 def main(argv: Sequence[str]) -> int:
     """Runs cases; returns the exit code."""
     options = parse(argv)
+    # As Ctrl-C: the cases are in sessions of their own, and have to be ended.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = options.folder or Path(tempfile.mkdtemp(prefix="torture."))
     folder = folder.resolve()
     print(f"{len(options.only)} cases in {folder}, seed {options.seed}", flush=True)
@@ -138,10 +140,14 @@ def run(
         )
     running.add(process)
     limit = threading.Timer(SLOWER * case.limit, end, [process])
+    limit.daemon = True
     limit.start()
     assert process.stdout is not None
     for line in process.stdout:
-        results.append(Outcome(*json.loads(line)))
+        try:
+            results.append(Outcome(*json.loads(line)))
+        except ValueError:  # a line that the time limit cut off
+            continue
         print(shown(results[-1]), flush=True)
     code = process.wait()
     limit.cancel()

@@ -13,7 +13,7 @@ from . import moments, trainings
 from .cases import FailedError, Outcome, check, outcome
 from .trainings import Training
 
-STEPS = 2000
+STEPS = 3000
 """Of the run that is killed again and again."""
 SEEN_WITHIN = 4.0
 """Seconds of training, once all is compiled, in which a moment has to come."""

@@ -33,10 +33,13 @@ def cases(folder: Path, seed: int) -> Iterator[Outcome]:
         owner = trainings.start(run, *flags, log=logs[0], cache=cache)
         moments.wait(owner, moments.stepping(owner))
         check(owner.process.poll() is None, trainings.last_words(logs[0]))
+        # It would be at its end before the other one has loaded its modules.
+        owner.process.send_signal(signal.SIGSTOP)
         second = trainings.start(run, *flags, log=logs[1], cache=cache)
         said = trainings.refused(second, run.name, owner.process.pid, codes=[2])
         seconds = time.monotonic() - second.began
         check(seconds < WITHIN, f"only after {seconds:.1f} s")
+        owner.process.send_signal(signal.SIGCONT)
         check(owner.process.poll() is None, trainings.last_words(logs[0]))
         moments.wait(owner, moments.later(moments.started(owner), rng.uniform(0, 0.5)))
         trainings.kill(owner)

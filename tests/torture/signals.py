@@ -11,7 +11,7 @@ from . import moments, trainings
 from .cases import Outcome, check, outcome
 from .trainings import Training
 
-STEPS = 600
+STEPS = 1200
 WITHIN = 30.0
 """Seconds in which a run must have ended after a signal."""
 AT_ONCE = 3.0

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from . import damage, trainings
 from .cases import Outcome, check, outcome
 
-CYCLES, WARM_UP = 1000, 200
+CYCLES, WARM_UP = 1000, 400
 """Saves and restores; the first ones, after which memory must not grow."""
 ROWS = 16_384
 """Of a matrix of 16 columns: 1 MiB, in parameters, moments and average."""
