@@ -20,6 +20,8 @@ class Case(NamedTuple):
     """The command that runs it: with mounts of its own, say."""
 
 
+PRIVATE = "TORTURE_MOUNTS_ARE_PRIVATE"
+"""Set in the environment where what is mounted is gone with the case."""
 CASES = {
     "soak-steps": Case("soak:steps", "20,000 steps of digits: memory, files", 2000),
     "kill": Case("kills:cases", "kill -9 at 30 moments, training and evaluation"),

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from . import CASES
+from . import CASES, PRIVATE
 from .cases import Outcome, shown, summary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,11 +165,17 @@ def run(
 
 
 def wrapped(command: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the command to run another one by, where this machine permits it."""
+    """Returns the command to run another one by, where this machine permits it.
+
+    Of `unshare` its mark is left in the environment: `disks.mount` looks for it.
+    """
     if not command or shutil.which(command[0]) is None:
         return ()
-    tried = subprocess.run([*command, "true"], capture_output=True, check=False)
-    return command if tried.returncode == 0 else ()
+    for tried in (command, tuple(word for word in command if "user" not in word)):
+        done = subprocess.run([*tried, "true"], capture_output=True, check=False)
+        if done.returncode == 0:
+            return (*tried, "env", f"{PRIVATE}=1")
+    return ()
 
 
 def end(process: subprocess.Popen) -> None:

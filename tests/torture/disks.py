@@ -5,6 +5,7 @@ Small disks in memory are mounted for it, where this machine permits that.
 
 import contextlib
 import errno
+import os
 import resource
 import shutil
 import signal
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from . import moments, trainings
+from . import PRIVATE, moments, trainings
 from .cases import Outcome, SkippedError, check, outcome
 from .trainings import Training
 
@@ -170,7 +171,12 @@ def mounted(where: Path) -> Iterator[None]:
 
 
 def mount(*arguments: str) -> None:
-    """Mounts; raises SkippedError where this machine does not permit it."""
+    """Mounts; raises SkippedError where this machine does not permit it.
+
+    Nor where the mount would stay, when the case is killed.
+    """
+    if PRIVATE not in os.environ:
+        raise SkippedError("no mounts of its own on this machine (unshare)")
     done = subprocess.run(
         ["mount", *arguments], capture_output=True, text=True, check=False
     )
