@@ -245,7 +245,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         pass
 
 
-def test_the_list_says_what_each_is_good_for(folder, capsys):
+def test_the_list_says_what_each_is_good_for(folder, capsys, monkeypatch):
     run = runs.Run(folder.parent / "run")
     runs.write_json(run.config, config.to_dict(EXPERIMENTS["digits"].config))
     folder = folder.rename(run.checkpoints)
@@ -261,7 +261,8 @@ def test_the_list_says_what_each_is_good_for(folder, capsys):
     assert lines[5].endswith("0.5000  verified, best")
     assert lines[6].endswith("0.7000  verified, latest")
     shutil.rmtree(folder / "3")
-    assert checkpoints.main([str(run.folder)]) == 0
+    monkeypatch.chdir(run.folder.parent)
+    assert checkpoints.main([run.folder.name]) == 0
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,9 @@ def read(path: Path) -> tuple[manifest.Manifest, dict[str, np.ndarray]]:
         empty = {p: x for p, x in about.leaves.items() if 0 in x.shape}
         target = dict.fromkeys(about.leaves.keys() - empty.keys(), 0)
         how = dict.fromkeys(target, ocp.RestoreArgs(restore_type=np.ndarray))
-        with _whatever_is_damaged():
+        with _whatever_is_damaged(target):
             arrays = ocp.PyTreeCheckpointHandler().restore(
-                epath.Path(path) / "state",
+                epath.Path(path.resolve()) / "state",
                 args=ocp.args.PyTreeRestore(item=target, restore_args=how),
             )
         arrays |= {p: np.zeros(x.shape, jnp.dtype(x.dtype)) for p, x in empty.items()}
@@ -66,7 +66,7 @@ def read(path: Path) -> tuple[manifest.Manifest, dict[str, np.ndarray]]:
 
 
 @contextmanager
-def _whatever_is_damaged() -> Iterator[None]:
+def _whatever_is_damaged(leaves: Iterable[str]) -> Iterator[None]:
     """Raises UnverifiedError for all kinds that orbax raises for damaged data."""
     hook = sys.unraisablehook
     # After the first error the other reads, in threads of tensorstore, end into an
@@ -80,8 +80,9 @@ def _whatever_is_damaged() -> Iterator[None]:
         if any(word in str(error) for word in NOT_NOW):
             raise OSError(str(error)) from error
         time.sleep(0.02)  # by then they have ended
-        first = str(error).strip().split("\n")[0][:100]
-        raise manifest.UnverifiedError(f"data that cannot be read ({first})") from error
+        named = [leaf for leaf in leaves if f'"{leaf}/' in str(error)]
+        where = f" in {named[0]}" if named else ""
+        raise manifest.UnverifiedError(f"data that cannot be read{where}") from error
     finally:
         sys.unraisablehook = hook
 
