@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,6 +25,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # In the background of a script it is ignored, here and in all that tests start.
+    with contextlib.suppress(ValueError):  # a worker on another thread
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("filterwarnings", "error:::diffusion_jax")
     config.addinivalue_line(
         "markers", "optimised: programs of this file are compiled as users compile them"

@@ -30,8 +30,10 @@ SLOWER = 3
 def main(argv: Sequence[str]) -> int:
     """Runs cases; returns the exit code."""
     options = parse(argv)
-    # As Ctrl-C: the cases are in sessions of their own, and have to be ended.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # As Ctrl-C: the cases are in sessions of their own, and have to be ended. Ctrl-C
+    # itself is ignored in the background of a script, and would be by what we start.
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, signal.default_int_handler)
     folder = options.folder or Path(tempfile.mkdtemp(prefix="torture."))
     folder = folder.resolve()
     print(f"{len(options.only)} cases in {folder}, seed {options.seed}", flush=True)
