@@ -2,7 +2,7 @@
 
 Nothing is ever extracted, so no member can leave a folder. What an archive says of the
 size of its content is checked before room is made for it, and what unpacks to more than
-data do is refused: pictures of plain shapes shrink to a four-hundredth, zeros to a
+data do is refused: pictures of plain shapes shrink to a hundredth, zeros to a
 thousandth.
 """
 
@@ -25,7 +25,7 @@ import numpy as np
 # Members of an archive, of which an official one has nine.
 _MOST_MEMBERS = 1000
 # Unpacked bytes that are too few to be a bomb, and how much smaller data may be packed.
-_SMALL, _LEAST_SHARE = 2**28, 900
+_SMALL, _LEAST_SHARE = 2**28, 200
 _PACKED = ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\x00", lzma.open))
 
 
