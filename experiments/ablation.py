@@ -31,6 +31,7 @@ from experiments import (
     draws,
     eval_nll,
     extractors,
+    history,
     reference,
     runs,
     train,
@@ -255,7 +256,7 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
         try:
             if train.train(config):
                 raise KeyboardInterrupt  # it was asked to stop, and did
-        except train.DivergedError as error:
+        except history.DivergedError as error:
             diverged = str(error)
     lines = runs.read_lines(run.metrics)
     about = {

@@ -68,10 +68,12 @@ def parse_training(argv: Sequence[str], *, prog: str) -> Training:
         )
 
     given = read(experiment.config)
-    chosen = initial.resolved(given.config)
+    chosen = initial.resolved(given.config, force=given.force)
     if chosen.init_from is not None:
         # Flags replace what the weights say, and the weights what the experiment says.
-        default = initial.like(experiment.config, initial.given(chosen))
+        default = initial.like(
+            experiment.config, initial.given(chosen, force=given.force)
+        )
         chosen = dataclasses.replace(read(default).config, init_from=chosen.init_from)
     validation.validate(chosen)
     validation.of_training(chosen)

@@ -24,7 +24,7 @@ _SHAPING = (
 )
 
 
-def given(config: Config) -> Config:
+def given(config: Config, *, force: bool = False) -> Config:
     """Returns what the network and its diffusion are by the weights to start from.
 
     A run that has begun knows it, and needs the weights no more.
@@ -32,27 +32,27 @@ def given(config: Config) -> Config:
     Raises:
       ConfigError: there are no such weights.
     """
-    begun = _begun(config)
+    begun = _begun(config, force)
     if begun is not None and begun.init_from == config.init_from:
         return begun
     return runs.read_config(_source(config))
 
 
-def resolved(config: Config) -> Config:
+def resolved(config: Config, *, force: bool = False) -> Config:
     """Returns the configuration with the weights by their whole path.
 
     So that the run finds them from any folder, and under any spelling. Where none are
     named, a run that has begun from weights keeps its own.
     """
     if config.init_from is not None:
-        begun = _begun(config)
+        begun = _begun(config, force)
         whole = str(Path(config.init_from).resolve())
         if begun is None or begun.init_from != whole:
             source = _source(config)
             place = source.folder if source.network is None else source.network.path
             whole = str(place.resolve())
         return dataclasses.replace(config, init_from=whole)
-    begun = _begun(config)
+    begun = _begun(config, force)
     known = None if begun is None else begun.init_from
     return dataclasses.replace(config, init_from=known)
 
@@ -134,12 +134,20 @@ def params(config: Config) -> Any:
     return weights.load(given, source, Weights())[0]
 
 
-def _begun(config: Config) -> Config | None:
-    """Returns the configuration of the run, if it has a checkpoint."""
+def _begun(config: Config, force: bool) -> Config | None:
+    """Returns the configuration of the run, if it has a checkpoint.
+
+    With force one that is damaged counts for nothing.
+    """
     run = runs.of(config)
     if not (runs.has_checkpoint(run) and run.config.is_file()):
         return None
-    return runs.read_config(run)
+    try:
+        return runs.read_config(run)
+    except ConfigError:
+        if not force:
+            raise
+        return None
 
 
 def _source(config: Config) -> runs.Run:

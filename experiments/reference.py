@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion_jax.evaluation import metrics, moments
+from diffusion_jax.training import files
 from experiments import hosts
 from experiments.config import Config
 from experiments.extractors import Extractor, extract
@@ -100,8 +101,7 @@ def _digest(images: Any) -> str:
 
 
 def _save(made: Reference, path: Path, about: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with moments.replacing(path) as file:
+    with files.replacing(path) as file:
         np.savez(file, about=np.array(about), **made._asdict())
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from diffusion_jax.training import files
 from experiments import config, fields, hosts, networks, texts, validation
 
 
@@ -260,18 +261,5 @@ def check_room(run: Run, state: Any, there: int, keep: int) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Writes a file so that at any moment it is the old one or the new one, whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("w") as file:
-                file.write(text)
-                file.flush()
-                # Before the new name: a machine without power would else have it, and
-                # nothing in it.
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    with files.replacing(path, durable=True) as file:
+        file.write(text.encode())

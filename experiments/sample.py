@@ -12,7 +12,7 @@ import tyro
 from tqdm import tqdm
 
 from diffusion_jax.evaluation import images
-from diffusion_jax.training import parallel
+from diffusion_jax.training import files, parallel
 from experiments import (
     arguments,
     chains,
@@ -167,11 +167,8 @@ def save_each(batches: Iterator[np.ndarray], folder: Path) -> None:
 
 def save_npz(drawn: np.ndarray, path: Path) -> None:
     """Writes the images under a temporary name, then renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.tmp")
-    with partial.open("wb") as file:
+    with files.replacing(path) as file:
         np.savez_compressed(file, images=drawn)
-    partial.replace(path)
 
 
 if __name__ == "__main__":

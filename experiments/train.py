@@ -50,7 +50,6 @@ from experiments import (
 from experiments.config import Config, ConfigError, differences, to_dict
 from experiments.progress import Progress
 
-DivergedError = history.DivergedError
 DIVERGED = 3
 """The exit code of a run that is given up."""
 
@@ -91,7 +90,7 @@ def command(argv: Sequence[str]) -> int:
     """As `main`, with an exit code and a message for a run that diverged."""
     try:
         return main(argv)
-    except DivergedError as error:
+    except history.DivergedError as error:
         print(f"error: {error}", file=sys.stderr)
         return DIVERGED
 
@@ -220,7 +219,7 @@ def start(
     found = checkpoint.restore(folder, like, placed, strict=strict)
     weights.describe_skipped(run, found)
     for path in checkpoint.set_aside(folder, found.skipped):
-        hosts.say(f"it is {path} now")
+        hosts.say(f"set aside as {path}, which may be deleted")
     if hosts.first():
         for path in (run.metrics, run.speed):
             runs.cut_lines(path, found.step)

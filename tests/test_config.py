@@ -115,6 +115,7 @@ BAD = {
     "--optimizer.ema-snapshots 5": "optimizer.ema_lengths must be given",
     "--optimizer.ema-lengths 0.5": "must be above 0 and at most 0.28; got 0.5",
     "--optimizer.ema-decay 0.9 0.9": "must be different from each other",
+    "--train.keep-every 1500": "must be a multiple of train.checkpoint_every, 1000",
     "--name a/b": "name must be a plain folder name; got 'a/b'",
     "--data.image-size 8192": "data.image_size must be at most 4096; got 8192",
     "--diffusion.num-steps 1000001": "num_steps must be at most 1000000; got 1000001",

@@ -203,3 +203,14 @@ def test_a_disk_without_room_for_a_checkpoint_is_named(tmp_path, monkeypatch):
     folder = tmp_path / "digits"
     with pytest.raises(ConfigError, match=f"{folder} must have room for a checkpoint"):
         train.main(["digits", "--output", str(tmp_path)])
+
+
+def test_a_run_that_was_moved_leaves_the_lock_of_another_alone(tmp_path):
+    run = tmp_path / "run"
+    with lock.hold(run):
+        run.rename(tmp_path / "moved")
+        owner = holder(run)  # of a new run in the old place
+    assert (run / lock.NAME).exists()
+    refused(run, f"in the hands of process {owner.pid} on ")
+    owner.kill()
+    owner.wait()

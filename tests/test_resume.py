@@ -58,7 +58,7 @@ def test_training_goes_on_from_the_newest_that_verifies(whole, damaged, capsys):
     for step in (8, 12):
         path = damaged.checkpoints / str(step)
         assert f"checkpoint {path} is damaged (" in said.err
-        assert f"it is {path}.damaged now" in said.err
+        assert f"set aside as {path}.damaged, which may be deleted" in said.err
     assert damaged.metrics.read_bytes() == whole.metrics.read_bytes()
     assert grid.read_bytes() == (whole.samples / grid.name).read_bytes()
     for step in (4, 8, 12):
@@ -120,6 +120,11 @@ def test_a_run_that_lost_its_configuration_is_not_taken_for_another(damaged):
         train.main(flags(damaged))
     assert train.main(flags(damaged, "--force")) == 0
     assert damaged.config.exists()
+    damaged.config.write_text("{")
+    with pytest.raises(ValueError, match=r"must hold the configuration of a run"):
+        train.main(flags(damaged))
+    assert train.main(flags(damaged, "--force")) == 0
+    assert json.loads(damaged.config.read_text())["train"]["steps"] == 12
 
 
 def test_how_to_take_what_is_there_is_no_part_of_the_configuration():

@@ -18,7 +18,7 @@ from PIL import Image
 from test_state import hurt
 
 from diffusion_jax.training import checkpoint, parallel
-from experiments import eval_fid, learning, runs, sample, train
+from experiments import eval_fid, history, learning, runs, sample, train
 from experiments.config import ConfigError
 
 # As small as a network gets; the cosine decay makes the learning rate depend on the
@@ -134,7 +134,8 @@ DIVERGING = ("--optimizer.learning-rate", "1e30", "--optimizer.warmup", "0")
 
 
 def test_a_run_without_a_finite_loss_is_given_up(folder):
-    with pytest.raises(train.DivergedError, match="got none in the last 20") as caught:
+    said = "got none in the last 20"
+    with pytest.raises(history.DivergedError, match=said) as caught:
         run_train(folder, "diverged", *DIVERGING, "--train.steps", "40")
     assert "lower --optimizer.learning-rate" in str(caught.value)
 

@@ -1,9 +1,11 @@
 """What was not written so is never read: damage of every kind, at every place."""
 
 import json
+import os
 import random
 import shutil
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -326,3 +328,17 @@ def test_a_failed_save_is_known_before_the_next(folder):
             save_and_look()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(folder, monkeypatch):
+    seen = []
+
+    def fsync(file):
+        seen.append(Path(os.readlink(f"/proc/self/fd/{file}")))
+
+    monkeypatch.setattr(stored.os, "fsync", fsync)
+    save(folder, 3, state(3))
+    partial = {path.parts[len(folder.parts)] for path in seen}
+    assert partial == {"3.orbax-checkpoint-tmp"}
+    names = {path.name for path in files(folder / "3") if path.suffix != ".txt"}
+    assert names <= {path.name for path in seen}

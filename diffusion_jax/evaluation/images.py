@@ -1,6 +1,5 @@
 """Pictures: grids and strips of images, and plots of a run."""
 
-import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from diffusion_jax.training import files
 
 
 def to_uint8(x: np.ndarray) -> np.ndarray:
@@ -64,17 +65,8 @@ def grid(
 def save(image: Image.Image, path: str | os.PathLike[str]) -> Path:
     """Writes a picture under a temporary name, then renames it; returns the path."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        image.save(partial, format="PNG")
-        partial.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a full disk has no name of its own
-        raise
+    with files.replacing(path) as file:
+        image.save(file, format="PNG")
     return path
 
 

@@ -5,15 +5,13 @@ hosts, and goes to a file from which an interrupted evaluation goes on.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from diffusion_jax.training import archives
+from diffusion_jax.training import archives, files
 
 
 class Statistics(NamedTuple):
@@ -128,7 +126,6 @@ def save(stats: Statistics, path: str | os.PathLike[str]) -> Path:
     statistics.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {
         "number": stats.number,
         "mu": stats.mean,
@@ -136,29 +133,9 @@ def save(stats: Statistics, path: str | os.PathLike[str]) -> Path:
     }
     if stats.number > 1:
         arrays["sigma"] = finish(stats)[1]
-    with replacing(path) as file:
+    with files.replacing(path) as file:
         np.savez(file, **arrays)
     return path
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Gives a file that takes the place of another when all of it is written.
-
-    Raises:
-      OSError: it cannot be written; nothing is left of it, and what was there stays.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with partial.open("wb") as file:
-            yield file
-        partial.replace(path)
-    except BaseException as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a full disk has no name of its own
-        raise
 
 
 def load(path: str | os.PathLike[str]) -> Statistics:

@@ -19,7 +19,6 @@ relative length. (1) is no limit of many updates: the product of the decays
 hold for any number of updates.
 """
 
-import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -31,6 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+from diffusion_jax.training import files
 
 PyTree = Any
 Profile = Callable[[jax.Array], jax.Array]
@@ -271,20 +272,11 @@ def save(path: str | os.PathLike[str], params: PyTree, step: int, length: float)
                 "Keep the parameters in float32, whatever the type of activations."
             )
     about = {"version": VERSION, "step": int(step), "length": float(length)}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     # In one entry, since safetensors writes several in any order: the same average
     # is the same file, to the byte.
     data = safetensors.numpy.save(arrays, {FORMAT: json.dumps(about)})
-    try:
-        partial.write_bytes(data)
-        partial.replace(file)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(file)  # a full disk has no name of its own
-        raise
+    with files.replacing(file, durable=True) as partial:
+        partial.write(data)
     return file
 
 

@@ -31,7 +31,6 @@ from diffusion_jax.training.stored import CheckpointError
 
 PyTree = Any
 
-
 LISTED = 10
 """Leaves that an error names, of those that do not fit."""
 
@@ -294,12 +293,13 @@ def verify(path: str | os.PathLike[str]) -> manifest.Manifest:
 def _place_of(path: Path) -> tuple[int, int]:
     """Which folder is at a path; (0, 0) where there is none."""
     with suppress(OSError):
-        return path.stat().st_dev, path.stat().st_ino
+        found = path.stat()
+        return found.st_dev, found.st_ino
     return 0, 0
 
 
 def _read_everywhere(path: Path) -> tuple[manifest.Manifest, dict[str, np.ndarray]]:
-    """As `_read`; where one host finds it damaged it is so for all."""
+    """As `stored.read`; where one host finds it damaged it is so for all."""
     if jax.process_count() == 1:
         return stored.read(path)
     error: stored.DamagedError | None = None
@@ -327,6 +327,7 @@ def _placed(arrays: dict[str, np.ndarray], like: PyTree, sharding: PyTree) -> Py
 
 def _place(array: np.ndarray, like: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     """Returns an array on its devices, as the leaf that it was."""
+    # A copy for each device: on CPU they would share the memory of the array.
     placed = jax.make_array_from_callback(
         array.shape, sharding, lambda index: np.array(array[index])
     )
@@ -352,8 +353,6 @@ def _check_fits(path: Path, held: Mapping[str, manifest.Leaf], like: PyTree) -> 
     """
 
     def words(leaf: Any) -> str:
-        if leaf is None:
-            return "nothing"
         return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
     wanted = manifest.by_path(like)

@@ -1,0 +1,42 @@
+"""Files that are at any moment the old one or the new one, whole."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+
+@contextmanager
+def replacing(
+    path: str | os.PathLike[str], *, durable: bool = False
+) -> Iterator[IO[bytes]]:
+    """Gives a file that takes the place of another when all of it is written.
+
+    Until then it is .<name>.<process>.tmp beside it.
+
+    Args:
+      path: of the file; its folder is made.
+      durable: whether it must be on the disk before it has its name: a machine without
+        power would else have the name, and nothing behind it. It takes milliseconds.
+
+    Raises:
+      OSError: it cannot be written, with its path. Nothing is left of it, and what was
+        there stays.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk has no name of its own
+        raise
