@@ -84,9 +84,9 @@ def validate(config: Config) -> None:
     train, optimizer = config.train, config.optimizer
     if not config.name or "/" in config.name or config.name.startswith("."):
         _fail("name", "a plain folder name", repr(config.name))
-    if len(config.name.encode("utf-8", "surrogatepass")) > 200:
-        # Of the 255 bytes of a file system, some go to endings of our own.
-        _fail("name", "at most 200 bytes long", f"{len(config.name)} characters")
+    length = len(config.name.encode("utf-8", "surrogatepass"))
+    if length > 200:  # of the 255 of a file system: some go to endings of our own
+        _fail("name", "at most 200 bytes long", length)
     if data.channels not in (1, 3):
         _fail("data.channels", "1 or 3", data.channels)
     if train.keep_every and train.keep_every % train.checkpoint_every:

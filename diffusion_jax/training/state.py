@@ -24,7 +24,7 @@ class TrainState(NamedTuple):
     """All that training carries from one step to the next."""
 
     step: jax.Array
-    """Number of updates made, int32."""
+    """Steps made, int32; those that were skipped count too."""
     params: PyTree
     averages: tuple[PyTree, ...]
     """Moving averages of params, one a profile; the first is the one to sample from."""
