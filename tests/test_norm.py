@@ -113,6 +113,71 @@ def test_gradients_of_every_single_value_are_those_of_the_plain_form():
         assert_close(a, b)
 
 
+# What comes before and after.
+
+
+@pytest.mark.parametrize("name", PARTS)
+@every_form
+def test_shift_and_dropout_are_those_of_separate_passes(form, name):
+    parts, scale, bias, gradients = given(PARTS[name])
+    rng = np.random.default_rng(5)
+    shift = 3 * rng.normal(size=(len(parts[0]), len(scale))).astype(np.float32)
+    mask = tuple(rng.random(part.shape) < 0.7 for part in parts)
+
+    def apart(parts, scale, bias, shift):
+        begins = np.cumsum([part.shape[-1] for part in parts])[:-1]
+        slices = jnp.split(shift[:, None, None], begins, axis=-1)
+        moved = tuple(map(jnp.add, parts, slices))
+        out = norm.plain(moved, scale, bias, groups, EPSILON)
+        return tuple(jnp.where(m, y / 0.7, 0) for m, y in zip(mask, out, strict=True))
+
+    def together(parts, scale, bias, shift):
+        more = {"shift": shift, "mask": mask, "keep": 0.7}
+        return FORMS[form](parts, scale, bias, groups, EPSILON, **more)
+
+    def run(of, *args):
+        out, backward = jax.vjp(of, *args)
+        return out, backward(gradients)
+
+    groups = 3 if name == "two" else 4
+    args = (parts, scale, bias, jnp.asarray(shift))
+    found, expected = (
+        jax.tree.leaves(quick_jit(functools.partial(run, of))(*args))
+        for of in (together, apart)
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, 2e-5)
+    assert np.abs(found[-1]).max() > 0.1  # the gradient by the shift
+
+
+def test_shift_may_be_large_and_is_not_rounded_to_the_activation():
+    # In bfloat16 x + shift would have lost most of x.
+    parts, scale, bias, gradients = given((32,), side=(8, 8), shift=0.0)
+    half = tuple(jnp.asarray(x, jnp.bfloat16) for x in (parts[0], gradients[0]))
+    shift = 100 + normal(2, 32, seed=4)
+    moved = np.asarray(half[0], np.float64) + shift[:, None, None]
+    expected = truth((moved,), scale, bias, 8, silu=True)[0]
+    for form in ("fused", "kernel"):
+        run = functools.partial(FORMS[form], groups=8, epsilon=EPSILON, shift=shift)
+        out = quick_jit(run)(half[:1], scale, bias)[0]
+        np.testing.assert_allclose(
+            np.asarray(out, np.float64), expected, rtol=2**-8, atol=1e-3
+        )
+
+
+@pytest.mark.parametrize("form", ["fused", "kernel"])
+def test_what_is_dropped_has_no_gradient(form):
+    parts, scale, bias, gradients = given((8,))
+    none = (jnp.zeros(parts[0].shape, bool),)
+
+    def of(*args):
+        return FORMS[form](*args, 4, EPSILON, mask=none, keep=0.5)
+
+    out, backward = jax.vjp(of, parts, scale, bias)
+    for leaf in jax.tree.leaves((out, backward(gradients))):
+        assert not np.asarray(leaf).any()
+
+
 # Statistics.
 
 
@@ -250,17 +315,20 @@ def both(shape, groups, dtype, silu):
     """Results and gradients of kernel and twin, as (kernel, twin) pairs."""
     x, g = (jnp.asarray(normal(*shape, seed=s) + (s == 1), dtype) for s in (1, 2))
     scale, bias = vectors(shape[-1])
+    shift = jnp.asarray(normal(shape[0], shape[-1], seed=6))
+    mask = (normal(*shape, seed=8) < 1,)
 
-    def run(form, x, scale, bias):
-        def of(*args):
-            return form(*args, groups, EPSILON, silu)
+    def run(form, x, scale, bias, shift):
+        def of(x, scale, bias, shift):
+            more = {"shift": shift, "mask": mask, "keep": 0.84}
+            return form((x,), scale, bias, groups, EPSILON, silu, **more)[0]
 
-        y, backward = jax.vjp(of, x, scale, bias)
+        y, backward = jax.vjp(of, x, scale, bias, shift)
         return y, *backward(g)
 
-    forms = (norm_pallas.norm_silu, norm.norm_silu)
     run = quick_jit(run, static_argnums=0)
-    return zip(*(run(form, x, scale, bias) for form in forms), strict=True)
+    forms = (norm_pallas.fused, norm.fused)
+    return zip(*(run(form, x, scale, bias, shift) for form in forms), strict=True)
 
 
 # Sides, channels and groups of the CIFAR-10 network (a single image, and the smaller
@@ -280,10 +348,10 @@ def both(shape, groups, dtype, silu):
 def test_kernel_equals_its_twin(shape, groups, dtype, silu):
     x = jax.ShapeDtypeStruct(shape, dtype)
     assert norm_pallas.tile(x, groups, norm_pallas.BACKWARD) is not None
-    bounds = (1e-5, 1e-4, 1e-4, 1e-4)
+    bounds = (1e-5, 1e-4, 1e-4, 1e-4, 1e-4)
     if dtype == jnp.bfloat16:
         # Beside the result, the twin rounds the gradient before SiLU.
-        bounds = (2**-8, 2**-7, 2**-7, 2**-7)
+        bounds = (2**-8, 2**-7, 2**-7, 2**-7, 2**-7)
     for (a, b), bound in zip(both(shape, groups, dtype, silu), bounds, strict=True):
         assert a.dtype == b.dtype
         assert_close(a, b, bound)
@@ -292,21 +360,28 @@ def test_kernel_equals_its_twin(shape, groups, dtype, silu):
 def lowered(shape, platform, sizes=None, dtype=jnp.bfloat16):
     """The program of a gradient, made for a platform that need not be here."""
     sizes = sizes or (shape[-1],)
-    parts = tuple(jax.ShapeDtypeStruct((*shape[:-1], n), dtype) for n in sizes)
+    types = dtype if isinstance(dtype, tuple) else (dtype,) * len(sizes)
+    parts = tuple(
+        jax.ShapeDtypeStruct((*shape[:-1], n), kind)
+        for n, kind in zip(sizes, types, strict=True)
+    )
     v = jax.ShapeDtypeStruct((sum(sizes),), jnp.float32)
+    shift = jax.ShapeDtypeStruct((shape[0], sum(sizes)), jnp.float32)
+    mask = tuple(jax.ShapeDtypeStruct(part.shape, jnp.bool) for part in parts)
 
-    def run(parts, scale, bias):
+    def run(parts, scale, bias, shift, mask):
         def of(*args):
-            return norm_pallas.fused(*args, 32, EPSILON)
+            more = {"shift": args[-1], "mask": mask, "keep": 0.9}
+            return norm_pallas.fused(*args[:-1], 32, EPSILON, **more)
 
-        out, backward = jax.vjp(of, parts, scale, bias)
+        out, backward = jax.vjp(of, parts, scale, bias, shift)
         return out, backward(out)
 
     # From jax 0.11 on Pallas asks which GPU it is for, where there is none.
     gpu = AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
     mesh = AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=gpu)
     with use_abstract_mesh(mesh):
-        traced = jax.jit(run).trace(parts, v, v)
+        traced = jax.jit(run).trace(parts, v, v, shift, mask)
         return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
@@ -323,6 +398,8 @@ def test_cuda_has_one_kernel_each_way(side, channels):
 def test_what_no_tile_holds_and_other_platforms_have_the_twin():
     assert kernels(lowered((4, 256, 256, 128), "cuda")) == 0
     assert kernels(lowered((4, 16, 16, 128), "cuda", dtype=jnp.float16)) == 0
+    types = (jnp.float32, jnp.bfloat16)
+    assert kernels(lowered((4, 16, 16, 64), "cuda", (32, 32), types)) == 0
     for platform in ("tpu", "rocm"):
         text = lowered((4, 16, 16, 128), platform)
         assert kernels(text) == 0
@@ -330,10 +407,9 @@ def test_what_no_tile_holds_and_other_platforms_have_the_twin():
     assert "while" in lowered((4, 16, 16, 128), "cpu")
 
 
-def test_parts_have_a_kernel_each_unless_a_group_straddles():
-    shape = (4, 16, 16, None)
-    assert kernels(lowered(shape, "cuda", sizes=(256, 256))) == 4
-    assert kernels(lowered(shape, "cuda", sizes=(256, 128))) == 0
+@pytest.mark.parametrize("sizes", [(256, 256), (256, 128), (32, 32, 64)])
+def test_parts_have_one_kernel_for_all(sizes):
+    assert kernels(lowered((4, 16, 16, None), "cuda", sizes=sizes)) == 2
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

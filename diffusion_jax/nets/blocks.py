@@ -12,10 +12,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.nets import norm
-from diffusion_jax.nets.dropout import dropout
+from diffusion_jax.nets import dropout, norm
 
 Dtype = Any
+# The name from which the key of a block's dropout is derived.
+DROPOUT = "Dropout_0"
 Activation = jax.Array | tuple[jax.Array, ...]
 
 
@@ -65,17 +66,19 @@ class GroupNorm(nn.Module):
     """How it is computed: "plain", or in few passes by "xla" or "pallas"."""
 
     @nn.compact
-    def __call__(self, x: Activation, silu: bool = False) -> Any:
+    def __call__(self, x: Activation, silu: bool = False, **more: Any) -> Any:
         """Returns (x - mean) / sqrt(variance + epsilon) scale + bias, [B, H, W, C].
 
         Mean and variance are taken over the pixels and the channels of a group, in
-        float32, over pixels first and then over channels. Parts stay apart.
+        float32, over pixels first and then over channels. Parts stay apart. `more` is
+        what comes before and after it: shift, mask and keep of `norm.plain`.
         """
         channels = _channels(x)
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         given = (scale, bias, self.groups, self.epsilon, silu)
-        out = tuple(y.astype(self.dtype) for y in _form(self.form)(_parts(x), *given))
+        made = _form(self.form)(_parts(x), *given, **more)
+        out = tuple(y.astype(self.dtype) for y in made)
         return out if isinstance(x, tuple) else out[0]
 
 
@@ -90,19 +93,24 @@ class Conv(nn.Module):
     """Rows and columns that stride 2 pads above and to the left."""
     kernel_init: nn.initializers.Initializer = unit
 
-    @nn.compact
     def __call__(self, x: Activation) -> jax.Array:
         """Returns [B, H / strides, W / strides, channels] from x [B, H, W, C].
 
         Of parts it is the sum of what each gives with its slice of the kernel.
         """
+        y, bias = self.apart(x)
+        return y + bias[None, None, None]
+
+    @nn.compact
+    def apart(self, x: Activation) -> tuple[jax.Array, jax.Array]:
+        """Returns the convolution without its bias, and the bias, [channels]."""
         shape = (3, 3, _channels(x), self.channels)
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.channels,))
         x = tuple(part.astype(self.dtype) for part in _parts(x))
         kernel, bias = (a.astype(self.dtype) for a in (kernel, bias))
         out = [self._of_part(*pair) for pair in _with_slices(x, kernel)]
-        return sum(out[1:], out[0]) + bias[None, None, None]
+        return sum(out[1:], out[0]), bias
 
     def _of_part(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         # Sizes are even, so that "SAME" is one row and column all around, and with
@@ -134,6 +142,17 @@ class Weights(nn.Module):
         return kernel.astype(self.dtype), bias.astype(self.dtype)
 
 
+class Kept(nn.Module):
+    """Which values an `nn.Dropout` of the same name keeps."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, shape: tuple[int, ...]) -> jax.Array:
+        """Returns True where a value is kept, of this shape."""
+        return jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, shape)
+
+
 class ResBlock(nn.Module):
     """Two convolutions around the time embedding, and a shortcut."""
 
@@ -151,16 +170,36 @@ class ResBlock(nn.Module):
     def __call__(self, x: Activation, time: jax.Array, train: bool) -> jax.Array:
         """Returns [B, H, W, channels] from x [B, H, W, C] and time [B, 4 width]."""
         h = group_norm(self, "norm1")(x, silu=True)
-        h = conv(self, self.channels, "conv1")(h)
+        conv1, norm2 = conv(self, self.channels, "conv1"), group_norm(self, "norm2")
         shift = dense(self, self.channels, "time")(nn.silu(time))
-        h = h + shift[:, None, None, :]
-        h = group_norm(self, "norm2")(h, silu=True)
-        if self.dropout_bits == "threefry":
-            h = nn.Dropout(self.dropout, deterministic=not train)(h)
-        elif train and self.dropout:
-            h = dropout(self.make_rng("dropout"), h, self.dropout)
+        if "norm" in self.fuse:
+            h, bias = conv1.apart(h)
+            # In the type of the statistics; nothing of it is rounded to that of h.
+            wide = jnp.promote_types(h.dtype, jnp.float32)
+            more: dict[str, Any] = {}
+            more["shift"] = shift.astype(wide) + bias.astype(wide)[None]
+            if train and self.dropout:
+                mask, more["keep"] = self._mask(h.shape)
+                more["mask"] = (mask,)
+            h = norm2(h, silu=True, **more)
+        else:
+            h = conv1(h) + shift[:, None, None, :]
+            h = self._dropped(norm2(h, silu=True), train)
         h = conv(self, self.channels, "conv2", near_zero)(h)
         return self._shortcut(x) + h
+
+    def _dropped(self, h: jax.Array, train: bool) -> jax.Array:
+        if self.dropout_bits == "threefry":
+            return nn.Dropout(self.dropout, deterministic=not train, name=DROPOUT)(h)
+        if train and self.dropout:
+            return dropout.dropout(self.make_rng("dropout"), h, self.dropout)
+        return h
+
+    def _mask(self, shape: tuple[int, ...]) -> tuple[jax.Array, float]:
+        """Returns what `_dropped` keeps, and the probability that a value is kept."""
+        if self.dropout_bits == "threefry":
+            return Kept(self.dropout, name=DROPOUT)(shape), 1 - self.dropout
+        return dropout.mask(self.make_rng("dropout"), shape, self.dropout)
 
     def _shortcut(self, x: Activation) -> jax.Array:
         if not isinstance(x, tuple):

@@ -1,5 +1,7 @@
 """Dropout by bits of the device's own generator."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -12,7 +14,7 @@ def dropout(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
     version of the compiler, under `jax.vmap`, or with other shapes.
 
     A value has 16 bits of its own: it is kept with a probability of k / 65536, the
-    nearest to 1 - rate, and then multiplied by 65536 / k, so that the mean is x.
+    nearest to 1 - rate, and then divided by that, so that the mean is x.
 
     Args:
       key: one key, of any generator.
@@ -24,18 +26,30 @@ def dropout(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
     >>> 0.2 < (y == 0).mean() < 0.3, f"{y.max():.4f}"
     (Array(True, dtype=bool), '1.3333')
     """
+    chosen, keep = mask(key, x.shape, rate)
+    # Each value is rounded by itself: a factor that is rounded would move them all.
+    scaled = x.astype(jnp.promote_types(x.dtype, jnp.float32)) / keep
+    return jnp.where(chosen, scaled.astype(x.dtype), 0)
+
+
+def mask(
+    key: jax.Array, shape: tuple[int, ...], rate: float
+) -> tuple[jax.Array, float]:
+    """Returns which values `dropout` keeps, and the probability that one is kept.
+
+    Args:
+      key, rate: as in `dropout`.
+      shape: of the values, any.
+    """
     if not 0 <= rate < 1:
         raise ValueError(
             f"the rate of dropout must be at least 0 and below 1; got {rate}. The "
             "paper uses 0.1 for CIFAR-10, and none for larger images."
         )
     kept = max(1, round((1 - rate) * 2**16))
-    bits = _bits(key, x.size).reshape(x.shape)
+    bits = _bits(key, math.prod(shape)).reshape(shape)
     # Not bits < kept, which may be 65536: that has 17 bits.
-    chosen = bits <= jnp.uint16(kept - 1)
-    # Each value is rounded by itself: a factor that is rounded would move them all.
-    scaled = x.astype(jnp.promote_types(x.dtype, jnp.float32)) * (2**16 / kept)
-    return jnp.where(chosen, scaled.astype(x.dtype), 0)
+    return bits <= jnp.uint16(kept - 1), kept / 2**16
 
 
 def _bits(key: jax.Array, count: int) -> jax.Array:

@@ -6,7 +6,8 @@
 
 Each takes one activation or several parts, whose channels together are what is
 normalised: a group may begin in one part and end in the next. So a skip connection need
-not be joined to what it meets.
+not be joined to what it meets. What is added to x before, for each image and channel,
+and what dropout makes of the result, can be part of the same passes.
 
 How often each form has to read (r) and write (w) an activation, where a compiler fuses
 all that can be; backward there is the gradient to read beside x:
@@ -55,6 +56,35 @@ def norm_silu(
     return fused((x,), scale, bias, groups, epsilon, silu)[0]
 
 
+class Inputs(NamedTuple):
+    """What is normalised, and what has a derivative of its own."""
+
+    parts: Parts
+    scale: jax.Array
+    bias: jax.Array
+    shift: jax.Array | None
+    mask: Parts | None
+
+
+class Constants(NamedTuple):
+    """What is known when a program is made."""
+
+    groups: int
+    epsilon: float
+    silu: bool
+    keep: float
+
+
+class Kept(NamedTuple):
+    """What a backward pass needs."""
+
+    given: Inputs
+    means: jax.Array
+    """Of each channel with its shift, [B, C]; its group has the mean of them."""
+    rstd: jax.Array
+    """1 / sqrt(variance + epsilon) of each group, [B, groups]."""
+
+
 def plain(
     parts: Parts,
     scale: jax.Array,
@@ -62,6 +92,9 @@ def plain(
     groups: int,
     epsilon: float,
     silu: bool = True,
+    shift: jax.Array | None = None,
+    mask: Parts | None = None,
+    keep: float = 1.0,
 ) -> Parts:
     """Returns the normalised parts; mean and variance are taken one after the other.
 
@@ -71,9 +104,14 @@ def plain(
     Args:
       parts: activations, each [B, H, W, C_i]; C is the sum of their channels.
       scale, bias, groups, epsilon, silu: as in `norm_silu`.
+      shift: added to each channel of an image before it is normalised, [B, C].
+      mask: what dropout keeps of each part, in 0 and 1 of any type, as it is shaped.
+      keep: the probability that it does, by which what is kept is divided.
     """
     # Once, or in bfloat16 the gradients of both uses would be rounded before their sum.
     wide = tuple(_wide(x) for x in parts)
+    if shift is not None:
+        wide = tuple(x + s for x, s in _each(wide, shift))
     mean = _joined(x.mean((1, 2)) for x in wide)
     mean = _to_channels(_over_groups(mean, groups), scale)
     centred = tuple(x - m for x, m in _each(wide, mean))
@@ -84,7 +122,7 @@ def plain(
     for part, (x, a_i, b_i) in zip(parts, _each(centred, a, bias), strict=True):
         y = (x * a_i + b_i).astype(part.dtype)
         out.append(jax.nn.silu(y) if silu else y)
-    return tuple(out)
+    return tuple(map(dropped, out, mask, [keep] * len(out))) if mask else tuple(out)
 
 
 def fused(
@@ -94,6 +132,9 @@ def fused(
     groups: int,
     epsilon: float,
     silu: bool = True,
+    shift: jax.Array | None = None,
+    mask: Parts | None = None,
+    keep: float = 1.0,
 ) -> Parts:
     """Returns the normalised parts: one pass for the statistics, one for the rest.
 
@@ -102,85 +143,91 @@ def fused(
     most sqrt(n) s from their mean, so the variance of a channel has a relative error of
     n roundings at worst, where all pixels but c are alike, and of a few otherwise.
 
-    Kept for the backward pass are the parts themselves, and the mean and deviation of
-    each group; the rest is computed again.
+    Kept for the backward pass are the parts themselves, their mask, and the mean and
+    deviation of each group; the rest is computed again. x + shift, and the result
+    before dropout, are never written.
 
     Args:
-      parts, scale, bias, groups, epsilon, silu: as in `plain`.
+      parts, scale, bias, groups, epsilon, silu, shift, mask, keep: as in `plain`.
     """
-    scale, bias = (_as_varying(v, parts[0]) for v in (scale, bias))
-    return _fused(parts, scale, bias, groups, epsilon, silu)
+    given = inputs(parts, scale, bias, shift, mask)
+    return _fused(Constants(groups, epsilon, silu, keep), given)
 
 
-class Kept(NamedTuple):
-    """What a backward pass needs."""
-
-    parts: Parts
-    scale: jax.Array
-    bias: jax.Array
-    mean: jax.Array
-    """Of each group, [B, groups]."""
-    rstd: jax.Array
-    """1 / sqrt(variance + epsilon) of each group, [B, groups]."""
-
-
-def forward(
+def inputs(
     parts: Parts,
     scale: jax.Array,
     bias: jax.Array,
-    groups: int,
-    epsilon: float,
-    silu: bool,
-) -> tuple[Parts, Kept]:
+    shift: jax.Array | None,
+    mask: Parts | None,
+) -> Inputs:
+    """Returns what `forward` and `backward` take."""
+    scale, bias = (_as_varying(v, parts[0]) for v in (scale, bias))
+    return Inputs(parts, scale, bias, shift, mask)
+
+
+def forward(how: Constants, given: Inputs) -> tuple[Parts, Kept]:
     """Returns `fused` and what its backward pass needs."""
+    parts, _, _, shift, mask = given
     means, variances = (_joined(v) for v in zip(*map(_moments, parts), strict=True))
-    mean = _over_groups(means, groups)
+    if shift is not None:
+        means += shift
     # Within the channels of a group, and between them.
-    variances += jnp.square(means - _to_channels(mean, scale))
-    rstd = jax.lax.rsqrt(_over_groups(variances, groups) + epsilon)
-    kept = Kept(parts, scale, bias, mean, rstd)
+    variances += jnp.square(means - _of_groups(means, how.groups))
+    rstd = jax.lax.rsqrt(_over_groups(variances, how.groups) + how.epsilon)
+    kept = Kept(given, means, rstd)
     out = []
-    for x, (_, y) in zip(parts, _normalised(kept), strict=True):
-        out.append((jax.nn.silu(y) if silu else y).astype(x.dtype))
+    for i, (_, y) in enumerate(_normalised(kept)):
+        y = jax.nn.silu(y) if how.silu else y
+        y = dropped(y, mask[i], how.keep) if mask else y
+        out.append(y.astype(parts[i].dtype))
     return tuple(out), kept
 
 
-def backward(
-    groups: int, epsilon: float, silu: bool, kept: Kept, gradients: Parts
-) -> tuple[Parts, jax.Array, jax.Array]:
-    """Returns the gradients with respect to parts, scale and bias.
+def backward(how: Constants, kept: Kept, gradients: Parts) -> tuple[Inputs]:
+    """Returns the gradients with respect to parts, scale, bias and shift.
 
     With u = (x - mean) / deviation and d the gradient by y = scale u + bias, that by x
     is (scale d - M(scale d) - u M(scale d u)) / deviation, with M the mean over a
     group. The sums of d and d u over a channel give M, and over the batch the gradients
-    by bias and scale.
+    by bias and scale. That by the shift is the sum of the first over the pixels, which
+    takes no pass of its own: the mean of u is known.
     """
-    del epsilon
-    parts, scale, _, _, rstd = kept
+    parts, scale, bias, shift, mask = kept.given
     # Once, in the type of the activation, as a network without this function has it:
     # XLA for GPUs would write it in float32 for both passes to read. The barriers keep
     # it from undoing that, and from summing over the batch what is summed already.
-    at_y = tuple(
-        before_silu(y, g).astype(g.dtype) if silu else g
-        for (_, y), g in zip(_normalised(kept), gradients, strict=True)
-    )
+    at_y = []
+    for i, (_, y) in enumerate(_normalised(kept)):
+        g = _wide(gradients[i])
+        g = dropped(g, mask[i], how.keep) if mask else g
+        at_y.append((before_silu(y, g) if how.silu else g).astype(parts[i].dtype))
     at_y = jax.lax.optimization_barrier(at_y)
     each = [(u, _wide(d)) for (u, _), d in zip(_normalised(kept), at_y, strict=True)]
     sums = jax.lax.optimization_barrier(_joined(_sums(u, d) for u, d in each))
     pixels = parts[0].shape[1] * parts[0].shape[2]
-    r = _to_channels(rstd, scale)
-    means = _over_groups(sums * scale[None, None], groups) / pixels
-    p, q = (r * _to_channels(mean, scale) for mean in means)
+    r = _to_channels(kept.rstd, scale)
+    means = _of_groups(sums * scale[None, None], how.groups) / pixels
+    a, (p, q) = r * scale[None], r[None] * means
     out = []
-    coefficients = _each(parts, r * scale[None], p, q)
-    for x, (u, d), (_, a, p_i, q_i) in zip(parts, each, coefficients, strict=True):
-        out.append((a * d - p_i - u * q_i).astype(x.dtype))
+    coefficients = _each(parts, a, p, q)
+    for x, (u, d), (_, a_i, p_i, q_i) in zip(parts, each, coefficients, strict=True):
+        out.append((a_i * d - p_i - u * q_i).astype(x.dtype))
     of_bias, of_scale = sums.sum(1)
-    return tuple(out), of_scale.astype(scale.dtype), of_bias.astype(kept.bias.dtype)
+    of_shift = None
+    if shift is not None:
+        mean_u = (kept.means - _of_groups(kept.means, how.groups)) * r
+        of_shift = a * sums[0] - pixels * (p + q * mean_u)
+        of_shift = of_shift.astype(shift.dtype)
+    of_vectors = of_scale.astype(scale.dtype), of_bias.astype(bias.dtype)
+    return (Inputs(tuple(out), *of_vectors, of_shift, None),)
 
 
 def _sums(u: jax.Array, d: jax.Array) -> jax.Array:
-    """Returns the sums of d and d u over the pixels, [2, B, C], from one pass."""
+    """Returns the sums of d and d u over the pixels, [2, B, C], from one pass.
+
+    With u as a third XLA for GPUs would write u.
+    """
     zero = jnp.zeros((), d.dtype)
     both = jax.lax.reduce(
         (d, d * u),
@@ -191,25 +238,23 @@ def _sums(u: jax.Array, d: jax.Array) -> jax.Array:
     return jnp.stack(both)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _fused(
-    parts: Parts,
-    scale: jax.Array,
-    bias: jax.Array,
-    groups: int,
-    epsilon: float,
-    silu: bool,
-) -> Parts:
-    return forward(parts, scale, bias, groups, epsilon, silu)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(how: Constants, given: Inputs) -> Parts:
+    return forward(how, given)[0]
 
 
 _fused.defvjp(forward, backward)
 
 
+def dropped(x: jax.Array, mask: jax.Array, keep: float) -> jax.Array:
+    """Returns x / keep where the mask is not 0, and 0 elsewhere."""
+    return jnp.where(mask != 0, x / keep, 0)
+
+
 def before_silu(y: jax.Array, gradient: jax.Array) -> jax.Array:
     """Returns the gradient with respect to y from that with respect to silu(y)."""
     s = jax.nn.sigmoid(y)
-    return _wide(gradient) * s * (1 + y * (1 - s))
+    return gradient * s * (1 + y * (1 - s))
 
 
 def _as_varying(vector: jax.Array, x: jax.Array) -> jax.Array:
@@ -250,6 +295,11 @@ def _over_groups(values: jax.Array, groups: int) -> jax.Array:
     return values.reshape(*values.shape[:-1], groups, -1).mean(-1)
 
 
+def _of_groups(values: jax.Array, groups: int) -> jax.Array:
+    """Returns at each channel the mean over those of its group, [..., C]."""
+    return _over_groups(values, groups).repeat(values.shape[-1] // groups, axis=-1)
+
+
 def _to_channels(values: jax.Array, scale: jax.Array) -> jax.Array:
     """Returns the value of each channel's group, [..., C]."""
     return values.repeat(len(scale) // values.shape[-1], axis=-1)
@@ -273,9 +323,12 @@ def _each(parts: Parts, *values: jax.Array) -> Iterator[tuple[jax.Array, ...]]:
 
 
 def _normalised(kept: Kept) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Yields (x - mean) / deviation of each part, and that times scale plus bias."""
-    parts, scale, bias, mean, rstd = kept
-    mean, rstd = (_to_channels(v, scale) for v in (mean, rstd))
+    """Yields u = (x + shift - mean) / deviation of each part, and u scale + bias."""
+    parts, scale, bias, shift, _ = kept.given
+    mean = _of_groups(kept.means, kept.rstd.shape[-1])
+    rstd = _to_channels(kept.rstd, scale)
+    if shift is not None:
+        mean -= shift
     for x, m, r, a, b in _each(parts, mean, rstd, scale, bias):
         # Not x a + b with b = bias - mean a: the difference of two large numbers where
         # the mean is large. A pass over x costs the same.

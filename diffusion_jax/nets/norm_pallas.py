@@ -6,12 +6,12 @@ of the two computes is decided by shapes and platform alone, when a program is m
   CUDA        the kernel, where `tile` finds one that fits
   CPU         the same kernel, interpreted: slow, so that it can be tested without a GPU
   TPU, ROCm   the twin
-  parts       the kernel for each, unless a group begins in one part and ends in another
 
-A program of the kernel has one image and a block of whole groups, which it reads once
-and holds in registers while it takes mean and variance one after the other, as `plain`
-does. So 32x32 pixels fit, and 256x256 pixels do not: those take the two passes of the
-twin, which a kernel in two stages would not beat.
+A program of the kernel has one image and a block of whole groups, which it reads once,
+from whichever parts they lie in, and holds in registers while it takes mean and
+variance one after the other, as `plain` does. So 32x32 pixels fit, and 256x256 pixels
+do not: those take the two passes of the twin, which a kernel in two stages would not
+beat.
 
 XLA cannot cut a kernel over devices: under `jit` with a batch that lies on several each
 of them would compute all of it. Use it on one device, or inside `jax.shard_map` (with
@@ -22,7 +22,6 @@ another, Mosaic GPU.
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -97,9 +96,7 @@ def norm_silu(
     silu: bool = True,
 ) -> jax.Array:
     """Returns `norm.norm_silu` of the same arguments, by the kernel where it fits."""
-    if tile(x, groups, BACKWARD) is None:
-        return norm.norm_silu(x, scale, bias, groups, epsilon, silu)
-    return _norm_silu(x, scale, bias, groups, epsilon, silu)
+    return fused((x,), scale, bias, groups, epsilon, silu)[0]
 
 
 def fused(
@@ -109,95 +106,114 @@ def fused(
     groups: int,
     epsilon: float,
     silu: bool = True,
+    shift: jax.Array | None = None,
+    mask: norm.Parts | None = None,
+    keep: float = 1.0,
 ) -> norm.Parts:
     """Returns `norm.fused` of the same arguments, by the kernel where it fits."""
-    in_group = len(scale) // groups
-    if any(x.shape[-1] % in_group for x in parts):
-        return norm.fused(parts, scale, bias, groups, epsilon, silu)
-    out, begin = [], 0
-    for x in parts:
-        end = begin + x.shape[-1]
-        given = (scale[begin:end], bias[begin:end], x.shape[-1] // in_group)
-        out.append(norm_silu(x, *given, epsilon, silu))
-        begin = end
-    return tuple(out)
+    given = (parts, scale, bias, groups, epsilon, silu, shift, mask, keep)
+    joined = _joined(parts)
+    if joined is None or tile(joined, groups, BACKWARD) is None:
+        return norm.fused(*given)
+    if mask is not None:
+        mask = tuple(a.astype(jnp.uint8) for a in mask)
+    how = norm.Constants(groups, epsilon, silu, keep)
+    return _fused(how, norm.inputs(parts, scale, bias, shift, mask))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _norm_silu(
-    x: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
-    groups: int,
-    epsilon: float,
-    silu: bool,
-) -> jax.Array:
-    return _forward(x, scale, bias, groups, epsilon, silu)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(how: norm.Constants, given: norm.Inputs) -> norm.Parts:
+    return _forward(how, given)[0]
 
 
-def _forward(
-    x: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
-    groups: int,
-    epsilon: float,
-    silu: bool,
-) -> tuple[jax.Array, norm.Kept]:
-    def kernel(x: jax.Array, *vectors: jax.Array, interpret: bool) -> Any:
-        made = tile(x, groups, FORWARD)
-        assert made is not None  # since BACKWARD is less
-        body = functools.partial(_forward_kernel, made, epsilon, silu)
-        image, *of_channel = _by_group((x, *vectors), groups)
-        statistic = jax.ShapeDtypeStruct((len(x), groups), jnp.float32)
-        out = (jax.ShapeDtypeStruct(image.shape, x.dtype), statistic, statistic)
-        y, *rest = _call(body, made, (image,), of_channel, out, interpret)
-        return y.reshape(x.shape), *rest
+def _forward(how: norm.Constants, given: norm.Inputs) -> tuple[norm.Parts, norm.Kept]:
+    def kernel(given: norm.Inputs, interpret: bool) -> Any:
+        parts, scale, bias, shift, mask = given
+        made = _tile(parts, how.groups, FORWARD)
+        means, rstd = (
+            jax.ShapeDtypeStruct((len(parts[0]), n), jnp.float32)
+            for n in (len(scale), how.groups)
+        )
+        images = _flattened(parts)
+        body = functools.partial(_forward_kernel, made, how)
+        found, *rest = _call(
+            body,
+            (len(parts[0]), pl.cdiv(how.groups, made.groups)),
+            made.warps,
+            batched=(images, shift, _flattened(mask)),
+            shared=(scale, bias),
+            out=(images, means, rstd),
+            interpret=interpret,
+        )
+        return _as_shaped(found, parts), *rest
 
-    def twin(x: jax.Array, scale: jax.Array, bias: jax.Array) -> Any:
-        (y,), kept = norm.forward((x,), scale, bias, groups, epsilon, silu)
-        return y, kept.mean, kept.rstd
+    def twin(given: norm.Inputs) -> Any:
+        out, kept = norm.forward(how, given)
+        return out, kept.means, kept.rstd
 
-    y, mean, rstd = _dispatch(kernel, twin, x, scale, bias)
-    return y, norm.Kept((x,), scale, bias, mean, rstd)
+    out, means, rstd = _dispatch(kernel, twin, given)
+    return out, norm.Kept(given, means, rstd)
 
 
 def _backward(
-    groups: int, epsilon: float, silu: bool, kept: norm.Kept, gradient: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    (x,), scale, bias, mean, rstd = kept
+    how: norm.Constants, kept: norm.Kept, gradients: norm.Parts
+) -> tuple[norm.Inputs]:
+    def kernel(kept: norm.Kept, gradients: norm.Parts, interpret: bool) -> Any:
+        parts, scale, bias, shift, mask = kept.given
+        made = _tile(parts, how.groups, BACKWARD)
+        batch, channels = kept.means.shape
+        images = _flattened(parts)
+        both = jax.ShapeDtypeStruct((batch, 2 * channels), jnp.float32)
+        body = functools.partial(_backward_kernel, made, how)
+        found, sums, of_shift = _call(
+            body,
+            (batch, pl.cdiv(how.groups, made.groups)),
+            made.warps,
+            batched=(
+                images,
+                shift,
+                _flattened(mask),
+                _flattened(gradients),
+                kept.means,
+                kept.rstd,
+            ),
+            shared=(scale, bias),
+            out=(images, both, shift),
+            interpret=interpret,
+        )
+        of_scale, of_bias = jnp.split(sums.sum(0), 2)
+        return _as_shaped(found, parts), of_scale, of_bias, of_shift
 
-    def kernel(
-        x: jax.Array,
-        g: jax.Array,
-        scale: jax.Array,
-        bias: jax.Array,
-        *statistics: jax.Array,
-        interpret: bool,
-    ) -> Any:
-        made = tile(x, groups, BACKWARD)
-        assert made is not None
-        body = functools.partial(_backward_kernel, made, silu)
-        *images, a, b = _by_group((x, g, scale, bias), groups)
-        of_channel = jax.ShapeDtypeStruct((len(x), *a.shape), jnp.float32)
-        out = (jax.ShapeDtypeStruct(images[0].shape, x.dtype), of_channel, of_channel)
-        given = (*images, *statistics)
-        dx, *sums = _call(body, made, given, (a, b), out, interpret)
-        return dx.reshape(x.shape), *(v.sum(0).reshape(-1) for v in sums)
+    def twin(kept: norm.Kept, gradients: norm.Parts) -> Any:
+        (found,) = norm.backward(how, kept, gradients)
+        of_vectors = (a.astype(jnp.float32) for a in (found.scale, found.bias))
+        return found.parts, *of_vectors, found.shift
 
-    def twin(x: jax.Array, g: jax.Array, *rest: jax.Array) -> Any:
-        again = norm.Kept((x,), *rest)
-        (dx,), *others = norm.backward(groups, epsilon, silu, again, (g,))
-        return dx, *(a.astype(jnp.float32) for a in others)
-
-    found = _dispatch(kernel, twin, x, gradient, scale, bias, mean, rstd)
-    dx, of_scale, of_bias = found
-    return dx, of_scale.astype(scale.dtype), of_bias.astype(bias.dtype)
+    found, of_scale, of_bias, of_shift = _dispatch(kernel, twin, kept, gradients)
+    _, scale, bias, _, _ = kept.given
+    of_vectors = of_scale.astype(scale.dtype), of_bias.astype(bias.dtype)
+    return (norm.Inputs(found, *of_vectors, of_shift, None),)
 
 
-_norm_silu.defvjp(_forward, _backward)
+_fused.defvjp(_forward, _backward)
 
 
-def _dispatch(kernel: Any, twin: Any, *given: jax.Array) -> Any:
+def _joined(parts: norm.Parts) -> jax.ShapeDtypeStruct | None:
+    """Returns shape and type of the parts together; None where their types differ."""
+    first = parts[0]
+    if any(x.dtype != first.dtype for x in parts):
+        return None
+    channels = sum(x.shape[-1] for x in parts)
+    return jax.ShapeDtypeStruct((*first.shape[:-1], channels), first.dtype)
+
+
+def _tile(parts: norm.Parts, groups: int, most: int) -> Tile:
+    made = tile(_joined(parts), groups, most)
+    assert made is not None  # held by fused, of BACKWARD, which is less than FORWARD
+    return made
+
+
+def _dispatch(kernel: Any, twin: Any, *given: Any) -> Any:
     """Returns what the platform of the program computes.
 
     It is the one that is compiled for, not the one that is traced on, which differ when
@@ -211,35 +227,36 @@ def _dispatch(kernel: Any, twin: Any, *given: jax.Array) -> Any:
     )
 
 
-def _by_group(given: Sequence[jax.Array], groups: int) -> list[jax.Array]:
-    """Returns activations as [B, pixels, groups, width], vectors as [groups, width]."""
-    return [
-        a.reshape(len(a), -1, groups, a.shape[-1] // groups)
-        if a.ndim == 4
-        else a.reshape(groups, -1)
-        for a in given
-    ]
+def _flattened(parts: Any) -> Any:
+    """Returns each part, where there are any, as [B, pixels, C_i]."""
+    return jax.tree.map(lambda x: x.reshape(len(x), -1, x.shape[-1]), parts)
+
+
+def _as_shaped(found: norm.Parts, parts: norm.Parts) -> norm.Parts:
+    return tuple(y.reshape(x.shape) for y, x in zip(found, parts, strict=True))
 
 
 def _call(
     body: Any,
-    made: Tile,
-    batched: Sequence[jax.Array],
-    shared: Sequence[jax.Array],
-    out: Sequence[jax.ShapeDtypeStruct],
+    grid: tuple[int, int],
+    warps: int,
+    *,
+    batched: Any,
+    shared: Any,
+    out: Any,
     interpret: bool,
 ) -> Any:
     """Returns what a kernel makes of every image and block of groups.
 
     Args:
       body: the kernel; it sees all of its image, and all of what is shared.
-      made: what a program holds.
-      batched: arrays [B, ...], the first with groups as its third axis.
+      grid: images, and blocks of groups.
+      warps: of 32 threads, of a program.
+      batched: arguments [B, ...], each an array, parts or None.
       shared: arrays that all images have in common.
-      out: shapes of the results, [B, ...].
+      out: the results, [B, ...], like `batched`; of these shapes and types.
       interpret: whether to interpret it, rather than to compile it.
     """
-    batch, _, groups, _ = batched[0].shape
 
     def of_image(a: Any) -> pl.BlockSpec:
         zeros = (0,) * (a.ndim - 1)
@@ -250,97 +267,162 @@ def _call(
 
     return pl.pallas_call(
         body,
-        out_shape=out,
-        grid=(batch, pl.cdiv(groups, made.groups)),
-        in_specs=[*map(of_image, batched), *map(whole, shared)],
-        out_specs=list(map(of_image, out)),
-        compiler_params=triton.CompilerParams(num_warps=made.warps, num_stages=1),
+        out_shape=jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), out),
+        grid=grid,
+        in_specs=[*jax.tree.map(of_image, batched), *map(whole, shared)],
+        out_specs=jax.tree.map(of_image, out),
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
     )(*batched, *shared)
 
 
 def _forward_kernel(
     made: Tile,
-    epsilon: float,
-    silu: bool,
-    x_ref: Any,
+    how: norm.Constants,
+    x_refs: Any,
+    shift_ref: Any,
+    mask_refs: Any,
     scale_ref: Any,
     bias_ref: Any,
-    y_ref: Any,
-    mean_ref: Any,
+    y_refs: Any,
+    means_ref: Any,
     rstd_ref: Any,
 ) -> None:
-    places, channels, groups = _places(made, x_ref.shape)
-    x = _load(x_ref, places)
-    mean = _over_group(x, x_ref.shape)
-    centred = jnp.where(places[1], x - mean[None, :, None], 0.0)
-    variance = _over_group(centred * centred, x_ref.shape)
-    rstd = jax.lax.rsqrt(variance + epsilon)
-    a, b = _load(scale_ref, channels), _load(bias_ref, channels)
+    at = _places(made, how.groups, x_refs)
+    x = _shifted(_load_parts(x_refs, at), shift_ref, at)
+    means = x.sum(0) / at.pixels
+    mean = means.sum(1) / at.width
+    centred = jnp.where(at.inside, x - mean[None, :, None], 0.0)
+    variance = _over_group(centred * centred, at)
+    rstd = jax.lax.rsqrt(variance + how.epsilon)
+    a, b = _load(scale_ref, at.channels), _load(bias_ref, at.channels)
     y = centred * rstd[None, :, None] * a[None] + b[None]
-    _store(y_ref, places, y * jax.nn.sigmoid(y) if silu else y)
-    _store(mean_ref, groups, mean)
-    _store(rstd_ref, groups, rstd)
+    y = y * jax.nn.sigmoid(y) if how.silu else y
+    _store_parts(y_refs, at, _dropped(y, mask_refs, at, how.keep))
+    _store(means_ref, at.channels, means)
+    _store(rstd_ref, at.groups, rstd)
 
 
 def _backward_kernel(
     made: Tile,
-    silu: bool,
-    x_ref: Any,
-    g_ref: Any,
-    mean_ref: Any,
+    how: norm.Constants,
+    x_refs: Any,
+    shift_ref: Any,
+    mask_refs: Any,
+    g_refs: Any,
+    means_ref: Any,
     rstd_ref: Any,
     scale_ref: Any,
     bias_ref: Any,
-    dx_ref: Any,
-    of_scale_ref: Any,
-    of_bias_ref: Any,
+    dx_refs: Any,
+    sums_ref: Any,
+    of_shift_ref: Any,
 ) -> None:
     """The equations of `norm.backward`."""
-    places, channels, groups = _places(made, x_ref.shape)
-    x, g = _load(x_ref, places), _load(g_ref, places)
-    a, b = _load(scale_ref, channels), _load(bias_ref, channels)
-    mean, rstd = _load(mean_ref, groups), _load(rstd_ref, groups)
+    at = _places(made, how.groups, x_refs)
+    x = _shifted(_load_parts(x_refs, at), shift_ref, at)
+    g = _dropped(_load_parts(g_refs, at), mask_refs, at, how.keep)
+    a, b = _load(scale_ref, at.channels), _load(bias_ref, at.channels)
+    mean = _load(means_ref, at.channels).sum(1) / at.width
+    rstd = _load(rstd_ref, at.groups)
     u = (x - mean[None, :, None]) * rstd[None, :, None]
     # Where g is masked so is d.
-    d = norm.before_silu(u * a[None] + b[None], g) if silu else g
-    _store(of_scale_ref, channels, (d * u).sum(0))
-    _store(of_bias_ref, channels, d.sum(0))
+    d = norm.before_silu(u * a[None] + b[None], g) if how.silu else g
+    (channel,), inside = at.channels
+    _store(sums_ref, at.channels, (d * u).sum(0))
+    _store(sums_ref, ((channel + scale_ref.shape[0],), inside), d.sum(0))
     d = d * a[None]
-    p, q = (_over_group(v, x_ref.shape)[None, :, None] for v in (d, d * u))
-    _store(dx_ref, places, (d - p - u * q) * rstd[None, :, None])
+    p, q = (_over_group(v, at)[None, :, None] for v in (d, d * u))
+    dx = (d - p - u * q) * rstd[None, :, None]
+    _store_parts(dx_refs, at, dx)
+    if of_shift_ref is not None:
+        _store(of_shift_ref, at.channels, jnp.where(at.inside, dx, 0.0).sum(0))
 
 
-Places = tuple[tuple[jax.Array, ...], jax.Array]
+Place = tuple[tuple[jax.Array, ...], jax.Array]
+"""Indices of the values of a tile, and which of them are there."""
 
 
-def _places(made: Tile, shape: tuple[int, ...]) -> tuple[Places, Places, Places]:
-    """Returns indices and masks of a tile's values, channels and groups."""
+class Places(NamedTuple):
+    """Where the values of a program are."""
+
+    parts: list[Place]
+    """In each part; a value is in one of them."""
+    inside: jax.Array
+    """Which values of the tile are in any."""
+    channels: Place
+    groups: Place
+    pixels: int
+    width: int
+    """Channels of a group."""
+
+
+def _places(made: Tile, groups: int, refs: Any) -> Places:
+    """Returns where the values of a program are, of parts [pixels, C_i]."""
+    pixels = refs[0].shape[0]
+    width = sum(ref.shape[1] for ref in refs) // groups
     first = pl.program_id(1) * made.groups
 
-    def places(axes: tuple[int, ...]) -> Places:
-        sizes = tuple(made[axis] for axis in axes)
-        each = []
-        for axis, of in enumerate(axes):
-            index = jax.lax.broadcasted_iota(jnp.int32, sizes, axis)
-            each.append(index + first if of == 1 else index)
-        inside = [index < shape[of] for index, of in zip(each, axes, strict=True)]
-        return tuple(each), functools.reduce(jnp.logical_and, inside)
+    def index(axes: tuple[int, ...], axis: int) -> jax.Array:
+        sizes = tuple(made[a] for a in axes)
+        return jax.lax.broadcasted_iota(jnp.int32, sizes, axes.index(axis))
 
-    return places((0, 1, 2)), places((1, 2)), places((1,))
+    def channel(axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+        group, within = index(axes, 1) + first, index(axes, 2)
+        return group * width + within, (group < groups) & (within < width)
+
+    pixel = index((0, 1, 2), 0)
+    of_value, inside = channel((0, 1, 2))
+    inside = inside & (pixel < pixels)
+    parts: list[Place] = []
+    begin = 0
+    for ref in refs:
+        mask, end = inside, begin + ref.shape[1]
+        if len(refs) > 1:
+            mask = mask & (of_value >= begin) & (of_value < end)
+        parts.append(((pixel, of_value - begin), mask))
+        begin = end
+    of_channel, known = channel((1, 2))
+    group = index((1,), 1) + first
+    groups_at: Place = ((group,), group < groups)
+    channels: Place = ((of_channel,), known)
+    return Places(parts, inside, channels, groups_at, pixels, width)
 
 
-def _load(ref: Any, places: Places) -> jax.Array:
-    indices, mask = places
+def _load_parts(refs: Any, at: Places) -> jax.Array:
+    """Returns the values of a program, 0 outside; each is in one part."""
+    loaded = [_load(ref, place) for ref, place in zip(refs, at.parts, strict=True)]
+    return sum(loaded[1:], loaded[0])
+
+
+def _shifted(x: jax.Array, shift_ref: Any, at: Places) -> jax.Array:
+    """Returns the values with the shift of their channel, 0 outside."""
+    if shift_ref is None:
+        return x
+    return jnp.where(at.inside, x + _load(shift_ref, at.channels)[None], 0.0)
+
+
+def _dropped(x: jax.Array, mask_refs: Any, at: Places, keep: float) -> jax.Array:
+    if mask_refs is None:
+        return x
+    return norm.dropped(x, _load_parts(mask_refs, at), keep)
+
+
+def _store_parts(refs: Any, at: Places, value: jax.Array) -> None:
+    for ref, place in zip(refs, at.parts, strict=True):
+        _store(ref, place, value)
+
+
+def _load(ref: Any, place: Place) -> jax.Array:
+    indices, mask = place
     return triton.load(ref.at[indices], mask=mask, other=0.0).astype(jnp.float32)
 
 
-def _store(ref: Any, places: Places, value: jax.Array) -> None:
-    indices, mask = places
+def _store(ref: Any, place: Place, value: jax.Array) -> None:
+    indices, mask = place
     triton.store(ref.at[indices], value.astype(ref.dtype), mask=mask)
 
 
-def _over_group(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Returns the mean over the pixels and channels of each group."""
-    pixels, _, width = shape
-    return values.sum(0).sum(1) / (pixels * width)
+def _over_group(values: jax.Array, at: Places) -> jax.Array:
+    """Returns the mean of each group."""
+    return values.sum(0).sum(1) / (at.pixels * at.width)
