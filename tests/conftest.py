@@ -1,6 +1,7 @@
 """Strict JAX for every test: CPU, eight fake devices, no implicit rank promotion."""
 
 import contextlib
+import importlib.metadata
 import itertools
 import os
 import re
@@ -8,14 +9,25 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Both must be set before jax is imported, here and in every xdist worker.
+# These must be set before jax is imported, here and in every xdist worker. Most of the
+# time goes into compiling, and half of that into how XLA writes loops by default; the
+# older way, which is gone from jaxlib 0.11, is to be had for less.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    + " --xla_cpu_use_fusion_emitters=false"
+    * importlib.metadata.version("jaxlib").startswith("0.10.")
 )
 
 import jax
 import pytest
+
+jax.jit(lambda: 0)()  # now the flags have been read
+# What tests start compiles as it does for users.
+os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(
+    " --xla_cpu_use_fusion_emitters=false", ""
+)
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "jax"
 
@@ -31,7 +43,8 @@ def pytest_configure(config: pytest.Config) -> None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("filterwarnings", "error:::diffusion_jax")
     config.addinivalue_line(
-        "markers", "optimised: programs of this file are compiled as users compile them"
+        "markers",
+        "optimised: programs of this file are compiled with all optimisations",
     )
 
 
