@@ -245,12 +245,18 @@ def test_only_the_activation_is_kept_for_the_backward_pass():
         assert own <= bytes_kept(form) < 1.1 * own
 
 
+def loss_with_everything(form, g, x, scale, bias):
+    """With a shift and a mask that are, like x, of an image."""
+    more = {"shift": x.mean((1, 2)), "mask": (x > -1,), "keep": 0.9}
+    out = FORMS[form]((x,), scale, bias, 4, EPSILON, **more)[0]
+    return (out * 0.1 * g[:1]).sum()
+
+
 @pytest.mark.parametrize("form", ["fused", "kernel"])
 def test_transformed_is_the_same(form):
     (x,), scale, bias, (g,) = given((8,), batch=8)
 
-    def loss(x, scale, bias):
-        return (FORMS[form]((x,), scale, bias, 4, EPSILON)[0] * 0.1 * g[:1]).sum()
+    loss = functools.partial(loss_with_everything, form, g)
 
     gradient = jax.grad(loss, (0, 1, 2))
     expected = quick_jit(gradient)(x, scale, bias)
@@ -270,8 +276,7 @@ def test_spread_over_devices_is_the_same(form):
     mesh = parallel.make_mesh()
     spread = PartitionSpec(parallel.AXIS)
 
-    def loss(x, scale, bias):
-        return (FORMS[form]((x,), scale, bias, 4, EPSILON)[0] * 0.1 * g[:1]).sum()
+    loss = functools.partial(loss_with_everything, form, g)
 
     gradient = jax.grad(loss, (0, 1, 2))
     expected = quick_jit(gradient)(x, scale, bias)
