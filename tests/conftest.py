@@ -24,10 +24,9 @@ import jax
 import pytest
 
 jax.jit(lambda: 0)()  # now the flags have been read
+FLAGS = os.environ["XLA_FLAGS"]
 # What tests start compiles as it does for users.
-os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(
-    " --xla_cpu_use_fusion_emitters=false", ""
-)
+os.environ["XLA_FLAGS"] = FLAGS.replace(" --xla_cpu_use_fusion_emitters=false", "")
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "jax"
 
@@ -63,6 +62,17 @@ def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
     # Programs of a function are told apart by its arguments alone.
     jax.clear_caches()
+
+
+@pytest.fixture
+def same_compiler() -> dict[str, str]:
+    """The environment in which a process of its own makes the programs of tests."""
+    return {
+        **os.environ,
+        "XLA_FLAGS": FLAGS,
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+    }
 
 
 _tests = itertools.count(1)

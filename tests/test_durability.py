@@ -69,13 +69,11 @@ def whole(folder):
     return run_train(folder, "whole", *UNTIL)[1]
 
 
-def test_a_fresh_process_is_equal_to_the_bit(folder, whole):
-    env = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    env["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
+def test_a_fresh_process_is_equal_to_the_bit(folder, whole, same_compiler):
     command = [sys.executable, "-m", "experiments.train", "digits", *SMALL, *UNTIL]
     done = subprocess.run(
         [*command, "--output", str(folder), "--name", "fresh"],
-        env=env,
+        env=same_compiler,
         cwd=ROOT,
         capture_output=True,
         text=True,
