@@ -142,7 +142,7 @@ class Weights(nn.Module):
         return kernel.astype(self.dtype), bias.astype(self.dtype)
 
 
-class Kept(nn.Module):
+class DropoutMask(nn.Module):
     """Which values an `nn.Dropout` of the same name keeps."""
 
     rate: float
@@ -198,7 +198,7 @@ class ResBlock(nn.Module):
     def _mask(self, shape: tuple[int, ...]) -> tuple[jax.Array, float]:
         """Returns what `_dropped` keeps, and the probability that a value is kept."""
         if self.dropout_bits == "threefry":
-            return Kept(self.dropout, name=DROPOUT)(shape), 1 - self.dropout
+            return DropoutMask(self.dropout, name=DROPOUT)(shape), 1 - self.dropout
         return dropout.mask(self.make_rng("dropout"), shape, self.dropout)
 
     def _shortcut(self, x: Activation) -> jax.Array:
