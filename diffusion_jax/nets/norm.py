@@ -57,7 +57,7 @@ def norm_silu(
 
 
 class Inputs(NamedTuple):
-    """What is normalised, and what has a derivative of its own."""
+    """The arrays that `fused` takes, as `plain` describes them."""
 
     parts: Parts
     scale: jax.Array
@@ -67,7 +67,7 @@ class Inputs(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """What is known when a program is made."""
+    """The rest of what `fused` takes, known when a program is made."""
 
     groups: int
     epsilon: float
@@ -122,7 +122,9 @@ def plain(
     for part, (x, a_i, b_i) in zip(parts, _each(centred, a, bias), strict=True):
         y = (x * a_i + b_i).astype(part.dtype)
         out.append(jax.nn.silu(y) if silu else y)
-    return tuple(map(dropped, out, mask, [keep] * len(out))) if mask else tuple(out)
+    if mask is not None:
+        out = [dropped(y, m, keep) for y, m in zip(out, mask, strict=True)]
+    return tuple(out)
 
 
 def fused(
