@@ -276,6 +276,20 @@ def replace(config: Config, section: str, **fields: Any) -> Config:
     return dataclasses.replace(config, **{section: changed})
 
 
+def official(config: Config) -> Config:
+    """Returns the configuration with the arithmetic of the authors' code.
+
+    float32 throughout, TensorFlow's Adam, the gradient of each of eight parts of a
+    batch clipped by itself, and a moving average without a ramp.
+
+    >>> found = official(Config())
+    >>> found.net.dtype, found.optimizer.preset, found.optimizer.replicas
+    ('float32', 'official', 8)
+    """
+    config = replace(config, "net", dtype="float32")
+    return replace(config, "optimizer", preset="official")
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Returns the configuration as JSON has it (tuples are lists)."""
     return typing.cast(dict[str, Any], jsonable(dataclasses.asdict(config)))
