@@ -356,7 +356,10 @@ def _with_divergence(field: sde.Field) -> Callable[..., tuple[jax.Array, jax.Arr
         state: tuple[jax.Array, jax.Array], t: jax.Array, probes: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         def along(probe: jax.Array) -> tuple[jax.Array, jax.Array]:
-            speed, change = jax.jvp(lambda x: field(x, t), state[:1], (probe,))
+            # Backwards, v^T J v is the same, and a network need have no forward
+            # derivative.
+            speed, back = jax.vjp(lambda x: field(x, t), state[0])
+            (change,) = back(probe)
             return speed, (probe * change).sum(axis=tuple(range(1, probe.ndim)))
 
         # The speed is the same for all probes, and computed once.

@@ -87,8 +87,6 @@ def main(argv: Sequence[str]) -> int:
     parallel.split_cpu(math.gcd(*options.batch_sizes))
     plan = options.config.train
     mesh = parallel.make_mesh(plan.devices, plan.fsdp)
-    if "train" in options.what:
-        learning.check(options.config, mesh)
     for size in options.batch_sizes:
         parallel.check_batch_size(size, mesh.size)
         if options.scaling:
@@ -172,7 +170,7 @@ def measure_train(options: Options, mesh: Any, size: int) -> dict[str, Any]:
     step = learning.make_step(chosen, mesh)
     whole_state = jax.eval_shape(lambda: learning.init_state(chosen))
     placed = parallel.state_sharding(whole_state, mesh)
-    held = [learning.as_trained(chosen, train.first_state(chosen, placed))]
+    held = [learning.as_trained(chosen, train.first_state(chosen, placed), mesh)]
     fed = train.feed_of(chosen, dataset, mesh)
     whole = feed.batch_at(dataset, bool(chosen.net.classes), 0, size, 0)
     batch = parallel.shard(whole, mesh)

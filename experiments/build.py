@@ -15,7 +15,7 @@ from diffusion_jax import (
 from diffusion_jax.nets import unet
 from diffusion_jax.nets.unet import UNet
 from diffusion_jax.training import data
-from experiments.config import CONTINUOUS, UNKNOWN, Config, ConfigError, replace
+from experiments.config import CONTINUOUS, UNKNOWN, Config, ConfigError
 
 Apply = Callable[..., jax.Array]
 
@@ -83,15 +83,13 @@ def time_shift(config: Config) -> int:
     return 0 if is_continuous(config) else 1
 
 
-def make_network(config: Config, *, looped: bool = False, cut: bool = True) -> UNet:
+def make_network(config: Config, *, looped: bool = False) -> UNet:
     """Returns the network; its parameters come from `init_params`.
 
     Args:
       config: the configuration.
       looped: whether its gradient is taken inside a compiled loop, where XLA's
         convolution on CPU is many times slower than the matrix product.
-      cut: whether XLA may cut the program over devices, which it cannot do to a kernel
-        of our own: where there are several devices there is none then.
     """
     net = config.net
     split = config.diffusion.variance in ("learned", "range")
@@ -113,19 +111,7 @@ def make_network(config: Config, *, looped: bool = False, cut: bool = True) -> U
         num_classes=net.classes + (1 if net.classes and net.label_dropout else 0),
         variant=net.variant,
         fourier=net.fourier,
-        fuse=net.fuse,
-        kernels="xla" if cut and jax.device_count() > 1 else net.kernels,
-        dropout_bits=net.dropout_bits,
     )
-
-
-def plain(config: Config) -> Config:
-    """Returns the configuration without the forms that have no forward derivative.
-
-    The network and its parameters are the same; `jax.jvp` of it can be taken.
-    """
-    fuse = tuple(name for name in config.net.fuse if name != "norm")
-    return replace(config, "net", fuse=fuse, kernels="xla")
 
 
 def as_computed(config: Config, params: Any) -> Any:
@@ -142,7 +128,6 @@ def make_apply(
     levels: schedule.Schedule,
     *,
     looped: bool = False,
-    cut: bool = True,
     **options: Any,
 ) -> Apply:
     """Returns the network as a function of x, t and, with classes, the label.
@@ -152,10 +137,9 @@ def make_apply(
       params: as `init_params` makes them.
       levels: the schedule whose times t are.
       looped: as in `make_network`.
-      cut: as in `make_network`.
       options: of the network's call.
     """
-    net = make_network(config, looped=looped, cut=cut)
+    net = make_network(config, looped=looped)
 
     def fed(t: jax.Array) -> jax.Array:
         if config.diffusion.prediction == "edm" or not is_continuous(config):

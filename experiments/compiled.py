@@ -112,11 +112,8 @@ def check(options: Options) -> None:
 
 def training(chosen: Config, mesh: Mesh) -> tuple[Any, int]:
     """Returns the lowered training step, and its operations over all devices."""
-    state = jax.eval_shape(
-        lambda: learning.as_trained(chosen, learning.init_state(chosen))
-    )
+    state = jax.eval_shape(lambda: learning.packed(chosen, learning.init_state(chosen)))
     batch = batch_like(chosen)
-    learning.check(chosen, mesh)
     pure = learning.make_pure_step(chosen, mesh)
     if chosen.train.parallel != "mesh":  # pmap is the same program
         pure = parallel.on_each(pure, mesh)
@@ -133,11 +130,8 @@ def training(chosen: Config, mesh: Mesh) -> tuple[Any, int]:
 
 def sampling(chosen: Config, mesh: Mesh) -> tuple[Any, int]:
     """Returns the lowered evaluation of the network, and its operations."""
-    # As chains have them: the parameters cast before the first step, and no kernels of
-    # our own where XLA would have to cut them.
-    if mesh.size > 1:
-        chosen = replace(chosen, "net", kernels="xla")
-    net = build.make_network(chosen, cut=False)
+    # As chains have them: the parameters cast before the first step.
+    net = build.make_network(chosen)
     params = jax.eval_shape(
         lambda: build.as_computed(chosen, build.init_params(chosen, jax.random.key(0)))[
             "net"

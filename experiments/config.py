@@ -112,7 +112,8 @@ class Net:
     groups: int = 32
     """Groups of every GroupNorm."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the activations; parameters stay float32."""
+    """Type of the activations. Parameters, statistics, loss, optimizer and averages are
+    float32 in any case."""
     conv: Literal["auto", "xla", "matmul"] = "auto"
     """How a convolution is computed; auto is xla, but on CPU matmul where a
     gradient is taken inside a loop."""
@@ -129,16 +130,6 @@ class Net:
     fourier: tuple[int, ...] = ()
     """With each n the network also sees sin and cos of 2^n pi x: fine detail, for the
     bound."""
-    fuse: tuple[Literal["norm", "skip", "qkv"], ...] = ()
-    """The same in forms that move less memory: norm and SiLU in few passes, with their
-    own backward pass; skip connections never joined; q, k, v in one product."""
-    kernels: Literal["xla", "pallas"] = "xla"
-    """What computes the norm of fuse: the compiler, or on an NVIDIA GPU a kernel of our
-    own, for images that fit (32x32, not 256x256). A CPU interprets it, for tests. Of
-    several devices they use it only in training, with parallel shard_map or pmap."""
-    dropout_bits: Literal["threefry", "rbg"] = "threefry"
-    """Generator of dropout: the same bits on every device, or the device's own fast
-    one, whose bits change with versions."""
 
 
 @dataclass(frozen=True)
@@ -171,9 +162,6 @@ class Optimizer:
     ema_snapshots: int = 0
     """Steps between two snapshots of the power-function averages, from which an average
     of any length can be made afterwards; 0 for none."""
-    flat: bool = False
-    """Whether parameters, moments and averages are one vector each in training: a few
-    large operations a step, not a thousand small ones. Checkpoints are the same."""
 
 
 @dataclass(frozen=True)
@@ -247,10 +235,7 @@ MAY_CHANGE = (
     "data.path",
     "data.download",
     "net.conv",
-    "net.fuse",
-    "net.kernels",
     "net.remat",
-    "optimizer.flat",
     "train.stop_at",
     "train.parallel",
     "train.devices",
@@ -264,6 +249,11 @@ MAY_CHANGE = (
     "train.deterministic",
     "sample",
 )
+
+
+# Fields of earlier versions, of which every value computed the same: of what they wrote
+# they are left out.
+RETIRED = {"net": ("fuse", "kernels", "dropout_bits"), "optimizer": ("flat",)}
 
 
 def replace(config: Config, section: str, **fields: Any) -> Config:
@@ -316,6 +306,8 @@ def from_dict(
     got net.blocks null, not a whole number. Correct the file, or restore it.
     """
     wrong: list[tuple[str, str, str]] = []
+    if cls is Config and isinstance(values, dict):
+        values = {key: _present(key, section) for key, section in values.items()}
     found = read(values, cls, "", partial, wrong)
     if not wrong:
         return found
@@ -330,6 +322,14 @@ def from_dict(
         f"each value of {cls.__name__} must be of its field's type; got {said}. "
         "Correct the file, or restore it."
     )
+
+
+def _present(name: str, section: Any) -> Any:
+    """Returns the values of a section without those of retired fields."""
+    if not isinstance(section, dict):
+        return section
+    gone = RETIRED.get(name, ())
+    return {key: value for key, value in section.items() if key not in gone}
 
 
 def differences(old: Config, new: Config) -> list[str]:

@@ -286,7 +286,6 @@ def make_ode(
     config: Config, options: Options
 ) -> Callable[[Any, dict[str, jax.Array]], likelihood.OdeBits]:
     """Returns the flow's bits/dim of a batch of uint8 images, compiled once."""
-    config = build.plain(config)  # the divergence is a forward derivative
     root = jax.random.key(options.seed)
 
     def bits(params: Any, batch: dict[str, jax.Array]) -> likelihood.OdeBits:

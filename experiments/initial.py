@@ -58,7 +58,7 @@ def resolved(config: Config, *, force: bool = False) -> Config:
 
 
 # Of the network: how it is computed, and not what it is.
-HOW = ("dtype", "conv", "remat", "fuse", "kernels", "dropout_bits")
+HOW = ("dtype", "conv", "remat")
 
 
 def like(experiment: Config, given: Config) -> Config:

@@ -1,5 +1,6 @@
 """From a configuration to learning: optimiser, averages, state, loss and step."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from experiments.build import (
     make_denoiser,
     make_schedule,
 )
-from experiments.config import Config, ConfigError, micro_batches
+from experiments.config import Config, micro_batches
 
 # Least time in continuous time, as in Song et al. 2021: at 0 vp has no noise.
 FIRST_TIME = 1e-5
@@ -70,24 +71,35 @@ def init_state(config: Config, params: Any = None) -> state.TrainState:
     )
 
 
-def as_trained(config: Config, whole: state.TrainState) -> state.TrainState:
-    """Returns a state as the training step takes it, from one that is all trees."""
-    return _pack(whole) if config.optimizer.flat else whole
+def packed(config: Config, whole: state.TrainState) -> Any:
+    """Returns a state as the training step takes it, from one that is all trees.
+
+    Parameters, moments and averages are a vector each: a few large operations a step in
+    place of a thousand small ones.
+    """
+    return flat.pack_all(whole, whole.params, multiple=config.train.fsdp)
 
 
-def as_stored(trained: state.TrainState) -> state.TrainState:
-    """Returns a state that is all trees, as checkpoints have it, from any."""
-    return _unpack(trained) if isinstance(trained.params, flat.Flat) else trained
+def as_trained(config: Config, whole: state.TrainState, mesh: jax.sharding.Mesh) -> Any:
+    """Returns `packed` of a state, on the devices of a mesh."""
+    pack = functools.partial(packed, config)
+    placed = parallel.state_sharding(jax.eval_shape(pack, whole), mesh)
+    return jax.jit(pack, out_shardings=placed)(whole)
 
 
-@jax.jit
-def _pack(whole: state.TrainState) -> Any:
-    return flat.pack_all(whole, whole.params)
+def as_stored(trained: Any, mesh: jax.sharding.Mesh) -> state.TrainState:
+    """Returns a state that is all trees, as checkpoints have it."""
+    return _unpack(mesh)(trained)
 
 
-@jax.jit
-def _unpack(trained: state.TrainState) -> Any:
-    return flat.unpack_all(trained)
+@functools.cache
+def _unpack(mesh: jax.sharding.Mesh) -> Callable[[Any], state.TrainState]:
+    def unpack(trained: Any) -> Any:
+        whole = flat.unpack_all(trained)
+        placed = parallel.state_sharding(whole, mesh)
+        return jax.lax.with_sharding_constraint(whole, placed)
+
+    return jax.jit(unpack)
 
 
 def make_averages(config: Config) -> tuple[averages.Profile, ...]:
@@ -178,10 +190,7 @@ def make_loss(config: Config) -> state.LossFn:
 
         def denoiser(levels: schedule.Schedule) -> gaussian.Denoiser:
             options = {"train": True, "rngs": {"dropout": dropout_key}}
-            # `make_pure_step` holds that the program is not cut where it must not be.
-            apply = make_apply(
-                config, params, levels, looped=looped, cut=False, **options
-            )
+            apply = make_apply(config, params, levels, looped=looped, **options)
             given = apply if label is None else lambda x, t: apply(x, t, label)
             return make_denoiser(config, given, levels)
 
@@ -265,36 +274,14 @@ def _label(
     return label
 
 
-def check(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """Raises ConfigError for what the devices cannot do, before anything is compiled.
-
-    That is a kernel of our own in a program that XLA would have to cut.
-    """
-    plan = config.train
-    if config.net.kernels == "pallas" and plan.parallel == "mesh" and mesh.size > 1:
-        raise ConfigError(
-            "train.parallel must be shard_map or pmap for net.kernels = pallas on "
-            f"several devices; got mesh on {mesh.size}. Change it with "
-            "--train.parallel shard_map, or leave the kernels to xla."
-        )
-
-
 def make_pure_step(config: Config, mesh: jax.sharding.Mesh) -> state.StepFn:
-    """Returns the training step as a function of a state `as_trained` and a batch.
-
-    Raises:
-      ConfigError: as `check`.
-    """
-    check(config, mesh)
+    """Returns the training step as a function of a `packed` state and a batch."""
     o, strategy = config.optimizer, config.train.parallel
     official = o.preset == "official"
     parts = micro_batches(config)
     if strategy != "mesh" and official:
         parts = max(1, parts // mesh.size)
-    loss_fn = make_loss(config)
-    if o.flat:
-        loss_fn = flat.of_tree(loss_fn)
-    loss_fn = parallel.gathered(loss_fn, mesh)
+    loss_fn = parallel.gathered(flat.of_tree(make_loss(config)), mesh)
     return state.make_step(
         loss_fn,
         make_optimizer(config),

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import texts, validation
-from experiments.config import Config, ConfigError, Net, from_dict, to_dict
+from experiments.config import Config, ConfigError, from_dict, to_dict
 from experiments.fields import is_whole
 
 PyTree = Any
@@ -58,8 +58,6 @@ def write(network: Network) -> dict[str, Any]:
         name=Config.name,  # that of the file
         output=Config.output,
         init_from=None,
-        # Not every installation has what they need.
-        net=dataclasses.replace(config.net, kernels=Net.kernels),
         data=dataclasses.replace(
             config.data, path=None, source=public_source(config.data.source)
         ),

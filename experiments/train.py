@@ -31,6 +31,7 @@ from diffusion_jax.training import (
     data,
     determinism,
     feed,
+    flat,
     parallel,
 )
 from diffusion_jax.training.state import TrainState
@@ -136,7 +137,6 @@ def _train(
     parallel.persistent_cache(Path(config.output).resolve() / ".cache")
     mesh = parallel.make_mesh(config.train.devices, config.train.fsdp)
     parallel.check_batch_size(config.train.batch_size, mesh.size)
-    learning.check(config, mesh)
     dataset = build.load_data(config)
     hosts.check_same("the images", f"{dataset.images.shape}")
     fed = feed_of(config, dataset, mesh)
@@ -146,7 +146,7 @@ def _train(
     ) as manager:
         begun = start(config, run, mesh, manager, strict=strict)
         describe(config, run, mesh, dataset, fed, begun.state)
-        begun = begun._replace(state=learning.as_trained(config, begun.state))
+        begun = begun._replace(state=learning.as_trained(config, begun.state, mesh))
         job = Job(config, run, mesh, fed, manager, signals, started, before)
         state = loop(job, begun)
     return finish(job, state)
@@ -315,14 +315,14 @@ def loop(job: Job, begun: Begun) -> TrainState:
     draw = chains.make_draw(config, sample.count, job.mesh)
     begin, last = int(state.step), min(plan.steps, plan.stop_at or plan.steps)
     shown = Progress(begin, plan.steps, plan.batch_size, hosts.screen(), begun.row)
-    names = history.tensors(state.params)
+    names = history.tensors(flat.unpack_all(state.params))
     log = history.Log(config, run, shown, begun.pending, names)
     stops = hosts.make_stop(job.signals.numbers)
     waiting: list[tuple[int, Any]] = []
     # A run may have been killed between a checkpoint and its grid.
     drawn = not begin or not has_grid(config, begin) or grid_path(run, begin).exists()
     if not hosts.tell(drawn):
-        write_grid(config, run, draw, learning.as_stored(state))
+        write_grid(config, run, draw, learning.as_stored(state, job.mesh))
     with closing(job.feed.batches(begin, last)) as batches:
         for step, batch in enumerate(batches, begin):
             state, metrics = step_fn(state, batch)
@@ -343,7 +343,7 @@ def loop(job: Job, begun: Begun) -> TrainState:
                 checkpoint.check(job.manager)
             if saves or draws or snaps:
                 with shown.held_up():
-                    whole = learning.as_stored(state)
+                    whole = learning.as_stored(state, job.mesh)
                     if snaps:  # before the checkpoint: a run would go on without them
                         weights.save_snapshots(run, config, whole)
                     if saves:

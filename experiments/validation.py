@@ -114,11 +114,6 @@ def validate(config: Config) -> None:
     for side in net.attention:
         if side not in sides:
             _fail("net.attention", f"among the resolutions {sorted(sides)}", side)
-    if len(set(net.fuse)) < len(net.fuse):
-        _fail("net.fuse", "each form once", " ".join(net.fuse))
-    if net.kernels == "pallas" and "norm" not in net.fuse:
-        must = "xla where net.fuse has no norm, which is what a kernel computes"
-        _fail("net.kernels", must, "pallas")
     if not 0 <= net.dropout < 1:
         _fail("net.dropout", "at least 0 and below 1", net.dropout)
     if not 0 < diffusion.beta_start <= diffusion.beta_end < 1:
@@ -159,9 +154,6 @@ def validate(config: Config) -> None:
         )
     if train.fsdp > 1 and train.parallel != "mesh":
         _fail("train.parallel", f"mesh with train.fsdp {train.fsdp}", train.parallel)
-    if train.fsdp > 1 and optimizer.flat:
-        must = "1 with optimizer.flat, whose one vector is not cut"
-        _fail("train.fsdp", must, train.fsdp)
     parts = micro_batches(config)
     if train.batch_size % parts:
         _fail("train.batch_size", f"a multiple of {parts}", train.batch_size)

@@ -1,11 +1,12 @@
-"""The blocks of the U-Net, each plain and in forms that move less memory.
+"""The blocks of the U-Net, in the forms that move least memory.
 
-An activation is one array, or several parts whose channels belong together: a skip
-connection beside what it meets. A block that takes parts gives what it would give for
-the parts joined.
+Between blocks an activation is several parts that are never joined, a skip connection
+beside what it meets, and a shift that is never written, the sum of the biases since the
+parts were: the normalisation that follows takes both. Products and convolutions are
+taken without their biases, which so cost no pass, nor do their gradients.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,11 +14,38 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax.nets import dropout, norm
+from diffusion_jax.nets.products import attend, product
 
 Dtype = Any
-# The name from which the key of a block's dropout is derived.
-DROPOUT = "Dropout_0"
-Activation = jax.Array | tuple[jax.Array, ...]
+
+
+class Activation(NamedTuple):
+    """An activation of C channels, [B, H, W, C], before it is put together."""
+
+    parts: tuple[jax.Array, ...]
+    """[B, H, W, C_i] each; C is the sum of their channels."""
+    shift: jax.Array
+    """What is still to be added to each channel, [C], in float32."""
+
+    def whole(self) -> jax.Array:
+        """Returns the activation as one array."""
+        x = jnp.concatenate(self.parts, axis=-1)
+        return (x + self.shift[None, None, None]).astype(x.dtype)
+
+    def settled(self) -> "Activation":
+        """Returns the same activation as one part, with nothing to be added."""
+        return Activation((self.whole(),), jnp.zeros_like(self.shift))
+
+
+def start(x: jax.Array, bias: jax.Array) -> Activation:
+    """Returns what a convolution gives as an activation."""
+    return Activation((x,), bias)
+
+
+def beside(x: Activation, other: Activation) -> Activation:
+    """Returns the channels of both, one after the other."""
+    shift = jnp.concatenate([x.shift, other.shift])
+    return Activation(x.parts + other.parts, shift)
 
 
 class Variant(NamedTuple):
@@ -57,33 +85,36 @@ unit = scaled()
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation, with SiLU where it follows."""
+    """The parameters of a group normalisation, and the normalisation."""
 
     groups: int
-    dtype: Dtype
     epsilon: float = OFFICIAL.epsilon
-    form: str = "plain"
-    """How it is computed: "plain", or in few passes by "xla" or "pallas"."""
 
     @nn.compact
-    def __call__(self, x: Activation, silu: bool = False, **more: Any) -> Any:
-        """Returns (x - mean) / sqrt(variance + epsilon) scale + bias, [B, H, W, C].
-
-        Mean and variance are taken over the pixels and the channels of a group, in
-        float32, over pixels first and then over channels. Parts stay apart. `more` is
-        what comes before and after it: shift, mask and keep of `norm.plain`.
-        """
-        channels = _channels(x)
+    def __call__(self, parts: norm.Parts, **options: Any) -> jax.Array:
+        """Returns `norm.group_norm` of the parts, [B, H, W, C], with its options."""
+        channels = sum(part.shape[-1] for part in parts)
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        given = (scale, bias, self.groups, self.epsilon, silu)
-        made = _form(self.form)(_parts(x), *given, **more)
-        out = tuple(y.astype(self.dtype) for y in made)
-        return out if isinstance(x, tuple) else out[0]
+        return norm.group_norm(parts, scale, bias, self.groups, self.epsilon, **options)
+
+
+class Linear(nn.Module):
+    """The parameters of a linear layer; its product is taken by who asks for them."""
+
+    channels: int
+    kernel_init: nn.initializers.Initializer = unit
+
+    @nn.compact
+    def __call__(self, inputs: int) -> tuple[jax.Array, jax.Array]:
+        """Returns kernel [inputs, channels] and bias [channels] as `nn.Dense` has."""
+        kernel = self.param("kernel", self.kernel_init, (inputs, self.channels))
+        bias = self.param("bias", nn.initializers.zeros, (self.channels,))
+        return kernel, bias
 
 
 class Conv(nn.Module):
-    """3x3 convolution with "SAME" padding."""
+    """3x3 convolution with "SAME" padding, apart from its bias."""
 
     channels: int
     method: str
@@ -93,64 +124,32 @@ class Conv(nn.Module):
     """Rows and columns that stride 2 pads above and to the left."""
     kernel_init: nn.initializers.Initializer = unit
 
-    def __call__(self, x: Activation) -> jax.Array:
-        """Returns [B, H / strides, W / strides, channels] from x [B, H, W, C].
-
-        Of parts it is the sum of what each gives with its slice of the kernel.
-        """
-        y, bias = self.apart(x)
-        return y + bias[None, None, None]
-
     @nn.compact
-    def apart(self, x: Activation) -> tuple[jax.Array, jax.Array]:
-        """Returns the convolution without its bias, and the bias, [channels]."""
-        shape = (3, 3, _channels(x), self.channels)
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the convolution of x [B, H, W, C], and the bias that is to be added.
+
+        They are [B, H / strides, W / strides, channels], and [channels] in float32.
+        """
+        shape = (3, 3, x.shape[-1], self.channels)
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.channels,))
-        x = tuple(part.astype(self.dtype) for part in _parts(x))
-        kernel, bias = (a.astype(self.dtype) for a in (kernel, bias))
-        out = [self._of_part(*pair) for pair in _with_slices(x, kernel)]
-        return sum(out[1:], out[0]), bias
-
-    def _of_part(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         # Sizes are even, so that "SAME" is one row and column all around, and with
         # stride 2 only below and to the right.
         before = 1 if self.strides == 1 else self.before
         if self.method == "matmul":
-            return _patches(x, self.strides, before) @ kernel.reshape(-1, self.channels)
-        return jax.lax.conv_general_dilated(
+            rows = kernel.reshape(-1, self.channels)
+            return _patches(x, self.strides, before) @ rows, bias
+        if self.method == "taps":
+            return _by_taps(x, kernel), bias
+        y = jax.lax.conv_general_dilated(
             x,
             kernel,
             (self.strides, self.strides),
             ((before, 1), (before, 1)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-
-
-class Weights(nn.Module):
-    """The parameters of a linear layer whose product is taken elsewhere."""
-
-    inputs: int
-    channels: int
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self) -> tuple[jax.Array, jax.Array]:
-        """Returns kernel [inputs, channels] and bias [channels] as `nn.Dense` has."""
-        kernel = self.param("kernel", unit, (self.inputs, self.channels))
-        bias = self.param("bias", nn.initializers.zeros, (self.channels,))
-        return kernel.astype(self.dtype), bias.astype(self.dtype)
-
-
-class DropoutMask(nn.Module):
-    """Which values an `nn.Dropout` of the same name keeps."""
-
-    rate: float
-
-    @nn.compact
-    def __call__(self, shape: tuple[int, ...]) -> jax.Array:
-        """Returns True where a value is kept, of this shape."""
-        return jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, shape)
+        return y, bias
 
 
 class ResBlock(nn.Module):
@@ -162,85 +161,137 @@ class ResBlock(nn.Module):
     conv: str
     dtype: Dtype
     variant: str = "official"
-    fuse: Sequence[str] = ()
-    kernels: str = "xla"
-    dropout_bits: str = "threefry"
 
-    @nn.compact
-    def __call__(self, x: Activation, time: jax.Array, train: bool) -> jax.Array:
-        """Returns [B, H, W, channels] from x [B, H, W, C] and time [B, 4 width]."""
-        h = group_norm(self, "norm1")(x, silu=True)
-        conv1, norm2 = conv(self, self.channels, "conv1"), group_norm(self, "norm2")
-        shift = dense(self, self.channels, "time")(nn.silu(time))
-        if "norm" in self.fuse:
-            h, bias = conv1.apart(h)
-            # In the type of the statistics; nothing of it is rounded to that of h.
-            wide = jnp.promote_types(h.dtype, jnp.float32)
-            more: dict[str, Any] = {}
-            more["shift"] = shift.astype(wide) + bias.astype(wide)[None]
-            if train and self.dropout:
-                mask, more["keep"] = self._mask(h.shape)
-                more["mask"] = (mask,)
-            h = norm2(h, silu=True, **more)
-        else:
-            h = conv1(h) + shift[:, None, None, :]
-            h = self._dropped(norm2(h, silu=True), train)
-        h = conv(self, self.channels, "conv2", near_zero)(h)
-        return self._shortcut(x) + h
+    def setup(self) -> None:
+        """Names the layers."""
+        epsilon = VARIANTS[self.variant].epsilon
+        self.norm1 = GroupNorm(self.groups, epsilon)
+        self.conv1 = Conv(self.channels, self.conv, self.dtype)
+        self.time = Linear(self.channels)
+        self.norm2 = GroupNorm(self.groups, epsilon)
+        self.conv2 = Conv(self.channels, self.conv, self.dtype, kernel_init=near_zero)
+        self.shortcut = Linear(self.channels)
 
-    def _dropped(self, h: jax.Array, train: bool) -> jax.Array:
-        if self.dropout_bits == "threefry":
-            return nn.Dropout(self.dropout, deterministic=not train, name=DROPOUT)(h)
-        if train and self.dropout:
-            return dropout.dropout(self.make_rng("dropout"), h, self.dropout)
-        return h
+    def of_time(self, inputs: int) -> tuple[jax.Array, jax.Array]:
+        """Returns kernel and bias that make the block's shift of the time embedding."""
+        return self.time(inputs)
 
-    def _mask(self, shape: tuple[int, ...]) -> tuple[jax.Array, float]:
-        """Returns what `_dropped` keeps, and the probability that a value is kept."""
-        if self.dropout_bits == "threefry":
-            return DropoutMask(self.dropout, name=DROPOUT)(shape), 1 - self.dropout
-        return dropout.mask(self.make_rng("dropout"), shape, self.dropout)
+    def __call__(
+        self, x: Activation, time: jax.Array, key: jax.Array | None
+    ) -> Activation:
+        """Returns [B, H, W, channels] from x [B, H, W, C].
 
-    def _shortcut(self, x: Activation) -> jax.Array:
-        if not isinstance(x, tuple):
-            same = x.shape[-1] == self.channels
-            return x if same else dense(self, self.channels, "shortcut")(x)
-        made = Weights(_channels(x), self.channels, self.dtype, name="shortcut")
-        kernel, bias = made()
-        out = [part @ rows for part, rows in _with_slices(x, kernel)]
-        return sum(out[1:], out[0]) + bias[None, None, None]
+        Args:
+          x: the activation.
+          time: what is added between the convolutions, [B, channels], in float32.
+          key: of dropout; None for none.
+        """
+        h = self.norm1(x.parts, silu=True, shift=x.shift[None])
+        h, bias = self.conv1(h)
+        options: dict[str, Any] = {"shift": time + bias[None]}
+        if key is not None and self.dropout:
+            made = dropout.mask(key, h.shape, self.dropout)
+            options["mask"], options["keep"] = made
+        h, bias = self.conv2(self.norm2((h,), silu=True, **options))
+        if len(x.parts) > 1 or x.shift.size != self.channels:
+            x = self._projected(x)
+        return Activation((x.parts[0] + h,), x.shift + bias)
+
+    def _projected(self, x: Activation) -> Activation:
+        kernel, bias = self.shortcut(x.shift.size)
+        # Of what is written the product is by the kernel as the activation is typed.
+        as_typed = kernel.astype(self.dtype).astype(x.shift.dtype)
+        shift = _product(x.shift, as_typed) + bias
+        return Activation((product(x.parts, kernel),), shift)
 
 
 class Attention(nn.Module):
     """Self-attention over all pixels, with a residual connection."""
 
+    channels: int
     groups: int
     dtype: Dtype
     variant: str = "official"
-    fuse: Sequence[str] = ()
-    kernels: str = "xla"
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns [B, H, W, C] from x of the same shape."""
-        batch, height, width, channels = x.shape
-        each = VARIANTS[self.variant].head_width or channels
-        h = group_norm(self, "norm")(x)
-        names = ("query", "key", "value")
-        if "qkv" in self.fuse:
-            made = [Weights(channels, channels, self.dtype, name=n)() for n in names]
-            kernel, bias = (
-                jnp.concatenate(a, axis=-1) for a in zip(*made, strict=True)
-            )
-            found = jnp.split(h @ kernel + bias[None, None, None], 3, axis=-1)
-        else:
-            found = [dense(self, channels, name)(h) for name in names]
-        q, k, v = (a.reshape(batch, height * width, -1, each) for a in found)
-        # The softmax is taken in float32 whatever the compute type.
-        scores = jnp.einsum("bqhc,bkhc->bhqk", q, k, preferred_element_type=jnp.float32)
-        weights = nn.softmax(scores * each**-0.5).astype(v.dtype)
-        h = jnp.einsum("bhqk,bkhc->bqhc", weights, v).reshape(x.shape)
-        return x + dense(self, channels, "out", near_zero)(h)
+    def setup(self) -> None:
+        """Names the layers."""
+        self.norm = GroupNorm(self.groups, VARIANTS[self.variant].epsilon)
+        self.query, self.key, self.value = (Linear(self.channels) for _ in range(3))
+        self.out = Linear(self.channels, near_zero)
+
+    def weights(self) -> list[tuple[jax.Array, jax.Array]]:
+        """Returns kernels and biases of query, key, value and output."""
+        layers = self.query, self.key, self.value, self.out
+        return [layer(self.channels) for layer in layers]
+
+    def __call__(self, x: Activation, weights: "Folded") -> Activation:
+        """Returns [B, H, W, C] from x of the same shape.
+
+        Args:
+          x: the activation, of one part.
+          weights: `folded` of `weights`.
+        """
+        (residual,), w = x.parts, weights
+        h = self.norm(x.parts, shift=x.shift[None])
+        h = h.reshape(len(h), -1, self.channels)
+        q = product((h,), w.query) + w.bias.astype(self.dtype)[None, None]
+        k, v = (h if a is None else product((h,), a) for a in (w.key, w.value))
+        made = _attended(q, k, v, heads(self.variant, self.channels))
+        made = product((made,), w.out).reshape(residual.shape)
+        return Activation((residual + made,), x.shift + w.shift)
+
+
+class Folded(NamedTuple):
+    """What attention multiplies with, of the parameters of its four layers."""
+
+    query: jax.Array
+    bias: jax.Array
+    """Of the queries, [C]."""
+    key: jax.Array | None
+    """None where keys are the tokens themselves."""
+    value: jax.Array | None
+    out: jax.Array
+    shift: jax.Array
+    """Added to the result, [C]."""
+
+
+def folded(attentions: Iterable[Attention]) -> list[Folded]:
+    """Returns what each block multiplies with, by products for all of a width at once.
+
+    With tokens h and one head, scores are (h Wq + bq) (h Wk + bk)^T, which is
+    (h Wq Wk^T + bq Wk^T) h^T but for what is the same for all keys, and so nothing to a
+    softmax. Its rows add up to 1, so values and output are A h (Wv Wo) + (bv Wo + bo).
+    So two products of tokens are left of four.
+    """
+    blocks = list(attentions)
+    found: dict[int, Folded] = {}
+    for width in {block.channels for block in blocks}:
+        chosen = [i for i, block in enumerate(blocks) if block.channels == width]
+        layers = zip(*(blocks[i].weights() for i in chosen), strict=True)
+        (wq, bq), (wk, _), (wv, bv), (wo, bo) = (
+            [jnp.stack(leaves) for leaves in zip(*layer, strict=True)]
+            for layer in layers
+        )
+        one_head = heads(blocks[chosen[0]].variant, width) == 1
+        with_bias = jnp.concatenate([wv, bv[:, None]], axis=1)
+        made = _product(with_bias, wo)
+        shifts = made[:, -1] + bo
+        queries = jnp.concatenate([wq, bq[:, None]], axis=1)
+        if one_head:
+            queries = _product(queries, wk.mT)
+        for n, i in enumerate(chosen):
+            query, bias = queries[n, :-1], queries[n, -1]
+            if one_head:
+                rest = None, None, made[n, :-1]
+            else:
+                rest = wk[n], wv[n], wo[n]
+            found[i] = Folded(query, bias, *rest, shifts[n])
+    return [found[i] for i in range(len(blocks))]
+
+
+def heads(variant: str, channels: int) -> int:
+    """Returns the number of heads of an attention of so many channels."""
+    return channels // (VARIANTS[variant].head_width or channels)
 
 
 class Downsample(nn.Module):
@@ -251,9 +302,11 @@ class Downsample(nn.Module):
     variant: str = "official"
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> Activation:
         """Returns [B, H/2, W/2, C]; the official one pads only below and right."""
-        return conv(self, x.shape[-1], "conv", strides=2)(x)
+        before = VARIANTS[self.variant].before
+        made = Conv(x.shape[-1], self.conv, self.dtype, 2, before, name="conv")(x)
+        return start(*made)
 
 
 class Upsample(nn.Module):
@@ -263,69 +316,47 @@ class Upsample(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> Activation:
         """Returns [B, 2H, 2W, C]."""
         x = x.repeat(2, axis=1).repeat(2, axis=2)
-        return conv(self, x.shape[-1], "conv")(x)
+        return start(*Conv(x.shape[-1], self.conv, self.dtype, name="conv")(x))
 
 
-def group_norm(parent: Any, name: str) -> GroupNorm:
-    """Returns a normalisation with the parent's groups, type and form."""
-    epsilon = VARIANTS[parent.variant].epsilon
-    form = parent.kernels if "norm" in parent.fuse else "plain"
-    return GroupNorm(parent.groups, parent.dtype, epsilon, form, name=name)
+def _attended(q: jax.Array, k: jax.Array, v: jax.Array, count: int) -> jax.Array:
+    """Returns the attention of so many heads, [B, T, C], from q, k and v so shaped."""
+    scale = (q.shape[-1] // count) ** -0.5
+    if count == 1:
+        return attend(q, k, v, scale)
+    q, k, v = (a.reshape(*a.shape[:2], count, -1) for a in (q, k, v))
+    made = jax.vmap(lambda *each: attend(*each, scale), 2, 2)(q, k, v)
+    return made.reshape(*made.shape[:2], -1)
 
 
-def conv(
-    parent: Any,
-    channels: int,
-    name: str,
-    init: nn.initializers.Initializer = unit,
-    strides: int = 1,
-) -> Conv:
-    """Returns a 3x3 convolution with the parent's method and type."""
-    before = 0 if strides == 1 else VARIANTS[parent.variant].before
-    made = (channels, parent.conv, parent.dtype, strides, before, init)
-    return Conv(*made, name=name)
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns the product of parameters, in full float32: it is small."""
+    return jnp.matmul(a, b, precision="highest")
 
 
-def dense(
-    parent: Any,
-    channels: int,
-    name: str,
-    init: nn.initializers.Initializer = unit,
-) -> nn.Dense:
-    """Returns a linear layer over channels in the parent's type."""
-    return nn.Dense(channels, kernel_init=init, dtype=parent.dtype, name=name)
+def _by_taps(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns a convolution to few channels, in float32: a product, then nine shifts.
 
-
-def _form(name: str) -> Callable[..., norm.Parts]:
-    if name == "pallas":
-        # Not before it is asked for: to import it takes time, and what it is made for
-        # is to leave JAX one day.
-        from diffusion_jax.nets import norm_pallas
-
-        return norm_pallas.fused
-    return {"plain": norm.plain, "xla": norm.fused}[name]
-
-
-def _parts(x: Activation) -> tuple[jax.Array, ...]:
-    return x if isinstance(x, tuple) else (x,)
-
-
-def _channels(x: Activation) -> int:
-    return sum(part.shape[-1] for part in _parts(x))
-
-
-def _with_slices(
-    x: Activation, kernel: jax.Array
-) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Yields each part with its rows of a kernel, [..., C, channels]."""
-    begin = 0
-    for part in _parts(x):
-        end = begin + part.shape[-1]
-        yield part, kernel[..., begin:end, :]
-        begin = end
+    What a pixel gives to each of its neighbours is one product of all pixels, summed
+    and left in float32. A convolution would read x nine times for a few channels.
+    """
+    _, height, width, _ = x.shape
+    rows = kernel.transpose(2, 0, 1, 3).reshape(x.shape[-1], -1)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    given = jax.lax.dot_general(
+        x, rows, (((3,), (0,)), ((), ())), preferred_element_type=wide
+    )
+    given = given.reshape(*x.shape[:3], 3, 3, -1)
+    given = jnp.pad(given, ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0), (0, 0)))
+    taps = [
+        given[:, i : i + height, j : j + width, i, j]
+        for i in range(3)
+        for j in range(3)
+    ]
+    return sum(taps[1:], taps[0])
 
 
 def _patches(x: jax.Array, strides: int, before: int) -> jax.Array:

@@ -54,7 +54,7 @@ class NoisyClassifier(nn.Module):
                 break
             channels, level = min(2 * channels, max(128, self.channels)), level + 1
             h = conv(channels, f"down{level}", strides=2)(h)
-        h = nn.silu(GroupNorm(GROUPS, jnp.float32, name="norm_out")(h))
+        h = GroupNorm(GROUPS, name="norm_out")((h,), silu=True)
         h = nn.silu(dense(self.width, "hidden")(h.reshape(len(h), -1)))
         return dense(self.num_classes, "logits")(h)
 
@@ -62,10 +62,10 @@ class NoisyClassifier(nn.Module):
         self, x: jax.Array, time: jax.Array, channels: int, name: str
     ) -> jax.Array:
         """Returns x and what a convolution around the time adds to it."""
-        h = nn.silu(GroupNorm(GROUPS, jnp.float32, name=f"{name}_norm1")(x))
+        h = GroupNorm(GROUPS, name=f"{name}_norm1")((x,), silu=True)
         h = conv(channels, f"{name}_conv1")(h)
         shift = dense(channels, f"{name}_time")(time)
-        h = GroupNorm(GROUPS, jnp.float32, name=f"{name}_norm2")(h)
+        h = GroupNorm(GROUPS, name=f"{name}_norm2")((h,))
         h = nn.silu(h + shift[:, None, None, :])
         return x + conv(channels, f"{name}_conv2")(h)
 

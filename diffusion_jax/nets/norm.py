@@ -1,73 +1,89 @@
-"""Group normalisation with SiLU, in three forms of the same mathematics.
+"""Group normalisation with SiLU, in few passes over what it normalises.
 
-  plain             as it is written down, with the derivatives that JAX takes
-  fused             few passes over the activation, with a backward pass of its own
-  norm_pallas.fused that as one kernel each way, on a GPU
+It takes several parts, whose channels together are normalised: a group may begin in one
+part and end in the next. So a skip connection need not be joined to what it meets; the
+result is one array. What is added to each channel before, and dropout after, are part
+of the same passes.
 
-Each takes one activation or several parts, whose channels together are what is
-normalised: a group may begin in one part and end in the next. So a skip connection need
-not be joined to what it meets. What is added to x before, for each image and channel,
-and what dropout makes of the result, can be part of the same passes.
-
-How often each form has to read (r) and write (w) an activation, where a compiler fuses
-all that can be; backward there is the gradient to read beside x:
-
-             forward    kept for the backward pass        backward
-  plain      r r r w    several activations, in float32   what JAX makes of it
-  fused      r r w      x                                 r r w, r r (sums), r r w
-  a kernel   r w        x                                 r r w
+How often they read (r) and write (w) an activation: forward r (statistics), r w; the
+backward pass reads the gradient beside x: r r (sums), r r w. Written down plainly, with
+the derivatives that JAX takes, the forward pass alone keeps several activations in
+float32.
 """
 
 import functools
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from diffusion_jax.nets import dropout
+
 Parts = tuple[jax.Array, ...]
 
 
-def norm_silu(
-    x: jax.Array,
+def group_norm(
+    parts: Parts,
     scale: jax.Array,
     bias: jax.Array,
     groups: int,
     epsilon: float,
-    silu: bool = True,
+    *,
+    silu: bool = False,
+    shift: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    keep: float = 1.0,
 ) -> jax.Array:
-    """Returns silu((x - mean) / sqrt(variance + epsilon) scale + bias), as x is typed.
+    """Returns the normalised parts as one array, [B, H, W, C].
 
-    The form `fused` of one activation. It has no forward derivative (`jax.jvp`).
+    y = (x + shift - mean) / sqrt(variance + epsilon) scale + bias, with mean and
+    variance of each image's groups; SiLU and dropout of that where they are asked for
+    (Wu and He 2018). Statistics are in float32, the result is in the type of the parts.
+
+    The sums of a channel are of x - c and (x - c)^2, with c its middle pixel: the mean
+    may be any multiple of the deviation. Where n pixels have the deviation s, c is at
+    most sqrt(n) s from their mean, so the variance of a channel has a relative error of
+    n roundings at worst, where all pixels but c are alike, and of a few otherwise.
+
+    Kept for the backward pass are the parts, the mask, and a few numbers a channel. The
+    backward pass is our own, so there is no forward derivative (`jax.jvp`).
 
     Args:
-      x: activation, [B, H, W, C], in float32 or bfloat16.
+      parts: activations, each [B, H, W, C_i]; C is the sum of their channels.
       scale: of each channel, [C].
       bias: of each channel, [C].
-      groups: number of groups; mean and variance are those of a group.
+      groups: number of groups.
       epsilon: added to the variance.
       silu: whether SiLU follows.
+      shift: added to each channel before it is normalised, [B, C], or [1, C] for all.
+      mask: what dropout keeps of the result, packed as `dropout.mask` gives it.
+      keep: the probability that it does, by which what is kept is divided.
 
     >>> x = jax.random.normal(jax.random.key(0), [2, 4, 4, 8])
-    >>> y = norm_silu(x, jnp.ones(8), jnp.zeros(8), 4, 1e-6, silu=False)
+    >>> y = group_norm((x,), jnp.ones(8), jnp.zeros(8), 4, 1e-6)
     >>> print(f"{y.mean():.3f} {y.std():.3f}")
     0.000 1.000
     """
-    return fused((x,), scale, bias, groups, epsilon, silu)[0]
+    vectors = (
+        None if v is None else as_varying(v, parts[0]) for v in (scale, bias, shift)
+    )
+    given = Inputs(parts, *vectors, mask)
+    return _group_norm(Constants(groups, epsilon, silu, keep), given)
 
 
 class Inputs(NamedTuple):
-    """The arrays that `fused` takes, as `plain` describes them."""
+    """The arrays that `group_norm` takes."""
 
     parts: Parts
     scale: jax.Array
     bias: jax.Array
     shift: jax.Array | None
-    mask: Parts | None
+    mask: jax.Array | None
 
 
 class Constants(NamedTuple):
-    """The rest of what `fused` takes, known when a program is made."""
+    """The rest of what it takes, known when a program is made."""
 
     groups: int
     epsilon: float
@@ -76,117 +92,50 @@ class Constants(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What a backward pass needs."""
+    """What the backward pass needs."""
 
     given: Inputs
-    means: jax.Array
-    """Of each channel with its shift, [B, C]; its group has the mean of them."""
+    mean: jax.Array
+    """Of each channel's group, less the channel's shift, [B, C]."""
     rstd: jax.Array
-    """1 / sqrt(variance + epsilon) of each group, [B, groups]."""
+    """1 / sqrt(variance + epsilon) of each channel's group, [B, C]."""
+    off: jax.Array
+    """How far each channel's own mean is from that of its group, [B, C]."""
 
 
-def plain(
-    parts: Parts,
-    scale: jax.Array,
-    bias: jax.Array,
-    groups: int,
-    epsilon: float,
-    silu: bool = True,
-    shift: jax.Array | None = None,
-    mask: Parts | None = None,
-    keep: float = 1.0,
-) -> Parts:
-    """Returns the normalised parts; mean and variance are taken one after the other.
-
-    The variance is the mean of (x - mean)^2: the cheaper E[x^2] - mean^2 is wrong by
-    1e-3 where the mean is a hundred times the deviation.
-
-    Args:
-      parts: activations, each [B, H, W, C_i]; C is the sum of their channels.
-      scale, bias, groups, epsilon, silu: as in `norm_silu`.
-      shift: added to each channel of an image before it is normalised, [B, C].
-      mask: what dropout keeps of each part, in 0 and 1 of any type, as it is shaped.
-      keep: the probability that it does, by which what is kept is divided.
-    """
-    # Once, or in bfloat16 the gradients of both uses would be rounded before their sum.
-    wide = tuple(_wide(x) for x in parts)
-    if shift is not None:
-        wide = tuple(x + s for x, s in _each(wide, shift))
-    mean = _joined(x.mean((1, 2)) for x in wide)
-    mean = _to_channels(_over_groups(mean, groups), scale)
-    centred = tuple(x - m for x, m in _each(wide, mean))
-    variance = _joined(jnp.square(x).mean((1, 2)) for x in centred)
-    variance = _to_channels(_over_groups(variance, groups), scale)
-    a = jax.lax.rsqrt(variance + epsilon) * scale[None]
-    out = []
-    for part, (x, a_i, b_i) in zip(parts, _each(centred, a, bias), strict=True):
-        y = (x * a_i + b_i).astype(part.dtype)
-        out.append(jax.nn.silu(y) if silu else y)
-    if mask is not None:
-        out = [dropped(y, m, keep) for y, m in zip(out, mask, strict=True)]
-    return tuple(out)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _group_norm(how: Constants, given: Inputs) -> jax.Array:
+    return _forward(how, given)[0]
 
 
-def fused(
-    parts: Parts,
-    scale: jax.Array,
-    bias: jax.Array,
-    groups: int,
-    epsilon: float,
-    silu: bool = True,
-    shift: jax.Array | None = None,
-    mask: Parts | None = None,
-    keep: float = 1.0,
-) -> Parts:
-    """Returns the normalised parts: one pass for the statistics, one for the rest.
-
-    The sums of a channel are of x - c and (x - c)^2, with c its middle pixel: the mean
-    may be any multiple of the deviation. Where n pixels have the deviation s, c is at
-    most sqrt(n) s from their mean, so the variance of a channel has a relative error of
-    n roundings at worst, where all pixels but c are alike, and of a few otherwise.
-
-    Kept for the backward pass are the parts themselves, their mask, and the mean and
-    deviation of each group; the rest is computed again. x + shift, and the result
-    before dropout, are never written.
-
-    Args:
-      parts, scale, bias, groups, epsilon, silu, shift, mask, keep: as in `plain`.
-    """
-    given = inputs(parts, scale, bias, shift, mask)
-    return _fused(Constants(groups, epsilon, silu, keep), given)
-
-
-def inputs(
-    parts: Parts,
-    scale: jax.Array,
-    bias: jax.Array,
-    shift: jax.Array | None,
-    mask: Parts | None,
-) -> Inputs:
-    """Returns what `forward` and `backward` take."""
-    scale, bias = (_as_varying(v, parts[0]) for v in (scale, bias))
-    return Inputs(parts, scale, bias, shift, mask)
-
-
-def forward(how: Constants, given: Inputs) -> tuple[Parts, Kept]:
-    """Returns `fused` and what its backward pass needs."""
-    parts, _, _, shift, mask = given
-    means, variances = (_joined(v) for v in zip(*map(_moments, parts), strict=True))
-    if shift is not None:
-        means += shift
-    # Within the channels of a group, and between them.
-    variances += jnp.square(means - _of_groups(means, how.groups))
-    rstd = jax.lax.rsqrt(_over_groups(variances, how.groups) + how.epsilon)
-    kept = Kept(given, means, rstd)
-    out = []
-    for i, (_, y) in enumerate(_normalised(kept)):
+def _forward(how: Constants, given: Inputs) -> tuple[jax.Array, Kept]:
+    kept, out = _statistics(how, given), []
+    masks = _masks(given)
+    for x, mask, (_, y) in zip(given.parts, masks, _normalised(kept), strict=True):
         y = jax.nn.silu(y) if how.silu else y
-        y = dropped(y, mask[i], how.keep) if mask else y
-        out.append(y.astype(parts[i].dtype))
-    return tuple(out), kept
+        out.append(_dropped(y, mask, how.keep).astype(x.dtype))
+    return _joined(out), kept
 
 
-def backward(how: Constants, kept: Kept, gradients: Parts) -> tuple[Inputs]:
+def _statistics(how: Constants, given: Inputs) -> Kept:
+    """Returns what is known of each channel from one pass over the parts."""
+    shift, size = given.shift, len(given.scale) // how.groups
+    moments = zip(*map(_moments, given.parts), strict=True)
+    own, variance = (_joined(of_parts) for of_parts in moments)
+    if shift is not None:
+        own += shift
+    # Within a group, distances from its first channel: one sum over the group will do.
+    start = own[:, ::size].repeat(size, axis=-1)
+    apart = own - start
+    between, spread = _of_groups((apart, variance + jnp.square(apart)), size)
+    rstd = jax.lax.rsqrt(spread - jnp.square(between) + how.epsilon)
+    mean = start + between
+    if shift is not None:
+        mean -= shift
+    return Kept(given, mean, rstd, apart - between)
+
+
+def _backward(how: Constants, kept: Kept, gradient: jax.Array) -> tuple[Inputs]:
     """Returns the gradients with respect to parts, scale, bias and shift.
 
     With u = (x - mean) / deviation and d the gradient by y = scale u + bias, that by x
@@ -195,71 +144,171 @@ def backward(how: Constants, kept: Kept, gradients: Parts) -> tuple[Inputs]:
     by bias and scale. That by the shift is the sum of the first over the pixels, which
     takes no pass of its own: the mean of u is known.
     """
-    parts, scale, bias, shift, mask = kept.given
-    # Once, in the type of the activation, as a network without this function has it:
-    # XLA for GPUs would write it in float32 for both passes to read. The barriers keep
-    # it from undoing that, and from summing over the batch what is summed already.
-    at_y = []
-    for i, (_, y) in enumerate(_normalised(kept)):
-        g = _wide(gradients[i])
-        g = dropped(g, mask[i], how.keep) if mask else g
-        at_y.append((before_silu(y, g) if how.silu else g).astype(parts[i].dtype))
-    at_y = jax.lax.optimization_barrier(at_y)
-    each = [(u, _wide(d)) for (u, _), d in zip(_normalised(kept), at_y, strict=True)]
-    sums = jax.lax.optimization_barrier(_joined(_sums(u, d) for u, d in each))
-    pixels = parts[0].shape[1] * parts[0].shape[2]
-    r = _to_channels(kept.rstd, scale)
-    means = _of_groups(sums * scale[None, None], how.groups) / pixels
-    a, (p, q) = r * scale[None], r[None] * means
-    out = []
-    coefficients = _each(parts, a, p, q)
-    for x, (u, d), (_, a_i, p_i, q_i) in zip(parts, each, coefficients, strict=True):
-        out.append((a_i * d - p_i - u * q_i).astype(x.dtype))
-    of_bias, of_scale = sums.sum(1)
-    of_shift = None
-    if shift is not None:
-        mean_u = (kept.means - _of_groups(kept.means, how.groups)) * r
-        of_shift = a * sums[0] - pixels * (p + q * mean_u)
-        of_shift = of_shift.astype(shift.dtype)
-    of_vectors = of_scale.astype(scale.dtype), of_bias.astype(bias.dtype)
-    return (Inputs(tuple(out), *of_vectors, of_shift, None),)
+    parts, scale, bias, shift, _ = kept.given
+    gradients, masks = _cut(gradient, parts), _masks(kept.given)
 
+    def at_y(i: int, y: jax.Array, sigmoid: Callable[..., jax.Array]) -> jax.Array:
+        g = _dropped(_wide(gradients[i]), masks[i], how.keep)
+        if not how.silu:
+            return g
+        s = sigmoid(y)
+        return g * s * (1 + y * (1 - s))
 
-def _sums(u: jax.Array, d: jax.Array) -> jax.Array:
-    """Returns the sums of d and d u over the pixels, [2, B, C], from one pass.
-
-    With u as a third XLA for GPUs would write u.
-    """
-    zero = jnp.zeros((), d.dtype)
-    both = jax.lax.reduce(
-        (d, d * u),
-        (zero, zero),
-        lambda a, b: (a[0] + b[0], a[1] + b[1]),
-        (1, 2),
+    # d is computed in both passes, by two expressions: what is equal a compiler would
+    # compute once and write for the other, in float32.
+    each = (
+        (u, at_y(i, y, jax.nn.sigmoid)) for i, (u, y) in enumerate(_normalised(kept))
     )
-    return jnp.stack(both)
+    of_d, of_du = jax.lax.optimization_barrier(_sums([(d, d * u) for u, d in each]))
+    pixels = _pixels(parts)
+    size = scale.shape[0] // how.groups
+    a = kept.rstd * scale[None]
+    groups = _of_groups((of_d * scale[None], of_du * scale[None]), size)
+    p, q = (kept.rstd / pixels * mean for mean in groups)
+    out = []
+    for i, (u, y) in enumerate(_normalised(kept)):
+        a_i, p_i, q_i = (_at(v, parts, i) for v in (a, p, q))
+        d = at_y(i, y, _sigmoid)
+        out.append((a_i * d - p_i - u * q_i).astype(parts[i].dtype))
+    of_shift = None
+    of_images = [of_du, of_d]
+    if shift is not None:
+        of_shift = a * of_d - pixels * (p + q * kept.off * kept.rstd)
+        of_images += [of_shift] * (len(shift) == 1)  # the same for all images
+    of_scale, of_bias, *summed = _reduced(of_images, 0)
+    if shift is not None:
+        of_shift = summed[0][None] if summed else of_shift
+        of_shift = of_shift.astype(shift.dtype)
+    of_scale, of_bias = of_scale.astype(scale.dtype), of_bias.astype(bias.dtype)
+    return (Inputs(tuple(out), of_scale, of_bias, of_shift, None),)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(how: Constants, given: Inputs) -> Parts:
-    return forward(how, given)[0]
+_group_norm.defvjp(_forward, _backward)
 
 
-_fused.defvjp(forward, backward)
+@jax.custom_jvp
+def _sums(pairs: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+    """Returns the sums over the pixels of the first and second arrays, [B, C] each.
+
+    Both from one pass, over some of the pixels first: at once XLA for GPUs writes an
+    operand in float32, and for two sums apart it reads twice. What is left is joined.
+    """
+    over = _part_of(_pixels(pairs[0]))
+    some = [_reduced([_rows(x, over) for x in pair], 2) for pair in pairs]
+    one, other = _reduced(
+        (_joined(of_parts) for of_parts in zip(*some, strict=True)), 1
+    )
+    return one, other
 
 
-def dropped(x: jax.Array, mask: jax.Array, keep: float) -> jax.Array:
-    """Returns x / keep where the mask is not 0, and 0 elsewhere."""
-    return jnp.where(mask != 0, x / keep, 0)
+@_sums.defjvp
+def _sums_jvp(primals: Any, tangents: Any) -> Any:
+    # For second derivatives: JAX has none of a reduction of two arrays.
+    changes = zip(*tangents[0], strict=True)
+    return _sums(*primals), tuple(
+        _joined(x.sum((1, 2)) for x in of_parts) for of_parts in changes
+    )
 
 
-def before_silu(y: jax.Array, gradient: jax.Array) -> jax.Array:
-    """Returns the gradient with respect to y from that with respect to silu(y)."""
-    s = jax.nn.sigmoid(y)
-    return gradient * s * (1 + y * (1 - s))
+def _reduced(arrays: Iterable[jax.Array], axis: int) -> tuple[jax.Array, ...]:
+    """Returns the sums of each array over an axis, all by one reduction."""
+    whole = tuple(arrays)
+    zeros = (jnp.zeros((), whole[0].dtype),) * len(whole)
+
+    def add(a: Any, b: Any) -> Any:
+        return tuple(x + y for x, y in zip(a, b, strict=True))
+
+    return tuple(jax.lax.reduce(whole, zeros, add, (axis,)))
 
 
-def _as_varying(vector: jax.Array, x: jax.Array) -> jax.Array:
+def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns mean and variance of each channel, [B, C], from one pass over x."""
+    pixels = _pixels((x,))
+    middle = _wide(x[:, x.shape[1] // 2, x.shape[2] // 2])
+    centred = _wide(x) - middle[:, None, None]
+    first, second = (
+        total / pixels for total in _sums([(centred, jnp.square(centred))])
+    )
+    return middle + first, jnp.maximum(second - jnp.square(first), 0)
+
+
+def _rows(x: jax.Array, over: int) -> jax.Array:
+    """Returns the pixels in rows of so many, [B, rows, over, C]."""
+    return x.reshape(len(x), -1, over, x.shape[-1])
+
+
+def _part_of(pixels: int) -> int:
+    """Returns how many pixels are summed first: at most 128, which divide them."""
+    return max(n for n in range(1, min(pixels, 128) + 1) if pixels % n == 0)
+
+
+def _pixels(parts: Sequence[jax.Array]) -> int:
+    return parts[0].shape[1] * parts[0].shape[2]
+
+
+def _sigmoid(y: jax.Array) -> jax.Array:
+    """Returns the logistic function by tanh: equal, and not the same expression."""
+    return 0.5 + 0.5 * jnp.tanh(0.5 * y)
+
+
+def _normalised(kept: Kept) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """Yields u = (x + shift - mean) / deviation of each part, and u scale + bias."""
+    parts, scale, bias, _, _ = kept.given
+    for i, x in enumerate(parts):
+        mean, rstd = _at(kept.mean, parts, i), _at(kept.rstd, parts, i)
+        # Not x a + b with b = bias - mean a: the difference of two large numbers where
+        # the mean is large. A pass over x costs the same.
+        u = (_wide(x) - mean) * rstd
+        yield u, u * _at(scale[None], parts, i) + _at(bias[None], parts, i)
+
+
+def _masks(given: Inputs) -> list[jax.Array | None]:
+    """Returns what dropout keeps of each part, or None of each."""
+    if given.mask is None:
+        return [None] * len(given.parts)
+    return _cut(dropout.unpacked(given.mask, len(given.scale)), given.parts)
+
+
+def _dropped(x: jax.Array, mask: jax.Array | None, keep: float) -> jax.Array:
+    """Returns x / keep where the mask is True, and 0 elsewhere; x without a mask."""
+    return x if mask is None else jnp.where(mask, x / keep, 0)
+
+
+def _of_groups(values: tuple[jax.Array, ...], size: int) -> tuple[jax.Array, ...]:
+    """Returns at each channel the mean over the `size` of its group, [B, C]."""
+    means = (v.reshape(len(v), -1, size).mean(-1) for v in values)
+    return tuple(mean.repeat(size, axis=-1) for mean in means)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    """Returns x in the type of the statistics: float32, or float64 of float64."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _joined(of_parts: Iterable[jax.Array]) -> jax.Array:
+    """Returns values of the channels of all parts, [..., C]."""
+    return jnp.concatenate(list(of_parts), axis=-1)
+
+
+def _ends(parts: Parts) -> Iterator[tuple[int, int]]:
+    begin = 0
+    for part in parts:
+        yield begin, begin + part.shape[-1]
+        begin += part.shape[-1]
+
+
+def _cut(x: jax.Array, parts: Parts) -> list[Any]:
+    """Returns the channels of x that are those of each part."""
+    return [x[..., begin:end] for begin, end in _ends(parts)]
+
+
+def _at(values: jax.Array, parts: Parts, i: int) -> jax.Array:
+    """Returns values of the channels of a part, to meet it: [B, 1, 1, C_i]."""
+    begin, end = list(_ends(parts))[i]
+    return values[:, None, None, begin:end]
+
+
+def as_varying(vector: jax.Array, x: jax.Array) -> jax.Array:
     """Returns the vector as one that may differ between devices where x does.
 
     Inside a `jax.shard_map` that checks what differs, a derivative of our own must have
@@ -271,68 +320,3 @@ def _as_varying(vector: jax.Array, x: jax.Array) -> jax.Array:
     if theirs is None or own is None or theirs.varying <= own.varying:
         return vector
     return jax.lax.pcast(vector, tuple(theirs.varying - own.varying), to="varying")
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    """Returns x in the type of the statistics: float32, or float64 of float64."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns mean and variance of each channel, [B, C], from one pass over x."""
-    x = _wide(x)
-    middle = x[:, x.shape[1] // 2, x.shape[2] // 2]
-    shifted = x - middle[:, None, None]
-    first, second = shifted.mean((1, 2)), jnp.square(shifted).mean((1, 2))
-    return middle + first, jnp.maximum(second - jnp.square(first), 0)
-
-
-def _joined(of_parts: Iterable[jax.Array]) -> jax.Array:
-    """Returns values of the channels of all parts, [..., C]."""
-    return jnp.concatenate(list(of_parts), axis=-1)
-
-
-def _over_groups(values: jax.Array, groups: int) -> jax.Array:
-    """Returns the mean over the channels of each group, [..., groups]."""
-    return values.reshape(*values.shape[:-1], groups, -1).mean(-1)
-
-
-def _of_groups(values: jax.Array, groups: int) -> jax.Array:
-    """Returns at each channel the mean over those of its group, [..., C]."""
-    return _over_groups(values, groups).repeat(values.shape[-1] // groups, axis=-1)
-
-
-def _to_channels(values: jax.Array, scale: jax.Array) -> jax.Array:
-    """Returns the value of each channel's group, [..., C]."""
-    return values.repeat(len(scale) // values.shape[-1], axis=-1)
-
-
-def _each(parts: Parts, *values: jax.Array) -> Iterator[tuple[jax.Array, ...]]:
-    """Yields each part with its channels' values, [B, 1, 1, C_i], of [B, C] or [C]."""
-    begin = 0
-    for x in parts:
-        end = begin + x.shape[-1]
-        yield (
-            _wide(x),
-            *(
-                v[:, None, None, begin:end]
-                if v.ndim == 2
-                else v[None, None, None, begin:end]
-                for v in values
-            ),
-        )
-        begin = end
-
-
-def _normalised(kept: Kept) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Yields u = (x + shift - mean) / deviation of each part, and u scale + bias."""
-    parts, scale, bias, shift, _ = kept.given
-    mean = _of_groups(kept.means, kept.rstd.shape[-1])
-    rstd = _to_channels(kept.rstd, scale)
-    if shift is not None:
-        mean -= shift
-    for x, m, r, a, b in _each(parts, mean, rstd, scale, bias):
-        # Not x a + b with b = bias - mean a: the difference of two large numbers where
-        # the mean is large. A pass over x costs the same.
-        u = (x - m) * r
-        yield u, u * a + b

@@ -10,7 +10,7 @@ is here:
   - skip connections carry what comes after the attention           `UNet`
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -25,16 +25,16 @@ from diffusion_jax.nets.blocks import (
     Conv,
     Downsample,
     Dtype,
+    GroupNorm,
     ResBlock,
     Upsample,
-    conv,
-    dense,
-    group_norm,
+    beside,
+    folded,
     near_zero,
+    start,
+    unit,
 )
 from diffusion_jax.nets.embeddings import fourier_features, time_embedding
-
-FUSE = ("norm", "skip", "qkv")
 
 
 class UNet(nn.Module):
@@ -74,17 +74,6 @@ class UNet(nn.Module):
     fourier: Sequence[int] = ()
     """The n of the features sin(2^n pi x) and cos(2^n pi x) that the first convolution
     sees beside x; see `fourier_features`."""
-    fuse: Sequence[str] = ()
-    """Forms of the same mathematics, with the same parameters, that move less memory:
-    "norm", GroupNorm and SiLU in few passes, with a backward pass of their own
-    (`norm.fused`, which has no forward derivative); "skip", skip connections that are
-    never joined to what they meet; "qkv", q, k and v in one product."""
-    kernels: str = "xla"
-    """What computes "norm": "xla", or "pallas", a kernel each way on an NVIDIA GPU;
-    `norm_pallas.fused` says what is computed elsewhere."""
-    dropout_bits: str = "threefry"
-    """Generator of dropout: "threefry", the same bits on every device, or "rbg", the
-    device's own; see `dropout.dropout`."""
 
     @nn.compact
     def __call__(
@@ -108,31 +97,99 @@ class UNet(nn.Module):
           ValueError: a shape or a label that does not fit the network.
         """
         check(self, x, t, label)
+        block, attend = ResBlock, Attention
         if self.remat:
-            block = nn.remat(ResBlock, static_argnums=(3,))
-            attend = nn.remat(Attention)
-        else:
-            block, attend = ResBlock, Attention
+            block, attend = nn.remat(ResBlock), nn.remat(Attention)
+        plan, options = list(self._plan(x.shape[1])), (self.dtype, self.variant)
+        blocks = [
+            block(width, self.groups, self.dropout, self.conv, *options, name=name)
+            for name, width, _ in plan
+        ]
+        attentions = {
+            name: attend(width, self.groups, *options, name=attention)
+            for name, width, attention in plan
+            if attention
+        }
+        weights = dict(zip(attentions, folded(attentions.values()), strict=True))
+        keys: Any = [None] * len(blocks)
+        if train and self.dropout:
+            keys = jax.random.split(self.make_rng("dropout"), len(blocks))
+        shifts = self._shifts(blocks, self._time(t, label))
+        steps = {
+            step[0]: rest
+            for step, *rest in zip(plan, blocks, shifts, keys, strict=True)
+        }
 
-        forms = (self.variant, self.fuse, self.kernels)
+        def level(x: Activation, name: str) -> Activation:
+            block, shift, key = steps[name]
+            x = block(x, shift, key)
+            return attentions[name](x, weights[name]) if name in attentions else x
 
-        def residual(x: Activation, width: int, name: str) -> jax.Array:
-            options = (width, self.groups, self.dropout, self.conv, self.dtype)
-            return block(*options, *forms, self.dropout_bits, name=name)(x, time, train)
+        if self.fourier:
+            features = fourier_features(x, self.fourier)
+            x = jnp.concatenate([x.astype(jnp.float32), features], axis=-1)
+        h = start(*Conv(self.channels, self.conv, self.dtype, name="conv_in")(x))
+        skips = [h]
+        levels = len(self.multipliers)
+        for i in range(levels):
+            for j in range(self.blocks):
+                h = level(h, f"down{i}_block{j}")
+                last = j == self.blocks - 1 and i < levels - 1
+                # What a convolution reads is put together once, for all who read it.
+                h = h.settled() if last else h
+                skips.append(h)
+            if i < levels - 1:
+                down = Downsample(
+                    self.conv, self.dtype, self.variant, name=f"down{i}_downsample"
+                )
+                h = down(h.whole())
+                skips.append(h)
 
-        def attention(x: jax.Array, name: str) -> jax.Array:
-            return attend(self.groups, self.dtype, *forms, name=name)(x)
+        h = level(level(h, "middle_block0"), "middle_block1")
+        for i in reversed(range(levels)):
+            for j in range(self.blocks + 1):
+                h = level(beside(h, skips.pop()), f"up{i}_block{j}")
+            if i > 0:
+                h = Upsample(self.conv, self.dtype, name=f"up{i}_upsample")(h.whole())
 
-        def level(x: Activation, width: int, name: str) -> jax.Array:
-            x = residual(x, width, name)
-            if x.shape[1] in self.attention:
-                x = attention(x, f"{name}_attention")
-            return x
+        norm_out = GroupNorm(
+            self.groups, VARIANTS[self.variant].epsilon, name="norm_out"
+        )
+        x = norm_out(h.parts, silu=True, shift=h.shift[None])
+        out = Conv(
+            self.out_channels,
+            "taps",
+            self.dtype,
+            kernel_init=near_zero,
+            name="conv_out",
+        )
+        y, bias = out(x)
+        return y + bias[None, None, None]
 
+    def _plan(self, side: int) -> Iterator[tuple[str, int, str | None]]:
+        """Yields name, width and attention, if it has one, of each residual block."""
+        widths = [self.channels * multiplier for multiplier in self.multipliers]
+
+        def level(name: str, i: int) -> tuple[str, int, str | None]:
+            attends = side // 2**i in self.attention
+            return name, widths[i], f"{name}_attention" if attends else None
+
+        for i in range(len(widths)):
+            yield from (level(f"down{i}_block{j}", i) for j in range(self.blocks))
+        yield "middle_block0", widths[-1], "middle_attention"
+        yield "middle_block1", widths[-1], None
+        for i in reversed(range(len(widths))):
+            yield from (level(f"up{i}_block{j}", i) for j in range(self.blocks + 1))
+
+    def _time(self, t: jax.Array, label: jax.Array | None) -> jax.Array:
+        """Returns the embedding of times and labels after its SiLU, [B, 4 channels]."""
         _, shift, cosine_first, *_ = VARIANTS[self.variant]
         time = time_embedding(t, self.channels, shift=shift, cosine_first=cosine_first)
-        time = dense(self, 4 * self.channels, "time1")(time)
-        time = dense(self, 4 * self.channels, "time2")(nn.silu(time))
+        for name in ("time1", "time2"):
+            time = nn.silu(time) if name == "time2" else time
+            time = nn.Dense(
+                4 * self.channels, kernel_init=unit, dtype=self.dtype, name=name
+            )(time)
         if self.num_classes:
             assert label is not None  # held by check
             rows = nn.Embed(
@@ -140,66 +197,48 @@ class UNet(nn.Module):
             )(label)
             known = (label >= 0) & (label < self.num_classes)
             time = time + jnp.where(known[:, None], rows, jnp.nan)
+        return nn.silu(time)
 
-        widths = [self.channels * multiplier for multiplier in self.multipliers]
-        if self.fourier:
-            features = fourier_features(x, self.fourier)
-            x = jnp.concatenate([x.astype(jnp.float32), features], axis=-1)
-        h = conv(self, self.channels, "conv_in")(x)
-        skips = [h]
-        for i, width in enumerate(widths):
-            for j in range(self.blocks):
-                h = level(h, width, f"down{i}_block{j}")
-                skips.append(h)
-            if i < len(widths) - 1:
-                name = f"down{i}_downsample"
-                h = Downsample(self.conv, self.dtype, self.variant, name=name)(h)
-                skips.append(h)
+    def _shifts(self, blocks: Sequence[ResBlock], time: jax.Array) -> list[jax.Array]:
+        """Returns what each block adds of the time, [B, its channels], in float32.
 
-        h = residual(h, widths[-1], "middle_block0")
-        h = attention(h, "middle_attention")
-        h = residual(h, widths[-1], "middle_block1")
-
-        for i, width in reversed(list(enumerate(widths))):
-            for j in range(self.blocks + 1):
-                met: Activation = (h, skips.pop())
-                if "skip" not in self.fuse:
-                    met = jnp.concatenate(met, axis=-1)
-                h = level(met, width, f"up{i}_block{j}")
-            if i > 0:
-                h = Upsample(self.conv, self.dtype, name=f"up{i}_upsample")(h)
-
-        h = group_norm(self, "norm_out")(h, silu=True)
-        out = Conv(
-            self.out_channels,
-            self.conv,
-            jnp.float32,
-            kernel_init=near_zero,
-            name="conv_out",
+        By one product for all blocks.
+        """
+        made = [block.of_time(time.shape[-1]) for block in blocks]
+        kernel, bias = (
+            jnp.concatenate(leaves, axis=-1) for leaves in zip(*made, strict=True)
         )
-        return out(h)
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        kernel = kernel.astype(self.dtype)
+        shifts = jnp.matmul(time, kernel, preferred_element_type=wide) + bias[None]
+        ends = np.cumsum([len(b) for _, b in made])[:-1]
+        return jnp.split(shifts, ends, axis=-1)
 
 
 def cast(params: Any, dtype: Dtype) -> Any:
     """Returns the parameters in the types that a network of this type computes in.
 
-    Kernels, biases and embeddings are cast; the scale and bias of a GroupNorm and the
-    last convolution stay as they are. The network casts each where it uses it, so its
-    output is the same to the bit, but a chain of many evaluations casts them once.
+    Kernels and embeddings are cast. The others stay as they are: vectors, which are
+    used in float32, and the kernels of attention, which are multiplied with each other
+    first. The network casts each where it uses it, so its output is the same to the
+    bit, but a chain of many evaluations casts them once.
 
     Args:
       params: of a `UNet`.
       dtype: of that network.
 
-    >>> params = {"norm": {"scale": jnp.ones(2)}, "query": {"bias": jnp.ones(2)}}
+    >>> params = {"conv1": {"kernel": jnp.ones(2)}, "query": {"kernel": jnp.ones(2)}}
     >>> jax.tree.map(lambda leaf: leaf.dtype.name, cast(params, jnp.bfloat16))
-    {'norm': {'scale': 'float32'}, 'query': {'bias': 'bfloat16'}}
+    {'conv1': {'kernel': 'bfloat16'}, 'query': {'kernel': 'float32'}}
     """
     if not isinstance(params, Mapping):
-        return params.astype(dtype)
-    kept = "scale" in params
+        return params
     return {
-        name: leaf if kept or name == "conv_out" else cast(leaf, dtype)
+        name: leaf.astype(dtype)
+        if name in ("kernel", "embedding")
+        else leaf
+        if name in ("query", "key", "value", "out")
+        else cast(leaf, dtype)
         for name, leaf in params.items()
     }
 
@@ -227,27 +266,6 @@ def check(net: UNet, x: jax.Array, t: jax.Array, label: jax.Array | None) -> Non
     if net.conv not in ("xla", "matmul"):
         raise ValueError(
             f"conv must be 'xla' or 'matmul'; got {net.conv!r}. Leave it at 'xla'."
-        )
-    unknown = [name for name in net.fuse if name not in FUSE]
-    if unknown or len(set(net.fuse)) < len(net.fuse):
-        raise ValueError(
-            f"fuse must hold some of {', '.join(FUSE)}, each once; got "
-            f"{', '.join(net.fuse)}. Leave out what is not among them."
-        )
-    if net.kernels not in ("xla", "pallas"):
-        raise ValueError(
-            f"kernels must be 'xla' or 'pallas'; got {net.kernels!r}. Leave it at "
-            "'xla' unless on an NVIDIA GPU."
-        )
-    if net.kernels == "pallas" and "norm" not in net.fuse:
-        raise ValueError(
-            "kernels must be 'xla' where fuse has no 'norm', which is what a kernel "
-            "computes; got 'pallas'. Add 'norm' to fuse."
-        )
-    if net.dropout_bits not in ("threefry", "rbg"):
-        raise ValueError(
-            f"dropout_bits must be 'threefry' or 'rbg'; got {net.dropout_bits!r}. The "
-            "first are the same on every device."
         )
     if net.variant not in VARIANTS:
         raise ValueError(

@@ -42,11 +42,16 @@ class Flat:
         return f"Flat({size:,} numbers of {len(self.shapes)} arrays)"
 
 
-def pack(tree: PyTree) -> Flat:
+def pack(tree: PyTree, multiple: int = 1) -> Flat:
     """Returns a tree of arrays of one type as a vector.
 
     Kernels of convolutions, [height, width, in, out], are stored with `out` first, as
     cuDNN wants them: the vector is then cut into kernels without turning any.
+
+    Args:
+      tree: the arrays.
+      multiple: of which the length of the vector is one, by zeros at its end: the
+        devices that share it have equal parts.
 
     Raises:
       ValueError: leaves of several types, or none.
@@ -65,7 +70,7 @@ def pack(tree: PyTree) -> Flat:
             f"{', '.join(sorted(types)) or 'no leaves'}. Cast them, or leave it a tree."
         )
     shapes = tuple(tuple(leaf.shape) for leaf in leaves)
-    return Flat(_join(leaves), structure, shapes)
+    return Flat(_join(leaves, multiple), structure, shapes)
 
 
 def unpack(flat: Flat) -> PyTree:
@@ -78,7 +83,7 @@ def unpack(flat: Flat) -> PyTree:
     return jax.tree.unflatten(flat.structure, leaves)
 
 
-def pack_all(state: PyTree, like: PyTree) -> PyTree:
+def pack_all(state: PyTree, like: PyTree, multiple: int = 1) -> PyTree:
     """Returns a state in which each tree of the structure of `like` is a vector."""
     structure: Any = jax.tree.structure(like)
 
@@ -86,7 +91,9 @@ def pack_all(state: PyTree, like: PyTree) -> PyTree:
         return bool(jax.tree.structure(part) == structure)
 
     return jax.tree.map(
-        lambda part: pack(part) if is_like(part) else part, state, is_leaf=is_like
+        lambda part: pack(part, multiple) if is_like(part) else part,
+        state,
+        is_leaf=is_like,
     )
 
 
@@ -106,8 +113,12 @@ def of_tree(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
     return lambda flat, *rest: loss_fn(unpack(flat), *rest)
 
 
-def _join(leaves: list[jax.Array]) -> jax.Array:
-    return jnp.concatenate([_turn(leaf).ravel() for leaf in leaves])
+def _join(leaves: list[jax.Array], multiple: int) -> jax.Array:
+    pieces = [_turn(leaf).ravel() for leaf in leaves]
+    missing = -sum(leaf.size for leaf in leaves) % multiple
+    if missing:
+        pieces.append(jnp.zeros(missing, pieces[0].dtype))
+    return jnp.concatenate(pieces)
 
 
 def _turn(leaf: jax.Array) -> jax.Array:
@@ -127,16 +138,15 @@ def _cut(vector: jax.Array, shapes: Shapes) -> list[jax.Array]:
     return leaves
 
 
-def _cut_forward(
-    vector: jax.Array, shapes: Shapes
-) -> tuple[list[jax.Array], tuple[()]]:
-    return _cut(vector, shapes), ()
+def _cut_forward(vector: jax.Array, shapes: Shapes) -> tuple[list[jax.Array], int]:
+    return _cut(vector, shapes), len(vector)
 
 
 def _cut_backward(
-    shapes: Shapes, residuals: tuple[()], cotangents: list[jax.Array]
+    shapes: Shapes, size: int, cotangents: list[jax.Array]
 ) -> tuple[jax.Array]:
-    return (_join(cotangents),)
+    # As long as the vector, which may end in zeros.
+    return (_join(cotangents, size),)
 
 
 _cut.defvjp(_cut_forward, _cut_backward)
