@@ -12,7 +12,7 @@ float32.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -109,12 +109,11 @@ def _group_norm(how: Constants, given: Inputs) -> jax.Array:
 
 
 def _forward(how: Constants, given: Inputs) -> tuple[jax.Array, Kept]:
-    kept, out = _statistics(how, given), []
-    masks = _masks(given)
-    for x, mask, (_, y) in zip(given.parts, masks, _normalised(kept), strict=True):
-        y = jax.nn.silu(y) if how.silu else y
-        out.append(_dropped(y, mask, how.keep).astype(x.dtype))
-    return _joined(out), kept
+    kept = _statistics(how, given)
+    x = _joined(given.parts)
+    _, y = _normalised(_wide(x), kept.mean, kept.rstd, given)
+    y = jax.nn.silu(y) if how.silu else y
+    return _dropped(y, _mask(given), how.keep).astype(x.dtype), kept
 
 
 def _statistics(how: Constants, given: Inputs) -> Kept:
@@ -144,11 +143,10 @@ def _backward(how: Constants, kept: Kept, gradient: jax.Array) -> tuple[Inputs]:
     by bias and scale. That by the shift is the sum of the first over the pixels, which
     takes no pass of its own: the mean of u is known.
     """
-    parts, scale, bias, shift, _ = kept.given
-    gradients, masks = _cut(gradient, parts), _masks(kept.given)
+    given, scale, shift = kept.given, kept.given.scale, kept.given.shift
+    size, pixels = len(scale) // how.groups, _pixels(given.parts)
 
-    def at_y(i: int, y: jax.Array, sigmoid: Callable[..., jax.Array]) -> jax.Array:
-        g = _dropped(_wide(gradients[i]), masks[i], how.keep)
+    def at_y(y: jax.Array, g: jax.Array, sigmoid: Callable[..., jax.Array]) -> Any:
         if not how.silu:
             return g
         s = sigmoid(y)
@@ -156,20 +154,23 @@ def _backward(how: Constants, kept: Kept, gradient: jax.Array) -> tuple[Inputs]:
 
     # d is computed in both passes, by two expressions: what is equal a compiler would
     # compute once and write for the other, in float32.
-    each = (
-        (u, at_y(i, y, jax.nn.sigmoid)) for i, (u, y) in enumerate(_normalised(kept))
-    )
-    of_d, of_du = jax.lax.optimization_barrier(_sums([(d, d * u) for u, d in each]))
-    pixels = _pixels(parts)
-    size = scale.shape[0] // how.groups
+    g = _dropped(_wide(gradient), _mask(given), how.keep)
+    u, y = _normalised(_wide(_joined(given.parts)), kept.mean, kept.rstd, given)
+    d = at_y(y, g, jax.nn.sigmoid)
+    of_d, of_du = jax.lax.optimization_barrier(_sums(d, d * u))
     a = kept.rstd * scale[None]
     groups = _of_groups((of_d * scale[None], of_du * scale[None]), size)
     p, q = (kept.rstd / pixels * mean for mean in groups)
-    out = []
-    for i, (u, y) in enumerate(_normalised(kept)):
-        a_i, p_i, q_i = (_at(v, parts, i) for v in (a, p, q))
-        d = at_y(i, y, _sigmoid)
-        out.append((a_i * d - p_i - u * q_i).astype(parts[i].dtype))
+    # Part by part: what goes back to each is read by others.
+    cut = [_cut(v, given.parts) for v in (kept.mean, kept.rstd, a, p, q)]
+    of_parts = []
+    for x, mean, rstd, a_i, p_i, q_i, g_i, some in zip(
+        given.parts, *cut, _cut(g, given.parts), _vectors(given), strict=True
+    ):
+        u, y = _normalised(_wide(x), mean, rstd, some)
+        d = at_y(y, g_i, _sigmoid)
+        of_x = _like(a_i) * d - _like(p_i) - u * _like(q_i)
+        of_parts.append(of_x.astype(x.dtype))
     of_shift = None
     of_images = [of_du, of_d]
     if shift is not None:
@@ -179,35 +180,30 @@ def _backward(how: Constants, kept: Kept, gradient: jax.Array) -> tuple[Inputs]:
     if shift is not None:
         of_shift = summed[0][None] if summed else of_shift
         of_shift = of_shift.astype(shift.dtype)
-    of_scale, of_bias = of_scale.astype(scale.dtype), of_bias.astype(bias.dtype)
-    return (Inputs(tuple(out), of_scale, of_bias, of_shift, None),)
+    of_scale, of_bias = of_scale.astype(scale.dtype), of_bias.astype(scale.dtype)
+    return (Inputs(tuple(of_parts), of_scale, of_bias, of_shift, None),)
 
 
 _group_norm.defvjp(_forward, _backward)
 
 
 @jax.custom_jvp
-def _sums(pairs: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
-    """Returns the sums over the pixels of the first and second arrays, [B, C] each.
+def _sums(one: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the sums of two activations over the pixels, [B, C] each.
 
     Both from one pass, over some of the pixels first: at once XLA for GPUs writes an
-    operand in float32, and for two sums apart it reads twice. What is left is joined.
+    operand in float32, and for two sums apart it reads twice.
     """
-    over = _part_of(_pixels(pairs[0]))
-    some = [_reduced([_rows(x, over) for x in pair], 2) for pair in pairs]
-    one, other = _reduced(
-        (_joined(of_parts) for of_parts in zip(*some, strict=True)), 1
-    )
-    return one, other
+    over = _part_of(_pixels((one,)))
+    some = _reduced((_rows(x, over) for x in (one, other)), 2)
+    first, second = _reduced(some, 1)
+    return first, second
 
 
 @_sums.defjvp
 def _sums_jvp(primals: Any, tangents: Any) -> Any:
     # For second derivatives: JAX has none of a reduction of two arrays.
-    changes = zip(*tangents[0], strict=True)
-    return _sums(*primals), tuple(
-        _joined(x.sum((1, 2)) for x in of_parts) for of_parts in changes
-    )
+    return _sums(*primals), tuple(x.sum((1, 2)) for x in tangents)
 
 
 def _reduced(arrays: Iterable[jax.Array], axis: int) -> tuple[jax.Array, ...]:
@@ -226,9 +222,7 @@ def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     pixels = _pixels((x,))
     middle = _wide(x[:, x.shape[1] // 2, x.shape[2] // 2])
     centred = _wide(x) - middle[:, None, None]
-    first, second = (
-        total / pixels for total in _sums([(centred, jnp.square(centred))])
-    )
+    first, second = (total / pixels for total in _sums(centred, jnp.square(centred)))
     return middle + first, jnp.maximum(second - jnp.square(first), 0)
 
 
@@ -251,22 +245,31 @@ def _sigmoid(y: jax.Array) -> jax.Array:
     return 0.5 + 0.5 * jnp.tanh(0.5 * y)
 
 
-def _normalised(kept: Kept) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Yields u = (x + shift - mean) / deviation of each part, and u scale + bias."""
-    parts, scale, bias, _, _ = kept.given
-    for i, x in enumerate(parts):
-        mean, rstd = _at(kept.mean, parts, i), _at(kept.rstd, parts, i)
-        # Not x a + b with b = bias - mean a: the difference of two large numbers where
-        # the mean is large. A pass over x costs the same.
-        u = (_wide(x) - mean) * rstd
-        yield u, u * _at(scale[None], parts, i) + _at(bias[None], parts, i)
+def _normalised(
+    x: jax.Array, mean: jax.Array, rstd: jax.Array, given: Inputs
+) -> tuple[jax.Array, jax.Array]:
+    """Returns u = (x + shift - mean) / deviation, and u scale + bias."""
+    # Not x a + b with b = bias - mean a: the difference of two large numbers where the
+    # mean is large. A pass over x costs the same.
+    u = (x - _like(mean)) * _like(rstd)
+    return u, u * _like(given.scale[None]) + _like(given.bias[None])
 
 
-def _masks(given: Inputs) -> list[jax.Array | None]:
-    """Returns what dropout keeps of each part, or None of each."""
+def _vectors(given: Inputs) -> list[Inputs]:
+    """Returns scale and bias of each part."""
+    return [
+        given._replace(scale=scale, bias=bias)
+        for scale, bias in zip(
+            _cut(given.scale, given.parts), _cut(given.bias, given.parts), strict=True
+        )
+    ]
+
+
+def _mask(given: Inputs) -> jax.Array | None:
+    """Returns what dropout keeps, True or False; None without dropout."""
     if given.mask is None:
-        return [None] * len(given.parts)
-    return _cut(dropout.unpacked(given.mask, len(given.scale)), given.parts)
+        return None
+    return dropout.unpacked(given.mask, len(given.scale))
 
 
 def _dropped(x: jax.Array, mask: jax.Array | None, keep: float) -> jax.Array:
@@ -290,22 +293,18 @@ def _joined(of_parts: Iterable[jax.Array]) -> jax.Array:
     return jnp.concatenate(list(of_parts), axis=-1)
 
 
-def _ends(parts: Parts) -> Iterator[tuple[int, int]]:
-    begin = 0
-    for part in parts:
-        yield begin, begin + part.shape[-1]
-        begin += part.shape[-1]
-
-
-def _cut(x: jax.Array, parts: Parts) -> list[Any]:
+def _cut(x: jax.Array, parts: Parts) -> list[jax.Array]:
     """Returns the channels of x that are those of each part."""
-    return [x[..., begin:end] for begin, end in _ends(parts)]
+    begin, found = 0, []
+    for part in parts:
+        found.append(x[..., begin : begin + part.shape[-1]])
+        begin += part.shape[-1]
+    return found
 
 
-def _at(values: jax.Array, parts: Parts, i: int) -> jax.Array:
-    """Returns values of the channels of a part, to meet it: [B, 1, 1, C_i]."""
-    begin, end = list(_ends(parts))[i]
-    return values[:, None, None, begin:end]
+def _like(values: jax.Array) -> jax.Array:
+    """Returns values of channels, [B, C], to meet an activation: [B, 1, 1, C]."""
+    return values[:, None, None]
 
 
 def as_varying(vector: jax.Array, x: jax.Array) -> jax.Array:
