@@ -195,7 +195,7 @@ class ResBlock(nn.Module):
         h, bias = self.conv2(self.norm2((h,), silu=True, **options))
         if len(x.parts) > 1 or x.shift.size != self.channels:
             x = self._projected(x)
-        return Activation((x.parts[0] + h,), x.shift + bias)
+        return Activation((h + x.parts[0],), x.shift + bias)
 
     def _projected(self, x: Activation) -> Activation:
         kernel, bias = self.shortcut(x.shift.size)
