@@ -186,9 +186,9 @@ class ResBlock(nn.Module):
           time: what is added between the convolutions, [B, channels], in float32.
           key: of dropout; None for none.
         """
-        h = self.norm1(x.parts, silu=True, shift=x.shift[None])
+        h = self.norm1(x.parts, silu=True, shift=x.shift)
         h, bias = self.conv1(h)
-        options: dict[str, Any] = {"shift": time + bias[None]}
+        options: dict[str, Any] = {"shift": bias, "of_images": time}
         if key is not None and self.dropout:
             made = dropout.mask(key, h.shape, self.dropout)
             options["mask"], options["keep"] = made
@@ -232,7 +232,7 @@ class Attention(nn.Module):
           weights: `folded` of `weights`.
         """
         (residual,), w = x.parts, weights
-        h = self.norm(x.parts, shift=x.shift[None])
+        h = self.norm(x.parts, shift=x.shift)
         h = h.reshape(len(h), -1, self.channels)
         q = product((h,), w.query) + w.bias.astype(self.dtype)[None, None]
         k, v = (h if a is None else product((h,), a) for a in (w.key, w.value))

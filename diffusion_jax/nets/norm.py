@@ -32,6 +32,7 @@ def group_norm(
     *,
     silu: bool = False,
     shift: jax.Array | None = None,
+    of_images: jax.Array | None = None,
     mask: jax.Array | None = None,
     keep: float = 1.0,
 ) -> jax.Array:
@@ -56,7 +57,8 @@ def group_norm(
       groups: number of groups.
       epsilon: added to the variance.
       silu: whether SiLU follows.
-      shift: added to each channel before it is normalised, [B, C], or [1, C] for all.
+      shift: added to each channel before it is normalised, [C].
+      of_images: added to each channel of each image before, [B, C].
       mask: what dropout keeps of the result, packed as `dropout.mask` gives it.
       keep: the probability that it does, by which what is kept is divided.
 
@@ -65,10 +67,9 @@ def group_norm(
     >>> print(f"{y.mean():.3f} {y.std():.3f}")
     0.000 1.000
     """
-    vectors = (
-        None if v is None else as_varying(v, parts[0]) for v in (scale, bias, shift)
-    )
-    given = Inputs(parts, *vectors, mask)
+    shift = jnp.zeros_like(bias) if shift is None else shift
+    vectors = (as_varying(v, parts[0]) for v in (scale, bias, shift))
+    given = Inputs(parts, *vectors, of_images, mask)
     return _group_norm(Constants(groups, epsilon, silu, keep), given)
 
 
@@ -78,7 +79,8 @@ class Inputs(NamedTuple):
     parts: Parts
     scale: jax.Array
     bias: jax.Array
-    shift: jax.Array | None
+    shift: jax.Array
+    of_images: jax.Array | None
     mask: jax.Array | None
 
 
@@ -111,27 +113,27 @@ def _group_norm(how: Constants, given: Inputs) -> jax.Array:
 def _forward(how: Constants, given: Inputs) -> tuple[jax.Array, Kept]:
     kept = _statistics(how, given)
     x = _joined(given.parts)
-    _, y = _normalised(_wide(x), kept.mean, kept.rstd, given)
+    vectors = given.scale[None], given.bias[None]
+    _, y = _normalised(_wide(x), kept.mean, kept.rstd, *vectors)
     y = jax.nn.silu(y) if how.silu else y
     return _dropped(y, _mask(given), how.keep).astype(x.dtype), kept
 
 
 def _statistics(how: Constants, given: Inputs) -> Kept:
     """Returns what is known of each channel from one pass over the parts."""
-    shift, size = given.shift, len(given.scale) // how.groups
+    size = len(given.scale) // how.groups
     moments = zip(*map(_moments, given.parts), strict=True)
     own, variance = (_joined(of_parts) for of_parts in moments)
-    if shift is not None:
-        own += shift
+    shift = given.shift[None]
+    if given.of_images is not None:
+        shift += given.of_images
+    own += shift
     # Within a group, distances from its first channel: one sum over the group will do.
     start = own[:, ::size].repeat(size, axis=-1)
     apart = own - start
     between, spread = _of_groups((apart, variance + jnp.square(apart)), size)
     rstd = jax.lax.rsqrt(spread - jnp.square(between) + how.epsilon)
-    mean = start + between
-    if shift is not None:
-        mean -= shift
-    return Kept(given, mean, rstd, apart - between)
+    return Kept(given, start + between - shift, rstd, apart - between)
 
 
 def _backward(how: Constants, kept: Kept, gradient: jax.Array) -> tuple[Inputs]:
@@ -143,7 +145,7 @@ def _backward(how: Constants, kept: Kept, gradient: jax.Array) -> tuple[Inputs]:
     by bias and scale. That by the shift is the sum of the first over the pixels, which
     takes no pass of its own: the mean of u is known.
     """
-    given, scale, shift = kept.given, kept.given.scale, kept.given.shift
+    given, scale, bias = kept.given, kept.given.scale, kept.given.bias
     size, pixels = len(scale) // how.groups, _pixels(given.parts)
 
     def at_y(y: jax.Array, g: jax.Array, sigmoid: Callable[..., jax.Array]) -> Any:
@@ -155,33 +157,29 @@ def _backward(how: Constants, kept: Kept, gradient: jax.Array) -> tuple[Inputs]:
     # d is computed in both passes, by two expressions: what is equal a compiler would
     # compute once and write for the other, in float32.
     g = _dropped(_wide(gradient), _mask(given), how.keep)
-    u, y = _normalised(_wide(_joined(given.parts)), kept.mean, kept.rstd, given)
+    vectors = kept.mean, kept.rstd, scale[None], bias[None]
+    u, y = _normalised(_wide(_joined(given.parts)), *vectors)
     d = at_y(y, g, jax.nn.sigmoid)
     of_d, of_du = jax.lax.optimization_barrier(_sums(d, d * u))
     a = kept.rstd * scale[None]
     groups = _of_groups((of_d * scale[None], of_du * scale[None]), size)
     p, q = (kept.rstd / pixels * mean for mean in groups)
     # Part by part: what goes back to each is read by others.
-    cut = [_cut(v, given.parts) for v in (kept.mean, kept.rstd, a, p, q)]
+    cut = [_cut(v, given.parts) for v in (g, a, p, q, *vectors)]
     of_parts = []
-    for x, mean, rstd, a_i, p_i, q_i, g_i, some in zip(
-        given.parts, *cut, _cut(g, given.parts), _vectors(given), strict=True
+    for x, g_i, *apq, mean, rstd, scale_i, bias_i in zip(
+        given.parts, *cut, strict=True
     ):
-        u, y = _normalised(_wide(x), mean, rstd, some)
-        d = at_y(y, g_i, _sigmoid)
-        of_x = _like(a_i) * d - _like(p_i) - u * _like(q_i)
+        u, y = _normalised(_wide(x), mean, rstd, scale_i, bias_i)
+        a_i, p_i, q_i = map(_like, apq)
+        of_x = a_i * at_y(y, g_i, _sigmoid) - p_i - u * q_i
         of_parts.append(of_x.astype(x.dtype))
-    of_shift = None
-    of_images = [of_du, of_d]
-    if shift is not None:
-        of_shift = a * of_d - pixels * (p + q * kept.off * kept.rstd)
-        of_images += [of_shift] * (len(shift) == 1)  # the same for all images
-    of_scale, of_bias, *summed = _reduced(of_images, 0)
-    if shift is not None:
-        of_shift = summed[0][None] if summed else of_shift
-        of_shift = of_shift.astype(shift.dtype)
-    of_scale, of_bias = of_scale.astype(scale.dtype), of_bias.astype(scale.dtype)
-    return (Inputs(tuple(of_parts), of_scale, of_bias, of_shift, None),)
+    of_shift = a * of_d - pixels * (p + q * kept.off * kept.rstd)
+    of_vectors = (x.astype(scale.dtype) for x in _reduced((of_du, of_d, of_shift), 0))
+    of_images = None
+    if given.of_images is not None:
+        of_images = of_shift.astype(given.of_images.dtype)
+    return (Inputs(tuple(of_parts), *of_vectors, of_images, None),)
 
 
 _group_norm.defvjp(_forward, _backward)
@@ -246,23 +244,13 @@ def _sigmoid(y: jax.Array) -> jax.Array:
 
 
 def _normalised(
-    x: jax.Array, mean: jax.Array, rstd: jax.Array, given: Inputs
+    x: jax.Array, mean: jax.Array, rstd: jax.Array, scale: jax.Array, bias: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Returns u = (x + shift - mean) / deviation, and u scale + bias."""
     # Not x a + b with b = bias - mean a: the difference of two large numbers where the
     # mean is large. A pass over x costs the same.
     u = (x - _like(mean)) * _like(rstd)
-    return u, u * _like(given.scale[None]) + _like(given.bias[None])
-
-
-def _vectors(given: Inputs) -> list[Inputs]:
-    """Returns scale and bias of each part."""
-    return [
-        given._replace(scale=scale, bias=bias)
-        for scale, bias in zip(
-            _cut(given.scale, given.parts), _cut(given.bias, given.parts), strict=True
-        )
-    ]
+    return u, u * _like(scale) + _like(bias)
 
 
 def _mask(given: Inputs) -> jax.Array | None:

@@ -155,7 +155,7 @@ class UNet(nn.Module):
         norm_out = GroupNorm(
             self.groups, VARIANTS[self.variant].epsilon, name="norm_out"
         )
-        x = norm_out(h.parts, silu=True, shift=h.shift[None])
+        x = norm_out(h.parts, silu=True, shift=h.shift)
         out = Conv(
             self.out_channels,
             "taps",

@@ -145,8 +145,9 @@ def _cut_forward(vector: jax.Array, shapes: Shapes) -> tuple[list[jax.Array], in
 def _cut_backward(
     shapes: Shapes, size: int, cotangents: list[jax.Array]
 ) -> tuple[jax.Array]:
-    # As long as the vector, which may end in zeros.
-    return (_join(cotangents, size),)
+    # As long as the vector, which may end in zeros. Behind a barrier, for whoever reads
+    # it to find one vector, not its pieces.
+    return (jax.lax.optimization_barrier(_join(cotangents, size)),)
 
 
 _cut.defvjp(_cut_forward, _cut_backward)
