@@ -233,12 +233,10 @@ class Attention(nn.Module):
         """
         (residual,), w = x.parts, weights
         h = self.norm(x.parts, shift=x.shift)
-        h = h.reshape(len(h), -1, self.channels)
-        q = product((h,), w.query) + w.bias.astype(self.dtype)[None, None]
+        q = product((h,), w.query) + w.bias.astype(self.dtype)[None, None, None]
         k, v = (h if a is None else product((h,), a) for a in (w.key, w.value))
         made = _attended(q, k, v, heads(self.variant, self.channels))
-        made = product((made,), w.out).reshape(residual.shape)
-        return Activation((residual + made,), x.shift + w.shift)
+        return Activation((product((made,), w.out) + residual,), x.shift + w.shift)
 
 
 class Folded(NamedTuple):
@@ -323,13 +321,16 @@ class Upsample(nn.Module):
 
 
 def _attended(q: jax.Array, k: jax.Array, v: jax.Array, count: int) -> jax.Array:
-    """Returns the attention of so many heads, [B, T, C], from q, k and v so shaped."""
-    scale = (q.shape[-1] // count) ** -0.5
+    """Returns the attention of so many heads, as q, k and v are shaped."""
+    shape, each = q.shape, q.shape[-1] // count
+    q, k, v = (a.reshape(len(a), -1, count, each) for a in (q, k, v))
+
+    def one(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attend(q, k, v, each**-0.5)
+
     if count == 1:
-        return attend(q, k, v, scale)
-    q, k, v = (a.reshape(*a.shape[:2], count, -1) for a in (q, k, v))
-    made = jax.vmap(lambda *each: attend(*each, scale), 2, 2)(q, k, v)
-    return made.reshape(*made.shape[:2], -1)
+        return one(q[:, :, 0], k[:, :, 0], v[:, :, 0]).reshape(shape)
+    return jax.vmap(one, 2, 2)(q, k, v).reshape(shape)
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

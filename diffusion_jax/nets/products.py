@@ -11,16 +11,16 @@ Parts = tuple[jax.Array, ...]
 
 
 def product(parts: Parts, kernel: jax.Array) -> jax.Array:
-    """Returns the product of an activation with a kernel, [..., C'], as it is typed.
+    """Returns the product of an activation with a kernel, [B, H, W, C'], as it is typed.
 
     The parts stay apart, and so do their gradients, but those are made by one product.
     The gradient of the kernel is summed and left in float32.
 
     Args:
-      parts: the activation, [..., C_i] each; C is the sum of their channels.
+      parts: the activation, [B, H, W, C_i] each; C is the sum of their channels.
       kernel: [C, C'], in float32, or as the parts are typed.
 
-    >>> x = jnp.ones([2, 3])
+    >>> x = jnp.ones([2, 1, 1, 3])
     >>> print(product((x, x), jnp.ones([6, 1])).ravel())
     [6. 6.]
     """
@@ -29,22 +29,21 @@ def product(parts: Parts, kernel: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _product(parts: Parts, kernel: jax.Array) -> jax.Array:
-    kernel = kernel.astype(parts[0].dtype)
-    first, *rest = parts
-    begin = first.shape[-1]
-    total = first @ kernel[:begin]
-    for x in rest:
+    kernel, begin, sums = kernel.astype(parts[0].dtype), 0, []
+    for x in parts:
         rows = kernel[begin : begin + x.shape[-1]]
-        # As a convolution, which on a GPU adds to the total in its own pass.
-        total += jax.lax.conv_general_dilated(
-            x,
-            rows[None, None],
-            (1, 1),
-            "VALID",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        # A convolution: for GPUs what is added to one is part of its pass.
+        sums.append(
+            jax.lax.conv_general_dilated(
+                x,
+                rows[None, None],
+                (1, 1),
+                "VALID",
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
         )
         begin += x.shape[-1]
-    return total
+    return functools.reduce(lambda total, y: y + total, sums)
 
 
 def _product_forward(
