@@ -239,8 +239,15 @@ def _pixels(parts: Sequence[jax.Array]) -> int:
 
 
 def _sigmoid(y: jax.Array) -> jax.Array:
-    """Returns the logistic function by tanh: equal, and not the same expression."""
-    return 0.5 + 0.5 * jnp.tanh(0.5 * y)
+    """Returns the logistic function; but for CPUs by an expression of its own.
+
+    Those have caches, and no gain from computing it twice.
+    """
+
+    def other(y: jax.Array) -> jax.Array:
+        return 0.5 + 0.5 * jnp.tanh(0.5 * y)
+
+    return jax.lax.platform_dependent(y, cpu=jax.nn.sigmoid, default=other)
 
 
 def _normalised(

@@ -32,18 +32,19 @@ def _product(parts: Parts, kernel: jax.Array) -> jax.Array:
     kernel, begin, sums = kernel.astype(parts[0].dtype), 0, []
     for x in parts:
         rows = kernel[begin : begin + x.shape[-1]]
-        # A convolution: for GPUs what is added to one is part of its pass.
+        # Elsewhere a convolution: for GPUs what is added to one is part of its pass.
         sums.append(
-            jax.lax.conv_general_dilated(
-                x,
-                rows[None, None],
-                (1, 1),
-                "VALID",
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
+            jax.lax.platform_dependent(x, rows, cpu=jnp.matmul, default=_pointwise)
         )
         begin += x.shape[-1]
     return functools.reduce(lambda total, y: y + total, sums)
+
+
+def _pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    names = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+        x, kernel[None, None], (1, 1), "VALID", dimension_numbers=names
+    )
 
 
 def _product_forward(
