@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import tyro
 from jax.sharding import Mesh
 
-from diffusion_jax.training import arithmetic, flat, parallel, program
+from diffusion_jax.training import arithmetic, compilation, flat, parallel, program
 from experiments import arguments, bench, build, learning, runs, targets
 from experiments.config import Config, ConfigError, replace
 
@@ -126,6 +126,7 @@ def training(chosen: Config, mesh: Mesh) -> tuple[Any, dict[str, int]]:
         in_shardings=(parallel.state_sharding(state, mesh), parallel.sharded(mesh)),
         out_shardings=(parallel.state_sharding(state, mesh), parallel.replicated(mesh)),
         donate_argnums=0,
+        compiler_options=compilation.options(mesh.devices.flat[0]),
     )
     params = jax.eval_shape(flat.unpack_all, state.params)
     return step.lower(state, batch), operations(bench.gradient(chosen), params, batch)
@@ -155,6 +156,7 @@ def sampling(chosen: Config, mesh: Mesh) -> tuple[Any, dict[str, int]]:
             *[parallel.sharded(mesh)] * (1 + len(rest)),
         ),
         out_shardings=parallel.sharded(mesh),
+        compiler_options=compilation.options(mesh.devices.flat[0]),
     )
     counted = operations(net.apply, {"params": params}, image, *rest)
     return apply.lower(params, image, *rest), counted
