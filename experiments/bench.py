@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from diffusion_jax.training import arithmetic, data, feed, parallel
+from diffusion_jax.training import arithmetic, compilation, data, feed, parallel
 from experiments import (
     arguments,
     bench_peer,
@@ -220,7 +220,10 @@ def measure(options: Options, mesh: Any, what: str, size: int) -> dict[str, Any]
 
 
 def measure_train(
-    options: Options, mesh: Any, size: int, told: Any = None
+    options: Options,
+    mesh: Any,
+    size: int,
+    told: compilation.Options | None = None,
 ) -> dict[str, Any]:
     """Returns the figures of training steps on one batch that does not change.
 
@@ -228,7 +231,7 @@ def measure_train(
       options: what to measure, and how.
       mesh: the devices.
       size: of the batch.
-      told: options of the compiler; those of the platform when not given.
+      told: options of the compiler, beside those of the platform.
     """
     chosen = config.replace(options.config, "train", batch_size=size)
     rng = np.random.default_rng(0)
@@ -236,7 +239,8 @@ def measure_train(
     images = rng.integers(0, 256, shape, dtype=np.uint8)
     labels = np.arange(len(images)) % max(chosen.net.classes, 1)
     dataset = data.Dataset(images, labels, "random")
-    step = learning.make_step(chosen, mesh, options=told)
+    usual = compilation.options(mesh.devices.flat[0])
+    step = learning.make_step(chosen, mesh, options=usual | (told or {}))
     whole_state = jax.eval_shape(lambda: learning.init_state(chosen))
     placed = parallel.state_sharding(whole_state, mesh)
     held = [learning.as_trained(chosen, train.first_state(chosen, placed))]

@@ -19,8 +19,11 @@ SIZES = (128, 512)
 """Batch sizes, where none are given."""
 STEPS = 50
 """After so many, losses of two programs show whether they compute the same."""
-# Of XLA for GPUs; none is on by default, nor has been tried on these networks.
+NONE = "none"
+# Of XLA for GPUs; none of them has been tried on these networks. The first is training
+# as it is once more: what the two differ by means nothing.
 CANDIDATES = (
+    NONE,
     "xla_gpu_experimental_enable_conv_fusion=true",
     "xla_gpu_experimental_enable_fusion_autotuner=true",
     "xla_gpu_experimental_enable_fusion_block_level_rewriter=true",
@@ -33,6 +36,8 @@ CANDIDATES = (
     "xla_gpu_command_buffer_scheduling_mode=CONCURRENT",
 )
 AUTHORS, CONFIGURED = "the authors' arithmetic", "as configured"
+UNKNOWN = "No such compile option"
+"""What XLA says of one that it does not know."""
 
 
 class Work(NamedTuple):
@@ -97,15 +102,17 @@ def check(options: Any) -> None:
 
 
 def told(candidate: str) -> compilation.Options:
-    """Returns an option of the compiler as JAX takes it, from NAME=VALUE.
+    """Returns an option of the compiler as JAX takes it, from NAME=VALUE or "none".
 
     >>> told("xla_gpu_triton_gemm_any=true"), told("xla_gpu_cudnn_gemm_fusion_level=2")
     ({'xla_gpu_triton_gemm_any': True}, {'xla_gpu_cudnn_gemm_fusion_level': '2'})
     """
+    if candidate == NONE:
+        return {}
     name, equals, value = candidate.partition("=")
     if not (name.startswith("xla_") and equals and value):
         raise ConfigError(
-            f"candidates must be of the form xla_name=value; got {candidate!r}. Write "
+            f"candidates must be {NONE} or xla_name=value; got {candidate!r}. Write "
             "it as in XLA_FLAGS, without the dashes."
         )
     return {name: {"true": True, "false": False}.get(value, value)}
@@ -127,8 +134,8 @@ def measure(
       report: to be filled.
       add_row: measures a row, and adds it to the report.
       measure_peer: measures the work of a row by PyTorch.
-      train: from options of the compiler to the figures of training as configured, at
-        the first size.
+      train: from options of the compiler, beside those of the platform, to the figures
+        of training as configured, at the first size.
       save: writes the report.
     """
     rows = works(options.config, options.batch_sizes)
@@ -188,13 +195,8 @@ def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return work()
     except RuntimeError as error:  # of XLA or of PyTorch, as when memory is short
         said = str(error).strip() or type(error).__name__
-        unknown = "No such compile option" in said
-        return {"error": "not known to this jaxlib" if unknown else first_line(said)}
-
-
-def first_line(text: str) -> str:
-    """Returns the first line of a message, cut to what a table can hold."""
-    return text.splitlines()[0][:120]
+        unknown = UNKNOWN in said
+        return {"error": "not known to this jaxlib" if unknown else said.split("\n")[0]}
 
 
 def tried(
@@ -203,7 +205,7 @@ def tried(
     """Returns what an option of the compiler changes, and prints it.
 
     Args:
-      candidate: NAME=VALUE.
+      candidate: as of `told`.
       train: from the option to the figures of training with it.
       usual: those of training without it.
     """
