@@ -74,3 +74,12 @@ def test_a_row_for_each_batch_size(tmp_path, capsys):
 def test_bad_requests_are_named(argv, message):
     with pytest.raises(ConfigError, match=message):
         bench.main(argv)
+
+
+def test_a_file_that_cannot_be_written_is_named_before_anything_runs(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(bench, "timed", lambda *_: pytest.fail("something ran"))
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        bench.main(["digits", *SMALL, "--out", str(tmp_path / "file" / "x.json")])
