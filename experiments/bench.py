@@ -23,11 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from diffusion_jax.training import arithmetic, data, feed, parallel
+from diffusion_jax.training import arithmetic, compilation, data, feed, parallel
 from experiments import (
     arguments,
     bench_peer,
     bench_scaling,
+    bench_table,
     build,
     chains,
     config,
@@ -50,8 +51,9 @@ class Options:
 
     what: tuple[Literal["train", "sample"], ...] = ("train", "sample")
     """Training steps, and chains of the sampling rule."""
-    batch_sizes: tuple[int, ...] = (64,)
-    """Images a training step, and images a chain; one row each."""
+    batch_sizes: tuple[int, ...] = ()
+    """Images a training step, and images a chain; one row each. 64 when not given, and
+    128 and 512 of a table."""
     steps: int = 10
     """Training steps, or chains, that are timed together."""
     repeats: int = 5
@@ -64,8 +66,15 @@ class Options:
     peer: bool = False
     """Whether to measure the same work by diffusers and PyTorch in this run (pip
     install .[peers]), and print how much faster this is."""
+    table: bool = False
+    """Whether to make the table of the README, on one device: training, also with the
+    arithmetic of the authors' code, chains, and options of the compiler."""
+    minutes: float = 8.0
+    """How long a table may take: what there is no time for is named."""
+    candidates: tuple[str, ...] = bench_table.CANDIDATES
+    """Options of the compiler that a table tries one by one, each NAME=VALUE."""
     out: Path | None = None
-    """JSON file to write."""
+    """JSON file to write, after every row; of a table also one of Markdown."""
     config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=Config
     )
@@ -92,38 +101,30 @@ def main(argv: Sequence[str]) -> int:
         if options.scaling:
             bench_scaling.check(size, mesh.size)
     device = mesh.devices.flat[0]
-    top = ceiling(options, mesh)
-    about = {
+    dtype = options.config.net.dtype
+    report: dict[str, Any] = {
         "device": device.device_kind,
         "devices": mesh.size,
         "experiment": options.config.name,
-        "dtype": options.config.net.dtype,
-        "ceiling_tflops": top / 1e12,
+        "ceilings_tflops": {},
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": runs.versions(),
+        "rows": [],
+        **({"options": [], "left_out": []} if options.table else {}),
     }
+    save(options, report)  # which may fail, and had better do so now
+    top = report["ceilings_tflops"][dtype] = ceiling(options, mesh) / 1e12
     print(
-        f"{options.config.name} on {mesh.size} x {device.device_kind}, "
-        f"{options.config.net.dtype}; matrix product {top / 1e12:.3g} TFLOP/s"
+        f"{options.config.name} on {mesh.size} x {device.device_kind}, {dtype}; "
+        f"matrix product {top:.3g} TFLOP/s"
     )
     print(f"  {'what':<7}{'batch':>7}{'per s':>12}{'ms':>11}{'range':>19}", end="")
     print(f"{'TFLOP/s':>10}{'share':>7}{'compile s':>11}{'data x':>8}{'GiB':>7}")
-    rows = []
-    for what in options.what:
-        for size in options.batch_sizes:
-            row = measure(options, mesh, what, size)
-            row["share"] = row["tflops"] * 1e12 / top
-            rows.append(row)
-            show(row)
-            if options.peer:
-                row["peer"] = measure_peer(options, row)
-    print("per s: images trained on, or evaluations of the network in a chain")
-    print("data x: a step with fresh batches, in units of one with the same batch")
-    print("GiB: most memory in use so far, of a device or, on CPU, of the process")
-    if options.scaling:
-        about["scaling"] = measure_scaling(options, mesh.size)
+    if options.table:
+        measure_table(options, mesh, report)
+    else:
+        measure_rows(options, mesh, report)
     if options.out is not None:
-        runs.write_json(options.out, {**about, "rows": rows})
         print(f"written: {options.out}")
     return 0
 
@@ -134,18 +135,75 @@ def parse(argv: Sequence[str]) -> Options:
         Options, argv, prog="python -m experiments.bench", description=__doc__
     )
     require_positive(options, "steps", "repeats", "warmup")
-    if not options.batch_sizes or min(options.batch_sizes) < 1:
+    if min(options.batch_sizes, default=1) < 1:
         raise ConfigError(
             f"batch_sizes must be whole numbers above 0; got {options.batch_sizes}. "
             "Change it with --batch-sizes 64 128."
         )
+    if not options.batch_sizes:
+        sizes = bench_table.SIZES if options.table else (64,)
+        options = dataclasses.replace(options, batch_sizes=sizes)
     if not options.what:
         raise ConfigError(
             "what must be train, sample or both; got neither. Leave it out for both."
         )
     if options.peer:
         bench_peer.check(options.config)
+    if options.table:
+        bench_table.check(options)
     return options
+
+
+def measure_rows(options: Options, mesh: Any, report: dict[str, Any]) -> None:
+    """Measures what was asked for, with the peer and more devices where wanted."""
+    for what in options.what:
+        for size in options.batch_sizes:
+            row = add_row(options, mesh, what, size, report)
+            save(options, report)
+            if options.peer:
+                row["peer"] = measure_peer(options, row)
+                save(options, report)
+    print("per s: images trained on, or evaluations of the network in a chain")
+    print("data x: a step with fresh batches, in units of one with the same batch")
+    print("GiB: most memory in use so far, of a device or, on CPU, of the process")
+    if options.scaling:
+        report["scaling"] = measure_scaling(options, mesh.size)
+        save(options, report)
+
+
+def measure_table(options: Options, mesh: Any, report: dict[str, Any]) -> None:
+    """Measures the rows of a table, the peer, and options of the compiler, in turn."""
+    size = options.batch_sizes[0]
+    bench_table.measure(
+        options,
+        report,
+        add_row=lambda given, work: add_row(given, mesh, work.what, work.batch, report),
+        measure_peer=measure_peer,
+        train=lambda told: measure_train(options, mesh, size, told),
+        save=lambda: save(options, report),
+    )
+
+
+def add_row(
+    options: Options, mesh: Any, what: str, size: int, report: dict[str, Any]
+) -> dict[str, Any]:
+    """Measures a row, adds it to the report, prints it and returns it."""
+    dtype, tops = options.config.net.dtype, report["ceilings_tflops"]
+    if dtype not in tops:
+        tops[dtype] = ceiling(options, mesh) / 1e12
+    row = {"dtype": dtype, **measure(options, mesh, what, size)}
+    row["share"] = row["tflops"] / tops[dtype]
+    report["rows"].append(row)
+    show(row)
+    return row
+
+
+def save(options: Options, report: dict[str, Any]) -> None:
+    """Writes what there is so far, so that a command that is killed loses nothing."""
+    if options.out is not None:
+        runs.write_json(options.out, report)
+    if options.out is not None and options.table:
+        options.out.with_suffix(".md").write_text(bench_table.markdown(report))
 
 
 def measure(options: Options, mesh: Any, what: str, size: int) -> dict[str, Any]:
@@ -159,15 +217,28 @@ def measure(options: Options, mesh: Any, what: str, size: int) -> dict[str, Any]
     }
 
 
-def measure_train(options: Options, mesh: Any, size: int) -> dict[str, Any]:
-    """Returns the figures of training steps on one batch that does not change."""
+def measure_train(
+    options: Options,
+    mesh: Any,
+    size: int,
+    told: compilation.Options | None = None,
+) -> dict[str, Any]:
+    """Returns the figures of training steps on one batch that does not change.
+
+    Args:
+      options: what to measure, and how.
+      mesh: the devices.
+      size: of the batch.
+      told: options of the compiler, beside those of the platform.
+    """
     chosen = config.replace(options.config, "train", batch_size=size)
     rng = np.random.default_rng(0)
     shape = (max(STORED, size), *image_shape(chosen))
     images = rng.integers(0, 256, shape, dtype=np.uint8)
     labels = np.arange(len(images)) % max(chosen.net.classes, 1)
     dataset = data.Dataset(images, labels, "random")
-    step = learning.make_step(chosen, mesh)
+    usual = compilation.options(mesh.devices.flat[0])
+    step = learning.make_step(chosen, mesh, options=usual | (told or {}))
     whole_state = jax.eval_shape(lambda: learning.init_state(chosen))
     placed = parallel.state_sharding(whole_state, mesh)
     held = [learning.as_trained(chosen, train.first_state(chosen, placed), mesh)]
@@ -175,12 +246,19 @@ def measure_train(options: Options, mesh: Any, size: int) -> dict[str, Any]:
     whole = feed.batch_at(dataset, bool(chosen.net.classes), 0, size, 0)
     batch = parallel.shard(whole, mesh)
     flops = arithmetic.count(gradient(chosen), whole_state.params, batch)
+    losses = []
 
     def once() -> Any:
         held[0], metrics = step(held[0], batch)
-        return metrics["loss"]
+        losses.append(metrics["loss"])
+        return losses[-1]
 
     clock = timed(once, options)
+    last = min(bench_table.STEPS, len(losses))
+    measured = {"loss": float(losses[last - 1]), "loss_after": last}
+    measured |= figures(clock, size, flops)
+    if options.table:  # which has no time for another program
+        return measured
     fed_step = step
     if fed.stored is not None:
         fed_step = learning.make_step(chosen, mesh, fed.stored)
@@ -191,8 +269,7 @@ def measure_train(options: Options, mesh: Any, size: int) -> dict[str, Any]:
             return metrics["loss"]
 
         ratio, spread = compared(fresh, once, options)
-    measured = {"data_x": ratio, "data_x_range": spread, "input": fed.source}
-    return figures(clock, size, flops) | measured
+    return measured | {"data_x": ratio, "data_x_range": spread, "input": fed.source}
 
 
 def measure_sample(options: Options, mesh: Any, size: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Beside the parameters that were trained, `params` may hold what sampling adds to
 (see `extras`): "x0_variance", for the analytic variance, and "classifier".
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ from diffusion_jax import (
     schedule,
     solvers,
 )
-from diffusion_jax.training import parallel
+from diffusion_jax.training import compilation, parallel
 from experiments import build, sampling, train_noisy_classifier
 from experiments.config import Config
 
@@ -200,7 +201,9 @@ def make_draw(
     out = parallel.sharded(mesh) if spread else parallel.replicated(mesh)
     several = mesh.is_multi_process
 
-    @jax.jit
+    @functools.partial(
+        jax.jit, compiler_options=compilation.options(mesh.devices.flat[0])
+    )
     def draw(params: Any, key: jax.Array, first: jax.Array) -> jax.Array:
         # Once, and not at each of the chain's evaluations.
         sampler = make_sampler(config, build.as_computed(config, params), first=first)

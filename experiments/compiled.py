@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import tyro
 from jax.sharding import Mesh
 
-from diffusion_jax.training import arithmetic, flat, parallel, program
+from diffusion_jax.training import arithmetic, compilation, flat, parallel, program
 from experiments import arguments, bench, build, learning, runs, targets
 from experiments.config import Config, ConfigError, replace
 
@@ -60,14 +60,15 @@ def main(argv: Sequence[str]) -> int:
     with targets.aim(options.target) as target:
         mesh = target.mesh(chosen.train.devices, chosen.train.fsdp)
         parallel.check_batch_size(chosen.train.batch_size, mesh.size)
-        lowered, flops = {"train": training, "sample": sampling}[options.what](
+        lowered, operations = {"train": training, "sample": sampling}[options.what](
             chosen, mesh
         )
         began = time.perf_counter()
         compiled = lowered.compile()
         seconds = time.perf_counter() - began
     text = compiled.as_text()
-    found = summary(text, compiled.memory_analysis(), flops / mesh.size)
+    each = {name: count / mesh.size for name, count in operations.items()}
+    found = summary(text, compiled.memory_analysis()) | each
     if target.speed is not None and chosen.net.dtype == "bfloat16":
         found["model"] = model(found, target.speed)
     print(
@@ -110,8 +111,8 @@ def check(options: Options) -> None:
             )
 
 
-def training(chosen: Config, mesh: Mesh) -> tuple[Any, int]:
-    """Returns the lowered training step, and its operations over all devices."""
+def training(chosen: Config, mesh: Mesh) -> tuple[Any, dict[str, int]]:
+    """Returns the lowered training step, and its `operations`."""
     state = jax.eval_shape(lambda: learning.packed(chosen, learning.init_state(chosen)))
     batch = batch_like(chosen)
     pure = learning.make_pure_step(chosen, mesh)
@@ -122,14 +123,14 @@ def training(chosen: Config, mesh: Mesh) -> tuple[Any, int]:
         in_shardings=(parallel.state_sharding(state, mesh), parallel.sharded(mesh)),
         out_shardings=(parallel.state_sharding(state, mesh), parallel.replicated(mesh)),
         donate_argnums=0,
+        compiler_options=compilation.options(mesh.devices.flat[0]),
     )
     params = jax.eval_shape(flat.unpack_all, state.params)
-    count = arithmetic.count(bench.gradient(chosen), params, batch)
-    return step.lower(state, batch), count
+    return step.lower(state, batch), operations(bench.gradient(chosen), params, batch)
 
 
-def sampling(chosen: Config, mesh: Mesh) -> tuple[Any, int]:
-    """Returns the lowered evaluation of the network, and its operations."""
+def sampling(chosen: Config, mesh: Mesh) -> tuple[Any, dict[str, int]]:
+    """Returns the lowered evaluation of the network, and its `operations`."""
     # As chains have them: the parameters cast before the first step.
     net = build.make_network(chosen)
     params = jax.eval_shape(
@@ -149,9 +150,20 @@ def sampling(chosen: Config, mesh: Mesh) -> tuple[Any, int]:
             *[parallel.sharded(mesh)] * (1 + len(rest)),
         ),
         out_shardings=parallel.sharded(mesh),
+        compiler_options=compilation.options(mesh.devices.flat[0]),
     )
-    count = arithmetic.count(net.apply, {"params": params}, image, *rest)
-    return apply.lower(params, image, *rest), count
+    counted = operations(net.apply, {"params": params}, image, *rest)
+    return apply.lower(params, image, *rest), counted
+
+
+def operations(function: Any, *args: Any) -> dict[str, int]:
+    """Returns the operations over all devices: all, and those of convolutions."""
+    return {
+        "flops": arithmetic.count(function, *args),
+        "convolution_flops": arithmetic.count(
+            function, *args, kinds=(arithmetic.CONVOLUTION,)
+        ),
+    }
 
 
 def batch_like(chosen: Config) -> dict[str, jax.ShapeDtypeStruct]:
@@ -166,7 +178,7 @@ def batch_like(chosen: Config) -> dict[str, jax.ShapeDtypeStruct]:
     return batch
 
 
-def summary(text: str, memory: Any, flops: float) -> dict[str, Any]:
+def summary(text: str, memory: Any) -> dict[str, Any]:
     """Returns what is known of a compiled program, a device."""
     count: collections.Counter[str] = collections.Counter()
     moved: collections.Counter[str] = collections.Counter()
@@ -179,7 +191,6 @@ def summary(text: str, memory: Any, flops: float) -> dict[str, Any]:
     return {
         "kernels": dict(count),
         "bytes": dict(moved),
-        "flops": flops,
         "memory": {
             "arguments": kept,
             "temporary": temporary,
@@ -189,19 +200,21 @@ def summary(text: str, memory: Any, flops: float) -> dict[str, Any]:
 
 
 def model(found: dict[str, Any], speed: targets.Speed) -> dict[str, float]:
-    """Returns the milliseconds of the parts of a step, were none to overlap.
+    """Returns the milliseconds of each kind of kernel, were none to overlap.
 
-    Arithmetic is all of it at the speed of convolutions; memory is what all other
-    kernels move, products among them. What devices tell each other is left out.
+    Every kernel takes its start, then a convolution its arithmetic, and any other what
+    it moves. What devices tell each other is left out.
     """
-    busy = ("convolution", "collective")
-    rest = sum(moved for kind, moved in found["bytes"].items() if kind not in busy)
-    parts = {
-        "arithmetic": found["flops"] / speed.flops,
-        "memory": rest / speed.bandwidth,
-        "launches": sum(found["kernels"].values()) * speed.launch,
-    }
-    return {name: 1000 * seconds for name, seconds in parts.items()}
+    kinds = [kind for kind in found["kernels"] if kind != "collective"]
+
+    def seconds(kind: str) -> float:
+        number = found["kernels"][kind]
+        if kind == "convolution":
+            busy = found["convolution_flops"] / speed.convolutions
+            return number * speed.convolution_start + busy
+        return number * speed.start + found["bytes"][kind] / speed.memory
+
+    return {kind: 1000 * seconds(kind) for kind in kinds}
 
 
 def show(found: dict[str, Any]) -> None:
@@ -219,11 +232,12 @@ def show(found: dict[str, Any]) -> None:
         f"{found['flops'] / 1e12:.3g} TFLOP"
     )
     if "model" in found:
-        parts = " + ".join(f"{name} {ms:.1f}" for name, ms in found["model"].items())
+        largest = sorted(found["model"].items(), key=lambda part: -part[1])
+        parts = " + ".join(f"{kind} {ms:.1f}" for kind, ms in largest)
         total = f"{sum(found['model'].values()):.1f} ms"
         told = "collective" in found["kernels"]
         alone = ", without what devices tell each other" if told else ""
-        print(f"model, not measured{alone}: {parts} = {total}")
+        print(f"model of an H200, not measured{alone}: {parts} = {total}")
 
 
 def _largest(text: str, count: int) -> list[program.Kernel]:

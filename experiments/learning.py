@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from diffusion_jax import gaussian, learned, losses, schedule, timesteps, weightings
-from diffusion_jax.training import averages, feed, flat, parallel, state
+from diffusion_jax.training import averages, compilation, feed, flat, parallel, state
 from experiments.build import (
     init_params,
     is_continuous,
@@ -296,7 +296,10 @@ def make_pure_step(config: Config, mesh: jax.sharding.Mesh) -> state.StepFn:
 
 
 def make_step(
-    config: Config, mesh: jax.sharding.Mesh, stored: Any = None
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    stored: Any = None,
+    options: compilation.Options | None = None,
 ) -> state.StepFn:
     """Returns the training step, compiled for the mesh by the configured strategy.
 
@@ -304,12 +307,15 @@ def make_step(
       config: the configuration.
       mesh: the devices.
       stored: the images that stay on them, where batches are indices: `feed.Feed`.
+      options: of the compiler, as `parallel.data_parallel`.
     """
     strategy = config.train.parallel
     step = make_pure_step(config, mesh)
     if stored is not None:
         step = feed.gathering(step)
-    return parallel.data_parallel(step, mesh, strategy=strategy, stored=stored)
+    return parallel.data_parallel(
+        step, mesh, strategy=strategy, stored=stored, options=options
+    )
 
 
 def _remember(memory: timesteps.History, seen: dict[str, jax.Array]) -> Any:

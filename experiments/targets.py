@@ -27,15 +27,23 @@ HOST = 8
 class Speed(NamedTuple):
     """What one device does, as measured; for the model of a step's time."""
 
-    flops: float
-    """Operations a second of convolutions."""
-    bandwidth: float
-    """Bytes a second, read and written."""
-    launch: float
-    """Seconds from one kernel to the next."""
+    convolutions: float
+    """Operations a second of a convolution, once it runs."""
+    memory: float
+    """Bytes a second, read and written, of every other kernel once it runs."""
+    start: float
+    """Seconds of a kernel that moves nothing."""
+    convolution_start: float
+    """The same of a convolution: its tiles that are not full, its parts that are added
+    up, its workspace."""
 
 
-H100_SPEED = Speed(flops=630e12, bandwidth=3.0e12, launch=2e-6)
+# Read off the kernels of one step on an H200, all in all and by kind, and rounded so
+# that six steps and evaluations come out: tests/golden/compiled_h100.json has them. One
+# rate serves elementwise kernels, reductions and products, once each has its start.
+H200_SPEED = Speed(
+    convolutions=740e12, memory=3.1e12, start=2e-6, convolution_start=10e-6
+)
 KIND = "NVIDIA H100 80GB HBM3"
 # What XLA asks of a GPU before it compiles for it; as an H100 of 80 GB answers.
 H100 = """
@@ -132,7 +140,7 @@ def aim(name: str) -> Iterator[Target]:
         # there is no such device.
         used = use_abstract_mesh(_abstract(KIND)) if gpus else contextlib.nullcontext()
         with used:
-            yield Target(found.devices, H100_SPEED if gpus else None)
+            yield Target(found.devices, H200_SPEED if gpus else None)
 
 
 def _abstract(kind: str) -> AbstractMesh:

@@ -25,6 +25,7 @@ def test_a_row_for_each_batch_size(tmp_path, capsys):
     x, t = jax.numpy.zeros((1, 8, 8, 1)), jax.numpy.zeros(1)
     net = build.make_network(options.config)
     forward = arithmetic.count(net.apply, {"params": params["net"]}, x, t)
+    ceiling = found["ceilings_tflops"]["float32"]
     rows = {(row["what"], row["batch"]): row for row in found["rows"]}
     assert list(rows) == [("train", 2), ("train", 4), ("sample", 2), ("sample", 4)]
     for (what, batch), row in rows.items():
@@ -36,7 +37,7 @@ def test_a_row_for_each_batch_size(tmp_path, capsys):
         assert row["per_second"] == pytest.approx(items / seconds)
         flops = row["tflops"] * 1e12 * seconds / items
         assert flops == pytest.approx(forward * (3 if what == "train" else 1), rel=0.02)
-        assert row["share"] == pytest.approx(row["tflops"] / found["ceiling_tflops"])
+        assert row["share"] == pytest.approx(row["tflops"] / ceiling)
         assert row["memory_gib"] > 0.05
         assert ("data_x" in row) == (what == "train")
         if what == "train":
@@ -54,8 +55,31 @@ def test_a_row_for_each_batch_size(tmp_path, capsys):
         (["digits", "--batch-sizes", "0"], "batch_sizes must be whole numbers above 0"),
         (["digits", "--repeats", "0"], "repeats must be at least 1; got 0"),
         (["digits", "--net.channels", "3"], "net.channels must be at least 4"),
+        (["--table", "--scaling"], "what and scaling must be left out of a table"),
+        (["--table", "--what", "train"], "must be left out.*got what train and"),
+        (["--table", "--minutes", "0"], "minutes must be above 0; got 0.0"),
+        (
+            ["--table", "--candidates", "fast"],
+            "must be none or xla_name=value; got 'fa",
+        ),
+        (["--table", "--out", "table.md"], "out must be a file of JSON.*got table.md"),
+        (
+            ["--table", "--train.parallel", "pmap"],
+            "must be mesh or shard_map.*got pmap",
+        ),
+        # The authors' arithmetic takes a batch in eight parts.
+        (["--table", "--batch-sizes", "12"], "batch_size must be a multiple of 8; got"),
     ],
 )
 def test_bad_requests_are_named(argv, message):
     with pytest.raises(ConfigError, match=message):
         bench.main(argv)
+
+
+def test_a_file_that_cannot_be_written_is_named_before_anything_runs(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(bench, "timed", lambda *_: pytest.fail("something ran"))
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        bench.main(["digits", *SMALL, "--out", str(tmp_path / "file" / "x.json")])

@@ -1,6 +1,7 @@
 """What a step is made of, for the devices of this machine and for others."""
 
 import json
+from pathlib import Path
 
 import jax
 import pytest
@@ -85,16 +86,44 @@ def test_parameters_are_cast_once_before_a_chain(tmp_path):
     assert half["memory"]["arguments"] < 0.75 * wide["memory"]["arguments"]
 
 
-def test_the_model_adds_what_was_counted():
-    speed = targets.Speed(flops=1e12, bandwidth=1e9, launch=1e-6)
+def test_the_model_gives_each_kernel_its_start():
+    speed = targets.Speed(
+        convolutions=1e12, memory=1e9, start=1e-6, convolution_start=5e-6
+    )
     found = {
-        "kernels": {"convolution": 100, "reduction": 300},
+        "kernels": {"convolution": 100, "reduction": 300, "collective": 2},
         "bytes": {"convolution": 7e9, "reduction": 3e6, "collective": 5e9},
-        "flops": 2e9,
+        "flops": 9e9,
+        "convolution_flops": 2e9,
     }
     parts = compiled.model(found, speed)
-    expected = {"arithmetic": 2.0, "memory": 3.0, "launches": 0.4}
-    assert parts == pytest.approx(expected)
+    assert parts == pytest.approx({"convolution": 2 + 0.5, "reduction": 3 + 0.3})
+
+
+# What was counted for forms of the network of CIFAR-10 that ran on an H200.
+COUNTED = json.loads((Path(__file__).parent / "golden/compiled_h100.json").read_text())
+
+
+@pytest.mark.parametrize("row", COUNTED["rows"], ids=lambda row: row["flags"])
+def test_the_model_is_near_what_was_measured(row):
+    parts = compiled.model(row, targets.H200_SPEED)
+    assert sum(parts.values()) == pytest.approx(row["measured_ms"], rel=0.05)
+
+
+def test_the_model_is_near_each_kind_that_was_measured():
+    parts = compiled.model(COUNTED["rows"][0], targets.H200_SPEED)
+    parts["elementwise"] += parts.pop("copy")  # told apart otherwise where it ran
+    assert parts == pytest.approx(COUNTED["kinds_ms_of_first"], rel=0.1)
+
+
+def test_operations_of_convolutions_are_told_apart():
+    parsed = compiled.arguments.parse(["digits", *SMALL], prog="test")
+    mesh = compiled.parallel.make_mesh(1)
+    _, found = compiled.sampling(parsed, mesh)
+    # 3x3 at 64 pixels of 16 images: in, two each of three blocks of 8 to 8 channels,
+    # 16 to 8 and 8 to 8 in two more, out.
+    weights = 9 * (8 + 6 * 64 + 2 * (128 + 64) + 8)
+    assert found["convolution_flops"] == 2 * 16 * 64 * weights < found["flops"]
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,21 @@ import jax
 import numpy as np
 from jax.extend import core
 
+PRODUCT, CONVOLUTION = "dot_general", "conv_general_dilated"
 
-def count(function: Callable[..., Any], *args: Any) -> int:
+
+def count(
+    function: Callable[..., Any],
+    *args: Any,
+    kinds: tuple[str, ...] = (PRODUCT, CONVOLUTION),
+) -> int:
     """Returns the floating-point operations of a function, two a multiply-add.
 
     Args:
       function: of arrays; its matrix products and convolutions are counted, as often as
         loops of known length take them.
       args: arrays, or `jax.ShapeDtypeStruct` in their place.
+      kinds: what is counted, of PRODUCT and CONVOLUTION.
 
     Raises:
       ValueError: a `while` loop, whose length is not known before it runs.
@@ -29,23 +36,27 @@ def count(function: Callable[..., Any], *args: Any) -> int:
     >>> a, b = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((2, 3), (3, 5)))
     >>> count(lambda a, b: a @ b, a, b)
     60
+    >>> count(lambda a, b: a @ b, a, b, kinds=(CONVOLUTION,))
+    0
     """
-    return _of(jax.make_jaxpr(function)(*args).jaxpr)
+    return _of(jax.make_jaxpr(function)(*args).jaxpr, kinds)
 
 
-def _of(jaxpr: core.Jaxpr) -> int:
-    return sum(_equation(eqn) for eqn in jaxpr.eqns)
+def _of(jaxpr: core.Jaxpr, kinds: tuple[str, ...]) -> int:
+    return sum(_equation(eqn, kinds) for eqn in jaxpr.eqns)
 
 
-def _equation(eqn: core.JaxprEqn) -> int:
+def _equation(eqn: core.JaxprEqn, kinds: tuple[str, ...]) -> int:
     name = eqn.primitive.name
-    if name == "dot_general":
+    if name in (PRODUCT, CONVOLUTION) and name not in kinds:
+        return 0
+    if name == PRODUCT:
         (contracted, _), _ = eqn.params["dimension_numbers"]
         shared = [_shape(eqn.invars[0])[axis] for axis in contracted]
         return 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(shared)
-    if name == "conv_general_dilated":
+    if name == CONVOLUTION:
         return _convolution(eqn)
-    inner = [_of(each) for each in _inside(eqn)]
+    inner = [_of(each, kinds) for each in _inside(eqn)]
     if name == "while" and any(inner):
         raise ValueError(
             "loops must be of known length to be counted; got a while loop with matrix "

@@ -1,6 +1,6 @@
-"""How many programs were compiled, and how many came from the cache on disk.
+"""What the compiler is told, and how many programs it made or the cache on disk had.
 
-They are counted from the first call of `count` on, in the whole process.
+Programs are counted from the first call of `count` on, in the whole process.
 """
 
 import functools
@@ -14,6 +14,14 @@ import jax
 ASKED = "/jax/core/compile/backend_compile_duration"
 READ = "/jax/compilation_cache/cache_hits"
 
+Options = dict[str, bool | int | float | str]
+"""Of XLA, by their names without the dashes of XLA_FLAGS."""
+
+OPTIONS: dict[str, Options] = {}
+"""What the large programs, training steps and chains, are compiled with on a platform,
+as JAX names it: "cpu", "gpu", "tpu". An option comes in once it has been measured to be
+faster; none has been. (A program with options cannot be part of another `jit`.)"""
+
 
 class Programs(NamedTuple):
     """Programs of this process."""
@@ -21,6 +29,15 @@ class Programs(NamedTuple):
     compiled: int
     cached: int
     """Read from the cache on disk in place of being compiled."""
+
+
+def options(device: jax.Device) -> Options:
+    """Returns what a large program for a device is compiled with.
+
+    >>> options(jax.devices()[0])
+    {}
+    """
+    return OPTIONS.get(device.platform, {})
 
 
 def count() -> Programs:

@@ -24,6 +24,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from diffusion_jax.training import compilation
+
 AXIS, FSDP = "data", "fsdp"
 SMALL = 1024
 """Elements below which an array is not worth cutting: what it costs is the message."""
@@ -229,6 +231,7 @@ def data_parallel(
     *,
     strategy: str = "mesh",
     stored: PyTree = None,
+    options: compilation.Options | None = None,
 ) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]:
     """Returns the step compiled for a mesh: the batch is cut, the state is copied.
 
@@ -241,6 +244,8 @@ def data_parallel(
         averages over the axis "data".
       stored: what the step takes as its third argument, a copy on every device: images,
         say, of which the batch names some. With None it takes two.
+      options: of the compiler, which "pmap" does not take; when not given, those of
+        `compilation.OPTIONS`.
 
     Returns:
       A function of (state, batch) with batch as in `shard`. Under "mesh" and
@@ -276,11 +281,14 @@ def data_parallel(
         if FSDP in mesh.shape:
             inner = _cut(step, mesh)
         copied = None if FSDP in mesh.shape else replicated(mesh)
+        if options is None:
+            options = compilation.options(mesh.devices.flat[0])
         compiled = jax.jit(
             inner,
             in_shardings=(copied, sharded(mesh), replicated(mesh))[: 2 + len(rest)],
             out_shardings=(copied, replicated(mesh)),
             donate_argnums=0,
+            compiler_options=options,
         )
 
     def run(state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:

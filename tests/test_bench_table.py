@@ -1,0 +1,138 @@
+"""The table of the README: its rows, its minutes, and what is tried of the compiler."""
+
+import copy
+import json
+
+import jax
+import pytest
+from test_bench import SMALL
+
+from experiments import bench, bench_table, config
+from experiments.configs import EXPERIMENTS
+
+KNOWN = "xla_llvm_disable_expensive_passes=true"
+
+
+def test_a_table_is_measured_from_end_to_end(tmp_path, capsys):
+    out = tmp_path / "table.json"
+    flags = [*SMALL, "--table", "--batch-sizes", "8", "--out", str(out)]
+    flags += ["--candidates", "none", "xla_wish=true", KNOWN, "--minutes", "60"]
+    assert bench.main(["digits", *flags]) == 0
+    found = json.loads(out.read_text())
+    assert [(row["form"], row["what"], row["batch"]) for row in found["rows"]] == [
+        ("as configured", "train", 8),
+        ("the authors' arithmetic", "train", 8),
+        ("as configured", "sample", 8),
+    ]
+    train, authors, sample = found["rows"]
+    assert train["loss_after"] == 1 + 1 + 2 * 3  # as many steps as were made
+    # From the same weights, with another average and another clipping.
+    assert 0 < abs(authors["loss"] / train["loss"] - 1) < 0.01
+    assert sample["evaluations_per_sample"] == 4
+    none, wish, known = found["options"]
+    assert none["loss"] == train["loss"]
+    assert none["loss_change"] == 0
+    for row in (none, known):
+        assert row["times_as_fast"] == pytest.approx(train["ms"] / row["ms"])
+    assert wish == {"option": "xla_wish=true", "error": "not known to this jaxlib"}
+    assert found["left_out"] == []
+    text = out.with_suffix(".md").read_text()
+    assert capsys.readouterr().out.endswith(f"{text}written: {out}\n")
+    ms = f"{sample['ms'] / 4:,.2f}"
+    assert f"| an evaluation in sampling, as configured, float32 | 8 | {ms} |" in text
+    assert "| `xla_wish=true` | not known to this jaxlib | - | - |" in text
+
+
+def test_rows_are_what_the_readme_shows():
+    fast = config.replace(EXPERIMENTS["cifar10"].config, "net", dtype="bfloat16")
+    one, two, authors, chains = bench_table.works(fast, (128, 512))
+    assert [work.batch for work in (one, two, authors, chains)] == [128, 512, 128, 512]
+    assert one.config == two.config == fast
+    assert authors.config == config.official(fast) != fast
+    # A thousand evaluations of ddpm would take a quarter of an hour.
+    assert (chains.config.sample.sampler, chains.config.sample.steps) == ("ddim", None)
+    few = config.replace(fast, "sample", steps=9)
+    assert bench_table.works(few, (8,))[-1].config == few
+    # What is the authors' already has no row twice.
+    forms = [work.form for work in bench_table.works(config.official(fast), (8,))]
+    assert forms == ["the authors' arithmetic"] * 2
+
+
+class Machine:
+    """Takes minutes for its work by a clock of its own."""
+
+    def __init__(self, monkeypatch, minutes):
+        self.now, self.minutes, self.saved = 0.0, minutes, []
+        monkeypatch.setattr(bench_table.time, "perf_counter", lambda: 60 * self.now)
+
+    def table(self, *flags, fails=(), minutes):
+        options = bench.parse(["digits", "--table", "--minutes", minutes, *flags])
+        report = {
+            "experiment": "digits",
+            "device": "cpu",
+            "devices": 1,
+            "versions": {"jax": "1"},
+            "date": "today",
+            "rows": [],
+            "options": [],
+            "left_out": [],
+        }
+
+        def takes(piece, **figures):
+            self.now += self.minutes
+            if piece in fails:
+                raise fails[piece]
+            return {"ms": 2.0, "loss": 0.5, **figures}
+
+        def add_row(given, work):
+            row = takes("row", what=work.what, batch=work.batch, dtype="float32")
+            report["rows"].append(row | {"per_second": 1.0, "tflops": 1.0, "share": 1})
+            return report["rows"][-1]
+
+        bench_table.measure(
+            options,
+            report,
+            add_row=add_row,
+            measure_peer=lambda given, row: takes("peer", ratio=2.0),
+            train=lambda told: takes(str(told), ms=1.0),
+            save=lambda: self.saved.append(copy.deepcopy(report)),
+        )
+        return report
+
+
+def test_what_there_is_no_time_for_is_named(monkeypatch, capsys):
+    machine = Machine(monkeypatch, minutes=1)
+    options = ["--candidates", "none", "xla_a=1", "xla_b=2"]
+    found = machine.table(*options, minutes="5.5")
+    assert machine.now == 5  # another minute would not have fitted
+    assert [row["option"] for row in found["options"]] == ["none"]
+    assert found["left_out"] == ["xla_a=1", "xla_b=2"]
+    said = "Not tried, for want of time: xla_a=1; xla_b=2."
+    assert said in capsys.readouterr().out
+    # After every piece all that there was had been written.
+    assert [len(report["rows"]) for report in machine.saved[:5]] == [1, 2, 3, 4, 4]
+    assert machine.saved[4]["options"]
+
+
+def test_what_fails_is_a_row(monkeypatch, capsys):
+    monkeypatch.setattr(bench.bench_peer, "check", lambda _: None)
+    fails = {
+        "peer": RuntimeError("out of memory\nby far"),
+        "{'xla_a': '1'}": jax.errors.JaxRuntimeError("no such thing\nat all"),
+    }
+    machine = Machine(monkeypatch, minutes=0.1)
+    candidates = ["--candidates", "xla_a=1", "xla_b=2"]
+    found = machine.table("--peer", *candidates, fails=fails, minutes="8")
+    assert [row["peer"] for row in found["rows"]] == [{"error": "out of memory"}] * 4
+    first, second = found["options"]
+    assert first == {"option": "xla_a=1", "error": "no such thing"}
+    assert (second["times_as_fast"], second["loss_change"]) == (2.0, 0.0)
+    assert "| `xla_b=2` | 1.00 | 2.000 | the same |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("candidate", bench_table.CANDIDATES)
+def test_candidates_are_options_of_xla_or_of_another_version(candidate):
+    options = bench_table.told(candidate)
+    run = jax.jit(lambda x: x + 1, compiler_options=options)
+    found = bench_table.attempt(lambda: {"run": run(1)})
+    assert found in ({"run": 2}, {"error": "not known to this jaxlib"})
