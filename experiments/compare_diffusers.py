@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
 def build(folder: Path, seed: int) -> Path:
     """Returns the folder that diffusers saved a random CIFAR-10 network in."""
     torch, diffusers = peers()
-    unet, scheduler = to_diffusers(EXPERIMENTS["cifar10"].config)
+    unet, scheduler = to_diffusers(EXPERIMENTS["cifar10_official"].config)
     torch.manual_seed(seed)
     made = {k: v for k, v in unet.items() if not k.startswith("_")}
     pipeline = diffusers.DDPMPipeline(

@@ -23,7 +23,7 @@ from diffusion_jax.gaussian import raise_unknown
 from diffusion_jax.nets import tensor_files, tensorflow_checkpoint, weights
 from diffusion_jax.training.formats import DataError
 from experiments import build, folders, records
-from experiments.config import UNKNOWN, Config, ConfigError
+from experiments.config import UNKNOWN, Config, ConfigError, official
 from experiments.configs import EXPERIMENTS
 from experiments.records import About, Described, Network
 
@@ -182,9 +182,10 @@ def _official(
     if experiment is not None:
         if experiment not in EXPERIMENTS:
             raise_unknown("experiment", experiment, tuple(EXPERIMENTS))
-        return EXPERIMENTS[experiment].config
+        return official(EXPERIMENTS[experiment].config)
     for name in _OFFICIAL:
-        config = EXPERIMENTS[name].config
+        # In which they were trained, and drawn from.
+        config = official(EXPERIMENTS[name].config)
         own = folders.shapes(config)
         names = weights.official_names(own, average=False)
         if all(shapes.get(names[key].name) == own[key] for key in own):

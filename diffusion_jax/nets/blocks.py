@@ -279,10 +279,9 @@ def folded(attentions: Iterable[Attention]) -> list[Folded]:
             queries = _product(queries, wk.mT)
         for n, i in enumerate(chosen):
             query, bias = queries[n, :-1], queries[n, -1]
-            if one_head:
-                rest = None, None, made[n, :-1]
-            else:
-                rest = wk[n], wv[n], wo[n]
+            rest: Any = (
+                (None, None, made[n, :-1]) if one_head else (wk[n], wv[n], wo[n])
+            )
             found[i] = Folded(query, bias, *rest, shifts[n])
     return [found[i] for i in range(len(blocks))]
 

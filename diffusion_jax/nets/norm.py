@@ -68,8 +68,8 @@ def group_norm(
     0.000 1.000
     """
     shift = jnp.zeros_like(bias) if shift is None else shift
-    vectors = (as_varying(v, parts[0]) for v in (scale, bias, shift))
-    given = Inputs(parts, *vectors, of_images, mask)
+    scale, bias, shift = (as_varying(v, parts[0]) for v in (scale, bias, shift))
+    given = Inputs(parts, scale, bias, shift, of_images, mask)
     return _group_norm(Constants(groups, epsilon, silu, keep), given)
 
 
@@ -175,11 +175,13 @@ def _backward(how: Constants, kept: Kept, gradient: jax.Array) -> tuple[Inputs]:
         of_x = a_i * at_y(y, g_i, _sigmoid) - p_i - u * q_i
         of_parts.append(of_x.astype(x.dtype))
     of_shift = a * of_d - pixels * (p + q * kept.off * kept.rstd)
-    of_vectors = (x.astype(scale.dtype) for x in _reduced((of_du, of_d, of_shift), 0))
+    of_scale, of_bias, of_all = (
+        total.astype(scale.dtype) for total in _reduced((of_du, of_d, of_shift), 0)
+    )
     of_images = None
     if given.of_images is not None:
         of_images = of_shift.astype(given.of_images.dtype)
-    return (Inputs(tuple(of_parts), *of_vectors, of_images, None),)
+    return (Inputs(tuple(of_parts), of_scale, of_bias, of_all, of_images, None),)
 
 
 _group_norm.defvjp(_forward, _backward)

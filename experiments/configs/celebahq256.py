@@ -22,8 +22,9 @@ CONFIG = Config(
         blocks=2,
         attention=(16,),
         dropout=0.0,
+        dtype="bfloat16",
     ),
-    optimizer=Optimizer(preset="official", learning_rate=2e-5, warmup=5000),
+    optimizer=Optimizer(learning_rate=2e-5, warmup=5000),
     train=Train(steps=500_000, batch_size=64),
     sample=Sample(every=10_000, count=16),
 )

@@ -1,13 +1,14 @@
-"""CIFAR-10, the main experiment of Ho et al. 2020, to the constant.
+"""CIFAR-10, the main experiment of Ho et al. 2020, in the fast form.
 
 Command   make train EXP=cifar10
 Hardware  one large GPU, or 8 TPU cores as in the paper
-Time      10.6 hours on a TPU v3-8 by the paper; not measured here
+Time      3.8 hours on one H200, at 17.0 ms a step as measured before the last changes;
+          10.6 hours on a TPU v3-8 by the paper
 Expected  the paper's FID 3.17 and Inception score 9.46 for 50,000 samples against the
           training set; bound at most 3.75 bits/dim
 
-The official preset clips the gradient of each eighth of the batch by itself, as eight
-TPU cores did: exact, and slower on one device than --optimizer.preset modern.
+Activations are in bfloat16, the gradient is clipped as a whole, and the average of the
+weights has a ramp. The authors' own arithmetic is cifar10_official, or --official.
 """
 
 from experiments.config import Config, Data, Diffusion, Net, Optimizer, Sample, Train
@@ -31,13 +32,12 @@ CONFIG = Config(
         attention=(16,),
         dropout=0.1,
         groups=32,
+        dtype="bfloat16",
     ),
     optimizer=Optimizer(
-        preset="official",
         learning_rate=2e-4,
         warmup=5000,
         clip_norm=1.0,
-        replicas=8,
         ema_decay=(0.9999,),
     ),
     train=Train(steps=800_000, batch_size=128),
