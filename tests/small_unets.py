@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.nets import unet
+from diffusion_jax.nets import blocks, unet
 
 # float32 against float64, relative to the largest value of the result.
 TOLERANCE = 1e-5
@@ -76,6 +76,25 @@ def assert_close(actual, expected, tolerance=TOLERANCE):
     assert error <= tolerance, f"relative error {error:.2e}"
 
 
+def activation(x, shift=None):
+    """An activation of one part."""
+    x = jnp.asarray(x)
+    shift = jnp.zeros(x.shape[-1]) if shift is None else jnp.asarray(shift)
+    return blocks.Activation((x,), shift)
+
+
+def whole(value):
+    """What a module takes or gives as one array, None where it is none."""
+    match value:
+        case blocks.Activation():
+            return value.whole()
+        case (jax.Array(ndim=4), jax.Array(ndim=1)):  # and a bias
+            return value[0] + value[1].astype(value[0].dtype)[(None,) * 3]
+        case (jax.Array(ndim=4), *_):  # parts
+            return jnp.concatenate(value, axis=-1)
+    return value if isinstance(value, jax.Array) else None
+
+
 def record(function, params, *args):
     """Runs the `apply` of a module; returns (output, inputs and outputs by module).
 
@@ -89,8 +108,8 @@ def record(function, params, *args):
             out = module(*args, **kwargs)
             if context.method_name == "__call__":
                 name = "/".join(context.module.path)
-                inputs[name] = [a for a in args if isinstance(a, jax.Array)]
-                outputs[name] = out
+                inputs[name] = [a for a in map(whole, args) if a is not None]
+                outputs[name] = whole(out)
             return out
 
         with nn.intercept_methods(listen):

@@ -1,7 +1,6 @@
 """The blocks of the U-Net against a NumPy float64 reference, and by hand."""
 
-import functools
-
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,10 +14,9 @@ from small_unets import (
     normal,
     parameters,
     quick_jit,
-    record,
 )
 
-from diffusion_jax.nets import blocks, embeddings
+from diffusion_jax.nets import blocks, dropout, embeddings, products
 
 
 def res_block(**options):
@@ -72,81 +70,169 @@ def test_odd_time_embedding_ends_in_a_zero():
 # Residual blocks and their dropout.
 
 
+class WithTime(nn.Module):
+    """A block, and what it adds of the embedding of time, in one module."""
+
+    block: blocks.ResBlock
+
+    def __call__(self, parts, shift, time, key=None):
+        kernel, bias = self.block.of_time(time.shape[-1])
+        x = blocks.Activation(parts, shift)
+        return self.block(x, jax.nn.silu(time) @ kernel + bias[None], key).whole()
+
+
+# One part, two, and two whose groups straddle; with a shift that was never written.
+PARTS = {"one": (8,), "two": (8, 4), "straddling": (6, 6)}
+
+
+def given_block(sizes, width, **options):
+    """A block that is told the time, its arguments, and its parameters."""
+    block = WithTime(res_block(channels=width, **options))
+    parts = tuple(normal(2, 6, 6, size, seed=size + i) for i, size in enumerate(sizes))
+    args = parts, normal(sum(sizes), seed=4), normal(2, 32, seed=2)
+    return block, args, parameters(block, *args)
+
+
+def true_block(params, parts, shift, time):
+    """The same by NumPy, in float64."""
+    x = np.concatenate(parts, axis=-1) + shift
+    return numpy_unet.res_block(params["block"], x, time, 4)
+
+
+def slopes(run, args, truth):
+    """The slope along random directions of all arguments, as `run` has its gradient,
+    and as `truth` has it in float64; with the length of the gradient."""
+    weights = normal(*np.shape(truth(*double(args))), seed=9)
+    rng = np.random.default_rng(7)
+    along = jax.tree.map(lambda a: rng.normal(size=np.shape(a)), args)
+    index = tuple(range(len(args)))
+    loss = lambda *args: (run(*args) * weights).sum()  # noqa: E731
+    found = double(quick_jit(jax.grad(loss, index))(*args))
+
+    def value(step):
+        moved = jax.tree.map(lambda a, v: a + step * v, double(args), along)
+        return (truth(*moved) * weights).sum()
+
+    products = jax.tree.map(lambda g, v: (g * v).sum(), found, along)
+    length = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(found)))
+    return sum(jax.tree.leaves(products)), (value(1e-5) - value(-1e-5)) / 2e-5, length
+
+
 @pytest.mark.parametrize("conv", ["xla", "matmul"])
 @pytest.mark.parametrize("width", [8, 12])
-def test_res_block_equals_numpy(width, conv):
-    block = res_block(channels=width, conv=conv)
-    x, time = normal(2, 6, 6, 8), normal(2, 32, seed=2)
-    params = parameters(block, x, time, False)
-    assert ("shortcut" in params) == (width != 8)
-    expected = numpy_unet.res_block(double(params), x, time, 4)
-    assert_close(apply(block, params, x, time, False), expected)
+@pytest.mark.parametrize("name", PARTS)
+def test_res_block_equals_numpy(name, width, conv):
+    block, args, params = given_block(PARTS[name], width, conv=conv)
+    assert ("shortcut" in params["block"]) == (PARTS[name] != (width,))
+    assert_close(apply(block, params, *args), true_block(double(params), *args))
+
+
+@pytest.mark.parametrize(("name", "width"), [("one", 8), ("straddling", 8)])
+def test_gradient_of_a_res_block_equals_numpy(name, width):
+    block, args, params = given_block(PARTS[name], width)
+
+    def run(params, *args):
+        return block.apply({"params": params}, *args)
+
+    found, expected, length = slopes(run, (params, *args), true_block)
+    assert abs(found - expected) < 1e-5 * length
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_dropout_drops_its_rate_in_training_before_the_last_convolution(rate):
-    block = res_block(dropout=rate)
-    x, time = normal(8, 16, 16, 8), normal(8, 32, seed=2)
-    params = parameters(block, x, time, False)
-    rngs = {"dropout": FAST_KEY}
-    train = functools.partial(block.apply, train=True, rngs=rngs)
-    _, inputs, outputs = record(train, params, x, time)
-    dropped = outputs["Dropout_0"] == 0
-    error = np.sqrt(rate * (1.0 - rate) / dropped.size)
-    assert abs(dropped.mean() - rate) < 5.0 * error
-    (before,) = inputs["Dropout_0"]
-    np.testing.assert_array_equal(before, outputs["norm2"])  # with SiLU
-    expected = np.where(dropped, 0.0, before / (1.0 - rate))
-    assert_close(inputs["conv2"][0], expected, 2e-6)
+def test_dropout_is_of_what_the_last_convolution_reads(rate):
+    block, args, params = given_block((8,), 8, dropout=rate)
+    read = []
 
+    def listen(module, args, kwargs, context):
+        if context.module.name == "conv2":
+            read.append(args[0])
+        return module(*args, **kwargs)
 
-def test_dropout_depends_on_the_key_in_training_and_is_off_at_sampling():
-    block = res_block()
-    x, time = normal(2, 4, 4, 8), normal(2, 32, seed=2)
-    params = parameters(block, x, time, False)
-
-    @functools.partial(quick_jit, static_argnums=1)
-    def run(key, train):
-        return block.apply({"params": params}, x, time, train, rngs={"dropout": key})
-
-    keys = [jax.random.key(seed, impl="unsafe_rbg") for seed in (0, 0, 1)]
-    a, b, c = (run(key, True) for key in keys)
-    np.testing.assert_array_equal(a, b)
-    assert np.abs(a - c).max() > 0.01
-    np.testing.assert_array_equal(run(keys[0], False), run(keys[2], False))
-    expected = numpy_unet.res_block(double(params), x, time, 4)
-    assert_close(run(keys[0], False), expected)
+    for key in (FAST_KEY, None):
+        with nn.intercept_methods(listen):
+            block.apply({"params": params}, *args, key)
+    dropped, before = (np.asarray(x) for x in read)
+    kept = dropout.unpacked(dropout.mask(FAST_KEY, before.shape, rate)[0], 8)
+    share = dropout.mask(FAST_KEY, (1, 1), rate)[1]
+    assert_close(dropped, np.where(kept, before / share, 0), 2e-6)
+    assert 0.5 * rate < 1 - np.mean(kept) < 2 * rate
 
 
 # Attention.
 
 
+class Attended(nn.Module):
+    """An attention and its products, in one module."""
+
+    block: blocks.Attention
+
+    def __call__(self, x, shift):
+        (weights,) = blocks.folded([self.block])
+        return self.block(blocks.Activation((x,), shift), weights).whole()
+
+
+def true_attention(params, x, shift):
+    return numpy_unet.attention(params["block"], x + shift, 4)
+
+
+def given_attention(dtype=jnp.float32):
+    block = Attended(blocks.Attention(channels=8, groups=4, dtype=dtype))
+    args = normal(2, 4, 6, 8), normal(8, seed=4)
+    return block, args, parameters(block, *args)
+
+
 def test_attention_equals_numpy():
-    block = blocks.Attention(groups=4, dtype=jnp.float32)
-    x = normal(2, 4, 6, 8)
-    params = parameters(block, x)
-    expected = numpy_unet.attention(double(params), x, 4)
-    assert_close(apply(block, params, x), expected)
+    block, args, params = given_attention()
+    assert_close(apply(block, params, *args), true_attention(double(params), *args))
+
+
+def test_gradient_of_attention_equals_numpy():
+    block, args, params = given_attention()
+
+    def run(params, *args):
+        return block.apply({"params": params}, *args)
+
+    found, expected, length = slopes(run, (params, *args), true_attention)
+    assert abs(found - expected) < 1e-5 * length
+
+
+def test_products_of_several_attentions_are_those_of_each():
+    widths = (8, 16, 8)
+    alone = [Attended(blocks.Attention(w, 4, jnp.float32)) for w in widths]
+    given = [(normal(1, 2, 2, w), normal(w, seed=4)) for w in widths]
+    params = [
+        parameters(net, *args, seed=i)
+        for i, (net, args) in enumerate(zip(alone, given, strict=True))
+    ]
+
+    class Several(nn.Module):
+        blocks: tuple
+
+        def __call__(self):
+            return blocks.folded(self.blocks)
+
+    several = Several(tuple(net.block for net in alone))
+    joined = {f"blocks_{i}": p["block"] for i, p in enumerate(params)}
+    found = several.apply({"params": joined})
+    for net, p, weights in zip(alone, params, found, strict=True):
+        one = Several((net.block,)).apply({"params": {"blocks_0": p["block"]}})[0]
+        for a, b in zip(jax.tree.leaves(weights), jax.tree.leaves(one), strict=True):
+            assert_close(a, b, 1e-6)
 
 
 def test_softmax_is_float32_in_bfloat16():
     # All scores are about 360, where bfloat16 counts in steps of 2; what decides
     # between the pixels is smaller than that.
-    block = blocks.Attention(groups=4, dtype=jnp.bfloat16)
-    x = normal(1, 4, 4, 8)
-    params = parameters(block, x)
-    params["query"] = {
-        "kernel": np.zeros([8, 8], np.float32),
-        "bias": np.array([32, 1, 1, 1, 1, 1, 1, 1], np.float32),
-    }
-    params["key"]["kernel"][:, 0] = 0.0
-    params["key"]["bias"][0] = 32.0
-    # The output is the mean of the values by the weights alone.
-    params["value"] = {"kernel": np.eye(8, dtype=np.float32), "bias": np.zeros(8)}
-    params["out"] = {"kernel": np.eye(8, dtype=np.float32), "bias": np.zeros(8)}
-    expected = numpy_unet.attention(double(params), x, 4)
-    out = apply(block, params, jnp.asarray(x, jnp.bfloat16))
-    error = np.abs(np.asarray(out, np.float64) - expected)
+    q = np.zeros([1, 16, 8]) + np.array([32.0, 1, 1, 1, 1, 1, 1, 1])
+    k = np.concatenate([np.full([1, 16, 1], 32.0), normal(1, 16, 7)], axis=-1)
+    half = [jnp.asarray(a, jnp.bfloat16) for a in (q, k, normal(1, 16, 8, seed=2))]
+    q, k, v = double(half)
+    scores = np.einsum("bqc,bkc->bqk", q, k) / np.sqrt(8)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    expected = weights / weights.sum(-1, keepdims=True) @ v
+    out = quick_jit(lambda *args: products.attend(*args, 8**-0.5))(*half)
+    assert out.dtype == jnp.bfloat16
+    error = np.abs(double(out) - expected)
     assert error.max() < 0.02 * np.abs(expected).max()
 
 
@@ -158,7 +244,8 @@ def test_downsample_equals_numpy(conv):
     block = blocks.Downsample(conv=conv, dtype=jnp.float32)
     x = normal(2, 6, 8, 5)
     params = parameters(block, x)
-    assert_close(apply(block, params, x), numpy_unet.downsample(double(params), x))
+    found = apply(block, params, x).whole()
+    assert_close(found, numpy_unet.downsample(double(params), x))
 
 
 @pytest.mark.parametrize("conv", ["xla", "matmul"])
@@ -169,7 +256,7 @@ def test_stride_2_pads_only_below_and_right(conv):
         kernel = np.zeros([3, 3, 1, 1], np.float32)
         kernel[row, col] = 1.0
         params = {"conv": {"kernel": kernel, "bias": np.zeros(1, np.float32)}}
-        out = np.asarray(run({"params": params}, x))
+        out = np.asarray(run({"params": params}, x).whole())
         for i, j in np.ndindex(2, 2):
             inside = 2 * i + row < 4 and 2 * j + col < 4
             expected = x[0, 2 * i + row, 2 * j + col, 0] if inside else 0.0
@@ -181,49 +268,33 @@ def test_upsample_equals_numpy(conv):
     block = blocks.Upsample(conv=conv, dtype=jnp.float32)
     x = normal(2, 3, 4, 5)
     params = parameters(block, x)
-    assert_close(apply(block, params, x), numpy_unet.upsample(double(params), x))
+    found = apply(block, params, x).whole()
+    assert_close(found, numpy_unet.upsample(double(params), x))
+
+
+# Convolutions to few channels.
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_last_convolution_is_summed_in_float32(dtype):
+    net = blocks.Conv(3, "taps", dtype)
+    x = jnp.asarray(normal(2, 5, 6, 16), dtype)
+    params = parameters(net, x)
+    # What is rounded is rounded before it is multiplied, and nothing after.
+    params["kernel"] = np.asarray(jnp.asarray(params["kernel"], dtype), np.float32)
+    out, bias = apply(net, params, x)
+    assert out.dtype == jnp.float32
+    out = double(out) + double(bias)
+    assert_close(out, numpy_unet.conv3x3(double(params), double(x)), 1e-6)
 
 
 # Group normalisation.
 
 
-@pytest.mark.parametrize("groups", [1, 4, 8])
-def test_group_norm_equals_numpy(groups):
-    x = 3.0 * normal(2, 5, 6, 8) + 1.0
-    norm = blocks.GroupNorm(groups=groups, dtype=jnp.float32)
-    params = parameters(norm, x)
-    expected = numpy_unet.group_norm(double(params), x, groups)
-    assert_close(apply(norm, params, x), expected)
-
-
 def test_group_norm_epsilon_is_1e_6():
     # The variance is 1e-6 exactly, so that epsilon halves the square of the output.
     x = 1e-3 * (-1.0) ** np.arange(4 * 4 * 8).reshape(1, 4, 4, 8).astype(np.float32)
-    norm = blocks.GroupNorm(groups=4, dtype=jnp.float32)
+    norm = blocks.GroupNorm(groups=4)
     params = {"scale": np.ones(8, np.float32), "bias": np.zeros(8, np.float32)}
-    np.testing.assert_allclose(
-        np.abs(norm.apply({"params": params}, x)), np.sqrt(0.5), rtol=1e-5
-    )
-
-
-def test_group_norm_is_accurate_where_the_mean_is_large():
-    # E[x^2] - E[x]^2 loses all digits here; the official code takes two passes.
-    x = normal(1, 8, 8, 32) + 100.0
-    norm = blocks.GroupNorm(groups=8, dtype=jnp.float32)
-    params = {"scale": np.ones(32, np.float32), "bias": np.zeros(32, np.float32)}
-    expected = numpy_unet.group_norm(params, x.astype(np.float64), 8)
-    assert_close(norm.apply({"params": params}, x), expected, 5e-5)
-
-
-def test_group_norm_statistics_are_float32_in_bfloat16():
-    # In bfloat16 E[x^2] = 64.25 would be off by up to 0.25, the whole variance.
-    x = jnp.asarray(8.0 + 0.5 * normal(1, 16, 16, 8), jnp.bfloat16)
-    norm = blocks.GroupNorm(groups=2, dtype=jnp.bfloat16)
-    params = {"scale": np.ones(8, np.float32), "bias": np.zeros(8, np.float32)}
-    out = norm.apply({"params": params}, x)
-    assert out.dtype == jnp.bfloat16
-    expected = numpy_unet.group_norm(params, np.asarray(x, np.float64), 2)
-    # One rounding of the result, relative to each value.
-    np.testing.assert_allclose(
-        np.asarray(out, np.float64), expected, rtol=2**-8, atol=1e-4
-    )
+    out = norm.apply({"params": params}, (jnp.asarray(x),))
+    np.testing.assert_allclose(np.abs(out), np.sqrt(0.5), rtol=1e-5)

@@ -67,20 +67,24 @@ def test_the_cifar_network_has_six_attention_blocks():
 
 
 def test_every_residual_block_drops_at_the_rate_of_the_network():
-    rates = []
-
-    def listen(module, args, kwargs, context):
-        if isinstance(context.module, nn.Dropout):
-            rates.append(context.module.rate)
-        return module(*args, **kwargs)
-
     assert unet.UNet().dropout == 0.1
     net = TWO_LEVELS.clone(dropout=0.3)
+    given = []
+
+    def listen(module, args, kwargs, context):
+        if isinstance(context.module, blocks.ResBlock) and len(args) == 3:
+            given.append((context.module.dropout, args[2]))
+        return module(*args, **kwargs)
+
     params = {"params": shapes(net, 8)}
+    train = functools.partial(
+        net.apply, train=True, rngs={"dropout": jax.random.key(0)}
+    )
     with nn.intercept_methods(listen):
-        jax.eval_shape(net.apply, params, normal(2, 8, 8, 3), np.zeros(2))
-    assert set(rates) == {0.3}
-    assert len(rates) == 2 * 2 + 2 + 2 * 3
+        jax.eval_shape(train, params, normal(2, 8, 8, 3), np.zeros(2))
+    assert {rate for rate, _ in given} == {0.3}
+    assert len(given) == 2 * 2 + 2 + 2 * 3
+    assert len({id(key) for _, key in given}) == len(given)
 
 
 def test_network_samples_unless_told_to_train_and_training_needs_a_key():

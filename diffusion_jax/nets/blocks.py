@@ -278,11 +278,11 @@ def folded(attentions: Iterable[Attention]) -> list[Folded]:
         if one_head:
             queries = _product(queries, wk.mT)
         for n, i in enumerate(chosen):
-            query, bias = queries[n, :-1], queries[n, -1]
-            rest: Any = (
+            key, value, out = (
                 (None, None, made[n, :-1]) if one_head else (wk[n], wv[n], wo[n])
             )
-            found[i] = Folded(query, bias, *rest, shifts[n])
+            query, bias = queries[n, :-1], queries[n, -1]
+            found[i] = Folded(query, bias, key, value, out, shifts[n])
     return [found[i] for i in range(len(blocks))]
 
 

@@ -45,7 +45,8 @@ def group_norm(
     The sums of a channel are of x - c and (x - c)^2, with c its middle pixel: the mean
     may be any multiple of the deviation. Where n pixels have the deviation s, c is at
     most sqrt(n) s from their mean, so the variance of a channel has a relative error of
-    n roundings at worst, where all pixels but c are alike, and of a few otherwise.
+    n times that of a sum at worst, where all pixels but c are alike, and of a few
+    roundings otherwise.
 
     Kept for the backward pass are the parts, the mask, and a few numbers a channel. The
     backward pass is our own, so there is no forward derivative (`jax.jvp`).

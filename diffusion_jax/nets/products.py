@@ -11,7 +11,7 @@ Parts = tuple[jax.Array, ...]
 
 
 def product(parts: Parts, kernel: jax.Array) -> jax.Array:
-    """Returns the product of an activation with a kernel, [B, H, W, C'], as it is typed.
+    """Returns the product of an activation with a kernel, [B, H, W, C'].
 
     The parts stay apart, and so do their gradients, but those are made by one product.
     The gradient of the kernel is summed and left in float32.

@@ -1,0 +1,224 @@
+"""How the U-Net computes: casts, dropout, derivatives, and old configurations."""
+
+import functools
+import itertools
+
+import flax.errors
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from small_unets import by_shape, name_of, normal, parameters, quick_jit, shapes
+
+from diffusion_jax.nets import dropout, unet
+from diffusion_jax.training import parallel
+from experiments import build, chains, eval_nll
+from experiments.config import Config, Data, Net, from_dict, replace, to_dict
+
+SMALLEST = unet.UNet(
+    channels=8, multipliers=(1,), attention=(), groups=4, blocks=1, dropout=0.2
+)
+LABEL = np.array([2, 0])
+
+
+def inputs(net, size):
+    label = LABEL if net.num_classes else None
+    return normal(2, size, size, 3), np.array([3, 700]), label
+
+
+def random_parameters(net, size):
+    return parameters(net, *inputs(net, size))
+
+
+def operations(jaxpr):
+    """All operations of a program, those of the programs it calls too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        values = jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
+        )
+        for inner in values:
+            if hasattr(inner, "eqns"):
+                yield from operations(inner)
+
+
+def test_skip_connections_are_joined_by_what_reads_them_alone():
+    """By the normalisation, in its own passes; no convolution reads what is joined."""
+    params = {"params": shapes(SMALLEST, 8)}
+    jaxpr = jax.make_jaxpr(SMALLEST.apply)(params, *inputs(SMALLEST, 8)[:2])
+    reads = [
+        eqn.invars[0].aval.shape
+        for eqn in operations(jaxpr)
+        if eqn.primitive.name == "conv_general_dilated"
+        and eqn.outvars[0].aval.ndim == 4
+    ]
+    # Normalised it is of both, once a block; a shortcut's products are of each part.
+    wide = [shape for shape in reads if shape[-1] == 2 * 8]
+    assert len(wide) == 2
+
+
+# Casting once.
+
+
+def test_cast_parameters_give_the_same_bits():
+    net = SMALLEST.clone(dtype=jnp.bfloat16, num_classes=3)
+    x, t, label = inputs(net, 8)
+    params = random_parameters(net, 8)
+    run = quick_jit(lambda params: net.apply({"params": params}, x, t, label))
+    cast = unet.cast(params, net.dtype)
+    np.testing.assert_array_equal(run(cast), run(params))
+    kept = {
+        name_of(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(cast)
+        if leaf.dtype == jnp.float32
+    }
+    attention = tuple(
+        f"_attention/{n}/kernel" for n in ("query", "key", "value", "out")
+    )
+    assert kept == {
+        name
+        for name in by_shape(params)
+        if name.endswith(("/bias", "/scale", *attention))
+    }
+    # float32 is left as it is.
+    jax.tree.map(np.testing.assert_array_equal, unet.cast(params, jnp.float32), params)
+
+
+TINY = Config(
+    data=Data(image_size=8),
+    net=Net(
+        channels=8,
+        multipliers=(1, 2),
+        blocks=1,
+        attention=(),
+        groups=4,
+        dropout=0.0,
+        dtype="bfloat16",
+    ),
+)
+
+
+def test_a_chain_casts_its_parameters_once(monkeypatch):
+    config = replace(TINY, "diffusion", num_steps=4)
+    params = jax.eval_shape(lambda: build.init_params(config, jax.random.key(0)))
+
+    def kernels_cast():
+        """Casts of a convolution's kernels in the loop."""
+        drawn = []
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "jit", lambda function, **_: drawn.append(function))
+            chains.make_draw(config, 2, parallel.make_mesh(1))
+        jaxpr = jax.make_jaxpr(drawn[0])(params, jax.random.key(0), 0)
+        (loop,) = (e for e in operations(jaxpr) if e.primitive.name == "scan")
+        inside = operations(loop.params["jaxpr"])
+        cast = [e.outvars[0] for e in inside if e.primitive.name.startswith("convert")]
+        return sum(v.aval.shape == (3, 3, 8, 8) for v in cast)
+
+    assert kernels_cast() == 0
+    monkeypatch.setattr(build, "as_computed", lambda config, params: params)
+    assert kernels_cast() > 0
+
+
+# Dropout.
+
+
+def drawn(key, shape, rate):
+    """1 / keep where a value is kept, 0 elsewhere."""
+    packed, keep = dropout.mask(key, shape, rate)
+    return jnp.where(dropout.unpacked(packed, shape[-1]), 1 / keep, 0)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 1e-6])
+def test_dropout_keeps_its_share_and_the_mean(rate):
+    run = quick_jit(drawn, static_argnums=(1, 2))
+    y = np.asarray(run(jax.random.key(1), (2000, 501), rate))
+    kept = y != 0
+    error = np.sqrt(rate * (1 - rate) / y.size)
+    assert abs(kept.mean() - (1 - rate)) < 5 * error + 2**-17
+    # The mean over all 65,536 values of the bits is 1, whatever the rate.
+    share = round((1 - rate) * 2**16) / 2**16
+    np.testing.assert_allclose(y.max() * share, 1, rtol=1e-6)
+    assert abs(share - (1 - rate)) <= 2**-17
+    np.testing.assert_allclose(y.var(), rate / (1 - rate), rtol=0.02, atol=1e-5)
+    if rate > 0.01:
+        # No row, column or neighbour depends on another, nor those of one byte.
+        for axis in (0, 1):
+            spread = kept.mean(axis).std() * np.sqrt(kept.shape[axis])
+            np.testing.assert_allclose(spread, np.sqrt(rate * (1 - rate)), rtol=0.15)
+        for apart in range(1, 9):
+            pairs = (kept[:, apart:] & kept[:, :-apart]).mean()
+            assert abs(pairs - (1 - rate) ** 2) < 1e-2
+
+
+def test_dropout_is_exact_in_expectation():
+    # Each of the 65,536 values of the bits once: as many are kept as the share says.
+    bits = np.arange(2**16)
+    for rate in (0.1, 0.13, 0.3, 1 / 3):
+        _, share = dropout.mask(jax.random.key(0), (1, 8), rate)
+        assert (bits < round((1 - rate) * 2**16)).mean() == share
+
+
+def test_dropout_takes_any_key_and_gives_each_its_own():
+    run = functools.partial(drawn, shape=(64, 63), rate=0.5)
+    keys = [
+        jax.random.key(0),
+        jax.random.key(1),
+        jax.random.split(jax.random.key(0))[0],
+        jax.random.key(0, impl="rbg"),
+    ]
+    found = [np.asarray(run(key)) for key in keys]
+    for a, b in itertools.combinations(found, 2):
+        assert 0.4 < (a == b).mean() < 0.6
+    np.testing.assert_array_equal(run(keys[0]), found[0])
+    with pytest.raises(ValueError, match=r"below 1; got 1\.0"):
+        dropout.mask(keys[0], (1, 8), 1.0)
+
+
+def test_dropout_on_many_devices_is_that_on_one():
+    mesh = parallel.make_mesh()
+    run = functools.partial(drawn, shape=(16, 5, 12), rate=0.5)
+    spread = NamedSharding(mesh, PartitionSpec(parallel.AXIS))
+    many = quick_jit(run, out_shardings=spread)(jax.random.key(0))
+    np.testing.assert_array_equal(many, quick_jit(run)(jax.random.key(0)))
+
+
+def test_network_drops_in_training_alone_and_by_its_key():
+    net = SMALLEST.clone(dropout=0.5)
+    x, t, _ = inputs(net, 8)
+    params = {"params": parameters(net, x, t)}
+
+    def apply(key):
+        return net.apply(params, x, t, train=True, rngs={"dropout": key})
+
+    run = quick_jit(apply)
+    a, b, c = (run(jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(a, b)
+    assert np.abs(a - c).max() > 0.01
+    text = str(jax.make_jaxpr(functools.partial(net.apply, params))(x, t))
+    assert "random" not in text
+    with pytest.raises(flax.errors.InvalidRngError, match="dropout"):
+        jax.eval_shape(functools.partial(net.apply, params, x, t, train=True))
+
+
+# Derivatives, and configurations of earlier versions.
+
+
+def test_the_flow_is_evaluated_by_the_network_of_training():
+    params = jax.eval_shape(lambda: build.init_params(TINY, jax.random.key(0)))
+    evaluate = eval_nll.make_ode(TINY, eval_nll.Options(ode=True))
+    batch = {
+        "i": jax.ShapeDtypeStruct((2,), jnp.int32),
+        "x": jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.uint8),
+    }
+    assert jax.eval_shape(evaluate, params, batch).total.shape == (2,)
+
+
+def test_fields_of_earlier_versions_are_left_out():
+    written = to_dict(TINY)
+    written["net"] |= {"fuse": ["norm"], "kernels": "xla", "dropout_bits": "rbg"}
+    written["optimizer"] |= {"flat": True}
+    assert from_dict(written) == TINY
+    written["net"]["flat"] = True
+    with pytest.raises(ValueError, match="got flat"):
+        from_dict(written)
