@@ -11,7 +11,7 @@ import typing
 import pytest
 
 from experiments import arguments, config, validation
-from experiments.configs import EXPERIMENTS, cifar10
+from experiments.configs import EXPERIMENTS, cifar10, cifar10_official
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -33,7 +33,7 @@ def test_every_experiment_says_command_hardware_hours_and_result(name):
 
 def test_cifar10_is_the_paper_to_the_constant():
     """Section 4 and Appendix B of Ho et al. 2020, and the official code."""
-    c = cifar10.CONFIG
+    c = cifar10_official.CONFIG
     d, n, o = c.diffusion, c.net, c.optimizer
     assert (d.schedule, d.num_steps, d.beta_start, d.beta_end) == (
         "linear",
@@ -44,6 +44,7 @@ def test_cifar10_is_the_paper_to_the_constant():
     assert (d.prediction, d.loss, d.variance) == ("eps", "eps", "large")
     assert (n.channels, n.multipliers, n.blocks) == (128, (1, 2, 2, 2), 2)
     assert (n.attention, n.dropout, n.groups) == ((16,), 0.1, 32)
+    assert n.dtype == "float32"
     assert (o.preset, o.learning_rate, o.warmup, o.decay) == (
         "official",
         2e-4,
@@ -53,6 +54,29 @@ def test_cifar10_is_the_paper_to_the_constant():
     assert (o.clip_norm, o.replicas, o.ema_decay, o.b2) == (1.0, 8, (0.9999,), 0.999)
     assert (c.train.steps, c.train.batch_size) == (800_000, 128)
     assert (c.data.flip, c.data.image_size, c.sample.steps) == (True, 32, None)
+
+
+def test_networks_of_large_machines_run_in_the_fast_form():
+    for name, experiment in EXPERIMENTS.items():
+        official = name.startswith("table2") or name == "cifar10_official"
+        of_cpu = name.startswith("digits")
+        c = experiment.config
+        dtype = "float32" if official or of_cpu else "bfloat16"
+        preset = "official" if official else "modern"
+        assert (name, c.net.dtype, c.optimizer.preset) == (name, dtype, preset)
+
+
+def test_the_authors_arithmetic_is_one_flag_of_any_experiment():
+    def parse(*argv):
+        return arguments.parse(argv, prog="python -m experiments.train")
+
+    assert parse("cifar10", "--official") == dataclasses.replace(
+        parse("cifar10_official"), name="cifar10"
+    )
+    found = parse("fashion_mnist", "--official", "--net.dtype", "bfloat16")
+    # A flag still says more than the experiment.
+    assert (found.optimizer.preset, found.net.dtype) == ("official", "bfloat16")
+    assert parse("fashion_mnist").optimizer.preset == "modern"
 
 
 @pytest.mark.parametrize("name", [n for n in EXPERIMENTS if n.endswith(("256", "ge"))])

@@ -1,4 +1,4 @@
-"""GroupNorm with SiLU in few passes: against NumPy, and against itself written plainly."""
+"""GroupNorm with SiLU in few passes: against NumPy, and against its plain form."""
 
 import functools
 
@@ -203,7 +203,7 @@ def test_means_of_a_group_may_be_far_apart(channel):
 @every_form
 def test_no_pixel_spoils_the_statistics(form):
     # The middle one, from which differences are taken, is far from all others: what is
-    # left of the digits is 1 / 256, and the sums of 128 pixels have their roundings too.
+    # left of the digits is 1 / 256, and the sums of 128 pixels have roundings too.
     parts, scale, bias, _ = given((8,), side=(16, 16))
     parts[0][:, 8, 8] += 500.0
     out = FORMS[form]((jnp.asarray(parts[0]),), scale, bias, 4, EPSILON)

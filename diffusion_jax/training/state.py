@@ -4,12 +4,16 @@ It takes any loss. What is random in a step comes from `fold_in(key, step)`, so 
 that is stopped and continued draws what the uninterrupted one would have drawn.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+
+from diffusion_jax.training import flat
 
 PyTree = Any
 LossFn = Callable[..., Any]
@@ -162,9 +166,10 @@ def make_step(
             seen = jax.lax.all_gather(seen, axis_name, tiled=True)
             if _floating(batch):
                 wrong = jax.lax.pmax(wrong.astype(jnp.int32), axis_name) > 0
-        # The sums that `clip` needs as well: the compiler makes them once.
-        squares = [optax.tree.norm(x, squared=True) for x in jax.tree.leaves(grad)]
-        norm = jnp.sqrt(sum(squares))
+        norm = optax.tree.norm(grad)  # as `clip` needs it: it is computed once
+        # Clipped one by one, all leaves of a bad gradient are bad.
+        tensor = _first_bad(() if clip_each else grad)
+        grads = grad
         if not clip_each:
             grad = clip(grad, clip_norm)
         updates, opt_state = optimizer.update(grad, state.opt_state, state.params)
@@ -185,8 +190,7 @@ def make_step(
             "grad_norm": norm,
             "skipped": (cause > 0).astype(jnp.int32),
             "cause": cause,
-            # Clipped one by one, all leaves of a bad gradient are bad.
-            "tensor": _first_bad(() if clip_each else squares),
+            "tensor": tensor,
         }
         return new._replace(step=state.step + 1), metrics
 
@@ -301,9 +305,16 @@ def _not_finite(tree: PyTree) -> jax.Array:
     return jnp.stack(bad).any() if bad else jnp.zeros((), bool)
 
 
-def _first_bad(squares: Sequence[jax.Array]) -> jax.Array:
-    """The index of the first that is not finite, int32; -1 where all are."""
-    if not squares:
+def _first_bad(grad: PyTree) -> jax.Array:
+    """The index of the first leaf that is not finite, int32; -1 where all are."""
+    if isinstance(grad, flat.Flat):
+        vector, sizes = grad.vector, [math.prod(shape) for shape in grad.shapes]
+        at = jnp.where(jnp.isfinite(vector), len(vector), jnp.arange(len(vector)))
+        first = at.min()  # beside the norm, from the same pass
+        leaf = (first >= np.cumsum(sizes)).sum()
+        return jnp.where(first < len(vector), leaf, -1).astype(jnp.int32)
+    leaves = jax.tree.leaves(grad)
+    if not leaves:
         return jnp.full((), -1, jnp.int32)
-    bad = ~jnp.isfinite(jnp.stack(squares))
+    bad = jnp.stack([~jnp.isfinite(x).all() for x in leaves])
     return jnp.where(bad.any(), jnp.argmax(bad), -1).astype(jnp.int32)
