@@ -48,16 +48,26 @@ def may_overflow(config: Config) -> bool:
     return farthest > float(jnp.finfo(jnp.float32).max) / 1e6
 
 
-def init_state(config: Config, params: Any = None) -> state.TrainState:
+def init_state(
+    config: Config,
+    params: Any = None,
+    key: jax.Array | None = None,
+    *,
+    packed: bool = False,
+) -> state.TrainState:
     """Returns the training state before the first step.
 
     Args:
       config: the configuration.
       params: those to start from, `initial.params`; from the seed when None.
+      key: of the seed, made here when None. A program that is given it fits all seeds.
+      packed: whether to return what `as_trained` makes of it where trees are packed.
     """
-    key_params, key_run = jax.random.split(jax.random.key(config.train.seed))
+    key = jax.random.key(config.train.seed) if key is None else key
+    key_params, key_run = jax.random.split(key)
     if params is None:
         params = init_params(config, key_params)
+    params = flat.pack(params) if packed else params
     memory: Any = ()
     if config.diffusion.density == "importance":
         memory = timesteps.history(config.diffusion.num_steps)
@@ -70,24 +80,39 @@ def init_state(config: Config, params: Any = None) -> state.TrainState:
     )
 
 
+def make_params(config: Config, placed: Any = None) -> Callable[[jax.Array], Any]:
+    """Returns the function from the key of a run to its first parameters, compiled.
+
+    They are those of `init_state`. On a CPU few optimisations are made: to compile it
+    takes longer than to run it.
+
+    Args:
+      config: the configuration.
+      placed: where they go, a tree of shardings.
+    """
+    # Level 0 rounds otherwise: equal seeds would give other weights.
+    few = {"xla_backend_optimization_level": 1}
+    return jax.jit(
+        lambda key: init_params(config, jax.random.split(key)[0]),
+        out_shardings=placed,
+        compiler_options=few if jax.default_backend() == "cpu" else None,
+    )
+
+
 def as_trained(config: Config, whole: state.TrainState) -> state.TrainState:
-    """Returns a state as the training step takes it, from one that is all trees."""
-    return _pack(whole) if config.optimizer.flat else whole
+    """Returns a state as the training step takes it, from any."""
+    if not config.optimizer.flat or isinstance(whole.params, flat.Flat):
+        return whole
+    return flat.pack_all(whole, whole.params, _pack)
 
 
 def as_stored(trained: state.TrainState) -> state.TrainState:
     """Returns a state that is all trees, as checkpoints have it, from any."""
-    return _unpack(trained) if isinstance(trained.params, flat.Flat) else trained
+    return flat.unpack_all(trained, _unpack)
 
 
-@jax.jit
-def _pack(whole: state.TrainState) -> Any:
-    return flat.pack_all(whole, whole.params)
-
-
-@jax.jit
-def _unpack(trained: state.TrainState) -> Any:
-    return flat.unpack_all(trained)
+# Of a whole state it would be a program four times as large.
+_pack, _unpack = jax.jit(flat.pack), jax.jit(flat.unpack)
 
 
 def make_averages(config: Config) -> tuple[averages.Profile, ...]:
@@ -310,7 +335,7 @@ def make_pure_step(config: Config, mesh: jax.sharding.Mesh) -> state.StepFn:
 
 def make_step(
     config: Config, mesh: jax.sharding.Mesh, stored: Any = None
-) -> state.StepFn:
+) -> parallel.Step:
     """Returns the training step, compiled for the mesh by the configured strategy.
 
     Args:

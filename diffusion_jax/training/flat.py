@@ -78,8 +78,16 @@ def unpack(flat: Flat) -> PyTree:
     return jax.tree.unflatten(flat.structure, leaves)
 
 
-def pack_all(state: PyTree, like: PyTree) -> PyTree:
-    """Returns a state in which each tree of the structure of `like` is a vector."""
+def pack_all(
+    state: PyTree, like: PyTree, pack: Callable[[PyTree], Flat] = pack
+) -> PyTree:
+    """Returns a state in which each tree of the structure of `like` is a vector.
+
+    Args:
+      state: the state.
+      like: the parameters, or a tree of their structure.
+      pack: as `pack`; compiled, it is one program for all trees.
+    """
     structure: Any = jax.tree.structure(like)
 
     def is_like(part: PyTree) -> bool:
@@ -90,8 +98,8 @@ def pack_all(state: PyTree, like: PyTree) -> PyTree:
     )
 
 
-def unpack_all(state: PyTree) -> PyTree:
-    """Returns a state in which each vector is a tree again."""
+def unpack_all(state: PyTree, unpack: Callable[[Flat], PyTree] = unpack) -> PyTree:
+    """Returns a state in which each vector is a tree again; unpack as in `pack_all`."""
 
     def is_flat(part: PyTree) -> bool:
         return isinstance(part, Flat)
