@@ -83,20 +83,25 @@ def init_state(
 def make_params(config: Config, placed: Any = None) -> Callable[[jax.Array], Any]:
     """Returns the function from the key of a run to its first parameters, compiled.
 
-    They are those of `init_state`. On a CPU few optimisations are made: to compile it
-    takes longer than to run it.
+    They are those of `init_state`.
 
     Args:
       config: the configuration.
       placed: where they go, a tree of shardings.
     """
-    # Level 0 rounds otherwise: equal seeds would give other weights.
-    few = {"xla_backend_optimization_level": 1}
     return jax.jit(
         lambda key: init_params(config, jax.random.split(key)[0]),
         out_shardings=placed,
-        compiler_options=few if jax.default_backend() == "cpu" else None,
+        compiler_options=run_once(),
     )
+
+
+def run_once() -> dict[str, Any] | None:
+    """Returns compiler options for what takes longer to compile than to run."""
+    if jax.default_backend() != "cpu":
+        return None
+    # Level 0 rounds otherwise: equal seeds would give other weights.
+    return {"xla_backend_optimization_level": 1}
 
 
 def as_trained(config: Config, whole: state.TrainState) -> state.TrainState:

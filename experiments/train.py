@@ -292,6 +292,7 @@ def first_state(config: Config, placed: Any, params: Any = None) -> TrainState:
         ),
         # Made where it belongs where the whole may be more than one device holds.
         out_shardings=placed if cut else None,
+        compiler_options=learning.run_once(),
     )
     if params is None and not cut:
         params = learning.make_params(config)(key)
