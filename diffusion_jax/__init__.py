@@ -28,26 +28,31 @@ The machinery, which knows nothing of diffusion:
   evaluation  metrics (FID and others), moments, images (grids, strips and plots)
 """
 
-from diffusion_jax import (
-    analytic,
-    continuous,
-    editing,
-    gaussian,
-    grids,
-    guidance,
-    langevin,
-    learned,
-    likelihood,
-    losses,
-    ode,
-    prediction,
-    samplers,
-    schedule,
-    sde,
-    solvers,
-    timesteps,
-    weightings,
-)
+from typing import TYPE_CHECKING
+
+from diffusion_jax._on_demand import on_demand
+
+if TYPE_CHECKING:
+    from diffusion_jax import (
+        analytic,
+        continuous,
+        editing,
+        gaussian,
+        grids,
+        guidance,
+        langevin,
+        learned,
+        likelihood,
+        losses,
+        ode,
+        prediction,
+        samplers,
+        schedule,
+        sde,
+        solvers,
+        timesteps,
+        weightings,
+    )
 
 __all__ = [
     "analytic",
@@ -69,3 +74,6 @@ __all__ = [
     "timesteps",
     "weightings",
 ]
+
+# JAX, which all of them import, takes a second.
+__getattr__, __dir__ = on_demand(__name__, __all__)

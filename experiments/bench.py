@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from diffusion_jax.training import arithmetic, compilation, data, feed, parallel
+from diffusion_jax.training import arithmetic, compilation, data, feed, flat, parallel
 from experiments import (
     arguments,
     bench_peer,
@@ -239,13 +239,14 @@ def measure_train(
     dataset = data.Dataset(images, labels, "random")
     usual = compilation.options(mesh.devices.flat[0])
     step = learning.make_step(chosen, mesh, options=usual | (told or {}))
-    whole_state = jax.eval_shape(lambda: learning.init_state(chosen))
+    whole_state = jax.eval_shape(lambda: learning.init_state(chosen, packed=True))
     placed = parallel.state_sharding(whole_state, mesh)
-    held = [learning.as_trained(chosen, train.first_state(chosen, placed), mesh)]
+    held = [train.first_state(chosen, placed)]
     fed = train.feed_of(chosen, dataset, mesh)
     whole = feed.batch_at(dataset, bool(chosen.net.classes), 0, size, 0)
     batch = parallel.shard(whole, mesh)
-    flops = arithmetic.count(gradient(chosen), whole_state.params, batch)
+    params = jax.eval_shape(flat.unpack_all, whole_state.params)
+    flops = arithmetic.count(gradient(chosen), params, batch)
     losses = []
 
     def once() -> Any:

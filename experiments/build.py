@@ -1,5 +1,6 @@
 """From a configuration to objects: schedule, network and data."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -178,12 +179,18 @@ def init_params(config: Config, key: jax.Array) -> Any:
     net = make_network(config)
     label = jnp.zeros(1, jnp.int32) if net.num_classes else None
     x, t = jnp.zeros(shape), jnp.zeros(1)
-    params = {"net": jax.jit(net.init)(key, x, t, label)["params"]}
+    params = {"net": _initialiser(net)(key, x, t, label)["params"]}
     if config.diffusion.schedule == "learned":
         low, high = FIRST_LOGSNR
         key = jax.random.fold_in(key, 1)
         params["schedule"] = learned.init(key, logsnr_min=low, logsnr_max=high)
     return params
+
+
+@functools.cache
+def _initialiser(net: UNet) -> Callable[..., Any]:
+    """Returns `net.init` compiled; traced once, however often its shapes are needed."""
+    return jax.jit(net.init)
 
 
 def load_data(config: Config, *, split: str = "train") -> data.Dataset:

@@ -195,7 +195,6 @@ def make_draw(
     The result is float, [count, H, W, C], about [-1, 1].
     """
     grid, size = make_grid(config), config.data.image_size
-    std = start_std(config)
     # Devices that cannot share the images equally draw all of them each.
     spread = count % mesh.size == 0
     out = parallel.sharded(mesh) if spread else parallel.replicated(mesh)
@@ -208,6 +207,9 @@ def make_draw(
         # Once, and not at each of the chain's evaluations.
         sampler = make_sampler(config, build.as_computed(config, params), first=first)
         shape = (count, size, size, config.data.channels)
+        # Not before: a run starts long before it draws.
+        with jax.ensure_compile_time_eval():
+            std = start_std(config)
         images = samplers.sample(key, sampler, grid, shape, start_std=std, first=first)
         images = jax.lax.with_sharding_constraint(images, out)
         if several:  # every host gets all of them

@@ -113,7 +113,7 @@ def check(options: Options) -> None:
 
 def training(chosen: Config, mesh: Mesh) -> tuple[Any, dict[str, int]]:
     """Returns the lowered training step, and its `operations`."""
-    state = jax.eval_shape(lambda: learning.packed(chosen, learning.init_state(chosen)))
+    state = jax.eval_shape(lambda: learning.init_state(chosen, packed=True))
     batch = batch_like(chosen)
     pure = learning.make_pure_step(chosen, mesh)
     if chosen.train.parallel != "mesh":  # pmap is the same program

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 import tyro
 from PIL import Image
-from sklearn.neighbors import NearestNeighbors
 
 from diffusion_jax.evaluation import images, metrics, moments
 from diffusion_jax.training import data, parallel, pixels
@@ -402,6 +401,8 @@ def neighbours(
     The first row of three are samples, the second their neighbours in pixels, the third
     those in features. None on a host but the first.
     """
+    from sklearn.neighbors import NearestNeighbors  # takes longer to load than JAX
+
     shown = np.asarray(fake[:columns])
     features, _ = extractors.extract(
         extractor, shown, batch_size=options.batch_size, label="neighbours"

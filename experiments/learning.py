@@ -49,16 +49,26 @@ def may_overflow(config: Config) -> bool:
     return farthest > float(jnp.finfo(jnp.float32).max) / 1e6
 
 
-def init_state(config: Config, params: Any = None) -> state.TrainState:
+def init_state(
+    config: Config,
+    params: Any = None,
+    key: jax.Array | None = None,
+    *,
+    packed: bool = False,
+) -> state.TrainState:
     """Returns the training state before the first step.
 
     Args:
       config: the configuration.
       params: those to start from, `initial.params`; from the seed when None.
+      key: of the seed, made here when None. A program that is given it fits all seeds.
+      packed: whether to return what `as_trained` makes of it.
     """
-    key_params, key_run = jax.random.split(jax.random.key(config.train.seed))
+    key = jax.random.key(config.train.seed) if key is None else key
+    key_params, key_run = jax.random.split(key)
     if params is None:
         params = init_params(config, key_params)
+    params = flat.pack(params, config.train.fsdp) if packed else params
     memory: Any = ()
     if config.diffusion.density == "importance":
         memory = timesteps.history(config.diffusion.num_steps)
@@ -71,35 +81,65 @@ def init_state(config: Config, params: Any = None) -> state.TrainState:
     )
 
 
-def packed(config: Config, whole: state.TrainState) -> Any:
-    """Returns a state as the training step takes it, from one that is all trees.
+def make_params(config: Config, placed: Any = None) -> Callable[[jax.Array], Any]:
+    """Returns the function from the key of a run to its first parameters, compiled.
+
+    They are those of `init_state`.
+
+    Args:
+      config: the configuration.
+      placed: where they go, a tree of shardings.
+    """
+    return jax.jit(
+        lambda key: init_params(config, jax.random.split(key)[0]),
+        out_shardings=placed,
+        compiler_options=run_once(),
+    )
+
+
+def run_once() -> dict[str, Any] | None:
+    """Returns compiler options for what takes longer to compile than to run."""
+    if jax.default_backend() != "cpu":
+        return None
+    # Level 0 rounds otherwise: equal seeds would give other weights.
+    return {"xla_backend_optimization_level": 1}
+
+
+def as_trained(config: Config, whole: state.TrainState, mesh: jax.sharding.Mesh) -> Any:
+    """Returns a state as it is trained, from any, on the devices of a mesh.
 
     Parameters, moments and averages are a vector each: a few large operations a step in
     place of a thousand small ones.
     """
-    return flat.pack_all(whole, whole.params, multiple=config.train.fsdp)
-
-
-def as_trained(config: Config, whole: state.TrainState, mesh: jax.sharding.Mesh) -> Any:
-    """Returns `packed` of a state, on the devices of a mesh."""
-    pack = functools.partial(packed, config)
-    placed = parallel.state_sharding(jax.eval_shape(pack, whole), mesh)
-    return jax.jit(pack, out_shardings=placed)(whole)
+    if isinstance(whole.params, flat.Flat):
+        return whole
+    return flat.pack_all(whole, whole.params, _packing(mesh, config.train.fsdp))
 
 
 def as_stored(trained: Any, mesh: jax.sharding.Mesh) -> state.TrainState:
     """Returns a state that is all trees, as checkpoints have it."""
-    return _unpack(mesh)(trained)
+    return flat.unpack_all(trained, _unpacking(mesh))
+
+
+# A program for each tree: of a whole state it would be one four times as large.
 
 
 @functools.cache
-def _unpack(mesh: jax.sharding.Mesh) -> Callable[[Any], state.TrainState]:
-    def unpack(trained: Any) -> Any:
-        whole = flat.unpack_all(trained)
-        placed = parallel.state_sharding(whole, mesh)
-        return jax.lax.with_sharding_constraint(whole, placed)
+def _packing(mesh: jax.sharding.Mesh, multiple: int) -> Callable[[Any], flat.Flat]:
+    def pack(tree: Any) -> Any:
+        return _placed(flat.pack(tree, multiple), mesh)
 
-    return jax.jit(unpack)
+    return jax.jit(pack)
+
+
+@functools.cache
+def _unpacking(mesh: jax.sharding.Mesh) -> Callable[[flat.Flat], Any]:
+    return jax.jit(lambda vector: _placed(flat.unpack(vector), mesh))
+
+
+def _placed(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    placed = parallel.state_sharding(tree, mesh)
+    return jax.lax.with_sharding_constraint(tree, placed)
 
 
 def make_averages(config: Config) -> tuple[averages.Profile, ...]:
@@ -275,7 +315,7 @@ def _label(
 
 
 def make_pure_step(config: Config, mesh: jax.sharding.Mesh) -> state.StepFn:
-    """Returns the training step as a function of a `packed` state and a batch."""
+    """Returns the training step as a function of a packed state and a batch."""
     o, strategy = config.optimizer, config.train.parallel
     official = o.preset == "official"
     parts = micro_batches(config)
@@ -300,7 +340,7 @@ def make_step(
     mesh: jax.sharding.Mesh,
     stored: Any = None,
     options: compilation.Options | None = None,
-) -> state.StepFn:
+) -> parallel.Step:
     """Returns the training step, compiled for the mesh by the configured strategy.
 
     Args:

@@ -16,8 +16,16 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_
     # While the rest is loaded, Ctrl-C ends this without a word.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 import time
-from collections.abc import Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import (
+    AbstractContextManager,
+    closing,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +80,7 @@ class Job(NamedTuple):
     run: runs.Run
     mesh: Any
     feed: feed.Feed
+    step: parallel.Step
     manager: Any
     signals: stopping.Requests
     """The signals that asked for the end."""
@@ -141,13 +150,15 @@ def _train(
     hosts.check_same("the images", f"{dataset.images.shape}")
     fed = feed_of(config, dataset, mesh)
     hosts.check_same("the input", fed.source)
+    step = learning.make_step(config, mesh, fed.stored)
     with checkpoint.open_folder(
         run.checkpoints, keep=config.train.keep, keep_every=config.train.keep_every
     ) as manager:
-        begun = start(config, run, mesh, manager, strict=strict)
+        meanwhile = partial(compiling, step, fed)
+        begun = start(config, run, mesh, manager, strict=strict, meanwhile=meanwhile)
         describe(config, run, mesh, dataset, fed, begun.state)
         begun = begun._replace(state=learning.as_trained(config, begun.state, mesh))
-        job = Job(config, run, mesh, fed, manager, signals, started, before)
+        job = Job(config, run, mesh, fed, step, manager, signals, started, before)
         state = loop(job, begun)
     return finish(job, state)
 
@@ -196,19 +207,30 @@ def start(
     folder: checkpoint.Folder,
     *,
     strict: bool = False,
+    meanwhile: Callable[..., AbstractContextManager[None]] = lambda *_: nullcontext(),
 ) -> Begun:
     """Returns what to go on from.
 
     The newest checkpoint that verifies where there is one, a fresh state otherwise.
-    Newer ones, which do not, are set aside.
+    Newer ones, which do not, are set aside. Unless the run is complete the context
+    `meanwhile`, of shapes and places of a state as it is trained, is entered while the
+    state is made or read.
     """
     like = jax.eval_shape(lambda: learning.init_state(config))
     steps, plan = folder.steps(), config.train
+    placed = parallel.state_sharding(like, mesh)
+    trained = jax.eval_shape(lambda: learning.init_state(config, packed=True))
+    first = parallel.state_sharding(trained, mesh)
+    busy: AbstractContextManager[None] = nullcontext()
     if not steps or steps[-1] < plan.steps:
         runs.check_room(run, like, len(steps), plan.keep)
-    placed = parallel.state_sharding(like, mesh)
+        busy = meanwhile(trained, first)
     if not steps:
-        state = first_state(config, placed)
+        params = initial.params(config)
+        if config.init_from is not None:
+            check_finite(config, params)
+        with busy:
+            state = first_state(config, first, params)
         if hosts.first():
             runs.write_json(run.config, to_dict(config))
             for path in (run.metrics, run.speed):
@@ -216,7 +238,8 @@ def start(
                     path.write_text("")
             weights.cut_snapshots(run, 0)
         return Begun(state, [], {})
-    found = checkpoint.restore(folder, like, placed, strict=strict)
+    with busy:
+        found = checkpoint.restore(folder, like, placed, strict=strict)
     weights.describe_skipped(run, found)
     for path in checkpoint.set_aside(folder, found.skipped):
         hosts.say(f"set aside as {path}, which may be deleted")
@@ -228,16 +251,49 @@ def start(
     return Begun(found.state, found.meta["pending"], found.meta.get("row", {}))
 
 
-def first_state(config: Config, placed: Any) -> TrainState:
-    """Returns the state before the first step, on the devices as its leaves say."""
-    params = initial.params(config)
-    if config.init_from is not None:
-        check_finite(config, params)
-    if config.train.fsdp == 1:
-        return parallel.place(learning.init_state(config, params), placed)
-    # Made where it belongs: the whole may be more than one device holds.
-    make = jax.jit(lambda p: learning.init_state(config, p), out_shardings=placed)
-    return make(params)
+@contextmanager
+def compiling(
+    step: parallel.Step, fed: feed.Feed, like: TrainState, placed: Any
+) -> Iterator[None]:
+    """Compiles the training step while what is within is done.
+
+    Args:
+      step: of a state and a batch.
+      fed: where its batches come from.
+      like: the shapes of the state as it takes it.
+      placed: where its leaves lie, a tree of shardings.
+    """
+    print("compiling the training step", flush=True)
+    state = jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), like, placed
+    )
+    with closing(fed.batches(0, 1)) as batches:
+        batch = next(batches)
+    # XLA leaves Python to others, and the cores that it does not keep busy by itself.
+    with ThreadPoolExecutor(1) as pool:
+        compiled = pool.submit(step.compile, state, batch)
+        yield
+    compiled.result()
+
+
+def first_state(config: Config, placed: Any, params: Any = None) -> TrainState:
+    """Returns the state before the first step, as it is trained.
+
+    Args:
+      config: the configuration.
+      placed: where the leaves go, a tree of shardings.
+      params: those to start from; from the seed when None.
+    """
+    key, cut = jax.random.key(config.train.seed), config.train.fsdp > 1
+    make = jax.jit(
+        partial(learning.init_state, config, packed=True),
+        # Made where it belongs where the whole may be more than one device holds.
+        out_shardings=placed if cut else None,
+        compiler_options=learning.run_once(),
+    )
+    if params is None and not cut:
+        params = learning.make_params(config)(key)
+    return parallel.place(make(params, key), placed)
 
 
 def check_finite(config: Config, params: Any) -> None:
@@ -286,7 +342,8 @@ def describe(
     state: TrainState,
 ) -> None:
     """Prints what is going to happen."""
-    count = sum(x.size for x in jax.tree.leaves(state.params))
+    weights_of = jax.eval_shape(flat.unpack_all, state.params)
+    count = sum(x.size for x in jax.tree.leaves(weights_of))
     shape = "x".join(str(n) for n in dataset.images.shape[1:])
     device = mesh.devices.flat[0].device_kind
     step, last = int(state.step), config.train.steps
@@ -311,7 +368,6 @@ def loop(job: Job, begun: Begun) -> TrainState:
     """
     config, run, plan, sample = job.config, job.run, job.config.train, job.config.sample
     state = begun.state
-    step_fn = learning.make_step(config, job.mesh, job.feed.stored)
     draw = chains.make_draw(config, sample.count, job.mesh)
     begin, last = int(state.step), min(plan.steps, plan.stop_at or plan.steps)
     shown = Progress(begin, plan.steps, plan.batch_size, hosts.screen(), begun.row)
@@ -325,7 +381,7 @@ def loop(job: Job, begun: Begun) -> TrainState:
         write_grid(config, run, draw, learning.as_stored(state, job.mesh))
     with closing(job.feed.batches(begin, last)) as batches:
         for step, batch in enumerate(batches, begin):
-            state, metrics = step_fn(state, batch)
+            state, metrics = job.step(state, batch)
             if step == begin:
                 jax.block_until_ready(metrics)
                 describe_first(job)

@@ -50,13 +50,6 @@ def test_a_step_is_counted_and_shown(tmp_path, capsys):
     assert "model" not in found  # of devices whose speed is not known
 
 
-def test_a_vector_takes_fewer_kernels_than_a_tree(tmp_path):
-    tree, vector = run(tmp_path), run(tmp_path, "--optimizer.flat")
-    count = sum(vector["kernels"].values())
-    assert count < 0.7 * sum(tree["kernels"].values())
-    assert vector["flops"] == tree["flops"]
-
-
 def test_devices_that_share_a_state_hold_less(tmp_path):
     whole, cut = (run(tmp_path, "--net.channels", "32", *f) for f in ((), SHARED))
     held = cut["memory"]["arguments"] / whole["memory"]["arguments"]
@@ -121,8 +114,9 @@ def test_operations_of_convolutions_are_told_apart():
     mesh = compiled.parallel.make_mesh(1)
     _, found = compiled.sampling(parsed, mesh)
     # 3x3 at 64 pixels of 16 images: in, two each of three blocks of 8 to 8 channels,
-    # 16 to 8 and 8 to 8 in two more, out.
-    weights = 9 * (8 + 6 * 64 + 2 * (128 + 64) + 8)
+    # 16 to 8 and 8 to 8 in two more; the last is a product. Of one pixel, which are
+    # convolutions on GPUs: two shortcuts, and two products of one attention.
+    weights = 9 * (8 + 6 * 64 + 2 * (128 + 64)) + 2 * 128 + 2 * 64
     assert found["convolution_flops"] == 2 * 16 * 64 * weights < found["flops"]
 
 

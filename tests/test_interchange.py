@@ -18,7 +18,7 @@ def from_diffusers(scheduler=SCHEDULER, **unet):
 
 
 def test_the_paper_is_what_comes_back():
-    paper, config = EXPERIMENTS["cifar10"].config, from_diffusers()
+    paper, config = EXPERIMENTS["cifar10_official"].config, from_diffusers()
     assert (config.net, config.diffusion) == (paper.net, paper.diffusion)
     assert (UNET["norm_eps"], UNET["downsample_padding"]) == (1e-6, 0)
     assert (UNET["freq_shift"], UNET["flip_sin_to_cos"]) == (1, False)

@@ -15,7 +15,7 @@ from diffusion_jax.nets import (
     weights,
 )
 from experiments import build, folders, networks, records
-from experiments.config import UNKNOWN, Net, replace
+from experiments.config import UNKNOWN, Net, official, replace
 from experiments.configs import EXPERIMENTS
 
 ABOUT = records.About("averaged", 12, "the run small", {}, recipe=True)
@@ -182,13 +182,13 @@ def test_a_checkpoint_of_the_authors_is_read(average, monkeypatch):
     same(found.params, both[average].params)
     assert found.about.step == 790_000
     assert found.about.weights == ("averaged" if average else "last")
-    assert found.config == config
+    assert found.config == official(config)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "lsun_church256", "lsun_bedroom256_large"])
 def test_a_checkpoint_tells_which_network_it_is(name, monkeypatch, tmp_path):
     """Not which data: the networks of 256x256 are all alike."""
-    config = EXPERIMENTS[name].config
+    config = official(EXPERIMENTS[name].config)
     own = folders.shapes(config)
     names = weights.official_names(own, average=False)
     shapes = {names[key].name: own[key] for key in own} | {"global_step": ()}

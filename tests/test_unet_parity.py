@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from peers import make_unet_golden as golden
-from small_unets import quick_jit
+from small_unets import quick_jit, whole
 
 from diffusion_jax import gaussian, grids, samplers, schedule
 from diffusion_jax.nets import blocks, diffusers, embeddings, weights
@@ -136,7 +136,7 @@ def conv_of(piece):
 
 
 def apply(module, params, x):
-    return np.asarray(jax.jit(module.apply)({"params": params}, x))
+    return np.asarray(whole(jax.jit(module.apply)({"params": params}, x)))
 
 
 def test_stride_2_pads_below_and_right_only(file):
@@ -160,7 +160,7 @@ def test_group_norm_epsilon_is_1e_6(file):
         "bias": golden.tensor("norm.bias", (channels,)),
     }
     ours, other = (
-        apply(blocks.GroupNorm(4, jnp.float32, variant.epsilon), params, x)
+        apply(blocks.GroupNorm(4, variant.epsilon), params, (x,))
         for variant in blocks.VARIANTS.values()
     )
     assert difference("norm", ours, file["norm: official"]) < 1e-5

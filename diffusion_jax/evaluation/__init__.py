@@ -1,5 +1,12 @@
 """What is made of samples: pictures and numbers."""
 
-from diffusion_jax.evaluation import images, metrics, moments
+from typing import TYPE_CHECKING
+
+from diffusion_jax._on_demand import on_demand
+
+if TYPE_CHECKING:
+    from diffusion_jax.evaluation import images, metrics, moments
 
 __all__ = ["images", "metrics", "moments"]
+
+__getattr__, __dir__ = on_demand(__name__, __all__)

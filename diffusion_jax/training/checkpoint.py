@@ -19,15 +19,17 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from diffusion_jax.training import manifest, retention, stored
 from diffusion_jax.training.stored import CheckpointError
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 PyTree = Any
 
@@ -55,7 +57,7 @@ class Restored(NamedTuple):
 class Folder(NamedTuple):
     """An open folder of checkpoints."""
 
-    manager: ocp.CheckpointManager
+    manager: "ocp.CheckpointManager"
     keep: retention.Keep
     path: Path
     place: tuple[int, int]
@@ -89,6 +91,8 @@ def open_folder(
       CheckpointError: read_only, and there is no such folder; it cannot be made or
         written; or on leaving, when the last checkpoint was not written whole.
     """
+    import orbax.checkpoint as ocp  # as in `stored.read`
+
     path = Path(directory).resolve()
     if read_only and not path.is_dir():
         raise CheckpointError(
@@ -150,6 +154,10 @@ def save(
     Raises:
       CheckpointError: the step was not taken, or an earlier one failed to be written.
     """
+    import orbax.checkpoint as ocp
+
+    from diffusion_jax.training.handlers import ManifestSave
+
     if _place_of(folder.path) != folder.place:  # orbax would make another
         raise CheckpointError(
             f"the folder of checkpoints must stay at {folder.path} while it is in use; "
@@ -169,7 +177,7 @@ def save(
     items = ocp.args.Composite(
         # Orbax refuses what has no elements, and the manifest says all of it.
         state=ocp.args.PyTreeSave({p: x for p, x in arrays.items() if x.size}),
-        manifest=stored.ManifestSave(leaves=leaves, held=held, meta=meta, score=score),
+        manifest=ManifestSave(leaves=leaves, held=held, meta=meta, score=score),
     )
     folder.keep.scores[step] = score
     try:

@@ -83,22 +83,30 @@ def unpack(flat: Flat) -> PyTree:
     return jax.tree.unflatten(flat.structure, leaves)
 
 
-def pack_all(state: PyTree, like: PyTree, multiple: int = 1) -> PyTree:
-    """Returns a state in which each tree of the structure of `like` is a vector."""
+def pack_all(
+    state: PyTree, like: PyTree, pack: Callable[[PyTree], Flat] = pack
+) -> PyTree:
+    """Returns a state in which each tree of the structure of `like` is a vector.
+
+    Args:
+      state: the state.
+      like: the parameters, or a tree of their structure.
+      pack: as `pack`; compiled, it is one program for all trees.
+    """
     structure: Any = jax.tree.structure(like)
 
     def is_like(part: PyTree) -> bool:
         return bool(jax.tree.structure(part) == structure)
 
     return jax.tree.map(
-        lambda part: pack(part, multiple) if is_like(part) else part,
+        lambda part: pack(part) if is_like(part) else part,
         state,
         is_leaf=is_like,
     )
 
 
-def unpack_all(state: PyTree) -> PyTree:
-    """Returns a state in which each vector is a tree again."""
+def unpack_all(state: PyTree, unpack: Callable[[Flat], PyTree] = unpack) -> PyTree:
+    """Returns a state in which each vector is a tree again; unpack as in `pack_all`."""
 
     def is_flat(part: PyTree) -> bool:
         return isinstance(part, Flat)

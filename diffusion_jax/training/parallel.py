@@ -16,6 +16,7 @@ and its gradient is cut again (`gathered`). Only "mesh" can do that.
 """
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable
 from typing import Any
@@ -225,6 +226,32 @@ def shard(batch: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(put, batch)
 
 
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step of (state, batch) that is compiled for a mesh."""
+
+    program: Any
+    put: Callable[[PyTree], PyTree]
+    """From a batch as in `shard` to what the program takes."""
+    rest: tuple[PyTree, ...]
+    """What the program takes beside."""
+
+    def __call__(self, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+        """Returns the next state and the metrics."""
+        made: tuple[PyTree, PyTree]
+        made = self.program(state, self.put(batch), *self.rest)
+        return made
+
+    def compile(self, state: PyTree, batch: PyTree) -> None:
+        """Compiles it ahead of the first call.
+
+        Args:
+          state: of which `jax.ShapeDtypeStruct` are enough.
+          batch: as in a call.
+        """
+        self.program.lower(state, self.put(batch), *self.rest).compile()
+
+
 def data_parallel(
     step: Callable[..., tuple[PyTree, PyTree]],
     mesh: Mesh,
@@ -232,7 +259,7 @@ def data_parallel(
     strategy: str = "mesh",
     stored: PyTree = None,
     options: compilation.Options | None = None,
-) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]:
+) -> Step:
     """Returns the step compiled for a mesh: the batch is cut, the state is copied.
 
     On a mesh with the axis "fsdp" the state is cut too, as `state_sharding` says.
@@ -269,7 +296,7 @@ def data_parallel(
     # An argument of the program: what it closes over would be compiled into it.
     rest = () if stored is None else (stored,)
     if strategy == "pmap":
-        mapped = jax.pmap(
+        program: Any = jax.pmap(
             step,
             axis_name=AXIS,
             in_axes=(None, 0, None)[: 2 + len(rest)],
@@ -283,7 +310,7 @@ def data_parallel(
         copied = None if FSDP in mesh.shape else replicated(mesh)
         if options is None:
             options = compilation.options(mesh.devices.flat[0])
-        compiled = jax.jit(
+        program = jax.jit(
             inner,
             in_shardings=(copied, sharded(mesh), replicated(mesh))[: 2 + len(rest)],
             out_shardings=(copied, replicated(mesh)),
@@ -291,15 +318,14 @@ def data_parallel(
             compiler_options=options,
         )
 
-    def run(state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
-        check_batch_size(len(jax.tree.leaves(batch)[0]), count // jax.process_count())
+    def put(batch: PyTree) -> PyTree:
+        local = count // jax.process_count()
+        check_batch_size(len(jax.tree.leaves(batch)[0]), local)
         if strategy == "pmap":
-            local = count // jax.process_count()
-            cut = jax.tree.map(lambda x: x.reshape(local, -1, *x.shape[1:]), batch)
-            return mapped(state, cut, *rest)
-        return compiled(state, shard(batch, mesh), *rest)
+            return jax.tree.map(lambda x: x.reshape(local, -1, *x.shape[1:]), batch)
+        return shard(batch, mesh)
 
-    return run
+    return Step(program, put, rest)
 
 
 def on_each(step: Callable[..., Any], mesh: Mesh, more: int = 0) -> Callable[..., Any]:

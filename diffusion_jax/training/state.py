@@ -169,7 +169,6 @@ def make_step(
         norm = optax.tree.norm(grad)  # as `clip` needs it: it is computed once
         # Clipped one by one, all leaves of a bad gradient are bad.
         tensor = _first_bad(() if clip_each else grad)
-        grads = grad
         if not clip_each:
             grad = clip(grad, clip_norm)
         updates, opt_state = optimizer.update(grad, state.opt_state, state.params)

@@ -1,20 +1,14 @@
-"""One checkpoint on the disk: how orbax is made to vouch for it, and how it is read."""
+"""One checkpoint on the disk: how it is read, and what is compared."""
 
-import dataclasses
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
-from orbax.checkpoint import future
 
 from diffusion_jax.training import manifest
 
@@ -41,6 +35,9 @@ class DamagedError(CheckpointError):
 
 def read(path: Path) -> tuple[manifest.Manifest, dict[str, np.ndarray]]:
     """Returns what a checkpoint says of itself, and its arrays, compared."""
+    import orbax.checkpoint as ocp  # a third of a second, which `--help` need not wait
+    from etils import epath
+
     try:
         about = manifest.read(path / "manifest")
         empty = {p: x for p, x in about.leaves.items() if 0 in x.shape}
@@ -100,38 +97,3 @@ def to_disk(folder: Path) -> None:
                     os.fsync(file)
                 finally:
                     os.close(file)
-
-
-class _ManifestHandler(ocp.AsyncCheckpointHandler):
-    """Writes the manifest in the background, as part of the checkpoint."""
-
-    async def async_save(self, directory: Any, args: Any) -> list[Any]:
-        async def write() -> None:
-            text = manifest.describe(args.leaves, args.held, args.meta, args.score)
-            name = f"process_{jax.process_index()}.json"
-            (Path(directory) / name).write_text(text)
-
-        return [future.CommitFutureAwaitingContractedSignals(write(), name="manifest")]
-
-    def save(self, directory: Any, args: Any) -> None:
-        raise NotImplementedError("written in the background only")
-
-    def restore(self, directory: Any, args: Any = None) -> Any:
-        raise NotImplementedError("read by manifest.read")
-
-
-@ocp.args.register_with_handler(_ManifestHandler, for_save=True)
-@dataclasses.dataclass
-class ManifestSave(ocp.args.CheckpointArgs):
-    """What a manifest is made of, see `manifest.describe`."""
-
-    leaves: dict[str, Any]
-    held: dict[str, list[manifest.Part]]
-    meta: dict[str, Any]
-    score: float | None
-
-
-@ocp.args.register_with_handler(_ManifestHandler, for_restore=True)
-@dataclasses.dataclass
-class _ManifestRestore(ocp.args.CheckpointArgs):
-    """Orbax wants one of each handler."""
