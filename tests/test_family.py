@@ -19,6 +19,7 @@ from experiments import (
     build,
     chains,
     compare_samplers,
+    history,
     learning,
     runs,
     sample,
