@@ -34,7 +34,8 @@ def mask(
     kept = max(1, round((1 - rate) * 2**16))
     size = *shape[:-1], -(-shape[-1] // 8)
     packed = jnp.zeros(size, jnp.uint8)
-    for pair, words in enumerate(jax.random.bits(key, (4, *size), jnp.uint32)):
+    drawn = jax.random.bits(key, (*size, 4), jnp.uint32)
+    for pair, words in enumerate(drawn[..., i] for i in range(4)):
         for half, bits in enumerate((words & 0xFFFF, words >> 16)):
             chosen = (bits < kept).astype(jnp.uint8)
             packed |= chosen << (2 * pair + half)
