@@ -25,7 +25,7 @@ WINGS = {"nets", "training", "evaluation"}
 MAX_LINES = 450
 
 FILES = sorted(PACKAGE.rglob("*.py"))
-ROOT_FILES = [f for f in FILES if f.parent == PACKAGE and f.name != "__init__.py"]
+ROOT_FILES = [f for f in FILES if f.parent == PACKAGE and f.name[0] != "_"]
 every_file = pytest.mark.parametrize(
     "file", FILES, ids=lambda f: str(f.relative_to(PACKAGE))
 )
