@@ -320,7 +320,8 @@ def test_training_starts_at_the_weights_that_were_given(kind, file, run, tmp_pat
     config = parsed("--init-from", str(source), "--output", str(tmp_path))
     made, mesh = runs.of(config), parallel.make_mesh(1)
     with checkpoint.open_folder(made.checkpoints) as manager:
-        state, *_ = train.start(config, made, mesh, manager)
+        trained, *_ = train.start(config, made, mesh, manager)
+    state = learning.as_stored(trained, mesh)
     found = runs.find(str(source))
     given = weights.load(runs.read_config(found), found, Weights())[0]
     same(jax.tree.map(np.asarray, state.params), given)

@@ -128,13 +128,14 @@ def test_each_example_has_its_own_steps(x64):
 
 
 @pytest.mark.parametrize("name", ["linear"])
-def test_an_example_does_not_depend_on_its_batch(name):
+def test_an_example_does_not_depend_on_its_batch(name, x64):
     x = start(6)
     whole, evaluations = follow(name, x, **TOLERANCES)
     assert len(set(evaluations.tolist())) > 1
     for i in (0, 3, 5):
         alone = follow(name, x[i : i + 1], **TOLERANCES)
-        np.testing.assert_allclose(alone.x[0], whole[i], rtol=1e-5, atol=1e-6)
+        # In float32 a rounding may decide whether a step is taken, by the processor.
+        np.testing.assert_allclose(alone.x[0], whole[i], rtol=1e-9)
 
 
 RULES = {

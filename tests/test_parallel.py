@@ -42,12 +42,13 @@ def train(strategy, devices, batches, cfg=TINY, fsdp=1):
     cfg = config.replace(cfg, "train", parallel=strategy)
     step = learning.make_step(cfg, mesh)
     first = learning.init_state(cfg)
-    now = jax.device_put(first, parallel.state_sharding(first, mesh))
+    first = jax.device_put(first, parallel.state_sharding(first, mesh))
+    now = learning.as_trained(cfg, first, mesh)
     losses = []
     for batch in batches:
         now, metrics = step(now, batch)
         losses.append(float(metrics["loss"]))
-    return now, np.array(losses)
+    return learning.as_stored(now, mesh), np.array(losses)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ import diffusion_jax
 MODULES = [
     importlib.import_module(f"diffusion_jax.{found.name}")
     for found in pkgutil.iter_modules(diffusion_jax.__path__)
-    if not found.ispkg
+    if not found.ispkg and not found.name.startswith("_")
 ]
 FILES = [
     importlib.import_module(path.stem)
