@@ -371,7 +371,7 @@ def loop(job: Job, begun: Begun) -> TrainState:
     draw = chains.make_draw(config, sample.count, job.mesh)
     begin, last = int(state.step), min(plan.steps, plan.stop_at or plan.steps)
     shown = Progress(begin, plan.steps, plan.batch_size, hosts.screen(), begun.row)
-    names = history.tensors(flat.unpack_all(state.params))
+    names = history.tensors(jax.eval_shape(flat.unpack_all, state.params))
     log = history.Log(config, run, shown, begun.pending, names)
     stops = hosts.make_stop(job.signals.numbers)
     waiting: list[tuple[int, Any]] = []
