@@ -195,16 +195,25 @@ def _sums(one: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
     Both from one pass, over some of the pixels first: at once XLA for GPUs writes an
     operand in float32, and for two sums apart it reads twice.
     """
-    over = _part_of(_pixels((one,)))
-    some = _reduced((_rows(x, over) for x in (one, other)), 2)
-    first, second = _reduced(some, 1)
-    return first, second
+    # A CPU adds one by one: the fewer at a time, the fewer roundings.
+    few, many = (functools.partial(_in_rows, most=most) for most in (16, 128))
+    return jax.lax.platform_dependent(one, other, cpu=few, default=many)
 
 
 @_sums.defjvp
 def _sums_jvp(primals: Any, tangents: Any) -> Any:
     # For second derivatives: JAX has none of a reduction of two arrays.
     return _sums(*primals), tuple(x.sum((1, 2)) for x in tangents)
+
+
+def _in_rows(
+    one: jax.Array, other: jax.Array, *, most: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the sums of rows of at most so many pixels, added up, [B, C] each."""
+    pixels = _pixels((one,))
+    over = max(n for n in range(1, min(pixels, most) + 1) if pixels % n == 0)
+    first, second = _reduced(_reduced((_rows(x, over) for x in (one, other)), 2), 1)
+    return first, second
 
 
 def _reduced(arrays: Iterable[jax.Array], axis: int) -> tuple[jax.Array, ...]:
@@ -230,11 +239,6 @@ def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _rows(x: jax.Array, over: int) -> jax.Array:
     """Returns the pixels in rows of so many, [B, rows, over, C]."""
     return x.reshape(len(x), -1, over, x.shape[-1])
-
-
-def _part_of(pixels: int) -> int:
-    """Returns how many pixels are summed first: at most 128, which divide them."""
-    return max(n for n in range(1, min(pixels, 128) + 1) if pixels % n == 0)
 
 
 def _pixels(parts: Sequence[jax.Array]) -> int:
