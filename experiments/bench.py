@@ -51,7 +51,7 @@ class Options:
 
     what: tuple[Literal["train", "sample"], ...] = ("train", "sample")
     """Training steps, and chains of the sampling rule."""
-    batch_sizes: tuple[int, ...] = ()
+    batch_sizes: tuple[int, ...] | None = None
     """Images a training step, and images a chain; one row each. 64 when not given, and
     128 and 512 of a table."""
     steps: int = 10
@@ -79,6 +79,13 @@ class Options:
         default_factory=Config
     )
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Images of each row, as given or by what is measured."""
+        if self.batch_sizes is None:
+            return bench_table.SIZES if self.table else (64,)
+        return self.batch_sizes
+
 
 class Clock(NamedTuple):
     """Seconds of one call, of several measurements."""
@@ -93,10 +100,10 @@ class Clock(NamedTuple):
 def main(argv: Sequence[str]) -> int:
     """Prints the table, and writes it; returns the exit code."""
     options = parse(argv)
-    parallel.split_cpu(math.gcd(*options.batch_sizes))
+    parallel.split_cpu(math.gcd(*options.sizes))
     plan = options.config.train
     mesh = parallel.make_mesh(plan.devices, plan.fsdp)
-    for size in options.batch_sizes:
+    for size in options.sizes:
         parallel.check_batch_size(size, mesh.size)
         if options.scaling:
             bench_scaling.check(size, mesh.size)
@@ -135,14 +142,11 @@ def parse(argv: Sequence[str]) -> Options:
         Options, argv, prog="python -m experiments.bench", description=__doc__
     )
     require_positive(options, "steps", "repeats", "warmup")
-    if min(options.batch_sizes, default=1) < 1:
+    if min(options.sizes, default=0) < 1:
         raise ConfigError(
-            f"batch_sizes must be whole numbers above 0; got {options.batch_sizes}. "
-            "Change it with --batch-sizes 64 128."
+            "batch_sizes must be one or more whole numbers above 0; "
+            f"got {options.sizes}. Change it with --batch-sizes 64 128."
         )
-    if not options.batch_sizes:
-        sizes = bench_table.SIZES if options.table else (64,)
-        options = dataclasses.replace(options, batch_sizes=sizes)
     if not options.what:
         raise ConfigError(
             "what must be train, sample or both; got neither. Leave it out for both."
@@ -157,7 +161,7 @@ def parse(argv: Sequence[str]) -> Options:
 def measure_rows(options: Options, mesh: Any, report: dict[str, Any]) -> None:
     """Measures what was asked for, with the peer and more devices where wanted."""
     for what in options.what:
-        for size in options.batch_sizes:
+        for size in options.sizes:
             row = add_row(options, mesh, what, size, report)
             save(options, report)
             if options.peer:
@@ -173,7 +177,7 @@ def measure_rows(options: Options, mesh: Any, report: dict[str, Any]) -> None:
 
 def measure_table(options: Options, mesh: Any, report: dict[str, Any]) -> None:
     """Measures the rows of a table, the peer, and options of the compiler, in turn."""
-    size = options.batch_sizes[0]
+    size = options.sizes[0]
     bench_table.measure(
         options,
         report,
@@ -305,7 +309,7 @@ def measure_scaling(options: Options, found: int) -> list[dict[str, Any]]:
 
     return [
         row
-        for size in options.batch_sizes
+        for size in options.sizes
         for row in bench_scaling.measure(images_per_second, size, found)
     ]
 

@@ -97,7 +97,7 @@ def check(options: Any) -> None:
         )
     for candidate in options.candidates:
         told(candidate)
-    for work in works(options.config, options.batch_sizes):
+    for work in works(options.config, options.sizes):
         sized = config.replace(work.config, "train", batch_size=work.batch)
         validation.validate(sized)
 
@@ -139,7 +139,7 @@ def measure(
         of training as configured, at the first size.
       save: writes the report.
     """
-    rows = works(options.config, options.batch_sizes)
+    rows = works(options.config, options.sizes)
 
     def of(work: Work) -> Any:
         given = dataclasses.replace(options, config=work.config)
