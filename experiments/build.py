@@ -1,11 +1,11 @@
 """From a configuration to objects: schedule, network and data."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffusion_jax import (
     continuous,
@@ -13,7 +13,7 @@ from diffusion_jax import (
     learned,
     schedule,
 )
-from diffusion_jax.nets import unet
+from diffusion_jax.nets import fresh, unet
 from diffusion_jax.nets.unet import UNet
 from diffusion_jax.training import data
 from experiments.config import CONTINUOUS, UNKNOWN, Config, ConfigError
@@ -174,23 +174,20 @@ def make_denoiser(
 
 
 def init_params(config: Config, key: jax.Array) -> Any:
-    """Returns fresh parameters: {"net": ...}, and "schedule" where it is learned."""
+    """Returns fresh parameters: {"net": ...}, and "schedule" where it is learned.
+
+    Those of a network are NumPy arrays, unless the key is traced.
+    """
     shape = (1, config.data.image_size, config.data.image_size, config.data.channels)
     net = make_network(config)
-    label = jnp.zeros(1, jnp.int32) if net.num_classes else None
-    x, t = jnp.zeros(shape), jnp.zeros(1)
-    params = {"net": _initialiser(net)(key, x, t, label)["params"]}
+    x, t = np.zeros(shape, np.float32), np.zeros(1, np.float32)
+    label = np.zeros(1, np.int32) if net.num_classes else None
+    params = {"net": fresh.params(net, key, x, t, label)}
     if config.diffusion.schedule == "learned":
         low, high = FIRST_LOGSNR
         key = jax.random.fold_in(key, 1)
         params["schedule"] = learned.init(key, logsnr_min=low, logsnr_max=high)
     return params
-
-
-@functools.cache
-def _initialiser(net: UNet) -> Callable[..., Any]:
-    """Returns `net.init` compiled; traced once, however often its shapes are needed."""
-    return jax.jit(net.init)
 
 
 def load_data(config: Config, *, split: str = "train") -> data.Dataset:

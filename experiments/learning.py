@@ -68,7 +68,8 @@ def init_state(
     key_params, key_run = jax.random.split(key)
     if params is None:
         params = init_params(config, key_params)
-    params = flat.pack(params, config.train.fsdp) if packed else params
+    if packed and not isinstance(params, flat.Flat):
+        params = flat.pack(params, config.train.fsdp)
     memory: Any = ()
     if config.diffusion.density == "importance":
         memory = timesteps.history(config.diffusion.num_steps)
@@ -79,30 +80,6 @@ def init_state(
         averages=len(make_averages(config)),
         memory=memory,
     )
-
-
-def make_params(config: Config, placed: Any = None) -> Callable[[jax.Array], Any]:
-    """Returns the function from the key of a run to its first parameters, compiled.
-
-    They are those of `init_state`.
-
-    Args:
-      config: the configuration.
-      placed: where they go, a tree of shardings.
-    """
-    return jax.jit(
-        lambda key: init_params(config, jax.random.split(key)[0]),
-        out_shardings=placed,
-        compiler_options=run_once(),
-    )
-
-
-def run_once() -> dict[str, Any] | None:
-    """Returns compiler options for what takes longer to compile than to run."""
-    if jax.default_backend() != "cpu":
-        return None
-    # Level 0 rounds otherwise: equal seeds would give other weights.
-    return {"xla_backend_optimization_level": 1}
 
 
 def as_trained(config: Config, whole: state.TrainState, mesh: jax.sharding.Mesh) -> Any:

@@ -284,16 +284,15 @@ def first_state(config: Config, placed: Any, params: Any = None) -> TrainState:
       placed: where the leaves go, a tree of shardings.
       params: those to start from; from the seed when None.
     """
-    key, cut = jax.random.key(config.train.seed), config.train.fsdp > 1
+    key = jax.random.key(config.train.seed)
+    if params is None:
+        params = build.init_params(config, jax.random.split(key)[0])
     make = jax.jit(
         partial(learning.init_state, config, packed=True),
         # Made where it belongs where the whole may be more than one device holds.
-        out_shardings=placed if cut else None,
-        compiler_options=learning.run_once(),
+        out_shardings=placed if config.train.fsdp > 1 else None,
     )
-    if params is None and not cut:
-        params = learning.make_params(config)(key)
-    return parallel.place(make(params, key), placed)
+    return parallel.place(make(flat.pack(params, config.train.fsdp), key), placed)
 
 
 def check_finite(config: Config, params: Any) -> None:

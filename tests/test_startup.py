@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
 from diffusion_jax.training import parallel
-from experiments import learning
+from experiments import learning, train
 from experiments.config import Config, Data, Diffusion, Net
 
 pytestmark = pytest.mark.optimised
@@ -81,15 +82,13 @@ def test_modules_are_there_by_name(package):
 
 @pytest.mark.parametrize("of", [{"classes": 3}, {}])
 def test_the_first_state_is_that_of_the_seed_to_the_bit(of):
-    net = Net(**{**vars(SMALL.net), **of})
+    net = replace(SMALL.net, **of)
     learned = Diffusion(schedule="cosine" if of else "learned")
     config = Config(data=SMALL.data, net=net, diffusion=learned)
-    key = jax.random.key(config.train.seed)
-    whole = learning.init_state(config)
-    params = learning.make_params(config)(key)
-    assert_same(params, whole.params)
-    packed = learning.init_state(config, params, key, packed=True)
-    assert_same(packed, learning.as_trained(config, whole, parallel.make_mesh(1)))
+    whole, mesh = learning.init_state(config), parallel.make_mesh(1)
+    like = jax.eval_shape(lambda: learning.init_state(config, packed=True))
+    first = train.first_state(config, parallel.state_sharding(like, mesh))
+    assert_same(first, learning.as_trained(config, whole, mesh))
 
 
 def assert_same(one, other):

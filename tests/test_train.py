@@ -274,9 +274,9 @@ def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on(tmp_path, numb
     assert step >= 5
     assert [line["step"] for line in lines] == list(range(5, step + 1, 5))
     made = re.search(r"first step after .* s \((\d+) programs? compiled", output)
-    # Key, parameters, state and step, and what the devices have to be told.
+    # Keys, numbers of a few lengths, state and step, and what devices have to be told.
     assert made, output
-    assert 1 <= int(made[1]) <= 6
+    assert 1 <= int(made[1]) <= 16
     assert "compiling the training step\n" in output[: made.start()]
     if number == signal.SIGTERM:
         return

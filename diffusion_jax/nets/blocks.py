@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.nets import dropout, norm
+from diffusion_jax.nets import dropout, fresh, norm
 from diffusion_jax.nets.products import attend, product
 
 Dtype = Any
@@ -73,15 +73,11 @@ VARIANTS = {
 OFFICIAL = VARIANTS["official"]
 
 
-def scaled(scale: float = 1.0) -> nn.initializers.Initializer:
-    """Returns the initialiser of every kernel: uniform, fan-average, of this scale."""
-    return nn.initializers.variance_scaling(scale, "fan_avg", "uniform")
-
-
 # The official code asks for scale 0 and gets 1e-10: small, but with a gradient in
 # both directions from the first step.
-near_zero = scaled(1e-10)
-unit = scaled()
+near_zero = fresh.kernel(1e-10)
+unit = fresh.kernel()
+as_embedding = fresh.Noted(nn.linear.default_embed_init)
 
 
 class GroupNorm(nn.Module):

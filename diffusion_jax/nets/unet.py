@@ -28,6 +28,7 @@ from diffusion_jax.nets.blocks import (
     GroupNorm,
     ResBlock,
     Upsample,
+    as_embedding,
     beside,
     folded,
     near_zero,
@@ -193,7 +194,11 @@ class UNet(nn.Module):
         if self.num_classes:
             assert label is not None  # held by check
             rows = nn.Embed(
-                self.num_classes, 4 * self.channels, dtype=self.dtype, name="label"
+                self.num_classes,
+                4 * self.channels,
+                embedding_init=as_embedding,
+                dtype=self.dtype,
+                name="label",
             )(label)
             known = (label >= 0) & (label < self.num_classes)
             time = time + jnp.where(known[:, None], rows, jnp.nan)

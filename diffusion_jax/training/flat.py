@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 PyTree = Any
 Shapes = tuple[tuple[int, ...], ...]
@@ -122,11 +123,13 @@ def of_tree(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _join(leaves: list[jax.Array], multiple: int) -> jax.Array:
-    pieces = [_turn(leaf).ravel() for leaf in leaves]
+    pieces: list[Any] = [_turn(leaf).ravel() for leaf in leaves]
     missing = -sum(leaf.size for leaf in leaves) % multiple
     if missing:
-        pieces.append(jnp.zeros(missing, pieces[0].dtype))
-    return jnp.concatenate(pieces)
+        pieces.append(np.zeros(missing, pieces[0].dtype))
+    # Of arrays of NumPy without a program, which would have an argument for each.
+    host = all(isinstance(piece, np.ndarray) for piece in pieces)
+    return jnp.asarray(np.concatenate(pieces)) if host else jnp.concatenate(pieces)
 
 
 def _turn(leaf: jax.Array) -> jax.Array:
