@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import itertools
 import os
 import re
 import signal
@@ -28,11 +27,15 @@ FLAGS = os.environ["XLA_FLAGS"]
 # What tests start compiles as it does for users.
 os.environ["XLA_FLAGS"] = FLAGS.replace(" --xla_cpu_use_fusion_emitters=false", "")
 
+MAPS = Path("/proc/self/maps")
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "jax"
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+# Small programs too: the other process and later files need most of them again.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -48,19 +51,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compiles with few optimisations: most of the time goes into compiling.
+def full_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compiles files marked `optimised` as users do.
 
-    Two programs of the same numbers may then differ in the last bit. Files whose tests
-    compare such programs to the bit are marked `optimised`.
+    All others are compiled with few optimisations: compiling takes most of the time.
+    Two programs of the same numbers may then differ in the last bit, and these files
+    compare such programs.
     """
-    if request.node.get_closest_marker("optimised"):
+    if not request.node.get_closest_marker("optimised"):
         yield
         return
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
     # Programs of a function are told apart by its arguments alone.
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
     jax.clear_caches()
 
 
@@ -75,18 +80,15 @@ def same_compiler() -> dict[str, str]:
     }
 
 
-_tests = itertools.count(1)
-
-
 @pytest.fixture(autouse=True)
 def no_pile_of_programs() -> Iterator[None]:
-    """Drops what was compiled, now and then.
+    """Drops what was compiled before it is too much.
 
     Each program on CPU holds memory maps, of which Linux gives a process 65,530: beyond
     them it dies, and thousands of tests get there.
     """
     yield
-    if next(_tests) % 40 == 0:
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 40_000:
         jax.clear_caches()
 
 

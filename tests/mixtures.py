@@ -36,33 +36,32 @@ class Mixture:
         def denoise(x_t: jax.Array, t: jax.Array) -> gaussian.Prediction:
             level = made(jnp.broadcast_to(t, x_t.shape[:1]))
             dtype = x_t.dtype
-            weights, means, spread, basis = (
-                jnp.asarray(a.copy(), dtype)
-                for a in (self.weights, self.means, self.spread, self.basis)
+            # Bases side by side, [d, K d]: a product for all components at once.
+            size = self.means.shape[1]
+            aside = self.basis.transpose(1, 0, 2).reshape(size, -1)
+            turned = np.einsum("kd,kde->ke", self.means, self.basis)
+            weights, means, spread, aside, turned = (
+                jnp.asarray(a, dtype)
+                for a in (self.weights, self.means, self.spread, aside, turned)
             )
             alpha, sigma = (
                 a.astype(dtype)[:, None, None] for a in (level.alpha, level.sigma)
             )
-            flat = x_t.reshape(len(x_t), 1, -1)
             # [B, K, d], in each component's own axes.
-            off = jnp.einsum(
-                "bkd,kde->bke", flat - alpha * means[None], basis, precision="highest"
-            )
+            off = (x_t.reshape(len(x_t), -1) @ aside).reshape(-1, *spread.shape)
+            off = off - alpha * turned[None]
             variance = alpha**2 * spread[None] + sigma**2
             logit = jnp.log(weights)[None] - 0.5 * (
                 off**2 / variance + jnp.log(variance)
             ).sum(axis=-1)
-            share = jax.nn.softmax(logit, axis=-1)[..., None]
+            share = jax.nn.softmax(logit, axis=-1)
 
             def back(a: jax.Array) -> jax.Array:
-                return jnp.einsum("bke,kde->bkd", a, basis, precision="highest")
+                return (share[..., None] * a).reshape(len(x_t), -1) @ aside.T
 
-            x0 = means[None] + back(off * alpha * spread[None] / variance)
+            x0 = share @ means + back(off * alpha * spread[None] / variance)
             eps = back(off * sigma / variance)
-            return gaussian.Prediction(
-                (share * x0).sum(axis=1).reshape(x_t.shape),
-                (share * eps).sum(axis=1).reshape(x_t.shape),
-            )
+            return gaussian.Prediction(x0.reshape(x_t.shape), eps.reshape(x_t.shape))
 
         return denoise
 

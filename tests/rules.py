@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from oracles import SCHEDULES
 
-from diffusion_jax import continuous, grids, langevin, ode, samplers, solvers
-from diffusion_jax.schedule import Schedule
+from diffusion_jax import continuous, grids, langevin, ode, samplers, schedule, solvers
+from diffusion_jax.schedule import Schedule, is_discrete
 
 
 def _stretch(schedule: Schedule, steps: int) -> np.ndarray:
@@ -92,3 +93,27 @@ RULES = {
     ),
     "ode": Rule(lambda d, s: ode.ode(d, s, rtol=1e-4, atol=1e-4), grid=_stretch),
 }
+
+MADE = {
+    **{name: SCHEDULES[name]() for name in SCHEDULES if name != "from_betas"},
+    "vp": continuous.vp(),
+    "sub_vp": continuous.sub_vp(),
+    "ve": continuous.ve(sigma_max=20.0),
+    "interpolated": continuous.interpolate(schedule.linear()),
+}
+# jsd and cosine end in more noise than a step in sigma / alpha can be taken from.
+FIRST = {"jsd": 995, "cosine": 990}
+
+
+def made_for(name, schedule_name):
+    """The schedule, in real time for the rule that needs it."""
+    made = MADE[schedule_name]
+    return continuous.interpolate(made) if name == "ode" and is_discrete(made) else made
+
+
+def grid_of(name, schedule_name):
+    """The rule's grid, from a time at which there is some signal."""
+    rule, made = RULES[name], made_for(name, schedule_name)
+    grid = rule.grid(made, rule.steps)
+    most = FIRST.get(schedule_name, continuous.last_time(made))
+    return np.append(most, grid[grid < most]).astype(grid.dtype)

@@ -1,0 +1,109 @@
+"""All rules draw data whose best network is known, under all schedules."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import mixtures
+import numpy as np
+import pytest
+from rules import MADE, RULES, grid_of, made_for
+
+from diffusion_jax import samplers
+
+# Much is computed here, with few programs.
+pytestmark = pytest.mark.optimised
+
+KEY = jax.random.key(0)
+every_rule = pytest.mark.parametrize("name", RULES)
+# const has much noise left in its first step, where every rule ends in the mean of x0:
+# that takes so much of the variance away.
+LAST_STEP = {"const": 0.1}
+
+
+@functools.cache
+def program(name, data_name, count):
+    """Draws by a rule; schedule and grid are arguments, so most compile together."""
+    rule = RULES[name]
+    data = getattr(mixtures, data_name)(rule.shape)
+
+    @jax.jit
+    def draw(made, grid, std):
+        sampler = samplers.padded(rule.make(data.denoiser(made), made))
+        shape = (count, *data.shape)
+        return samplers.sample(KEY, sampler, grid, shape, start_std=std)
+
+    return data, draw
+
+
+def drawn(name, schedule_name, data_name, count):
+    data, draw = program(name, data_name, count)
+    grid, made = grid_of(name, schedule_name), made_for(name, schedule_name)
+    length = RULES[name].steps + 2 if len(grid) > 3 else 3
+    level = made(grid[0])
+    std = np.sqrt(level.alpha**2 + level.sigma**2)
+    x = draw(made, jnp.asarray(samplers.pad(grid, length)), std)
+    return data, np.asarray(x, np.float64)
+
+
+# A rule sees levels, not where they are from: three schedules for all rules, and all
+# for one rule that adds noise and one of several steps.
+FOR_ALL = ("linear", "cosine", "ve")
+PAIRS = [
+    (name, schedule_name)
+    for name in RULES
+    for schedule_name in MADE
+    if schedule_name in FOR_ALL or name in ("ddim-full", "dpm_solver_pp-2M")
+]
+
+
+@pytest.mark.parametrize(("name", "schedule_name"), PAIRS)
+def test_samples_have_the_weights_means_and_covariance_of_a_mixture(
+    name, schedule_name
+):
+    """With schedules and grids as arguments of one compiled program."""
+    count = 1000 if RULES[name].shape == (8, 8, 1) else 2000
+    data, x = drawn(name, schedule_name, "two", count)
+    error = 5 * np.sqrt(data.weights * (1 - data.weights) / len(x))
+    np.testing.assert_array_less(np.abs(data.shares(x) - data.weights), error)
+    hold_moments(RULES[name], data, x, LAST_STEP.get(schedule_name, 0))
+
+
+@every_rule
+def test_samples_have_the_moments_of_a_gaussian(name):
+    count = 2000 if RULES[name].shape == (8, 8, 1) else 10_000
+    data, x = drawn(name, "linear", "one", count)
+    hold_moments(RULES[name], data, x)
+
+
+def hold_moments(rule, data, x, extra=0.0):
+    """Five standard errors, and some percent for the size of the steps."""
+    flat = x.reshape(len(x), -1)
+    size = np.sqrt(np.diag(data.cov))
+    error = np.abs(flat.mean(axis=0) - data.mean) / size
+    assert error.max() < 5 / np.sqrt(len(x)) + 0.02
+    error = np.abs(np.cov(flat.T) - data.cov) / np.outer(size, size)
+    off = error - rule.excess * np.abs(data.cov) / np.outer(size, size)
+    assert off.max() < 5 * np.sqrt(2 / len(x)) + 0.04 + extra
+
+
+def test_the_oracle_itself_is_bayes_rule(x64):
+    """E[x0 | x_t] and E[eps | x_t] of a mixture, by quadrature on one pixel."""
+    weights, means, stds = [0.3, 0.7], [0.5, -0.4], [0.2, 0.1]
+    covs = [[[std**2]] for std in stds]
+    data = mixtures.Mixture(weights, means, covs, (1,))
+    x0 = np.linspace(-3, 3, 20_001)
+    density = sum(
+        w * np.exp(-0.5 * ((x0 - m) / s) ** 2) / s
+        for w, m, s in zip(weights, means, stds, strict=True)
+    )
+    for made, t in ((MADE["linear"], 200), (MADE["ve"], 0.4)):
+        level = made(t)
+        for x_t in (-0.5, 0.1, 1.0):
+            noise = (x_t - float(level.alpha) * x0) / float(level.sigma)
+            post = density * np.exp(-0.5 * noise**2)
+            pred = data.denoiser(made)(jnp.full([1, 1], x_t), t)
+            np.testing.assert_allclose(pred.x0[0, 0], (post @ x0) / post.sum(), 1e-6)
+            np.testing.assert_allclose(
+                pred.eps[0, 0], (post @ noise) / post.sum(), 1e-6
+            )
