@@ -8,6 +8,9 @@ from test_parallel import TINY
 from diffusion_jax.training import compilation, parallel
 from experiments import build, chains, compiled, config
 
+# Where JAX is told to optimise little, no option counts.
+pytestmark = pytest.mark.optimised
+
 UNKNOWN = "No such compile option: 'xla_wish'"
 
 
