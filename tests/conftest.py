@@ -32,6 +32,8 @@ CACHE = Path(__file__).resolve().parents[1] / ".cache" / "jax"
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
+# Who asked for an operation is no business of XLA: to write it down takes a while.
+jax.config.update("jax_traceback_in_locations_limit", 0)
 # Small programs too: the other process and later files need most of them again.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
