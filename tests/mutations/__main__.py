@@ -1,8 +1,7 @@
 """Breaks the code, one mistake at a time: a test has to notice each.
 
-Works on a copy of what git knows of, and what it would add. Prints one line a breakage;
-the exit code is 1 where one survived or came to nothing, and 2 where the tests fail
-without any.
+Works on a copy of the repository. Prints one line a breakage; the exit code is 1 where
+one survived or came to nothing, and 2 where the tests fail without any.
 """
 
 import argparse
@@ -22,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 600
 """Seconds for the tests of one breakage, far more than any takes."""
 PASSED, FAILED = 0, 1
-"""As pytest has them; its other codes say that no test was run, or not as meant."""
+"""Exit codes of pytest; others say that the tests could not be run."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,15 +43,14 @@ def main(argv: Sequence[str]) -> int:
         code, output = pytest(tree, whole(chosen), "-rfE")
         if code != PASSED:
             failed = [s for s in output.splitlines() if s.startswith(("FAILED", "ERR"))]
-            print(*failed or [output], sep="\n", file=sys.stderr)
-            print(f"without a breakage they must pass; pytest ended with {code}")
+            print(*failed or [output], "they must pass without", sep="\n")
             return 2
         print(f"all pass, after {time.monotonic() - began:.0f} s", flush=True)
         verdicts = [broken(tree, breakage) for breakage in chosen]
-    minutes, seconds = divmod(round(time.monotonic() - began), 60)
-    caught, errors = verdicts.count("caught"), verdicts.count("error")
+    caught, survived = verdicts.count("caught"), verdicts.count("SURVIVED")
+    errors = len(verdicts) - caught - survived
     more = f", {errors} came to nothing" if errors else ""
-    survived = len(verdicts) - caught - errors
+    minutes, seconds = divmod(round(time.monotonic() - began), 60)
     print(f"{caught} caught, {survived} survived{more}: {minutes} min {seconds} s")
     return int(caught < len(verdicts))
 
@@ -60,9 +58,7 @@ def main(argv: Sequence[str]) -> int:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Returns the options."""
     parser = argparse.ArgumentParser(
-        prog="python -m tests.mutations",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m tests.mutations", description=__doc__
     )
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="which breakages; all if not given"
@@ -106,16 +102,12 @@ def whole(breakages: Iterable[Breakage]) -> list[str]:
 
 
 def pytest(tree: Path, tests: Sequence[str], *options: str) -> tuple[int, str]:
-    """Runs tests of a tree on its own modules; returns the exit code and the output.
-
-    What was compiled stays in the tree, and most of it is the same for all breakages.
-    """
+    """Runs tests of a tree on its own modules; returns the exit code and the output."""
     module = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*module, "-o", "addopts=", *options, *tests],
         cwd=tree,
         env={**os.environ, "PYTHONPATH": str(tree)},
-        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -137,18 +129,15 @@ def broken(tree: Path, breakage: Breakage) -> str:
         verdict, output = "error", f"the tests did not end in {LIMIT} s"
     finally:
         write(path, right)
-    seconds = time.monotonic() - began
-    print(f"{breakage.name:<38} {verdict:<8} {seconds:6.1f} s", flush=True)
+    took = time.monotonic() - began
+    print(f"{breakage.name:<38} {verdict:<8} {took:6.1f} s", flush=True)
     if verdict == "error":
         print(output[-2000:], flush=True)
     return verdict
 
 
 def write(path: Path, text: str) -> None:
-    """Replaces a module, and what Python made of it.
-
-    Python knows that by its second and its size, which may be those of another text.
-    """
+    """Replaces a module, without what Python made of it: it may be as old and long."""
     path.write_text(text)
     for made in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
         made.unlink()

@@ -45,7 +45,7 @@ MATHEMATICS = [
         "diffusion_jax/continuous.py",
         "return time_of(schedule.args[0], logsnr - schedule.args[1])",
         "return time_of(schedule.args[0], logsnr + schedule.args[1])",
-        "tests/test_continuous.py::test_there_and_back",
+        "tests/test_continuous.py::test_shifts_of_shifts_and_of_interpolated_steps",
     ),
     # learned
     Breakage(
@@ -61,7 +61,7 @@ MATHEMATICS = [
         "diffusion_jax/learned.py",
         "bends = (jnp.arange(width) + jax.random.uniform(key, (width,), real)) / width",
         "bends = jnp.arange(width) + jax.random.uniform(key, (width,), real)",
-        "tests/test_learned.py::test_it_starts_nearly_straight_from_the_ends_asked_for",
+        "tests/test_learned.py::test_training_the_interior_lowers_the_variance_and_not_the_bound",
     ),
     # gaussian
     Breakage(
@@ -83,7 +83,7 @@ MATHEMATICS = [
         "diffusion_jax/gaussian.py",
         "top = jnp.maximum(jnp.quantile(size, percentile, axis=1), 1)",
         "top = jnp.maximum(jnp.quantile(size, percentile), 1)",
-        "tests/test_denoiser.py",
+        "tests/test_scheduler_parity.py::test_path_is_the_same_whatever_is_predicted",
     ),
     Breakage(
         "gaussian-variance-before-output",
@@ -134,7 +134,7 @@ MATHEMATICS = [
         "diffusion_jax/weightings.py",
         "def min_snr(*, gamma: float = 5.0)",
         "def min_snr(*, gamma: float = 1.0)",
-        "tests/test_weightings.py",
+        "tests/test_weightings.py::test_weighting_is_the_papers",
     ),
     # timesteps
     Breakage(
@@ -163,7 +163,7 @@ MATHEMATICS = [
         "diffusion_jax/timesteps.py",
         'index = jnp.searchsorted(up_to, u * up_to[-1], side="right")',
         'index = jnp.searchsorted(up_to, u * up_to[-1], side="left")',
-        "tests/test_timesteps.py",
+        "tests/test_timesteps.py::test_importance_in_float32",
     ),
     # sde
     Breakage(
@@ -200,7 +200,8 @@ MATHEMATICS = [
         "diffusion_jax/losses.py",
         "return rest + scale * num_steps(schedule) * term",
         "return rest + scale * term",
-        "tests/test_objectives.py",
+        "tests/test_objectives.py"
+        "::test_the_hybrid_loss_teaches_mean_and_variance_apart",
     ),
     Breakage(
         "losses-hybrid-teaches-the-mean",
@@ -264,7 +265,8 @@ MATHEMATICS = [
         "diffusion_jax/analytic.py",
         "own = jax.vmap(jax.random.fold_in, (0, None))(keys, t)",
         "own = keys",
-        "tests/test_analytic.py",
+        "tests/test_analytic.py::test_table_is_the_posterior_variance"
+        " tests/test_analytic.py::test_batches_and_chunks_do_not_matter",
     ),
     Breakage(
         "analytic-bound-not-squared",
@@ -293,7 +295,7 @@ MATHEMATICS = [
         "diffusion_jax/samplers.py",
         "share = eta**2 * -jnp.expm1(level.logsnr - prev.logsnr)",
         "share = eta * -jnp.expm1(level.logsnr - prev.logsnr)",
-        "tests/test_ddim.py",
+        "tests/test_ddim.py::test_some_noise_gives_the_data_too",
     ),
     # solvers
     Breakage(
@@ -301,7 +303,8 @@ MATHEMATICS = [
         "diffusion_jax/solvers.py",
         "bend = jnp.where(past.left > 2, first - older, 0)",
         "bend = jnp.where(past.left > 1, first - older, 0)",
-        "tests/test_orders.py tests/test_rules.py",
+        "tests/test_scheduler_parity.py"
+        "::test_third_order_integrates_the_parabola_through_three_outputs",
     ),
     Breakage(
         "solvers-churn-without-limit",
@@ -315,7 +318,8 @@ MATHEMATICS = [
         "diffusion_jax/solvers.py",
         "first = (x0 - past.outputs[0]) / ratio",
         "first = x0 - past.outputs[0]",
-        "tests/test_orders.py",
+        "tests/test_scheduler_parity.py"
+        "::test_third_order_integrates_the_parabola_through_three_outputs",
     ),
     # langevin
     Breakage(
@@ -374,7 +378,7 @@ MATHEMATICS = [
         "diffusion_jax/likelihood.py",
         "keys = jax.vmap(jax.random.fold_in, (0, None))(key, t)",
         "keys = key",
-        "tests/test_likelihood.py",
+        "tests/test_likelihood.py::test_bound_and_terms_equal_plain_numpy",
     ),
     # editing
     Breakage(
@@ -389,7 +393,7 @@ MATHEMATICS = [
         "diffusion_jax/editing.py",
         "noise = gaussian.normal(_fold(keys, KNOWN), x_t.shape, x_t.dtype)",
         "noise = gaussian.normal(keys, x_t.shape, x_t.dtype)",
-        "tests/test_editing.py",
+        "tests/test_editing.py::test_moments_of_inpainting_are_those_of_its_chain",
     ),
     Breakage(
         "editing-last-stretch-once",

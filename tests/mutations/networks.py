@@ -50,7 +50,7 @@ NETWORKS = [
         "diffusion_jax/nets/products.py",
         "            preferred_element_type=_wide(x),\n",
         "",
-        "tests/test_unet_blocks.py tests/test_unet_forms.py tests/test_norm.py",
+        "tests/test_unet_blocks.py tests/test_unet_forms.py",
     ),
     Breakage(
         "products-gradient-without-scale",
