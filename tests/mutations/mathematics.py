@@ -61,7 +61,8 @@ MATHEMATICS = [
         "diffusion_jax/learned.py",
         "bends = (jnp.arange(width) + jax.random.uniform(key, (width,), real)) / width",
         "bends = jnp.arange(width) + jax.random.uniform(key, (width,), real)",
-        "tests/test_learned.py::test_training_the_interior_lowers_the_variance_and_not_the_bound",
+        "tests/test_learned.py"
+        "::test_training_the_interior_lowers_the_variance_and_not_the_bound",
     ),
     # gaussian
     Breakage(
@@ -265,8 +266,7 @@ MATHEMATICS = [
         "diffusion_jax/analytic.py",
         "own = jax.vmap(jax.random.fold_in, (0, None))(keys, t)",
         "own = keys",
-        "tests/test_analytic.py::test_table_is_the_posterior_variance"
-        " tests/test_analytic.py::test_batches_and_chunks_do_not_matter",
+        "tests/test_analytic.py::test_every_time_and_image_has_noise_of_its_own",
     ),
     Breakage(
         "analytic-bound-not-squared",
@@ -334,14 +334,14 @@ MATHEMATICS = [
         "diffusion_jax/langevin.py",
         "return _move(fold(keys, index + 1), x, score, share)",
         "return _move(keys, x, score, share)",
-        "tests/test_langevin.py",
+        "tests/test_langevin.py::test_corrector_moves_by_the_signal_to_noise_ratio",
     ),
     Breakage(
         "langevin-noise-in-the-last-step",
         "diffusion_jax/langevin.py",
         "return mean + jnp.where(prev.sigma > 0, b, 0.0) * noise",
         "return mean + b * noise",
-        "tests/test_langevin.py",
+        "tests/test_langevin.py::test_the_step_to_data_has_no_noise",
     ),
     # ode
     Breakage(
@@ -393,7 +393,7 @@ MATHEMATICS = [
         "diffusion_jax/editing.py",
         "noise = gaussian.normal(_fold(keys, KNOWN), x_t.shape, x_t.dtype)",
         "noise = gaussian.normal(keys, x_t.shape, x_t.dtype)",
-        "tests/test_editing.py::test_moments_of_inpainting_are_those_of_its_chain",
+        "tests/test_editing.py::test_the_known_part_has_noise_of_its_own",
     ),
     Breakage(
         "editing-last-stretch-once",

@@ -30,15 +30,14 @@ TRAINING = [
         "diffusion_jax/training/state.py",
         "found = (wrong, ~jnp.isfinite(loss), ",
         "found = (wrong, jnp.isnan(loss), ",
-        "tests/test_state.py"
-        "::test_a_step_that_is_not_finite_changes_nothing_but_the_step",
+        "tests/test_state.py::test_a_loss_is_looked_at_where_its_gradient_is_finite",
     ),
     Breakage(
         "flat-padding-of-the-rest",
         "diffusion_jax/training/flat.py",
         "missing = -sum(leaf.size for leaf in leaves) % multiple",
         "missing = sum(leaf.size for leaf in leaves) % multiple",
-        "tests/test_flat.py",
+        "tests/test_flat.py::test_a_vector_is_filled_up_with_zeros_to_be_cut",
     ),
     Breakage(
         "parallel-shortest-axis-cut",
@@ -75,7 +74,8 @@ TRAINING = [
         "diffusion_jax/training/averages.py",
         "with files.replacing(file, durable=True) as partial:",
         "with files.replacing(file) as partial:",
-        "tests/test_averages.py tests/test_disk.py",
+        "tests/test_disk.py"
+        "::test_what_a_run_needs_is_on_the_disk_before_it_has_its_name",
     ),
     Breakage(
         "feed-steps-from-the-beginning",
@@ -189,7 +189,8 @@ TRAINING = [
         "diffusion_jax/training/files.py",
         "                os.fsync(file.fileno())\n",
         "",
-        "tests/test_disk.py tests/test_images.py tests/test_averages.py",
+        "tests/test_disk.py"
+        "::test_what_a_run_needs_is_on_the_disk_before_it_has_its_name",
     ),
     Breakage(
         "files-begun-ones-stay",
