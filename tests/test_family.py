@@ -174,6 +174,58 @@ def test_parts_of_a_batch_drop_by_keys_of_their_own():
     assert keys[0] == keys[2] != keys[1]
 
 
+def test_labels_are_dropped_at_their_rate(monkeypatch):
+    config, told = EXPERIMENTS["digits_conditional"].config, []
+    net = dataclasses.replace(config.net, label_dropout=0.2)
+    config = dataclasses.replace(config, net=net)
+
+    def apply(x, t, label):
+        told.append(label)
+        return x
+
+    monkeypatch.setattr(learning, "make_apply", lambda *_, **__: apply)
+    count, classes = 2000, config.net.classes
+    label = np.arange(count, dtype=np.int32) % classes
+    images = np.zeros((count, 2, 2, 1), np.uint8)
+    batch = {"image": images, "label": label, "position": np.arange(count)}
+    learning.make_loss(config)({}, batch, jax.random.key(0))
+    kept = np.asarray(told[0]) == label
+    assert np.all(kept | (told[0] == classes))
+    assert abs(kept.mean() - 0.8) < 5 * np.sqrt(0.8 * 0.2 / count)
+
+
+REAL = [
+    name
+    for name, config in digits_family.CONFIGS.items()
+    if build.is_continuous(config) and config.diffusion.schedule != "learned"
+]
+
+
+@pytest.mark.parametrize("name", ["digits", *REAL])
+def test_a_network_is_told_the_same_time_in_training_and_in_chains(name, monkeypatch):
+    config, told = EXPERIMENTS[name].config, []
+
+    class Network:
+        def apply(self, variables, x, t, label, **options):
+            told.append(np.asarray(t))
+            return 0 * x
+
+    monkeypatch.setattr(build, "make_network", lambda *_, **__: Network())
+    steps = np.array([1, 7, config.diffusion.num_steps])
+    x = jnp.zeros((3, 2, 2, 1))
+    for levels, t in (
+        (build.make_schedule(config), steps / steps[-1]),
+        (build.chain_schedule(config), steps),
+    ):
+        if name == "digits":  # which counts from 0
+            t = steps
+        apply = build.make_apply(config, {"net": {}}, levels)
+        build.make_denoiser(config, apply, levels)(x, jnp.asarray(t))
+    np.testing.assert_allclose(told[0], told[1], rtol=1e-4)
+    if name == "digits":
+        np.testing.assert_array_equal(told[0], steps - 1)
+
+
 def test_table_2_has_all_cells():
     """Rows of the paper's table, and its two columns."""
     cells = {

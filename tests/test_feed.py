@@ -239,3 +239,18 @@ def test_programs_are_counted():
     function(np.ones(3, np.float32))
     function(np.ones(3, np.float32))
     assert compilation.since(before) == "1 program compiled, 0 from the cache"
+
+
+def test_programs_that_were_kept_are_counted_apart():
+    least = "jax_persistent_cache_min_compile_time_secs"
+    usual, now = jax.config.values[least], time.time()
+    jax.config.update(least, 0)
+    try:
+        function = jax.jit(lambda x: x * now)
+        function(np.ones(3, np.float32))
+        jax.clear_caches()
+        before = compilation.count()
+        function(np.ones(3, np.float32))
+    finally:
+        jax.config.update(least, usual)
+    assert compilation.since(before) == "0 programs compiled, 1 from the cache"

@@ -296,7 +296,8 @@ def test_the_gradient_of_a_kernel_is_summed_in_float32():
     def loss(kernel):
         return (products.product((x,), kernel) * of_y).astype(jnp.float32).sum()
 
-    made = jax.jit(jax.grad(loss))(kernel)
+    # Within one program XLA may leave the rounding out; here it cannot.
+    made = jax.grad(loss)(kernel)
     assert made.dtype == jnp.float32
     truth = np.einsum("bhwc,bhwd->cd", double(x), double(of_y))
     assert_close(made, truth, 1e-5)

@@ -15,8 +15,8 @@ COMMANDS = [
         "experiments/build.py",
         "return 0 if is_continuous(config) else 1",
         "return 1",
-        "tests/test_family.py::test_chains_of_continuous_experiments_end_in_clean_data"
-        " tests/test_objectives.py",
+        "tests/test_family.py"
+        "::test_a_network_is_told_the_same_time_in_training_and_in_chains",
     ),
     Breakage(
         "learning-pixels-by-128",
@@ -46,7 +46,7 @@ COMMANDS = [
         "experiments/learning.py",
         "label = jnp.where(draw(key), net.classes, label)",
         "label = jnp.where(draw(key), label, net.classes)",
-        "tests/test_conditional.py::test_all_classes_are_drawn_in_turn",
+        "tests/test_family.py::test_labels_are_dropped_at_their_rate",
     ),
     Breakage(
         "validation-beta-of-one",

@@ -8,7 +8,8 @@ NETWORKS = [
         "diffusion_jax/nets/unet.py",
         'keys = jax.random.split(self.make_rng("dropout"), len(blocks))',
         'keys = [self.make_rng("dropout")] * len(blocks)',
-        "tests/test_unet_forms.py tests/test_unet_structure.py",
+        "tests/test_unet_structure.py"
+        "::test_every_residual_block_drops_at_the_rate_of_the_network",
     ),
     Breakage(
         "unet-skip-before-the-rest",
@@ -114,7 +115,7 @@ NETWORKS = [
         "diffusion_jax/nets/tensor_files.py",
         "if count > 1]:",
         "if count > 2]:",
-        "tests/test_nonsense_weights.py::test_files_of_tensors_are_refused",
+        "tests/test_tensor_files.py::test_what_cannot_be_read_is_refused",
     ),
     Breakage(
         "tensorflow-data-without-index",

@@ -125,7 +125,7 @@ TRAINING = [
         "diffusion_jax/training/checkpoint.py",
         "lambda index: np.array(array[index])",
         "lambda index: array[index]",
-        "tests/test_checkpoint.py tests/test_verify.py",
+        "tests/test_checkpoint.py::test_each_device_has_memory_of_its_own",
     ),
     Breakage(
         "manifest-part-of-a-tensor",
@@ -161,7 +161,7 @@ TRAINING = [
         "            while stream.read(2**20):  # whose end has the checksum of all\n"
         "                pass\n",
         "",
-        "tests/test_archives.py tests/test_formats.py",
+        "tests/test_archives.py::test_the_checksum_at_the_end_is_looked_at",
     ),
     Breakage(
         "archives-one-byte-too-many",
@@ -232,7 +232,7 @@ TRAINING = [
         "diffusion_jax/training/compilation.py",
         "return Programs(max(seen[ASKED] - seen[READ], 0), seen[READ])",
         "return Programs(seen[ASKED], seen[READ])",
-        "tests/test_feed.py::test_programs_are_counted",
+        "tests/test_feed.py::test_programs_that_were_kept_are_counted_apart",
     ),
     # evaluation
     Breakage(
