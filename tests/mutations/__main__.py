@@ -57,9 +57,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Returns the options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.mutations", description=__doc__
-    )
+    parser = argparse.ArgumentParser("python -m tests.mutations", description=__doc__)
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="which breakages; all if not given"
     )
