@@ -9,8 +9,8 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help train sample eval samplers ablation legibility test torture lint format \
-	clean
+.PHONY: help train sample eval samplers ablation legibility test torture mutations \
+	lint format clean
 
 help:  ## show this
 	@echo "usage: make TARGET [EXP=experiment] [ARGS=\"--flag value ...\"] [PYTHON=python3]"
@@ -47,6 +47,9 @@ test: $(READY)  ## run all tests and doctests
 
 torture: $(READY)  ## kill runs, fill their disks, damage their files: 40 minutes
 	$(PY) -m tests.torture $(ARGS)
+
+mutations: $(READY)  ## break the code in 138 ways; each must be noticed: 23 minutes
+	$(PY) -m tests.mutations $(ARGS)
 
 lint: $(READY)  ## check style and types
 	$(PY) -m ruff check .

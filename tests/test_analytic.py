@@ -191,6 +191,26 @@ def test_error_is_the_best_for_an_imperfect_mean(x64):
         assert cost["error"] < cost["score"]
 
 
+def test_every_time_and_image_has_noise_of_its_own(x64):
+    """Of data that are 0 the noise is x_t / sigma, and its mean square in the table."""
+    made = schedule.from_betas(BETAS)
+    _, sigma = numpy_levels(BETAS)
+
+    def denoise(x_t, t):
+        return gaussian.Prediction(0 * x_t, x_t / jnp.asarray(sigma)[t][:, None])
+
+    seen = [
+        1 - table[1:] * np.exp(made(np.arange(1, 13)).logsnr)
+        for table in (
+            analytic.x0_variance(KEY, denoise, made, jnp.zeros([count, 3]))
+            for count in (1, 2)
+        )
+    ]
+    for squares in seen:
+        assert len(np.unique(np.round(squares, 6))) == 12
+    assert np.all(np.abs(seen[0] - seen[1]) > 1e-6)
+
+
 def test_bounded(x64):
     """0 below; above, what x_t / alpha leaves, and the data's range (Theorem 2)."""
     made = schedule.from_betas(BETAS)
@@ -201,6 +221,8 @@ def test_bounded(x64):
     assert ratio.min() < 1 < ratio.max()
     wide = analytic.bounded(np.full(13, 99.0), made, half_range=np.inf)
     np.testing.assert_allclose(wide, np.minimum(ratio, 99), rtol=1e-10)
+    half = analytic.bounded(np.full(13, 99.0), made, half_range=0.5)
+    np.testing.assert_allclose(half, np.minimum(ratio, 0.25), rtol=1e-10)
     assert np.all(analytic.bounded(np.full(13, -0.1), made) == 0)
     table = 0.5 * np.minimum(ratio, 1)
     np.testing.assert_array_equal(analytic.bounded(table, made), table)

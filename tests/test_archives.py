@@ -1,5 +1,6 @@
 """Archives: what unpacks to more than it may is refused, and honest data are not."""
 
+import gzip
 import io
 import tarfile
 
@@ -36,6 +37,17 @@ def test_holes_of_sparse_members_are_not_filled():
 def test_more_than_it_may_have_is_refused(bounds):
     with pytest.raises(archives.ArchiveError, match="4999"):
         read(tar(5000), **bounds)
+
+
+# The second fills the pieces that are read to the last byte.
+@pytest.mark.parametrize("size", [5000, 1_300_000])
+def test_the_checksum_at_the_end_is_looked_at(size):
+    packed = bytearray(gzip.compress(tar(size).getvalue()))
+    bounds = {"most": 2**21, "total": 2**21}
+    assert read(io.BytesIO(packed), **bounds) == {"one": bytes(size)}
+    packed[-8] ^= 1
+    with pytest.raises(archives.ArchiveError, match="CRC"):
+        read(io.BytesIO(packed), **bounds)
 
 
 def test_a_name_stands_for_one_member():

@@ -220,6 +220,10 @@ def test_sum_is_in_float64_and_one_tree_is_read_at_a_time():
     made = averages.reconstruct(trees(), [1.0, 1.0, 1.0])
     np.testing.assert_allclose(made["a"]["w"], [1e-9, 1e-9], rtol=1e-6)
     assert made["b"].dtype == np.float32
+    # The factors too: they cancel as well.
+    ones = [{"w": jnp.ones(2)}] * 2
+    made = averages.reconstruct(ones, [1 / 3, 1e-12 - 1 / 3])
+    np.testing.assert_allclose(made["w"], [1e-12, 1e-12], rtol=1e-3)
 
 
 @pytest.mark.parametrize("length", [0, -0.1, 0.281, float("nan")])

@@ -46,6 +46,8 @@ def draw(run, out, *flags, count=12):
 
 def test_all_classes_are_drawn_in_turn(labelled, tmp_path):
     mixed = draw(labelled, tmp_path)
+    cut = draw(labelled, tmp_path, "--batch-size", "5")
+    assert np.abs(cut - mixed).max() <= 1
     for label in (0, 3):
         one = draw(labelled, tmp_path, "--label", str(label))
         far = np.abs(mixed - one).reshape(12, -1).max(axis=1)

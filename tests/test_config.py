@@ -107,6 +107,7 @@ BAD = {
     "--data.image-size 9": "data.image_size must be a multiple of 2.*; got 9",
     "--data.channels 2": "data.channels must be 1 or 3; got 2",
     "--diffusion.beta-start 0.5": "0 < start <= end < 1; got 0.5 and 0.02",
+    "--diffusion.beta-end 1": "0 < start <= end < 1; got 0.0001 and 1.0",
     "--diffusion.variance learned": "diffusion.loss must be vlb",
     "--optimizer.ema-decay 1": "optimizer.ema_decay must be at least 0",
     "--optimizer.learning-rate 0": "must be above 0 and finite; got 0",

@@ -60,6 +60,35 @@ def test_what_cannot_be_written_leaves_what_was_there(write, tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize("write", [snapshot, config, cut])
+def test_what_a_run_needs_is_on_the_disk_before_it_has_its_name(
+    write, tmp_path, monkeypatch
+):
+    path, synced = tmp_path / "file", []
+    path.write_text('{"step": 1}\n')
+
+    def fsync(file):
+        partial = os.readlink(f"/proc/self/fd/{file}")
+        synced.append((os.path.dirname(partial), os.path.getsize(partial)))
+        assert path.read_text() == '{"step": 1}\n'
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write(path)
+    assert synced == [(str(tmp_path), path.stat().st_size)]
+
+
+def test_lines_are_synced_when_asked_for(tmp_path, monkeypatch):
+    run, synced = runs.Run(tmp_path), []
+    monkeypatch.setattr(
+        os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}"))
+    )
+    for path in (run.metrics, run.speed):
+        runs.append_line(path, {"step": 1})
+    assert synced == []
+    runs.to_disk(run)
+    assert synced == [str(run.metrics), str(run.speed)]
+
+
 def test_a_line_that_was_cut_off_is_dropped_and_written_again(tmp_path):
     path = tmp_path / "lines"
     runs.append_line(path, {"step": 1, "text": "a" * 80})

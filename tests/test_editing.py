@@ -135,6 +135,20 @@ def test_with_nothing_known_the_rule_draws_what_it_draws_alone(rule):
     np.testing.assert_allclose(x, alone, rtol=1e-6, atol=1e-6)
 
 
+def test_the_known_part_has_noise_of_its_own():
+    """Not that of the rule, with which a mixture of both would be too noisy."""
+
+    def draw(keys, x_t, memory, t, s):
+        return samplers.Step(gaussian.normal(keys, x_t.shape), memory, x_t)
+
+    rule = samplers.Sampler(lambda x, grid: (), draw)
+    rule = editing.constrain(rule, LIN, jnp.zeros([1, 5000]), lambda y, x: y * x)
+    keys, x = jax.random.split(KEY, 1), jnp.zeros([1, 5000])
+    product = rule.step(keys, x, ((), None), jnp.array(500), jnp.array(400)).x
+    assert abs(product.mean() / float(LIN(400).sigma)) < 0.1
+    assert 0.8 < product.std() / float(LIN(400).sigma) < 1.2
+
+
 def test_an_edited_image_depends_on_its_key_alone():
     rule = editing.inpaint(DDPM, LIN, IMAGE, MASK)
     grid = editing.repaint_grid(grids.uniform(LIN, 10), 3, 2)

@@ -170,11 +170,31 @@ def test_given_pictures_are_never_resized(run, tmp_path):
 def test_other_weights_never_meet_old_samples(run, tmp_path):
     config = with_sampling(runs.read_config(run), Sampling(steps=2))
     other = with_sampling(config, Sampling(sampler="ddim"))
-    for chosen, raw in ((config, False), (config, True), (other, False)):
+    for chosen, raw, seed in (
+        (config, False, 0),
+        (config, True, 0),
+        (other, False, 0),
+        (config, False, 1),
+    ):
         params = weights.load(chosen, run, Weights(raw=raw))[0]
-        draws.to_disk(tmp_path, chosen, params, count=4, seed=0, batch_size=4)
+        draws.to_disk(tmp_path, chosen, params, count=4, seed=seed, batch_size=4)
     drawn = [np.load(path).tobytes() for path in tmp_path.glob("*.npy")]
-    assert len(set(drawn)) == 3
+    assert len(set(drawn)) == 4
+
+
+def test_samples_are_on_the_disk_before_it_is_noted(run, tmp_path, monkeypatch):
+    config = with_sampling(runs.read_config(run), Sampling(steps=2))
+    params = weights.load(config, run, Weights())[0]
+    order, write = [], runs.write_json
+    monkeypatch.setattr(np.memmap, "flush", lambda array: order.append("flushed"))
+
+    def note(path, values):
+        order.append(values["done"])
+        write(path, values)
+
+    monkeypatch.setattr(runs, "write_json", note)
+    draws.to_disk(tmp_path, config, params, count=6, seed=0, batch_size=4)
+    assert order[:4] == ["flushed", 4, "flushed", 6]
 
 
 def test_error_bars_and_untrained_weights(run):
@@ -184,6 +204,7 @@ def test_error_bars_and_untrained_weights(run):
     assert len(number["of_each"]) == 2
     np.testing.assert_allclose(number["mean"], np.mean(number["of_each"]))
     np.testing.assert_allclose(number["std"], np.std(number["of_each"], ddof=1))
+    assert number["std"] > 0  # the seeds have samples of their own
     assert result["weights"] == "untrained"
 
 
@@ -223,7 +244,8 @@ def test_reference_statistics_are_cached_by_what_made_them(run, monkeypatch):
     reference.of(config, images, "train", other, batch_size=64)
     reference.of(config, images[:500], "train", extractor, batch_size=64)
     reference.of(config, images, "test", extractor, batch_size=64)
-    assert calls == [1797, 1797, 500, 1797]
+    reference.of(config, images[::-1], "train", extractor, batch_size=64)
+    assert calls == [1797, 1797, 500, 1797, 1797]
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,105 @@ def test_whatever_is_not_refused_has_a_finite_loss(seed):
     assert np.isfinite(loss), config.diffusion
 
 
+def seen_by_the_loss(config, images, position):
+    """What the loss makes of a batch: the key that drops, and x0."""
+    found = []
+
+    def look(config, denoise, levels, x0, eps, t):
+        found.append(x0)
+        return x0.mean(axis=(1, 2, 3))
+
+    def keep(*_, rngs, **__):
+        found.append(jax.random.key_data(rngs["dropout"]).tolist())
+
+    batch = {"image": images, "position": position}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learning, "_loss_at", look)
+        patch.setattr(learning, "make_apply", keep)
+        learning.make_loss(config)({}, batch, jax.random.key(0))
+    return found
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_loss_sees_pictures_from_minus_one_to_one_mirrored_at_random(flip):
+    config = EXPERIMENTS["digits"].config
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, flip=flip)
+    )
+    images = np.arange(256, dtype=np.uint8).reshape(16, 4, 4, 1)
+    _, x0 = seen_by_the_loss(config, images, np.arange(16))
+    assert (images.min(), images.max()) == (0, 255)
+    straight = images / 127.5 - 1
+    mirrored = np.flip(straight, axis=2)  # left and right
+    near = [
+        np.abs(x0 - expected).max(axis=(1, 2, 3)) < 1e-6
+        for expected in (straight, mirrored)
+    ]
+    assert np.all(near[0] ^ near[1])
+    assert (0 < near[1].sum() < 16) if flip else near[0].all()
+
+
+def test_parts_of_a_batch_drop_by_keys_of_their_own():
+    """By the position of their first example: devices have parts of a batch."""
+    config, images = EXPERIMENTS["digits"].config, np.zeros((4, 8, 8, 1), np.uint8)
+    keys = [
+        seen_by_the_loss(config, images, first + np.arange(4))[0] for first in (0, 4, 0)
+    ]
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_labels_are_dropped_at_their_rate(monkeypatch):
+    config, told = EXPERIMENTS["digits_conditional"].config, []
+    net = dataclasses.replace(config.net, label_dropout=0.2)
+    config = dataclasses.replace(config, net=net)
+
+    def apply(x, t, label):
+        told.append(label)
+        return x
+
+    monkeypatch.setattr(learning, "make_apply", lambda *_, **__: apply)
+    count, classes = 2000, config.net.classes
+    label = np.arange(count, dtype=np.int32) % classes
+    images = np.zeros((count, 2, 2, 1), np.uint8)
+    batch = {"image": images, "label": label, "position": np.arange(count)}
+    learning.make_loss(config)({}, batch, jax.random.key(0))
+    kept = np.asarray(told[0]) == label
+    assert np.all(kept | (told[0] == classes))
+    assert abs(kept.mean() - 0.8) < 5 * np.sqrt(0.8 * 0.2 / count)
+
+
+REAL = [
+    name
+    for name, config in digits_family.CONFIGS.items()
+    if build.is_continuous(config) and config.diffusion.schedule != "learned"
+]
+
+
+@pytest.mark.parametrize("name", ["digits", *REAL])
+def test_a_network_is_told_the_same_time_in_training_and_in_chains(name, monkeypatch):
+    config, told = EXPERIMENTS[name].config, []
+
+    class Network:
+        def apply(self, variables, x, t, label, **options):
+            told.append(np.asarray(t))
+            return 0 * x
+
+    monkeypatch.setattr(build, "make_network", lambda *_, **__: Network())
+    steps = np.array([1, 7, config.diffusion.num_steps])
+    x = jnp.zeros((3, 2, 2, 1))
+    for levels, t in (
+        (build.make_schedule(config), steps / steps[-1]),
+        (build.chain_schedule(config), steps),
+    ):
+        if name == "digits":  # which counts from 0
+            t = steps
+        apply = build.make_apply(config, {"net": {}}, levels)
+        build.make_denoiser(config, apply, levels)(x, jnp.asarray(t))
+    np.testing.assert_allclose(told[0], told[1], rtol=1e-4)
+    if name == "digits":
+        np.testing.assert_array_equal(told[0], steps - 1)
+
+
 def test_table_2_has_all_cells():
     """Rows of the paper's table, and its two columns."""
     cells = {

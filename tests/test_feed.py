@@ -107,7 +107,9 @@ def seen_by(source, strategy, devices, known):
 @pytest.mark.parametrize("source", SOURCES)
 def test_step_k_sees_the_batch_of_k_by_every_strategy(source, strategy):
     known = dataset()
-    for step, batch in enumerate(seen_by(source, strategy, 8, known), 3):
+    seen = seen_by(source, strategy, 8, known)
+    assert len(seen) == 6
+    for step, batch in enumerate(seen, 3):
         index = data.batch_indices(3, step, len(known.images), 8)
         np.testing.assert_array_equal(batch["image"], known.images[index])
         np.testing.assert_array_equal(batch["label"], known.labels[index])
@@ -239,3 +241,18 @@ def test_programs_are_counted():
     function(np.ones(3, np.float32))
     function(np.ones(3, np.float32))
     assert compilation.since(before) == "1 program compiled, 0 from the cache"
+
+
+def test_programs_that_were_kept_are_counted_apart():
+    least = "jax_persistent_cache_min_compile_time_secs"
+    usual = jax.config.values[least]
+    jax.config.update(least, 0)
+    try:
+        function = jax.jit(lambda x: x * 0.125)
+        function(np.ones(3, np.float32))
+        jax.clear_caches()
+        before = compilation.count()
+        function(np.ones(3, np.float32))
+    finally:
+        jax.config.update(least, usual)
+    assert compilation.since(before) == "0 programs compiled, 1 from the cache"

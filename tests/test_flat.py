@@ -30,6 +30,17 @@ def test_a_tree_comes_back_to_the_bit():
     assert_equal(jax.jit(lambda tree: flat.unpack(flat.pack(tree)))(TREE), TREE)
 
 
+@pytest.mark.parametrize("multiple", [2, 8, 116, 1000])
+def test_a_vector_is_filled_up_with_zeros_to_be_cut(multiple):
+    packed, size = flat.pack(TREE, multiple), 116
+    assert packed.vector.shape == (-(-size // multiple) * multiple,)
+    assert not packed.vector[size:].any()
+    assert_equal(flat.unpack(packed), TREE)
+    grad = jax.grad(flat.of_tree(lambda tree: tree["scalar"]))(packed)
+    assert grad.vector.shape == packed.vector.shape
+    assert float(grad.vector.sum()) == 1
+
+
 def test_kernels_of_convolutions_are_stored_with_their_outputs_first():
     kernel = TREE["conv"]["kernel"]
     vector = flat.pack({"kernel": kernel}).vector

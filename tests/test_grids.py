@@ -134,13 +134,14 @@ def test_the_first_time_is_one_at_which_steps_do_something(name):
 
 
 @every_grid
-def test_a_grid_is_the_same_under_jit_and_in_any_precision(grid):
-    expected = MAKERS[grid](LIN, 15)
+@pytest.mark.parametrize("made", [LIN, continuous.vp()], ids=["linear", "vp"])
+def test_a_grid_is_the_same_under_jit_and_in_any_precision(grid, made):
+    expected = MAKERS[grid](made, 15)
     seen = []
-    jax.jit(lambda x: seen.append(MAKERS[grid](LIN, 15)) or x)(1.0)
+    jax.jit(lambda x: seen.append(MAKERS[grid](made, 15)) or x)(1.0)
     np.testing.assert_array_equal(seen[0], expected)
     with jax.enable_x64(True):
-        np.testing.assert_array_equal(MAKERS[grid](LIN, 15), expected)
+        np.testing.assert_array_equal(MAKERS[grid](made, 15), expected)
 
 
 TEN = schedule.linear(10)

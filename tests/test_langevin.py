@@ -60,6 +60,12 @@ def test_reverse_diffusion_of_ve(x64):
     np.testing.assert_allclose(predicted(made, t, s), truth, rtol=1e-8)
 
 
+def test_the_step_to_data_has_no_noise(x64):
+    made, beta = schedule.linear(), LINEAR.betas[1]
+    truth = (2 - np.sqrt(1 - beta)) * X + beta * score(made, X, 1)
+    np.testing.assert_allclose(predicted(made, 1, 0), truth, rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize("snr", [0.05, 0.16])
 @pytest.mark.parametrize(("name", "t", "s"), [("linear", 400, 399), ("ve", 0.6, 0.5)])
 def test_corrector_moves_by_the_signal_to_noise_ratio(name, t, s, snr, x64):

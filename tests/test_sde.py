@@ -181,6 +181,7 @@ def test_a_network_of_real_times_is_one_of_steps():
         (lambda: sde.flow(None, schedule.linear(7)), "7 whole steps"),
         (lambda: sde.reverse_drift(None, schedule.linear(7)), "7 whole steps"),
         (lambda: sde.coefficients(continuous.vp(), 0.0), "0.0"),
+        (lambda: sde.coefficients(continuous.vp(), np.array([0.5, 0])), "[0.5 0. ]"),
         (lambda: sde.coefficients(continuous.vp(), 1.5), "1.5"),
     ],
 )

@@ -199,6 +199,18 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_step(bad):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_loss_is_looked_at_where_its_gradient_is_finite(bad):
+    def loss(params, batch, key):
+        return quadratic(params, batch, key) + bad
+
+    options = {"averages": [LAST], "clip_norm": None}
+    now, (metrics,) = run(loss, optax.sgd(1.0), [batch_of([1.0, 2.0])], **options)
+    assert np.isfinite(metrics["grad_norm"])
+    assert state.CAUSES[int(metrics["cause"])] == "loss"
+    np.testing.assert_array_equal(now.params["w"], [0.0, 0.0])
+
+
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_a_loss_remembers_what_it_saw_of_the_whole_batch_in_order(parts):
     def loss(params, batch, key, memory):

@@ -275,12 +275,14 @@ def uneven(kind, num_steps=4000):
         "rough": np.exp(8 * rng.normal(size=num_steps)),
         "holes": np.where(rng.random(num_steps) < 0.5, 0, t**-1.0),
         "last": np.where(t == num_steps, 1.0, 1e-12),
+        "early holes": np.where(t <= 5, 0, 1.0),
         "late holes": np.where(t > num_steps - 5, 0, 1.0),
     }[kind]
     return (p / p.sum()).astype(np.float32)
 
 
-SHAPES = ["flat", "steep", "rising", "rough", "holes", "last", "late holes"]
+EARLY, LATE = "early holes", "late holes"
+SHAPES = ["flat", "steep", "rising", "rough", "holes", "last", EARLY, LATE]
 
 
 @pytest.mark.parametrize("kind", SHAPES)

@@ -110,6 +110,21 @@ def test_lines_after_the_checkpoint_are_written_once(folder, whole):
     assert run.metrics.read_bytes() == whole.metrics.read_bytes()
 
 
+def test_lines_are_on_the_disk_before_the_checkpoint_that_follows_them(
+    folder, whole, monkeypatch
+):
+    order, save = [], checkpoint.save
+
+    def saved(*given, **options):
+        order.append("checkpoint")
+        save(*given, **options)
+
+    monkeypatch.setattr(runs, "to_disk", lambda run: order.append(run.folder.name))
+    monkeypatch.setattr(checkpoint, "save", saved)
+    run_train(folder, "ordered", "--train.stop-at", "7")
+    assert order == ["ordered", "checkpoint"]
+
+
 def test_a_complete_run_is_left_alone(folder, whole, capsys):
     before = whole.metrics.read_bytes(), final_state(whole)
     code, _ = run_train(folder, "whole")

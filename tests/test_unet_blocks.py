@@ -288,6 +288,21 @@ def test_the_last_convolution_is_summed_in_float32(dtype):
     assert_close(out, numpy_unet.conv3x3(double(params), double(x)), 1e-6)
 
 
+def test_the_gradient_of_a_kernel_is_summed_in_float32():
+    # What a bfloat16 network has: activations of few digits, and weights of all.
+    x, of_y = (jnp.asarray(normal(2, 5, 6, n), jnp.bfloat16) for n in (8, 4))
+    kernel = jnp.asarray(normal(8, 4), jnp.float32)
+
+    def loss(kernel):
+        return (products.product((x,), kernel) * of_y).astype(jnp.float32).sum()
+
+    # Within one program XLA may leave the rounding out; here it cannot.
+    made = jax.grad(loss)(kernel)
+    assert made.dtype == jnp.float32
+    truth = np.einsum("bhwc,bhwd->cd", double(x), double(of_y))
+    assert_close(made, truth, 1e-5)
+
+
 # Group normalisation.
 
 

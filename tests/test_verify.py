@@ -340,5 +340,6 @@ def test_all_is_on_the_disk_before_it_has_its_name(folder, monkeypatch):
     save(folder, 3, state(3))
     partial = {path.parts[len(folder.parts)] for path in seen}
     assert partial == {"3.orbax-checkpoint-tmp"}
+    assert folder / "3.orbax-checkpoint-tmp" in seen
     names = {path.name for path in files(folder / "3") if path.suffix != ".txt"}
     assert names <= {path.name for path in seen}

@@ -1,0 +1,9 @@
+"""All breakages: two or more of each module of the mathematics, one of each machine."""
+
+from . import Breakage
+from .commands import COMMANDS
+from .mathematics import MATHEMATICS
+from .networks import NETWORKS
+from .training import TRAINING
+
+BREAKAGES: list[Breakage] = [*MATHEMATICS, *NETWORKS, *TRAINING, *COMMANDS]

@@ -1,0 +1,141 @@
+"""Mistakes in the networks, and in what reads their files."""
+
+from . import Breakage
+
+NETWORKS = [
+    Breakage(
+        "unet-one-dropout-for-all-blocks",
+        "diffusion_jax/nets/unet.py",
+        'keys = jax.random.split(self.make_rng("dropout"), len(blocks))',
+        'keys = [self.make_rng("dropout")] * len(blocks)',
+        "tests/test_unet_structure.py"
+        "::test_every_residual_block_drops_at_the_rate_of_the_network",
+    ),
+    Breakage(
+        "unet-skip-before-the-rest",
+        "diffusion_jax/nets/unet.py",
+        "h = level(beside(h, skips.pop()), ",
+        "h = level(beside(skips.pop(), h), ",
+        "tests/test_unet.py::test_network_equals_numpy",
+    ),
+    Breakage(
+        "blocks-padding-all-around",
+        "diffusion_jax/nets/blocks.py",
+        "before = 1 if self.strides == 1 else self.before",
+        "before = 1",
+        "tests/test_unet_blocks.py::test_stride_2_pads_only_below_and_right",
+    ),
+    Breakage(
+        "blocks-epsilon-of-others",
+        "diffusion_jax/nets/blocks.py",
+        '"official": Variant(1e-6, 1, False, 0, None)',
+        '"official": Variant(1e-5, 1, False, 0, None)',
+        "tests/test_unet_blocks.py::test_group_norm_epsilon_is_1e_6",
+    ),
+    Breakage(
+        "norm-gradient-of-the-mean",
+        "diffusion_jax/nets/norm.py",
+        "of_x = a_i * at_y(y, g_i, _sigmoid) - p_i - u * q_i",
+        "of_x = a_i * at_y(y, g_i, _sigmoid) - u * q_i",
+        "tests/test_norm.py::test_value_and_gradient_equal_numpy",
+    ),
+    Breakage(
+        "norm-large-means-cancel",
+        "diffusion_jax/nets/norm.py",
+        "middle = _wide(x[:, x.shape[1] // 2, x.shape[2] // 2])",
+        "middle = jnp.zeros_like(_wide(x[:, 0, 0]))",
+        "tests/test_norm.py::test_mean_may_be_large",
+    ),
+    Breakage(
+        "products-gradient-in-bfloat16",
+        "diffusion_jax/nets/products.py",
+        "            preferred_element_type=_wide(x),\n",
+        "",
+        "tests/test_unet_blocks.py::test_the_gradient_of_a_kernel_is_summed_in_float32",
+    ),
+    Breakage(
+        "products-gradient-without-scale",
+        "diffusion_jax/nets/products.py",
+        "of_scores = weights.astype(wide) * (of_weights - mean) * scale",
+        "of_scores = weights.astype(wide) * (of_weights - mean)",
+        "tests/test_unet_blocks.py::test_gradient_of_attention_equals_numpy",
+    ),
+    Breakage(
+        "dropout-bits-used-twice",
+        "diffusion_jax/nets/dropout.py",
+        "(words & 0xFFFF, words >> 16)",
+        "(words & 0xFFFF, words & 0xFFFF)",
+        "tests/test_unet_forms.py",
+    ),
+    Breakage(
+        "embeddings-slowest-frequency",
+        "diffusion_jax/nets/embeddings.py",
+        "np.arange(half) / (half - shift))",
+        "np.arange(half) / half)",
+        "tests/test_unet_blocks.py::test_slowest_frequency_is_1e_4",
+    ),
+    Breakage(
+        "embeddings-half-turns-dropped",
+        "diffusion_jax/nets/embeddings.py",
+        "phase = jnp.pi * (turns - 2 * jnp.round(turns / 2))",
+        "phase = jnp.pi * (turns - jnp.round(turns))",
+        "tests/test_unet.py::test_fourier_features_equal_numpy",
+    ),
+    Breakage(
+        "fresh-key-of-the-module",
+        "diffusion_jax/nets/fresh.py",
+        "key = LazyRng.create(key, *modules, 1).as_jax_rng()",
+        "key = LazyRng.create(key, *modules).as_jax_rng()",
+        "tests/test_fresh.py::test_first_weights_are_those_of_the_network",
+    ),
+    Breakage(
+        "diffusers-attention-the-same-way",
+        "diffusion_jax/nets/diffusers.py",
+        "if down != up[::-1]:",
+        "if down != up:",
+        "tests/test_unet_weights.py",
+    ),
+    Breakage(
+        "diffusers-default-shift",
+        "diffusion_jax/nets/diffusers.py",
+        '"freq_shift": 0,',
+        '"freq_shift": 1,',
+        "tests/test_unet_weights.py"
+        "::test_fields_that_are_missing_are_those_of_diffusers",
+    ),
+    Breakage(
+        "tensor-files-transposed",
+        "diffusion_jax/nets/tensor_files.py",
+        'np.asarray(array, order="C")',
+        "np.asarray(array)",
+        "tests/test_tensor_files.py::test_what_was_written_is_read",
+    ),
+    Breakage(
+        "tensor-files-two-of-a-name",
+        "diffusion_jax/nets/tensor_files.py",
+        "if count > 1]:",
+        "if count > 2]:",
+        "tests/test_tensor_files.py::test_what_cannot_be_read_is_refused",
+    ),
+    Breakage(
+        "tensorflow-data-without-index",
+        "diffusion_jax/nets/tensorflow_checkpoint.py",
+        "if not files or not _index(prefix).is_file():",
+        "if not files:",
+        "tests/test_tensor_files.py::test_half_a_checkpoint_is_refused",
+    ),
+    Breakage(
+        "graphdef-rest-is-zero",
+        "diffusion_jax/nets/graphdef.py",
+        'array = np.pad(array, (0, size - array.size), mode="edge")',
+        "array = np.pad(array, (0, size - array.size))",
+        "tests/test_graphdef.py::test_last_number_of_a_constant_goes_on",
+    ),
+    Breakage(
+        "graphdef-axis-of-none-hides-others",
+        "diffusion_jax/nets/graphdef.py",
+        "max(size, *shape, 0) > _MAX_SIZE",
+        "size > _MAX_SIZE",
+        "tests/test_graphdef.py::test_shape_that_lies_reserves_no_memory",
+    ),
+]
