@@ -60,7 +60,8 @@ def init_state(
 
     Args:
       config: the configuration.
-      params: those to start from, `initial.params`; from the seed when None.
+      params: those to start from, `initial.params`, a tree or a vector; from the seed
+        when None.
       key: of the seed, made here when None. A program that is given it fits all seeds.
       packed: whether to return what `as_trained` makes of it.
     """
@@ -68,8 +69,7 @@ def init_state(
     key_params, key_run = jax.random.split(key)
     if params is None:
         params = init_params(config, key_params)
-    if packed and not isinstance(params, flat.Flat):
-        params = flat.pack(params, config.train.fsdp)
+    params = flat.pack(params, config.train.fsdp) if packed else params
     memory: Any = ()
     if config.diffusion.density == "importance":
         memory = timesteps.history(config.diffusion.num_steps)

@@ -287,12 +287,11 @@ def first_state(config: Config, placed: Any, params: Any = None) -> TrainState:
     key = jax.random.key(config.train.seed)
     if params is None:
         params = build.init_params(config, jax.random.split(key)[0])
-    make = jax.jit(
-        partial(learning.init_state, config, packed=True),
-        # Made where it belongs where the whole may be more than one device holds.
-        out_shardings=placed if config.train.fsdp > 1 else None,
-    )
-    return parallel.place(make(flat.pack(params, config.train.fsdp), key), placed)
+    # On the host, and then where it belongs: one device may not hold the whole.
+    vector = parallel.place(flat.pack(params, config.train.fsdp), placed.params)
+    make = jax.jit(partial(learning.init_state, config), out_shardings=placed)
+    state: TrainState = make(vector, key)
+    return state
 
 
 def check_finite(config: Config, params: Any) -> None:

@@ -50,7 +50,7 @@ def pack(tree: PyTree, multiple: int = 1) -> Flat:
     cuDNN wants them: the vector is then cut into kernels without turning any.
 
     Args:
-      tree: the arrays.
+      tree: the arrays; a vector of NumPy's is made of NumPy's.
       multiple: of which the length of the vector is one, by zeros at its end: the
         devices that share it have equal parts.
 
@@ -122,14 +122,14 @@ def of_tree(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
     return lambda flat, *rest: loss_fn(unpack(flat), *rest)
 
 
-def _join(leaves: list[jax.Array], multiple: int) -> jax.Array:
+def _join(leaves: list[Any], multiple: int) -> Any:
     pieces: list[Any] = [_turn(leaf).ravel() for leaf in leaves]
     missing = -sum(leaf.size for leaf in leaves) % multiple
     if missing:
         pieces.append(np.zeros(missing, pieces[0].dtype))
-    # Of arrays of NumPy without a program, which would have an argument for each.
+    # Those of NumPy stay there: a program would have an argument for each.
     host = all(isinstance(piece, np.ndarray) for piece in pieces)
-    return jnp.asarray(np.concatenate(pieces)) if host else jnp.concatenate(pieces)
+    return np.concatenate(pieces) if host else jnp.concatenate(pieces)
 
 
 def _turn(leaf: jax.Array) -> jax.Array:
