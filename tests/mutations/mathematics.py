@@ -197,6 +197,20 @@ MATHEMATICS = [
         "tests/test_losses.py::test_decoder_of_every_bin",
     ),
     Breakage(
+        "losses-simple-without-gradient",
+        "diffusion_jax/losses.py",
+        "return _mean(jnp.square(guess - truth))",
+        "return _mean(jnp.square(jax.lax.stop_gradient(guess) - truth))",
+        "tests/test_transforms.py::test_gradients",
+    ),
+    Breakage(
+        "losses-simple-of-the-whole-batch",
+        "diffusion_jax/losses.py",
+        "return _mean(jnp.square(guess - truth))",
+        "return _mean(jnp.square(guess - guess.mean(0, keepdims=True) - truth))",
+        "tests/test_transforms.py::test_jit_vmap_and_shard_map_equal_eager",
+    ),
+    Breakage(
         "losses-hybrid-without-T",
         "diffusion_jax/losses.py",
         "return rest + scale * num_steps(schedule) * term",
