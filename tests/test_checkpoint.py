@@ -47,17 +47,6 @@ def test_state_comes_back_on_any_number_of_devices(tmp_path, devices):
     assert restored["w"].sharding.num_devices == devices
 
 
-def test_each_device_has_memory_of_its_own():
-    """Of an array that begins where JAX takes it as it lies."""
-    memory = np.zeros(4096 + 64, np.uint8)
-    begin = -memory.ctypes.data % 64
-    array = memory[begin : begin + 4096].view(np.float32)
-    placed = checkpoint._place(array, array, on(8))
-    places = {part.data.unsafe_buffer_pointer() for part in placed.addressable_shards}
-    assert len(places) == 8
-    assert array.ctypes.data not in places
-
-
 def trained(devices, fsdp, folder=None, *, steps=0):
     """A state on some devices, from a checkpoint where one is given, and its loss."""
     params = {"w": jnp.ones([32, 64]) / 10, "b": jnp.zeros(64)}

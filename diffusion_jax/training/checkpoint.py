@@ -335,10 +335,7 @@ def _placed(arrays: dict[str, np.ndarray], like: PyTree, sharding: PyTree) -> Py
 
 def _place(array: np.ndarray, like: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     """Returns an array on its devices, as the leaf that it was."""
-    # A copy for each device: on CPU they would share the memory of the array.
-    placed = jax.make_array_from_callback(
-        array.shape, sharding, lambda index: np.array(array[index])
-    )
+    placed = jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
     if not manifest.is_key(like):
         return placed
     return jax.random.wrap_key_data(placed, impl=like.dtype)

@@ -121,13 +121,6 @@ TRAINING = [
         "tests/test_verify.py::test_what_is_no_checkpoint_is_passed_over_and_set_aside",
     ),
     Breakage(
-        "checkpoint-devices-share-memory",
-        "diffusion_jax/training/checkpoint.py",
-        "lambda index: np.array(array[index])",
-        "lambda index: array[index]",
-        "tests/test_checkpoint.py::test_each_device_has_memory_of_its_own",
-    ),
-    Breakage(
         "manifest-part-of-a-tensor",
         "diffusion_jax/training/manifest.py",
         'return None if covered == array.size else f"no digest for all of {path}"',
