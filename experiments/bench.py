@@ -243,7 +243,7 @@ def measure_train(
     dataset = data.Dataset(images, labels, "random")
     usual = compilation.options(mesh.devices.flat[0])
     step = learning.make_step(chosen, mesh, options=usual | (told or {}))
-    whole_state = jax.eval_shape(lambda: learning.init_state(chosen, packed=True))
+    whole_state = learning.state_shapes(chosen, packed=True)
     placed = parallel.state_sharding(whole_state, mesh)
     held = [train.first_state(chosen, placed)]
     fed = train.feed_of(chosen, dataset, mesh)

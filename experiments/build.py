@@ -176,18 +176,32 @@ def make_denoiser(
 def init_params(config: Config, key: jax.Array) -> Any:
     """Returns fresh parameters: {"net": ...}, and "schedule" where it is learned.
 
-    Those of a network are NumPy arrays, unless the key is traced.
+    Those of a network are NumPy arrays.
     """
-    shape = (1, config.data.image_size, config.data.image_size, config.data.channels)
-    net = make_network(config)
-    x, t = np.zeros(shape, np.float32), np.zeros(1, np.float32)
-    label = np.zeros(1, np.int32) if net.num_classes else None
-    params = {"net": fresh.params(net, key, x, t, label)}
+    params = {"net": fresh.params(make_network(config), key, *_inputs(config))}
     if config.diffusion.schedule == "learned":
-        low, high = FIRST_LOGSNR
-        key = jax.random.fold_in(key, 1)
-        params["schedule"] = learned.init(key, logsnr_min=low, logsnr_max=high)
+        params["schedule"] = _init_schedule(jax.random.fold_in(key, 1))
     return params
+
+
+def param_shapes(config: Config) -> Any:
+    """Returns `jax.ShapeDtypeStruct` in place of the arrays of `init_params`."""
+    shapes = {"net": fresh.shapes(make_network(config), *_inputs(config))}
+    if config.diffusion.schedule == "learned":
+        shapes["schedule"] = jax.eval_shape(lambda: _init_schedule(jax.random.key(0)))
+    return shapes
+
+
+def _inputs(config: Config) -> tuple[Any, ...]:
+    """Returns one image of zeros, its time, and its label where there is one."""
+    shape = (1, config.data.image_size, config.data.image_size, config.data.channels)
+    label = np.zeros(1, np.int32) if config.net.classes else None
+    return np.zeros(shape, np.float32), np.zeros(1, np.float32), label
+
+
+def _init_schedule(key: jax.Array) -> learned.Params:
+    low, high = FIRST_LOGSNR
+    return learned.init(key, logsnr_min=low, logsnr_max=high)
 
 
 def load_data(config: Config, *, split: str = "train") -> data.Dataset:

@@ -113,7 +113,7 @@ def check(options: Options) -> None:
 
 def training(chosen: Config, mesh: Mesh) -> tuple[Any, dict[str, int]]:
     """Returns the lowered training step, and its `operations`."""
-    state = jax.eval_shape(lambda: learning.init_state(chosen, packed=True))
+    state = learning.state_shapes(chosen, packed=True)
     batch = batch_like(chosen)
     pure = learning.make_pure_step(chosen, mesh)
     if chosen.train.parallel != "mesh":  # pmap is the same program
@@ -134,9 +134,8 @@ def sampling(chosen: Config, mesh: Mesh) -> tuple[Any, dict[str, int]]:
     # As chains have them: the parameters cast before the first step.
     net = build.make_network(chosen)
     params = jax.eval_shape(
-        lambda: build.as_computed(chosen, build.init_params(chosen, jax.random.key(0)))[
-            "net"
-        ]
+        lambda whole: build.as_computed(chosen, whole)["net"],
+        build.param_shapes(chosen),
     )
     size = chosen.train.batch_size
     image = jax.ShapeDtypeStruct((size, *bench.image_shape(chosen)), jnp.float32)

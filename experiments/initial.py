@@ -4,9 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from experiments import learning, runs, weights
+from experiments import build, runs, weights
 from experiments.config import Config, ConfigError
 from experiments.weights import Weights
 
@@ -116,15 +114,7 @@ def params(config: Config) -> Any:
         if old != new and (old in special or new in special):
             wrong.append(f"diffusion.{name} {old}, not {new}")
     # Where all these are alike, only a resolution with attention can be another.
-    old_tree, new_tree = (
-        jax.tree.map(
-            lambda leaf: leaf.shape,
-            jax.eval_shape(lambda c=c: learning.init_state(c).params),
-            is_leaf=lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct),
-        )
-        for c in (given, config)
-    )
-    if old_tree != new_tree and not wrong:
+    if not wrong and build.param_shapes(given) != build.param_shapes(config):
         wrong = [f"net.attention {given.net.attention}, not {config.net.attention}"]
     if wrong:
         raise ConfigError(

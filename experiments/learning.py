@@ -16,6 +16,7 @@ from experiments.build import (
     make_apply,
     make_denoiser,
     make_schedule,
+    param_shapes,
 )
 from experiments.config import Config, micro_batches
 
@@ -80,6 +81,12 @@ def init_state(
         averages=len(make_averages(config)),
         memory=memory,
     )
+
+
+def state_shapes(config: Config, *, packed: bool = False) -> state.TrainState:
+    """Returns `jax.ShapeDtypeStruct` in place of the arrays of `init_state`."""
+    make = functools.partial(init_state, config, packed=packed)
+    return jax.eval_shape(make, param_shapes(config))
 
 
 def as_trained(config: Config, whole: state.TrainState, mesh: jax.sharding.Mesh) -> Any:

@@ -202,7 +202,7 @@ def _official(
 
 def _own_params(config: Config, arrays: Mapping[str, Any], path: Path) -> PyTree:
     """Returns the parameters from tensors under our own names."""
-    like = jax.eval_shape(lambda: build.init_params(config, jax.random.key(0)))
+    like = build.param_shapes(config)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
     shapes = {_name(key): leaf.shape for key, leaf in leaves}
     names = {name: weights.Place(name) for name in shapes}

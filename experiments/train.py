@@ -216,10 +216,10 @@ def start(
     `meanwhile`, of shapes and places of a state as it is trained, is entered while the
     state is made or read.
     """
-    like = jax.eval_shape(lambda: learning.init_state(config))
+    like = learning.state_shapes(config)
     steps, plan = folder.steps(), config.train
     placed = parallel.state_sharding(like, mesh)
-    trained = jax.eval_shape(lambda: learning.init_state(config, packed=True))
+    trained = learning.state_shapes(config, packed=True)
     first = parallel.state_sharding(trained, mesh)
     busy: AbstractContextManager[None] = nullcontext()
     if not steps or steps[-1] < plan.steps:

@@ -66,7 +66,7 @@ def load(config: Config, run: runs.Run, which: Weights) -> tuple[Any, int | None
         at = jax.tree.map(lambda _: sharding, params)
         return parallel.place(params, at), about.step, about.weights
     index = _tracked(config, which)
-    like = jax.eval_shape(lambda: learning.init_state(config))
+    like = learning.state_shapes(config)
     cut = mesh
     if config.train.fsdp > 1:  # all of it may be more than one device holds
         cut = parallel.make_mesh(fsdp=mesh.size)

@@ -173,7 +173,7 @@ def little_memory(room: int = ROOM) -> Iterator[None]:
 
 def write_network(path: Path, given: config.Config = SMALL) -> Path:
     """Returns the file of a network that never learnt anything."""
-    like = jax.eval_shape(lambda: build.init_params(given, jax.random.key(0)))
+    like = build.param_shapes(given)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), like)
     about = About("last", 1, "a test", {}, recipe=True)
     networks.write_file(path, Network(given, params, about, "0" * 64))

@@ -42,7 +42,7 @@ def test_a_step_is_counted_and_shown(tmp_path, capsys):
     # Eight devices tell each other the gradient, and hold the state each.
     assert found["kernels"]["collective"] >= 1
     parsed = compiled.arguments.parse(["digits", *SMALL], prog="test")
-    state = jax.eval_shape(lambda: learning.init_state(parsed))
+    state = learning.state_shapes(parsed)
     size = sum(
         x.size * x.dtype.itemsize for x in jax.tree.leaves(state._replace(key=()))
     )

@@ -21,7 +21,7 @@ from experiments import learning, runs
 
 def restored(run):
     config = runs.read_config(run)
-    like = jax.eval_shape(lambda: learning.init_state(config))
+    like = learning.state_shapes(config)
     one = parallel.replicated(parallel.make_mesh(1))
     with checkpoint.open_folder(run.checkpoints, read_only=True) as folder:
         return checkpoint.restore(folder, like, one)

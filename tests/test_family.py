@@ -75,7 +75,7 @@ def test_every_objective_trains_and_samples(folder, name):
 def test_every_large_experiment_builds(name):
     """Shapes only: what is traced is what would compile."""
     config = EXPERIMENTS[name].config
-    state = jax.eval_shape(lambda: learning.init_state(config))
+    state = learning.state_shapes(config)
     assert len(state.averages) == len(learning.make_averages(config))
     size, count = config.data.image_size, config.train.batch_size
     batch = {
@@ -313,7 +313,7 @@ def test_importance_keeps_its_memory_in_the_checkpoint(folder):
     whole, parts = runs.Run(folder / "whole"), runs.Run(folder / "parts")
     assert whole.metrics.read_bytes() == parts.metrics.read_bytes()
     config = runs.read_config(whole)
-    like = jax.eval_shape(lambda: learning.init_state(config))
+    like = learning.state_shapes(config)
     from diffusion_jax.training import checkpoint, parallel
 
     sharding = parallel.replicated(parallel.make_mesh(1))

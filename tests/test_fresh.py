@@ -1,7 +1,6 @@
 """First weights, drawn on the host, are those that Flax gives."""
 
 from dataclasses import replace
-from functools import partial
 
 import flax.linen as nn
 import jax
@@ -29,8 +28,8 @@ def test_first_weights_are_those_of_the_network(classes):
         for tree in (mine, flax["params"]):
             tree["label"]["embedding"] = np.round(tree["label"]["embedding"], 6)
     jax.tree.map(np.testing.assert_array_equal, mine, flax["params"])
-    traced = jax.jit(lambda key: fresh.params(net, key, *inputs))(key)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), traced, mine)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), mine)
+    assert fresh.shapes(net, *inputs) == shapes
 
 
 def test_first_weights_of_a_network_that_begins_otherwise_are_refused():

@@ -56,7 +56,7 @@ def here(folder, name, *flags):
 
 def final_state(run):
     config = runs.read_config(run)
-    like = jax.eval_shape(lambda: learning.init_state(config))
+    like = learning.state_shapes(config)
     with checkpoint.open_folder(run.checkpoints, read_only=True) as manager:
         one = parallel.replicated(parallel.make_mesh(1))
         state, meta, *_ = checkpoint.restore(manager, like, one)

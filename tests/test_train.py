@@ -54,7 +54,7 @@ def one_step_program():
 
 def final_state(run):
     config = runs.read_config(run)
-    like = jax.eval_shape(lambda: learning.init_state(config))
+    like = learning.state_shapes(config)
     sharding = parallel.replicated(parallel.make_mesh())
     with checkpoint.open_folder(run.checkpoints, read_only=True) as manager:
         state, *_ = checkpoint.restore(manager, like, sharding)

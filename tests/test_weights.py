@@ -44,7 +44,11 @@ def init_state(config):
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    monkeypatch.setattr(learning, "init_state", init_state)
+    monkeypatch.setattr(
+        learning,
+        "state_shapes",
+        lambda config: jax.eval_shape(lambda: init_state(config)),
+    )
 
 
 @pytest.fixture(scope="module")

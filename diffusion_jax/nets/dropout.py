@@ -1,5 +1,7 @@
 """Dropout's mask: 16 random bits a value, and one bit to keep."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -32,6 +34,12 @@ def mask(
             "paper uses 0.1 for CIFAR-10, and none for larger images."
         )
     kept = max(1, round((1 - rate) * 2**16))
+    return _mask(key, shape, kept), kept / 2**16
+
+
+# A network has many masks of few shapes: as a program each shape is traced once.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _mask(key: jax.Array, shape: tuple[int, ...], kept: int) -> jax.Array:
     size = *shape[:-1], -(-shape[-1] // 8)
     packed = jnp.zeros(size, jnp.uint8)
     drawn = jax.random.bits(key, (*size, 4), jnp.uint32)
@@ -40,7 +48,7 @@ def mask(
             chosen = (bits < kept).astype(jnp.uint8)
             packed |= chosen << (2 * pair + half)
     # A barrier, or each value of a byte would draw all of its words.
-    return jax.lax.optimization_barrier(packed), kept / 2**16
+    return jax.lax.optimization_barrier(packed)
 
 
 def unpacked(packed: jax.Array, channels: int) -> jax.Array:

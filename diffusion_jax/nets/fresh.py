@@ -64,7 +64,7 @@ class _Leaf(NamedTuple):
 
 
 def params(net: nn.Module, key: jax.Array, *inputs: Any) -> Any:
-    """Returns `net.init(key, *inputs)["params"]`: NumPy arrays unless key is traced.
+    """Returns `net.init(key, *inputs)["params"]`, NumPy arrays.
 
     Args:
       net: which draws by `Noted` initialisers; scales begin at 1, biases at 0.
@@ -74,13 +74,24 @@ def params(net: nn.Module, key: jax.Array, *inputs: Any) -> Any:
     Raises:
       KeyError: a parameter that begins otherwise.
     """
-    like = [None if x is None else (x.shape, x.dtype) for x in inputs]
-    plan, structure = _plan(net, tuple(like))
+    plan, structure = _plan(net, inputs)
     return jax.tree.unflatten(structure, [_draw(key, leaf) for leaf in plan])
 
 
+def shapes(net: nn.Module, *inputs: Any) -> Any:
+    """Returns `jax.ShapeDtypeStruct` in place of the arrays of `params`."""
+    plan, structure = _plan(net, inputs)
+    leaves = [jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for leaf in plan]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _plan(net: nn.Module, inputs: tuple[Any, ...]) -> tuple[list[_Leaf], Any]:
+    like = [None if x is None else (x.shape, x.dtype) for x in inputs]
+    return _planned(net, tuple(like))
+
+
 @functools.cache
-def _plan(net: nn.Module, like: tuple[Any, ...]) -> tuple[list[_Leaf], Any]:
+def _planned(net: nn.Module, like: tuple[Any, ...]) -> tuple[list[_Leaf], Any]:
     inits: list[Noted | None] = []
 
     def init(*inputs: Any) -> Any:
@@ -115,8 +126,8 @@ def _draw(key: jax.Array, leaf: _Leaf) -> Any:
         return np.full(leaf.shape, REST[name], np.float32)
     # What Flax gives to the initialiser of the first parameter of a module.
     key = LazyRng.create(key, *modules, 1).as_jax_rng()
-    if isinstance(key, jax.core.Tracer) or not isinstance(leaf.init, Kernel):
-        return jax.jit(leaf.init, static_argnums=1)(key, leaf.shape)
+    if not isinstance(leaf.init, Kernel):
+        return np.asarray(jax.jit(leaf.init, static_argnums=1)(key, leaf.shape))
     *window, inputs, outputs = leaf.shape
     fan = math.prod(window) * (inputs + outputs) / 2
     width = np.sqrt(3 * np.float32(leaf.init.scale / fan), dtype=np.float32)

@@ -111,6 +111,8 @@ def _group_norm(how: Constants, given: Inputs) -> jax.Array:
     return _forward(how, given)[0]
 
 
+# A network has many of few shapes: as a program of its own each shape is traced once.
+@functools.partial(jax.jit, static_argnums=0)
 def _forward(how: Constants, given: Inputs) -> tuple[jax.Array, Kept]:
     kept = _statistics(how, given)
     x = _joined(given.parts)
@@ -137,6 +139,7 @@ def _statistics(how: Constants, given: Inputs) -> Kept:
     return Kept(given, start + between - shift, rstd, apart - between)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _backward(how: Constants, kept: Kept, gradient: jax.Array) -> tuple[Inputs]:
     """Returns the gradients with respect to parts, scale, bias and shift.
 

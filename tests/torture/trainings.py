@@ -221,7 +221,7 @@ def arrays_of(run: Path) -> dict[str, Any]:
     from experiments import learning, runs
 
     config = runs.read_config(runs.Run(run))
-    like = jax.eval_shape(lambda: learning.init_state(config))
+    like = learning.state_shapes(config)
     sharding = parallel.replicated(parallel.make_mesh(1))
     with checkpoint.open_folder(run / "checkpoints", read_only=True) as folder:
         restored = checkpoint.restore(folder, like, sharding)
