@@ -21,6 +21,9 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import pytest
+import small_run
+
+from experiments import runs
 
 jax.jit(lambda: 0)()  # now the flags have been read
 FLAGS = os.environ["XLA_FLAGS"]
@@ -69,6 +72,15 @@ def full_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     jax.config.update("jax_disable_most_optimizations", True)
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
+    """A small trained run of the digits, of the file's own; `small_run.SMALL`."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    return small_run.copied(shared / "trained", tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_family import SMALL
+from small_run import SMALL
 
 from experiments import (
     build,
@@ -32,10 +32,9 @@ def labelled(folder):
     return runs.Run(folder / "digits_conditional")
 
 
-@pytest.fixture(scope="module")
-def plain(folder):
-    assert train.main(["digits", *SMALL, "--output", str(folder)]) == 0
-    return runs.Run(folder / "digits")
+@pytest.fixture
+def plain(trained):
+    return trained
 
 
 def draw(run, out, *flags, count=12):

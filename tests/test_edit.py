@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from test_eval import SMALL
+from small_run import SMALL
 
 from diffusion_jax.training import data
 from diffusion_jax.training.checkpoint import CheckpointError
@@ -17,11 +17,9 @@ CELL = 68  # an image of 8 pixels enlarged to 64, and the gap
 BESIDE = 72 + 12  # one image by itself, and the space to the next panel
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    assert train.main(["digits", *SMALL, "--output", str(folder)]) == 0
-    return runs.Run(folder / "digits")
+@pytest.fixture
+def run(trained):
+    return trained
 
 
 @pytest.fixture(scope="module")

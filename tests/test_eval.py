@@ -1,7 +1,6 @@
 """The evaluation commands, run as a person runs them."""
 
 import json
-import shlex
 import shutil
 
 import jax
@@ -18,7 +17,6 @@ from experiments import (
     reference,
     runs,
     sample,
-    train,
     train_classifier,
     weights,
 )
@@ -28,20 +26,10 @@ from experiments.sampling import Sampling
 from experiments.validation import with_sampling
 from experiments.weights import Weights
 
-SMALL = shlex.split(  # flags as a person types them
-    """--net.channels 8 --net.multipliers 1 --net.blocks 1 --net.attention
---net.groups 4 --train.batch-size 8 --train.steps 12 --optimizer.warmup 2
---diffusion.num-steps 20 --sample.steps 4 --sample.count 4 --train.devices 1"""
-)
 
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    assert train.main(["digits", *SMALL, "--output", str(folder)]) == 0
-    config = runs.read_config(runs.Run(folder / "digits"))
-    train_classifier.train(config, digits_images(), steps=300)
-    return runs.Run(folder / "digits")
+@pytest.fixture
+def run(trained):
+    return trained
 
 
 def digits_images():

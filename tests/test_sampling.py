@@ -6,21 +6,18 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from test_eval import SMALL
 
 from diffusion_jax.evaluation import images
-from experiments import build, chains, compare_samplers, runs, sample, sampling, train
+from experiments import build, chains, compare_samplers, runs, sample, sampling
 from experiments.config import ConfigError
 from experiments.configs import digits
 from experiments.sampling import RULES, Sample, Sampling, override, resolve
 from experiments.validation import with_sampling
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    assert train.main(["digits", *SMALL, "--output", str(folder)]) == 0
-    return runs.Run(folder / "digits")
+@pytest.fixture
+def run(trained):
+    return trained
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -253,7 +253,8 @@ def _entropy(p: np.ndarray) -> np.ndarray:
 
 
 def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return (x @ y.T / x.shape[1] + 1) ** 3
+    k = x @ y.T / x.shape[1] + 1
+    return k * k * k  # NumPy takes ten times as long for a third power
 
 
 def _off_diagonal_mean(kernel: np.ndarray) -> float:
