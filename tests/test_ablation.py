@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ from experiments.config import ConfigError
 SMALL = shlex.split(
     "digits --rows table2_eps_simple edm --steps 16 --count 66 --bound-images 4"
 )
+
+
+NAME, JUDGES = "ablation_digits", ".classifiers"
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +48,10 @@ def tiny(monkeypatch):
     monkeypatch.setattr(ablation, "plan", plan)
 
 
-def test_the_table_its_numbers_and_its_plot(folder, tiny, capsys, monkeypatch):
-    argv = [*SMALL, "--workers", "1", "--output", str(folder)]
+def test_the_table_its_numbers_and_its_plot(folder, tiny, trained, capsys, monkeypatch):
+    argv, out = [*SMALL, "--workers", "1", "--output", str(folder)], folder / NAME
+    shutil.copytree(trained.folder.parent / JUDGES, out / JUDGES)
     assert ablation.main(argv) == 0
-    out = folder / "ablation_digits"
     result = json.loads((out / "ablation.json").read_text())
     assert list(result["rows"]) == ["table2_eps_simple", "edm"]
     assert result["distance"] == "fd_digits_classifier"

@@ -33,7 +33,7 @@ def batches():
             "image": rng.integers(0, 256, (16, 8, 8, 1), dtype=np.uint8),
             "position": position,
         }
-        for _ in range(20)
+        for _ in range(10)
     ]
 
 
@@ -88,15 +88,9 @@ def test_every_strategy_gives_the_gradient_of_one_device(strategy, batches):
 
 @pytest.mark.parametrize(
     ("strategy", "devices", "fsdp"),
-    [
-        ("mesh", 2, 1),
-        ("mesh", 8, 1),
-        ("mesh", 8, 4),
-        ("pmap", 8, 1),
-        ("shard_map", 8, 1),
-    ],
+    [("mesh", 2, 1), ("mesh", 8, 4), ("pmap", 8, 1)],
 )
-def test_twenty_steps_agree_with_those_of_one_device(
+def test_ten_steps_agree_with_those_of_one_device(
     strategy, devices, fsdp, batches, one_device
 ):
     one, losses_one = one_device
@@ -147,17 +141,15 @@ OBJECTIVES = {
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("strategy", ["mesh", "pmap", "shard_map"])
-def test_what_a_loss_remembers_and_learns_is_the_same_on_eight_devices(
-    name, strategy, batches
-):
+def test_what_a_loss_remembers_and_learns_is_the_same_on_eight_devices(name, batches):
     cfg = config.replace(TINY, "diffusion", **OBJECTIVES[name])
     # Enough for every time to have been seen ten times, so that the memory is used.
     one, losses_one = train("mesh", 1, batches[:6], cfg)
-    many, losses_many = train(strategy, 8, batches[:6], cfg)
-    np.testing.assert_allclose(losses_many, losses_one, rtol=1e-4)
-    assert_close(many.params, one.params, 1e-4)
-    assert_close(many.memory, one.memory, 1e-3)
+    for strategy in ("mesh", "shard_map"):  # which pmap is made of
+        many, losses_many = train(strategy, 8, batches[:6], cfg)
+        np.testing.assert_allclose(losses_many, losses_one, rtol=1e-4)
+        assert_close(many.params, one.params, 1e-4)
+        assert_close(many.memory, one.memory, 1e-3)
     if name == "importance":
         assert int(one.memory.counts.sum()) == 6 * 16
         assert int(one.memory.counts.min()) >= 10
