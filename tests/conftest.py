@@ -23,7 +23,7 @@ import jax
 import pytest
 import small_run
 
-from experiments import runs
+from experiments import chains, learning, runs
 
 jax.jit(lambda: 0)()  # now the flags have been read
 FLAGS = os.environ["XLA_FLAGS"]
@@ -72,6 +72,16 @@ def full_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     jax.config.update("jax_disable_most_optimizations", True)
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def shared_programs() -> Iterator[None]:
+    """Runs of one configuration share their programs."""
+    with pytest.MonkeyPatch.context() as patch:
+        steps = small_run.share_steps(learning.make_step)
+        patch.setattr(learning, "make_step", steps)
+        patch.setattr(chains, "make_draw", small_run.share_draws(chains.make_draw))
+        yield
 
 
 @pytest.fixture(scope="module")

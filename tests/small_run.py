@@ -1,12 +1,21 @@
-"""One small trained run of the digits and its classifier, for all who look at one."""
+"""One small trained run of the digits and its classifier, for all who look at one.
+
+And programs that runs of one configuration share: to trace one takes seconds.
+"""
 
 import fcntl
 import shlex
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import jax
 
 from diffusion_jax.training import data
-from experiments import runs, train, train_classifier
+from experiments import build, chains, config, learning, runs, train, train_classifier
+from experiments.config import Config
 
 # Flags as a person types them.
 NET = """--net.channels 8 --net.multipliers 1 --net.blocks 1 --net.attention
@@ -36,3 +45,42 @@ def copied(made: Path, folder: Path) -> runs.Run:
             (made / "done").touch()
     shutil.copytree(made, folder, dirs_exist_ok=True)
     return runs.Run(folder / "digits")
+
+
+def share_steps(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `learning.make_step` that makes each program once."""
+    made: dict[Any, Any] = {}
+
+    def step(chosen: Config, mesh: Any, stored: Any = None, options: Any = None) -> Any:
+        if options:
+            return make(chosen, mesh, stored, options)
+        shapes = str(jax.tree.map(lambda x: (x.shape, x.dtype), stored))
+        alike = _alike(chosen, sample=config.Sample())
+        key = alike, mesh, shapes, learning.make_loss, learning.make_optimizer
+        if key not in made:
+            made[key] = make(chosen, mesh, stored)
+        return replace(made[key], rest=() if stored is None else (stored,))
+
+    return step
+
+
+def share_draws(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `chains.make_draw` that makes each program once."""
+    made: dict[Any, Any] = {}
+
+    def draw(chosen: Config, count: int, mesh: Any) -> Any:
+        alike = _alike(chosen, train=config.Train(), optimizer=config.Optimizer())
+        key = alike, count, mesh, chains.make_sampler, build.make_network
+        if key not in made:
+            made[key] = make(chosen, count, mesh)
+        return made[key]
+
+    return draw
+
+
+def _alike(chosen: Config, **sections: Any) -> Config:
+    """Returns the configuration without what no program depends on."""
+    train = replace(chosen.train, stop_at=None, log_every=1, checkpoint_every=1, keep=1)
+    source = replace(chosen.data, source="digits", path=None)
+    told = {"name": "", "output": "", "init_from": None, "data": source, "train": train}
+    return replace(chosen, **(told | sections))

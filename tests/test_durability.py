@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from processes import ROOT
 from test_disk import no_file_beyond
-from test_train import SMALL, one_step_program, run_train
+from test_train import SMALL, run_train
 
 from diffusion_jax.training import checkpoint, determinism, parallel
 from experiments import learning, runs
@@ -42,12 +42,6 @@ def digests(run):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_program():
-    with one_step_program():
-        yield
 
 
 # Neither the grid of the last step is drawn, nor a program for it made.

@@ -37,21 +37,6 @@ def run_train(folder, name, *flags):
     return train.main(argv), runs.Run(folder / name)
 
 
-@contextlib.contextmanager
-def one_step_program():
-    """Runs that differ in nothing that it is made of share the compiled step."""
-    real, made = learning.make_step, {}
-
-    def make(config, mesh, stored):
-        if mesh.size not in made:
-            made[mesh.size] = real(config, mesh, stored)
-        return made[mesh.size]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(learning, "make_step", make)
-        yield
-
-
 def final_state(run):
     config = runs.read_config(run)
     like = learning.state_shapes(config)
@@ -196,7 +181,7 @@ def broken(*, loss, gradient):
 
         return broken_loss
 
-    with pytest.MonkeyPatch.context() as patch, one_step_program():
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learning, "make_loss", make_loss)
         yield
 
@@ -258,8 +243,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_in_the_way(folder):
     assert "first step" not in out
     assert "Traceback" not in err
     assert "leaving at once; the same command goes on from what" in err
-    with one_step_program():
-        code, _ = run_train(folder, "early", "--train.stop-at", "1")
+    code, _ = run_train(folder, "early", "--train.stop-at", "1")
     assert code == 0
 
 

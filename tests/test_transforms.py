@@ -72,23 +72,23 @@ def test_jit_vmap_and_shard_map_equal_eager(row):
     args, others = args_of(row), args_of(row, seed=1)
     expected = row.fn(*args)
     assert all(len(leaf) == B for leaf in jax.tree.leaves(expected))
-    traces = []
-
-    @jax.jit
-    def both(*a):
-        traces.append(1)
-        return row.fn(*a), jax.vmap(alone(row))(*a)
-
-    for made in both(*args):
-        same(made, expected)
-    same(both(*others)[0], row.fn(*others))
-    assert len(traces) == 1, "the second call traced again"
-
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     spec = PartitionSpec("data")
     options = {"in_specs": spec, "out_specs": spec, "check_vma": row.check_vma}
     mapped = jax.shard_map(row.fn, mesh=mesh, **options)
-    same(jax.jit(mapped)(*args), expected)
+    traces = []
+
+    @jax.jit
+    def all_ways(*a):
+        traces.append(1)
+        return row.fn(*a), jax.vmap(alone(row))(*a), mapped(*a)
+
+    for made in all_ways(*args):
+        same(made, expected)
+    first, *more = all_ways(*others)
+    for made in more:
+        same(made, first)
+    assert len(traces) == 1, "the second call traced again"
 
 
 # JAX makes pmap of jit and shard_map: of each kind of function one will do.
