@@ -61,14 +61,20 @@ def assert_close(a, b, tolerance):
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("strategy", parallel.STRATEGIES)
-def test_every_strategy_gives_the_gradient_of_one_device(strategy, batches):
-    # Plain gradient descent with rate 1, so that what moved is the gradient itself.
-    loss_fn, mesh = learning.make_loss(TINY), parallel.make_mesh(8)
+@pytest.fixture(scope="module")
+def gradient(batches):
+    """A loss, parameters, and its gradient by them on one device."""
+    loss_fn = learning.make_loss(TINY)
     params = build.init_params(TINY, jax.random.key(0))
-    batch = batches[0]
     key = jax.random.fold_in(jax.random.key(1), 0)
-    truth = jax.jit(jax.grad(loss_fn))(params, jax.tree.map(jnp.asarray, batch), key)
+    batch = jax.tree.map(jnp.asarray, batches[0])
+    return loss_fn, params, jax.jit(jax.grad(loss_fn))(params, batch, key)
+
+
+@pytest.mark.parametrize("strategy", parallel.STRATEGIES)
+def test_every_strategy_gives_the_gradient_of_one_device(strategy, batches, gradient):
+    # Plain gradient descent with rate 1, so that what moved is the gradient itself.
+    (loss_fn, params, truth), mesh = gradient, parallel.make_mesh(8)
     optimizer = optax.sgd(1.0)
     step = state.make_step(
         loss_fn,
@@ -80,7 +86,7 @@ def test_every_strategy_gives_the_gradient_of_one_device(strategy, batches):
     start = state.init(jax.random.key(1), params, optimizer)
     start = jax.device_put(start, parallel.replicated(mesh))
     before = jax.device_get(start.params)
-    now, _ = parallel.data_parallel(step, mesh, strategy=strategy)(start, batch)
+    now, _ = parallel.data_parallel(step, mesh, strategy=strategy)(start, batches[0])
     moved = jax.tree.map(lambda a, b: a - b, before, jax.device_get(now.params))
     assert_close(moved, truth, 1e-6)
     assert max(np.abs(x).max() for x in jax.tree.leaves(truth)) > 1e-2

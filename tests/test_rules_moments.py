@@ -18,6 +18,8 @@ KEY = jax.random.key(0)
 # const has much noise left in its first step, where every rule ends in the mean of x0:
 # that takes so much of the variance away.
 LAST_STEP = {"const": 0.1}
+SLOW = {"pc-reverse": 1000, "pc-ancestral": 1000, "langevin": 2000}
+"""How many samples are drawn, where that takes long."""
 
 
 @functools.cache
@@ -25,7 +27,7 @@ def program(name):
     """Draws by a rule; schedule and grid are arguments, so most compile together."""
     rule = RULES[name]
     data = mixtures.two(rule.shape)
-    count = 1000 if rule.shape == (8, 8, 1) else 5000
+    count = SLOW.get(name, 5000)
 
     @jax.jit
     def draw(made, grid, std):
@@ -55,8 +57,9 @@ PAIRS = [
     (name, schedule_name)
     for name in RULES
     for schedule_name in MADE
-    if schedule_name in ("linear", "cosine")
+    if schedule_name == "linear"
     or name in ALL
+    or (schedule_name == "cosine" and name != "langevin")
     or (schedule_name == "ve" and name in EXPLODING)
 ]
 
