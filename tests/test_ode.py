@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from continuous_oracles import SDES, exact_denoiser, exact_flow, gaussian_image
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
-from diffusion_jax import continuous, grids, ode, samplers, schedule, sde
+from diffusion_jax import continuous, ode, samplers, schedule, sde
 
 pytestmark = pytest.mark.optimised
 
@@ -237,30 +237,6 @@ def test_the_limit_of_steps_is_never_silent(refuses):
     assert np.all(np.isnan(out))
 
 
-def test_spread_over_devices_it_gives_the_same():
-    assert jax.device_count() == 8
-    made, x = continuous.vp(), start(8)
-    rule = ode.ode(exact_denoiser(DATA, made), made)
-
-    def draw(x):
-        grid = np.array([1.0, 1e-3, 0.0])
-        return samplers.sample(KEY, rule, grid, x.shape, start=x)
-
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    expected = draw(x)
-    close = {"rtol": 1e-5, "atol": 1e-5}
-    sharded = jax.jit(draw, in_shardings=sharding, out_shardings=sharding)(x)
-    assert len(sharded.addressable_shards) == 8
-    np.testing.assert_allclose(sharded, expected, **close)
-    mapped = jax.pmap(lambda one: draw(one[None])[0])(x)
-    np.testing.assert_allclose(mapped, expected, **close)
-    spec = PartitionSpec("data")
-    shard = partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec)
-    unchecked = jax.jit(shard(draw, check_vma=False))(x)
-    np.testing.assert_allclose(unchecked, expected, **close)
-
-
 def test_shard_map_that_checks_is_refused_with_what_to_do(refuses):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     spec = PartitionSpec("data")
@@ -334,10 +310,3 @@ def test_a_grid_that_it_cannot_walk_is_refused(grid, refuses):
     rule = ode.ode(exact_denoiser(DATA, made), made)
     with refuses("2. " if len(grid) == 3 else "1.5"):
         samplers.sample(KEY, rule, np.array(grid), (1, 2, 2, 1))
-
-
-def test_a_grid_of_the_library_is_walked():
-    lin = schedule.linear(50, beta_start=2e-3, beta_end=0.4)
-    rule = ode.ode(exact_denoiser(DATA, continuous.interpolate(lin)), lin)
-    found = samplers.sample(KEY, rule, grids.logsnr(lin, 3), (4, 2, 2, 1))
-    assert np.all(np.isfinite(found))

@@ -171,10 +171,9 @@ def test_every_rule_is_compared():
     shown = {entry.how.sampler for entry in compare_samplers.ENTRIES.values()} | {"ode"}
     assert shown == set(sampling.RULES)
     for entry in compare_samplers.ENTRIES.values():
-        for budget in (5, 50):
-            how = dataclasses.replace(entry.how, steps=entry.steps(budget))
-            config = with_sampling(digits.CONFIG, how)
-            assert budget - 2 < chains.count_evaluations(config, None) <= budget
+        how = dataclasses.replace(entry.how, steps=entry.steps(20))
+        config = with_sampling(digits.CONFIG, how)
+        assert 18 < chains.count_evaluations(config, None) <= 20
 
 
 def test_curves_are_drawn_even_of_nothing():

@@ -247,8 +247,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_in_the_way(folder):
     assert code == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on(tmp_path, number):
+def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on(tmp_path):
     command = [sys.executable, "-m", "experiments.train", "digits", *SMALL]
     command += ["--output", str(tmp_path), "--train.steps", "100000"]
     env = {**os.environ, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
@@ -262,9 +261,9 @@ def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on(tmp_path, numb
         assert time.monotonic() < deadline
         time.sleep(0.2)
     begun = time.monotonic()
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, output
+    assert process.returncode == 128 + signal.SIGINT, output
     assert time.monotonic() - begun < 30
     assert "the same command goes on from here" in output
     assert "Traceback" not in output
@@ -277,8 +276,6 @@ def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on(tmp_path, numb
     assert made, output
     assert 1 <= int(made[1]) <= 16
     assert "compiling the training step\n" in output[: made.start()]
-    if number == signal.SIGTERM:
-        return
     again = [*command, "--train.stop-at", str(step + 1)]
     output = subprocess.check_output(
         again, env=env, stderr=subprocess.STDOUT, text=True

@@ -236,6 +236,13 @@ TRAINING = [
         "tests/test_kid.py::test_kid_is_unbiased",
     ),
     Breakage(
+        "metrics-second-power",
+        "diffusion_jax/evaluation/metrics.py",
+        "return k * k * k",
+        "return k * k",
+        "tests/test_kid.py",
+    ),
+    Breakage(
         "metrics-own-neighbour",
         "diffusion_jax/evaluation/metrics.py",
         "            if rows == columns:\n"
