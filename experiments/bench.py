@@ -244,8 +244,7 @@ def measure_train(
     usual = compilation.options(mesh.devices.flat[0])
     step = learning.make_step(chosen, mesh, options=usual | (told or {}))
     whole_state = learning.state_shapes(chosen, packed=True)
-    placed = parallel.state_sharding(whole_state, mesh)
-    held = [train.first_state(chosen, placed)]
+    held = [train.first_state(chosen, mesh)]
     fed = train.feed_of(chosen, dataset, mesh)
     whole = feed.batch_at(dataset, bool(chosen.net.classes), 0, size, 0)
     batch = parallel.shard(whole, mesh)

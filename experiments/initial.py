@@ -4,7 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from experiments import build, runs, weights
+import jax
+import numpy as np
+
+from experiments import build, history, runs, weights
 from experiments.config import Config, ConfigError
 from experiments.weights import Weights
 
@@ -94,7 +97,7 @@ def params(config: Config) -> Any:
     """Returns the parameters that training starts from, if it starts from weights.
 
     Raises:
-      ConfigError: those of config.init_from are of another network.
+      ConfigError: those of config.init_from are of another network, or not finite.
     """
     if config.init_from is None:
         return None
@@ -121,7 +124,15 @@ def params(config: Config) -> Any:
             f"the network must be that of {config.init_from}; got {'; '.join(wrong)}. "
             "Leave out these flags: what they say is as it was there."
         )
-    return weights.load(given, source, Weights())[0]
+    found = weights.load(given, source, Weights())[0]
+    leaves = zip(history.tensors(found), jax.tree.leaves(found), strict=True)
+    bad = [name for name, leaf in leaves if not np.isfinite(np.asarray(leaf)).all()]
+    if bad:  # no step could mend them, nor log
+        raise ConfigError(
+            f"the weights of {config.init_from} must be finite; got others in "
+            f"{len(bad)} tensors, first in {bad[0]}. Take another set of weights."
+        )
+    return found
 
 
 def _begun(config: Config, force: bool) -> Config | None:

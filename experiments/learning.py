@@ -83,6 +83,7 @@ def init_state(
     )
 
 
+@functools.cache
 def state_shapes(config: Config, *, packed: bool = False) -> state.TrainState:
     """Returns `jax.ShapeDtypeStruct` in place of the arrays of `init_state`."""
     make = functools.partial(init_state, config, packed=packed)

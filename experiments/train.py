@@ -16,10 +16,11 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_
     # While the rest is loaded, Ctrl-C ends this without a word.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import (
     AbstractContextManager,
+    ExitStack,
     closing,
     contextmanager,
     nullcontext,
@@ -30,7 +31,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from diffusion_jax.evaluation import images
 from diffusion_jax.training import (
@@ -150,12 +150,21 @@ def _train(
     hosts.check_same("the images", f"{dataset.images.shape}")
     fed = feed_of(config, dataset, mesh)
     hosts.check_same("the input", fed.source)
-    step = learning.make_step(config, mesh, fed.stored)
-    with checkpoint.open_folder(
-        run.checkpoints, keep=config.train.keep, keep_every=config.train.keep_every
-    ) as manager:
-        meanwhile = partial(compiling, step, fed)
-        begun = start(config, run, mesh, manager, strict=strict, meanwhile=meanwhile)
+    step, plan = learning.make_step(config, mesh, fed.stored), config.train
+    steps = checkpoint.steps(run.checkpoints)
+    newest = hosts.tell(max(steps, default=-1))
+    params = initial.params(config) if newest < 0 else None
+    busy: AbstractContextManager[None] = nullcontext()
+    if newest < plan.steps:
+        runs.check_room(run, learning.state_shapes(config), len(steps), plan.keep)
+        busy = compiling(step, fed, config, mesh)
+    with ExitStack() as left:
+        with busy:
+            folder = checkpoint.open_folder(
+                run.checkpoints, keep=plan.keep, keep_every=plan.keep_every
+            )
+            manager = left.enter_context(folder)
+            begun = start(config, run, mesh, manager, params, strict=strict)
         describe(config, run, mesh, dataset, fed, begun.state)
         begun = begun._replace(state=learning.as_trained(config, begun.state, mesh))
         job = Job(config, run, mesh, fed, step, manager, signals, started, before)
@@ -205,32 +214,17 @@ def start(
     run: runs.Run,
     mesh: Any,
     folder: checkpoint.Folder,
+    params: Any = None,
     *,
     strict: bool = False,
-    meanwhile: Callable[..., AbstractContextManager[None]] = lambda *_: nullcontext(),
 ) -> Begun:
     """Returns what to go on from.
 
-    The newest checkpoint that verifies where there is one, a fresh state otherwise.
-    Newer ones, which do not, are set aside. Unless the run is complete the context
-    `meanwhile`, of shapes and places of a state as it is trained, is entered while the
-    state is made or read.
+    The newest checkpoint that verifies where there is one, a fresh state otherwise, of
+    `params` if they are given. Newer ones, which do not, are set aside.
     """
-    like = learning.state_shapes(config)
-    steps, plan = folder.steps(), config.train
-    placed = parallel.state_sharding(like, mesh)
-    trained = learning.state_shapes(config, packed=True)
-    first = parallel.state_sharding(trained, mesh)
-    busy: AbstractContextManager[None] = nullcontext()
-    if not steps or steps[-1] < plan.steps:
-        runs.check_room(run, like, len(steps), plan.keep)
-        busy = meanwhile(trained, first)
-    if not steps:
-        params = initial.params(config)
-        if config.init_from is not None:
-            check_finite(config, params)
-        with busy:
-            state = first_state(config, first, params)
+    if not folder.steps():
+        state = first_state(config, mesh, params)
         if hosts.first():
             runs.write_json(run.config, to_dict(config))
             for path in (run.metrics, run.speed):
@@ -238,8 +232,9 @@ def start(
                     path.write_text("")
             weights.cut_snapshots(run, 0)
         return Begun(state, [], {})
-    with busy:
-        found = checkpoint.restore(folder, like, placed, strict=strict)
+    like = learning.state_shapes(config)
+    placed = parallel.state_sharding(like, mesh)
+    found = checkpoint.restore(folder, like, placed, strict=strict)
     weights.describe_skipped(run, found)
     for path in checkpoint.set_aside(folder, found.skipped):
         hosts.say(f"set aside as {path}, which may be deleted")
@@ -253,17 +248,12 @@ def start(
 
 @contextmanager
 def compiling(
-    step: parallel.Step, fed: feed.Feed, like: TrainState, placed: Any
+    step: parallel.Step, fed: feed.Feed, config: Config, mesh: Any
 ) -> Iterator[None]:
-    """Compiles the training step while what is within is done.
-
-    Args:
-      step: of a state and a batch.
-      fed: where its batches come from.
-      like: the shapes of the state as it takes it.
-      placed: where its leaves lie, a tree of shardings.
-    """
+    """Compiles the training step while what is within is done."""
     print("compiling the training step", flush=True)
+    like = learning.state_shapes(config, packed=True)
+    placed = parallel.state_sharding(like, mesh)
     state = jax.tree.map(
         lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), like, placed
     )
@@ -276,14 +266,16 @@ def compiling(
     compiled.result()
 
 
-def first_state(config: Config, placed: Any, params: Any = None) -> TrainState:
-    """Returns the state before the first step, as it is trained.
+def first_state(config: Config, mesh: Any, params: Any = None) -> TrainState:
+    """Returns the state before the first step, as it is trained on a mesh.
 
     Args:
       config: the configuration.
-      placed: where the leaves go, a tree of shardings.
+      mesh: the devices.
       params: those to start from; from the seed when None.
     """
+    like = learning.state_shapes(config, packed=True)
+    placed = parallel.state_sharding(like, mesh)
     key = jax.random.key(config.train.seed)
     if params is None:
         params = build.init_params(config, jax.random.split(key)[0])
@@ -292,21 +284,6 @@ def first_state(config: Config, placed: Any, params: Any = None) -> TrainState:
     make = jax.jit(partial(learning.init_state, config), out_shardings=placed)
     state: TrainState = make(vector, key)
     return state
-
-
-def check_finite(config: Config, params: Any) -> None:
-    """Raises ConfigError for weights that no step could mend, nor log."""
-    leaves = jax.tree.leaves(params)
-    bad = [
-        name
-        for name, leaf in zip(history.tensors(params), leaves, strict=True)
-        if not np.isfinite(np.asarray(leaf)).all()
-    ]
-    if bad:
-        raise ConfigError(
-            f"the weights of {config.init_from} must be finite; got others in "
-            f"{len(bad)} tensors, first in {bad[0]}. Take another set of weights."
-        )
 
 
 def feed_of(config: Config, dataset: data.Dataset, mesh: Any) -> feed.Feed:

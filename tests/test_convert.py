@@ -320,7 +320,8 @@ def test_training_starts_at_the_weights_that_were_given(kind, file, run, tmp_pat
     config = parsed("--init-from", str(source), "--output", str(tmp_path))
     made, mesh = runs.of(config), parallel.make_mesh(1)
     with checkpoint.open_folder(made.checkpoints) as manager:
-        trained, *_ = train.start(config, made, mesh, manager)
+        params = initial.params(config)
+        trained, *_ = train.start(config, made, mesh, manager, params)
     state = learning.as_stored(trained, mesh)
     found = runs.find(str(source))
     given = weights.load(runs.read_config(found), found, Weights())[0]
@@ -391,7 +392,8 @@ def test_a_run_that_has_begun_goes_on_without_the_weights(file, tmp_path, monkey
     config = parsed(*flags)
     made = runs.of(config)
     with checkpoint.open_folder(made.checkpoints) as manager:
-        state, *_ = train.start(config, made, parallel.make_mesh(1), manager)
+        params, mesh = initial.params(config), parallel.make_mesh(1)
+        state, *_ = train.start(config, made, mesh, manager, params)
         checkpoint.save(manager, 3, state, {"pending": []})
         checkpoint.wait(manager)
     file.unlink()

@@ -86,8 +86,7 @@ def test_the_first_state_is_that_of_the_seed_to_the_bit(of):
     learned = Diffusion(schedule="cosine" if of else "learned")
     config = Config(data=SMALL.data, net=net, diffusion=learned)
     whole, mesh = learning.init_state(config), parallel.make_mesh(1)
-    like = learning.state_shapes(config, packed=True)
-    first = train.first_state(config, parallel.state_sharding(like, mesh))
+    first = train.first_state(config, mesh)
     assert_same(first, learning.as_trained(config, whole, mesh))
 
 

@@ -133,7 +133,7 @@ def _draw(key: jax.Array, leaf: _Leaf) -> Any:
     width = np.sqrt(3 * np.float32(leaf.init.scale / fan), dtype=np.float32)
     size = math.prod(leaf.shape)
     # Numbers from a key begin alike, however many are drawn: a few sizes do for all.
-    enough = 4 ** math.ceil(math.log(max(size, 256), 4))
+    enough = 4 ** math.ceil(math.log(max(size, 2**12), 4))
     return np.asarray(_uniform(key, enough))[:size].reshape(leaf.shape) * width
 
 
