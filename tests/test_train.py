@@ -32,6 +32,10 @@ SMALL = shlex.split(  # flags as a person types them
 )
 
 
+# Of a process of its own, which is to come to its steps soon and to say so.
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONUNBUFFERED": "1"}
+
+
 def run_train(folder, name, *flags):
     argv = ["digits", *SMALL, "--output", str(folder), "--name", name, *flags]
     return train.main(argv), runs.Run(folder / name)
@@ -228,7 +232,7 @@ def test_a_run_of_an_earlier_version_goes_on(folder, whole, capsys):
 def test_a_signal_before_the_first_step_leaves_nothing_in_the_way(folder):
     command = [sys.executable, "-m", "experiments.train", "digits", *SMALL]
     command += ["--output", str(folder), "--name", "early"]
-    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    env = {**os.environ, **QUICK}
     process = subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -250,7 +254,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_in_the_way(folder):
 def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on(tmp_path):
     command = [sys.executable, "-m", "experiments.train", "digits", *SMALL]
     command += ["--output", str(tmp_path), "--train.steps", "100000"]
-    env = {**os.environ, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+    env = {**os.environ, **QUICK, "XLA_FLAGS": ""}
     process = subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
