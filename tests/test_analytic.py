@@ -57,6 +57,19 @@ def test_table_is_the_posterior_variance(estimator, x64):
     assert np.sum(5 * error < 0.25 * truth) >= (5 if estimator == "score" else 12)
 
 
+def test_batches_and_chunks_do_not_matter(x64):
+    """Means over halves average to the whole, whatever is evaluated together."""
+    made, data = schedule.from_betas(BETAS), mixtures.one()
+    denoise, x0, keys = data.denoiser(made), drawn(data, 6), jax.random.split(KEY, 6)
+
+    def table(rows, **options):
+        return analytic.x0_variance(keys[rows], denoise, made, x0[rows], **options)
+
+    whole = table(slice(0, 6))
+    halves = 0.5 * (table(slice(0, 3), chunk=5) + table(slice(3, 6)))
+    np.testing.assert_allclose(halves, whole, rtol=1e-12, atol=1e-14)
+
+
 def exact_table(made, spread=TAU**2):
     """Of isotropic data, from the levels of a discrete schedule."""
     # (sigma / alpha)^2, which is 0 at t = 0.

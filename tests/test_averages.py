@@ -143,21 +143,6 @@ def test_any_length_is_made_of_two_that_were_tracked(steps):
             assert count < 16 or far < 3e-2 * apart, (count, length)
 
 
-def test_error_is_as_foretold_for_independent_updates():
-    steps, path = 800, walk(800, d=1000, drift=0)
-    for count in (1, 4, 16, 50):
-        tracked = snapshots(steps, count)
-        kept = np.array([exact(one, t) @ path[:t] for t, one in tracked])
-        for length in SOUGHT:
-            weights = averages.solve(tracked, steps, length)
-            truth = exact(length, steps) @ path
-            error = np.linalg.norm(weights @ kept - truth)
-            error /= np.linalg.norm(truth - path[-1])
-            expected = averages.expected_error(tracked, weights, steps, length)
-            named = f"{count} {length}"
-            np.testing.assert_allclose(error, expected, rtol=0.15, err_msg=named)
-
-
 def test_sum_is_in_float64_and_one_tree_is_read_at_a_time():
     def trees():
         for value in (1.0, 1e-9, -1.0):

@@ -139,6 +139,15 @@ def test_the_known_part_has_noise_of_its_own():
     assert 0.8 < product.std() / float(LIN(400).sigma) < 1.2
 
 
+def test_an_inpainted_image_depends_on_its_key_alone():
+    rule = editing.inpaint(DDPM, LIN, IMAGE, MASK)
+    grid = editing.repaint_grid(grids.uniform(LIN, 10), 3, 2)
+    many = samplers.sample(KEY, rule, grid, (9, *SHAPE))
+    one = samplers.sample(KEY, rule, grid, (1, *SHAPE), first=4)
+    np.testing.assert_allclose(one, many[4:5], rtol=1e-5, atol=1e-6)
+    assert len(np.unique(flat(many)[:, 2])) == 9
+
+
 def test_no_evaluation_is_spent_on_a_step_up():
     seen = []
 

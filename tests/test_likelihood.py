@@ -91,6 +91,16 @@ def test_bound_and_terms_equal_plain_numpy():
         np.testing.assert_allclose(bits.prior, truth.prior(x0), rtol=1e-4)
 
 
+def test_the_bound_is_its_prior_and_its_terms():
+    levels = schedule.linear(10)  # far from noise: the prior is most of it
+    denoise = gaussian.denoiser(lambda x, t: 0.5 * x, levels, "x0")
+    x0 = jnp.asarray(GRID[::32].reshape(4, 2), jnp.float32)
+    bits = likelihood.bound(jax.random.key(0), denoise, levels, x0)
+    np.testing.assert_allclose(bits.prior, losses.prior(x0, levels(10)), rtol=1e-6)
+    total = bits.prior + bits.terms.sum(axis=0)
+    np.testing.assert_allclose(bits.total, total, rtol=1e-6)
+
+
 def test_rate_is_what_was_received_before_the_estimate():
     """Table 4: the rate after all steps is the bound without L_0."""
     rng = np.random.default_rng(0)
