@@ -6,13 +6,14 @@ continuous schedules of other papers; `exact_*` is what they do to Gaussian data
 
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.stats
-from oracles import GaussianData
+from mixtures import Mixture
+from oracles import GaussianData, gaussian_image
 
 from diffusion_jax import continuous, gaussian, schedule
+
+__all__ = ["LEVELS", "SDES", "gaussian_image"]
 
 LOW, HIGH = 0.1, 20.0
 SMALL, LARGE = 0.01, 50.0
@@ -116,33 +117,9 @@ LEVELS = {
 }
 
 
-def gaussian_image() -> GaussianData:
-    """Four correlated pixels with a mean."""
-    root = np.random.default_rng(0).normal(size=(4, 4)) * 0.25
-    mean = np.random.default_rng(1).uniform(-0.7, 0.7, (2, 2, 1))
-    return GaussianData(mean, root @ root.T + 0.01 * np.eye(4))
-
-
 def exact_denoiser(data: GaussianData, made: schedule.Schedule) -> gaussian.Denoiser:
     """E[x0 | x_t] and E[eps | x_t] at real t."""
-
-    def denoise(x_t: jax.Array, t: jax.Array) -> gaussian.Prediction:
-        flat = x_t.reshape(len(x_t), -1)
-        level = made(jnp.broadcast_to(t, x_t.shape[:1])).like(flat)
-        # Copies: JAX remembers a constant by its identity and would give it back in
-        # float32 to a later test in float64.
-        mean, spread = (
-            jnp.asarray(a.flatten()[None]) for a in (data.mean, data.spread)
-        )
-        basis = jnp.asarray(data.basis.copy())
-        dot = lambda a, b: jnp.dot(a, b, precision="highest")  # noqa: E731
-        off = dot(flat - level.alpha * mean, basis)
-        off = off / (level.alpha**2 * spread + level.sigma**2)
-        x0 = mean + dot(level.alpha * spread * off, basis.T)
-        eps = dot(level.sigma * off, basis.T)
-        return gaussian.Prediction(x0.reshape(x_t.shape), eps.reshape(x_t.shape))
-
-    return denoise
+    return Mixture([1.0], [data.mean], [data.cov], data.mean.shape).denoiser(made)
 
 
 def exact_flow(

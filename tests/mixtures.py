@@ -51,10 +51,10 @@ class Mixture:
             off = (x_t.reshape(len(x_t), -1) @ aside).reshape(-1, *spread.shape)
             off = off - alpha * turned[None]
             variance = alpha**2 * spread[None] + sigma**2
-            logit = jnp.log(weights)[None] - 0.5 * (
-                off**2 / variance + jnp.log(variance)
-            ).sum(axis=-1)
-            share = jax.nn.softmax(logit, axis=-1)
+            share = jnp.ones_like(off[..., 0])
+            if len(weights) > 1:
+                far = (off**2 / variance + jnp.log(variance)).sum(axis=-1)
+                share = jax.nn.softmax(jnp.log(weights)[None] - 0.5 * far, axis=-1)
 
             def back(a: jax.Array) -> jax.Array:
                 return (share[..., None] * a).reshape(len(x_t), -1) @ aside.T

@@ -11,10 +11,9 @@ in 1..T (the authors' index is t - 1), and every table has a row for t = 0, the 
 import itertools
 from functools import cache
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.special
+from mixtures import Mixture
 
 from diffusion_jax import gaussian, schedule
 
@@ -140,14 +139,6 @@ class NumpyDDPM:
         noise = _rows(self.noise[t], x_t)
         return np.sqrt(1 / alphas_bar) * x_t - np.sqrt(noise / alphas_bar) * eps
 
-    def p_mean(
-        self, x_t: np.ndarray, eps: np.ndarray, t: np.ndarray, *, clip: bool = False
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Mean of p(x_{t-1} | x_t) and the x0 in it."""
-        x0 = self.x0_from_eps(x_t, eps, t)
-        x0 = np.clip(x0, -1, 1) if clip else x0
-        return self.posterior_mean(x0, x_t, t), x0
-
     def bound_term(
         self,
         x0: np.ndarray,
@@ -176,24 +167,36 @@ def oracle(name: str) -> NumpyDDPM:
     return NumpyDDPM.named(name)
 
 
-def output_of(
-    kind: str, truth: NumpyDDPM, x0: np.ndarray, eps: np.ndarray, t: np.ndarray
+def said(
+    kind: str,
+    x0: np.ndarray,
+    eps: np.ndarray,
+    alpha: np.ndarray,
+    sigma: np.ndarray,
+    c0: np.ndarray,
+    ct: np.ndarray,
 ) -> np.ndarray:
-    """What a perfect network of this kind puts out."""
-    x_t = truth.q_sample(x0, eps, t)
-    alpha, sigma = wide(truth.alphas[t]), wide(truth.sigmas[t])
+    """What a perfect network of this kind puts out, by the coefficients of a step."""
+    x_t = alpha * x0 + sigma * eps
     # Table 1 of Karras et al. 2022 at x = x_t / alpha, with 0.5 for sigma_data.
     x, ratio = x_t / alpha, sigma / alpha
     skip, out = 0.25 / (ratio**2 + 0.25), 0.5 * ratio / np.sqrt(ratio**2 + 0.25)
-    outputs = {
+    return {
         "eps": eps,
         "x0": x0,
         "v": alpha * eps - sigma * x0,
         "score": -eps / sigma,
         "edm": (x0 - skip * x) / out,
         "velocity": eps - x0,
-    }
-    return outputs[kind] if kind in outputs else truth.posterior_mean(x0, x_t, t)
+        "mean": c0 * x0 + ct * x_t,
+    }[kind]
+
+
+def output_of(
+    kind: str, truth: NumpyDDPM, x0: np.ndarray, eps: np.ndarray, t: np.ndarray
+) -> np.ndarray:
+    numbers = truth.alphas[t], truth.sigmas[t], *truth.coefficients(t)
+    return said(kind, x0, eps, *(wide(a) for a in numbers))
 
 
 def draw(seed: int, *shape: int) -> np.ndarray:
@@ -251,44 +254,25 @@ class GaussianData:
         self.cov = np.asarray(cov, np.float64)
         self.spread, self.basis = np.linalg.eigh(self.cov)
 
-    def marginal(self, ddpm: NumpyDDPM, t: int) -> tuple[np.ndarray, np.ndarray]:
-        """Mean [d] and covariance [d, d] of x_t."""
-        noise = ddpm.noise[t] * np.eye(len(self.cov))
-        return (
-            ddpm.alphas[t] * self.mean.ravel(),
-            ddpm.alphas_bar[t] * self.cov + noise,
-        )
-
-    def gain(self, ddpm: NumpyDDPM, t: int | np.ndarray) -> np.ndarray:
-        """G_t [..., d, d] in E[x0 | x_t] = mean + G_t (x_t - alpha_t mean)."""
-        alpha, noise = ddpm.alphas[t, ..., None], ddpm.noise[t, ..., None]
+    def gain(self, ddpm: NumpyDDPM, t: int) -> np.ndarray:
+        """G_t [d, d] in E[x0 | x_t] = mean + G_t (x_t - alpha_t mean)."""
+        alpha, noise = ddpm.alphas[t], ddpm.noise[t]
         gain = alpha * self.spread / (alpha**2 * self.spread + noise)
-        return (self.basis * gain[..., None, :]) @ self.basis.T
+        return (self.basis * gain) @ self.basis.T
 
     def denoiser(self, ddpm: NumpyDDPM) -> gaussian.Denoiser:
         """The best network there is: E[x0 | x_t] and E[eps | x_t]."""
-        times = np.arange(ddpm.num_steps + 1)
-        x0_gain = self.gain(ddpm, times)
-        # E[eps | x_t] = sigma_t Cov[x_t]^-1 (x_t - alpha_t mean).
-        variance = ddpm.alphas_bar[:, None] * self.spread + ddpm.noise[:, None]
-        eps_gain = self.basis * (ddpm.sigmas[:, None] / variance)[:, None, :]
-        eps_gain = eps_gain @ self.basis.T
+        with np.errstate(divide="ignore"):
+            logsnr = np.log(ddpm.alphas_bar / ddpm.noise)
+        made = schedule.from_tables(np.log(ddpm.alphas), logsnr)
+        return Mixture([1.0], [self.mean], [self.cov], self.mean.shape).denoiser(made)
 
-        def denoise(x_t: jax.Array, t: jax.Array) -> gaussian.Prediction:
-            t = jnp.broadcast_to(t, x_t.shape[:1])
-            # Copies: JAX remembers a constant by its identity and would give it back
-            # in float32 to a later test in float64.
-            mean = jnp.asarray(self.mean.flatten())
-            tables = (ddpm.alphas, x0_gain, eps_gain)
-            alpha, x0, eps = (jnp.asarray(table.copy())[t] for table in tables)
-            off = x_t.reshape(len(x_t), -1) - alpha[:, None] * mean[None]
-            apply = jax.vmap(lambda a, b: jnp.dot(a, b, precision="highest"))
-            return gaussian.Prediction(
-                (mean[None] + apply(x0, off)).reshape(x_t.shape),
-                apply(eps, off).reshape(x_t.shape),
-            )
 
-        return denoise
+def gaussian_image() -> GaussianData:
+    """Four correlated pixels with a mean."""
+    root = np.random.default_rng(0).normal(size=(4, 4)) * 0.25
+    mean = np.random.default_rng(1).uniform(-0.7, 0.7, (2, 2, 1))
+    return GaussianData(mean, root @ root.T + 0.01 * np.eye(4))
 
 
 def chain_moments(

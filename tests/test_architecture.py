@@ -4,8 +4,6 @@ import ast
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "diffusion_jax"
 # A module may import those of the floors below its own. A new one needs a floor here.
@@ -26,9 +24,6 @@ MAX_LINES = 450
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 ROOT_FILES = [f for f in FILES if f.parent == PACKAGE and f.name[0] != "_"]
-every_file = pytest.mark.parametrize(
-    "file", FILES, ids=lambda f: str(f.relative_to(PACKAGE))
-)
 
 
 def imports(file: Path) -> set[str]:
@@ -67,56 +62,51 @@ def test_imports_are_read_in_every_spelling(tmp_path, monkeypatch):
     assert neighbours(file) == {"losses", "gaussian", "schedule", "nets"}
 
 
-@pytest.mark.parametrize("file", ROOT_FILES, ids=lambda f: f.stem)
-def test_mathematics_imports_point_down(file):
-    floor = next((k for k, names in enumerate(FLOORS) if file.stem in names), None)
-    assert floor is not None, f"{file.name} must be on a floor; give it one in FLOORS."
-    below = set().union(*FLOORS[:floor])
-    assert neighbours(file) <= below, f"{file.name} may import {sorted(below)} only."
+def test_mathematics_imports_point_down():
+    for file in ROOT_FILES:
+        floor = next((k for k, names in enumerate(FLOORS) if file.stem in names), None)
+        assert floor is not None, f"{file.name} must be on a floor; give it one."
+        below = set().union(*FLOORS[:floor])
+        assert neighbours(file) <= below, f"{file.name} may import {sorted(below)} only"
 
 
-@pytest.mark.parametrize("file", ROOT_FILES, ids=lambda f: f.stem)
-def test_mathematics_imports_jax_numpy_and_nothing_else(file):
+def test_mathematics_imports_jax_numpy_and_nothing_else():
     allowed = {"jax", "numpy", "diffusion_jax"} | set(sys.stdlib_module_names)
-    extra = EXTRAS.get(file.stem, set())
-    assert {name.split(".")[0] for name in imports(file)} <= allowed | extra
-    top = ast.parse(file.read_text()).body
-    for node in (n for n in top if isinstance(n, ast.Import | ast.ImportFrom)):
-        assert not {alias.name.split(".")[0] for alias in node.names} & extra
-        assert (getattr(node, "module", None) or "").split(".")[0] not in extra
+    for file in ROOT_FILES:
+        extra = EXTRAS.get(file.stem, set())
+        found = {name.split(".")[0] for name in imports(file)}
+        assert found <= allowed | extra, file.name
+        top = ast.parse(file.read_text()).body
+        for node in (n for n in top if isinstance(n, ast.Import | ast.ImportFrom)):
+            names = [*(a.name for a in node.names), getattr(node, "module", None) or ""]
+            assert not {name.split(".")[0] for name in names} & extra, file.name
 
 
-@every_file
-def test_wings_know_nothing_of_diffusion(file):
-    if file.parent.name in WINGS:
-        assert not neighbours(file) & MATHEMATICS
-        assert "diffusion_jax" not in imports(file)
+def test_wings_know_nothing_of_diffusion_and_none_of_experiments():
+    for file in FILES:
+        found = imports(file)
+        assert "experiments" not in {name.split(".")[0] for name in found}, file.name
+        if file.parent.name in WINGS:
+            assert not neighbours(file) & MATHEMATICS, file.name
+            assert "diffusion_jax" not in found, file.name
 
 
-@every_file
-def test_library_never_imports_experiments(file):
-    assert not {name for name in imports(file) if name.split(".")[0] == "experiments"}
-
-
-@every_file
-def test_file_is_short(file):
-    lines = len(file.read_text().splitlines())
-    assert lines <= MAX_LINES, f"{file.name} has {lines} lines; split it."
-
-
-@every_file
-def test_all_that_is_public_is_explained(file):
+def test_files_are_short_and_all_that_is_public_is_explained():
     """A docstring for the module and each public class, function and method."""
-    tree = ast.parse(file.read_text())
-    assert ast.get_docstring(tree), "the module says nothing"
-    classes = [n for n in tree.body if isinstance(n, ast.ClassDef)]
-    scopes = [tree, *(n for n in classes if not n.name.startswith("_"))]
-    silent = [
-        node.name
-        for scope in scopes
-        for node in scope.body
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-        and not node.name.startswith("_")
-        and not ast.get_docstring(node)
-    ]
-    assert not silent, f"without a docstring: {silent}"
+    for file in FILES:
+        text = file.read_text()
+        lines = len(text.splitlines())
+        assert lines <= MAX_LINES, f"{file.name} has {lines} lines; split it."
+        tree = ast.parse(text)
+        classes = [n for n in tree.body if isinstance(n, ast.ClassDef)]
+        scopes = [tree, *(n for n in classes if not n.name.startswith("_"))]
+        silent = [
+            node.name
+            for scope in scopes
+            for node in scope.body
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            and not node.name.startswith("_")
+            and not ast.get_docstring(node)
+        ]
+        assert ast.get_docstring(tree), f"{file.name} says nothing"
+        assert not silent, f"{file.name} without a docstring: {silent}"

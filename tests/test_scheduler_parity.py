@@ -24,20 +24,22 @@ TOLERANCE = 2e-6
 SCHEDULES = {"linear": schedule.linear, "cosine": schedule.cosine}
 # What a case is named after is the rule.
 RULES = {
-    "ddpm small": functools.partial(samplers.ddpm, variance="small"),
-    "ddpm large": functools.partial(samplers.ddpm, variance="large"),
-    "ddpm learned": functools.partial(samplers.ddpm, variance="learned"),
-    "ddim 0": samplers.ddim,
-    "ddim 0.5": functools.partial(samplers.ddim, eta=0.5),
-    "ddim 1": functools.partial(samplers.ddim, eta=1.0),
-    "dpm 1": functools.partial(solvers.dpm_solver_pp, order="1"),
-    "dpm 2S": functools.partial(solvers.dpm_solver_pp, order="2S"),
-    "dpm 2M": functools.partial(solvers.dpm_solver_pp, order="2M"),
-    "dpm 3M": functools.partial(solvers.dpm_solver_pp, order="3M"),
-    "dpm SDE": functools.partial(solvers.dpm_solver_pp, order="SDE"),
-    "unipc 1": functools.partial(solvers.unipc, order=1),
-    "unipc 2": functools.partial(solvers.unipc, order=2),
-    "unipc 3": functools.partial(solvers.unipc, order=3),
+    **{
+        f"ddpm {kind}": functools.partial(samplers.ddpm, variance=kind)
+        for kind in ("small", "large", "learned")
+    },
+    **{
+        f"ddim {eta:g}": functools.partial(samplers.ddim, eta=eta)
+        for eta in (0.0, 0.5, 1.0)
+    },
+    **{
+        f"dpm {order}": functools.partial(solvers.dpm_solver_pp, order=order)
+        for order in ("1", "2S", "2M", "3M", "SDE")
+    },
+    **{
+        f"unipc {order}": functools.partial(solvers.unipc, order=order)
+        for order in (1, 2, 3)
+    },
     "heun": solvers.heun,
 }
 # In two of them diffusers does something else: they have their own tests.
@@ -232,13 +234,8 @@ def algorithm_2(
 ):
     """x before each step and at the end, by Algorithm 2 of Karras et al. 2022.
 
-    Args:
-      x: its start, where alpha = 1.
-      sigmas: t_0, ..., t_N of the paper, the last of which is 0.
-      noises: eps_i for each step.
-      predict: D(x; sigma).
-      churn, churn_range, noise: S_churn, S_tmin and S_tmax, S_noise.
-      level: the level there is nearest to one that is wanted.
+    Sigmas are its t_0, ..., t_N, noises its eps_i, predict its D(x; sigma), and level
+    gives the level that there is next to one that is wanted.
     """
     steps, path = len(sigmas) - 1, [x]
     for i, (t, s) in enumerate(itertools.pairwise(sigmas)):

@@ -25,7 +25,6 @@ SPREADS = {
     "antithetic": timesteps.antithetic,
     "low_discrepancy": timesteps.low_discrepancy,
 }
-spreads = pytest.mark.parametrize("name", SPREADS)
 
 
 def middles(count):
@@ -33,46 +32,45 @@ def middles(count):
     return ((np.arange(count) + 0.5) / count).astype(np.float32)
 
 
-@pytest.mark.parametrize(
-    ("name", "batch_size"),
-    [("uniform", 9), ("antithetic", 9), ("antithetic", 12), ("low_discrepancy", 12)],
-)
-def test_cuts_of_a_batch_draw_what_it_draws(name, batch_size):
-    key = jax.random.key(3)
-    spread = jax.jit(lambda key, part: SPREADS[name](key, part, batch_size))
-    whole = np.asarray(spread(key, jnp.arange(batch_size)))
-    assert len(set(whole.tolist())) == batch_size
-    for seed, cuts in enumerate(([1], [5], [1, 6])):
-        order = np.random.default_rng(seed).permutation(batch_size)
-        for part in np.split(order, cuts):
-            np.testing.assert_array_equal(spread(key, part), whole[part])
-    other = spread(jax.random.key(4), jnp.arange(batch_size))
-    assert not np.any(whole == np.asarray(other))
+def test_cuts_of_a_batch_draw_what_it_draws():
+    for name, batch_size in (
+        ("uniform", 9),
+        ("antithetic", 9),
+        ("antithetic", 12),
+        ("low_discrepancy", 12),
+    ):
+        key, make = jax.random.key(3), SPREADS[name]
+        spread = jax.jit(lambda key, part, f=make, b=batch_size: f(key, part, b))
+        whole = np.asarray(spread(key, jnp.arange(batch_size)))
+        assert len(set(whole.tolist())) == batch_size
+        order = np.random.default_rng(0).permutation(batch_size)
+        for cuts in ([1], [1, 6]):
+            for part in np.split(order, cuts):
+                np.testing.assert_array_equal(spread(key, part), whole[part])
+        other = spread(jax.random.key(4), jnp.arange(batch_size))
+        assert not np.any(whole == np.asarray(other)), name
 
 
-def many(name, count=KEYS, batch_size=BATCH):
-    """The numbers of many batches, [count, batch_size]."""
-    keys = jax.random.split(jax.random.key(7), count)
-    spread = SPREADS[name]
-    return jax.jit(
-        jax.vmap(lambda key: spread(key, jnp.arange(batch_size), batch_size))
-    )(keys)
+def many(name):
+    """The numbers of many batches, [KEYS, BATCH]."""
+    keys, spread = jax.random.split(jax.random.key(7), KEYS), SPREADS[name]
+    return jax.jit(jax.vmap(lambda key: spread(key, jnp.arange(BATCH), BATCH)))(keys)
 
 
-@spreads
-def test_each_number_is_uniform(name):
-    u = np.asarray(many(name))
-    assert u.dtype == np.float32
-    assert ((u >= 0) & (u < 1)).all()
-    for column in u.T:
-        counts = np.bincount((column * 10).astype(int), minlength=10)
-        np.testing.assert_allclose(counts, KEYS / 10, atol=5 * np.sqrt(KEYS * 0.09))
-
-
-def test_uniform_numbers_are_independent():
-    u = np.asarray(many("uniform"), np.float64)
-    correlation = np.corrcoef(u.T) - np.eye(BATCH)
+def test_each_number_is_uniform():
+    """And those of `uniform` are independent, and the same in double precision."""
+    for name in SPREADS:
+        u = np.asarray(many(name))
+        assert u.dtype == np.float32
+        assert ((u >= 0) & (u < 1)).all()
+        for column in u.T:
+            counts = np.bincount((column * 10).astype(int), minlength=10)
+            np.testing.assert_allclose(counts, KEYS / 10, atol=5 * np.sqrt(KEYS * 0.09))
+    u = np.asarray(many("uniform"))
+    correlation = np.corrcoef(u.T.astype(np.float64)) - np.eye(BATCH)
     assert abs(correlation).max() < 5 / np.sqrt(KEYS)
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(many("uniform"), u)
 
 
 def test_every_interval_has_one_of_low_discrepancy():
@@ -101,14 +99,6 @@ def test_antithetic_numbers_come_in_pairs():
     assert odd[2] not in (1 - odd)
 
 
-def test_draws_are_the_same_in_double_precision():
-    draws = []
-    for wide in (False, True):
-        with jax.enable_x64(wide):
-            draws.append(np.asarray(timesteps.uniform(jax.random.key(0), np.arange(9))))
-    np.testing.assert_array_equal(*draws)
-
-
 def test_steps_have_equal_shares():
     for count in (1, 2, 10, 1000):
         t = timesteps.steps(middles(40_000), count)
@@ -123,33 +113,30 @@ def test_steps_end_where_they_should():
         assert timesteps.steps(edge, count).tolist() == [1, 1, count]
 
 
-@pytest.mark.parametrize("first", [0.0, 1e-5, 1e-3, 0.3])
-def test_times_are_uniform_between_their_ends(first):
-    t = np.asarray(timesteps.times(middles(1000), first=first), np.float64)
-    expected = first + (1 - first) * middles(1000).astype(np.float64)
-    np.testing.assert_allclose(t, expected, rtol=2e-6)
-    edges = timesteps.times(jnp.asarray([0.0, TOP]), first=first)
-    assert edges[0] == np.float32(first)
-    assert edges[1] >= TOP - 1e-7
-    assert edges[1] <= 1
+def test_times_are_uniform_between_their_ends():
+    for first in (0.0, 1e-5, 1e-3, 0.3):
+        t = np.asarray(timesteps.times(middles(1000), first=first), np.float64)
+        expected = first + (1 - first) * middles(1000).astype(np.float64)
+        np.testing.assert_allclose(t, expected, rtol=2e-6)
+        edges = timesteps.times(jnp.asarray([0.0, TOP]), first=first)
+        assert edges[0] == np.float32(first)
+        assert TOP - 1e-7 <= edges[1] <= 1
 
 
 VE = continuous.ve(sigma_min=0.002, sigma_max=80.0)
 
 
-@pytest.mark.parametrize("made", [VE, continuous.vp()], ids=["ve", "vp"])
-def test_log_normal_noise(made, precision):
+def test_log_normal_noise(precision):
     u = jnp.asarray(middles(2001), precision)
-    level = made(timesteps.log_normal(u, made))
-    expected = scipy.stats.norm.ppf(np.asarray(u, np.float64), -1.2, 1.2)
-    # A time of float32 near 0 is good to 1e-7, where vp has 5e-3 a digit.
-    atol = {"float32": 2e-5, "float64": 1e-8}[precision]
-    if made is not VE:
-        atol = 5 * atol
-    np.testing.assert_allclose(-0.5 * level.logsnr, expected, atol=atol)
-    ln_sigma = -0.5 * made(timesteps.log_normal(u, made, mean=0.1, std=0.7)).logsnr
-    expected = scipy.stats.norm.ppf(np.asarray(u, np.float64), 0.1, 0.7)
-    np.testing.assert_allclose(ln_sigma, expected, atol=atol)
+    wide = np.asarray(u, np.float64)
+    for made, digit in ((VE, 1), (continuous.vp(), 5)):
+        # A time of float32 near 0 is good to 1e-7, where vp has 5e-3 a digit.
+        atol = digit * {"float32": 2e-5, "float64": 1e-8}[precision]
+        for options in ({}, {"mean": 0.1, "std": 0.7}):
+            found = made(timesteps.log_normal(u, made, **options)).logsnr
+            mean, std = options.get("mean", -1.2), options.get("std", 1.2)
+            expected = scipy.stats.norm.ppf(wide, mean, std)
+            np.testing.assert_allclose(-0.5 * found, expected, atol=atol)
 
 
 def test_log_normal_beyond_the_ends():
@@ -258,17 +245,17 @@ def test_probabilities_are_roots_of_second_moments(precision):
     np.testing.assert_allclose(got, uniform, rtol=1e-6)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_probabilities_of_extreme_losses(scale):
+def test_probabilities_of_extreme_losses():
     """Their squares are beyond float32."""
-    values = scale * np.repeat([[1.0, 3.0]], 10, axis=0)
-    got = timesteps.probabilities(filled(values), uniform=0.0)
-    np.testing.assert_allclose(got, [0.25, 0.75], rtol=1e-6)
+    for scale in (1e-30, 1e30):
+        values = scale * np.repeat([[1.0, 3.0]], 10, axis=0)
+        got = timesteps.probabilities(filled(values), uniform=0.0)
+        np.testing.assert_allclose(got, [0.25, 0.75], rtol=1e-6)
 
 
-def uneven(kind, num_steps=4000):
+def uneven(num_steps=4000):
     rng, t = np.random.default_rng(0), np.arange(1, num_steps + 1)
-    p = {
+    shapes = {
         "flat": np.ones(num_steps),
         "steep": t**-2.0,
         "rising": t**4.0,
@@ -277,39 +264,25 @@ def uneven(kind, num_steps=4000):
         "last": np.where(t == num_steps, 1.0, 1e-12),
         "early holes": np.where(t <= 5, 0, 1.0),
         "late holes": np.where(t > num_steps - 5, 0, 1.0),
-    }[kind]
-    return (p / p.sum()).astype(np.float32)
+    }
+    return {kind: (p / p.sum()).astype(np.float32) for kind, p in shapes.items()}
 
 
-EARLY, LATE = "early holes", "late holes"
-SHAPES = ["flat", "steep", "rising", "rough", "holes", "last", EARLY, LATE]
-
-
-@pytest.mark.parametrize("kind", SHAPES)
-def test_importance_in_float32(kind):
+def test_importance_in_float32():
     """Times in 1..T for all u, never where p is 0, and the shares that were asked."""
-    p = uneven(kind)
     u = np.concatenate([[0.0, 2.0**-24], middles(2**20), [1 - 2.0**-23, TOP]])
-    t, weight = jax.jit(timesteps.importance)(u.astype(np.float32), p)
-    t = np.asarray(t)
-    assert t.min() >= 1
-    assert t.max() <= len(p)
-    assert (np.diff(t) >= 0).all()
-    assert (p[t - 1] > 0).all()
-    shares = np.bincount(t[2:-2] - 1, minlength=len(p)) / 2**20
-    np.testing.assert_allclose(shares, p, atol=2**-20 + 3e-7)
-    # The weight undoes a share within 3e-7 of p.
-    np.testing.assert_allclose(1 / (len(p) * weight), p[t - 1], rtol=1e-5, atol=3e-7)
-
-
-def test_importance_keeps_the_expectation():
-    rng = np.random.default_rng(1)
-    loss = rng.exponential(size=1000) * 100 / np.arange(1, 1001)
-    past = filled(np.repeat(loss[None], 2, axis=0), length=2)
-    p = jax.jit(timesteps.probabilities)(past)
-    t, weight = jax.jit(timesteps.importance)(middles(2**18), p)
-    got = np.mean(np.asarray(weight, np.float64) * loss[t - 1])
-    assert abs(got / loss.mean() - 1) < 2e-4
+    u, importance = jnp.asarray(u, jnp.float32), jax.jit(timesteps.importance)
+    for kind, p in uneven().items():
+        t, weight = map(np.asarray, importance(u, p))
+        assert t.min() >= 1
+        assert t.max() <= len(p)
+        assert (np.diff(t) >= 0).all()
+        assert (p[t - 1] > 0).all(), kind
+        shares = np.bincount(t[2:-2] - 1, minlength=len(p)) / 2**20
+        np.testing.assert_allclose(shares, p, atol=2**-20 + 3e-7, err_msg=kind)
+        # The weight undoes a share within 3e-7 of p.
+        undone = 1 / (len(p) * weight)
+        np.testing.assert_allclose(undone, p[t - 1], rtol=1e-5, atol=3e-7, err_msg=kind)
 
 
 # The variance of the loss of a batch. Four pixels of zero mean and these variances.
@@ -418,96 +391,54 @@ def test_variance_of_the_bound(x64):
     """uniform > importance > importance of low discrepancy, each by its theory.
 
     For independent draws from p: (sum_t E[L_t^2] / (T^2 p_t) - L^2) / B, which is
-    least for p_t proportional to sqrt(E[L_t^2]) among all p.
+    least for p_t proportional to sqrt(E[L_t^2]).
     """
     mean, variance = moments(bound_scale())
-    second = variance + mean**2
-    rough = np.exp(0.7 * np.random.default_rng(0).normal(size=T))
-    shapes = {
-        "uniform": np.ones(T),
-        "importance": np.sqrt(second),
-        "absolute": mean,
-        "perturbed": np.sqrt(second) * rough,
-    }
-    expected, got = {}, {}
-    for name, shape in shapes.items():
+    second, expected, got = variance + mean**2, {}, {}
+    for name, shape, spread in (
+        ("uniform", np.ones(T), "uniform"),
+        ("importance", np.sqrt(second), "uniform"),
+        ("both", np.sqrt(second), "low_discrepancy"),
+    ):
         p = shape / shape.sum()
-        weight = 1 / (T * p)
-        expected[name] = ((p * weight**2 * second).sum() - mean.mean() ** 2) / BATCH
-        cases = [(name, "uniform")]
-        if name == "importance":
-            cases.append(("both", "low_discrepancy"))
-            expected["both"] = (p * weight**2 * variance).sum() / BATCH
-            expected["both"] += spread_variance(weight * mean, p)
-        for case, spread in cases:
-            u = many(spread)
-            t, weights = timesteps.importance(u.ravel(), jnp.asarray(p))
-            _, loss = _losses(jax.random.key(2), t)
-            loss = np.asarray(weights * loss).reshape(u.shape)
-            got[case] = measured(loss)
-            off = np.sqrt(expected[case] / KEYS)
-            print(f"{case}: {got[case][0]:.3e} expected {expected[case]:.3e}")
-            assert abs(loss.mean() - mean.mean()) < 5 * off
-            agree(got[case], expected[case])
-    assert expected["uniform"] > expected["perturbed"] > expected["importance"]
-    assert got["uniform"][0] > got["perturbed"][0] > got["importance"][0]
-    assert expected["absolute"] > expected["importance"] > expected["both"]
-
-
-def test_variance_of_the_bound_that_is_of_its_times(x64):
-    """Of the mean of weight E[L_t]: what importance leaves, low discrepancy takes."""
-    mean, variance = moments(bound_scale())
-    shape = np.sqrt(variance + mean**2)
-    p = shape / shape.sum()
-    values = mean / (T * p)
-    expected = {
-        "uniform": ((p * values**2).sum() - mean.mean() ** 2) / BATCH,
-        "low_discrepancy": spread_variance(values, p),
-    }
-    assert expected["low_discrepancy"] < 0.1 * expected["uniform"]
-    for name, variance in expected.items():
-        u = many(name)
+        weight, u = 1 / (T * p), many(spread)
+        theory = ((p * weight**2 * second).sum() - mean.mean() ** 2) / BATCH
+        if spread == "low_discrepancy":
+            theory = (p * weight**2 * variance).sum() / BATCH
+            theory += spread_variance(weight * mean, p)
         t, weights = timesteps.importance(u.ravel(), jnp.asarray(p))
-        loss = np.asarray(weights * jnp.asarray(mean)[t - 1]).reshape(u.shape)
-        print(f"{name}: {measured(loss)[0]:.3e} expected {variance:.3e}")
-        agree(measured(loss), variance)
+        _, loss = _losses(jax.random.key(2), t)
+        loss = np.asarray(weights * loss).reshape(u.shape)
+        expected[name], got[name] = theory, measured(loss)
+        print(f"{name}: {got[name][0]:.3e} expected {theory:.3e}")
+        assert abs(loss.mean() - mean.mean()) < 5 * np.sqrt(theory / KEYS)
+        agree(got[name], theory)
+    assert expected["uniform"] > expected["importance"] > expected["both"]
+    assert got["uniform"][0] > got["importance"][0]
 
 
-def test_history_of_the_losses_finds_the_best_probabilities(x64):
-    """Ten losses of each t leave it within a few hundredths of the least variance."""
-    mean, variance = moments(bound_scale())
-    second, past = variance + mean**2, timesteps.history(T)
-    t = jnp.arange(1, T + 1)
-    for k in range(10):
-        _, loss = _losses(jax.random.key(k), t)
-        past = RECORD(past, t, loss)
-    p = np.asarray(timesteps.probabilities(past), np.float64)
-    got = (second / p).sum() / T**2 - mean.mean() ** 2
-    best = np.sqrt(second).mean() ** 2 - mean.mean() ** 2
-    print(f"{got / best:.3f} of the least, uniform {np.var(mean) / best:.1f}")
-    assert best < got < 1.2 * best
+KEY, ZERO = jax.random.key(0), np.zeros(1)
+REFUSED = [
+    *(
+        (lambda s=spread, position=position, size=size: s(KEY, position, size), got)
+        for spread in (timesteps.antithetic, timesteps.low_discrepancy)
+        for position, size, got in (
+            (np.arange(5), 4, "4"),
+            (np.array([-1]), 4, "-1"),
+            (np.arange(5), 0, "0"),
+        )
+    ),
+    (lambda: timesteps.times(ZERO, first=1), "1"),
+    (lambda: timesteps.steps(ZERO, 0), "0"),
+    (lambda: timesteps.log_normal(ZERO, continuous.vp(), std=0), "0"),
+    (lambda: timesteps.logit_normal(ZERO, std=-1), "-1"),
+    (lambda: timesteps.history(10, length=0), "0"),
+    (lambda: timesteps.probabilities(timesteps.history(3), uniform=2), "2"),
+    (lambda: timesteps.record(timesteps.history(3), np.array([4]), ZERO), "4"),
+]
 
 
-def test_what_is_refused(refuses):
-    key = jax.random.key(0)
-    for spread in (timesteps.antithetic, timesteps.low_discrepancy):
-        with refuses("4"):
-            spread(key, jnp.arange(5), 4)
-        with refuses("-1"):
-            spread(key, jnp.array([-1]), 4)
-        with refuses("0"):
-            spread(key, jnp.arange(5), 0)
-    with refuses("1"):
-        timesteps.times(jnp.zeros(1), first=1)
-    with refuses("0"):
-        timesteps.steps(jnp.zeros(1), 0)
-    with refuses("0"):
-        timesteps.log_normal(jnp.zeros(1), continuous.vp(), std=0)
-    with refuses("-1"):
-        timesteps.logit_normal(jnp.zeros(1), std=-1)
-    with refuses("0"):
-        timesteps.history(10, length=0)
-    with refuses("2"):
-        timesteps.probabilities(timesteps.history(3), uniform=2)
-    with refuses("4"):
-        timesteps.record(timesteps.history(3), jnp.array([4]), jnp.ones(1))
+def test_bad_input_is_refused(refuses):
+    for call, got in REFUSED:
+        with refuses(got):
+            call()

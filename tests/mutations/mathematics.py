@@ -77,7 +77,7 @@ MATHEMATICS = [
         "diffusion_jax/gaussian.py",
         "return jax.vmap(lambda k: jax.random.normal(k, shape[1:], dtype))(key)",
         "return jax.random.normal(key[0], shape, dtype)",
-        "tests/test_gaussian.py::test_example_depends_on_its_key_alone",
+        "tests/test_gaussian.py::test_noise_of_an_example_is_that_of_its_key",
     ),
     Breakage(
         "gaussian-threshold-of-the-batch",
@@ -113,7 +113,7 @@ MATHEMATICS = [
         "diffusion_jax/prediction.py",
         "mixed = share * large + (1 - share) * jnp.where(last, end, small)",
         "mixed = (1 - share) * large + share * jnp.where(last, end, small)",
-        "tests/test_variances.py::test_ends_of_the_range",
+        "tests/test_variances.py::test_step_to_data",
     ),
     # weightings
     Breakage(
@@ -265,7 +265,7 @@ MATHEMATICS = [
         "diffusion_jax/guidance.py",
         "return (low < noise) & (noise <= high)",
         "return (low <= noise) & (noise <= high)",
-        "tests/test_guidance.py::test_the_lower_end_is_out_and_the_upper_in",
+        "tests/test_guidance.py::test_within_is_an_interval_of_sigma_over_alpha",
     ),
     Breakage(
         "guidance-clip-keeps-eps",
