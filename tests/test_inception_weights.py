@@ -229,22 +229,6 @@ def test_other_variables_are_not_saved(variables, tmp_path, refuses):
     assert not list(tmp_path.iterdir())
 
 
-def test_interrupted_save_leaves_what_was_there(
-    variables, tmp_path, refuses, monkeypatch
-):
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(b"old")
-
-    def full(self, target):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(type(path), "replace", full)
-    with refuses("No space left"):
-        inception_weights.save(variables, path)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_command_converts(graph_file, variables, tmp_path, capsys):
     out = tmp_path / "a.safetensors"
     assert convert_inception.main([str(graph_file), str(out)]) == 0

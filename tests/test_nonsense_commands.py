@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 
@@ -99,7 +98,6 @@ def test_a_canary_sings_where_it_is_run(tmp_path):
     """What proves that nothing is executed, would show it if it were."""
     pickle.loads(nonsense.evil(tmp_path))
     assert (tmp_path / "canary").is_dir()
-    shutil.rmtree(tmp_path / "canary")
 
 
 def test_a_believed_header_is_noticed():

@@ -44,8 +44,9 @@ MISTAKES = {
     "legibility net": "--count 5; --splits 0",
     "edit net": """
         smudge; vary pipe; vary image.png --seed 4294967296; vary image.png --depth 0;
-        vary image.png --out x.txt; colorize image.png; inpaint image.png;
-        inpaint image.png image.png; inpaint image.png white.png --resamples 0;
+        vary image.png --count 0; vary image.png --out x.txt; colorize image.png;
+        inpaint image.png; inpaint image.png image.png;
+        inpaint image.png white.png --resamples 0;
         inpaint image.png large/a.png; slerp image.png white.png --sampler ddpm;
         coarse-to-fine image.png white.png --depths -1""",
     "convert": "none out; net net; http://x.org/a out --download",

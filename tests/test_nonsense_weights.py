@@ -19,11 +19,6 @@ from experiments import networks, train_classifier, train_noisy_classifier
 FORMAT = networks.FORMAT
 
 
-def legacy(content):
-    """A pickle behind the number that PyTorch's files began with before 2020."""
-    return tensor_files._PYTORCH_MAGIC + b"." + content
-
-
 CONTENT = {
     "text": b"weights",
     "a header of 2 GB": struct.pack("<Q", 2**31) + b'{"a":' + bytes(100),
@@ -37,8 +32,11 @@ CONTENT = {
     "a hole": tensors({"a": entry([1], 4, 8)}, bytes(8)),
     "a type of no name": tensors({"a": entry([1], 0, 4, "F31")}, bytes(4)),
     "words that are no text": tensors({"__metadata__": {FORMAT: 5}}),
-    "a pickle": lambda folder: nonsense.evil(folder),
-    "a pickle of the old PyTorch": lambda folder: legacy(nonsense.evil(folder)),
+    "a pickle": nonsense.evil,
+    # Behind the number that PyTorch's files began with before 2020.
+    "a pickle of the old PyTorch": lambda folder: (
+        tensor_files._PYTORCH_MAGIC + b"." + nonsense.evil(folder)
+    ),
     "a pickle of the new PyTorch": lambda folder: nonsense.npz(
         {"archive/data.pkl": nonsense.evil(folder)}
     ),
