@@ -3,7 +3,6 @@
 import bz2
 import functools
 import gzip
-import io
 import lzma
 import pickle
 import struct
@@ -133,6 +132,7 @@ def array(raw=b"abcd", shape=(1, 3072)):
 
 
 DEEP = functools.reduce(lambda found, _: [found] * 10, range(30), [1] * 10)
+LABELS = pickle.dumps({b"data": b"", b"labels": DEEP}, 2)
 CIFAR = {
     "bzip2 cut off": tar(bytes(3073), pack=bz2.compress)[:40],
     "xz cut off": tar(bytes(3073), pack=lzma.compress)[:60],
@@ -158,9 +158,7 @@ CIFAR = {
     "a pickle of code": lambda folder: python(nonsense.evil(folder)),
     "a pickle of an extension": python(b"\x80\x02\x82\x01."),
     "a pickle of a persistent object": python(b"Pname\n."),
-    "a pickle of labels in labels": python(
-        pickle.dumps({b"data": b"", b"labels": DEEP})
-    ),
+    "a pickle of labels in labels": python(LABELS),
     "a pickle of bytes by number": array(10**12),
     "a pickle of a huge shape": array(shape=(2**40, 3072)),
     "a pickle with a far place": python(b"\x80\x02]r\xff\xff\xff\x7f."),
