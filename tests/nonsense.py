@@ -1,28 +1,30 @@
 """What a command does with nonsense: one named error, and nothing else at all.
 
-A `Case` is one malformed input; `refuse` gives it to the real command, in this process
-and through `arguments.guarded`, and holds the command to all that is promised: exit
-code 2, one error that says what must hold, what was got and what to do, no traceback,
-no file made, changed or removed, nothing executed, and neither the memory nor the time
-that a lying header asks for.
+`refuse` gives it to the real command or to a reader, in this process and through
+`arguments.guarded`, and holds it to all that is promised: exit code 2, one error that
+says what must hold, what was got and what to do, no traceback, no file made, changed or
+removed, nothing executed, and neither the memory nor the time that a lying header asks
+for.
 
 More examples of the random ones: HYPOTHESIS_PROFILE=torture.
 """
 
 import contextlib
+import importlib
 import io
 import json
 import os
 import pickle
 import re
 import resource
+import shlex
 import signal
 import struct
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import hypothesis
 import jax
@@ -42,8 +44,6 @@ hypothesis.settings.register_profile("quick", max_examples=15, **_SAME)
 hypothesis.settings.register_profile("torture", max_examples=400, **_SAME)
 _NAME = os.environ.get("HYPOTHESIS_PROFILE", "quick")
 PROFILE = hypothesis.settings.get_profile(_NAME)
-THOROUGH = _NAME == "torture"
-"""Whether there is time to give each input to every command that reads its like."""
 
 ROOM = 2**30
 """Bytes of address space that a refusal may take beyond what the process has: a lying
@@ -51,6 +51,10 @@ header that is believed asks for more."""
 PATIENCE = 10
 """Seconds of processor time that a refusal may take, on a busy machine."""
 
+Content = bytes | Callable[[Path], bytes]
+"""Of a file; or what makes it, told the folder."""
+SEVERAL = ("eval_fid", "sample", "train")
+"""Commands that work on several hosts."""
 SMALL = config.replace(
     config.replace(config.Config(), "data", image_size=8),
     "net",
@@ -61,25 +65,6 @@ SMALL = config.replace(
     groups=4,
 )
 """A network of 50 KB."""
-
-
-class Case(NamedTuple):
-    """One malformed input."""
-
-    kind: str
-    """Of what family it is, for the count."""
-    name: str
-    make: Any
-    """What the test makes it from: bytes, flags, a function of the folder."""
-
-    def __str__(self) -> str:
-        """Returns what pytest calls it."""
-        return f"{self.kind}: {self.name}".replace(" ", "-")
-
-
-def cases(kind: str, table: dict[str, Any]) -> list[Case]:
-    """Returns the rows of a table as cases."""
-    return [Case(kind, name, make) for name, make in table.items()]
 
 
 def refuse(
@@ -115,6 +100,44 @@ def refuse(
     check_words(said)
     assert listing(folder) == before, "something was written"
     return said
+
+
+def refuse_line(line: str, folder: Path) -> str:
+    """Returns the error with which a command line is refused, as `refuse` does."""
+    name, *argv = shlex.split(line)
+    main = importlib.import_module(f"experiments.{name}").main
+    return refuse(main, argv, folder, several=name in SEVERAL)
+
+
+def refuse_file(
+    read: Callable[[Path], Any], made: Content, path: Path, folder: Path | None = None
+) -> str:
+    """Returns the error, which names the file, with which a reader refused a file.
+
+    Args:
+      read: what reads it.
+      made: its content.
+      path: where it shall be.
+      folder: what is read in its place, such as the folder that it is in.
+    """
+    put(made, path)
+    said = refuse(lambda _: read(folder or path), [], path.parent)
+    assert path.name in said
+    return said
+
+
+def put(made: Content, path: Path) -> None:
+    """Writes a file of some content, in a folder that may have to be made."""
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_bytes(made if isinstance(made, bytes) else made(path.parent))
+
+
+def alone(monkeypatch: Any, home: Path) -> None:
+    """Leads the search for caches and data of this machine into an empty folder."""
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(home / "nowhere"))
+    for name in ("TFDS_DATA_DIR", "DIFFUSION_JAX_INCEPTION"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def check_words(said: str) -> None:
@@ -171,13 +194,12 @@ def little_memory(room: int = ROOM) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def write_network(path: Path, given: config.Config = SMALL) -> Path:
-    """Returns the file of a network that never learnt anything."""
-    like = build.param_shapes(given)
+def write_network(path: Path) -> None:
+    """Writes the file of a network that never learnt anything."""
+    like = build.param_shapes(SMALL)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), like)
     about = About("last", 1, "a test", {}, recipe=True)
-    networks.write_file(path, Network(given, params, about, "0" * 64))
-    return path
+    networks.write_file(path, Network(SMALL, params, about, "0" * 64))
 
 
 class Evil:
@@ -185,11 +207,11 @@ class Evil:
 
     def __init__(self, canary: Path, function: Callable[..., Any] = os.mkdir) -> None:
         """Of a path that must never come to be."""
-        self.canary, self.function = str(canary), function
+        self.canary, self.function = canary, function
 
     def __reduce__(self) -> Any:
         """Returns what unpickling calls."""
-        return self.function, (self.canary,)
+        return self.function, (str(self.canary),)
 
 
 def evil(folder: Path, protocol: int = 2) -> bytes:

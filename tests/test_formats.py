@@ -10,6 +10,7 @@ import struct
 import tarfile
 from pathlib import Path
 
+import nonsense
 import numpy as np
 import pytest
 
@@ -150,16 +151,6 @@ def test_cifar10_of_unofficial_size_warns(tmp_path):
         formats.read_cifar10(path, "test")
 
 
-class Run:
-    """Pickles as a call of any function."""
-
-    def __init__(self, function, *arguments):
-        self.call = (function, arguments)
-
-    def __reduce__(self):
-        return self.call
-
-
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 @pytest.mark.parametrize("function", [os.system, os.mkdir, exec, np.load])
 def test_cifar10_pickle_with_code_is_refused_unrun(tmp_path, protocol, function):
@@ -170,7 +161,8 @@ def test_cifar10_pickle_with_code_is_refused_unrun(tmp_path, protocol, function)
         exec: f"open({str(canary)!r}, 'w').close()",
         np.load: str(canary),
     }[function]
-    raw = pickle.dumps({b"data": Run(function, command)}, protocol=protocol)
+    program = nonsense.Evil(command, function)
+    raw = pickle.dumps({b"data": program}, protocol=protocol)
     if function is not np.load:
         pickle.loads(raw)  # the attack itself works
         assert canary.exists()
@@ -179,13 +171,6 @@ def test_cifar10_pickle_with_code_is_refused_unrun(tmp_path, protocol, function)
     with pytest.raises(DataError, match=r"reference to .*It was not run"):
         formats.read_cifar10(path, "test")
     assert not canary.exists()
-
-
-def test_cifar10_pickle_arrays_cannot_hold_objects(tmp_path):
-    raw = pickle.dumps({b"data": np.array([[1, "a"]], object), b"labels": [1]})
-    path = archive(tmp_path / "a.tar.gz", {"cifar-10-batches-py/test_batch": raw})
-    with pytest.raises(DataError, match="O8"):
-        formats.read_cifar10(path, "test")
 
 
 @pytest.mark.parametrize("name", ["../test_batch.bin", "/tmp/test_batch.bin"])
@@ -214,41 +199,20 @@ def test_cifar10_links_are_not_followed(tmp_path):
         formats.read_cifar10(path, "test")
 
 
-def test_cifar10_decompression_bomb_is_refused_unread(tmp_path):
-    path = tmp_path / "a.tar.gz"
-    zeros = bytes(2**20)
-    with tarfile.open(path, "w:gz", compresslevel=1) as tar:
-        info = tarfile.TarInfo("cifar-10-batches-bin/test_batch.bin")
-        info.size = 65 * 2**20
-        tar.addfile(info, io.BytesIO(zeros * 65))
-    with pytest.raises(DataError, match="at most"):
-        formats.read_cifar10(path, "test")
-
-
-@pytest.mark.parametrize(
-    ("raw", "message"),
-    [
-        (b"", "whole records of 3073 bytes; got 0"),
-        (bytes(3073 * 2 - 1), "whole records of 3073 bytes; got 6145"),
-        (bytes([10]) + bytes(3072), r"0\.\.9; got 10"),
-    ],
-)
-def test_cifar10_damaged_binary_batch(tmp_path, raw, message):
-    path = archive(tmp_path / "a.tar.gz", {"cifar-10-batches-bin/test_batch.bin": raw})
-    with pytest.raises(DataError, match=message):
-        formats.read_cifar10(path, "test")
-
-
 ROW = np.zeros((1, 3072), np.uint8)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (b"", "whole records of 3073 bytes; got 0"),
+        (bytes(3073 * 2 - 1), "whole records of 3073 bytes; got 6145"),
+        (bytes([10]) + bytes(3072), r"0\.\.9; got 10"),
         ({b"data": ROW}, "labels"),
         ({b"labels": [1]}, "data"),
         ({b"data": ROW, b"labels": [1, 2]}, "2 labels"),
         ({b"data": ROW.astype(float), b"labels": [1]}, "f8"),
+        ({b"data": ROW.astype(object), b"labels": [1]}, "O8"),
         ({b"data": ROW[:, :-1], b"labels": [1]}, "3071"),
         ({b"data": [1, 2], b"labels": [1]}, "must be a dict"),
         ({b"data": ROW, b"labels": [b"x"]}, "must be a dict"),
@@ -256,9 +220,12 @@ ROW = np.zeros((1, 3072), np.uint8)
         ([1], "must be a dict"),
     ],
 )
-def test_cifar10_damaged_python_batch(tmp_path, content, message):
-    raw = pickle.dumps(content)
-    path = archive(tmp_path / "a.tar.gz", {"cifar-10-batches-py/test_batch": raw})
+def test_cifar10_damaged_batch(tmp_path, content, message):
+    """Binary, or a pickle."""
+    name, raw = "cifar-10-batches-bin/test_batch.bin", content
+    if not isinstance(content, bytes):
+        name, raw = "cifar-10-batches-py/test_batch", pickle.dumps(content)
+    path = archive(tmp_path / "a.tar.gz", {name: raw})
     with pytest.raises(DataError, match=message):
         formats.read_cifar10(path, "test")
 
@@ -371,16 +338,6 @@ def test_npz_of_other_content(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(DataError, match=message):
         formats.read_npz(tmp_path / "a.npz")
-
-
-def test_npz_objects_are_refused_unrun(tmp_path):
-    canary = tmp_path / "canary"
-    objects = np.empty(1, object)
-    objects[0] = Run(os.mkdir, str(canary))
-    np.savez(tmp_path / "a.npz", images=objects)
-    with pytest.raises(DataError, match="plain arrays"):
-        formats.read_npz(tmp_path / "a.npz")
-    assert not canary.exists()
 
 
 def test_npz_of_other_files(tmp_path):

@@ -1,5 +1,6 @@
 """Constants of TensorFlow's graphs in every spelling, whole and damaged."""
 
+import nonsense
 import numpy as np
 import pytest
 from graph_writer import OTHERS, attribute, constant, field, node
@@ -94,11 +95,31 @@ def test_damaged_graph_is_an_error_and_nothing_else():
     assert all(message.startswith(head) for message in refused)
 
 
-@pytest.mark.parametrize("shape", [(2**20, 2**20, 2**20), (0, 2**40)])
-def test_shape_that_lies_reserves_no_memory(refuses, shape):
-    dims = b"".join(field(2, field(1, n)) for n in shape)
-    given = b"\0\0\0\0" * all(shape)
-    tensor = field(1, 1) + field(2, dims) + (field(5, given) if given else b"")
-    content = node("a", "Const", attribute("value", field(8, tensor)))
-    with refuses(f"{len(given)} bytes for a"):
+def shaped(*dims, content=bytes(4)):
+    """A constant whose shape is any list of numbers, with content or without."""
+    sizes = b"".join(field(2, field(1, n)) for n in dims)
+    tensor = field(1, 1) + field(2, sizes) + (field(5, content) if content else b"")
+    return node("a", "Const", attribute("value", field(8, tensor)))
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        (shaped(2**20, 2**20, 2**20), "4 bytes for a"),
+        (shaped(0, 2**40, content=b""), "0 bytes for a"),
+        (shaped(2**63, 2**63), "4 bytes for a"),
+        (shaped(0, 2**64 - 1), "4 bytes for a"),
+        (shaped(*[1] * 100), ""),
+        (shaped(2**30), "4 bytes for a"),
+        (shaped(2**27) * 20, "1 numbers for a"),
+        (shaped(2**20) * 40, "numbers repeated beyond"),
+        (shaped(3, content=b"abc"), "3 bytes for a"),
+        (shaped(1, content=bytes(40)), "10 numbers for a"),
+        (b"\n" + b"\xff" * 20, "a number that does not end"),
+        (b"\n\2\x0b\x0c", "a field of wire type 3"),
+        (b"\n\x04\n\2\xff\xfe", "utf-8"),
+    ],
+)
+def test_what_lies_reserves_no_memory(refuses, content, got):
+    with nonsense.little_memory(), nonsense.little_time(), refuses(got):
         graphdef.read(content, "a.pb")

@@ -7,6 +7,7 @@ import pickle
 import tarfile
 
 import jax
+import nonsense
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -112,11 +113,6 @@ def load(path, content, refuses, got):
         inception_weights.load(path)
 
 
-def test_truncated_graph_is_refused(graph_file, tmp_path, refuses):
-    content = graph_file.read_bytes()
-    load(tmp_path / "a.pb", content[: len(content) // 2], refuses, "a field of")
-
-
 def test_all_that_is_wrong_with_a_graph_is_said_at_once(graph, tmp_path, refuses):
     nodes = dict(graph)
     del nodes["mixed_10/tower/mixed/conv_1/conv2d_params"], nodes["softmax/biases"]
@@ -155,35 +151,20 @@ def test_all_that_is_wrong_with_safetensors_is_said_at_once(
     load(tmp_path / "a.safetensors", content[:-9], refuses, "SafetensorError")
 
 
-def test_a_tensor_too_many_is_refused(variables, tmp_path, refuses):
-    content = safetensors.numpy.save({**flat(variables), "aux": np.zeros(2)})
-    load(tmp_path / "a.safetensors", content, refuses, "unknown: aux.")
-
-
-class Canary:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 
 
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("head", [b"", MAGIC], ids=["plain", "pytorch"])
-@pytest.mark.parametrize(
-    "name", ["a.pkl", "a.pickle", "a.pb", "a.safetensors", "a.pth"]
-)
+@pytest.mark.parametrize("name", ["a.pkl", "a.pickle", "a.pb"])
 def test_pickle_is_refused_and_not_run(tmp_path, name, head, protocol):
     """Under any name, and behind what PyTorch's files of old begin with."""
-    canary, path = tmp_path / "canary", tmp_path / name
-    path.write_bytes(head + pickle.dumps(Canary(canary), protocol))
+    path = tmp_path / name
+    path.write_bytes(head + nonsense.evil(tmp_path, protocol))
     message = r"must .*; got " if head else r"got a pickle.* It was not run\."
     with pytest.raises(DataError, match=message):
         inception_weights.load(path)
-    assert not canary.exists()
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
@@ -246,22 +227,6 @@ def test_other_variables_are_not_saved(variables, tmp_path, refuses):
     with refuses("missing: conv/bias, conv/kernel, conv/scale"):
         inception_weights.save({**variables, "params": params}, tmp_path / "a")
     assert not list(tmp_path.iterdir())
-
-
-def test_interrupted_save_leaves_what_was_there(
-    variables, tmp_path, refuses, monkeypatch
-):
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(b"old")
-
-    def full(self, target):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(type(path), "replace", full)
-    with refuses("No space left"):
-        inception_weights.save(variables, path)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_command_converts(graph_file, variables, tmp_path, capsys):

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import jax.numpy as jnp
+import nonsense
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -40,12 +41,11 @@ META = {"z": "1", "a": 'words "ü\n', "k": "", "b": "{}"}
 def make(entries, data=b"", *, pad=0):
     """A safetensors file with a header of any content."""
     text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
-    text += b" " * pad
-    return len(text).to_bytes(8, "little") + text + data
+    return nonsense.tensors(text + b" " * pad, data)
 
 
 def entry(dtype, shape, first, end):
-    return {"dtype": dtype, "shape": shape, "data_offsets": [first, end]}
+    return nonsense.entry(shape, first, end, dtype)
 
 
 WHOLE = make({"a": entry("F32", [2], 0, 8)}, bytes(8))
@@ -136,29 +136,22 @@ def test_bar_counts_bytes_on_a_terminal_only(tmp_path, monkeypatch):
 # What is refused.
 
 
-class Canary:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 @pytest.mark.parametrize("protocol", range(6))
-@pytest.mark.parametrize("ending", ["pkl", "safetensors", "bin", "pt", "index"])
-def test_pickle_in_disguise_is_named_and_not_run(tmp_path, refuses, protocol, ending):
-    path, canary = tmp_path / f"a.{ending}", tmp_path / "canary"
-    for content in (Canary(canary), {"a": Canary(canary)}, [Canary(canary)]):
+def test_pickle_in_disguise_is_named_and_not_run(tmp_path, refuses, protocol):
+    path, program = tmp_path / "a.safetensors", nonsense.Evil(tmp_path / "canary")
+    for content in (program, {"a": program}, [program]):
         path.write_bytes(pickle.dumps(content, protocol))
         assert tensor_files.kind_of(path) == "pickle"
         with refuses("a pickle, which is a program. It was not run."):
             tensor_files.read(path)
         with refuses("begins with"):
             tensor_files.read_meta(path)
-    assert not canary.exists()
+    assert not program.canary.exists()
 
 
 ONE = json.dumps(entry("F32", [1], 0, 4))
+TWICE = make(f'{{"a": {ONE}, "a": {ONE}}}'.encode(), bytes(4))
+OVERLAP = make({n: entry("F32", [2], 0, 8) for n in "ab"}, bytes(8))
 
 
 @pytest.mark.parametrize(
@@ -176,26 +169,10 @@ ONE = json.dumps(entry("F32", [1], 0, 4))
         (b"\x80\2\0\0\0\0\0\0" + WHOLE[8:], "safetensors", "SafetensorError"),
         (make(b'{"a":'), "safetensors", "SafetensorError"),
         (make(b'{"a": 3}'), "safetensors", "SafetensorError"),
-        (
-            make({"a": entry("F32", [2], 0, 12)}, bytes(12)),
-            "safetensors",
-            "SafetensorError",
-        ),
-        (
-            make({n: entry("F32", [2], 0, 8) for n in "ab"}, bytes(8)),
-            "safetensors",
-            "SafetensorError",
-        ),
-        (
-            make({"a": entry("F8_E4M3", [2], 0, 2)}, bytes(2)),
-            "safetensors",
-            "a of F8_E4M3.",
-        ),
-        (
-            make(f'{{"a": {ONE}, "a": {ONE}}}'.encode(), bytes(4)),
-            "safetensors",
-            "a twice.",
-        ),
+        (make({"a": entry("F32", [2], 0, 12)}, bytes(12)), "safetensors", "Safetensor"),
+        (OVERLAP, "safetensors", "SafetensorError"),
+        (make({"a": entry("F8_E4M3", [2], 0, 2)}, bytes(2)), "safetensors", "F8_E4M3."),
+        (TWICE, "safetensors", "a twice."),
     ],
 )
 def test_what_cannot_be_read_is_refused(tmp_path, refuses, content, kind, got):
@@ -204,7 +181,7 @@ def test_what_cannot_be_read_is_refused(tmp_path, refuses, content, kind, got):
     assert tensor_files.kind_of(path) == kind
     with refuses(got):
         tensor_files.read(path)
-    if "SafetensorError" in got or kind == "unknown":
+    if "Safetensor" in got or kind == "unknown":
         with refuses(got):
             tensor_files.read_meta(path)
 
@@ -327,10 +304,18 @@ def test_tree_comes_back_with_its_words(tmp_path):
     assert (meta, digest) == (META, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def test_what_is_no_tree_is_refused(tmp_path, refuses):
-    path = tmp_path / "a.safetensors"
-    with refuses("No such file"):
-        tensors.read(path)
-    path.write_bytes(WHOLE[:-1])
-    with refuses("SafetensorError"):
+def test_a_tree_of_another_network_is_refused(tmp_path, refuses):
+    path, like = tmp_path / "a", {"a": {"w": np.zeros(2, np.float32)}}
+    for found, got in (
+        ({}, "no a.w."),
+        (np.zeros(3, np.float32), "a.w float32 (3,), not float32 (2,)"),
+        (np.zeros(2), "a.w float64 (2,), not float32 (2,)"),
+        (np.full(2, np.nan, np.float32), "a.w with values that are not finite"),
+        ({"w": like["a"]["w"], "v": np.zeros(1)}, "a.v too many"),
+    ):
+        tree = {"a": found} if isinstance(found, dict) else {"a": {"w": found}}
+        with refuses(got):
+            tensors.check(tree, like, path)
+    tensor_files.write_safetensors(path, {"a": np.zeros(1), "a.b": np.zeros(1)})
+    with refuses("some below a."):
         tensors.read(path)
