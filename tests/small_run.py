@@ -4,6 +4,7 @@ And programs that runs of one configuration share: to trace one takes seconds.
 """
 
 import fcntl
+import functools
 import shlex
 import shutil
 from collections.abc import Callable
@@ -51,6 +52,7 @@ def share_steps(make: Callable[..., Any]) -> Callable[..., Any]:
     """Returns `learning.make_step` that makes each program once."""
     made: dict[Any, Any] = {}
 
+    @functools.wraps(make)
     def step(chosen: Config, mesh: Any, stored: Any = None, options: Any = None) -> Any:
         if options:
             return make(chosen, mesh, stored, options)
@@ -65,9 +67,13 @@ def share_steps(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def share_draws(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `chains.make_draw` that makes each program once."""
+    """Returns `chains.make_draw` that makes each program once.
+
+    A test that replaces what a program is made of takes `__wrapped__`.
+    """
     made: dict[Any, Any] = {}
 
+    @functools.wraps(make)
     def draw(chosen: Config, count: int, mesh: Any) -> Any:
         alike = _alike(chosen, train=config.Train(), optimizer=config.Optimizer())
         key = alike, count, mesh, chains.make_sampler, build.make_network

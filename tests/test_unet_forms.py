@@ -108,7 +108,7 @@ def test_a_chain_casts_its_parameters_once(monkeypatch):
         drawn = []
         with monkeypatch.context() as patch:
             patch.setattr(jax, "jit", lambda function, **_: drawn.append(function))
-            chains.make_draw(config, 2, parallel.make_mesh(1))
+            chains.make_draw.__wrapped__(config, 2, parallel.make_mesh(1))
         jaxpr = jax.make_jaxpr(drawn[0])(params, jax.random.key(0), 0)
         (loop,) = (e for e in operations(jaxpr) if e.primitive.name == "scan")
         inside = operations(loop.params["jaxpr"])
