@@ -220,10 +220,19 @@ def start(
 ) -> Begun:
     """Returns what to go on from.
 
-    The newest checkpoint that verifies where there is one, a fresh state otherwise, of
-    `params` if they are given. Newer ones, which do not, are set aside.
+    The newest checkpoint that verifies where there is one, a fresh state otherwise.
+    Newer ones, which do not, are set aside.
+
+    Args:
+      config: the configuration.
+      run: where all goes.
+      mesh: the devices.
+      folder: of checkpoints.
+      params: what `initial.params` gave, where it has been asked already.
+      strict: whether the newest checkpoint must verify.
     """
     if not folder.steps():
+        params = initial.params(config) if params is None else params
         state = first_state(config, mesh, params)
         if hosts.first():
             runs.write_json(run.config, to_dict(config))

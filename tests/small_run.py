@@ -18,14 +18,11 @@ from diffusion_jax.training import data
 from experiments import build, chains, config, learning, runs, train, train_classifier
 from experiments.config import Config
 
-# Flags as a person types them.
-NET = """--net.channels 8 --net.multipliers 1 --net.blocks 1 --net.attention
+SMALL = shlex.split(  # flags as a person types them
+    """--net.channels 8 --net.multipliers 1 --net.blocks 1 --net.attention
 --net.groups 4 --train.batch-size 8 --optimizer.warmup 2 --diffusion.num-steps 20
---sample.steps 4 --sample.count 4 """
-SMALL = shlex.split(
-    NET
-    + """--train.steps 12 --train.log-every 4 --sample.every 12 --train.devices 1
---optimizer.ema-snapshots 0"""
+--sample.steps 4 --sample.count 4 --train.steps 12 --train.log-every 4
+--sample.every 12 --train.devices 1 --optimizer.ema-snapshots 0"""
 )
 
 

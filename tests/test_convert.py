@@ -294,8 +294,7 @@ def test_training_starts_at_the_weights_that_were_given(kind, file, run, tmp_pat
     config = parsed("--init-from", str(source), "--output", str(tmp_path))
     made, mesh = runs.of(config), parallel.make_mesh(1)
     with checkpoint.open_folder(made.checkpoints) as manager:
-        params = initial.params(config)
-        trained, *_ = train.start(config, made, mesh, manager, params)
+        trained, *_ = train.start(config, made, mesh, manager)
     state = learning.as_stored(trained, mesh)
     found = runs.find(str(source))
     given = weights.load(runs.read_config(found), found, Weights())[0]
@@ -366,8 +365,7 @@ def test_a_run_that_has_begun_goes_on_without_the_weights(file, tmp_path, monkey
     config = parsed(*flags)
     made = runs.of(config)
     with checkpoint.open_folder(made.checkpoints) as manager:
-        params, mesh = initial.params(config), parallel.make_mesh(1)
-        state, *_ = train.start(config, made, mesh, manager, params)
+        state, *_ = train.start(config, made, parallel.make_mesh(1), manager)
         checkpoint.save(manager, 3, state, {"pending": []})
         checkpoint.wait(manager)
     file.unlink()
