@@ -7,28 +7,28 @@ discrete, so that a network trained in one kind of time can be used in the other
 `shifted` makes either noisier or cleaner.
 """
 
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from diffusion_jax.schedule import (
     NoiseLevel,
     Schedule,
+    Timed,
     check_num_steps,
     from_tables,
     is_discrete,
-    num_steps,
     preserving,
     real_time,
     tables,
+    timed,
 )
 
 
-def vp(*, beta_min: float = 0.1, beta_max: float = 20.0) -> Partial:
+def vp(*, beta_min: float = 0.1, beta_max: float = 20.0) -> Timed:
     """Returns the continuous variance-preserving schedule (Eq. 33, Song et al. 2021).
 
     log alpha(t) = -t^2 (beta_max - beta_min) / 4 - t beta_min / 2, t in [0, 1]: the
@@ -38,10 +38,10 @@ def vp(*, beta_min: float = 0.1, beta_max: float = 20.0) -> Partial:
     0.00657
     """
     _check_ends("beta_min", beta_min, "beta_max", beta_max, "0.1 and 20")
-    return Partial(_vp, beta_min, beta_max)
+    return Timed(_vp, (beta_min, beta_max))
 
 
-def sub_vp(*, beta_min: float = 0.1, beta_max: float = 20.0) -> Partial:
+def sub_vp(*, beta_min: float = 0.1, beta_max: float = 20.0) -> Timed:
     """Returns the continuous sub-VP schedule (Eq. 29, Song et al. 2021).
 
     alpha as in `vp`, and sigma = 1 - alpha^2 in the place of its square root.
@@ -51,10 +51,10 @@ def sub_vp(*, beta_min: float = 0.1, beta_max: float = 20.0) -> Partial:
     1.00000
     """
     _check_ends("beta_min", beta_min, "beta_max", beta_max, "0.1 and 20")
-    return Partial(_sub_vp, beta_min, beta_max)
+    return Timed(_sub_vp, (beta_min, beta_max))
 
 
-def ve(*, sigma_min: float = 0.01, sigma_max: float = 50.0) -> Partial:
+def ve(*, sigma_min: float = 0.01, sigma_max: float = 50.0) -> Timed:
     """Returns the continuous variance-exploding schedule (Eq. 31, Song et al. 2021).
 
     alpha = 1 and sigma(t) = sigma_min (sigma_max / sigma_min)^t, t in [0, 1]. Data
@@ -65,10 +65,10 @@ def ve(*, sigma_min: float = 0.01, sigma_max: float = 50.0) -> Partial:
     0.70711
     """
     _check_ends("sigma_min", sigma_min, "sigma_max", sigma_max, "0.01 and 50")
-    return Partial(_ve, sigma_min, sigma_max)
+    return Timed(_ve, (sigma_min, sigma_max))
 
 
-def cosine(*, logsnr_min: float = -15.0, logsnr_max: float = 15.0) -> Partial:
+def cosine(*, logsnr_min: float = -15.0, logsnr_max: float = 15.0) -> Timed:
     """Returns the continuous cosine schedule (Sec. 3.1, Hoogeboom et al. 2023).
 
     logsnr = -2 log tan(angle), where the angle goes evenly from that of logsnr_max at
@@ -84,10 +84,10 @@ def cosine(*, logsnr_min: float = -15.0, logsnr_max: float = 15.0) -> Partial:
             "logsnr_min must be below logsnr_max; got "
             f"{logsnr_min} and {logsnr_max}. The usual values are -15 and 15."
         )
-    return Partial(_cosine, logsnr_min, logsnr_max)
+    return Timed(_cosine, (logsnr_min, logsnr_max))
 
 
-def flow(*, alpha_min: float = 1e-4) -> Partial:
+def flow(*, alpha_min: float = 1e-4) -> Timed:
     """Returns the schedule of rectified flow (Liu et al. 2022).
 
     alpha = 1 - (1 - alpha_min) t and sigma = t: a straight line from data to noise, in
@@ -110,10 +110,10 @@ def flow(*, alpha_min: float = 1e-4) -> Partial:
             f"alpha_min must be above 0 and below 1; got {alpha_min}. The usual value "
             "is 1e-4."
         )
-    return Partial(_flow, alpha_min)
+    return Timed(_flow, (alpha_min,))
 
 
-def shifted(schedule: Schedule, nats: ArrayLike) -> Partial:
+def shifted(schedule: Schedule, nats: ArrayLike) -> Timed:
     """Returns the schedule with its log-SNR moved by so many nats at every time.
 
     logsnr'(t) = logsnr(t) + nats, and variance preserved. Images of d pixels a side
@@ -151,7 +151,8 @@ def shifted(schedule: Schedule, nats: ArrayLike) -> Partial:
             levels = _known(schedule, share * last_time(schedule))
         _check_preserving(levels, "Shift vp, cosine or a discrete schedule.")
     if not is_discrete(schedule):
-        return Partial(_shifted, schedule, nats)
+        steps = timed(schedule).steps
+        return Timed(_shifted, (schedule, nats), steps, inverse=_shifted_time)
     table = tables(schedule)[1]
     if known is None or _traced(schedule):
         real = jnp.result_type(float)
@@ -160,7 +161,7 @@ def shifted(schedule: Schedule, nats: ArrayLike) -> Partial:
     return from_tables(-0.5 * np.logaddexp(0, -moved), moved)
 
 
-def interpolate(schedule: Schedule) -> Partial:
+def interpolate(schedule: Schedule) -> Timed:
     """Returns a discrete schedule at real times, still in steps: t in [0, T].
 
     beta stays constant within a step, so log alpha is linear in t between the whole
@@ -186,12 +187,13 @@ def interpolate(schedule: Schedule) -> Partial:
         rise = np.diff(log_alpha)
         known = [np.asarray(table)[1:] for table in (log_alpha, logsnr)]
         _check_preserving(known, "Use the continuous schedule that it was made from.")
-    return Partial(_interpolated, log_alpha, rise)
+    steps = np.shape(log_alpha)[0] - 1
+    return Timed(_interpolated, (log_alpha, rise), steps, inverse=_interpolated_time)
 
 
 def discretize(
     schedule: Schedule, num_steps: int = 1000, *, clean: bool = False
-) -> Partial:
+) -> Timed:
     """Returns the discrete schedule with the levels of a continuous one at t / T.
 
     For a network trained in continuous time: give `gaussian.denoiser` the function
@@ -228,22 +230,19 @@ def discretize(
 def last_time(schedule: Schedule) -> float:
     """Returns the time of pure noise: T where times count steps, otherwise 1.
 
+    Raises:
+      ValueError: the schedule does not say what its times are, here and below.
+
     >>> from diffusion_jax import schedule
     >>> last_time(schedule.linear(250)), last_time(vp())
     (250, 1.0)
     """
-    if _is_shifted(schedule):
-        return last_time(schedule.args[0])
-    if _is_interpolated(schedule):
-        return np.shape(schedule.args[0])[0] - 1
-    return num_steps(schedule) if is_discrete(schedule) else 1.0
+    return timed(schedule).last
 
 
 def counts_steps(schedule: Schedule) -> bool:
     """Returns whether times are steps, in 0..T: discrete or interpolated schedules."""
-    if _is_shifted(schedule):
-        return counts_steps(schedule.args[0])
-    return is_discrete(schedule) or _is_interpolated(schedule)
+    return timed(schedule).steps is not None
 
 
 def time_of(schedule: Schedule, logsnr: ArrayLike) -> jax.Array:
@@ -267,12 +266,9 @@ def time_of(schedule: Schedule, logsnr: ArrayLike) -> jax.Array:
         nearer = jnp.abs(table[below] - logsnr) < jnp.abs(table[above] - logsnr)
         return jnp.where(nearer, below, above)
 
-    if _is_shifted(schedule):
-        return time_of(schedule.args[0], logsnr - schedule.args[1])
-
-    if _is_interpolated(schedule):
-        table, rise = schedule.args
-        return _interpolated_time(table, rise, logsnr)
+    known = timed(schedule)
+    if known.inverse is not None:
+        return known.inverse(*known.args, logsnr)
 
     def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = ends
@@ -281,17 +277,9 @@ def time_of(schedule: Schedule, logsnr: ArrayLike) -> jax.Array:
         return jnp.where(noisier, low, middle), jnp.where(noisier, middle, high)
 
     low = jnp.zeros_like(logsnr)
-    ends = low, jnp.full_like(logsnr, last_time(schedule))
+    ends = low, jnp.full_like(logsnr, known.last)
     low, high = jax.lax.fori_loop(0, jnp.finfo(logsnr.dtype).nmant + 2, halve, ends)
     return 0.5 * (low + high)
-
-
-def _is_interpolated(schedule: Schedule) -> TypeGuard[Partial]:
-    return isinstance(schedule, Partial) and schedule.func is _interpolated
-
-
-def _is_shifted(schedule: Schedule) -> TypeGuard[Partial]:
-    return isinstance(schedule, Partial) and schedule.func is _shifted
 
 
 def _traced(schedule: Schedule) -> bool:
@@ -358,6 +346,10 @@ def _flow(alpha_min: ArrayLike, t: ArrayLike) -> NoiseLevel:
 
 def _shifted(schedule: Schedule, nats: ArrayLike, t: ArrayLike) -> NoiseLevel:
     return preserving(schedule(t).logsnr + nats)
+
+
+def _shifted_time(schedule: Schedule, nats: ArrayLike, logsnr: jax.Array) -> jax.Array:
+    return time_of(schedule, logsnr - nats)
 
 
 def _interpolated(table: ArrayLike, rise: ArrayLike, t: ArrayLike) -> NoiseLevel:

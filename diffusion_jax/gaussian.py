@@ -294,13 +294,14 @@ def denoiser(
       sigma_data: standard deviation of the data; only for "edm".
       time_shift: what is subtracted from t on the way to the network. When not given,
         1 where times count steps, DDPM's convention (a network counts from 0), and 0
-        where they are continuous.
+        where they are in [0, 1]: for that, the schedule must say which.
 
     Returns:
       A function of x_t [B, ...] and t, [B] or scalar, in the unit of the schedule.
 
     Raises:
-      ValueError: an unknown kind or variance, or a threshold that is not in (0, 1].
+      ValueError: an unknown kind or variance, a threshold that is not in (0, 1], or
+        no time_shift and a schedule that does not say what its times are.
 
     >>> from diffusion_jax import schedule
     >>> denoise = denoiser(lambda x, t: 0 * x, schedule.linear(), "x0", clip=True)
@@ -317,7 +318,7 @@ def denoiser(
             "The usual value is 0.995."
         )
     if time_shift is None:
-        time_shift = 1 if counts_steps(schedule) else 0
+        time_shift = 1 if kind != "edm" and counts_steps(schedule) else 0
 
     def denoise(x_t: jax.Array, t: jax.Array) -> Prediction:
         t = jnp.broadcast_to(jnp.asarray(t), x_t.shape[:1])

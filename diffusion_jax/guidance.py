@@ -111,7 +111,8 @@ def within(
       A function of times as the network gets them, for `classifier_free`.
 
     Raises:
-      ValueError: an empty interval.
+      ValueError: an empty interval, or no time_shift and a schedule that does not say
+        what its times are.
 
     >>> from diffusion_jax import schedule
     >>> print(within(schedule.linear(), 0.3, 3.0)(jnp.array([0, 300, 999])))

@@ -21,10 +21,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from diffusion_jax.schedule import NoiseLevel, preserving, real_time
+from diffusion_jax.schedule import NoiseLevel, Timed, preserving, real_time
 
 # The share of r that is a straight line, and the steepness of a unit to start with.
 STRAIGHT, STEEPNESS = 0.01, 8.0
@@ -104,7 +103,7 @@ def init(
     )
 
 
-def schedule(params: Params) -> Partial:
+def schedule(params: Params) -> Timed:
     """Returns the continuous variance-preserving schedule of these parameters.
 
     By equations (1) to (3). A pytree over the parameters: it passes through `jit` as
@@ -115,7 +114,7 @@ def schedule(params: Params) -> Partial:
     >>> print(made(jnp.array([0.0, 1.0])).logsnr.round(3))
     [13.3 -5. ]
     """
-    return Partial(_level, params)
+    return Timed(_level, (params,))
 
 
 def minimise_variance(

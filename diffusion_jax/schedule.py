@@ -1,23 +1,28 @@
 """Noise schedules: functions from a time to the noise level at that time.
 
-A level is all that the rest of the library knows of a schedule:
+A level is all that most of the library knows of a schedule:
 
     x_t = alpha_t x0 + sigma_t eps,    eps ~ N(0, I)
 
-Discrete schedules take integer t in {0, ..., T}, where t = 0 is data. They are
-pytrees (`jax.tree_util.Partial` over two tables), so they pass through `jit` as
-arguments and another set of betas does not retrace. Continuous schedules, t in [0, 1],
-are in `continuous`. Tables are built in NumPy float64 and cast once, where they are
-used: a float32 cumulative product is wrong by 1.7e-4 in 1 - alpha_bar.
+Any function from t to a level will do for that. What asks for more (the last time, or
+whether times count steps) needs a `Timed`, which says so itself, as all schedules of
+this library are.
+
+Discrete schedules take integer t in {0, ..., T}, where t = 0 is data. Schedules are
+pytrees (a discrete one over two tables), so they pass through `jit` as arguments and
+another set of betas does not retrace. Continuous schedules, t in [0, 1], are in
+`continuous`. Tables are built in NumPy float64 and cast once, where they are used: a
+float32 cumulative product is wrong by 1.7e-4 in 1 - alpha_bar.
 """
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 # What log(alpha) becomes where a schedule ends in pure noise (alpha_bar = 0, as
@@ -61,9 +66,69 @@ class NoiseLevel(NamedTuple):
 Schedule = Callable[[ArrayLike], NoiseLevel]
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["args"],
+    meta_fields=["function", "steps", "whole", "inverse"],
+)
+@dataclass(frozen=True, eq=False)
+class Timed:
+    """A schedule that says what its times are: a function, its parameters, a unit.
+
+    A schedule of one's own over [0, 1] is `Timed(function)`, or `Timed(function,
+    parameters)` for one with parameters to differentiate or to pass through `jit`. A
+    discrete one is tabulated: `from_tables(*function(np.arange(T + 1)))`.
+
+    >>> own = Timed(lambda steepness, t: preserving(steepness * (0.5 - t)), (20.0,))
+    >>> print(f"{own(0.25).logsnr:.1f}", own.last)
+    5.0 1.0
+    """
+
+    function: Callable[..., NoiseLevel]
+    """Called with `args` and t."""
+    args: tuple[Any, ...] = ()
+    """The parameters: arrays, numbers or schedules."""
+    steps: int | None = None
+    """T where times count steps, in [0, T]; None where they are in [0, 1]."""
+    whole: bool = False
+    """Whether times must be whole numbers; then `args` are the tables."""
+    inverse: Callable[..., jax.Array] | None = None
+    """Called with `args` and a log-SNR: its time. None: found by bisection."""
+
+    def __call__(self, t: ArrayLike) -> NoiseLevel:
+        """Returns the level at time t, of the shape of t."""
+        return self.function(*self.args, t)
+
+    @property
+    def last(self) -> float:
+        """The time of pure noise: T where times count steps, otherwise 1."""
+        return 1.0 if self.steps is None else self.steps
+
+
+def timed(schedule: Schedule) -> Timed:
+    """Returns the schedule if it says what its times are.
+
+    Raises:
+      ValueError: it does not. A function around a schedule (a lambda, `jax.jit`,
+        `functools.partial`) hides the unit of time, and a wrong guess would feed the
+        network a wrong time.
+
+    >>> timed(jax.jit(linear(10)))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: schedule must say what its times are; got <PjitFunction...
+    """
+    if not isinstance(schedule, Timed):
+        raise ValueError(
+            f"schedule must say what its times are; got {schedule!r}. Give the "
+            "schedule itself; or, for a function f of your own, Timed(f) if t is in "
+            "[0, 1], and from_tables(*f(np.arange(T + 1))) if it counts T steps."
+        )
+    return schedule
+
+
 def linear(
     num_steps: int = 1000, *, beta_start: float = 1e-4, beta_end: float = 0.02
-) -> Partial:
+) -> Timed:
     """Returns the schedule of the paper: betas evenly spaced (Sec. 4, Ho et al. 2020).
 
     The ends are those of T = 1000 and do not change with num_steps: a chain of fewer
@@ -87,20 +152,20 @@ def linear(
 
 def quad(
     num_steps: int = 1000, *, beta_start: float = 1e-4, beta_end: float = 0.02
-) -> Partial:
+) -> Timed:
     """Returns the schedule whose sqrt(beta) is evenly spaced (official code)."""
     check_num_steps(num_steps)
     roots = np.linspace(np.sqrt(beta_start), np.sqrt(beta_end), num_steps)
     return from_betas(roots**2)
 
 
-def const(num_steps: int = 1000, *, beta: float = 0.02) -> Partial:
+def const(num_steps: int = 1000, *, beta: float = 0.02) -> Timed:
     """Returns the schedule of one beta for every step (official code)."""
     check_num_steps(num_steps)
     return from_betas(np.full(num_steps, beta, np.float64))
 
 
-def jsd(num_steps: int = 1000) -> Partial:
+def jsd(num_steps: int = 1000) -> Timed:
     """Returns betas 1/T, 1/(T-1), ..., 1 (official code; Sohl-Dickstein et al. 2015).
 
     alpha_bar falls in a straight line and the last level is pure noise.
@@ -115,7 +180,7 @@ def warmup(
     fraction: float = 0.1,
     beta_start: float = 1e-4,
     beta_end: float = 0.02,
-) -> Partial:
+) -> Timed:
     """Returns betas that rise over the first `fraction` of steps, then stay.
 
     `warmup10` and `warmup50` of the official code are fractions 0.1 and 0.5.
@@ -134,7 +199,7 @@ def warmup(
 
 def cosine(
     num_steps: int = 1000, *, offset: float = 0.008, max_beta: float = 0.999
-) -> Partial:
+) -> Timed:
     """Returns the cosine schedule (Eq. 17, Nichol and Dhariwal 2021).
 
     alpha_bar(t) = cos^2(pi/2 (t/T + offset) / (1 + offset)), each beta at most
@@ -153,7 +218,7 @@ def sigmoid(
     end: float = 3.0,
     tau: float = 1.0,
     max_beta: float = 0.999,
-) -> Partial:
+) -> Timed:
     """Returns the sigmoid schedule (Jabri et al. 2022; Sec. 2.1, Chen 2023).
 
     alpha_bar(t) = (s(end) - s(v)) / (s(end) - s(start)) with v = start + (end - start)
@@ -187,7 +252,7 @@ def sigmoid(
     return from_betas(np.minimum(fall / left, max_beta))
 
 
-def from_betas(betas: ArrayLike) -> Partial:
+def from_betas(betas: ArrayLike) -> Timed:
     """Returns the discrete schedule with these variances of the forward steps.
 
     log alpha_t = 1/2 sum_{i<=t} log(1 - beta_i) (Sec. 2, Ho et al. 2020), summed in
@@ -237,7 +302,8 @@ def num_steps(schedule: Schedule) -> int:
     """Returns T of a discrete schedule.
 
     Raises:
-      ValueError: the schedule is continuous and has no number of steps.
+      ValueError: the schedule is continuous and has no number of steps, or does not
+        say what its times are.
 
     >>> num_steps(linear(250))
     250
@@ -246,27 +312,34 @@ def num_steps(schedule: Schedule) -> int:
 
 
 def is_discrete(schedule: Schedule) -> bool:
-    """Returns whether the times of a schedule are whole numbers."""
-    return isinstance(schedule, Partial) and schedule.func is _lookup
+    """Returns whether the times of a schedule are whole numbers.
+
+    Raises:
+      ValueError: the schedule does not say what its times are.
+    """
+    return timed(schedule).whole
 
 
-def from_tables(log_alpha: ArrayLike, logsnr: ArrayLike) -> Partial:
+def from_tables(log_alpha: ArrayLike, logsnr: ArrayLike) -> Timed:
     """Returns the discrete schedule with these levels for t = 0..T, each [T + 1]."""
-    return Partial(_lookup, log_alpha, logsnr)
+    steps = np.shape(log_alpha)[0] - 1
+    return Timed(_lookup, (log_alpha, logsnr), steps, whole=True)
 
 
 def tables(schedule: Schedule) -> tuple[ArrayLike, ArrayLike]:
     """Returns log_alpha and logsnr of a discrete schedule for t = 0..T, each [T + 1].
 
     Raises:
-      ValueError: the schedule is continuous.
+      ValueError: the schedule is continuous, or does not say what its times are.
     """
-    if not (isinstance(schedule, Partial) and schedule.func is _lookup):
+    known = timed(schedule)
+    if not known.whole:
         raise ValueError(
             "schedule must be discrete (linear, cosine, from_betas, ...); got "
-            f"{schedule!r}. A continuous schedule has times in [0, 1] and no steps."
+            f"{schedule!r}. Its times are in [0, {known.last}], not whole numbers: "
+            "continuous.discretize makes a discrete one of it."
         )
-    return schedule.args[0], schedule.args[1]
+    return known.args[0], known.args[1]
 
 
 def preserving(logsnr: jax.Array) -> NoiseLevel:

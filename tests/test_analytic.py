@@ -179,7 +179,7 @@ LIN, X = schedule.linear(4), np.zeros([1, 2])
 
 REFUSED = [
     (lambda: analytic.x0_variance(KEY, None, LIN, X, estimator="eps"), "'eps'"),
-    (lambda: analytic.x0_variance(KEY, None, continuous.vp(), X), "Partial"),
+    (lambda: analytic.x0_variance(KEY, None, continuous.vp(), X), "Timed("),
     (lambda: analytic.bounded(np.zeros(4), LIN), "(4,)"),
     (lambda: analytic.bounded(np.zeros(5), LIN, half_range=0.0), "0.0"),
     (lambda: analytic.attach(None, np.zeros([2, 2])), "(2, 2)"),

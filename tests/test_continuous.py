@@ -1,10 +1,11 @@
 """Continuous schedules against closed forms, and the way between two kinds of time."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from continuous_oracles import LEFT, LEVELS
-from jax.tree_util import Partial
 from oracles import SCHEDULES, NumpyDDPM, betas_of
 
 from diffusion_jax import continuous, gaussian, grids, samplers, schedule, sde
@@ -104,7 +105,7 @@ def test_last_time_and_its_unit():
     real = continuous.interpolate(lin)
     shifted = [continuous.shifted(made, -1.0) for made in (lin, real)]
     whole = lin, real, *shifted, continuous.discretize(continuous.ve(), 70)
-    others = continuous.shifted(continuous.vp(), -1.0), lambda t: None
+    others = continuous.shifted(continuous.vp(), -1.0), schedule.Timed(lambda t: None)
     for made in whole:
         assert (continuous.last_time(made), continuous.counts_steps(made)) == (70, True)
     for made in (*(truth.schedule for truth in LEVELS.values()), *others):
@@ -317,7 +318,7 @@ def test_a_draw_under_jit_with_traced_parameters(x64):
     np.testing.assert_allclose(run(made), draw(made), rtol=1e-9)
 
     def total(high):
-        return run(Partial(made.func, 0.1, high)).sum()
+        return run(dataclasses.replace(made, args=(0.1, high))).sum()
 
     slope = jax.grad(total)(20.0)
     ends = [total(20.0 + d) for d in (h, -h)]
