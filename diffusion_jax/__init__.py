@@ -23,9 +23,15 @@ The mathematics, each module resting only on those above it:
 
 The machinery, which knows nothing of diffusion:
 
-  nets        the networks (Flax): unet, inception, classifier
-  training    state (the training step), parallel, data, checkpoint
-  evaluation  metrics (FID and others), moments, images (grids, strips and plots)
+  nets         the networks (Flax): unet, inception, classifier
+  data         datasets, and in which order a step sees them
+  training     state (the training step), averages, parallel, feed
+  checkpoints  checkpoint: saved, verified, restored
+  evaluation   metrics (FID and others), moments, pictures (grids, strips and plots)
+  storage      files, archives, downloads, tensors by name
+  interop      other people's networks
+
+And `lab`, which knows runs and configurations: what commands and notebooks share.
 """
 
 from typing import TYPE_CHECKING

@@ -22,25 +22,20 @@ import numpy as np
 import tyro
 
 from diffusion_jax import continuous, gaussian, schedule
-from diffusion_jax.evaluation import images, metrics
-from diffusion_jax.training import data, parallel
-from experiments import (
-    arguments,
-    build,
-    chains,
-    draws,
-    eval_nll,
-    extractors,
-    history,
-    reference,
-    runs,
-    train,
-    weights,
-)
-from experiments.config import Config, ConfigError
+from diffusion_jax.data import datasets
+from diffusion_jax.evaluation import metrics, pictures
+from diffusion_jax.lab.drawing import draws
+from diffusion_jax.lab.measure import extractors, reference
+from diffusion_jax.lab.process import arguments
+from diffusion_jax.lab.run_folder import history, runs
+from diffusion_jax.lab.schema.checks import require_positive, require_seed, validate
+from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.trained import weights
+from diffusion_jax.lab.wiring import build, chains
+from diffusion_jax.training import parallel
+from experiments import eval_nll, train
 from experiments.configs import EXPERIMENTS
 from experiments.configs.digits_family import family
-from experiments.validation import require_positive, require_seed, validate
 
 DRAWS = 16
 """Times at which L_simple is measured, of each image."""
@@ -124,7 +119,9 @@ def main(argv: Sequence[str]) -> int:
     minutes, left = divmod(round(time.monotonic() - begun), 60)
     print(f"done in {minutes} min {left} s")
     print(f"written: {table} and {folder / 'ablation.json'}")
-    print(f"plot: {images.save(picture(rows, name, options), folder / 'ablation.png')}")
+    print(
+        f"plot: {pictures.save(picture(rows, name, options), folder / 'ablation.png')}"
+    )
     return 0
 
 
@@ -308,7 +305,7 @@ def _logged(run: runs.Run) -> Iterator[None]:
 
 
 def bound(
-    config: Config, params: Any, dataset: data.Dataset, options: Options
+    config: Config, params: Any, dataset: datasets.Dataset, options: Options
 ) -> dict[str, float]:
     """Returns the bound over the whole chain in bits/dim, and its standard error."""
     asked = eval_nll.Options(max_images=options.bound_images, seed=options.seed)
@@ -320,7 +317,7 @@ def bound(
 
 
 def l_simple(
-    config: Config, params: Any, dataset: data.Dataset, options: Options
+    config: Config, params: Any, dataset: datasets.Dataset, options: Options
 ) -> float:
     """Returns the squared error of eps at the noise of the paper's schedule.
 
@@ -331,7 +328,7 @@ def l_simple(
     rng = np.random.default_rng(options.seed)
     count = min(512, len(dataset.images))
     chosen = np.sort(rng.choice(len(dataset.images), count, replace=False))
-    batch = data.batch_at(dataset, chosen)
+    batch = datasets.batch_at(dataset, chosen)
     label = batch["label"] if config.net.classes else None
 
     @jax.jit
@@ -364,7 +361,7 @@ def distance(
     config: Config,
     run: runs.Run,
     params: Any,
-    dataset: data.Dataset,
+    dataset: datasets.Dataset,
     options: Options,
 ) -> float:
     """Returns the Frechet distance of the samples from the training images."""
@@ -401,7 +398,7 @@ def line(widths: str, row: str, result: dict[str, Any], name: str) -> str:
 def picture(rows: dict[str, dict[str, Any]], name: str, options: Options) -> Any:
     """Returns the plot: the three numbers of every row."""
     there = {row: result for row, result in rows.items() if result["bound"] is not None}
-    return images.bars(
+    return pictures.bars(
         list(there),
         {
             "bound (bits/dim)": [result["bound"] for result in there.values()],

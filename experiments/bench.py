@@ -3,7 +3,7 @@
 Training and sampling of any configuration on the devices there are, with the share of a
 ceiling that is measured in the same run: a large matrix product in the network's type.
 Arithmetic is that of matrix products and convolutions, counted in the mathematics (see
-`diffusion_jax.training.arithmetic`), and not what a compiler makes of it.
+`diffusion_jax.lab.speed.arithmetic`), and not what a compiler makes of it.
 """
 
 import dataclasses
@@ -23,21 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from diffusion_jax.training import arithmetic, compilation, data, feed, flat, parallel
-from experiments import (
-    arguments,
-    bench_peer,
-    bench_scaling,
-    bench_table,
-    build,
-    chains,
-    config,
-    learning,
-    runs,
-    train,
-)
-from experiments.config import Config, ConfigError
-from experiments.validation import require_positive
+from diffusion_jax.data import datasets
+from diffusion_jax.lab.process import arguments
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema import config
+from diffusion_jax.lab.schema.checks import require_positive
+from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.speed import arithmetic, peer, scaling, tables
+from diffusion_jax.lab.wiring import build, chains, learning
+from diffusion_jax.training import compilation, feed, flat, parallel
+from experiments import train
 
 CEILING = {"cpu": 1024}
 """Side of the matrices of the ceiling; 8192 on other devices."""
@@ -71,7 +66,7 @@ class Options:
     arithmetic of the authors' code, chains, and options of the compiler."""
     minutes: float = 8.0
     """How long a table may take: what there is no time for is named."""
-    candidates: tuple[str, ...] = bench_table.CANDIDATES
+    candidates: tuple[str, ...] = tables.CANDIDATES
     """Options of the compiler that a table tries one by one, each NAME=VALUE."""
     out: Path | None = None
     """JSON file to write, after every row; of a table also one of Markdown."""
@@ -83,7 +78,7 @@ class Options:
     def sizes(self) -> tuple[int, ...]:
         """Images of each row, as given or by what is measured."""
         if self.batch_sizes is None:
-            return bench_table.SIZES if self.table else (64,)
+            return tables.SIZES if self.table else (64,)
         return self.batch_sizes
 
 
@@ -106,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
     for size in options.sizes:
         parallel.check_batch_size(size, mesh.size)
         if options.scaling:
-            bench_scaling.check(size, mesh.size)
+            scaling.check(size, mesh.size)
     device = mesh.devices.flat[0]
     dtype = options.config.net.dtype
     report: dict[str, Any] = {
@@ -152,9 +147,9 @@ def parse(argv: Sequence[str]) -> Options:
             "what must be train, sample or both; got neither. Leave it out for both."
         )
     if options.peer:
-        bench_peer.check(options.config)
+        peer.check(options.config)
     if options.table:
-        bench_table.check(options)
+        tables.check(options)
     return options
 
 
@@ -178,7 +173,7 @@ def measure_rows(options: Options, mesh: Any, report: dict[str, Any]) -> None:
 def measure_table(options: Options, mesh: Any, report: dict[str, Any]) -> None:
     """Measures the rows of a table, the peer, and options of the compiler, in turn."""
     size = options.sizes[0]
-    bench_table.measure(
+    tables.measure(
         options,
         report,
         add_row=lambda given, work: add_row(given, mesh, work.what, work.batch, report),
@@ -207,7 +202,7 @@ def save(options: Options, report: dict[str, Any]) -> None:
     if options.out is not None:
         runs.write_json(options.out, report)
     if options.out is not None and options.table:
-        options.out.with_suffix(".md").write_text(bench_table.markdown(report))
+        options.out.with_suffix(".md").write_text(tables.markdown(report))
 
 
 def measure(options: Options, mesh: Any, what: str, size: int) -> dict[str, Any]:
@@ -240,7 +235,7 @@ def measure_train(
     shape = (max(STORED, size), *image_shape(chosen))
     images = rng.integers(0, 256, shape, dtype=np.uint8)
     labels = np.arange(len(images)) % max(chosen.net.classes, 1)
-    dataset = data.Dataset(images, labels, "random")
+    dataset = datasets.Dataset(images, labels, "random")
     usual = compilation.options(mesh.devices.flat[0])
     step = learning.make_step(chosen, mesh, options=usual | (told or {}))
     whole_state = learning.state_shapes(chosen, packed=True)
@@ -258,7 +253,7 @@ def measure_train(
         return losses[-1]
 
     clock = timed(once, options)
-    last = min(bench_table.STEPS, len(losses))
+    last = min(tables.STEPS, len(losses))
     measured = {"loss": float(losses[last - 1]), "loss_after": last}
     measured |= figures(clock, size, flops)
     if options.table:  # which has no time for another program
@@ -309,13 +304,13 @@ def measure_scaling(options: Options, found: int) -> list[dict[str, Any]]:
     return [
         row
         for size in options.sizes
-        for row in bench_scaling.measure(images_per_second, size, found)
+        for row in scaling.measure(images_per_second, size, found)
     ]
 
 
 def measure_peer(options: Options, row: dict[str, Any]) -> dict[str, Any]:
     """Returns the seconds of the peer for the work of a row, and prints them."""
-    clock, how = bench_peer.measure(
+    clock, how = peer.measure(
         options.config,
         row["what"],
         row["batch"],

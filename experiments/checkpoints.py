@@ -14,9 +14,10 @@ from typing import Annotated, NamedTuple
 
 import tyro
 
-from diffusion_jax.training import checkpoint, retention
-from experiments import arguments, runs
-from experiments.config import ConfigError
+from diffusion_jax.checkpoints import checkpoint, retention
+from diffusion_jax.lab.process import arguments
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema.config import ConfigError
 
 ASIDE = re.compile(r"\d+\.damaged\d*")
 """Names of checkpoints that were set aside. They may be deleted."""

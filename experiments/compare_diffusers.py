@@ -20,12 +20,14 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from diffusion_jax.lab.network_files import networks
+from diffusion_jax.lab.network_files.diffusers_config import to_diffusers
+from diffusion_jax.lab.process import arguments
+from diffusion_jax.lab.schema.checks import require_positive
+from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.wiring import chains
 from diffusion_jax.training import parallel
-from experiments import arguments, chains, networks
-from experiments.config import Config, ConfigError
 from experiments.configs import EXPERIMENTS
-from experiments.interchange import to_diffusers
-from experiments.validation import require_positive
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,23 +20,22 @@ import tyro
 from tqdm import tqdm
 
 from diffusion_jax import gaussian, samplers
-from diffusion_jax.evaluation import images, metrics
-from diffusion_jax.training import parallel
-from experiments import (
-    arguments,
-    build,
-    chains,
-    draws,
-    extractors,
-    extras,
-    reference,
-    runs,
-    weights,
+from diffusion_jax.evaluation import metrics, pictures
+from diffusion_jax.lab.drawing import draws
+from diffusion_jax.lab.measure import extractors, reference
+from diffusion_jax.lab.process import arguments
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema.checks import (
+    require_positive,
+    require_seed,
+    with_sampling,
 )
-from experiments.config import Config, ConfigError
-from experiments.sampling import Sampling
-from experiments.validation import require_positive, require_seed, with_sampling
-from experiments.weights import Weights
+from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.schema.sampling import Sampling
+from diffusion_jax.lab.trained import extras, weights
+from diffusion_jax.lab.trained.weights import Weights
+from diffusion_jax.lab.wiring import build, chains
+from diffusion_jax.training import parallel
 
 
 class Entry(NamedTuple):
@@ -186,14 +185,14 @@ def main(argv: Sequence[str]) -> int:
         rule: [(p.evaluations, p.distance) for p in points if p.rule == rule]
         for rule in options.rules
     }
-    picture = images.curves(
+    picture = pictures.curves(
         series,
         title=f"{options.count:,} samples of {config.name} by sampling rule",
         xlabel="network evaluations a sample",
         ylabel=about["distance"],
     )
     print(f"written: {out / 'samplers.json'}")
-    print(f"plot: {images.save(picture, out / 'samplers.png')}")
+    print(f"plot: {pictures.save(picture, out / 'samplers.png')}")
     return 0
 
 
@@ -299,7 +298,7 @@ def measure(
         starts = range(0, options.count, size)
         for first in tqdm(starts, desc=rule, disable=not sys.stderr.isatty()):
             batch = np.asarray(compiled(params, key, jnp.asarray(first), grid, std))
-            parts.append(images.to_uint8(batch))
+            parts.append(pictures.to_uint8(batch))
         seconds = time.monotonic() - begun
         drawn = np.concatenate(parts)[: options.count]
         about = chains.describe_sampling(way)

@@ -18,9 +18,13 @@ import jax.numpy as jnp
 import tyro
 from jax.sharding import Mesh
 
-from diffusion_jax.training import arithmetic, compilation, flat, parallel, program
-from experiments import arguments, bench, build, learning, runs, targets
-from experiments.config import Config, ConfigError, replace
+from diffusion_jax.lab.process import arguments
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema.config import Config, ConfigError, replace
+from diffusion_jax.lab.speed import arithmetic, compiled_program, targets
+from diffusion_jax.lab.wiring import build, learning
+from diffusion_jax.training import compilation, flat, parallel
+from experiments import bench
 
 GIB = 2**30
 
@@ -181,7 +185,7 @@ def summary(text: str, memory: Any) -> dict[str, Any]:
     """Returns what is known of a compiled program, a device."""
     count: collections.Counter[str] = collections.Counter()
     moved: collections.Counter[str] = collections.Counter()
-    for kernel in program.kernels(text):
+    for kernel in compiled_program.kernels(text):
         count[kernel.kind] += kernel.times
         moved[kernel.kind] += kernel.times * kernel.moved
     temporary = memory.temp_size_in_bytes
@@ -239,8 +243,8 @@ def show(found: dict[str, Any]) -> None:
         print(f"model of an H200, not measured{alone}: {parts} = {total}")
 
 
-def _largest(text: str, count: int) -> list[program.Kernel]:
-    found = program.kernels(text)
+def _largest(text: str, count: int) -> list[compiled_program.Kernel]:
+    found = compiled_program.kernels(text)
     return sorted(found, key=lambda kernel: -kernel.times * kernel.moved)[:count]
 
 

@@ -19,23 +19,17 @@ import jax
 import numpy as np
 import tyro
 
-from diffusion_jax.training import data
-from experiments import (
-    arguments,
-    draws,
-    folders,
-    hub,
-    networks,
-    records,
-    runs,
-    sampling,
-    texts,
-    weights,
-)
-from experiments.config import UNKNOWN, Config, ConfigError
-from experiments.records import About, Network
-from experiments.validation import with_data
-from experiments.weights import Weights
+from diffusion_jax.data import datasets
+from diffusion_jax.lab.drawing import draws
+from diffusion_jax.lab.network_files import diffusers_folder, hub, networks, records
+from diffusion_jax.lab.network_files.records import About, Network
+from diffusion_jax.lab.process import arguments
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema import sampling, texts
+from diffusion_jax.lab.schema.checks import with_data
+from diffusion_jax.lab.schema.config import UNKNOWN, Config, ConfigError
+from diffusion_jax.lab.trained import weights
+from diffusion_jax.lab.trained.weights import Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +77,8 @@ def main(argv: Sequence[str]) -> int:
         quoted = shlex.quote(str(options.out))
         print(f"draw with it: python -m experiments.sample {quoted}")
         return 0
-    written = folders.write(options.out, network)
-    print(f"{options.out / folders.WEIGHTS}: SHA-256 {written}")
+    written = diffusers_folder.write(options.out, network)
+    print(f"{options.out / diffusers_folder.WEIGHTS}: SHA-256 {written}")
     if network.config.net.classes:
         print("note: DDPMPipeline knows no labels; UNet2DModel takes class_labels")
     else:
@@ -107,7 +101,7 @@ def check_out(options: Options) -> None:
             "there. Name another place, or give --overwrite."
         )
     if not is_file(out):
-        folders.check_replaceable(out)
+        diffusers_folder.check_replaceable(out)
     elif out.is_dir():
         raise ConfigError(
             f"{out} must be a file, to be replaced; got a folder. Name another place."
@@ -123,7 +117,7 @@ def read(options: Options) -> Network:
     """Returns the network that IN is, with what the options say of it."""
     source, origin = options.source, None
     if options.data is not None:
-        data.check_source(options.data)
+        datasets.check_source(options.data)
     if options.download:
         origin = f"{source}, from the hub"
         found = networks.find(hub.fetch(source))

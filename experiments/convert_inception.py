@@ -13,9 +13,9 @@ from typing import Annotated
 import jax
 import tyro
 
-from diffusion_jax.nets import inception_weights
-from experiments import arguments
-from experiments.config import ConfigError
+from diffusion_jax.interop import inception_weights
+from diffusion_jax.lab.process import arguments
+from diffusion_jax.lab.schema.config import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

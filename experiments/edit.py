@@ -20,25 +20,22 @@ import tyro
 from PIL import Image, ImageOps
 
 from diffusion_jax import editing, samplers
-from diffusion_jax.evaluation import images
+from diffusion_jax.data import image_files
+from diffusion_jax.data.formats import DataError
+from diffusion_jax.evaluation import pictures
 from diffusion_jax.gaussian import raise_unknown
+from diffusion_jax.lab.drawing import edit_options
+from diffusion_jax.lab.process import arguments
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema import sampling
+from diffusion_jax.lab.schema.checks import require_seed, with_sampling
+from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.schema.sampling import Sampling
+from diffusion_jax.lab.trained import extras, weights
+from diffusion_jax.lab.wiring import build, chains
 from diffusion_jax.schedule import Schedule
-from diffusion_jax.training import parallel, pixels
-from diffusion_jax.training.formats import DataError
-from experiments import (
-    arguments,
-    build,
-    chains,
-    edit_options,
-    extras,
-    runs,
-    sample,
-    sampling,
-    weights,
-)
-from experiments.config import Config, ConfigError
-from experiments.sampling import Sampling
-from experiments.validation import require_seed, with_sampling
+from diffusion_jax.training import parallel
+from experiments import sample
 
 MOST_COLUMNS = 10
 ENCODING_STEPS = 200
@@ -103,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
         for old in folder.glob("[0-9]*.png"):
             old.unlink()
     sample.save_each(iter([edited.results]), folder)
-    print(f"{command}: {images.save(picture(edited), out)}")
+    print(f"{command}: {pictures.save(picture(edited), out)}")
     print(f"{len(edited.results)} images: {folder}/000000.png and on")
     return 0
 
@@ -248,7 +245,7 @@ def colorize(config: Config, options: edit_options.Colorize) -> Draw:
     def draw(params: Any) -> Edited:
         key = jax.random.key(options.shared.seed)
         results = compiled(config, paint)(params, key, grey)
-        shown = images.to_uint8(grey).repeat(3, axis=-1)
+        shown = pictures.to_uint8(grey).repeat(3, axis=-1)
         return Edited(shown, results, shown[:0], MOST_COLUMNS)
 
     return draw
@@ -301,7 +298,7 @@ def compiled(config: Config, edit: Callable[..., jax.Array]) -> Callable[..., An
         levels = chains.sampling_schedule(config, params)
         return edit((chains.make_sampler(config, params), levels), *arrays)
 
-    return lambda *args: images.to_uint8(np.asarray(run(*args)))
+    return lambda *args: pictures.to_uint8(np.asarray(run(*args)))
 
 
 def at_depth(
@@ -348,7 +345,7 @@ def read(config: Config, path: Path, name: str) -> np.ndarray:
             "Check the path."
         )
     try:
-        image = pixels.read_image(path, size, channels)
+        image = image_files.read_image(path, size, channels)
     except DataError as error:
         raise ConfigError(
             f"{name} must be an image that Pillow reads; got {path} "
@@ -408,7 +405,7 @@ def picture(edited: Edited) -> Image.Image:
     many = len(edited.results)
     columns = min(edited.columns, many)
     panels = [
-        images.grid(part, columns=wide)
+        pictures.grid(part, columns=wide)
         for part, wide in (
             (edited.before, 1 if many > columns else len(edited.before)),
             (edited.results, columns),

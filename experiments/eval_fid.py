@@ -16,32 +16,26 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from diffusion_jax.evaluation import images, metrics, moments
-from diffusion_jax.training import data, parallel, pixels
-from experiments import (
-    arguments,
-    build,
-    chains,
-    draws,
-    extractors,
-    extras,
-    hosts,
-    initial,
-    learning,
-    reference,
-    runs,
-    sampling,
-    weights,
-)
-from experiments.config import Config, ConfigError
-from experiments.sampling import Sampling
-from experiments.validation import (
+from diffusion_jax.data import datasets, image_files
+from diffusion_jax.evaluation import metrics, moments, pictures
+from diffusion_jax.lab.drawing import draws
+from diffusion_jax.lab.measure import extractors, reference
+from diffusion_jax.lab.process import arguments, hosts
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema import sampling
+from diffusion_jax.lab.schema.checks import (
     require_positive,
     require_seed,
     with_data,
     with_sampling,
 )
-from experiments.weights import Weights
+from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.schema.sampling import Sampling
+from diffusion_jax.lab.trained import extras, weights
+from diffusion_jax.lab.trained.weights import Weights
+from diffusion_jax.lab.training import initial
+from diffusion_jax.lab.wiring import build, chains, learning
+from diffusion_jax.training import parallel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +139,7 @@ def main(argv: Sequence[str]) -> int:
         picture = neighbours(real["train"], dataset, extractor, drawn[-1], options)
         path = out / f"neighbours{'_' * bool(kind)}{kind}.png"
         if hosts.first():
-            images.save(picture, path)
+            pictures.save(picture, path)
             print(f"nearest training images, by pixels and by features: {path}")
     print(f"written: {written}")
     return 0
@@ -185,9 +179,9 @@ def load_samples(options: Options, config: Config) -> np.ndarray | None:
     kind, _, where = options.samples.partition(":")
     if kind == "folder":
         check_sizes(Path(where).expanduser(), size)
-        found = data.load(options.samples, image_size=size, channels=channels)
+        found = datasets.load(options.samples, image_size=size, channels=channels)
     else:
-        found = data.load(options.samples)
+        found = datasets.load(options.samples)
     if found.images.shape[1:] != (size, size, channels):
         raise ConfigError(
             f"samples must be {size}x{size} with {channels} channels, like the images "
@@ -199,7 +193,7 @@ def load_samples(options: Options, config: Config) -> np.ndarray | None:
 
 def check_sizes(folder: Path, size: int) -> None:
     """Raises ConfigError for an image of another size: nothing is resized unasked."""
-    for path in pixels.image_files(folder):
+    for path in image_files.image_files(folder):
         try:
             with Image.open(path) as image:
                 own = image.size
@@ -244,7 +238,7 @@ def check_reference(
 
 def references(
     config: Config,
-    dataset: data.Dataset,
+    dataset: datasets.Dataset,
     extractor: extractors.Extractor,
     options: Options,
 ) -> dict[str, reference.Reference]:
@@ -252,7 +246,7 @@ def references(
     splits = {"train": dataset}
     try:
         splits["test"] = build.load_data(config, split="test")
-    except data.DataError as error:
+    except datasets.DataError as error:
         first = str(error).partition("\n")[0]
         print(f"note: no comparison with test images: {first}")
     return {
@@ -390,7 +384,7 @@ def show(result: dict[str, Any], extractor: extractors.Extractor) -> None:
 
 def neighbours(
     real: reference.Reference,
-    dataset: data.Dataset,
+    dataset: datasets.Dataset,
     extractor: extractors.Extractor,
     fake: np.ndarray,
     options: Options,
@@ -418,7 +412,7 @@ def neighbours(
         index = NearestNeighbors(n_neighbors=1).fit(among.astype(np.float32))
         nearest = index.kneighbors(of.astype(np.float32), return_distance=False)[:, 0]
         rows.append(candidates[nearest])
-    return images.grid(np.concatenate(rows), columns=len(shown))
+    return pictures.grid(np.concatenate(rows), columns=len(shown))
 
 
 if __name__ == "__main__":

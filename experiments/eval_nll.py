@@ -20,14 +20,19 @@ import tyro
 from tqdm import tqdm
 
 from diffusion_jax import continuous, likelihood, ode
-from diffusion_jax.evaluation import images
+from diffusion_jax.data import datasets
+from diffusion_jax.evaluation import pictures
+from diffusion_jax.lab.drawing import draws
+from diffusion_jax.lab.process import arguments
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema.checks import require_positive, require_seed, with_data
+from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.schema.sampling import Variance
+from diffusion_jax.lab.trained import extras, weights
+from diffusion_jax.lab.trained.weights import Weights
+from diffusion_jax.lab.wiring import build, chains
 from diffusion_jax.schedule import is_discrete
-from diffusion_jax.training import data, parallel
-from experiments import arguments, build, chains, draws, extras, runs, weights
-from experiments.config import Config, ConfigError
-from experiments.sampling import Variance
-from experiments.validation import require_positive, require_seed, with_data
-from experiments.weights import Weights
+from diffusion_jax.training import parallel
 
 BEGINNING = 10
 
@@ -173,7 +178,7 @@ def choose(available: int, options: Options) -> np.ndarray:
 def evaluate(
     config: Config,
     params: Any,
-    dataset: data.Dataset,
+    dataset: datasets.Dataset,
     chosen: np.ndarray,
     options: Options,
 ) -> Sums:
@@ -198,7 +203,7 @@ def evaluate(
 
 
 def batches(
-    dataset: data.Dataset,
+    dataset: datasets.Dataset,
     chosen: np.ndarray,
     options: Options,
     mesh: Any,
@@ -211,7 +216,7 @@ def batches(
         indices = chosen[begin : begin + size]
         # A ragged last batch is filled up with its last image, and cut again.
         padded = np.pad(indices, (0, size - len(indices)), mode="edge")
-        found = data.batch_at(dataset, padded)
+        found = datasets.batch_at(dataset, padded)
         index = np.pad(np.arange(begin, begin + len(indices)), (0, size))[:size]
         batch = {"x": found["image"], "i": index}
         if labelled:
@@ -254,7 +259,7 @@ def make_bound(
 def evaluate_ode(
     config: Config,
     params: Any,
-    dataset: data.Dataset,
+    dataset: datasets.Dataset,
     chosen: np.ndarray,
     options: Options,
 ) -> np.ndarray:
@@ -413,7 +418,9 @@ def show_rate_distortion(result: dict[str, Any], path: Path) -> None:
     for row in rows[::-1]:
         rate, distortion = code.rate[row], code.distortion[row]
         print(f"  {code.steps[row]:13,}   {rate:15.5f}   {distortion:13.5f}")
-    images.save(images.rate_distortion(code.steps, code.rate, code.distortion), path)
+    pictures.save(
+        pictures.rate_distortion(code.steps, code.rate, code.distortion), path
+    )
     print(f"plot: {path}")
 
 

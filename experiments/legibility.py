@@ -19,12 +19,20 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from diffusion_jax.lab.process import arguments
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema.checks import (
+    require_positive,
+    require_seed,
+    with_sampling,
+)
+from diffusion_jax.lab.schema.config import ConfigError
+from diffusion_jax.lab.schema.sampling import Sampling
+from diffusion_jax.lab.trained import extras, weights
+from diffusion_jax.lab.trained.weights import Weights
+from diffusion_jax.lab.wiring import build
 from diffusion_jax.training import parallel
-from experiments import arguments, build, extras, runs, sample, weights
-from experiments.config import ConfigError
-from experiments.sampling import Sampling
-from experiments.validation import require_positive, require_seed, with_sampling
-from experiments.weights import Weights
+from experiments import sample
 
 SURE = 0.9
 LEAST_CERTAINTY, LEAST_CLASS, MOST_COPIES = 0.9, 0.04, 0.02

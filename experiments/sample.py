@@ -11,22 +11,23 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from diffusion_jax.evaluation import images
-from diffusion_jax.training import files, parallel
-from experiments import (
-    arguments,
-    chains,
-    extras,
-    figures,
-    hosts,
-    runs,
-    sampling,
-    weights,
+from diffusion_jax.evaluation import pictures
+from diffusion_jax.lab.drawing import figures
+from diffusion_jax.lab.process import arguments, hosts
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema import sampling
+from diffusion_jax.lab.schema.checks import (
+    require_positive,
+    require_seed,
+    with_sampling,
 )
-from experiments.config import Config, ConfigError
-from experiments.sampling import Sampling
-from experiments.validation import require_positive, require_seed, with_sampling
-from experiments.weights import Weights
+from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.schema.sampling import Sampling
+from diffusion_jax.lab.trained import extras, weights
+from diffusion_jax.lab.trained.weights import Weights
+from diffusion_jax.lab.wiring import chains
+from diffusion_jax.storage import files
+from diffusion_jax.training import parallel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
         if options.format == "npz":
             save_npz(drawn, out)
         else:
-            images.save(images.grid(drawn, columns=options.columns), out)
+            pictures.save(pictures.grid(drawn, columns=options.columns), out)
     print(f"{options.count} images: {out}")
     if options.format == "grid" and options.strip:
         path = out.with_name(f"{out.stem}_denoising.png")
@@ -108,7 +109,7 @@ def main(argv: Sequence[str]) -> int:
         if jax.process_count() > 1:  # the first host draws these alone
             params = jax.tree.map(np.asarray, params)
         end, seen = figures.chain(config, params, count=rows, seed=options.seed)
-        print(f"denoising: {images.save(figures.strip(end, seen.x_t), path)}")
+        print(f"denoising: {pictures.save(figures.strip(end, seen.x_t), path)}")
     return 0
 
 
@@ -126,7 +127,7 @@ def draw_figure(config: Config, params: Any, run: runs.Run, options: Options) ->
         end, seen = figures.chain(config, params, count=rows, seed=options.seed)
         picture = figures.strip(end, seen.x0)
     out = options.out or folder / f"{options.figure}.png"
-    print(f"{options.figure}: {images.save(picture, out)}")
+    print(f"{options.figure}: {pictures.save(picture, out)}")
     return 0
 
 
@@ -146,7 +147,7 @@ def draw(config: Config, params: Any, options: Options) -> Iterator[np.ndarray]:
             # The last batch is drawn whole and cut, so that nothing compiles again.
             batch = sampler(params, key, first)[: options.count - first]
             bar.update(len(batch))
-            yield images.to_uint8(batch)
+            yield pictures.to_uint8(batch)
 
 
 def default_name(options: Options) -> str:
@@ -160,8 +161,8 @@ def save_each(batches: Iterator[np.ndarray], folder: Path) -> None:
     index = 0
     for batch in batches:
         for image in batch:
-            one = images.grid(image[None], side=image.shape[0], gap=0)
-            images.save(one, folder / f"{index:06d}.png")
+            one = pictures.grid(image[None], side=image.shape[0], gap=0)
+            pictures.save(one, folder / f"{index:06d}.png")
             index += 1
 
 

@@ -32,32 +32,18 @@ from typing import Any, NamedTuple
 
 import jax
 
-from diffusion_jax.evaluation import images
-from diffusion_jax.training import (
-    checkpoint,
-    compilation,
-    data,
-    determinism,
-    feed,
-    flat,
-    parallel,
-)
+from diffusion_jax.checkpoints import checkpoint
+from diffusion_jax.data import datasets
+from diffusion_jax.evaluation import pictures
+from diffusion_jax.lab.process import arguments, hosts, stopping
+from diffusion_jax.lab.process.progress import Progress
+from diffusion_jax.lab.run_folder import history, lock, runs
+from diffusion_jax.lab.schema.config import Config, ConfigError, differences, to_dict
+from diffusion_jax.lab.trained import weights
+from diffusion_jax.lab.training import initial
+from diffusion_jax.lab.wiring import build, chains, learning
+from diffusion_jax.training import compilation, determinism, feed, flat, parallel
 from diffusion_jax.training.state import TrainState
-from experiments import (
-    arguments,
-    build,
-    chains,
-    history,
-    hosts,
-    initial,
-    learning,
-    lock,
-    runs,
-    stopping,
-    weights,
-)
-from experiments.config import Config, ConfigError, differences, to_dict
-from experiments.progress import Progress
 
 DIVERGED = 3
 """The exit code of a run that is given up."""
@@ -295,7 +281,7 @@ def first_state(config: Config, mesh: Any, params: Any = None) -> TrainState:
     return state
 
 
-def feed_of(config: Config, dataset: data.Dataset, mesh: Any) -> feed.Feed:
+def feed_of(config: Config, dataset: datasets.Dataset, mesh: Any) -> feed.Feed:
     """Returns where the batches of a run come from.
 
     Raises:
@@ -321,7 +307,7 @@ def describe(
     config: Config,
     run: runs.Run,
     mesh: Any,
-    dataset: data.Dataset,
+    dataset: datasets.Dataset,
     fed: feed.Feed,
     state: TrainState,
 ) -> None:
@@ -423,8 +409,8 @@ def write_grid(config: Config, run: runs.Run, draw: Any, state: TrainState) -> N
     key = jax.random.key(config.train.seed)
     drawn = draw(parallel.whole(state.ema_params), key)
     if hosts.first():
-        grid = images.grid(images.to_uint8(drawn))
-        images.save(grid, grid_path(run, int(state.step)))
+        grid = pictures.grid(pictures.to_uint8(drawn))
+        pictures.save(grid, grid_path(run, int(state.step)))
 
 
 def grid_path(run: runs.Run, step: int) -> Path:
@@ -441,7 +427,7 @@ def finish(job: Job, state: TrainState) -> int:
     lines = [line for line in logged if line.get("loss") is not None]
     plot: object = "none, with no line in metrics.jsonl; see --train.log-every"
     if lines and hosts.first():
-        plot = images.curve(
+        plot = pictures.curve(
             [line["step"] for line in lines],
             [line["loss"] for line in lines],
             title=f"{config.name}: training loss",

@@ -17,12 +17,14 @@ import numpy as np
 import optax
 import tyro
 
+from diffusion_jax.data import datasets
+from diffusion_jax.lab.process import arguments
+from diffusion_jax.lab.schema.checks import AT_MOST, require_positive, require_seed
+from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.wiring import build
 from diffusion_jax.nets.classifier import Classifier, Features
-from diffusion_jax.training import data
-from experiments import arguments, build, tensors
-from experiments.config import Config, ConfigError
+from diffusion_jax.storage import trees
 from experiments.configs import EXPERIMENTS
-from experiments.validation import AT_MOST, require_positive, require_seed
 
 BATCH, RATE, HELD_OUT, WIDTH = 128, 2e-3, 0.2, 64
 MOST_CLASSES = AT_MOST["net.classes"]
@@ -95,13 +97,13 @@ def path_of(config: Config) -> Path:
     return folder / f"{name}_{size}x{size}x{channels}.safetensors"
 
 
-def has_labels(dataset: data.Dataset) -> bool:
+def has_labels(dataset: datasets.Dataset) -> bool:
     """Returns whether a classifier can be trained on these images."""
     return dataset.labels is not None and isinstance(dataset.images, np.ndarray)
 
 
 def train(
-    config: Config, dataset: data.Dataset, *, steps: int = 1500, seed: int = 0
+    config: Config, dataset: datasets.Dataset, *, steps: int = 1500, seed: int = 0
 ) -> Judge:
     """Returns a classifier trained on four fifths of the images, and writes it.
 
@@ -135,7 +137,7 @@ def train(
     memory = optimizer.init(params)
     size = min(BATCH, len(fitted))
     for step in range(steps):
-        chosen = fitted[data.batch_indices(seed, step, len(fitted), size)]
+        chosen = fitted[datasets.batch_indices(seed, step, len(fitted), size)]
         params, memory = update(params, memory, images[chosen], labels[chosen])
     guesses = logits_of(params, num_classes, images[held]).argmax(axis=1)
     accuracy = float((guesses == labels[held]).mean())
@@ -162,7 +164,7 @@ def logits_of(params: Any, num_classes: int, images: np.ndarray) -> np.ndarray:
 def save(path: Path, params: Any, num_classes: int, accuracy: float) -> Judge:
     """Writes a classifier under a temporary name, then renames it."""
     meta = {"num_classes": str(num_classes), "accuracy": repr(accuracy)}
-    tensors.write(path, params, meta)
+    trees.write(path, params, meta)
     return load(path)
 
 
@@ -173,7 +175,7 @@ def load(path: Path) -> Judge:
       ConfigError: the file is damaged or no classifier of ours.
     """
     try:
-        params, meta, digest = tensors.read(path)
+        params, meta, digest = trees.read(path)
         num_classes, accuracy = int(meta["num_classes"]), float(meta["accuracy"])
         if not (0 < num_classes <= MOST_CLASSES and 0 <= accuracy <= 1):
             raise ValueError(f"{num_classes} classes and an accuracy of {accuracy}")
@@ -185,8 +187,8 @@ def load(path: Path) -> Judge:
         key = jax.eval_shape(lambda: jax.random.key(0))
         net = Classifier(num_classes, width=WIDTH)
         like = jax.eval_shape(net.init, key, images)
-        tensors.check(params, like, path)
-    except data.DataError as error:
+        trees.check(params, like, path)
+    except datasets.DataError as error:
         again = "Or delete it, and it is trained again."
         raise ConfigError(f"{error} {again}") from error
     except (KeyError, ValueError) as error:

@@ -19,11 +19,16 @@ import tyro
 from jax.typing import ArrayLike
 
 from diffusion_jax import continuous, gaussian, schedule, timesteps
+from diffusion_jax.data import datasets
+from diffusion_jax.lab.process import arguments
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema import texts
+from diffusion_jax.lab.schema.checks import require_positive, require_seed
+from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.trained import weights
+from diffusion_jax.lab.wiring import build
 from diffusion_jax.nets.noisy_classifier import NoisyClassifier
-from diffusion_jax.training import data
-from experiments import arguments, build, runs, tensors, texts, weights
-from experiments.config import Config, ConfigError
-from experiments.validation import require_positive, require_seed
+from diffusion_jax.storage import trees
 
 BATCH, RATE, HELD_OUT = 128, 2e-3, 0.2
 SHARES = (0.1, 0.25, 0.5, 0.75)
@@ -94,7 +99,7 @@ def levels_of(config: Config, run: runs.Run) -> schedule.Schedule:
 def train(
     config: Config,
     run: runs.Run,
-    dataset: data.Dataset,
+    dataset: datasets.Dataset,
     *,
     steps: int = 1000,
     seed: int = 0,
@@ -124,7 +129,7 @@ def train(
     memory = optimizer.init(params)
     size = min(BATCH, len(fitted))
     for step in range(steps):
-        chosen = fitted[data.batch_indices(seed, step, len(fitted), size)]
+        chosen = fitted[datasets.batch_indices(seed, step, len(fitted), size)]
         batch = images[chosen], labels[chosen]
         params, memory = update(params, memory, jax.random.fold_in(key, step), *batch)
     last = schedule.num_steps(levels)
@@ -201,7 +206,7 @@ def save(
 ) -> Guide:
     """Writes a classifier under a temporary name, then renames it."""
     meta = {"num_classes": str(num_classes), "accuracy": json.dumps(accuracy)}
-    tensors.write(path, params, meta)
+    trees.write(path, params, meta)
     return load(path)
 
 
@@ -212,12 +217,12 @@ def load(path: Path) -> Guide:
       ConfigError: there is none, or the file is damaged or no classifier of ours.
     """
     try:
-        params, meta, digest = tensors.read(path)
+        params, meta, digest = trees.read(path)
         num_classes = int(meta["num_classes"])
         accuracy = {int(t): float(a) for t, a in texts.parse(meta["accuracy"]).items()}
         if params["logits"]["bias"].shape != (num_classes,):
             raise ValueError(f"{num_classes} classes, and other weights")
-    except data.DataError as error:
+    except datasets.DataError as error:
         again = f"python -m experiments.train_noisy_classifier {path.parent}"
         raise ConfigError(f"{error} Or train it: {again}.") from error
     except (KeyError, ValueError, TypeError, AttributeError) as error:
@@ -237,7 +242,7 @@ def check(guide: Guide, config: Config) -> None:
     key = jax.eval_shape(lambda: jax.random.key(0))
     net = NoisyClassifier(guide.num_classes)
     like = jax.eval_shape(net.init, key, images, times)["params"]
-    tensors.check(guide.params, like, guide.path)
+    trees.check(guide.params, like, guide.path)
 
 
 def _make_update(

@@ -23,7 +23,8 @@ import jax
 import pytest
 import small_run
 
-from experiments import chains, learning, runs
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.wiring import chains, learning
 
 jax.jit(lambda: 0)()  # now the flags have been read
 FLAGS = os.environ["XLA_FLAGS"]

@@ -30,9 +30,12 @@ import hypothesis
 import jax
 import numpy as np
 
+from diffusion_jax.lab.network_files import networks
+from diffusion_jax.lab.network_files.records import About, Network
+from diffusion_jax.lab.process import arguments
+from diffusion_jax.lab.schema import config
+from diffusion_jax.lab.wiring import build
 from diffusion_jax.training import compilation
-from experiments import arguments, build, config, networks
-from experiments.records import About, Network
 
 # Examples are few where every change waits for them, and many where there is time.
 _SAME = {

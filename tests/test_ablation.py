@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import continuous, gaussian, schedule
-from experiments import ablation, build, chains, learning
-from experiments.config import ConfigError
+from diffusion_jax.lab.schema.config import ConfigError
+from diffusion_jax.lab.wiring import build, chains, learning
+from experiments import ablation
 
 SMALL = shlex.split(
     "digits --rows table2_eps_simple edm --steps 16 --count 66 --bound-images 4"

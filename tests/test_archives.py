@@ -6,7 +6,7 @@ import tarfile
 
 import pytest
 
-from diffusion_jax.training import archives
+from diffusion_jax.storage import archives
 
 
 def tar(size, **headers):

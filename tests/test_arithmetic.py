@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from diffusion_jax.lab.speed import arithmetic
 from diffusion_jax.nets import unet
-from diffusion_jax.training import arithmetic
 
 
 def of(*shape):

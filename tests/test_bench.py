@@ -5,9 +5,10 @@ import json
 import jax
 import pytest
 
-from diffusion_jax.training import arithmetic
-from experiments import bench, build
-from experiments.config import ConfigError
+from diffusion_jax.lab.schema.config import ConfigError
+from diffusion_jax.lab.speed import arithmetic
+from diffusion_jax.lab.wiring import build
+from experiments import bench
 
 SMALL = ["--net.channels", "8", "--net.multipliers", "1", "--net.blocks", "1"]
 SMALL += ["--net.attention", "--net.groups", "4", "--sample.steps", "4"]

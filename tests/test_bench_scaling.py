@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments import bench_scaling
+from diffusion_jax.lab.speed import scaling
 
 
 def test_rows_are_in_units_of_one_device(capsys):
@@ -13,7 +13,7 @@ def test_rows_are_in_units_of_one_device(capsys):
         asked.append((devices, batch))
         return 100.0 * devices * (1 if devices == 1 else 0.9)
 
-    rows = bench_scaling.measure(rate, 32, 4)
+    rows = scaling.measure(rate, 32, 4)
     assert asked == [(1, 32), (2, 32), (2, 64), (4, 32), (4, 128)]
     assert [(r["scaling"], r["devices"], r["batch"]) for r in rows] == [
         ("strong", 1, 32),
@@ -29,6 +29,6 @@ def test_rows_are_in_units_of_one_device(capsys):
 
 
 def test_batches_that_some_count_cannot_share_are_refused(refuses):
-    bench_scaling.check(24, 6)  # on 1, 2, 4 and 6 devices
+    scaling.check(24, 6)  # on 1, 2, 4 and 6 devices
     with refuses("8"):
-        bench_scaling.check(8, 6)
+        scaling.check(8, 6)

@@ -7,7 +7,9 @@ import jax
 import pytest
 from test_bench import SMALL
 
-from experiments import bench, bench_table, config
+from diffusion_jax.lab.schema import config
+from diffusion_jax.lab.speed import tables
+from experiments import bench
 from experiments.configs import EXPERIMENTS
 
 KNOWN = "xla_llvm_disable_expensive_passes=true"
@@ -45,16 +47,16 @@ def test_a_table_is_measured_from_end_to_end(tmp_path, capsys):
 
 def test_rows_are_what_the_readme_shows():
     fast = config.replace(EXPERIMENTS["cifar10"].config, "net", dtype="bfloat16")
-    one, two, authors, chains = bench_table.works(fast, (128, 512))
+    one, two, authors, chains = tables.works(fast, (128, 512))
     assert [work.batch for work in (one, two, authors, chains)] == [128, 512, 128, 512]
     assert one.config == two.config == fast
     assert authors.config == config.official(fast) != fast
     # A thousand evaluations of ddpm would take a quarter of an hour.
     assert (chains.config.sample.sampler, chains.config.sample.steps) == ("ddim", None)
     few = config.replace(fast, "sample", steps=9)
-    assert bench_table.works(few, (8,))[-1].config == few
+    assert tables.works(few, (8,))[-1].config == few
     # What is the authors' already has no row twice.
-    forms = [work.form for work in bench_table.works(config.official(fast), (8,))]
+    forms = [work.form for work in tables.works(config.official(fast), (8,))]
     assert forms == ["the authors' arithmetic"] * 2
 
 
@@ -63,7 +65,7 @@ class Machine:
 
     def __init__(self, monkeypatch, minutes):
         self.now, self.minutes, self.saved = 0.0, minutes, []
-        monkeypatch.setattr(bench_table.time, "perf_counter", lambda: 60 * self.now)
+        monkeypatch.setattr(tables.time, "perf_counter", lambda: 60 * self.now)
 
     def table(self, *flags, fails=(), minutes):
         options = bench.parse(["digits", "--table", "--minutes", minutes, *flags])
@@ -89,7 +91,7 @@ class Machine:
             report["rows"].append(row | {"per_second": 1.0, "tflops": 1.0, "share": 1})
             return report["rows"][-1]
 
-        bench_table.measure(
+        tables.measure(
             options,
             report,
             add_row=add_row,
@@ -130,9 +132,9 @@ def test_what_fails_is_a_row(monkeypatch, capsys):
     assert "| `xla_b=2` | 1.00 | 2.000 | the same |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("candidate", bench_table.CANDIDATES)
+@pytest.mark.parametrize("candidate", tables.CANDIDATES)
 def test_candidates_are_options_of_xla_or_of_another_version(candidate):
-    options = bench_table.told(candidate)
+    options = tables.told(candidate)
     run = jax.jit(lambda x: x + 1, compiler_options=options)
-    found = bench_table.attempt(lambda: {"run": run(1)})
+    found = tables.attempt(lambda: {"run": run(1)})
     assert found in ({"run": 2}, {"error": "not known to this jaxlib"})

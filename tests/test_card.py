@@ -3,19 +3,19 @@
 import jax
 from test_networks import ABOUT, network_of, read, small
 
-from diffusion_jax.nets import diffusers
-from experiments import folders
-from experiments.config import replace
+from diffusion_jax.interop import unet_config
+from diffusion_jax.lab.network_files import diffusers_folder
+from diffusion_jax.lab.schema.config import replace
 
 
 def test_a_recipe_that_nobody_told_is_not_on_the_card(tmp_path):
     folder = tmp_path / "good"
-    folders.write(folder, network_of(small()))
+    diffusers_folder.write(folder, network_of(small()))
     assert "| training | loss v, batch 64" in (folder / "README.md").read_text()
-    (folder / folders.RECORD).unlink()
+    (folder / diffusers_folder.RECORD).unlink()
     found = read(folder)
     config = replace(found.config, "data", source="digits")
-    folders.write(tmp_path / "again", found._replace(config=config))
+    diffusers_folder.write(tmp_path / "again", found._replace(config=config))
     text = (tmp_path / "again" / "README.md").read_text()
     assert "| data | digits |" in text
     assert "training" not in text
@@ -24,7 +24,7 @@ def test_a_recipe_that_nobody_told_is_not_on_the_card(tmp_path):
 
 def test_a_card_is_in_order_whatever_the_names(tmp_path):
     config = replace(small(), "data", source="folder:a|b")
-    folders.write(tmp_path / 'we"ird', network_of(config))
+    diffusers_folder.write(tmp_path / 'we"ird', network_of(config))
     text = (tmp_path / 'we"ird' / "README.md").read_text()
     code = text.partition("```python\n")[2].partition("```")[0]
     compile(code, "card", "exec")
@@ -36,7 +36,7 @@ def test_the_card_says_what_it_is(tmp_path):
     network = network_of(config)
     scores = {"fd vs train": {"value": "1.8", "of": "1,797 samples"}}
     network = network._replace(about=ABOUT._replace(scores=scores))
-    digest = folders.write(tmp_path / "out", network)
+    digest = diffusers_folder.write(tmp_path / "out", network)
     text = (tmp_path / "out" / "README.md").read_text()
     count = sum(leaf.size for leaf in jax.tree.leaves(network.params))
     for said in (
@@ -51,5 +51,5 @@ def test_the_card_says_what_it_is(tmp_path):
         "10, and a last row for none",
     ):
         assert said in text, said
-    assert diffusers.CLASS in text
+    assert unet_config.CLASS in text
     assert "pipeline_tag" not in text  # the hub has none for it

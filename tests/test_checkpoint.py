@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from diffusion_jax.training import averages, checkpoint, parallel, state
+from diffusion_jax.checkpoints import checkpoint
+from diffusion_jax.training import averages, parallel, state
 
 
 def tree():

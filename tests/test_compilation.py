@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import pytest
 from test_parallel import TINY
 
+from diffusion_jax.lab.schema import config
+from diffusion_jax.lab.wiring import build, chains
 from diffusion_jax.training import compilation, parallel
-from experiments import build, chains, compiled, config
+from experiments import compiled
 
 # Where JAX is told to optimise little, no option counts.
 pytestmark = pytest.mark.optimised

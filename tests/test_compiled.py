@@ -6,8 +6,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments import compiled, learning, targets
-from experiments.config import ConfigError
+from diffusion_jax.lab.schema.config import ConfigError
+from diffusion_jax.lab.speed import targets
+from diffusion_jax.lab.wiring import learning
+from experiments import compiled
 
 SMALL = [
     "--net.channels",

@@ -6,16 +6,11 @@ import numpy as np
 import pytest
 from small_run import SMALL
 
-from experiments import (
-    build,
-    eval_nll,
-    runs,
-    sample,
-    train,
-    train_noisy_classifier,
-    weights,
-)
-from experiments.config import ConfigError
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema.config import ConfigError
+from diffusion_jax.lab.trained import weights
+from diffusion_jax.lab.wiring import build
+from experiments import eval_nll, sample, train, train_noisy_classifier
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,15 @@ import typing
 
 import pytest
 
-from experiments import arguments, config, validation
+from diffusion_jax.lab.process import arguments
+from diffusion_jax.lab.schema import checks, config
 from experiments.configs import EXPERIMENTS, cifar10, cifar10_official
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_is_valid_and_survives_json(name):
     chosen = EXPERIMENTS[name].config
-    validation.validate(chosen)
+    checks.validate(chosen)
     text = json.dumps(config.to_dict(chosen))
     assert config.from_dict(json.loads(text)) == chosen
     assert chosen.name == name
@@ -305,7 +306,7 @@ def test_numbers_that_no_field_can_have_are_refused(number, kind):
         value = several if "tuple" in str(HINTS[key]) else number
         changed = config.replace(EXPERIMENTS["digits"].config, section, **{name: value})
         with pytest.raises(config.ConfigError, match=r" must be .*; got .+\. .+"):
-            validation.validate(changed)
+            checks.validate(changed)
 
 
 # Values that no field of a type can have, as a damaged file may hold them.

@@ -13,23 +13,17 @@ import pytest
 from PIL import Image
 from test_networks import network_of, same, small
 
-from diffusion_jax.training import checkpoint, parallel
-from experiments import (
-    arguments,
-    build,
-    convert,
-    folders,
-    hub,
-    initial,
-    learning,
-    networks,
-    runs,
-    sample,
-    train,
-    weights,
-)
-from experiments.config import ConfigError, replace, to_dict
-from experiments.weights import Weights
+from diffusion_jax.checkpoints import checkpoint
+from diffusion_jax.lab.network_files import diffusers_folder, hub, networks
+from diffusion_jax.lab.process import arguments
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema.config import ConfigError, replace, to_dict
+from diffusion_jax.lab.trained import weights
+from diffusion_jax.lab.trained.weights import Weights
+from diffusion_jax.lab.training import initial
+from diffusion_jax.lab.wiring import build, learning
+from diffusion_jax.training import parallel
+from experiments import convert, sample, train
 
 QUICK = ["--count", "2", "--steps", "2", "--batch-size", "2"]
 
@@ -178,7 +172,7 @@ def test_scores_go_with_the_weights_that_they_are_of(run, tmp_path):
 
 
 def test_a_network_of_the_hub_is_converted(file, tmp_path, monkeypatch):
-    folders.write(tmp_path / "cache", networks.read(networks.find(file)))
+    diffusers_folder.write(tmp_path / "cache", networks.read(networks.find(file)))
     asked = []
     monkeypatch.setattr(
         hub, "fetch", lambda name: asked.append(name) or tmp_path / "cache"
@@ -275,7 +269,7 @@ def test_one_set_of_weights_leaves_no_choice(file, tmp_path, refuses):
 def test_data_that_nobody_named_are_asked_for(file, tmp_path, refuses):
     folder = tmp_path / "folder"
     assert convert.main([str(file), str(folder)]) == 0
-    (folder / folders.RECORD).unlink()
+    (folder / diffusers_folder.RECORD).unlink()
     config = runs.read_config(runs.find(str(folder)))
     with refuses("a network from elsewhere"):
         build.load_data(config)

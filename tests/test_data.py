@@ -17,8 +17,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from diffusion_jax.training import data, sources
-from diffusion_jax.training.data import DataError, Dataset
+from diffusion_jax.data import datasets, sources
+from diffusion_jax.data.datasets import DataError, Dataset
 
 SIZES = st.integers(1, 40)
 SEEDS = st.integers(0, 2**64 - 1)
@@ -26,7 +26,7 @@ SEEDS = st.integers(0, 2**64 - 1)
 
 def stream(seed: int, start: int, stop: int, size: int, batch: int) -> np.ndarray:
     steps = range(start, stop)
-    return np.concatenate([data.batch_indices(seed, k, size, batch) for k in steps])
+    return np.concatenate([datasets.batch_indices(seed, k, size, batch) for k in steps])
 
 
 @settings(deadline=None, max_examples=60)
@@ -46,7 +46,7 @@ def test_every_epoch_is_a_permutation(seed, size, batch):
 def test_order_does_not_depend_on_where_one_starts(seed, step, size, batch):
     """Resuming at step k continues the very stream that began at step 0."""
     whole = stream(seed, 0, 13, size, batch)
-    data._permutation.cache_clear()
+    datasets._permutation.cache_clear()
     np.testing.assert_array_equal(
         stream(seed, step, 13, size, batch), whole[step * batch :]
     )
@@ -69,28 +69,28 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 
 def test_first_place_is_uniform():
-    first = [data.batch_indices(seed, 0, 10, 1)[0] for seed in range(2000)]
+    first = [datasets.batch_indices(seed, 0, 10, 1)[0] for seed in range(2000)]
     counts = np.bincount(first, minlength=10)
     assert np.sum((counts - 200) ** 2 / 200) < 27.9  # chi-squared, 9 d.o.f., p = 0.001
 
 
 def test_order_is_the_same_in_another_process_and_far_on():
     call = "batch_indices(7, 10**15, 50_000, 128).tolist()"
-    code = f"from diffusion_jax.training.data import *; print({call})"
+    code = f"from diffusion_jax.data.datasets import *; print({call})"
     other = subprocess.check_output([sys.executable, "-c", code], text=True)
-    assert eval(other) == data.batch_indices(7, 10**15, 50_000, 128).tolist()
+    assert eval(other) == datasets.batch_indices(7, 10**15, 50_000, 128).tolist()
 
 
 def test_indices_are_cheap_and_the_callers_own():
-    data.batch_indices(0, 0, 50_000, 128)
+    datasets.batch_indices(0, 0, 50_000, 128)
     start = time.perf_counter()
     for step in range(1, 200):
-        data.batch_indices(0, step, 50_000, 128)
+        datasets.batch_indices(0, step, 50_000, 128)
     assert time.perf_counter() - start < 0.5
-    mine = data.batch_indices(0, 0, 10, 10)
+    mine = datasets.batch_indices(0, 0, 10, 10)
     before = mine.copy()
     mine[:] = 0
-    np.testing.assert_array_equal(data.batch_indices(0, 0, 10, 10), before)
+    np.testing.assert_array_equal(datasets.batch_indices(0, 0, 10, 10), before)
     assert before.dtype == np.int64
 
 
@@ -109,13 +109,13 @@ def test_indices_are_cheap_and_the_callers_own():
 )
 def test_batch_indices_refuses(arguments, message):
     with pytest.raises(DataError, match=f"{message} .*; got .*Give"):
-        data.batch_indices(*arguments)
+        datasets.batch_indices(*arguments)
 
 
 @given(st.integers(1, 50), st.integers(1, 50))
 def test_hosts_are_disjoint_and_complete(share, hosts):
     batch = np.arange(share * hosts)
-    parts = [batch[data.host_slice(len(batch), i, hosts)] for i in range(hosts)]
+    parts = [batch[datasets.host_slice(len(batch), i, hosts)] for i in range(hosts)]
     np.testing.assert_array_equal(np.concatenate(parts), batch)
     assert {len(part) for part in parts} == {share}
 
@@ -133,19 +133,21 @@ def test_hosts_are_disjoint_and_complete(share, hosts):
 )
 def test_host_slice_refuses(arguments, message):
     with pytest.raises(DataError, match=message):
-        data.host_slice(*arguments)
+        datasets.host_slice(*arguments)
 
 
 def test_batch_at():
     images = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1)
     dataset = Dataset(images, np.arange(5, dtype=np.int32) * 2, "five")
-    batch = data.batch_at(dataset, np.array([4, 0, 4]))
+    batch = datasets.batch_at(dataset, np.array([4, 0, 4]))
     assert batch["image"].ravel().tolist() == [4, 0, 4]
     assert batch["label"].tolist() == [8, 0, 8]
-    assert set(data.batch_at(dataset._replace(labels=None), np.array([1]))) == {"image"}
+    assert set(datasets.batch_at(dataset._replace(labels=None), np.array([1]))) == {
+        "image"
+    }
     for indices in ([-1], [5], [0.5], [True], [[1]]):
         with pytest.raises(DataError, match="indices must"):
-            data.batch_at(dataset, np.array(indices))
+            datasets.batch_at(dataset, np.array(indices))
 
 
 @pytest.fixture(autouse=True)
@@ -172,7 +174,7 @@ def test_digits_are_those_of_scikit_learn(where, monkeypatch):
 
 
 def test_digits():
-    digits = data.load("digits")
+    digits = datasets.load("digits")
     assert digits.images.shape == (1797, 8, 8, 1)
     assert digits.images.dtype == np.uint8
     assert digits.images.min() == 0
@@ -212,21 +214,21 @@ def test_digits():
 )
 def test_load_refuses(source, options, message):
     with pytest.raises(DataError, match=message):
-        data.load(source, **options)
+        datasets.load(source, **options)
 
 
 def test_padding_is_black_and_in_the_middle():
-    digits = data.load("digits")
-    padded = data.load("digits", image_size=13).images
+    digits = datasets.load("digits")
+    padded = datasets.load("digits", image_size=13).images
     np.testing.assert_array_equal(padded[:, 2:10, 2:10], digits.images)
     assert padded.sum() == digits.images.sum()
     assert padded.shape[1:] == (13, 13, 1)
 
 
 def test_crop_shrinks_what_padding_refuses():
-    small = data.load("digits", image_size=4, fit="crop").images
+    small = datasets.load("digits", image_size=4, fit="crop").images
     assert small.shape == (1797, 4, 4, 1)
-    own = data.load("digits").images.astype(float)
+    own = datasets.load("digits").images.astype(float)
     assert abs(small.mean() - own.mean()) < 5
 
 
@@ -254,10 +256,10 @@ def test_cifar10_is_found(tmp_path, where):
         "folder": folder,
         "cache": None,
     }[where]
-    test = data.load("cifar10", split="test", data_dir=data_dir)
+    test = datasets.load("cifar10", split="test", data_dir=data_dir)
     np.testing.assert_array_equal(test.images, images)
     assert test.labels.tolist() == [0, 1, 2]
-    train = data.load("cifar10", data_dir=data_dir, image_size=36)
+    train = datasets.load("cifar10", data_dir=data_dir, image_size=36)
     assert train.images.shape == (15, 36, 36, 3)
 
 
@@ -271,7 +273,7 @@ def test_cifar10_without_network_names_every_way(tmp_path, monkeypatch, network)
     monkeypatch.setattr(sources, "CIFAR10_URL", url)
     start = time.monotonic()
     with closed, pytest.raises(DataError) as caught:
-        data.load("cifar10", download=network != "forbidden")
+        datasets.load("cifar10", download=network != "forbidden")
     assert time.monotonic() - start < (10 if network == "hangs" else 2)
     message = str(caught.value)
     cache = str(tmp_path / "cache" / "diffusion_jax")
@@ -290,7 +292,7 @@ def test_cifar10_is_downloaded_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sources.downloading, "fetch", fetch)
     for _ in range(2):
-        assert len(data.load("cifar10").images) == 15
+        assert len(datasets.load("cifar10").images) == 15
     assert calls == [
         (sources.CIFAR10_URL, "cifar-10-binary.tar.gz", "c4a3", 170_052_171)
     ]
@@ -300,7 +302,7 @@ def test_cifar10_given_path_is_not_replaced_by_another_copy(tmp_path):
     cifar10_archive(tmp_path / "cache/diffusion_jax/cifar-10-binary.tar.gz")
     for data_dir in (tmp_path / "absent", tmp_path):
         with pytest.raises(DataError, match=f"nothing at {data_dir}"):
-            data.load("cifar10", data_dir=data_dir)
+            datasets.load("cifar10", data_dir=data_dir)
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
@@ -317,21 +319,21 @@ def test_mnist_folder(tmp_path, kind):
     write_idx(tmp_path / "train-images-idx3-ubyte", images["train"])
     write_idx(tmp_path / "train-labels-idx1-ubyte", np.arange(4, dtype=np.uint8))
     write_idx(tmp_path / "t10k-images.idx3-ubyte", images["t10k"])
-    train = data.load(kind, data_dir=tmp_path, image_size=32)
+    train = datasets.load(kind, data_dir=tmp_path, image_size=32)
     np.testing.assert_array_equal(train.images[:, 2:30, 2:30, 0], images["train"])
     assert train.labels.tolist() == [0, 1, 2, 3]
     assert train.labels.dtype == np.int32
     with pytest.raises(DataError, match="t10k-labels"):
-        data.load(kind, data_dir=tmp_path, split="test")
+        datasets.load(kind, data_dir=tmp_path, split="test")
     write_idx(tmp_path / "t10k-labels.idx1-ubyte", np.arange(4, dtype=np.uint8))
-    test = data.load(kind, data_dir=tmp_path, split="test")
+    test = datasets.load(kind, data_dir=tmp_path, split="test")
     np.testing.assert_array_equal(test.images[..., 0], images["t10k"])
 
 
 def test_fashion_mnist_missing_names_the_package(monkeypatch):
     monkeypatch.setattr(sources, "FASHION_MNIST_FOLDER", "/nowhere")
     with pytest.raises(DataError, match=r"dataset-fashion-mnist.*'tfds:fashion_mnist'"):
-        data.load("fashion_mnist")
+        datasets.load("fashion_mnist")
 
 
 @pytest.mark.skipif(
@@ -340,7 +342,7 @@ def test_fashion_mnist_missing_names_the_package(monkeypatch):
 )
 def test_fashion_mnist_of_debian():
     for split, num in (("train", 60_000), ("test", 10_000)):
-        dataset = data.load("fashion_mnist", split=split)
+        dataset = datasets.load("fashion_mnist", split=split)
         assert dataset.images.shape == (num, 28, 28, 1)
         assert np.bincount(dataset.labels).tolist() == [num // 10] * 10
 
@@ -351,32 +353,34 @@ def test_idx_and_npz_sources(tmp_path):
     write_idx(tmp_path / "c", images)
     write_idx(tmp_path / "labels", np.arange(4, dtype=np.uint8))
     write_idx(tmp_path / "few", np.arange(3, dtype=np.uint8))
-    with_comma = data.load(f"idx:{tmp_path / 'a,b'}")
+    with_comma = datasets.load(f"idx:{tmp_path / 'a,b'}")
     np.testing.assert_array_equal(with_comma.images[..., 0], images)
     assert with_comma.labels is None
-    both = data.load(f"idx:{tmp_path / 'c'},{tmp_path / 'labels'}")
+    both = datasets.load(f"idx:{tmp_path / 'c'},{tmp_path / 'labels'}")
     assert both.labels.tolist() == [0, 1, 2, 3]
     with pytest.raises(DataError, match="4 whole numbers"):
-        data.load(f"idx:{tmp_path / 'c'},{tmp_path / 'few'}")
+        datasets.load(f"idx:{tmp_path / 'c'},{tmp_path / 'few'}")
     np.savez(tmp_path / "a.npz", images=images)
-    npz = data.load(f"npz:{tmp_path / 'a.npz'}", image_size=8)
+    npz = datasets.load(f"npz:{tmp_path / 'a.npz'}", image_size=8)
     np.testing.assert_array_equal(npz.images[:, 1:7, 1:7, 0], images)
     np.savez(tmp_path / "wide.npz", images=images[:, :4])
     with pytest.raises(DataError, match="must be square to be padded; got 4x6"):
-        data.load(f"npz:{tmp_path / 'wide.npz'}", image_size=8)
+        datasets.load(f"npz:{tmp_path / 'wide.npz'}", image_size=8)
 
 
 def test_importing_reads_no_data_library():
     """tfds and scikit-learn are imported by the functions that use them."""
     code = (
-        "import sys, diffusion_jax.training.data\n"
+        "import sys, diffusion_jax.data.datasets\n"
         "heavy = {'tensorflow_datasets', 'sklearn', 'tensorflow'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("function", [data.load, data.batch_indices, data.host_slice])
+@pytest.mark.parametrize(
+    "function", [datasets.load, datasets.batch_indices, datasets.host_slice]
+)
 def test_errors_and_arguments_are_documented(function):
     for name in inspect.signature(function).parameters:
         assert f"      {name}:" in (function.__doc__ or "") or (

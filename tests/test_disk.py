@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.evaluation import images
+from diffusion_jax.evaluation import pictures
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema.config import ConfigError
 from diffusion_jax.training import averages
-from experiments import runs
-from experiments.config import ConfigError
 
 
 @contextlib.contextmanager
@@ -31,7 +31,7 @@ def no_file_beyond(size):
 
 def picture(path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
-    images.save(Image.fromarray(noise), path)
+    pictures.save(Image.fromarray(noise), path)
 
 
 def snapshot(path):

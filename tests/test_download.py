@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from diffusion_jax.training import download
-from diffusion_jax.training.formats import DataError
+from diffusion_jax.data.formats import DataError
+from diffusion_jax.storage import download
 
 CONTENT = os.urandom(600_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

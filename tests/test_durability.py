@@ -15,8 +15,10 @@ from processes import ROOT
 from test_disk import no_file_beyond
 from test_train import SMALL, run_train
 
-from diffusion_jax.training import checkpoint, determinism, parallel
-from experiments import learning, runs
+from diffusion_jax.checkpoints import checkpoint
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.wiring import learning
+from diffusion_jax.training import determinism, parallel
 
 
 def restored(run):

@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 from small_run import SMALL
 
-from diffusion_jax.training import data
-from diffusion_jax.training.checkpoint import CheckpointError
-from experiments import convert, edit, runs, train
+from diffusion_jax.checkpoints.checkpoint import CheckpointError
+from diffusion_jax.data import datasets
+from diffusion_jax.lab.run_folder import runs
+from experiments import convert, edit, train
 
 CELL = 68  # an image of 8 pixels enlarged to 64, and the gap
 BESIDE = 72 + 12  # one image by itself, and the space to the next panel
@@ -36,7 +37,7 @@ def colour_run(tmp_path_factory):
 def files(tmp_path_factory):
     """Two digits, masks, and things that are wrong."""
     folder = tmp_path_factory.mktemp("files")
-    digits = data.load("digits").images[:2, ..., 0]
+    digits = datasets.load("digits").images[:2, ..., 0]
     pictures = {
         "a": digits[0],
         "b": digits[1],

@@ -8,23 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.training import data
-from experiments import (
-    convert,
-    draws,
-    eval_fid,
-    eval_nll,
-    reference,
-    runs,
-    sample,
-    train_classifier,
-    weights,
-)
-from experiments.config import ConfigError
+from diffusion_jax.data import datasets
+from diffusion_jax.lab.drawing import draws
+from diffusion_jax.lab.measure import reference
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema.checks import with_sampling
+from diffusion_jax.lab.schema.config import ConfigError
+from diffusion_jax.lab.schema.sampling import Sampling
+from diffusion_jax.lab.trained import weights
+from diffusion_jax.lab.trained.weights import Weights
+from experiments import convert, eval_fid, eval_nll, sample, train_classifier
 from experiments.configs import digits
-from experiments.sampling import Sampling
-from experiments.validation import with_sampling
-from experiments.weights import Weights
 
 
 @pytest.fixture
@@ -33,7 +27,7 @@ def run(trained):
 
 
 def digits_images():
-    return data.load("digits")
+    return datasets.load("digits")
 
 
 def evaluate(run, *flags, name="fid.json"):
@@ -253,7 +247,7 @@ def test_reference_statistics_are_cached_by_what_made_them(run, monkeypatch):
 )
 def test_bad_requests_are_named_before_anything_is_drawn(run, flags, message):
     before = sorted((run.folder / "eval").rglob("*"))
-    with pytest.raises((ConfigError, data.DataError, RuntimeError), match=message):
+    with pytest.raises((ConfigError, datasets.DataError, RuntimeError), match=message):
         eval_fid.main([str(run.folder), *flags.split()])
     assert sorted((run.folder / "eval").rglob("*")) == before
 
@@ -327,7 +321,7 @@ def test_a_variance_that_was_not_learned_is_refused(run):
 
 
 def test_digits_have_no_test_images(run):
-    with pytest.raises(data.DataError, match="test"):
+    with pytest.raises(datasets.DataError, match="test"):
         eval_nll.main([str(run.folder), "--split", "test"])
 
 
@@ -382,17 +376,18 @@ def test_a_frechet_distance_is_called_fid_only_where_it_is_one():
 @pytest.mark.parametrize("shape", [(80, 16, 16, 1), (80, 8, 8, 3), (80, 8, 4, 1)])
 def test_samples_of_another_shape_are_refused(run, shape, tmp_path):
     np.savez(tmp_path / "x.npz", images=np.zeros(shape, np.uint8))
-    with pytest.raises((ConfigError, data.DataError), match="must"):
+    with pytest.raises((ConfigError, datasets.DataError), match="must"):
         eval_fid.main([str(run.folder), "--samples", f"npz:{tmp_path / 'x.npz'}"])
 
 
 def test_an_empty_folder_of_samples_is_refused(run, tmp_path):
-    with pytest.raises(data.DataError, match=str(tmp_path)):
+    with pytest.raises(datasets.DataError, match=str(tmp_path)):
         eval_fid.main([str(run.folder), "--samples", f"folder:{tmp_path}"])
 
 
 def test_inception_is_used_where_its_weights_are(run, tmp_path, monkeypatch):
-    from diffusion_jax.nets import inception, inception_weights
+    from diffusion_jax.interop import inception_weights
+    from diffusion_jax.nets import inception
 
     net = inception.Inception()
     shapes = jax.eval_shape(net.init, jax.random.key(0), np.zeros((1, 8, 8, 1)))

@@ -15,22 +15,15 @@ from PIL import Image
 from small_run import SMALL
 
 from diffusion_jax import continuous, learned, schedule
-from experiments import (
-    build,
-    chains,
-    compare_samplers,
-    history,
-    learning,
-    runs,
-    sample,
-    train,
-    validation,
-    weights,
-)
-from experiments.config import ConfigError, Diffusion, Net
+from diffusion_jax.lab.run_folder import history, runs
+from diffusion_jax.lab.schema import checks
+from diffusion_jax.lab.schema.checks import with_sampling
+from diffusion_jax.lab.schema.config import ConfigError, Diffusion, Net
+from diffusion_jax.lab.schema.sampling import Sampling
+from diffusion_jax.lab.trained import weights
+from diffusion_jax.lab.wiring import build, chains, learning
+from experiments import compare_samplers, sample, train
 from experiments.configs import EXPERIMENTS, digits_family, table2
-from experiments.sampling import Sampling
-from experiments.validation import with_sampling
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +93,7 @@ def random_objective(seed):
         if drawn["loss"] != "eps":
             drawn["weighting"] = "simple"
         chosen = Diffusion(num_steps=20, **drawn)
-        if not list(validation.objective(chosen)):
+        if not list(checks.objective(chosen)):
             return chosen
 
 
@@ -312,7 +305,8 @@ def test_importance_keeps_its_memory_in_the_checkpoint(folder):
     assert whole.metrics.read_bytes() == parts.metrics.read_bytes()
     config = runs.read_config(whole)
     like = learning.state_shapes(config)
-    from diffusion_jax.training import checkpoint, parallel
+    from diffusion_jax.checkpoints import checkpoint
+    from diffusion_jax.training import parallel
 
     sharding = parallel.replicated(parallel.make_mesh(1))
     with checkpoint.open_folder(whole.checkpoints, read_only=True) as manager:

@@ -10,9 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from diffusion_jax.training import averages, compilation, data, feed, parallel, state
-from diffusion_jax.training.pixels import LazyImages
-from experiments import config, train
+from diffusion_jax.data import datasets
+from diffusion_jax.data.image_files import LazyImages
+from diffusion_jax.lab.schema import config
+from diffusion_jax.training import averages, compilation, feed, parallel, state
+from experiments import train
 
 # Bits are compared: the programs are those of users.
 pytestmark = pytest.mark.optimised
@@ -30,7 +32,7 @@ def installed(request):
 def dataset(count=37):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count, 8, 8, 1), dtype=np.uint8)
-    return data.Dataset(images, np.arange(count, dtype=np.int32) % 10, "random")
+    return datasets.Dataset(images, np.arange(count, dtype=np.int32) % 10, "random")
 
 
 def lazily(known):
@@ -110,7 +112,7 @@ def test_step_k_sees_the_batch_of_k_by_every_strategy(source, strategy):
     seen = seen_by(source, strategy, 8, known)
     assert len(seen) == 6
     for step, batch in enumerate(seen, 3):
-        index = data.batch_indices(3, step, len(known.images), 8)
+        index = datasets.batch_indices(3, step, len(known.images), 8)
         np.testing.assert_array_equal(batch["image"], known.images[index])
         np.testing.assert_array_equal(batch["label"], known.labels[index])
         np.testing.assert_array_equal(batch["position"], np.arange(8))
@@ -201,12 +203,12 @@ def test_errors_in_the_background_come_out_as_they_are():
     pytest.importorskip("grain")
 
     def broken(i):
-        raise data.DataError(f"every image must be readable; got {i}. Repair it.")
+        raise datasets.DataError(f"every image must be readable; got {i}. Repair it.")
 
     known = dataset()
     images = LazyImages(broken, known.images.shape)
     fed = make("grain", parallel.make_mesh(1), known._replace(images=images))
-    with pytest.raises(data.DataError, match="every image must be readable; got"):
+    with pytest.raises(datasets.DataError, match="every image must be readable; got"):
         next(fed.batches(0, 100))
 
 

@@ -14,8 +14,8 @@ import nonsense
 import numpy as np
 import pytest
 
-from diffusion_jax.training import formats
-from diffusion_jax.training.formats import DataError
+from diffusion_jax.data import formats
+from diffusion_jax.data.formats import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:each batch of the official CIFAR-10")
 

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from diffusion_jax.lab.schema.config import Config, Data, Net
+from diffusion_jax.lab.wiring import build
 from diffusion_jax.nets import fresh
-from experiments import build
-from experiments.config import Config, Data, Net
 
 SMALL = Config(
     data=Data(image_size=8, channels=1),

@@ -6,8 +6,8 @@ import pytest
 from graph_writer import OTHERS, attribute, constant, field, node
 from peers import make_inception_golden as golden
 
-from diffusion_jax.nets import graphdef
-from diffusion_jax.training.formats import DataError
+from diffusion_jax.data.formats import DataError
+from diffusion_jax.interop import graphdef
 
 
 @pytest.mark.parametrize("how", ["content", "packed", "listed"])

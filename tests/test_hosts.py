@@ -14,18 +14,14 @@ import numpy as np
 import processes
 import pytest
 
-from diffusion_jax.training import checkpoint, data, parallel
-from experiments import (
-    arguments,
-    eval_fid,
-    hosts,
-    learning,
-    runs,
-    sample,
-    train,
-    train_classifier,
-)
-from experiments.config import ConfigError
+from diffusion_jax.checkpoints import checkpoint
+from diffusion_jax.data import datasets
+from diffusion_jax.lab.process import arguments, hosts
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema.config import ConfigError
+from diffusion_jax.lab.wiring import learning
+from diffusion_jax.training import parallel
+from experiments import eval_fid, sample, train, train_classifier
 
 SMALL = shlex.split(  # flags as a person types them
     """--net.channels 8 --net.multipliers 1 --net.blocks 1 --net.attention
@@ -146,7 +142,7 @@ def test_two_hosts_draw_as_one(whole, tmp_path):
 
 def test_two_hosts_evaluate_as_one(whole):
     config = runs.read_config(whole)
-    train_classifier.train(config, data.load("digits"), steps=100)
+    train_classifier.train(config, datasets.load("digits"), steps=100)
     flags = ["--count", "90", "--steps", "3", "--batch-size", "15"]
     assert eval_fid.main([str(whole.folder), *flags]) == 0
     one = json.loads((whole.folder / "eval" / "fid.json").read_text())
@@ -224,7 +220,7 @@ IMPATIENT = """
 import os, sys
 from pathlib import Path
 from experiments import hosts
-from experiments.config import ConfigError
+from diffusion_jax.lab.schema.config import ConfigError
 hosts.TIMEOUT = hosts.SEEN_WITHIN = 3
 given, rest = hosts.split(sys.argv[1:])
 hosts.join(hosts.decide(given, {}))

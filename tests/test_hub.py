@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from experiments import hub
+from diffusion_jax.lab.network_files import hub
 
 constants = pytest.importorskip("huggingface_hub.constants")
 

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.evaluation import images
+from diffusion_jax.evaluation import pictures
 
 
 def test_uint8_rounds_to_the_nearest_and_inverts_the_scaling_of_training():
     every = np.arange(256, dtype=np.uint8)
-    np.testing.assert_array_equal(images.to_uint8(every / 127.5 - 1), every)
-    np.testing.assert_array_equal(images.to_uint8([-9.0, 9.0]), [0, 255])
+    np.testing.assert_array_equal(pictures.to_uint8(every / 127.5 - 1), every)
+    np.testing.assert_array_equal(pictures.to_uint8([-9.0, 9.0]), [0, 255])
     np.testing.assert_array_equal(
-        images.to_uint8(np.array([0.4, 0.6]) / 127.5 - 1), [0, 1]
+        pictures.to_uint8(np.array([0.4, 0.6]) / 127.5 - 1), [0, 1]
     )
 
 
@@ -20,7 +20,7 @@ def test_uint8_rounds_to_the_nearest_and_inverts_the_scaling_of_training():
 def test_grid_places_every_image_in_reading_order(channels):
     rng = np.random.default_rng(0)
     batch = rng.integers(0, 256, (5, 4, 4, channels), dtype=np.uint8)
-    grid = np.asarray(images.grid(batch, columns=3, side=8, gap=2))
+    grid = np.asarray(pictures.grid(batch, columns=3, side=8, gap=2))
     assert grid.shape[:2] == (2 * 10 + 2, 3 * 10 + 2)
     for i, image in enumerate(batch):
         top, left = 2 + i // 3 * 10, 2 + i % 3 * 10
@@ -30,16 +30,16 @@ def test_grid_places_every_image_in_reading_order(channels):
 
 
 def test_large_images_are_not_enlarged():
-    assert images.grid(np.zeros((1, 256, 256, 3), np.uint8), gap=0).size == (256, 256)
+    assert pictures.grid(np.zeros((1, 256, 256, 3), np.uint8), gap=0).size == (256, 256)
 
 
 def test_other_types_are_refused():
     with pytest.raises(ValueError, match=r"must be uint8 of shape .*; got float64"):
-        images.grid(np.zeros((1, 4, 4, 1)))
+        pictures.grid(np.zeros((1, 4, 4, 1)))
 
 
 def test_a_picture_is_whole_or_not_there(tmp_path):
-    path = images.save(Image.new("L", (3, 2)), tmp_path / "new" / "x.png")
+    path = pictures.save(Image.new("L", (3, 2)), tmp_path / "new" / "x.png")
     assert Image.open(path).size == (3, 2)
     assert [p.name for p in path.parent.iterdir()] == ["x.png"]
 
@@ -47,6 +47,6 @@ def test_a_picture_is_whole_or_not_there(tmp_path):
 def test_a_plot_is_drawn_even_of_nothing(tmp_path):
     kwargs = {"title": "loss", "ylabel": "loss", "path": tmp_path / "p.png"}
     for steps, values in (([], []), ([1, 2], [0.5, 0.1]), ([1, 2], [0.0, -1.0])):
-        picture = Image.open(images.curve(steps, values, **kwargs))
+        picture = Image.open(pictures.curve(steps, values, **kwargs))
         assert picture.size == (840, 480)
         assert picture.format == "PNG"

@@ -11,7 +11,8 @@ import pytest
 import safetensors.numpy
 from peers import make_inception_golden as golden
 
-from diffusion_jax.nets import inception, inception_weights
+from diffusion_jax.interop import inception_weights
+from diffusion_jax.nets import inception
 from diffusion_jax.nets.inception import Layer
 
 

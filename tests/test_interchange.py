@@ -6,15 +6,17 @@ import math
 import numpy as np
 import pytest
 
-from experiments import interchange
-from experiments.config import Config, replace
+from diffusion_jax.lab.network_files import diffusers_config
+from diffusion_jax.lab.schema.config import Config, replace
 from experiments.configs import EXPERIMENTS
 
-UNET, SCHEDULER = interchange.to_diffusers(EXPERIMENTS["cifar10"].config)
+UNET, SCHEDULER = diffusers_config.to_diffusers(EXPERIMENTS["cifar10"].config)
 
 
 def from_diffusers(scheduler=SCHEDULER, **unet):
-    return interchange.from_diffusers({**UNET, **unet}, scheduler, name="n", where="w")
+    return diffusers_config.from_diffusers(
+        {**UNET, **unet}, scheduler, name="n", where="w"
+    )
 
 
 def test_the_paper_is_what_comes_back():
@@ -24,7 +26,7 @@ def test_the_paper_is_what_comes_back():
     assert (UNET["freq_shift"], UNET["flip_sin_to_cos"]) == (1, False)
     assert SCHEDULER["variance_type"] == "fixed_large"
     # At 256x256 the authors drew with the small variance.
-    church = interchange.to_diffusers(EXPERIMENTS["lsun_church256"].config)[1]
+    church = diffusers_config.to_diffusers(EXPERIMENTS["lsun_church256"].config)[1]
     assert church["variance_type"] == "fixed_small"
 
 
@@ -35,17 +37,19 @@ def test_the_paper_is_what_comes_back():
 def test_schedules_have_their_name_in_diffusers(kind, schedule):
     config = from_diffusers({**SCHEDULER, "beta_schedule": kind})
     assert config.diffusion.schedule == schedule
-    assert interchange.to_diffusers(config)[1]["beta_schedule"] == kind
+    assert diffusers_config.to_diffusers(config)[1]["beta_schedule"] == kind
 
 
 @pytest.mark.parametrize("schedule", ["const", "warmup10", "warmup50", "sigmoid"])
 def test_other_schedules_are_known_by_their_betas(schedule):
     paper = EXPERIMENTS["cifar10"].config
-    scheduler = interchange.to_diffusers(replace(paper, "diffusion", schedule=schedule))
+    scheduler = diffusers_config.to_diffusers(
+        replace(paper, "diffusion", schedule=schedule)
+    )
     betas = scheduler[1]["trained_betas"]
     assert len(betas) == 1000
     found = from_diffusers(scheduler[1]).diffusion
-    made = interchange.betas_of(Config(diffusion=found))
+    made = diffusers_config.betas_of(Config(diffusion=found))
     np.testing.assert_allclose(made, betas, rtol=1e-5)
     # As float32, which is how diffusers gives them back.
     rounded = np.asarray(betas, np.float32).tolist()
@@ -151,7 +155,7 @@ def test_sizes_beyond_every_network_are_refused_before_any_work(
 
 
 def test_betas_are_counted_before_any_is_made(refuses, monkeypatch):
-    monkeypatch.delattr(interchange, "betas_of")
+    monkeypatch.delattr(diffusers_config, "betas_of")
     monkeypatch.delattr("numpy.asarray")
     few = {**SCHEDULER, "trained_betas": [0.1, 0.2]}
     with refuses("trained_betas of shape (2,), not (1000,)"):
@@ -165,13 +169,13 @@ def test_betas_are_counted_before_any_is_made(refuses, monkeypatch):
 
 def test_dynamic_thresholding_is_there_and_back():
     config = replace(EXPERIMENTS["cifar10"].config, "sample", threshold=0.95)
-    scheduler = interchange.to_diffusers(config)[1]
+    scheduler = diffusers_config.to_diffusers(config)[1]
     assert scheduler["thresholding"] is True
     assert scheduler["dynamic_thresholding_ratio"] == 0.95
     again = json.loads(json.dumps(scheduler, allow_nan=False))
     found = from_diffusers(again)
     assert (found.sample.threshold, found.sample.clip) == (0.95, True)
-    assert interchange.to_diffusers(found)[1] == scheduler
+    assert diffusers_config.to_diffusers(found)[1] == scheduler
     assert from_diffusers({**again, "sample_max_value": math.inf}) == found
 
 
@@ -197,8 +201,8 @@ DDIM = {**SCHEDULER, "_class_name": "DDIMScheduler"}
 
 
 def test_there_is_nothing_to_say_of_our_own():
-    assert interchange.notes(UNET, SCHEDULER) == ()
-    assert interchange.notes(UNET, {**DDIM, "timestep_spacing": "trailing"}) == ()
+    assert diffusers_config.notes(UNET, SCHEDULER) == ()
+    assert diffusers_config.notes(UNET, {**DDIM, "timestep_spacing": "trailing"}) == ()
 
 
 @pytest.mark.parametrize(
@@ -216,10 +220,10 @@ def test_there_is_nothing_to_say_of_our_own():
     ],
 )
 def test_what_a_folder_does_not_say_is_said(unet, scheduler, words):
-    (note,) = interchange.notes({**UNET, **unet}, scheduler)
+    (note,) = diffusers_config.notes({**UNET, **unet}, scheduler)
     for word in words:
         assert word in note
 
 
 def test_all_of_it_is_said():
-    assert len(interchange.notes({"num_class_embeds": 11}, None)) == 2
+    assert len(diffusers_config.notes({"num_class_embeds": 11}, None)) == 2

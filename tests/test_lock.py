@@ -13,8 +13,11 @@ import jax
 import pytest
 from processes import ROOT
 
-from experiments import hosts, learning, lock, runs, train
-from experiments.config import ConfigError
+from diffusion_jax.lab.process import hosts
+from diffusion_jax.lab.run_folder import lock, runs
+from diffusion_jax.lab.schema.config import ConfigError
+from diffusion_jax.lab.wiring import learning
+from experiments import train
 
 HOLD = """
 import os, sys, time

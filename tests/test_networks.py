@@ -8,13 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion_jax.nets import (
-    tensor_files,
-    tensorflow_checkpoint,
-    weights,
-)
-from experiments import build, folders, networks, records
-from experiments.config import UNKNOWN, Net, official, replace
+from diffusion_jax.interop import unet_names
+from diffusion_jax.lab.network_files import diffusers_folder, networks, records
+from diffusion_jax.lab.schema.config import UNKNOWN, Net, official, replace
+from diffusion_jax.lab.wiring import build
+from diffusion_jax.storage import tensor_files, tensorflow_checkpoint
 from experiments.configs import EXPERIMENTS
 
 ABOUT = records.About("averaged", 12, "the run small", {}, recipe=True)
@@ -81,7 +79,7 @@ EXPORTED = {
 @pytest.mark.parametrize("config", EXPORTED.values(), ids=EXPORTED)
 def test_a_folder_gives_back_the_network(config, tmp_path):
     network = network_of(config)
-    digest = folders.write(tmp_path / "out", network)
+    digest = diffusers_folder.write(tmp_path / "out", network)
     found = read(tmp_path / "out")
     same(found.params, network.params)
     assert found.config == dataclasses.replace(config, name="out")
@@ -91,8 +89,8 @@ def test_a_folder_gives_back_the_network(config, tmp_path):
 @pytest.mark.parametrize("config", EXPORTED.values(), ids=EXPORTED)
 def test_a_folder_without_our_record_gives_back_what_is_computed(config, tmp_path):
     network = network_of(config)
-    folders.write(tmp_path / "out", network)
-    (tmp_path / "out" / folders.RECORD).unlink()
+    diffusers_folder.write(tmp_path / "out", network)
+    (tmp_path / "out" / diffusers_folder.RECORD).unlink()
     found = read(tmp_path / "out")
     same(found.params, network.params)
     one, other = (build.make_network(c) for c in (config, found.config))
@@ -108,7 +106,7 @@ def test_a_folder_without_our_record_gives_back_what_is_computed(config, tmp_pat
 
 
 def test_a_folder_that_was_changed_is_read_as_it_is_now(tmp_path, capsys):
-    folders.write(tmp_path / "out", network_of(small()))
+    diffusers_folder.write(tmp_path / "out", network_of(small()))
     path = tmp_path / "out" / "scheduler" / "scheduler_config.json"
     values = json.loads(path.read_text()) | {"clip_sample": False}
     path.write_text(json.dumps(values))
@@ -118,7 +116,7 @@ def test_a_folder_that_was_changed_is_read_as_it_is_now(tmp_path, capsys):
 
 
 def test_a_network_alone_is_taken_for_the_papers_and_that_is_said(tmp_path, capsys):
-    folders.write(tmp_path / "out", network_of(small()))
+    diffusers_folder.write(tmp_path / "out", network_of(small()))
     pipeline = networks.find(tmp_path / "out")
     assert networks.find(tmp_path / "out" / "unet") == pipeline
     (tmp_path / "out" / "unet").rename(tmp_path / "alone")
@@ -132,7 +130,7 @@ def test_a_folder_of_the_first_releases_is_read(tmp_path):
     """All in one folder, other names of attentions, and few fields."""
     config = small()
     network = network_of(config)
-    folders.write(tmp_path / "new", network)
+    diffusers_folder.write(tmp_path / "new", network)
     old = tmp_path / "old"
     old.mkdir()
     unet = json.loads((tmp_path / "new/unet/config.json").read_text())
@@ -167,12 +165,12 @@ def test_a_checkpoint_of_the_authors_is_read(average, monkeypatch):
     monkeypatch.setitem(
         EXPERIMENTS, "small", EXPERIMENTS["digits"]._replace(config=config)
     )
-    own = weights.shapes(build.make_network(config), 1, image_size=8)
+    own = unet_names.shapes(build.make_network(config), 1, image_size=8)
     both = {average: network_of(config, seed=average) for average in (True, False)}
     arrays = {"global_step": np.array(790_000), "beta1_power": np.float32(0.1)}
     for which, network in both.items():
-        names = weights.official_names(own, average=which)
-        arrays |= weights.to_tensors(network.params["net"], names)
+        names = unet_names.official_names(own, average=which)
+        arrays |= unet_names.to_tensors(network.params["net"], names)
     for name in [n for n in arrays if n.endswith("/W")]:
         arrays[f"{name}/Adam"] = arrays[name]
     stored = tensor_files.Tensors(arrays, {}, "tensorflow", "f" * 64)
@@ -188,8 +186,8 @@ def test_a_checkpoint_of_the_authors_is_read(average, monkeypatch):
 def test_a_checkpoint_tells_which_network_it_is(name, monkeypatch, tmp_path):
     """Not which data: the networks of 256x256 are all alike."""
     config = official(EXPERIMENTS[name].config)
-    own = folders.shapes(config)
-    names = weights.official_names(own, average=False)
+    own = diffusers_folder.shapes(config)
+    names = unet_names.official_names(own, average=False)
     shapes = {names[key].name: own[key] for key in own} | {"global_step": ()}
     monkeypatch.setattr(tensorflow_checkpoint, "shapes", lambda path: shapes)
     found = networks.read_config(networks.Found(tmp_path / "model.ckpt-7", "official"))
@@ -211,7 +209,7 @@ def test_a_file_says_nothing_of_the_machine(tmp_path):
         config, output=str(tmp_path / "secret"), init_from="/home/somebody/a"
     )
     networks.write_file(tmp_path / "a.safetensors", network_of(config))
-    folders.write(tmp_path / "a", network_of(config))
+    diffusers_folder.write(tmp_path / "a", network_of(config))
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert len(files) == 7
     for path in files:
@@ -246,7 +244,7 @@ def test_what_diffusers_lacks_is_named_and_nothing_is_written(
     name, got, tmp_path, refuses
 ):
     with refuses(got):
-        folders.write(tmp_path / "out", network_of(small(name)))
+        diffusers_folder.write(tmp_path / "out", network_of(small(name)))
     assert not list(tmp_path.iterdir())
 
 
@@ -255,7 +253,7 @@ def test_what_diffusers_lacks_is_named_and_nothing_is_written(
 
 @pytest.fixture
 def folder(tmp_path):
-    folders.write(tmp_path / "good", network_of(small()))
+    diffusers_folder.write(tmp_path / "good", network_of(small()))
     return tmp_path / "good"
 
 
@@ -357,7 +355,7 @@ def test_nothing_is_left_of_a_folder_that_could_not_be_written(tmp_path, monkeyp
 
     monkeypatch.setattr(tensor_files, "write_safetensors", full)
     with pytest.raises(OSError, match="No space"):
-        folders.write(tmp_path / "out", network_of(small()))
+        diffusers_folder.write(tmp_path / "out", network_of(small()))
     assert not list(tmp_path.iterdir())
 
 
@@ -377,11 +375,11 @@ def test_a_folder_that_was_there_stays_if_anything_fails(at, folder, monkeypatch
 
     monkeypatch.setattr(type(folder), "rename", rename)
     with pytest.raises(OSError, match="Input/output"):
-        folders.write(folder, network_of(small(), seed=1))
+        diffusers_folder.write(folder, network_of(small(), seed=1))
     monkeypatch.undo()
     assert {
         p: p.read_bytes() for p in folder.parent.rglob("*") if p.is_file()
     } == before
-    folders.write(folder, network_of(small(), seed=1))
+    diffusers_folder.write(folder, network_of(small(), seed=1))
     same(read(folder).params, network_of(small(), seed=1).params)
     assert list(folder.parent.iterdir()) == [folder]

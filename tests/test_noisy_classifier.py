@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from diffusion_jax import continuous, gaussian, guidance, schedule
+from diffusion_jax.data import datasets
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema.config import ConfigError, to_dict
 from diffusion_jax.nets.noisy_classifier import NoisyClassifier
-from diffusion_jax.training import data
-from experiments import runs, train_noisy_classifier
-from experiments.config import ConfigError, to_dict
+from experiments import train_noisy_classifier
 from experiments.configs import digits
 
 SMALL = NoisyClassifier(3, channels=8, width=8)
@@ -121,7 +122,7 @@ def test_it_reads_digits_better_where_there_is_less_noise(trained):
 
 def test_the_accuracy_is_that_of_other_images(run, trained):
     """Held-out images, noised by the schedule of the run."""
-    dataset, levels = data.load("digits"), schedule.cosine(1000)
+    dataset, levels = datasets.load("digits"), schedule.cosine(1000)
     held = np.random.default_rng(0).permutation(1797)[: int(0.2 * 1797)]
     images, labels = dataset.images[held], dataset.labels[held]
     again = train_noisy_classifier.accuracy_at(
@@ -183,7 +184,7 @@ def test_labels_beyond_the_classes(trained, refuses):
 
 
 def test_what_cannot_be_trained_or_read_is_refused(run, trained, tmp_path, refuses):
-    unlabelled = data.load("digits")._replace(labels=None)
+    unlabelled = datasets.load("digits")._replace(labels=None)
     with refuses("digits"):
         train_noisy_classifier.train(digits.CONFIG, run, unlabelled)
     with pytest.raises(ConfigError, match="steps must be at least 1"):

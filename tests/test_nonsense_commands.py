@@ -10,7 +10,8 @@ import nonsense
 import pytest
 from PIL import Image
 
-from experiments import config, interchange
+from diffusion_jax.lab.network_files import diffusers_config
+from diffusion_jax.lab.schema import config
 
 # By what is in the place of a file, every command that reads it.
 READERS = {
@@ -52,7 +53,7 @@ def folder(tmp_path, monkeypatch):
     nonsense.write_network(tmp_path / "net")
     Image.new("L", (8, 8)).save(tmp_path / "image.png")
     small = config.replace(nonsense.SMALL, "data", source="digits")
-    unet, scheduler = interchange.to_diffusers(small)
+    unet, scheduler = diffusers_config.to_diffusers(small)
     for name, values in {
         "runs/digits/config": config.to_dict(small),
         "diffusers/config": unet,

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import strategies as st
 from PIL import Image
 
-from experiments import config, runs
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema import config
 
 FIELDS = config.flat(config.to_dict(nonsense.SMALL))
 # net is a file of a network, file one of text, and pipe has no end.

@@ -16,9 +16,10 @@ import pytest
 from hypothesis import strategies as st
 from nonsense import npy, npz
 
+from diffusion_jax.data.formats import DataError, read_npz
 from diffusion_jax.evaluation import moments
-from diffusion_jax.training.formats import DataError, read_npz
-from experiments import build, config
+from diffusion_jax.lab.schema import config
+from diffusion_jax.lab.wiring import build
 
 GREY = np.arange(3 * 64, dtype=np.uint8).reshape(3, 8, 8, 1)
 GOOD = npy(GREY)

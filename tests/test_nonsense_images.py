@@ -18,8 +18,8 @@ import pytest
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffusion_jax.training import pixels
-from diffusion_jax.training.formats import DataError
+from diffusion_jax.data import image_files
+from diffusion_jax.data.formats import DataError
 
 RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 RGB = np.stack([RAMP, 255 - RAMP, RAMP // 2], axis=-1)
@@ -85,7 +85,10 @@ NONSENSE = {
 @pytest.mark.parametrize("name", NONSENSE)
 def test_images_are_refused(name, tmp_path):
     path = tmp_path / "bad.png"
-    for read, place in ((pixels.read_image, path), (pixels.read_folder, tmp_path)):
+    for read, place in (
+        (image_files.read_image, path),
+        (image_files.read_folder, tmp_path),
+    ):
         grey = functools.partial(read, channels=1)
         nonsense.refuse_file(lambda at, r=grey: r(at, 8), NONSENSE[name], path, place)
 
@@ -93,7 +96,7 @@ def test_images_are_refused(name, tmp_path):
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to(path)])
 def test_what_is_no_file_is_no_image(make, tmp_path):
     make(tmp_path / "a.png")
-    nonsense.refuse(lambda _: pixels.read_folder(tmp_path, 8), [], tmp_path)
+    nonsense.refuse(lambda _: image_files.read_folder(tmp_path, 8), [], tmp_path)
 
 
 @nonsense.PROFILE
@@ -102,10 +105,10 @@ def test_an_image_cut_off_is_the_same_or_refused(kind, data, tmp_path_factory):
     whole = WRITTEN[kind]
     path = tmp_path_factory.mktemp("cut") / f"a.{kind}"
     path.write_bytes(whole)
-    right = pixels.read_image(path, 8)
+    right = image_files.read_image(path, 8)
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
     try:
-        found = pixels.read_image(path, 8)
+        found = image_files.read_image(path, 8)
     except DataError as error:
         nonsense.check_words(f"error: {error}")
     else:
@@ -128,7 +131,7 @@ def test_a_damaged_image_is_read_or_refused(kind, places, content, tmp_path_fact
     path.write_bytes(bytes(damaged))
     with nonsense.little_memory(), nonsense.little_time():
         try:
-            found = pixels.read_image(path, 8)
+            found = image_files.read_image(path, 8)
         except DataError as error:
             nonsense.check_words(f"error: {error}")
         else:
@@ -186,7 +189,7 @@ def test_unusual_images_are_read_right(name, tmp_path):
     content, right = UNUSUAL[name]
     path = tmp_path / "a.png"
     path.write_bytes(content)
-    found = pixels.read_image(path, 8).astype(int)
+    found = image_files.read_image(path, 8).astype(int)
     assert np.abs(found - right).max() <= 1, (found[..., 0], right[..., 0])
-    (folded,) = pixels.read_folder(tmp_path, 8)
+    (folded,) = image_files.read_folder(tmp_path, 8)
     np.testing.assert_array_equal(folded, found)

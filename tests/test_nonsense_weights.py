@@ -11,10 +11,12 @@ import safetensors.numpy
 from hypothesis import strategies as st
 from nonsense import entry, tensors
 
-from diffusion_jax.nets import inception_weights, tensor_files
+from diffusion_jax.data.formats import DataError
+from diffusion_jax.interop import inception_weights
+from diffusion_jax.lab.network_files import networks
+from diffusion_jax.storage import tensor_files
 from diffusion_jax.training import averages
-from diffusion_jax.training.formats import DataError
-from experiments import networks, train_classifier, train_noisy_classifier
+from experiments import train_classifier, train_noisy_classifier
 
 FORMAT = networks.FORMAT
 

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
+from diffusion_jax.lab.schema import config
+from diffusion_jax.lab.wiring import build, chains, learning
 from diffusion_jax.training import averages, parallel, state
-from experiments import build, chains, config, learning
 
 TINY = config.Config(
     data=config.Data(source="digits", image_size=8, channels=1, flip=True),

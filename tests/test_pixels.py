@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.training import data, pixels
-from diffusion_jax.training.formats import DataError
+from diffusion_jax.data import datasets, image_files
+from diffusion_jax.data.formats import DataError
 
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 RGB = np.stack([GREY, GREY[::-1], GREY.T], -1)
 
 
 def load_one(folder: Path, **options) -> np.ndarray:
-    images = data.load(f"folder:{folder}", image_size=8, **options).images
+    images = datasets.load(f"folder:{folder}", image_size=8, **options).images
     assert len(images) == 1
     return images[0]
 
@@ -162,12 +162,12 @@ def test_folder_is_sorted_recursive_and_leaves_out_the_rest(tmp_path, memory_lim
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "folder.png").mkdir()
     source = f"folder:{tmp_path}"
-    images = data.load(source, image_size=8, memory_limit=memory_limit).images
-    assert isinstance(images, pixels.LazyImages) == (memory_limit == 100)
+    images = datasets.load(source, image_size=8, memory_limit=memory_limit).images
+    assert isinstance(images, image_files.LazyImages) == (memory_limit == 100)
     assert greys(images) == [0, 1, 2, 3, 4]
     assert images.shape == (5, 8, 8, 3)
-    dataset = data.load(source, image_size=8, memory_limit=memory_limit)
-    batch = data.batch_at(dataset, np.array([3, 1, 3]))
+    dataset = datasets.load(source, image_size=8, memory_limit=memory_limit)
+    batch = datasets.batch_at(dataset, np.array([3, 1, 3]))
     assert batch["image"].shape == (3, 8, 8, 3)
     assert batch["image"][:, 0, 0, 0].tolist() == [3, 1, 3]
 
@@ -186,7 +186,7 @@ def test_folder_names_unreadable_files(tmp_path):
     fill(tmp_path, ["a.png", "z.png"])
     spoil(tmp_path)
     with pytest.raises(DataError) as caught:
-        data.load(f"folder:{tmp_path}", image_size=8)
+        datasets.load(f"folder:{tmp_path}", image_size=8)
     message = str(caught.value)
     assert "got 13 of 15" in message
     assert "and 3 more" in message
@@ -200,7 +200,7 @@ def test_folder_skips_unreadable_files_if_asked(tmp_path, memory_limit):
     fill(tmp_path, ["a.png", "c.png", "z.png"])
     spoil(tmp_path)
     with pytest.warns(UserWarning, match="13 of 16"):
-        images = data.load(
+        images = datasets.load(
             f"folder:{tmp_path}",
             image_size=8,
             skip_unreadable=True,
@@ -210,19 +210,19 @@ def test_folder_skips_unreadable_files_if_asked(tmp_path, memory_limit):
     for path in tmp_path.glob("[acz].png"):
         path.unlink()
     with pytest.raises(DataError, match="got 13 of 13"):
-        data.load(f"folder:{tmp_path}", image_size=8, skip_unreadable=True)
+        datasets.load(f"folder:{tmp_path}", image_size=8, skip_unreadable=True)
 
 
 def test_lazy_folder_names_a_file_that_fails_later(tmp_path):
     fill(tmp_path, ["a.png"])
     spoil(tmp_path, 0)
-    images = data.load(f"folder:{tmp_path}", image_size=8, memory_limit=0).images
+    images = datasets.load(f"folder:{tmp_path}", image_size=8, memory_limit=0).images
     assert images[np.array([0])].shape == (1, 8, 8, 3)
     with pytest.raises(DataError, match=r"cut\.png .*skip_unreadable"):
         images[np.array([1])]
     (tmp_path / "bad.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"got 1 of 3 .*bad\.png"):
-        data.load(f"folder:{tmp_path}", image_size=8, memory_limit=0)
+        datasets.load(f"folder:{tmp_path}", image_size=8, memory_limit=0)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -234,21 +234,21 @@ def test_folder_respects_the_decompression_bomb_limit(
     fill(tmp_path, ["a.png"])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(DataError, match=r"a\.png .*decompression bomb"):
-        data.load(f"folder:{tmp_path}", image_size=8, memory_limit=memory_limit)
+        datasets.load(f"folder:{tmp_path}", image_size=8, memory_limit=memory_limit)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64)
-    assert len(data.load(f"folder:{tmp_path}", image_size=8).images) == 1
+    assert len(datasets.load(f"folder:{tmp_path}", image_size=8).images) == 1
 
 
 def test_folder_without_images(tmp_path):
     with pytest.raises(DataError, match=r"must hold files ending in \.png"):
-        data.load(f"folder:{tmp_path}", image_size=8)
+        datasets.load(f"folder:{tmp_path}", image_size=8)
     with pytest.raises(DataError, match="must exist"):
-        data.load(f"folder:{tmp_path}/absent", image_size=8)
+        datasets.load(f"folder:{tmp_path}/absent", image_size=8)
 
 
 def test_lazy_images_index_like_an_array():
     array = np.random.default_rng(0).integers(0, 256, (10, 2, 2, 3), np.uint8)
-    lazy = pixels.LazyImages(lambda i: array[i], array.shape)
+    lazy = image_files.LazyImages(lambda i: array[i], array.shape)
     for indices in (3, slice(2, 7, 2), np.array([[1, 2], [9, 0]]), np.array([], int)):
         np.testing.assert_array_equal(lazy[indices], array[indices])
     assert len(lazy) == 10

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.training import data, pixels, prepared
-from diffusion_jax.training.formats import DataError
+from diffusion_jax.data import datasets, image_files, prepared_tfds
+from diffusion_jax.data.formats import DataError
 
 
 @pytest.fixture(autouse=True)
@@ -100,8 +100,8 @@ def tfds_dir(tmp_path_factory):
 @pytest.mark.parametrize("name", ["toy_png", "toy_tensor"])
 def test_tfds(tfds_dir, name, memory_limit):
     options = {"data_dir": tfds_dir, "memory_limit": memory_limit}
-    train = data.load(f"tfds:{name}", **options)
-    assert isinstance(train.images, pixels.LazyImages) == (memory_limit == 100)
+    train = datasets.load(f"tfds:{name}", **options)
+    assert isinstance(train.images, image_files.LazyImages) == (memory_limit == 100)
     assert train.images.shape == (6, 8, 8, 3)
     order = greys(train.images)  # tfds shuffles as it prepares
     assert sorted(order) == list(range(6))
@@ -110,8 +110,8 @@ def test_tfds(tfds_dir, name, memory_limit):
         assert train.labels.dtype == np.int32
     else:
         assert train.labels is None
-    assert len(data.load(f"tfds:{name}", split="test", **options).images) == 2
-    half = data.load(f"tfds:{name}", split="train[:50%]", image_size=10, **options)
+    assert len(datasets.load(f"tfds:{name}", split="test", **options).images) == 2
+    half = datasets.load(f"tfds:{name}", split="train[:50%]", image_size=10, **options)
     assert half.images.shape == (3, 10, 10, 3)
     padded = half.images[np.arange(3)]
     assert padded[:, 1:9, 1:9].sum() == padded.sum()
@@ -120,13 +120,13 @@ def test_tfds(tfds_dir, name, memory_limit):
 
 def test_tfds_images_of_many_sizes_are_cropped(tfds_dir):
     options = {"data_dir": tfds_dir, "image_size": 8}
-    images = data.load("tfds:toy_sizes", fit="crop", **options).images
+    images = datasets.load("tfds:toy_sizes", fit="crop", **options).images
     assert sorted(greys(images)) == list(range(6))
     assert images.shape == (6, 8, 8, 3)
     with pytest.raises(DataError, match=r"differently sized.*fit='crop'"):
-        data.load("tfds:toy_sizes", **options)
+        datasets.load("tfds:toy_sizes", **options)
     with pytest.raises(DataError, match="image_size must be given"):
-        data.load("tfds:toy_sizes", data_dir=tfds_dir)
+        datasets.load("tfds:toy_sizes", data_dir=tfds_dir)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_tfds_refuses_at_once(tfds_dir, monkeypatch, name, split, message):
     monkeypatch.setattr(socket, "getaddrinfo", network)
     start = time.monotonic()
     with pytest.raises(DataError, match=message) as caught:
-        data.load(f"tfds:{name}", split=split, data_dir=tfds_dir)
+        datasets.load(f"tfds:{name}", split=split, data_dir=tfds_dir)
     assert time.monotonic() - start < 5
     if "must be prepared" in message:
         assert str(tfds_dir) in str(caught.value)
@@ -158,13 +158,13 @@ def test_tfds_refuses_at_once(tfds_dir, monkeypatch, name, split, message):
 
 
 def test_tfds_folder(tmp_path, monkeypatch):
-    assert prepared.tfds_folder() == tmp_path / "home" / "tensorflow_datasets"
+    assert prepared_tfds.tfds_folder() == tmp_path / "home" / "tensorflow_datasets"
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    assert prepared.tfds_folder() == tmp_path
-    assert prepared.tfds_folder("elsewhere") == Path("elsewhere")
+    assert prepared_tfds.tfds_folder() == tmp_path
+    assert prepared_tfds.tfds_folder("elsewhere") == Path("elsewhere")
     monkeypatch.setenv("TFDS_DATA_DIR", "gs://bucket")
     with pytest.raises(DataError, match="must be on this machine; got gs://bucket"):
-        data.load("tfds:cifar10")
+        datasets.load("tfds:cifar10")
 
 
 def test_tfds_in_another_format_says_so(tfds_dir, tmp_path):
@@ -175,14 +175,14 @@ def test_tfds_in_another_format_says_so(tfds_dir, tmp_path):
     (folder / "features.json").write_text(features)
     (folder / "dataset_info.json").write_text(info.replace("array_record", "tfrecord"))
     with pytest.raises(DataError, match=r"another format at .*toy_png"):
-        data.load("tfds:toy_png", data_dir=tmp_path)
+        datasets.load("tfds:toy_png", data_dir=tmp_path)
 
 
 def test_tfds_mock_data():
     """Code that is tested with tfds' own fake data works with this too."""
     tfds = pytest.importorskip("tensorflow_datasets")
     with tfds.testing.mock_data(num_examples=5):
-        dataset = data.load("tfds:cifar10")
+        dataset = datasets.load("tfds:cifar10")
     assert dataset.images.shape == (5, 32, 32, 3)
     assert dataset.labels.shape == (5,)
 
@@ -201,8 +201,8 @@ def test_cifar10_prepared_by_tfds_is_found(monkeypatch, tmp_path):
     (tmp_path / "cifar10/1.0.0").rename(tmp_path / f"cifar10/{version}")
     info = tmp_path / f"cifar10/{version}/dataset_info.json"
     info.write_text(info.read_text().replace('"1.0.0"', f'"{version}"'))
-    given = data.load("cifar10", data_dir=tmp_path)
+    given = datasets.load("cifar10", data_dir=tmp_path)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    for dataset in (given, data.load("cifar10", download=False)):
+    for dataset in (given, datasets.load("cifar10", download=False)):
         assert greys(dataset.images) == dataset.labels.tolist()
         assert len(dataset.labels) == 4

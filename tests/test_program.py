@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from diffusion_jax.training import parallel, program
+from diffusion_jax.lab.speed import compiled_program
+from diffusion_jax.training import parallel
 
 pytestmark = pytest.mark.optimised
 
@@ -17,7 +18,7 @@ WRITTEN = (Path(__file__).parent / "step.hlo").read_text()
 
 
 def test_a_written_program_is_read_line_by_line():
-    found = {kernel.name: kernel for kernel in program.kernels(WRITTEN)}
+    found = {kernel.name: kernel for kernel in compiled_program.kernels(WRITTEN)}
     assert {name: (k.kind, k.moved, k.times) for name, k in found.items()} == {
         # Ten of the thousand numbers, ten others, and ten half as wide.
         "cut": ("elementwise", 40 + 40 + 20, 1),
@@ -46,13 +47,13 @@ def test_a_written_program_is_read_line_by_line():
     ],
 )
 def test_sizes_of_shapes(shape, count):
-    assert program.size(shape) == count
+    assert compiled_program.size(shape) == count
 
 
 def kinds(function, *args, **options):
     text = jax.jit(function, **options).lower(*args).compile().as_text()
     found = collections.Counter()
-    for kernel in program.kernels(text):
+    for kernel in compiled_program.kernels(text):
         found[kernel.kind] += kernel.times
     return found
 
@@ -85,11 +86,11 @@ def test_what_devices_tell_each_other_is_the_gradient():
     w, x = np.ones((32, 48), np.float32), np.ones((64, 32), np.float32)
     grad = jax.grad(lambda w, x: jnp.square(x @ w).mean())
     lowered = jax.jit(grad, in_shardings=(whole, cut), out_shardings=whole).lower(w, x)
-    found = program.kernels(lowered.compile().as_text())
+    found = compiled_program.kernels(lowered.compile().as_text())
     told = [kernel.moved for kernel in found if kernel.kind == "collective"]
     assert told == [2 * w.nbytes]
 
 
 def test_text_that_is_no_program_is_refused(refuses):
     with refuses("'hello'"):
-        program.kernels("hello")
+        compiled_program.kernels("hello")

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from experiments import progress
+from diffusion_jax.lab.process import progress
 
 
 class Clock:

@@ -6,8 +6,10 @@ import shutil
 import pytest
 from test_train import SMALL
 
-from diffusion_jax.training import checkpoint
-from experiments import arguments, runs, sample, train
+from diffusion_jax.checkpoints import checkpoint
+from diffusion_jax.lab.process import arguments
+from diffusion_jax.lab.run_folder import runs
+from experiments import sample, train
 
 EVERY = ["--train.checkpoint-every", "4", "--train.keep", "9"]
 

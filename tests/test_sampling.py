@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.evaluation import images
-from experiments import build, chains, compare_samplers, runs, sample, sampling
-from experiments.config import ConfigError
+from diffusion_jax.evaluation import pictures
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema import sampling
+from diffusion_jax.lab.schema.checks import with_sampling
+from diffusion_jax.lab.schema.config import ConfigError
+from diffusion_jax.lab.schema.sampling import RULES, Sample, Sampling, override, resolve
+from diffusion_jax.lab.wiring import build, chains
+from experiments import compare_samplers, sample
 from experiments.configs import digits
-from experiments.sampling import RULES, Sample, Sampling, override, resolve
-from experiments.validation import with_sampling
 
 
 @pytest.fixture
@@ -140,7 +143,7 @@ def test_a_point_is_what_eval_fid_would_say(run, tmp_path):
     flags = ["--sampler", "unipc", "--steps", "5", "--count", "70", "--format", "npz"]
     sample.main([str(run.folder), *flags, "--out", str(out)])
     from diffusion_jax.evaluation import metrics
-    from experiments import extractors, reference
+    from diffusion_jax.lab.measure import extractors, reference
 
     config = runs.read_config(run)
     dataset = build.load_data(config)
@@ -178,5 +181,5 @@ def test_every_rule_is_compared():
 
 def test_curves_are_drawn_even_of_nothing():
     series = {"a": [(1.0, 2.0), (10.0, 1.0)], "b": [], "c": [(3.0, 3.0)]}
-    picture = images.curves(series, title="t", xlabel="x", ylabel="y")
+    picture = pictures.curves(series, title="t", xlabel="x", ylabel="y")
     assert picture.size == (1080, 600)

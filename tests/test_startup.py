@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
+from diffusion_jax.lab.schema.config import Config, Data, Diffusion, Net
+from diffusion_jax.lab.wiring import learning
 from diffusion_jax.training import parallel
-from experiments import learning, train
-from experiments.config import Config, Data, Diffusion, Net
+from experiments import train
 
 pytestmark = pytest.mark.optimised
 

@@ -9,7 +9,7 @@ import time
 import pytest
 from processes import ROOT
 
-from experiments import stopping
+from diffusion_jax.lab.process import stopping
 
 # Work of a compiler's kind: seconds within one call, during which the interpreter runs
 # no handler. It says where it is by a file.

@@ -18,9 +18,8 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion_jax.nets import tensor_files
-from diffusion_jax.training.formats import DataError
-from experiments import tensors
+from diffusion_jax.data.formats import DataError
+from diffusion_jax.storage import tensor_files, trees
 
 rng = np.random.default_rng(0)
 ARRAYS = {
@@ -297,8 +296,8 @@ def test_place_that_is_none_is_refused(tmp_path, refuses):
 def test_tree_comes_back_with_its_words(tmp_path):
     path = tmp_path / "new" / "a.safetensors"
     tree = {"params": {"dense": {"kernel": np.eye(2), "bias": jnp.zeros(2)}}}
-    tensors.write(path, tree, META)
-    params, meta, digest = tensors.read(path)
+    trees.write(path, tree, META)
+    params, meta, digest = trees.read(path)
     np.testing.assert_array_equal(params["params"]["dense"]["kernel"], np.eye(2))
     assert params["params"]["dense"]["bias"].dtype == np.float32
     assert (meta, digest) == (META, hashlib.sha256(path.read_bytes()).hexdigest())
@@ -315,7 +314,7 @@ def test_a_tree_of_another_network_is_refused(tmp_path, refuses):
     ):
         tree = {"a": found} if isinstance(found, dict) else {"a": {"w": found}}
         with refuses(got):
-            tensors.check(tree, like, path)
+            trees.check(tree, like, path)
     tensor_files.write_safetensors(path, {"a": np.zeros(1), "a.b": np.zeros(1)})
     with refuses("some below a."):
-        tensors.read(path)
+        trees.read(path)

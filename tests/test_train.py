@@ -17,9 +17,12 @@ import pytest
 from PIL import Image
 from test_state import hurt
 
-from diffusion_jax.training import checkpoint, parallel
-from experiments import eval_fid, history, learning, runs, sample, train
-from experiments.config import ConfigError
+from diffusion_jax.checkpoints import checkpoint
+from diffusion_jax.lab.run_folder import history, runs
+from diffusion_jax.lab.schema.config import ConfigError
+from diffusion_jax.lab.wiring import learning
+from diffusion_jax.training import parallel
+from experiments import eval_fid, sample, train
 
 # As small as a network gets; the cosine decay makes the learning rate depend on the
 # step, which a run that is continued must get right.

@@ -11,10 +11,18 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from small_unets import by_shape, name_of, normal, parameters, quick_jit, shapes
 
+from diffusion_jax.lab.schema.config import (
+    Config,
+    Data,
+    Net,
+    from_dict,
+    replace,
+    to_dict,
+)
+from diffusion_jax.lab.wiring import build, chains
 from diffusion_jax.nets import dropout, unet
 from diffusion_jax.training import parallel
-from experiments import build, chains, eval_nll
-from experiments.config import Config, Data, Net, from_dict, replace, to_dict
+from experiments import eval_nll
 
 SMALLEST = unet.UNet(
     channels=8, multipliers=(1,), attention=(), groups=4, blocks=1, dropout=0.2

@@ -22,7 +22,8 @@ from peers import make_unet_golden as golden
 from small_unets import quick_jit, whole
 
 from diffusion_jax import gaussian, grids, samplers, schedule
-from diffusion_jax.nets import blocks, diffusers, embeddings, weights
+from diffusion_jax.interop import unet_config, unet_names
+from diffusion_jax.nets import blocks, embeddings
 
 NETWORKS = {**golden.CASES, "chain": golden.CHAIN}
 GRADIENTS = [name for name in golden.CASES if name != "cifar10"]
@@ -43,9 +44,9 @@ def file():
 def opened(name):
     """(network, names, shapes by our names) of a case, by its configuration."""
     config = {"_class_name": "UNet2DModel", **NETWORKS[name].config}
-    net, size, channels = diffusers.read_config(config, where="config.json")
-    own = weights.shapes(net, channels, image_size=size)
-    return net, weights.diffusers_names(own, len(net.multipliers)), own
+    net, size, channels = unet_config.read_config(config, where="config.json")
+    own = unet_names.shapes(net, channels, image_size=size)
+    return net, unet_names.diffusers_names(own, len(net.multipliers)), own
 
 
 @functools.cache
@@ -53,7 +54,9 @@ def their_shapes(name):
     """Shapes of a case's tensors, by the names in diffusers."""
     _, names, own = opened(name)
     empty = {key: np.zeros(shape, np.int8) for key, shape in own.items()}
-    return {key: each.shape for key, each in weights.to_tensors(empty, names).items()}
+    return {
+        key: each.shape for key, each in unet_names.to_tensors(empty, names).items()
+    }
 
 
 def parameters(name, **given):
@@ -62,7 +65,7 @@ def parameters(name, **given):
     drawn = {
         key: golden.tensor(key, shape) for key, shape in their_shapes(name).items()
     }
-    return weights.from_tensors(drawn | given, names, own, where="the file")
+    return unet_names.from_tensors(drawn | given, names, own, where="the file")
 
 
 @functools.cache
@@ -80,7 +83,7 @@ def computed(name):
         return np.asarray(quick_jit(weighted)(params, x)[1]), None, None
     run = quick_jit(jax.grad(weighted, (0, 1), has_aux=True))
     (of_params, of_x), output = run(params, x)
-    return *map(np.asarray, (output, of_x)), weights.to_tensors(of_params, names)
+    return *map(np.asarray, (output, of_x)), unet_names.to_tensors(of_params, names)
 
 
 def difference(name, actual, expected):

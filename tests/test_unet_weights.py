@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from diffusion_jax.nets import diffusers, unet, weights
+from diffusion_jax.interop import unet_config, unet_names
+from diffusion_jax.nets import unet
 
-Architecture = diffusers.Architecture
+Architecture = unet_config.Architecture
 
 SMALL = unet.UNet(channels=8, multipliers=(1, 2), attention=(4,), groups=4, blocks=1)
 NETS = {
@@ -29,8 +30,8 @@ NETS = {
 }
 TABLES = {
     "diffusers": None,
-    "average": functools.partial(weights.official_names, average=True),
-    "last": functools.partial(weights.official_names, average=False),
+    "average": functools.partial(unet_names.official_names, average=True),
+    "last": functools.partial(unet_names.official_names, average=False),
 }
 PAIRS = [
     (table, net)
@@ -44,13 +45,13 @@ BOTH = pytest.mark.parametrize(("table", "name"), PAIRS)
 @functools.cache
 def shapes(name):
     net, size, channels = NETS[name]
-    return weights.shapes(net, channels, image_size=size)
+    return unet_names.shapes(net, channels, image_size=size)
 
 
 def names_of(table, name):
     if table == "diffusers":
         levels = len(NETS[name].net.multipliers)
-        return weights.diffusers_names(shapes(name), levels)
+        return unet_names.diffusers_names(shapes(name), levels)
     return TABLES[table](shapes(name))
 
 
@@ -69,11 +70,13 @@ def parameters(name):
 
 def read(found, table="diffusers", name="small", **options):
     names = names_of(table, name)
-    return weights.from_tensors(found, names, shapes(name), where="a file", **options)
+    return unet_names.from_tensors(
+        found, names, shapes(name), where="a file", **options
+    )
 
 
 def exported(table="diffusers", name="small"):
-    return weights.to_tensors(parameters(name), names_of(table, name))
+    return unet_names.to_tensors(parameters(name), names_of(table, name))
 
 
 def assert_same_bits(one, other):
@@ -166,9 +169,9 @@ def test_old_names_of_attentions_are_understood():
     old = {before(name): tensor for name, tensor in today.items()}
     # Attention in two levels: twice on the way down, three times up; and the middle.
     assert len(old.keys() - today.keys()) == 8 * (2 * (2 + 3) + 1)
-    assert weights.renamed(old).keys() == today.keys()
-    assert weights.renamed(today).keys() == today.keys()
-    params = read(weights.renamed(old), name="three levels")
+    assert unet_names.renamed(old).keys() == today.keys()
+    assert unet_names.renamed(today).keys() == today.keys()
+    params = read(unet_names.renamed(old), name="three levels")
     assert_same_bits(params, parameters("three levels"))
 
 
@@ -186,7 +189,7 @@ def test_import_after_export_is_the_identity(table, name):
 @BOTH
 def test_export_after_import_is_the_identity(table, name):
     found = exported(table, name)
-    again = weights.to_tensors(read(found, table, name), names_of(table, name))
+    again = unet_names.to_tensors(read(found, table, name), names_of(table, name))
     assert_same_bits(again, found)
 
 
@@ -197,7 +200,7 @@ def test_half_precision_comes_in_exactly(dtype):
     shapes = {key: tensor.shape for key, tensor in exported().items()}
     found = {key: rng.normal(size=shapes[key]).astype(dtype) for key in shapes}
     params = read(found)
-    for key, tensor in weights.to_tensors(params, names).items():
+    for key, tensor in unet_names.to_tensors(params, names).items():
         assert tensor.dtype == np.float32
         np.testing.assert_array_equal(tensor.astype(dtype), found[key])
         np.testing.assert_array_equal(tensor, found[key].astype(np.float64))
@@ -213,7 +216,7 @@ def test_variables_of_training_are_left_out(table):
     }
     alone["global_step"] = np.int64(790_000)
     found = {**last, **beside, **alone, **exported(table)}
-    others = weights.official_others(shapes("small"))
+    others = unet_names.official_others(shapes("small"))
     assert_same_bits(read(found, table, ignore=others), params)
     with pytest.raises(ValueError) as caught:
         read(found, table)
@@ -226,7 +229,7 @@ def test_variables_of_training_are_left_out(table):
 )
 def test_other_variables_are_not_left_out(unknown, refuses):
     found = {**exported("average"), unknown: np.zeros(3, np.float32)}
-    others = weights.official_others(shapes("small"))
+    others = unet_names.official_others(shapes("small"))
     with refuses(unknown):
         read(found, "average", ignore=others)
 
@@ -273,17 +276,17 @@ def test_all_that_is_wrong_is_named_at_once(refuses):
 
 def config(**fields):
     """That of the network SMALL, with other fields."""
-    return {**diffusers.write_config(SMALL, 3, image_size=8), **fields}
+    return {**unet_config.write_config(SMALL, 3, image_size=8), **fields}
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_configuration_comes_back_through_json(name):
     net, size, channels = NETS[name]
-    written = diffusers.write_config(net, channels, image_size=size)
+    written = unet_config.write_config(net, channels, image_size=size)
     text = json.dumps(written)
-    assert diffusers.read_config(json.loads(text), where="a file") == NETS[name]
+    assert unet_config.read_config(json.loads(text), where="a file") == NETS[name]
     assert json.loads(text).keys() - {"_class_name", "_diffusers_version"} == set(
-        diffusers._DEFAULTS
+        unet_config._DEFAULTS
     )
 
 
@@ -291,10 +294,10 @@ def test_configuration_says_which_constants():
     fields = ("norm_eps", "freq_shift", "flip_sin_to_cos", "downsample_padding")
     fields += ("attention_head_dim",)
     net = NETS["variant"].net
-    said = diffusers.write_config(net, 3, image_size=8)
+    said = unet_config.write_config(net, 3, image_size=8)
     assert [config()[field] for field in fields] == [1e-6, 1, False, 0, None]
     assert [said[field] for field in fields] == [1e-5, 0, True, 1, 8]
-    assert diffusers.read_config(said, where="a file").net.variant == "diffusers"
+    assert unet_config.read_config(said, where="a file").net.variant == "diffusers"
 
 
 def test_fields_that_are_missing_are_those_of_diffusers():
@@ -307,7 +310,7 @@ def test_fields_that_are_missing_are_those_of_diffusers():
         dropout=0.0,
         variant="diffusers",
     )
-    assert diffusers.read_config(short, where="a file") == Architecture(net, 16, 3)
+    assert unet_config.read_config(short, where="a file") == Architecture(net, 16, 3)
 
 
 @pytest.mark.parametrize(
@@ -332,7 +335,7 @@ def test_fields_that_are_missing_are_those_of_diffusers():
     ids=str,
 )
 def test_other_words_for_the_same_are_understood(fields):
-    assert diffusers.read_config(config(**fields), where="a file") == NETS["small"]
+    assert unet_config.read_config(config(**fields), where="a file") == NETS["small"]
 
 
 # Each is refused by itself, and all together.
@@ -366,7 +369,7 @@ UNSUPPORTED = [
 
 NO_NUMBERS = (None, True, -1, 0, 1.5, "3", [3], {}, float("nan"))
 KINDS = {
-    **dict.fromkeys(diffusers._COUNTS, NO_NUMBERS),
+    **dict.fromkeys(unet_config._COUNTS, NO_NUMBERS),
     "num_class_embeds": NO_NUMBERS[1:],
     "dropout": (None, -1, 2, "little", [], {}, float("nan"), float("inf")),
     "norm_eps": (None, "x", -1, 1, [], {}, float("nan")),
@@ -382,17 +385,17 @@ KINDS = {
 def test_values_of_another_kind_are_refused(name, refuses):
     for value in KINDS[name]:
         with refuses(name):
-            diffusers.read_config(config(**{name: value}), where="a file")
+            unet_config.read_config(config(**{name: value}), where="a file")
 
 
 def test_all_that_we_lack_is_named_each_by_itself_and_at_once(refuses):
     fields = {name: value for each in UNSUPPORTED for name, value in each.items()}
     with pytest.raises(ValueError) as caught:
-        diffusers.read_config(config(**fields), where="a file")
+        unet_config.read_config(config(**fields), where="a file")
     for each in UNSUPPORTED:
         (name,) = each
         with refuses(name):
-            diffusers.read_config(config(**each), where="a file")
+            unet_config.read_config(config(**each), where="a file")
         with refuses(name):
             raise caught.value
 
@@ -411,22 +414,22 @@ def test_all_that_we_lack_is_named_each_by_itself_and_at_once(refuses):
 )
 def test_both_ways_have_a_kind_a_level_with_the_same_attention(fields, got, refuses):
     with refuses(got):
-        diffusers.read_config(config(**fields), where="a file")
+        unet_config.read_config(config(**fields), where="a file")
 
 
 @pytest.mark.parametrize("kind", ["UNet2DConditionModel", "DDPMPipeline", None, 3])
 def test_another_class_is_refused(kind, refuses):
     with refuses(f"the class {kind!r}"):
-        diffusers.read_config(config(_class_name=kind), where="a file")
+        unet_config.read_config(config(_class_name=kind), where="a file")
     nameless = {key: value for key, value in config().items() if key[0] != "_"}
     with refuses("the class None"):
-        diffusers.read_config(nameless, where="a file")
+        unet_config.read_config(nameless, where="a file")
 
 
 def test_what_diffusers_lacks_is_named_at_once(refuses):
     net = SMALL.clone(multipliers=(2, 1), fourier=(7,))
     with pytest.raises(ValueError) as caught:
-        diffusers.write_config(net, 3, image_size=8)
+        unet_config.write_config(net, 3, image_size=8)
     for lacking in ("fourier (7,)", "multipliers (2, 1)"):
         with refuses(lacking):
             raise caught.value

@@ -13,8 +13,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from diffusion_jax.training import checkpoint, manifest, parallel, stored
-from experiments import checkpoints, config, runs
+from diffusion_jax.checkpoints import checkpoint, manifest, orbax_files
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema import config
+from diffusion_jax.training import parallel
+from experiments import checkpoints
 from experiments.configs import EXPERIMENTS
 
 FLIPS = 200
@@ -128,7 +131,7 @@ def test_no_lost_or_shortened_file_comes_back(folder):
 def test_every_leaf_is_vouched_for(folder):
     # As if the manifest itself had been written of other values, or of too few.
     path = folder / "2" / "manifest" / "process_0.json"
-    _, arrays = stored.read(folder / "2")
+    _, arrays = orbax_files.read(folder / "2")
     body = json.loads(path.read_text())
     del body["sha256"]
     for name, about in body["leaves"].items():
@@ -276,7 +279,7 @@ def test_the_list_says_what_each_is_good_for(folder, capsys, monkeypatch):
     ],
 )
 def test_equal_bytes_of_another_type_or_shape_are_not_the_same(folder, read, why):
-    about, arrays = stored.read(folder / "2")
+    about, arrays = orbax_files.read(folder / "2")
     arrays["params/w"] = read(arrays["params/w"])
     with pytest.raises(manifest.UnverifiedError, match=why):
         manifest.check(about.leaves, arrays)
@@ -336,7 +339,7 @@ def test_all_is_on_the_disk_before_it_has_its_name(folder, monkeypatch):
     def fsync(file):
         seen.append(Path(os.readlink(f"/proc/self/fd/{file}")))
 
-    monkeypatch.setattr(stored.os, "fsync", fsync)
+    monkeypatch.setattr(orbax_files.os, "fsync", fsync)
     save(folder, 3, state(3))
     partial = {path.parts[len(folder.parts)] for path in seen}
     assert partial == {"3.orbax-checkpoint-tmp"}

@@ -9,10 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from diffusion_jax.training import averages, checkpoint
-from experiments import learning, runs, weights
-from experiments.config import ConfigError
-from experiments.weights import Weights
+from diffusion_jax.checkpoints import checkpoint
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema.config import ConfigError
+from diffusion_jax.lab.trained import weights
+from diffusion_jax.lab.trained.weights import Weights
+from diffusion_jax.lab.wiring import learning
+from diffusion_jax.training import averages
 
 STEPS, EVERY = 160, 10
 DECAYS, LENGTHS = (0.9, 0.99), (0.05, 0.10)

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from diffusion_jax._on_demand import on_demand
 
 if TYPE_CHECKING:
-    from diffusion_jax.evaluation import images, metrics, moments
+    from diffusion_jax.evaluation import metrics, moments, pictures
 
-__all__ = ["images", "metrics", "moments"]
+__all__ = ["metrics", "moments", "pictures"]
 
 __getattr__, __dir__ = on_demand(__name__, __all__)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from diffusion_jax.training import archives, files
+from diffusion_jax.storage import archives, files
 
 
 class Statistics(NamedTuple):

@@ -31,7 +31,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from diffusion_jax.training import files
+from diffusion_jax.storage import files
 
 PyTree = Any
 Profile = Callable[[jax.Array], jax.Array]

@@ -25,8 +25,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_jax.training import data, parallel
-from diffusion_jax.training.pixels import LazyImages
+from diffusion_jax.data import datasets
+from diffusion_jax.data.image_files import LazyImages
+from diffusion_jax.training import parallel
 
 Batch = dict[str, Any]
 Batches = Generator[Batch, None, None]
@@ -53,7 +54,7 @@ class Feed(NamedTuple):
 
 
 def make(
-    dataset: data.Dataset,
+    dataset: datasets.Dataset,
     mesh: Mesh,
     *,
     seed: int,
@@ -100,7 +101,7 @@ def make(
     return Feed(source, partial(in_turn, indices_of), parallel.place(stored, copied))
 
 
-def choose(source: Source, dataset: data.Dataset, mesh: Mesh) -> Source:
+def choose(source: Source, dataset: datasets.Dataset, mesh: Mesh) -> Source:
     """Returns "device", "grain" or "host": which "auto" is here; errors as `make`."""
     allowed = size_limit(mesh)
     held = 0 if isinstance(dataset.images, LazyImages) else dataset.images.nbytes
@@ -142,20 +143,22 @@ def size_limit(mesh: Mesh) -> int:
     return LIMIT // max(len(mesh.local_devices), 1)
 
 
-def indices_at(dataset: data.Dataset, seed: int, batch_size: int, step: int) -> Batch:
+def indices_at(
+    dataset: datasets.Dataset, seed: int, batch_size: int, step: int
+) -> Batch:
     """Returns this host's share of the "index" and "position" of a step, int32 [B]."""
-    mine = data.host_slice(batch_size, jax.process_index(), jax.process_count())
-    index = data.batch_indices(seed, step, len(dataset.images), batch_size)
+    mine = datasets.host_slice(batch_size, jax.process_index(), jax.process_count())
+    index = datasets.batch_indices(seed, step, len(dataset.images), batch_size)
     position = np.arange(batch_size, dtype=np.int32)
     return {"index": index[mine].astype(np.int32), "position": position[mine]}
 
 
 def batch_at(
-    dataset: data.Dataset, labels: bool, seed: int, batch_size: int, step: int
+    dataset: datasets.Dataset, labels: bool, seed: int, batch_size: int, step: int
 ) -> Batch:
     """Returns this host's share of the batch of a step, with labels or without."""
     batch = indices_at(dataset, seed, batch_size, step)
-    found = data.batch_at(dataset, batch.pop("index"))
+    found = datasets.batch_at(dataset, batch.pop("index"))
     if not labels:
         found.pop("label", None)
     return {**found, **batch}

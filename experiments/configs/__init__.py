@@ -6,7 +6,7 @@ A file has one experiment, its CONFIG, or a family that belongs together, its CO
 from types import ModuleType
 from typing import NamedTuple
 
-from experiments.config import Config
+from diffusion_jax.lab.schema.config import Config
 from experiments.configs import (
     celebahq256,
     cifar10,

@@ -9,7 +9,15 @@ Time      63 hours on a TPU v3-8 (0.5 million steps at 2.2 a second by the paper
 Expected  samples as in Fig. 1 of the paper, which gives no FID for them
 """
 
-from experiments.config import Config, Data, Diffusion, Net, Optimizer, Sample, Train
+from diffusion_jax.lab.schema.config import (
+    Config,
+    Data,
+    Diffusion,
+    Net,
+    Optimizer,
+    Sample,
+    Train,
+)
 
 CONFIG = Config(
     name="celebahq256",

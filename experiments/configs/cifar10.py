@@ -11,7 +11,15 @@ Activations are in bfloat16, the gradient is clipped as a whole, and the average
 weights has a ramp. The authors' own arithmetic is cifar10_official, or --official.
 """
 
-from experiments.config import Config, Data, Diffusion, Net, Optimizer, Sample, Train
+from diffusion_jax.lab.schema.config import (
+    Config,
+    Data,
+    Diffusion,
+    Net,
+    Optimizer,
+    Sample,
+    Train,
+)
 
 CONFIG = Config(
     name="cifar10",

@@ -13,7 +13,14 @@ one head here, not four.
 
 from dataclasses import replace
 
-from experiments.config import Config, Data, Diffusion, Optimizer, Sample, Train
+from diffusion_jax.lab.schema.config import (
+    Config,
+    Data,
+    Diffusion,
+    Optimizer,
+    Sample,
+    Train,
+)
 from experiments.configs import cifar10
 
 CONFIG = Config(

@@ -12,7 +12,14 @@ can be made afterwards.
 
 from dataclasses import replace
 
-from experiments.config import Config, Data, Diffusion, Optimizer, Sample, Train
+from diffusion_jax.lab.schema.config import (
+    Config,
+    Data,
+    Diffusion,
+    Optimizer,
+    Sample,
+    Train,
+)
 from experiments.configs import cifar10
 
 CONFIG = Config(

@@ -10,7 +10,14 @@ x_t = (1 - t) x0 + t eps; the network predicts eps - x0. Any rule samples from i
 on the uniform grid is Euler's method.
 """
 
-from experiments.config import Config, Data, Diffusion, Optimizer, Sample, Train
+from diffusion_jax.lab.schema.config import (
+    Config,
+    Data,
+    Diffusion,
+    Optimizer,
+    Sample,
+    Train,
+)
 from experiments.configs import cifar10
 
 CONFIG = Config(

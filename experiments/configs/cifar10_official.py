@@ -16,7 +16,7 @@ for checking another implementation step by step; to train a network take cifar1
 
 from dataclasses import replace
 
-from experiments.config import official
+from diffusion_jax.lab.schema.config import official
 from experiments.configs import cifar10
 
 CONFIG = replace(official(cifar10.CONFIG), name="cifar10_official")

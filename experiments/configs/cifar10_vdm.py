@@ -13,7 +13,14 @@ The network sees fine detail as Fourier features. It is the U-Net of DDPM.
 
 from dataclasses import replace
 
-from experiments.config import Config, Data, Diffusion, Optimizer, Sample, Train
+from diffusion_jax.lab.schema.config import (
+    Config,
+    Data,
+    Diffusion,
+    Optimizer,
+    Sample,
+    Train,
+)
 from experiments.configs import cifar10
 
 CONFIG = Config(

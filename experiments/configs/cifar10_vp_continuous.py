@@ -9,7 +9,14 @@ The network learns at real times; samples and bounds are made on a chain of 1000
 and by the flow: --sampler ode, and eval_nll --ode.
 """
 
-from experiments.config import Config, Data, Diffusion, Optimizer, Sample, Train
+from diffusion_jax.lab.schema.config import (
+    Config,
+    Data,
+    Diffusion,
+    Optimizer,
+    Sample,
+    Train,
+)
 from experiments.configs import cifar10
 
 CONFIG = Config(

@@ -11,7 +11,15 @@ The network predicts v under the cosine schedule, the learning rate falls to 0 o
 run, and a chain takes 250 steps.
 """
 
-from experiments.config import Config, Data, Diffusion, Net, Optimizer, Sample, Train
+from diffusion_jax.lab.schema.config import (
+    Config,
+    Data,
+    Diffusion,
+    Net,
+    Optimizer,
+    Sample,
+    Train,
+)
 
 CONFIG = Config(
     name="digits",

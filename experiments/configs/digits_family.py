@@ -24,7 +24,7 @@ and the optimiser of digits.
 from dataclasses import replace
 from types import ModuleType
 
-from experiments.config import Config, Net
+from diffusion_jax.lab.schema.config import Config, Net
 from experiments.configs import (
     cifar10_conditional,
     cifar10_cosine_hybrid,

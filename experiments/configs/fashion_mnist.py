@@ -15,7 +15,7 @@ Expected  clothes (docs/fashion_mnist.png, after 15,156 steps on the H100)
 
 from dataclasses import replace
 
-from experiments.config import Config, Data, Optimizer, Sample, Train
+from diffusion_jax.lab.schema.config import Config, Data, Optimizer, Sample, Train
 from experiments.configs import cifar10
 
 CONFIG = Config(

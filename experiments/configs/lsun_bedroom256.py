@@ -12,7 +12,7 @@ Not mirrored, as the paper says; the default of the official code mirrors.
 
 from dataclasses import replace
 
-from experiments.config import Data, Train
+from diffusion_jax.lab.schema.config import Data, Train
 from experiments.configs import celebahq256
 
 CONFIG = replace(

@@ -12,7 +12,7 @@ The paper says "approximately 256 million parameters" by more filters; width 192
 
 from dataclasses import replace
 
-from experiments.config import Train
+from diffusion_jax.lab.schema.config import Train
 from experiments.configs import lsun_bedroom256
 
 CONFIG = replace(

@@ -12,7 +12,7 @@ Mirrored at random, as the paper says; a comment in the official code runs it wi
 
 from dataclasses import replace
 
-from experiments.config import Data, Train
+from diffusion_jax.lab.schema.config import Data, Train
 from experiments.configs import celebahq256
 
 CONFIG = replace(

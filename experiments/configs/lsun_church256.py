@@ -10,7 +10,7 @@ Expected  the paper's FID 7.89 for 50,000 samples
 
 from dataclasses import replace
 
-from experiments.config import Data, Train
+from diffusion_jax.lab.schema.config import Data, Train
 from experiments.configs import celebahq256
 
 CONFIG = replace(

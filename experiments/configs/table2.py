@@ -24,7 +24,7 @@ cifar10_official: the authors' arithmetic, for the numbers of their table.
 
 from dataclasses import replace
 
-from experiments.config import Config, Diffusion
+from diffusion_jax.lab.schema.config import Config, Diffusion
 from experiments.configs import cifar10_official
 
 BASE = cifar10_official.CONFIG

@@ -12,9 +12,11 @@ import pytest
 from test_interchange import SCHEDULER, UNET
 from test_networks import EXPORTED, network_of, small
 
-from diffusion_jax.nets import diffusers as ours
-from experiments import build, compare_diffusers, folders, interchange, networks
-from experiments.config import replace
+from diffusion_jax.interop import unet_config as ours
+from diffusion_jax.lab.network_files import diffusers_config, diffusers_folder, networks
+from diffusion_jax.lab.schema.config import replace
+from diffusion_jax.lab.wiring import build
+from experiments import compare_diffusers
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -38,7 +40,7 @@ def complaints(monkeypatch):
 def test_a_pipeline_opens_and_computes_the_same(config, tmp_path, complaints):
     network = network_of(config)
     folder = tmp_path / "out"
-    folders.write(folder, network)
+    diffusers_folder.write(folder, network)
     pipeline = diffusers.DDPMPipeline.from_pretrained(folder)
     assert not [text for text in complaints if "accelerate" not in text]
     scheduler, unet = pipeline.scheduler.config, pipeline.unet
@@ -48,7 +50,7 @@ def test_a_pipeline_opens_and_computes_the_same(config, tmp_path, complaints):
     assert scheduler.prediction_type == names[config.diffusion.prediction]
     assert scheduler.clip_sample == config.sample.clip
     np.testing.assert_allclose(
-        pipeline.scheduler.betas.numpy(), interchange.betas_of(config), rtol=2e-5
+        pipeline.scheduler.betas.numpy(), diffusers_config.betas_of(config), rtol=2e-5
     )
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 8, 8, config.data.channels)).astype(np.float32)
@@ -67,7 +69,7 @@ def test_a_pipeline_opens_and_computes_the_same(config, tmp_path, complaints):
 
 
 def test_a_pipeline_draws(tmp_path):
-    folders.write(tmp_path / "out", network_of(small()))
+    diffusers_folder.write(tmp_path / "out", network_of(small()))
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out")
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(batch_size=2, num_inference_steps=4, output_type="np").images
@@ -77,7 +79,7 @@ def test_a_pipeline_draws(tmp_path):
 def test_what_diffusers_saves_again_is_read_back(tmp_path):
     """Our record is gone, and its own fields are there."""
     network = network_of(small())
-    folders.write(tmp_path / "out", network)
+    diffusers_folder.write(tmp_path / "out", network)
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out")
     pipeline.save_pretrained(tmp_path / "again")
     found = networks.read(networks.find(tmp_path / "again"))
@@ -88,7 +90,7 @@ def test_what_diffusers_saves_again_is_read_back(tmp_path):
 @pytest.mark.parametrize("flags", [["--steps", "50"], ["--sampler", "ddpm"]])
 def test_both_draw_the_same_images(flags, tmp_path, capsys):
     config = replace(small(), "diffusion", schedule="linear", prediction="eps")
-    folders.write(tmp_path / "out", network_of(config))
+    diffusers_folder.write(tmp_path / "out", network_of(config))
     assert compare_diffusers.main([str(tmp_path / "out"), "--count", "2", *flags]) == 0
     shown = capsys.readouterr().out
     off = float(re.search(r"largest difference (\S+),", shown)[1])
@@ -98,7 +100,7 @@ def test_both_draw_the_same_images(flags, tmp_path, capsys):
 
 def test_other_noise_is_other_images(tmp_path, capsys, monkeypatch):
     """The comparison can fail."""
-    folders.write(tmp_path / "out", network_of(small()))
+    diffusers_folder.write(tmp_path / "out", network_of(small()))
     there = compare_diffusers.draw_there
 
     def other(folder, config, options):

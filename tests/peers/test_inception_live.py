@@ -10,8 +10,9 @@ import make_inception_golden as golden
 import numpy as np
 import pytest
 
-from diffusion_jax.nets import inception, inception_weights
-from diffusion_jax.training.formats import DataError
+from diffusion_jax.data.formats import DataError
+from diffusion_jax.interop import inception_weights
+from diffusion_jax.nets import inception
 
 torch = pytest.importorskip("torch")
 for peer in ("torchvision", "pytorch_fid"):

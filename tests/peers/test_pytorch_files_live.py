@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.nets import tensor_files
-from diffusion_jax.training.formats import DataError
+from diffusion_jax.data.formats import DataError
+from diffusion_jax.storage import tensor_files
 
 torch = pytest.importorskip("torch")
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from small_unets import TWO_LEVELS, normal, parameters
 
-from diffusion_jax.nets import tensor_files, weights
-from diffusion_jax.training.formats import DataError
+from diffusion_jax.data.formats import DataError
+from diffusion_jax.interop import unet_names
+from diffusion_jax.storage import tensor_files
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -19,7 +20,7 @@ tensorflow = pytest.importorskip("tensorflow")
 v1 = tensorflow.compat.v1
 
 STEP = 790_000
-OWN = weights.shapes(TWO_LEVELS, 3, image_size=16)
+OWN = unet_names.shapes(TWO_LEVELS, 3, image_size=16)
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +32,11 @@ def checkpoint(tmp_path_factory):
     """
     prefix = tmp_path_factory.mktemp("tf") / f"model.ckpt-{STEP}"
     params = parameters(TWO_LEVELS, normal(1, 16, 16, 3), np.zeros(1, np.float32))
-    names = weights.official_names(OWN, average=False)
+    names = unet_names.official_names(OWN, average=False)
     with tensorflow.Graph().as_default(), v1.Session() as session:
         variables = {
             name: v1.get_variable(name, initializer=value, use_resource=False)
-            for name, value in weights.to_tensors(params, names).items()
+            for name, value in unet_names.to_tensors(params, names).items()
         }
         step = v1.train.create_global_step()
         loss = tensorflow.add_n(
@@ -59,12 +60,12 @@ def checkpoint(tmp_path_factory):
 
 def read(path, average):
     found = tensor_files.read(path, progress=True)
-    params = weights.from_tensors(
+    params = unet_names.from_tensors(
         found.arrays,
-        weights.official_names(OWN, average=average),
+        unet_names.official_names(OWN, average=average),
         OWN,
         where=str(path),
-        ignore=weights.official_others(OWN),
+        ignore=unet_names.official_others(OWN),
     )
     return found, params
 
@@ -73,8 +74,8 @@ def read(path, average):
 def test_weights_come_in_to_the_bit(checkpoint, average):
     prefix, values = checkpoint
     found, params = read(prefix, average)
-    names = weights.official_names(OWN, average=False)
-    back = weights.to_tensors(params, names)
+    names = unet_names.official_names(OWN, average=False)
+    back = unet_names.to_tensors(params, names)
     assert back.keys() == values[average].keys()
     for name, value in values[average].items():
         np.testing.assert_array_equal(back[name], value)
@@ -158,12 +159,12 @@ def test_tensorflow_says_nothing_and_leaves_accelerators(checkpoint):
 
 def test_networks_of_others_are_listed(checkpoint):
     own = {**OWN, "down0_block7/conv1/bias": (8,)}
-    names = weights.official_names(own)
+    names = unet_names.official_names(own)
     found = tensor_files.read(checkpoint[0])
     assert isinstance(found, tensor_files.Tensors)
     with pytest.raises(ValueError, match="missing: model/down_0/block_7/conv1/b/"):
-        weights.from_tensors(
-            found.arrays, names, own, where="a", ignore=weights.official_others(own)
+        unet_names.from_tensors(
+            found.arrays, names, own, where="a", ignore=unet_names.official_others(own)
         )
     with pytest.raises(DataError, match="must be a file of tensors"):
         tensor_files.read(checkpoint[0].with_name("model.ckpt-1"))

@@ -22,7 +22,7 @@ from small_unets import quick_jit
 from test_unet_parity import RULES
 
 from diffusion_jax import gaussian, grids, samplers, schedule
-from diffusion_jax.nets import diffusers, weights
+from diffusion_jax.interop import unet_config, unet_names
 
 torch = pytest.importorskip("torch")
 peer = pytest.importorskip("diffusers")
@@ -54,11 +54,16 @@ def imported(folder):
     """(network, parameters, names, tensors of the file) of a folder of diffusers'."""
     config = json.loads((folder / "config.json").read_text())
     path = folder / "diffusion_pytorch_model.safetensors"
-    net, size, channels = diffusers.read_config(config, where=str(folder))
-    own = weights.shapes(net, channels, image_size=size)
-    names = weights.diffusers_names(own, len(net.multipliers))
+    net, size, channels = unet_config.read_config(config, where=str(folder))
+    own = unet_names.shapes(net, channels, image_size=size)
+    names = unet_names.diffusers_names(own, len(net.multipliers))
     found = safetensors.numpy.load_file(path)
-    return net, weights.from_tensors(found, names, own, where=str(path)), names, found
+    return (
+        net,
+        unet_names.from_tensors(found, names, own, where=str(path)),
+        names,
+        found,
+    )
 
 
 def difference(name, actual, expected):
@@ -92,7 +97,7 @@ def test_outputs_and_gradients_are_the_same(name, tmp_path):
     assert np.abs(output - expected).max() < 1e-4
     assert difference(f"{name}, images", of_x, expected_of_x) < 1e-3
     worst = 0.0
-    for key, of_tensor in weights.to_tensors(of_params, names).items():
+    for key, of_tensor in unet_names.to_tensors(of_params, names).items():
         # A softmax does not see what is added to all keys: that has no gradient.
         size = np.abs(gradients[key.replace("to_k.bias", "to_q.bias")]).max()
         off = np.abs(of_tensor - gradients[key]).max()
@@ -106,12 +111,12 @@ def test_export_is_what_was_imported_and_diffusers_takes_it(name, tmp_path):
     """To the bit, and the configuration too."""
     initialised(CASES[name]).save_pretrained(tmp_path)
     net, params, names, found = imported(tmp_path)
-    exported = weights.to_tensors(params, names)
+    exported = unet_names.to_tensors(params, names)
     assert exported.keys() == found.keys()
     for key, value in found.items():
         np.testing.assert_array_equal(exported[key], value, strict=True)
     config = json.loads((tmp_path / "config.json").read_text())
-    written = diffusers.write_config(
+    written = unet_config.write_config(
         net, config["in_channels"], image_size=config["sample_size"]
     )
     written = json.loads(json.dumps(written))
@@ -138,7 +143,7 @@ def test_old_names_of_attentions_are_what_diffusers_takes_them_for(tmp_path):
     assert len(old.keys() - today.keys()) == 8 * (2 + 4 + 1)
     safetensors.numpy.save_file(old, path, {"format": "pt"})
     theirs = peer.UNet2DModel.from_pretrained(tmp_path).state_dict()
-    ours = weights.renamed(old)
+    ours = unet_names.renamed(old)
     assert ours.keys() == theirs.keys()
     for key, tensor in theirs.items():
         np.testing.assert_array_equal(ours[key], tensor.numpy())
@@ -163,7 +168,7 @@ def test_fields_that_are_missing_mean_what_diffusers_takes_them_for():
         for name, each in signature.parameters.items()
         if name != "self"
     }
-    assert defaults == diffusers._DEFAULTS
+    assert defaults == unet_config._DEFAULTS
 
 
 # Chains.

@@ -158,7 +158,7 @@ def made(folder: Path) -> Sample:
     """Returns a folder with two checkpoints of a small state of all kinds of leaves."""
     import jax
 
-    from diffusion_jax.training import checkpoint
+    from diffusion_jax.checkpoints import checkpoint
 
     states = {}
     with checkpoint.open_folder(folder) as opened:
@@ -198,7 +198,8 @@ def raw(tree: Any) -> dict[str, bytes]:
 
 def restored(sample: Sample, folder: Path, *, strict: bool) -> Any:
     """Returns what is restored from a folder."""
-    from diffusion_jax.training import checkpoint, parallel
+    from diffusion_jax.checkpoints import checkpoint
+    from diffusion_jax.training import parallel
 
     one = parallel.replicated(parallel.make_mesh(1))
     with checkpoint.open_folder(folder, read_only=True) as opened:
@@ -207,7 +208,7 @@ def restored(sample: Sample, folder: Path, *, strict: bool) -> Any:
 
 def all_seen(sample: Sample, damages: list[Damage]) -> str:
     """Checks that no damage is silently wrong; counts what was made of it."""
-    from diffusion_jax.training.checkpoint import CheckpointError
+    from diffusion_jax.checkpoints.checkpoint import CheckpointError
 
     harmless, seen = 0, 0
     work = sample.folder.with_name("work")
@@ -246,7 +247,7 @@ def stale(sample: Sample) -> str:
     """Checks that the folder of an interrupted save is ignored, and removed."""
     import numpy as np
 
-    from diffusion_jax.training import checkpoint
+    from diffusion_jax.checkpoints import checkpoint
 
     work = sample.folder.with_name("stale")
     shutil.copytree(sample.folder, work)
@@ -266,7 +267,7 @@ def stale(sample: Sample) -> str:
 
 def none_left(sample: Sample) -> str:
     """Checks that nothing is restored where no checkpoint verifies."""
-    from diffusion_jax.training.checkpoint import CheckpointError
+    from diffusion_jax.checkpoints.checkpoint import CheckpointError
 
     work = sample.folder.with_name("none")
     shutil.copytree(sample.folder, work)

@@ -76,7 +76,8 @@ def cycles(folder: Path, seed: int) -> Iterator[Outcome]:
     """Yields the outcomes of many saves and restores in one process."""
     import jax
 
-    from diffusion_jax.training import checkpoint, parallel
+    from diffusion_jax.checkpoints import checkpoint
+    from diffusion_jax.training import parallel
 
     state = damage.init(seed, ROWS)
     like = jax.eval_shape(lambda: state)

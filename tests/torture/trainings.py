@@ -217,8 +217,10 @@ def arrays_of(run: Path) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from diffusion_jax.training import checkpoint, parallel
-    from experiments import learning, runs
+    from diffusion_jax.checkpoints import checkpoint
+    from diffusion_jax.lab.run_folder import runs
+    from diffusion_jax.lab.wiring import learning
+    from diffusion_jax.training import parallel
 
     config = runs.read_config(runs.Run(run))
     like = learning.state_shapes(config)

@@ -1,0 +1,1 @@
+"""Checkpoints that verify, and which of them stay."""

@@ -1,0 +1,329 @@
+"""Data sets of images, and the order in which training sees them.
+
+    dataset = load("cifar10")
+    indices = batch_indices(seed, step, len(dataset.images), batch_size)
+    batch = batch_at(dataset, indices[host_slice(batch_size, process, processes)])
+
+Everything is NumPy on the host: images stay uint8 until the compiled step, which
+scales and flips them. There is no iterator and no state to save: what step k sees is a
+pure function of (seed, k), so training resumes exactly from the step number alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import operator
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from diffusion_jax.data.formats import DataError, read_npz
+from diffusion_jax.data.image_files import LazyImages, fitter, read_folder
+from diffusion_jax.data.prepared_tfds import read_tfds
+from diffusion_jax.data.sources import cifar10, digits, idx, mnist
+
+__all__ = [
+    "SOURCES",
+    "DataError",
+    "Dataset",
+    "batch_at",
+    "batch_indices",
+    "host_slice",
+    "load",
+]
+
+SOURCES = (
+    "digits",
+    "cifar10",
+    "mnist",
+    "fashion_mnist",
+    "tfds:<name>",
+    "folder:<path>",
+    "npz:<path>",
+    "idx:<images file>[,<labels file>]",
+)
+
+
+class Dataset(NamedTuple):
+    """Images and what belongs to them.
+
+    Attributes:
+      images: uint8 [N, H, W, C]; an array, or, beyond memory, a `LazyImages` that
+        has `shape`, `len` and indexing by an array of integers.
+      labels: int32 [N], or None.
+      name: the source, as it was given to `load`.
+    """
+
+    images: np.ndarray | LazyImages
+    labels: np.ndarray | None
+    name: str
+
+
+def load(
+    source: str,
+    *,
+    split: str = "train",
+    data_dir: str | os.PathLike[str] | None = None,
+    image_size: int | None = None,
+    fit: str | None = None,
+    channels: int | None = None,
+    download: bool = True,
+    skip_unreadable: bool = False,
+    memory_limit: int = 2**31,
+    progress: bool = True,
+) -> Dataset:
+    """Returns the images and labels of a source.
+
+    Args:
+      source: one of `SOURCES`. "digits" (1,797 8x8 digits) comes with scikit-learn.
+        "cifar10" is looked for in `data_dir` if given, else among what
+        tensorflow-datasets has prepared, else in the cache folder
+        (`XDG_CACHE_HOME` or `~/.cache`)/diffusion_jax, else downloaded into it.
+      split: "train" or "test"; for "tfds:" any split expression, such as
+        "train[:10%]". Folders, npz and idx files, and digits are all "train".
+      data_dir: for cifar10 the official archive, or a folder that holds it, what was
+        extracted from it, or what tensorflow-datasets prepared; for mnist and
+        fashion_mnist the folder of IDX files; for tfds its folder of prepared data.
+      image_size: pixels a side; None keeps the images' own. A folder needs it.
+      fit: how images of another size become `image_size`: "pad" (the default) puts
+        smaller ones on black; "crop" (always for a folder) cuts the middle square
+        and resamples it.
+      channels: folder only: 3 (RGB, the default) or 1 (grey).
+      download: cifar10 only: whether it may be fetched from the network.
+      skip_unreadable: folder only: leave out broken files, with a warning.
+      memory_limit: bytes; folders and tfds beyond it are read batch by batch.
+      progress: show bars on standard error, where that is a terminal.
+
+    Raises:
+      DataError: the source is unknown, missing or damaged, or does not fit.
+
+    >>> load("digits", image_size=16).images.shape
+    (1797, 16, 16, 1)
+    """
+    kind, _, argument = source.partition(":")
+    _check_arguments(source, kind, split, data_dir)
+    images: np.ndarray | LazyImages
+    labels: np.ndarray | None = None
+    if kind == "digits":
+        images, labels = digits()
+    elif kind == "cifar10":
+        images, labels = cifar10(split, data_dir, download=download, progress=progress)
+    elif kind in ("mnist", "fashion_mnist"):
+        images, labels = mnist(kind, split, data_dir)
+    elif kind == "tfds":
+        images, labels = read_tfds(
+            argument,
+            split,
+            data_dir=data_dir,
+            image_size=image_size,
+            fit=fit,
+            memory_limit=memory_limit,
+            progress=progress,
+        )
+    elif kind == "folder":
+        images = read_folder(
+            Path(argument).expanduser(),
+            _folder_size(argument, image_size, fit, channels),
+            channels=channels or 3,
+            skip_unreadable=skip_unreadable,
+            memory_limit=memory_limit,
+            progress=progress,
+        )
+    elif kind == "npz":
+        images, labels = read_npz(Path(argument).expanduser())
+    else:
+        images, labels = idx(argument)
+    return Dataset(_fit(images, image_size, fit, channels, source), labels, source)
+
+
+def check_source(source: str) -> None:
+    """Raises DataError for a source that `load` does not know; nothing is read."""
+    kind, _, argument = source.partition(":")
+    with_argument = {s.partition(":")[0]: ":" in s for s in SOURCES}
+    if kind not in with_argument or with_argument[kind] != bool(argument):
+        close = difflib.get_close_matches(kind, list(with_argument), n=1)
+        meant = next((s for s in SOURCES if close and s.startswith(close[0])), "")
+        raise DataError(
+            f"source must be one of {', '.join(SOURCES)}; got {source!r}. "
+            + (f"Did you mean {meant!r}?" if meant else "Give one of these.")
+        )
+
+
+def _check_arguments(
+    source: str,
+    kind: str,
+    split: str,
+    data_dir: str | os.PathLike[str] | None,
+) -> None:
+    """Raises where the source is unknown or is given what it does not take."""
+    check_source(source)
+    if kind in ("digits", "folder", "npz", "idx") and split != "train":
+        raise DataError(
+            f"split of {kind} must be 'train': it has no official test split; got "
+            f"{split!r}. Give 'train', or hold images out by index."
+        )
+    if kind in ("cifar10", "mnist", "fashion_mnist") and split not in ("train", "test"):
+        raise DataError(
+            f"split of {kind} must be 'train' or 'test'; got {split!r}. "
+            "Give one of the two, or select by index."
+        )
+    if kind in ("digits", "folder", "npz", "idx") and data_dir is not None:
+        raise DataError(
+            f"data_dir must not be given for {kind}; got {os.fspath(data_dir)!r}. "
+            "Put the path in the source, after the colon."
+        )
+
+
+def _folder_size(
+    argument: str, image_size: int | None, fit: str | None, channels: int | None
+) -> int:
+    """Returns the image size of a folder, having checked what goes with it."""
+    if image_size is None or fit == "pad" or channels not in (None, 1, 3):
+        raise DataError(
+            "a folder must be loaded with image_size, fit='crop' (or none) and "
+            f"channels 1 or 3; got image_size={image_size}, fit={fit!r}, "
+            f"channels={channels} for {argument}. Give for instance image_size=64."
+        )
+    fitter((None, None, channels or 3), image_size, "crop", argument)
+    return image_size
+
+
+def _fit(
+    images: np.ndarray | LazyImages,
+    image_size: int | None,
+    fit: str | None,
+    channels: int | None,
+    source: str,
+) -> np.ndarray | LazyImages:
+    """Returns the images at `image_size`; those that are already pass through."""
+    if channels not in (None, images.shape[-1]):
+        raise DataError(
+            f"channels must be the images' own {images.shape[-1]} for {source}; got "
+            f"{channels}. Leave it out: only a folder's images are converted."
+        )
+    fit_image, fitted = fitter(images.shape[1:], image_size, fit, source)
+    if fitted == images.shape[1:] or isinstance(images, LazyImages):
+        return images
+    return fit_image(images)
+
+
+def batch_indices(
+    seed: int, step: int, num_examples: int, batch_size: int
+) -> np.ndarray:
+    """Returns the int64 [batch_size] indices of the examples that a step sees.
+
+    A pure function of its arguments. The stream of steps runs through one
+    permutation an epoch, each drawn from (seed, epoch), with no break between epochs:
+    a batch may hold the end of one and the beginning of the next, and no example is
+    ever left out.
+
+    Args:
+      seed: 0 <= seed < 2**64.
+      step: 0, 1, ...; step k sees places k * batch_size onwards of the stream.
+      num_examples: size of the data set, 1 or more.
+      batch_size: of the whole batch, over all hosts, 1 or more.
+
+    Raises:
+      DataError: an argument is out of range.
+
+    >>> sorted(np.concatenate([batch_indices(0, k, 4, 2) for k in (0, 1)]).tolist())
+    [0, 1, 2, 3]
+    """
+    seed = _whole("seed", seed, 0, 2**64)
+    step = _whole("step", step, 0)
+    num_examples = _whole("num_examples", num_examples, 1)
+    batch_size = _whole("batch_size", batch_size, 1)
+    place, stop = step * batch_size, (step + 1) * batch_size
+    parts = []
+    while place < stop:
+        epoch, first = divmod(place, num_examples)
+        last = min(num_examples, first + stop - place)
+        parts.append(_permutation(seed, epoch, num_examples)[first:last])
+        place += last - first
+    return np.concatenate(parts)
+
+
+# Two epochs: the one under way and the next, which share a batch at the border.
+@functools.lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+    # The raw bits of Philox are fixed for all time, those of Generator.permutation
+    # may change with NumPy: a run must resume alike after an upgrade.
+    bits = np.random.Philox(key=seed + (epoch << 64)).random_raw(num_examples)
+    return np.argsort(bits, kind="stable").astype(np.int64)
+
+
+def host_slice(batch_size: int, process_index: int, process_count: int) -> slice:
+    """Returns the part of each global batch that one host reads.
+
+    The slices of all hosts are disjoint and together are the batch.
+
+    Args:
+      batch_size: of the whole batch, a multiple of `process_count`.
+      process_index: this host's, `jax.process_index()`.
+      process_count: `jax.process_count()`.
+
+    Raises:
+      DataError: the batch cannot be shared out evenly, or there is no such host.
+
+    >>> host_slice(128, 1, 4)
+    slice(32, 64, None)
+    """
+    process_count = _whole("process_count", process_count, 1)
+    process_index = _whole("process_index", process_index, 0, process_count)
+    batch_size = _whole("batch_size", batch_size, 1)
+    if batch_size % process_count:
+        below = batch_size // process_count * process_count
+        nearest = f"{below} or " if below else ""
+        raise DataError(
+            f"batch_size must be a multiple of process_count; got {batch_size} for "
+            f"{process_count} hosts. Give {nearest}{below + process_count}."
+        )
+    share = batch_size // process_count
+    return slice(process_index * share, (process_index + 1) * share)
+
+
+def batch_at(dataset: Dataset, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns `{"image": uint8 [B, H, W, C]}`, and `"label": int32 [B]` if labelled.
+
+    Args:
+      dataset: what `load` returned.
+      indices: integers [B], 0 <= index < N.
+
+    Raises:
+      DataError: an index lies outside the data set.
+    """
+    indices = np.asarray(indices)
+    size = len(dataset.images)
+    if indices.dtype.kind not in "iu" or indices.ndim != 1:
+        raise DataError(
+            f"indices must be integers of shape [B]; got {indices.dtype} of shape "
+            f"{indices.shape}. Use batch_indices."
+        )
+    if indices.size and (indices.min() < 0 or indices.max() >= size):
+        raise DataError(
+            f"indices must lie in 0..{size - 1}, the images of {dataset.name}; got "
+            f"{indices.min()}..{indices.max()}. Give batch_indices this data set's "
+            "own length."
+        )
+    batch = {"image": dataset.images[indices]}
+    if dataset.labels is not None:
+        batch["label"] = dataset.labels[indices]
+    return batch
+
+
+def _whole(name: str, value: int, low: int, high: int | None = None) -> int:
+    """Returns value as a Python int, which cannot overflow; raises if out of range."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = low - 1
+    if number < low or (high is not None and number >= high):
+        bound = f"{low} <= {name}" + ("" if high is None else f" < {high}")
+        raise DataError(
+            f"{name} must be a whole number with {bound}; got {value!r}. "
+            "Give one in that range."
+        )
+    return number

@@ -1,0 +1,220 @@
+"""Pictures: grids and strips of images, and plots of a run."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from diffusion_jax.storage import files
+
+
+def to_uint8(x: np.ndarray) -> np.ndarray:
+    """Returns images scaled to [-1, 1] as uint8, clipped and rounded to the nearest.
+
+    What is not a number, as of a network that has diverged, is black.
+
+    >>> print(to_uint8(np.array([-1.2, -1.0, 0.0, 1.0, np.nan])))
+    [  0   0 128 255   0]
+    """
+    values = np.clip((np.asarray(x, np.float64) + 1) * 127.5, 0, 255)
+    return np.rint(np.nan_to_num(values, nan=0.0)).astype(np.uint8)
+
+
+def grid(
+    images: np.ndarray, *, columns: int | None = None, side: int = 64, gap: int = 4
+) -> Image.Image:
+    """Returns one picture of many, in rows, on a white ground.
+
+    Args:
+      images: uint8, [N, H, W, C] with 1 or 3 channels.
+      columns: images a row; as square as possible when not given.
+      side: small images are enlarged by a whole factor to about this many pixels, each
+        pixel staying a sharp square.
+      gap: pixels between images.
+
+    Raises:
+      ValueError: images of another type or shape.
+
+    >>> grid(np.zeros([6, 8, 8, 1], np.uint8), columns=3).size
+    (208, 140)
+    """
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or images.dtype != np.uint8:
+        raise ValueError(
+            "images must be uint8 of shape [N, H, W, 1 or 3]; got "
+            f"{images.dtype} {images.shape}. to_uint8 makes them from [-1, 1]."
+        )
+    count, height, width, channels = images.shape
+    columns = min(columns or int(np.ceil(np.sqrt(count))), count)
+    rows = -(-count // columns)
+    factor = max(1, round(side / max(height, width)))
+    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    cell_height, cell_width = height * factor + gap, width * factor + gap
+    canvas = np.full(
+        (rows * cell_height + gap, columns * cell_width + gap, channels), 255, np.uint8
+    )
+    for i, image in enumerate(images):
+        top = gap + i // columns * cell_height
+        left = gap + i % columns * cell_width
+        canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
+
+
+def save(image: Image.Image, path: str | os.PathLike[str]) -> Path:
+    """Writes a picture under a temporary name, then renames it; returns the path."""
+    path = Path(path)
+    with files.replacing(path) as file:
+        image.save(file, format="PNG")
+    return path
+
+
+def curve(
+    steps: Sequence[int],
+    values: Sequence[float],
+    *,
+    title: str,
+    ylabel: str,
+    path: str | os.PathLike[str],
+    xlabel: str = "training step",
+) -> Path:
+    """Plots values against steps to a PNG file; returns the path.
+
+    Args:
+      steps: x, in steps.
+      values: y; the axis is logarithmic where all are above 0.
+      title: what the plot shows.
+      ylabel: what y is, with its unit.
+      path: where the PNG goes.
+      xlabel: what x is.
+    """
+    figure, (axes,) = _figure(1)
+    axes.plot(steps, values, color="#2a6f97", linewidth=1.5)
+    if len(values) and min(values) > 0:
+        axes.set_yscale("log")
+        _plain_numbers(axes.yaxis, values)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    return save(_render(figure), path)
+
+
+def curves(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+) -> Image.Image:
+    """Returns a plot of several curves, both axes logarithmic, with a legend.
+
+    Args:
+      series: points (x, y), both above 0, by the name of their curve.
+      title: what the plot shows.
+      xlabel: what x is.
+      ylabel: what y is, with its unit.
+    """
+    figure, (axes,) = _figure(1)
+    figure.set_size_inches(9, 5)
+    from matplotlib import colormaps
+
+    colors = colormaps["tab20"](np.arange(20))
+    for i, (name, points) in enumerate(series.items()):
+        x, y = zip(*sorted(points), strict=True) if points else ((), ())
+        style = {"marker": "osD^v"[i % 5], "markersize": 4, "linewidth": 1.5}
+        axes.plot(x, y, label=name, color=colors[i * 2 % 20 + i // 10], **style)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    everything = [point for points in series.values() for point in points]
+    _plain_numbers(axes.xaxis, [x for x, _ in everything])
+    _plain_numbers(axes.yaxis, [y for _, y in everything])
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return _render(figure)
+
+
+def bars(
+    names: Sequence[str], columns: Mapping[str, Sequence[float]], *, title: str
+) -> Image.Image:
+    """Returns bars side by side, a row a name and a panel a column, with the numbers.
+
+    Args:
+      names: of the rows, from top to bottom.
+      columns: values above 0, one a row, by the name of their panel. Its axis is
+        logarithmic where they differ by more than ten times.
+      title: what the plot shows.
+    """
+    figure, axes = _figure(len(columns))
+    figure.set_size_inches(3.2 * len(columns) + 2, 0.3 * len(names) + 1.2)
+    figure.suptitle(title)
+    for axis, (column, values) in zip(axes, columns.items(), strict=True):
+        rows = np.arange(len(names))[::-1]
+        axis.barh(rows, values, color="#2a6f97", height=0.7)
+        finite = [value for value in values if np.isfinite(value)]
+        if finite and max(finite) > 10 * min(finite) > 0:
+            axis.set_xscale("log")
+            _plain_numbers(axis.xaxis, finite)
+        for row, value in zip(rows, values, strict=True):
+            axis.annotate(
+                f"{value:.3g}",
+                (value, row),
+                xytext=(3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+            )
+        axis.margins(x=0.2)
+        axis.grid(False, which="both")
+        axis.set(xlabel=column, yticks=[])
+    axes[0].set_yticks(np.arange(len(names))[::-1], names)
+    return _render(figure)
+
+
+def rate_distortion(
+    steps: np.ndarray, rate: np.ndarray, distortion: np.ndarray
+) -> Image.Image:
+    """Returns distortion and rate against reverse steps, and against each other.
+
+    Args:
+      steps: reverse steps taken, [T].
+      rate: bits/dim received until then, [T].
+      distortion: root mean squared error on the scale of 0..255, [T].
+    """
+    figure, axes = _figure(3)
+    error, bits = "distortion (RMSE of 255)", "rate (bits/dim)"
+    for axis, x, y, xlabel, ylabel in (
+        (axes[0], steps, distortion, "reverse steps", error),
+        (axes[1], steps, rate, "reverse steps", bits),
+        (axes[2], rate, distortion, bits, error),
+    ):
+        axis.plot(x, y, color="#2a6f97", linewidth=1.5)
+        axis.set(xlabel=xlabel, ylabel=ylabel)
+    return _render(figure)
+
+
+def _figure(count: int) -> tuple[Any, list[Any]]:
+    """Returns a figure with so many plots side by side."""
+    # Imported here because it takes a second, which `--help` should not.
+    from matplotlib.figure import Figure
+
+    width = 7 if count == 1 else 4 * count
+    figure = Figure(figsize=(width, 4), dpi=120, layout="constrained")
+    axes = list(figure.subplots(1, count, squeeze=False)[0])
+    for axis in axes:
+        axis.grid(True, which="both", color="#dddddd", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _plain_numbers(axis: Any, values: Sequence[float]) -> None:
+    """Numbers in full on a logarithmic axis; between the powers too where few fit."""
+    axis.set_major_formatter("{x:g}")
+    few = len(values) > 0 and max(values) < 10 * min(values)
+    axis.set_minor_formatter("{x:g}" if few else "")
+
+
+def _render(figure: Any) -> Image.Image:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

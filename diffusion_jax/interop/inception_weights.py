@@ -1,0 +1,398 @@
+"""Weights of the Inception network: found, read by content, checked and saved.
+
+The network was released once, 2015-12-05, and lives on in several files. Read are
+
+  graphdef      classify_image_graph_def.pb, alone or in inception-2015-12-05.tgz
+  safetensors   what `save` writes, or PyTorch's names (pytorch-fid's conversion)
+  pytorch       pt_inception-2015-12-05-6726825d.pth, where PyTorch is installed
+
+by their content, whatever they are called. Nothing in a file is ever executed: the
+graph is read as data, and of pickles only PyTorch's, by its own `weights_only` reader.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax.data.formats import DataError
+from diffusion_jax.interop import graphdef
+from diffusion_jax.nets import inception
+from diffusion_jax.storage import archives, tensor_files
+from diffusion_jax.storage.download import fetch
+
+VARIABLE = "DIFFUSION_JAX_INCEPTION"
+URL = (
+    "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/"
+    "classify_image_graph_def.pb"
+)
+# Looked for in the cache folder in this order.
+FILES = (
+    "inception.safetensors",
+    "classify_image_graph_def.pb",
+    "inception-2015-12-05.tgz",
+    "pt_inception-2015-12-05-6726825d.pth",
+)
+# The files have some 95 MB; more than this is no such file, or a bomb.
+_MAX_BYTES = 2**29
+# How PyTorch began its files before 2020: the pickle of one known number.
+_PYTORCH_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
+# torchvision's names: of the first convolutions, then of each block and, in order, of
+# its lone convolution and its towers.
+_STEM = ("1a_3x3", "2a_3x3", "2b_3x3", "3b_1x1", "4a_3x3")
+_BLOCKS = (
+    "5b 1x1 5x5 3x3dbl _pool",
+    "5c 1x1 5x5 3x3dbl _pool",
+    "5d 1x1 5x5 3x3dbl _pool",
+    "6a 3x3 3x3dbl",
+    "6b 1x1 7x7 7x7dbl _pool",
+    "6c 1x1 7x7 7x7dbl _pool",
+    "6d 1x1 7x7 7x7dbl _pool",
+    "6e 1x1 7x7 7x7dbl _pool",
+    "7a - 3x3 7x7x3",
+    "7b 1x1 3x3 3x3dbl _pool",
+    "7c 1x1 3x3 3x3dbl _pool",
+)
+
+
+class _Source(NamedTuple):
+    """Where a format has a tensor: its name there and the order of its axes."""
+
+    name: str
+    axes: tuple[int, ...] | None = None
+    optional: bool = False
+    """Whether it may be absent, and is then all ones."""
+
+
+class Weights(NamedTuple):
+    """What a file holds."""
+
+    variables: dict[str, Any]
+    """`params` and `batch_stats`, as `inception.Inception.apply` takes them."""
+    sha256: str
+    """Of the file as it lies on disk, in hexadecimal."""
+    format: str
+    """One of "graphdef", "safetensors" and "pytorch"."""
+
+
+def find(path: str | os.PathLike[str] | None = None, *, download: bool = False) -> Path:
+    """Returns where the weights lie.
+
+    They are `path`; failing that, what the environment variable
+    DIFFUSION_JAX_INCEPTION names; failing that, the first of `FILES` in the folder
+    diffusion_jax of the user's cache ($XDG_CACHE_HOME or ~/.cache).
+
+    Args:
+      path: the file, if it is known.
+      download: whether to fetch the released graph (95 MB) if there is none. Nobody
+        publishes its digest: the one it had is warned of, and written beside it, and
+        `load` holds the file to it.
+
+    Raises:
+      DataError: a file that was named does not exist, or there is none.
+    """
+    for source, named in (("path", path), (VARIABLE, os.environ.get(VARIABLE))):
+        if named:
+            if not Path(named).is_file():
+                raise DataError(
+                    f"{source} must name the Inception weights, a file; got {named}, "
+                    "which is none. Correct it, or leave it out to search the cache."
+                )
+            return Path(named)
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = folder / "diffusion_jax"
+    for name in FILES:
+        if (folder / name).is_file():
+            return folder / name
+    if not download:
+        raise DataError(
+            f"the Inception weights must be given, be named by {VARIABLE}, or lie in "
+            f"{folder}; got none of {', '.join(FILES)} there. Allow the download, or "
+            f"put there by hand what lies at {URL}."
+        )
+    got = fetch(URL, folder / FILES[1], sha256=None, most=_MAX_BYTES)
+    digest = hashlib.sha256(got.read_bytes()).hexdigest()
+    _noted(got).write_text(f"{digest}  {got.name}\n")
+    warnings.warn(
+        f"no digest of {URL} is published to check it by; what came has SHA-256 "
+        f"{digest}. Compare it with a colleague's.",
+        stacklevel=2,
+    )
+    return got
+
+
+def load(path: str | os.PathLike[str]) -> Weights:
+    """Returns the weights in a file, every tensor of them checked.
+
+    A file whose name ends in the first eight digits of its SHA-256, as PyTorch's do
+    ("-6726825d.pth"), or that has a digest noted beside it, must have that digest.
+
+    Args:
+      path: a file in any of the formats above.
+
+    Raises:
+      DataError: no such file, another format, damage, a pickle that could run code,
+        or tensors that are not the network's; all of these are listed at once.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise DataError(
+                f"the Inception weights must have at most {_MAX_BYTES} bytes; got "
+                f"{path.stat().st_size} in {path}. Give the released file."
+            )
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"the Inception weights must be a readable file; got {error}. "
+            "Check the path."
+        ) from error
+    digest = hashlib.sha256(content).hexdigest()
+    _check_digest(path, digest)
+    kind = _format(path, content)
+    if kind == "tgz":
+        content = _from_archive(content, path)
+        kind = "graphdef" if content[:1] == b"\n" else "unknown"
+    if kind == "graphdef":
+        found = graphdef.read(content, path)
+        variables = _assemble(found, _graph_names(), path, others_allowed=True)
+    elif kind in ("safetensors", "pytorch"):
+        found = _read(path)
+        theirs = any(name.endswith(".conv.weight") for name in found)
+        names = _pytorch_names() if theirs or kind == "pytorch" else _own_names()
+        variables = _assemble(found, names, path)
+    else:
+        raise _refusal(path, kind, content)
+    return Weights(variables, digest, kind)
+
+
+def save(variables: Mapping[str, Any], path: str | os.PathLike[str]) -> str:
+    """Returns the SHA-256 of the safetensors file that now holds the variables.
+
+    A tensor is called by its module's path and its own name: "mixed/tower/conv_1/" +
+    "kernel" (HWIO), "scale", "bias", "mean" or "var", "softmax/" + "kernel" (IO) or
+    "bias". All are float32.
+
+    Args:
+      variables: `params` and `batch_stats` of `inception.Inception`.
+      path: where the file shall lie; whatever was there is replaced at the end.
+
+    Raises:
+      DataError: the variables are not the network's, or the disk refuses.
+    """
+    found = {}
+    for tree in variables.values():
+        for name, array in flax.traverse_util.flatten_dict(tree, sep="/").items():
+            found[name] = np.ascontiguousarray(array)
+    path = Path(path)
+    _assemble(found, _own_names(), path)
+    return tensor_files.write_safetensors(path, found)
+
+
+@functools.cache
+def shapes() -> Mapping[str, tuple[int, ...]]:
+    """Returns the shape of each of the 472 tensors, by the names that `save` uses."""
+    images = jax.ShapeDtypeStruct((1, inception.SIDE, inception.SIDE, 3), jnp.uint8)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    made = jax.eval_shape(inception.Inception().init, key, images)
+    return {
+        name: leaf.shape
+        for tree in made.values()
+        for name, leaf in flax.traverse_util.flatten_dict(tree, sep="/").items()
+    }
+
+
+def _format(path: Path, content: bytes) -> str:
+    """Returns what the first bytes say: a format, "tgz", "pickle" or "unknown"."""
+    if content[:2] == b"\x1f\x8b":
+        return "tgz"
+    kind = tensor_files.kind_of(path)
+    return "graphdef" if kind == "unknown" and content[:1] == b"\n" else kind
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """Returns the tensors of a safetensors file or of PyTorch's."""
+    try:
+        return tensor_files.read(path).arrays
+    except DataError as error:
+        raise DataError(
+            f"{error} Of Inception that is the file that pytorch-fid publishes, and "
+            "python -m experiments.convert_inception IN OUT.safetensors."
+        ) from error
+
+
+def _refusal(path: Path, kind: str, content: bytes) -> DataError:
+    if kind == "pickle" or path.suffix in (".pkl", ".pickle"):
+        return DataError(
+            f"{path} must be data; got a pickle, which is a program. It was not run. "
+            f"Give the released graph instead: {URL}."
+        )
+    return DataError(
+        f"{path} must be a TensorFlow GraphDef (.pb, or in a .tgz), safetensors or a "
+        f"PyTorch file; got one that begins with {content[:8]!r}. Give the released "
+        f"graph: {URL}."
+    )
+
+
+def _noted(path: Path) -> Path:
+    """Returns where the digest of a downloaded file is written."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _check_digest(path: Path, digest: str) -> None:
+    named = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
+    expected = [named[1]] if named else []
+    if _noted(path).is_file():
+        expected += _noted(path).read_text(errors="replace").split()[:1]
+    for start in expected:
+        if not digest.startswith(start):
+            raise DataError(
+                f"{path} must have a SHA-256 that begins with {start} (from its name "
+                f"or {_noted(path).name}); got {digest}. The file was cut off, damaged "
+                "or changed: remove both and download it again."
+            )
+
+
+def _from_archive(content: bytes, path: Path) -> bytes:
+    """Returns the graph in an archive; nothing of it touches the disk."""
+    wanted = "classify_image_graph_def.pb"
+    try:
+        found = archives.read_tar(
+            io.BytesIO(content),
+            lambda name: PurePosixPath(name).name == wanted,
+            most=_MAX_BYTES,
+            total=2 * _MAX_BYTES,
+        )
+    except archives.ArchiveError as error:
+        raise DataError(
+            f"{path} must be a whole .tgz archive; got {error}. Download it again."
+        ) from error
+    if found:
+        return next(iter(found.values()))
+    raise DataError(
+        f"{path} must hold {wanted}; got an archive without it. "
+        "Give inception-2015-12-05.tgz as it was released."
+    )
+
+
+def _own_names() -> dict[str, _Source]:
+    return {name: _Source(name) for name in shapes()}
+
+
+def _graph_names() -> dict[str, _Source]:
+    """Returns where the released graph has each tensor.
+
+    The scales are all ones, since they were not trained, and may be left out.
+    """
+    leaves = {
+        "kernel": "conv2d_params",
+        "scale": "batchnorm/gamma",
+        "bias": "batchnorm/beta",
+        "mean": "batchnorm/moving_mean",
+        "var": "batchnorm/moving_variance",
+    }
+    names = {}
+    for own in shapes():
+        module, leaf = own.rsplit("/", 1)
+        names[own] = _Source(f"{module}/{leaves[leaf]}", optional=leaf == "scale")
+    names["softmax/kernel"] = _Source("softmax/weights")
+    names["softmax/bias"] = _Source("softmax/biases")
+    return names
+
+
+def _pytorch_names() -> dict[str, _Source]:
+    """Returns where pytorch-fid has each tensor: OIHW, and torchvision's names."""
+    leaves = {
+        "kernel": ("conv.weight", (2, 3, 1, 0)),
+        "scale": ("bn.weight", None),
+        "bias": ("bn.bias", None),
+        "mean": ("bn.running_mean", None),
+        "var": ("bn.running_var", None),
+    }
+    names = {}
+    for own in shapes():
+        module, leaf = own.rsplit("/", 1)
+        if module != "softmax":
+            name, axes = leaves[leaf]
+            names[own] = _Source(f"{_pytorch_module(module)}.{name}", axes)
+    names["softmax/kernel"] = _Source("fc.weight", (1, 0))
+    names["softmax/bias"] = _Source("fc.bias")
+    return names
+
+
+def _pytorch_module(module: str) -> str:
+    """Returns torchvision's name of a convolution.
+
+    >>> _pytorch_module("mixed_10/tower_1/mixed/conv_1")
+    'Mixed_7c.branch3x3dbl_3b'
+    """
+    block, *inner = module.split("/")
+    if not inner:
+        return f"Conv2d_{_STEM[_number(module)]}"
+    place, *branches = _BLOCKS[_number(block)].split()
+    if inner[0] == "conv":
+        return f"Mixed_{place}.branch{branches[0]}"
+    tower = branches[1 + _number(inner[0])]
+    if tower == "_pool":
+        return f"Mixed_{place}.branch_pool"
+    last = _number(inner[-1])
+    if inner[1] == "mixed":  # the halves of a split: 2a and 2b, or 3a and 3b
+        return f"Mixed_{place}.branch{tower}_{2 + _number(inner[0])}{'ab'[last]}"
+    return f"Mixed_{place}.branch{tower}_{1 + last}"
+
+
+def _number(name: str) -> int:
+    """Returns k of "conv_k", and 0 of "conv"."""
+    return int(name.partition("_")[2] or 0)
+
+
+def _assemble(
+    found: Mapping[str, Any],
+    names: Mapping[str, _Source],
+    path: Path,
+    *,
+    others_allowed: bool = False,
+) -> dict[str, Any]:
+    """Returns the variables made of tensors found under a format's names."""
+    flat, missing, wrong = {}, [], []
+    for own, shape in shapes().items():
+        name, axes, optional = names[own]
+        if name not in found and not optional:
+            missing.append(name)
+            continue
+        array = found.get(name, np.ones(shape, np.float32))
+        theirs = tuple(shape[i] for i in np.argsort(axes)) if axes else shape
+        if array.shape != theirs or array.dtype != np.float32:
+            wrong.append(f"{name} {array.dtype} {array.shape}, not float32 {theirs}")
+        elif not np.isfinite(array).all() or (own.endswith("/var") and array.min() < 0):
+            wrong.append(f"{name} with values that no such tensor has")
+        else:
+            flat[own] = np.ascontiguousarray(array.transpose(axes) if axes else array)
+    known = {name for name, *_ in names.values()}
+    # PyTorch counts what it has averaged over; that is no part of the network.
+    unknown = [n for n in found if not (n in known or n.endswith("_batches_tracked"))]
+    if missing or wrong or (unknown and not others_allowed):
+        kinds = {"missing": missing, "wrong": wrong, "unknown": unknown}
+        lists = [f"{kind}: {', '.join(of)}" for kind, of in kinds.items() if of]
+        raise DataError(
+            f"{path} must hold the {len(flat) + len(missing) + len(wrong)} tensors of "
+            f"the Inception network of 2015-12-05; got {'; '.join(lists)}. Other "
+            "networks, torchvision's among them, do not fit: give the released file."
+        )
+    variables: dict[str, dict] = {"params": {}, "batch_stats": {}}
+    for own, array in flat.items():
+        kind = "batch_stats" if own.endswith(("/mean", "/var")) else "params"
+        variables[kind][tuple(own.split("/"))] = array
+    return {k: flax.traverse_util.unflatten_dict(v) for k, v in variables.items()}

@@ -1,0 +1,1 @@
+"""What commands and notebooks share: configurations, runs, trained networks."""

@@ -1,0 +1,1 @@
+"""Images drawn with a trained network: samples, edits, figures."""

@@ -1,0 +1,114 @@
+"""Samples on disk: drawn in batches, so that an interrupted evaluation goes on."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from diffusion_jax.evaluation import pictures
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema.config import Config
+from diffusion_jax.lab.wiring import chains
+from diffusion_jax.training import parallel
+
+
+def digest(tree: Any) -> str:
+    """Returns a sha256 over all arrays of a tree, with their names and types."""
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        total.update(f"{jax.tree_util.keystr(path)}{array.dtype}{array.shape}".encode())
+        total.update(np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()
+
+
+def to_disk(
+    folder: Path,
+    config: Config,
+    params: Any,
+    *,
+    count: int,
+    seed: int,
+    batch_size: int,
+) -> np.ndarray:
+    """Returns uint8 samples, [count, H, W, C], drawing those that are not there yet.
+
+    All devices of all hosts draw; only the first host gets the samples.
+
+    The file is named after all that decides what is in it, so that other weights or
+    another sampler never meet old samples.
+
+    Args:
+      folder: where the samples go.
+      config: of the run, with the way to sample.
+      params: the weights to draw with.
+      count: how many images.
+      seed: of the noise; image i depends on (seed, i) alone.
+      batch_size: images at a time.
+    """
+    about = {
+        "weights": digest(params),
+        "seed": seed,
+        "count": count,
+        **chains.describe_sampling(config),
+    }
+    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    path, record = folder / f"{name}.npy", folder / f"{name}.json"
+    shape = (count, *(config.data.image_size,) * 2, config.data.channels)
+    done = _done(path, record, about, shape)
+    # Every host draws its part of each batch; the first one knows and writes.
+    hosts, host = jax.process_count(), jax.process_index()
+    if hosts > 1:
+        done = int(multihost_utils.broadcast_one_to_all(np.asarray(done)))
+    array: Any = np.zeros(0, np.uint8)
+    if host == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not done:
+            record.unlink(missing_ok=True)  # an old note must not outlive its file
+        mode: Any = "r+" if done else "w+"
+        array = np.lib.format.open_memmap(path, mode, np.uint8, shape)
+    if done == count:
+        return array
+    if done:
+        print(f"going on from sample {done:,} of {count:,}")
+    share = -(-min(batch_size, count) // hosts)
+    mesh = parallel.local_mesh()
+    draw = chains.make_draw(config, share, mesh)
+    params, key = jax.tree.map(np.asarray, params), jax.random.key(seed)
+    quiet = host > 0 or not sys.stderr.isatty()
+    bar = tqdm(total=count, initial=done, unit="image", disable=quiet)
+    with bar:
+        for first in range(done, count, share * hosts):
+            batch = pictures.to_uint8(draw(params, key, first + host * share))
+            if hosts > 1:
+                batch = multihost_utils.process_allgather(batch, tiled=True)
+            batch = batch[: count - first]
+            if host == 0:
+                array[first : first + len(batch)] = batch
+                # The samples reach the disk before the note that says they are there.
+                array.flush()
+                runs.write_json(record, {**about, "done": first + len(batch)})
+            bar.update(len(batch))
+    return array
+
+
+def _done(
+    path: Path, record: Path, about: dict[str, Any], shape: tuple[int, ...]
+) -> int:
+    """Returns how many samples are on disk: none, unless file and note are whole."""
+    try:
+        note = json.loads(record.read_text())
+        stored = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError):
+        return 0
+    whole = stored.shape == shape and stored.dtype == np.uint8
+    if not isinstance(note, dict) or not whole:
+        return 0
+    done = note.pop("done", 0)
+    return int(done) if note == about and 0 <= done <= shape[0] else 0

@@ -1,0 +1,158 @@
+"""Figures 6, 7 and 10 of the paper (Ho et al. 2020), from a trained network."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax import samplers
+from diffusion_jax.evaluation import metrics, pictures
+from diffusion_jax.lab.measure import extractors, reference
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.wiring import build, chains
+
+FRAMES = 9
+SHARED_AT = (1.0, 0.75, 0.5, 0.25)
+"""Shares of T at which Fig. 7 lets the chains part: t = 1000, 750, 500, 250."""
+
+
+def chain(
+    config: Config,
+    params: Any,
+    *,
+    count: int,
+    seed: int,
+    frames: int = FRAMES,
+) -> tuple[np.ndarray, samplers.Trajectory]:
+    """Returns samples, [count, H, W, C], and their chain at evenly spaced steps.
+
+    Noise that explodes is shown as wide as the data: x_t is divided by sigma above 1.
+    """
+    grid, std = chains.make_grid(config), chains.start_std(config)
+    size = config.data.image_size
+    shape = (count, size, size, config.data.channels)
+    chosen = np.unique(np.linspace(0, len(grid) - 2, frames).astype(int)).tolist()
+
+    @jax.jit
+    def run(params: Any, key: jax.Array) -> Any:
+        sampler = chains.make_sampler(config, params)
+        end, seen = samplers.trajectory(
+            key, sampler, grid, shape, chosen, start_std=std
+        )
+        return end, seen.x_t, seen.x0
+
+    end, x_t, x0 = jax.tree.map(np.asarray, run(params, jax.random.key(seed)))
+    levels = chains.sampling_schedule(config, params)
+    times = grid[chosen] if config.sample.sampler == "ode" else grid[chosen].astype(int)
+    width = np.maximum(np.asarray(levels(times).sigma), 1)[:, None, None, None, None]
+    return end, samplers.Trajectory(grid[chosen], x_t / width, x0)
+
+
+def strip(end: np.ndarray, frames: Any) -> Any:
+    """Returns a picture with a row an image: frames [K, B, H, W, C], then the end."""
+    rows = pictures.to_uint8(np.stack([*frames, end], axis=1))
+    return pictures.grid(rows.reshape(-1, *rows.shape[2:]), columns=rows.shape[1])
+
+
+def shared(
+    config: Config,
+    params: Any,
+    *,
+    count: int,
+    seed: int,
+) -> Any:
+    """Returns Fig. 7: in each row, samples that share x_t and then part.
+
+    From top to bottom t is T, 3/4 T, T/2 and T/4. The first picture of a row is x_t.
+    """
+    grid, std = chains.make_grid(config), chains.start_std(config)
+    size = config.data.image_size
+    shape = (1, size, size, config.data.channels)
+    parts = [int(np.argmin(np.abs(grid - grid[0] * share))) for share in SHARED_AT]
+    root = jax.random.key(seed)
+    if config.net.classes and config.sample.label is None:
+        raise ConfigError(
+            "label must be given with a run that has classes, where samples share x_t; "
+            f"got none. Choose one with --label, 0 to {config.net.classes - 1}."
+        )
+    if len(set(parts)) < len(parts):
+        raise ConfigError(
+            f"steps must be at least {len(SHARED_AT)}, for as many places to part; got "
+            f"{len(grid) - 1}. Give more with --steps."
+        )
+
+    @jax.jit
+    def start(params: Any) -> jax.Array:
+        sampler = chains.make_sampler(config, params)
+        _, seen = samplers.trajectory(root, sampler, grid, shape, parts, start_std=std)
+        return seen.x_t
+
+    rows = []
+    for i, (part, x_t) in enumerate(zip(parts, start(params), strict=True)):
+
+        @jax.jit
+        def rest(params: Any, x_t: jax.Array, key: jax.Array, part: int = part) -> Any:
+            sampler = chains.make_sampler(config, params)
+            many = jnp.broadcast_to(x_t, (count, *shape[1:]))
+            return samplers.sample(key, sampler, grid[part:], many.shape, start=many)
+
+        ends = rest(params, x_t, jax.random.fold_in(root, i + 1))
+        rows.append(np.concatenate([np.asarray(x_t), np.asarray(ends)]))
+    return pictures.grid(pictures.to_uint8(np.concatenate(rows)), columns=count + 1)
+
+
+def quality(
+    config: Config,
+    params: Any,
+    folder: Path,
+    *,
+    count: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Writes Fig. 10: how far x0, as seen along the chain, is from the data.
+
+    Args:
+      config: of the run, with the way to sample.
+      params: the weights.
+      folder: where quality.json and quality.png go.
+      count: samples; more than the extractor has features.
+      seed: of the samples.
+
+    Raises:
+      ConfigError: too few samples.
+    """
+    dataset = build.load_data(config)
+    extractor = extractors.choose("auto", config, dataset)
+    if count <= extractor.dimension:
+        raise ConfigError(
+            f"count must be above {extractor.dimension}, the number of features of "
+            f"{extractor.name}; got {count}. Draw more with --count."
+        )
+    real = reference.of(config, dataset.images, "train", extractor, batch_size=64)
+    grid = chains.make_grid(config)
+    end, seen = chain(config, params, count=count, seed=seed, frames=13)
+    name = extractor.distance(count)
+    rows = []
+    for t, x0 in [*zip(seen.t.tolist(), seen.x0, strict=True), (0, end)]:
+        features, _ = extractors.extract(
+            extractor, pictures.to_uint8(x0), batch_size=64, label=f"t = {t}"
+        )
+        moments = reference.gaussian_of(features)
+        distance = metrics.frechet_distance(*moments, real.mean, real.covariance)
+        rows.append({"t": t, name: distance})
+        print(f"  x0 seen at t = {t:5,}   {name} {distance:10.3f}")
+    done = [config.diffusion.num_steps * (1 - row["t"] / grid[0]) for row in rows]
+    pictures.curve(
+        done,
+        [row[name] for row in rows],
+        title=f"{config.name}: x0 as seen along the chain",
+        xlabel="reverse steps taken, of T",
+        ylabel=name,
+        path=folder / "quality.png",
+    )
+    result = {"count": count, "seed": seed, "extractor": extractor.name, "rows": rows}
+    runs.write_json(folder / "quality.json", result)
+    return result

@@ -1,0 +1,179 @@
+"""Extractors: networks that turn images into the features that are compared."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from diffusion_jax.data import datasets
+from diffusion_jax.interop import inception_weights
+from diffusion_jax.lab.process import hosts
+from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.nets import inception
+from diffusion_jax.training import parallel
+from experiments import train_classifier
+
+Batch = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+class Extractor(NamedTuple):
+    """A network and what has to be written beside every number it gives."""
+
+    name: str
+    """inception, or <data>_classifier."""
+    dimension: int
+    """Number of features of an image."""
+    apply: Batch
+    """From uint8 images [B, H, W, C] to (features [B, D], logits [B, K])."""
+    details: dict[str, Any]
+    """File, sha256 and protocol."""
+
+    def distance(self, count: int) -> str:
+        """Returns what the Frechet distance of so many samples is called."""
+        if self.name != "inception":
+            return f"fd_{self.name}"
+        return "FID" if count >= 50_000 else f"FID@{count}"
+
+
+def choose(
+    kind: str,
+    config: Config,
+    dataset: datasets.Dataset,
+    *,
+    weights: str | None = None,
+    download: bool = False,
+    preprocessing: str = "tensorflow",
+) -> Extractor:
+    """Returns the extractor that was asked for, or the best one that is at hand.
+
+    Args:
+      kind: "inception", "classifier", or "auto": Inception where its weights are found
+        and the images have 32 pixels or more a side, else the classifier, which is
+        trained first where there is none yet.
+      config: the run's configuration.
+      dataset: its training images, for the classifier.
+      weights: file of the Inception weights; searched for when not given.
+      download: whether they may be downloaded.
+      preprocessing: "tensorflow" or "pytorch-fid".
+
+    Raises:
+      DataError: the weights are missing or damaged.
+      ConfigError: no classifier can be trained on these data.
+    """
+    if kind == "auto":
+        kind = "classifier"
+        if weights or download:
+            kind = "inception"
+        elif config.data.image_size >= 32:
+            try:
+                inception_weights.find()
+                kind = "inception"
+            except datasets.DataError:
+                pass
+    if kind == "inception":
+        return _inception(weights, download, preprocessing)
+    return _classifier(config, dataset)
+
+
+def _inception(path: str | None, download: bool, preprocessing: str) -> Extractor:
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        loaded = inception_weights.load(inception_weights.find(path, download=download))
+    for note in notes:
+        print(f"note: {note.message}")
+    net, mesh = inception.Inception(preprocessing=preprocessing), parallel.local_mesh()
+    variables = jax.device_put(loaded.variables, parallel.replicated(mesh))
+    compiled = jax.jit(net.apply)
+
+    def apply(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        # Filled up to what the devices can share, and cut again.
+        short = -len(images) % mesh.size
+        padded = np.pad(images, ((0, short), (0, 0), (0, 0), (0, 0)), mode="edge")
+        seen: Any = compiled(variables, jax.device_put(padded, parallel.sharded(mesh)))
+        return tuple(np.asarray(x)[: len(images)] for x in seen)  # type: ignore[return-value]
+
+    details = {
+        "sha256": loaded.sha256,
+        "format": loaded.format,
+        "preprocessing": preprocessing,
+    }
+    return Extractor("inception", 2048, apply, details)
+
+
+def _classifier(config: Config, dataset: datasets.Dataset) -> Extractor:
+    path = train_classifier.path_of(config)
+    if jax.process_count() > 1 and not path.exists():
+        raise ConfigError(
+            f"the classifier must be trained before several hosts use it; got none at "
+            f"{path}. Train it on one: python -m experiments.train_classifier, or "
+            "evaluate once with --hosts 1."
+        )
+    if path.exists():
+        judge = train_classifier.load(path)
+    else:
+        if train_classifier.has_labels(dataset):
+            print(f"training a classifier of {config.data.source}: {path}")
+        judge = train_classifier.train(config, dataset)
+
+    def apply(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        features, logits = train_classifier.features_of(
+            judge.params, judge.num_classes, images
+        )
+        return features, logits
+
+    details = {
+        "file": str(path),
+        "sha256": judge.sha256,
+        "accuracy_on_held_out": judge.accuracy,
+        "classes": judge.num_classes,
+    }
+    name = path.stem.rsplit("_", 1)[0] + "_classifier"
+    return Extractor(name, train_classifier.WIDTH, apply, details)
+
+
+def extract(
+    extractor: Extractor, images: Any, *, batch_size: int, label: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns features [N, D] and logits [N, K] of images, float32, with a bar.
+
+    On several hosts all must call it: each does its share of every batch of the first
+    host's images, whatever its own are, and gets the features of all.
+    """
+    if jax.process_count() > 1:
+        extractor, images, batch_size = _shared(extractor, images, batch_size)
+    features, logits = [], []
+    starts = range(0, len(images), batch_size)
+    quiet = None if hosts.first() else True
+    for begin in tqdm(starts, desc=label, unit="batch", disable=quiet):
+        end = min(begin + batch_size, len(images))
+        batch = np.asarray(images[np.arange(begin, end)])
+        short = batch_size - len(batch)
+        padded = np.pad(batch, ((0, short), (0, 0), (0, 0), (0, 0)), mode="edge")
+        seen = extractor.apply(padded)
+        features.append(seen[0][: len(batch)].astype(np.float32))
+        logits.append(seen[1][: len(batch)].astype(np.float32))
+    return np.concatenate(features), np.concatenate(logits)
+
+
+def _shared(
+    extractor: Extractor, images: Any, batch_size: int
+) -> tuple[Extractor, Any, int]:
+    """What several hosts do in the place of one: extractor, images and batch size."""
+    count, host = jax.process_count(), jax.process_index()
+    share = -(-batch_size // count)
+    own = np.zeros(4, int) if host else np.array(images.shape)
+    shape = multihost_utils.broadcast_one_to_all(own)
+    if host:  # the first one's are sent batch by batch
+        images = np.broadcast_to(np.zeros((), np.uint8), shape)
+
+    def apply(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        batch = np.asarray(multihost_utils.broadcast_one_to_all(batch))
+        seen = extractor.apply(batch[host * share : (host + 1) * share])
+        every: Any = multihost_utils.process_allgather(seen, tiled=True)
+        return every
+
+    return extractor._replace(apply=apply), images, share * count

@@ -1,0 +1,116 @@
+"""What real images look like to an extractor, computed once and kept on disk."""
+
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diffusion_jax.evaluation import metrics, moments
+from diffusion_jax.lab.measure.extractors import Extractor, extract
+from diffusion_jax.lab.process import hosts
+from diffusion_jax.lab.schema.config import Config
+from diffusion_jax.storage import files
+
+KEPT = 10_000
+"""Images whose features are kept, at most: for neighbours, precision and KID."""
+
+
+class Reference(NamedTuple):
+    """Statistics of the features of real images."""
+
+    mean: np.ndarray
+    """[D], float64."""
+    covariance: np.ndarray
+    """[D, D], float64."""
+    images: int
+    """How many were seen."""
+    chosen: np.ndarray
+    """Indices of the images whose features are kept, [K]."""
+    features: np.ndarray
+    """Their features, [K, D], float32."""
+    halves: float
+    """Frechet distance between two halves of the images; nan where they are few."""
+
+
+_empty = np.zeros((0, 0), np.float32)
+NOTHING = Reference(_empty, _empty, 0, _empty, _empty, float("nan"))
+"""What a host has that only helped the first one."""
+
+
+def of(
+    config: Config, images: Any, split: str, extractor: Extractor, *, batch_size: int
+) -> Reference:
+    """Returns the statistics of a split, from the cache where they are known.
+
+    On several hosts all must call it; only the first one gets them.
+
+    The cache is <output>/.cache/reference; a file is named after the extractor's sha256
+    and protocol, the split, its images and their size.
+    """
+    about = {
+        "extractor": extractor.name,
+        "details": {k: v for k, v in extractor.details.items() if k != "file"},
+        "source": config.data.source,
+        "split": split,
+        "shape": list(images.shape),
+        "images": _digest(images),
+    }
+    text = json.dumps(about, sort_keys=True)
+    name = hashlib.sha256(text.encode()).hexdigest()[:16]
+    path = Path(config.output) / ".cache" / "reference" / f"{name}.npz"
+    cached = _load(path)
+    # Several hosts compute together, unless the first one has what it needs.
+    if hosts.tell(cached is not None):
+        return cached or NOTHING
+    label = f"features of {split} images"
+    features, _ = extract(extractor, images, batch_size=batch_size, label=label)
+    if not hosts.first():
+        return NOTHING
+    made = _compute(features)
+    _save(made, path, text)
+    return made
+
+
+def gaussian_of(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns mean and covariance of features, in float64, batch by batch."""
+    stats = moments.init(features.shape[1])
+    for begin in range(0, len(features), 4096):
+        stats = moments.update(stats, features[begin : begin + 4096])
+    return moments.finish(stats)
+
+
+def _compute(features: np.ndarray) -> Reference:
+    mean, covariance = gaussian_of(features)
+    order = np.random.default_rng(0).permutation(len(features))
+    half, halves = len(order) // 2, float("nan")
+    if half > features.shape[1]:
+        one, other = features[order[:half]], features[order[half : 2 * half]]
+        halves = metrics.frechet_distance(*gaussian_of(one), *gaussian_of(other))
+    chosen = np.sort(order[:KEPT])
+    return Reference(mean, covariance, len(features), chosen, features[chosen], halves)
+
+
+def _digest(images: Any) -> str:
+    """Returns a digest of images in memory; those on disk are known by their count."""
+    if isinstance(images, np.ndarray):
+        return hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
+    return f"{len(images)} on disk"
+
+
+def _save(made: Reference, path: Path, about: str) -> None:
+    with files.replacing(path) as file:
+        np.savez(file, about=np.array(about), **made._asdict())
+
+
+def _load(path: Path) -> Reference | None:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            fields = {name: file[name] for name in Reference._fields}
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        return None  # not there, or cut off: computed again
+    fields["images"] = int(fields["images"])
+    fields["halves"] = float(fields["halves"])
+    return Reference(**fields)

@@ -1,0 +1,383 @@
+"""Configurations in the words of diffusers, and read from them.
+
+A network there is a UNet2DModel and a scheduler, each with a JSON file. The scheduler
+says what is diffused and how it is drawn; it counts times from 0 as our networks do.
+"""
+
+import dataclasses
+import reprlib
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, cast
+
+import numpy as np
+
+from diffusion_jax import schedule
+from diffusion_jax.interop import unet_config
+from diffusion_jax.lab.schema import checks
+from diffusion_jax.lab.schema.config import (
+    UNKNOWN,
+    Config,
+    ConfigError,
+    Data,
+    Diffusion,
+    Net,
+    ScheduleName,
+)
+from diffusion_jax.lab.schema.json_fields import is_finite, is_whole
+from diffusion_jax.lab.schema.sampling import Sample
+from diffusion_jax.lab.wiring import build
+
+SCHEDULERS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}
+_BETAS: dict[str, ScheduleName] = {
+    "linear": "linear",
+    "scaled_linear": "quad",
+    "squaredcos_cap_v2": "cosine",
+}
+_PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+_VARIANCES = {
+    "fixed_small": "small",
+    "fixed_large": "large",
+    "learned_range": "range",
+    # The same to rounding; diffusers tells them apart for numerical reasons.
+    "fixed_small_log": "small",
+}
+# What a scheduler's configuration means where it says nothing.
+_DEFAULTS: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "variance_type": "fixed_small",
+    "clip_sample": True,
+    "clip_sample_range": 1.0,
+    "prediction_type": "epsilon",
+    "thresholding": False,
+    "rescale_betas_zero_snr": False,
+    "set_alpha_to_one": True,
+    # Only of chains that leave out steps, for which there are our own grids.
+    "timestep_spacing": "leading",
+    "steps_offset": 0,
+    # Only with thresholding.
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
+    # Of the first releases: chosen steps, which no network has.
+    "timestep_values": None,
+    "tensor_format": "pt",
+}
+_STEPS = "diffusion.num_steps"
+_FEWEST, _MOST = checks.AT_LEAST[_STEPS], checks.AT_MOST[_STEPS]
+# There a threshold has an upper end, which ours does not have: this one cuts nothing.
+_NO_END = float(np.finfo(np.float32).max)
+
+_RANGE = ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")
+
+# A test that a value of JSON must pass, and the same in words.
+_Test = tuple[Callable[[Any], bool], str]
+
+
+def _one_of(names: Collection[str]) -> _Test:
+    return lambda value: isinstance(value, str) and value in names, " or ".join(names)
+
+
+_TRUTH: _Test = (lambda value: isinstance(value, bool), "true or false")
+_NUMBER: _Test = (is_finite, "a finite number")
+_ALLOWED: dict[str, _Test] = {
+    "_class_name": _one_of(SCHEDULERS),
+    "num_train_timesteps": (
+        lambda value: is_whole(value) and _FEWEST <= value <= _MOST,
+        f"a whole number from {_FEWEST} to {_MOST}",
+    ),
+    "beta_start": _NUMBER,
+    "beta_end": _NUMBER,
+    "beta_schedule": _one_of(_BETAS),
+    "trained_betas": (
+        lambda value: (
+            value is None
+            or (isinstance(value, list | tuple) and all(map(is_finite, value)))
+        ),
+        "null or a list of finite numbers",
+    ),
+    "variance_type": _one_of(_VARIANCES),
+    "clip_sample": _TRUTH,
+    "clip_sample_range": (lambda value: is_finite(value) and value == 1, "1.0"),
+    "prediction_type": _one_of(_PREDICTIONS),
+    "thresholding": _TRUTH,
+    "rescale_betas_zero_snr": (lambda value: value is False, "False"),
+    "set_alpha_to_one": (lambda value: value is True, "True"),
+    "timestep_spacing": _one_of(("leading", "trailing", "linspace")),
+    "steps_offset": (is_whole, "a whole number"),
+    "dynamic_thresholding_ratio": _NUMBER,
+    "sample_max_value": (lambda value: is_finite(value) or value == np.inf, "a number"),
+    "timestep_values": (lambda value: value is None, "None"),
+}
+# Schedules that are known by their betas alone.
+_BY_BETAS: tuple[ScheduleName, ...] = (
+    "linear",
+    "quad",
+    "const",
+    "warmup10",
+    "warmup50",
+    "cosine",
+    "sigmoid",
+)
+
+
+def from_diffusers(
+    unet: Mapping[str, Any],
+    scheduler: Mapping[str, Any] | None,
+    *,
+    name: str,
+    where: str,
+) -> Config:
+    """Returns the configuration of a network of diffusers.
+
+    What training needs to know beside is as in an experiment where nothing is given.
+
+    Args:
+      unet: the UNet2DModel's configuration.
+      scheduler: the scheduler's; where there is none, the defaults of DDPMScheduler
+        are meant, with which the paper's schedule comes.
+      name: of the experiment.
+      where: the folder, for errors.
+
+    Raises:
+      ValueError: it has what we do not support; all of it is named.
+    """
+    network = unet_config.read_config(unet, where=where)
+    net = network.net
+    if network.channels not in (1, 3):
+        raise ConfigError(
+            f"{where} must be of grey or RGB images, in_channels 1 or 3; got "
+            f"{network.channels}. Networks of latents and others do not fit."
+        )
+    diffusion, sample = _read_scheduler(scheduler or {}, where)
+    split = 2 if diffusion.variance == "range" else 1
+    if net.out_channels != split * network.channels:
+        raise ConfigError(
+            f"{where} must have out_channels {split * network.channels}, for "
+            f"in_channels {network.channels} and the variance {diffusion.variance}; "
+            f"got {net.out_channels}. Correct variance_type in scheduler_config.json."
+        )
+    config = Config(
+        name=name,
+        data=Data(UNKNOWN, image_size=network.image_size, channels=network.channels),
+        diffusion=diffusion,
+        net=Net(
+            channels=net.channels,
+            multipliers=tuple(net.multipliers),
+            blocks=net.blocks,
+            attention=tuple(net.attention),
+            dropout=net.dropout,
+            groups=net.groups,
+            classes=net.num_classes,
+            # Which row stands for no label, if one does, nobody says.
+            label_dropout=0.0 if net.num_classes else Net.label_dropout,
+            variant=cast(Any, net.variant),
+        ),
+        sample=sample,
+    )
+    try:
+        checks.validate(config)
+    except ConfigError as error:
+        # Its advice is to change a flag, which nobody gave.
+        must, _, got = str(error).partition("; got ")
+        got = got.partition(". Change it with --")[0]
+        raise ConfigError(
+            f"{where}: {must}; got {got}. Such a network cannot be run here: see "
+            "whether its files are as they were released."
+        ) from None
+    return config
+
+
+def notes(
+    unet: Mapping[str, Any], scheduler: Mapping[str, Any] | None
+) -> tuple[str, ...]:
+    """Returns what a user has to know of a network that is read from diffusers alone.
+
+    Args:
+      unet: the UNet2DModel's configuration, which `from_diffusers` has read.
+      scheduler: the scheduler's; None where there is none.
+
+    >>> notes({}, {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"})
+    ()
+    """
+    said = []
+    if scheduler is None:
+        said.append(
+            "there is no scheduler_config.json: taken for the paper's diffusion, "
+            "T = 1000, linear, eps, and the small variance"
+        )
+    rows = unet.get("num_class_embeds")
+    if rows is not None:
+        said.append(
+            f"num_class_embeds {rows} rows: all are taken for classes; if the last "
+            f"stands for no label, label {rows - 1} draws without one, and "
+            "classifier-free guidance needs our own record, which says that it does"
+        )
+    given = {**_DEFAULTS, **(scheduler or {})}
+    spacing = given["timestep_spacing"]
+    if given.get("_class_name") == "DDIMScheduler" and spacing != "trailing":
+        what = "leave out the noisiest" if spacing == "leading" else "are others"
+        said.append(
+            f"timestep_spacing {spacing}: the times of its DDIMScheduler {what}; those "
+            "drawn at here are the ones of trailing"
+        )
+    return tuple(said)
+
+
+def to_diffusers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the configurations of the UNet2DModel and of the DDPMScheduler.
+
+    Raises:
+      ConfigError: the network or its diffusion is nothing that diffusers has.
+    """
+    d, how = config.diffusion, config.sample
+    lacking = []
+    predictions = {ours: theirs for theirs, ours in _PREDICTIONS.items()}
+    variances = {"small": "fixed_small", "large": "fixed_large"}
+    variances["range"] = "learned_range"
+    variance = how.variance or d.variance
+    if build.is_continuous(config):
+        lacking.append(f"the schedule {d.schedule}, which must be of whole steps")
+    if d.prediction not in predictions:
+        lacking.append(f"prediction {d.prediction}, which must be eps, x0 or v")
+    if variance not in variances or (variance == "range") != (d.variance == "range"):
+        lacking.append(f"variance {variance}, which must be small, large or range")
+    if d.schedule == "jsd":
+        lacking.append("the schedule jsd, which ends without any signal")
+    if lacking:
+        raise ConfigError(
+            "a network for diffusers must have what its DDPMScheduler has; got "
+            f"{'; '.join(lacking)}. Keep it as .safetensors of our own."
+        )
+    unet = unet_config.write_config(
+        build.make_network(config),
+        config.data.channels,
+        image_size=config.data.image_size,
+    )
+    threshold: dict[str, Any] = {"thresholding": False}
+    if how.threshold is not None:
+        threshold = {
+            "thresholding": True,
+            "dynamic_thresholding_ratio": how.threshold,
+            "sample_max_value": _NO_END,
+        }
+    scheduler = {
+        "_class_name": "DDPMScheduler",
+        "_diffusers_version": unet_config.VERSION,
+        "num_train_timesteps": d.num_steps,
+        **_write_betas(config),
+        "variance_type": variances[variance],
+        "clip_sample": how.clip,
+        "clip_sample_range": 1.0,
+        "prediction_type": predictions[d.prediction],
+        **threshold,
+        "timestep_spacing": "leading",
+        "steps_offset": 0,
+        "rescale_betas_zero_snr": False,
+    }
+    return unet, scheduler
+
+
+def _read_scheduler(given: Mapping[str, Any], where: str) -> tuple[Diffusion, Sample]:
+    """Returns what a scheduler says of the diffusion and of sampling."""
+    named = {k: v for k, v in given.items() if not k.startswith("_")}
+    kind = given.get("_class_name", "DDPMScheduler")
+    values = {"_class_name": kind, **_DEFAULTS, **named}
+    if values["trained_betas"] is not None and isinstance(values["beta_schedule"], str):
+        values["beta_schedule"] = "linear"  # nothing is read of it then
+    unfit = [name for name, (fits, _) in _ALLOWED.items() if not fits(values[name])]
+    wrong = [f"{k} {reprlib.repr(v)}" for k, v in named.items() if k not in _DEFAULTS]
+    if "_class_name" in unfit:
+        wrong = []  # fields of another scheduler are no news
+    wrong += [f"{k} {reprlib.repr(values[k])}, not {_ALLOWED[k][1]}" for k in unfit]
+    found: Diffusion | str = Diffusion()
+    # The tables are as long as it says, which is only now known to be bounded.
+    if not {"num_train_timesteps", "trained_betas", "beta_schedule"} & set(unfit):
+        found = _read_betas(values)
+    within: dict[str, Any] | str = {}
+    if not {*_RANGE} & set(unfit):
+        within = _read_range(values)
+    wrong += [said for said in (found, within) if isinstance(said, str)]
+    if wrong:
+        raise ConfigError(
+            f"the scheduler of {where} must have only what we support; got "
+            f"{'; '.join(wrong)}. Such a network cannot be drawn here as it was meant."
+        )
+    prediction = cast(Any, _PREDICTIONS[values["prediction_type"]])
+    variance = cast(Any, _VARIANCES[values["variance_type"]])
+    diffusion = dataclasses.replace(
+        cast(Diffusion, found),
+        prediction=prediction,
+        loss="hybrid" if variance == "range" else prediction,
+        variance=variance,
+    )
+    rule = cast(Any, SCHEDULERS[kind])
+    return diffusion, Sample(sampler=rule, **cast(dict[str, Any], within))
+
+
+def _read_range(values: Mapping[str, Any]) -> dict[str, Any] | str:
+    """Returns how x0 is kept in its range, fields of Sample, or what is wrong.
+
+    Dynamic thresholding there divides by s, a percentile of |x0| clipped to [1, end].
+    """
+    threshold, ratio, end = (values[name] for name in _RANGE)
+    if not threshold:
+        return {"clip": values["clip_sample"]}
+    if end == 1:
+        return {"clip": True}  # s is 1 then
+    if end >= _NO_END:
+        return {"clip": values["clip_sample"], "threshold": float(ratio)}
+    return (
+        f"sample_max_value {reprlib.repr(end)} with thresholding, not 1.0, which is a "
+        f"clip, or {_NO_END}, which is no end"
+    )
+
+
+def _read_betas(values: Mapping[str, Any]) -> Diffusion | str:
+    """Returns the schedule alone, or what is wrong with it."""
+    steps = values["num_train_timesteps"]
+    given = values["trained_betas"]
+    if given is None:
+        name = _BETAS[values["beta_schedule"]]
+        if name == "cosine":
+            return Diffusion(name, steps)
+        ends = values["beta_start"], values["beta_end"]
+        return Diffusion(name, steps, beta_start=ends[0], beta_end=ends[1])
+    if len(given) != steps:
+        return f"trained_betas of shape ({len(given)},), not ({steps},)"
+    betas = np.asarray(given, np.float64)
+    # Rounded, since a scheduler keeps no more of them than float32 does.
+    low, high = (float(f"{end:.6g}") for end in (betas.min(), betas.max()))
+    if not 0 < low <= high < 1:
+        return f"trained_betas from {low:g} to {high:g}, not above 0 and below 1"
+    for name in _BY_BETAS:
+        one = Diffusion(name, steps, beta_start=low, beta_end=high)
+        if np.allclose(betas_of(Config(diffusion=one)), betas, rtol=1e-5, atol=0):
+            return one
+    return f"trained_betas, {steps} of them, that are none of {', '.join(_BY_BETAS)}"
+
+
+def _write_betas(config: Config) -> dict[str, Any]:
+    """Returns the fields that say which betas there are."""
+    d = config.diffusion
+    names = {ours: theirs for theirs, ours in _BETAS.items()}
+    if d.schedule in names and not d.logsnr_shift:
+        ends = {"beta_start": d.beta_start, "beta_end": d.beta_end}
+        return {**ends, "beta_schedule": names[d.schedule], "trained_betas": None}
+    return {
+        "beta_start": d.beta_start,
+        "beta_end": d.beta_end,
+        "beta_schedule": "linear",
+        "trained_betas": betas_of(config).tolist(),
+    }
+
+
+def betas_of(config: Config) -> np.ndarray:
+    """Returns the variance of each step of a discrete schedule, [T], float64."""
+    log_alpha, _ = (
+        np.asarray(table, np.float64)
+        for table in schedule.tables(build.make_schedule(config))
+    )
+    return -np.expm1(2 * np.diff(log_alpha))

@@ -1,0 +1,204 @@
+"""Folders of diffusers: a UNet2DModel and its scheduler, read and written."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from diffusion_jax.interop import unet_names
+from diffusion_jax.lab.network_files import diffusers_config, model_card, records
+from diffusion_jax.lab.network_files.records import About, Described, Network
+from diffusion_jax.lab.schema import texts
+from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.schema.json_fields import is_whole
+from diffusion_jax.lab.wiring import build
+from diffusion_jax.storage import tensor_files
+
+RECORD = "diffusion_jax.json"
+"""What a folder for diffusers holds beside: what it has no words for."""
+TENSORS = "diffusion_pytorch_model"
+
+# What such a folder holds.
+_JSON = (
+    "model_index.json",
+    "unet/config.json",
+    "scheduler/scheduler_config.json",
+    RECORD,
+)
+WEIGHTS, _CARD = f"unet/{TENSORS}.safetensors", "README.md"
+
+
+def describe(path: Path) -> Described:
+    """Returns what is known of a folder for diffusers."""
+    unet = _json(_first(path, "unet/config.json", "config.json"))
+    there = [
+        path / name
+        for name in ("scheduler/scheduler_config.json", "scheduler_config.json")
+        if (path / name).is_file()
+    ]
+    scheduler = _json(there[0]) if there else None
+    name = records.plain_name(path.resolve().name)
+    config = diffusers_config.from_diffusers(
+        unet, scheduler, name=name, where=str(path)
+    )
+    # Averages of diffusers' own training say how many updates they have seen.
+    step = unet.get("optimization_step")
+    step = step if is_whole(step) and int(step or 0) >= 0 else None
+    words = "released" if step is None else "averaged"
+    about = About(words, step, f"the diffusers folder {name}", {}, recipe=False)
+    notes = diffusers_config.notes(unet, scheduler)
+    record = path / RECORD
+    if not record.is_file():
+        return Described(config, about, notes)
+    # Written again as text: it is read as a file that others may have changed.
+    ours, known = records.read(json.dumps(_json(record)), record)
+    # Ours says more, as long as it says the same.
+    with contextlib.suppress(ConfigError):
+        if diffusers_config.to_diffusers(ours) == (unet, scheduler):
+            return Described(dataclasses.replace(ours, name=name), known)
+    note = f"{record} is no more what the folder is: read without it"
+    return Described(config, about, (note, *notes))
+
+
+def read(path: Path, config: Config, *, progress: bool = False) -> tuple[Any, str]:
+    """Returns the parameters in a folder, and the SHA-256 of their file.
+
+    Raises:
+      ValueError: the file is missing or damaged, or does not hold the tensors that the
+        configuration asks for; all that is wrong with them is listed.
+    """
+    file = _tensors_of(path)
+    stored = tensor_files.read(file, progress=progress)
+    own = shapes(config)
+    names = unet_names.diffusers_names(own, len(config.net.multipliers))
+    tensors = unet_names.renamed(stored.arrays)
+    params = unet_names.from_tensors(tensors, names, own, where=str(file))
+    return {"net": params}, stored.sha256
+
+
+def write(path: Path, network: Network) -> str:
+    """Returns the SHA-256 of the weights, in a folder that diffusers now opens.
+
+    It is made under a temporary name, then renamed, so that what has the name is whole.
+    A folder that was there is replaced, and stays if anything fails.
+
+    Raises:
+      ConfigError: diffusers has no such network, or the folder holds more than this
+        writes.
+      OSError: the folder cannot be written.
+    """
+    check_replaceable(path)
+    unet, scheduler = diffusers_config.to_diffusers(network.config)
+    own = shapes(network.config)
+    names = unet_names.diffusers_names(own, len(network.config.net.multipliers))
+    arrays = unet_names.to_tensors(network.params["net"], names)
+    index = {
+        "_class_name": "DDPMPipeline",
+        "_diffusers_version": unet["_diffusers_version"],
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "unet": ["diffusers", unet["_class_name"]],
+    }
+    partial, aside = (
+        path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old")
+    )
+    try:
+        values = (index, unet, scheduler, records.write(network))
+        for name, value in zip(_JSON, values, strict=True):
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            (partial / name).write_text(json.dumps(value, indent=2) + "\n")
+        # diffusers reads no file that does not say so.
+        digest = tensor_files.write_safetensors(
+            partial / WEIGHTS, arrays, {"format": "pt"}
+        )
+        count = sum(array.size for array in arrays.values())
+        text = model_card.write(network.config, network.about, path.name, digest, count)
+        (partial / _CARD).write_text(text)
+        if path.is_dir():
+            path.rename(aside)
+        try:
+            partial.rename(path)
+        except OSError:
+            if aside.is_dir():
+                aside.rename(path)
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+    return digest
+
+
+def check_replaceable(path: Path) -> None:
+    """Raises ConfigError where a folder may not be written, or not replaced."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise ConfigError(
+            f"{path} must be a folder, or nothing yet; got a file or a link. Name "
+            "another place."
+        )
+    there = {str(f.relative_to(path)) for f in path.rglob("*") if not f.is_dir()}
+    others = sorted(there - {*_JSON, WEIGHTS, _CARD})
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise ConfigError(
+            f"{path} must hold only what this command wrote, to be replaced; got "
+            f"{', '.join(others[:3])}{more} too. Move them, or name another place."
+        )
+
+
+def is_one(path: Path) -> bool:
+    """Returns whether a folder is one of diffusers, good or bad, rather than a run."""
+    if (path / "unet" / "config.json").is_file():
+        return True
+    try:
+        return "diffusion" not in texts.read(path / "config.json")
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+@functools.cache
+def shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every tensor of the network, by our own names."""
+    return unet_names.shapes(
+        build.make_network(config),
+        config.data.channels,
+        image_size=config.data.image_size,
+    )
+
+
+def _first(path: Path, *names: str) -> Path:
+    found = [path / name for name in names if (path / name).is_file()]
+    if not found:
+        raise ConfigError(
+            f"{path} must hold one of {', '.join(names)}; got none of them. Give the "
+            "whole folder as it was released."
+        )
+    return found[0]
+
+
+def _tensors_of(path: Path) -> Path:
+    """Returns the file of weights that belongs to a folder's config.json."""
+    folder = _first(path, "unet/config.json", "config.json").parent
+    try:
+        return _first(folder, f"{TENSORS}.safetensors", f"{TENSORS}.bin")
+    except ConfigError:
+        there = ", ".join(sorted(file.name for file in folder.iterdir()))
+        raise ConfigError(
+            f"{folder} must hold the weights, {TENSORS}.safetensors; got {there}. "
+            "Download that file too."
+        ) from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = texts.read(path)
+        if not isinstance(values, dict):
+            raise ValueError(f"a {type(values).__name__}")
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} must hold a JSON object; got {error}. Download it again."
+        ) from error
+    return values

@@ -1,0 +1,137 @@
+"""The model card: the README.md of a network that is given away."""
+
+import shlex
+
+from diffusion_jax.lab.network_files.records import About, public_source
+from diffusion_jax.lab.schema.config import UNKNOWN, Config
+
+
+def write(config: Config, about: About, name: str, digest: str, count: int) -> str:
+    """Returns the text of the card, with the YAML head that the hub reads.
+
+    Args:
+      config: of the network.
+      about: which weights, of which step, from where, with which scores.
+      name: of the folder.
+      digest: SHA-256 of the file of weights.
+      count: how many weights there are.
+    """
+    data, d, net = config.data, config.diffusion, config.net
+    step = "" if about.step is None else f" of step {about.step:,}"
+    colours = {1: "grey", 3: "RGB"}[data.channels]
+    rows = {
+        "images": f"{data.image_size}x{data.image_size}, {colours}",
+        "data": (
+            "not stated by whoever trained it"
+            if data.source == UNKNOWN
+            else public_source(data.source)
+        ),
+        "weights": f"{about.weights}{step}, float32",
+        "origin": about.origin,
+        "SHA-256": f"`{digest}`",
+        "network": _network(config, count),
+        "diffusion": f"T = {d.num_steps:,}, {d.schedule} schedule"
+        + (f" from {d.beta_start:g} to {d.beta_end:g}" if _has_ends(config) else ""),
+        "predicts": {"eps": "the noise", "x0": "the image"}.get(d.prediction, "v"),
+        "reverse variance": config.sample.variance or d.variance,
+        "x0 clipped": "yes" if config.sample.clip else "no",
+    }
+    if net.classes:
+        rows["classes"] = f"{net.classes}" + (
+            ", and a last row for none" if net.label_dropout else ""
+        )
+    if about.recipe:
+        rows["training"] = _training(config)
+    table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items())
+    tag = "unconditional-image-generation"
+    head = "" if net.classes else f"pipeline_tag: {tag}\n"
+    return f"""---
+library_name: diffusers
+{head}tags:
+- diffusers
+- ddpm
+- diffusion_jax
+---
+
+# {name}
+
+A denoising diffusion probabilistic model (Ho, Jain, Abbeel 2020;
+[arXiv:2006.11239](https://arxiv.org/abs/2006.11239)) in the form of diffusers.
+
+| | |
+|---|---|
+{table}
+
+## Use
+
+{_use(config, name)}
+
+## Scores
+
+{_scores(about.scores)}
+
+## Limits
+
+It draws images like those it was trained on, with what is wrong or one-sided in them.
+`diffusion_jax.json` holds the whole configuration, from which diffusion_jax reads the
+folder back as it was.
+"""
+
+
+def _has_ends(config: Config) -> bool:
+    return config.diffusion.schedule in ("linear", "quad", "warmup10", "warmup50")
+
+
+def _network(config: Config, count: int) -> str:
+    net = config.net
+    widths = ", ".join(str(net.channels * m) for m in net.multipliers)
+    seen = " and ".join(f"{side}x{side}" for side in net.attention)
+    where = f" at {seen} and" if seen else ""
+    return (
+        f"U-Net of {count:,} weights; widths {widths}; {net.blocks} blocks a level; "
+        f"attention{where} in the middle; {net.variant} constants"
+    )
+
+
+def _training(config: Config) -> str:
+    t, o, d = config.train, config.optimizer, config.diffusion
+    flip = ", mirrored at random" if config.data.flip else ""
+    return (
+        f"loss {d.loss}, batch {t.batch_size}{flip}, Adam at {o.learning_rate:g}, "
+        f"dropout {config.net.dropout:g}, average decay {o.ema_decay[0]:g}, "
+        f"seed {t.seed}"
+    )
+
+
+def _use(config: Config, name: str) -> str:
+    if config.net.classes:
+        first = f"""from diffusers import UNet2DModel
+
+net = UNet2DModel.from_pretrained({name!r}, subfolder="unet")
+# net(x, t, class_labels=...): DDPMPipeline itself knows no labels"""
+    else:
+        first = f"""from diffusers import DDPMPipeline
+
+images = DDPMPipeline.from_pretrained({name!r})(batch_size=4).images"""
+    return f"""```python
+{first}
+```
+
+```
+python -m experiments.sample {shlex.quote(name)}     # with diffusion_jax
+```"""
+
+
+def _scores(scores: dict[str, dict[str, str]]) -> str:
+    if not scores:
+        return "None are recorded here."
+    rows = (
+        f"| {_cell(name)} | {_cell(s['value'])} | {_cell(s['of'])} |"
+        for name, s in scores.items()
+    )
+    return "\n".join(["| | | of |", "|---|---|---|", *rows])
+
+
+def _cell(text: str) -> str:
+    """Returns text that does not end a cell of a table."""
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,217 @@
+"""Trained networks in files: weights, and all that has to be known of them.
+
+Read are
+
+  diffusion_jax   our .safetensors, with the configuration inside
+  diffusers       a folder of a UNet2DModel, or of a pipeline with one
+  official        a TensorFlow checkpoint of the authors, which names no configuration
+
+by their content, and the first two are written. Nothing in a file is ever executed.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from diffusion_jax.data.formats import DataError
+from diffusion_jax.gaussian import raise_unknown
+from diffusion_jax.interop import unet_names
+from diffusion_jax.lab.network_files import diffusers_folder, records
+from diffusion_jax.lab.network_files.records import About, Described, Network
+from diffusion_jax.lab.schema.config import UNKNOWN, Config, ConfigError, official
+from diffusion_jax.lab.wiring import build
+from diffusion_jax.storage import tensor_files, tensorflow_checkpoint
+from experiments.configs import EXPERIMENTS
+
+PyTree = Any
+
+FORMAT = "diffusion_jax.network"
+# Experiments of the authors' networks, one of each shape.
+_OFFICIAL = ("cifar10", "celebahq256", "lsun_bedroom256_large")
+
+
+class Found(NamedTuple):
+    """A network in a file or folder, before its weights are read."""
+
+    path: Path
+    kind: str
+    """diffusion_jax, diffusers or official."""
+
+
+def find(path: str | os.PathLike[str]) -> Found | None:
+    """Returns what network is at a path; None where there is nothing or no network.
+
+    Raises:
+      ValueError: a file that should hold one, and is damaged or of another kind.
+    """
+    path = Path(path)
+    if path.name == "unet" and (path.parent / "model_index.json").is_file():
+        path = path.parent  # the scheduler belongs to it
+    if path.is_dir():
+        return Found(path, "diffusers") if diffusers_folder.is_one(path) else None
+    if path.exists() and not path.is_file():
+        return None
+    try:
+        kind = tensor_files.kind_of(path)
+    except DataError:
+        if not path.exists():
+            return None
+        raise
+    if kind == "tensorflow":
+        return Found(path, "official")
+    if kind != "safetensors":
+        said = {"pickle": "a pickle, which is a program and was not run"}
+        raise ConfigError(
+            f"{path} must be a network: .safetensors, a folder of diffusers, or a "
+            f"TensorFlow checkpoint; got {said.get(kind, f'{kind} content')}. Give the "
+            "file or folder as it was released."
+        )
+    if FORMAT not in tensor_files.read_meta(path):
+        raise ConfigError(
+            f"{path} must have a configuration inside; got tensors alone. Give the "
+            "folder that it belongs to, with its config.json."
+        )
+    return Found(path, "diffusion_jax")
+
+
+def read_config(found: Found) -> Config:
+    """Returns the configuration of a network, without reading its weights.
+
+    Raises:
+      ValueError: there is none, or it has what we do not support.
+    """
+    if found.kind == "official":
+        return _official(found.path, tensorflow_checkpoint.shapes(found.path), None)
+    return _describe(found).config
+
+
+def read(found: Found, *, average: bool = True, progress: bool = False) -> Network:
+    """Returns the network in a file or folder, every tensor checked.
+
+    Args:
+      found: from `find`.
+      average: of a checkpoint of the authors': whether to take the moving average, or
+        the last weights.
+      progress: whether to show a bar where there is a terminal.
+
+    Raises:
+      ValueError: the file is damaged, or does not hold the tensors that the
+        configuration asks for; all that is wrong with them is listed.
+    """
+    if found.kind == "official":
+        return read_official(found.path, average=average, progress=progress)
+    config, about, notes = _describe(found)
+    for note in notes:
+        print(f"note: {note}")
+    if found.kind == "diffusers":
+        params, digest = diffusers_folder.read(found.path, config, progress=progress)
+        return Network(config, params, about, digest)
+    stored = tensor_files.read(found.path, progress=progress)
+    params = _own_params(config, stored.arrays, found.path)
+    return Network(config, params, about, stored.sha256)
+
+
+def read_official(
+    path: str | os.PathLike[str],
+    experiment: str | None = None,
+    *,
+    average: bool = True,
+    progress: bool = False,
+) -> Network:
+    """Returns the network in a checkpoint of the authors.
+
+    Args:
+      path: the checkpoint, such as model.ckpt-790000.
+      experiment: the one that it was trained in; when not given, one of the same
+        network and diffusion, with data that nobody named.
+      average: whether to take the moving average, or the last weights.
+      progress: whether to show a bar where there is a terminal.
+
+    Raises:
+      ValueError: TensorFlow is missing, or the tensors are of another network.
+    """
+    stored = tensor_files.read(path, progress=progress)
+    shapes = {name: array.shape for name, array in stored.arrays.items()}
+    config = _official(Path(path), shapes, experiment)
+    own = diffusers_folder.shapes(config)
+    params = unet_names.from_tensors(
+        stored.arrays,
+        unet_names.official_names(own, average=average),
+        own,
+        where=str(path),
+        ignore=unet_names.official_others(own),
+    )
+    step = stored.arrays.get("global_step")
+    about = About(
+        "averaged" if average else "last",
+        None if step is None else int(step),
+        f"the TensorFlow checkpoint {Path(path).name}",
+        {},
+        recipe=False,
+    )
+    return Network(config, {"net": params}, about, stored.sha256)
+
+
+def write_file(path: Path, network: Network) -> str:
+    """Returns the SHA-256 of the .safetensors file that now holds a network."""
+    flat = jax.tree_util.tree_leaves_with_path(network.params)
+    arrays = {_name(key): np.asarray(leaf) for key, leaf in flat}
+    return tensor_files.write_safetensors(
+        path, arrays, {FORMAT: json.dumps(records.write(network), sort_keys=True)}
+    )
+
+
+def _describe(found: Found) -> Described:
+    """Returns what a file of ours or a folder of diffusers says of its network."""
+    path = found.path
+    if found.kind == "diffusers":
+        return diffusers_folder.describe(path)
+    config, about = records.read(tensor_files.read_meta(path)[FORMAT], path)
+    name = records.plain_name(path.stem)
+    return Described(dataclasses.replace(config, name=name), about)
+
+
+def _official(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], experiment: str | None
+) -> Config:
+    """Returns the configuration of a checkpoint with tensors of these shapes."""
+    if experiment is not None:
+        if experiment not in EXPERIMENTS:
+            raise_unknown("experiment", experiment, tuple(EXPERIMENTS))
+        return official(EXPERIMENTS[experiment].config)
+    for name in _OFFICIAL:
+        # In which they were trained, and drawn from.
+        config = official(EXPERIMENTS[name].config)
+        own = diffusers_folder.shapes(config)
+        names = unet_names.official_names(own, average=False)
+        if all(shapes.get(names[key].name) == own[key] for key in own):
+            data = dataclasses.replace(config.data, source=UNKNOWN)
+            return dataclasses.replace(
+                config, name=records.plain_name(path.name), data=data
+            )
+    raise ConfigError(
+        f"{path} must hold a network of the authors', those of {', '.join(_OFFICIAL)}; "
+        f"got {len(shapes)} tensors that are none. Name the experiment that it was "
+        "trained in: --experiment NAME of experiments.convert."
+    )
+
+
+def _own_params(config: Config, arrays: Mapping[str, Any], path: Path) -> PyTree:
+    """Returns the parameters from tensors under our own names."""
+    like = build.param_shapes(config)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
+    shapes = {_name(key): leaf.shape for key, leaf in leaves}
+    names = {name: unet_names.Place(name) for name in shapes}
+    flat = unet_names.matched(arrays, names, shapes, where=str(path))
+    return jax.tree.unflatten(treedef, [flat[name] for name in shapes])
+
+
+def _name(path: Any) -> str:
+    """Returns the name of a leaf, such as "net.conv_in.kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -1,0 +1,1 @@
+"""A command as a process: arguments, hosts, signals, progress."""

@@ -1,0 +1,143 @@
+"""What a run logs: a line of metrics each train.log_every steps, and what it skipped.
+
+<run>/metrics.jsonl has, by step, the mean "loss" and "grad_norm" of the steps since the
+line before that were not skipped, how many were ("skipped"), and where some were, how
+many by each of their "causes": what was not finite. It is the same, to the byte, for
+two equal runs; what differs, the speed, is in <run>/speed.jsonl.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from diffusion_jax.lab.process import hosts
+from diffusion_jax.lab.process.progress import Progress
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.training.state import CAUSES
+
+
+class DivergedError(ConfigError):
+    """A run of which too many steps in a row were not finite."""
+
+
+class Log(NamedTuple):
+    """What a run is logged with."""
+
+    config: Config
+    run: runs.Run
+    shown: Progress
+    """What is on the screen, and the steps skipped in a row."""
+    pending: list[dict[str, Any]]
+    """The metrics since the last line, a dictionary a step."""
+    names: list[str]
+    """Of the parameters, by which a gradient is named."""
+
+
+def record(log: Log, step: int, metrics: dict[str, jax.Array]) -> None:
+    """Takes in the metrics of a step; every log_every-th one writes a line.
+
+    Args:
+      log: what the run is logged with; the metrics join its `pending`.
+      step: updates made.
+      metrics: of the last of them, from `state.make_step`.
+
+    Raises:
+      DivergedError: too many were skipped in a row to hope for a later one.
+    """
+    config, run, shown, pending, names = log
+    values = {name: float(value) for name, value in metrics.items()}
+    cause = CAUSES[int(values["cause"])]
+    if cause:
+        shown.update(step, None, cause)
+        pending.append({"skipped": 1.0, "cause": cause})
+    else:
+        shown.update(step, values["loss"])
+        kept = ("loss", "grad_norm", "skipped")
+        pending.append({name: values[name] for name in kept})
+    if shown.row.total() >= config.train.max_skipped:
+        at = int(values["tensor"]) if cause == "gradient" else -1
+        first = f", at step {step} first the gradient of {names[at]}" if at >= 0 else ""
+        raise DivergedError(
+            "batch, loss, gradient and update must be finite at some steps; got none "
+            f"in the last {shown.row.total()}, up to step {step}: not finite were "
+            f"{in_words(shown.row)}{first}. The run has diverged: start another with "
+            "--name NAME and a lower --optimizer.learning-rate; the last checkpoint is "
+            f"in {run.checkpoints}."
+        )
+    if step % config.train.log_every:
+        return
+    line = summary(step, pending)
+    pending.clear()
+    if not hosts.first():
+        return
+    runs.append_line(run.metrics, line)
+    speed = {"images_per_second": round(shown.rate, 1), "time": time.time()}
+    held = {"checkpoint_seconds": round(shown.held, 3)}
+    runs.append_line(run.speed, {"step": step, **speed, **held})
+
+
+def summary(step: int, pending: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the line of metrics.
+
+    >>> summary(3, [{"loss": 2.0, "grad_norm": 1.0, "skipped": 0.0}] * 2)
+    {'step': 3, 'loss': 2.0, 'grad_norm': 1.0, 'skipped': 0}
+    >>> summary(3, [{"skipped": 1.0, "cause": "loss"}])["causes"]
+    {'loss': 1}
+    """
+    made = [p for p in pending if not p["skipped"]]
+    mean = {
+        name: float(np.mean([p[name] for p in made])) if made else None
+        for name in ("loss", "grad_norm")
+    }
+    line = {"step": step, **mean, "skipped": len(pending) - len(made)}
+    causes = Counter(p["cause"] for p in pending if p["skipped"])
+    return line | ({"causes": dict(sorted(causes.items()))} if causes else {})
+
+
+def skipped(run: runs.Run) -> Counter[str]:
+    """Returns how many steps of a run were skipped, by their causes."""
+    found: Counter[str] = Counter()
+    for line in runs.read_lines(run.metrics):
+        found.update(line.get("causes", {}))
+    return found
+
+
+def score(config: Config, run: runs.Run, step: int) -> float | None:
+    """Returns the mean loss that was logged up to a step since a checkpoint before it.
+
+    By it the best checkpoint is known. It comes from what was logged, so a run that was
+    stopped has the same. All hosts must call it alike.
+    """
+    since = step - max(config.train.checkpoint_every, config.train.log_every)
+    lines = runs.read_lines(run.metrics) if hosts.first() else []
+    losses = [line.get("loss") for line in lines if since < line["step"] <= step]
+    known = [loss for loss in losses if loss is not None]
+    # All hosts have the first one's, to the bit.
+    mean = np.float32(np.mean(known) if known else np.nan)
+    mean = np.int32(hosts.tell(int(mean.view(np.int32)))).view(np.float32)
+    return None if np.isnan(mean) else float(mean)
+
+
+def tensors(params: Any) -> list[str]:
+    """Returns the names of the parameters, in the order of their leaves.
+
+    >>> tensors({"conv": {"kernel": 0.0, "bias": 0.0}})
+    ['conv/bias', 'conv/kernel']
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves]
+
+
+def in_words(causes: Mapping[str, int]) -> str:
+    """Returns how many steps were skipped by which cause, the most frequent first.
+
+    >>> in_words({"loss": 2, "gradient": 3})
+    'gradient 3, loss 2'
+    """
+    counts = sorted(causes.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{cause} {count:,}" for cause, count in counts)

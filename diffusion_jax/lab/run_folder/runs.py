@@ -1,0 +1,267 @@
+"""The folder of a run: what is in it, and how each file is written and read."""
+
+import dataclasses
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from diffusion_jax.lab.network_files import networks
+from diffusion_jax.lab.process import hosts
+from diffusion_jax.lab.schema import checks, config, json_fields, texts
+from diffusion_jax.storage import files
+
+
+class Run(NamedTuple):
+    """The paths of a run, or of what is drawn with a network in a file."""
+
+    folder: Path
+    network: networks.Found | None = None
+    """The file or folder of the network, where it is not one that was trained here."""
+
+    @property
+    def config(self) -> Path:
+        """Returns where the configuration is."""
+        return self.folder / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        """Returns where the metrics are: one line each train.log_every steps."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def speed(self) -> Path:
+        """Returns where the speed is: what differs between two equal runs."""
+        return self.folder / "speed.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Returns the folder of checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """Returns the folder of grids."""
+        return self.folder / "samples"
+
+    @property
+    def cache(self) -> Path:
+        """Returns where compiled programs are: for all runs beside each other."""
+        shared = self.folder.parent if self.network is None else self.folder
+        return shared.resolve() / ".cache"
+
+
+def of(cfg: config.Config) -> Run:
+    """Returns the run of a configuration."""
+    return Run(Path(cfg.output) / cfg.name)
+
+
+def find(path: str | None, output: str = "runs") -> Run:
+    """Returns the run at a path or of a name; the newest one when none is given.
+
+    In place of a run there may be a network, in a file or a folder. What is drawn with
+    it goes to NAME.drawn beside it, so that it stays as it is.
+
+    Raises:
+      ConfigError: there is no such run.
+      ValueError: a file that holds no network.
+    """
+    if path is None:
+        found = [Run(p.parent) for p in Path(output).glob("*/config.json")]
+        found = [run for run in found if has_checkpoint(run)]
+        if not found:
+            raise config.ConfigError(
+                f"a trained run must be in {output}/; got none. Run `make train` first."
+            )
+        return max(found, key=lambda run: run.checkpoints.stat().st_mtime)
+    for place in (Path(path), Path(output) / path):
+        network = networks.find(place)
+        if network is not None:
+            at = network.path if network.path.name else network.path.resolve()
+            return Run(at.with_name(f"{at.name}.drawn"), network)
+        if (place / "config.json").is_file():
+            return Run(place)
+    known = ", ".join(sorted(p.parent.name for p in Path(output).glob("*/config.json")))
+    hub = ""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        hub = (
+            " One of the hub is fetched by: python -m experiments.convert "
+            f"{path} OUT.safetensors --download."
+        )
+    raise config.ConfigError(
+        "RUN must be a folder that training wrote, or a network in a file; got "
+        f"{path!r}, which is none. Runs in {output}/: "
+        f"{known or 'none, run `make train` first'}.{hub}"
+    )
+
+
+def has_checkpoint(run: Run) -> bool:
+    """Returns whether a run has got as far as a checkpoint."""
+    return any(path.name.isdigit() for path in run.checkpoints.glob("*"))
+
+
+def read_config(run: Run) -> config.Config:
+    """Returns the configuration that a run was trained with.
+
+    Its name and its output are where the run is now, so that a run that was moved, or
+    is named from another folder, keeps its caches beside it.
+
+    Raises:
+      ConfigError: the file is damaged or from another version.
+    """
+    where = run.folder.resolve()
+    if run.network is not None:
+        found = networks.read_config(run.network)
+        return dataclasses.replace(found, output=str(where))
+    try:
+        values = texts.read(run.config)
+        loaded: config.Config = config.from_dict(values, partial=True)
+        loaded = dataclasses.replace(
+            loaded, output=str(where.parent), name=where.name or loaded.name
+        )
+        checks.validate(loaded)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise config.ConfigError(
+            f"{run.config} must hold the configuration of a run; got {error}. Restore "
+            "it, or train into a new folder."
+        ) from error
+    return loaded
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that a number depends on."""
+    names = ("jax", "jaxlib", "flax", "numpy")
+    found = {name: metadata.version(name) for name in names}
+    return {"python": platform.python_version(), **found}
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives the path to an error of the disk that has none, as that of a full one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes a JSON file under a temporary name, then renames it.
+
+    Raises:
+      OSError: it cannot be written; nothing is left of it, and what was there stays.
+    """
+    _write(path, json.dumps(values, indent=2) + "\n")
+
+
+def append_line(path: Path, values: dict[str, Any]) -> None:
+    """Adds one JSON object to a file of lines.
+
+    Raises:
+      OSError: it cannot be written; `cut_lines` removes what there is of it.
+    """
+    with naming(path), path.open("a") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the objects of a file of lines; none where there is no file.
+
+    A last line that was cut off, by a machine that stopped, is left out.
+
+    Raises:
+      ConfigError: another line is no object with a step.
+    """
+    if not path.exists():
+        return []
+    lines, found = path.read_bytes().splitlines(keepends=True), []
+    for number, line in enumerate(lines, 1):
+        if number == len(lines) and not line.endswith(b"\n"):
+            break
+        try:
+            value = json.loads(line)
+            if not json_fields.is_whole(value["step"]):
+                raise ValueError("no step")
+        except (ValueError, TypeError, KeyError) as error:
+            raise config.ConfigError(
+                f"every line of {path} must be an object with a step; got something "
+                f"else in line {number}. Restore the file, or delete that line."
+            ) from error
+        found.append(value)
+    return found
+
+
+def cut_lines(path: Path, last_step: int) -> None:
+    """Drops the lines after a step: those that a resumed run will write again."""
+    kept: Iterable[dict[str, Any]] = (
+        line for line in read_lines(path) if line["step"] <= last_step
+    )
+    _write(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def to_disk(run: Run) -> None:
+    """Has what was logged on the disk, before a checkpoint that goes on after it."""
+    for path in (run.metrics, run.speed):
+        if hosts.first() and path.exists():
+            with naming(path), path.open("rb+") as file:
+                os.fsync(file.fileno())
+
+
+def remove_partials(run: Run) -> None:
+    """Removes what training began to write here when it was killed.
+
+    Only for who holds the run's lock: nobody else writes files of these names.
+    """
+    for folder, name in (
+        (run.folder, "config.json"),
+        (run.folder, "*.jsonl"),
+        (run.folder, "loss.png"),
+        (run.samples, "step_*.png"),
+        (run.folder / "averages", "*.safetensors"),
+    ):
+        for path in folder.glob(f".{name}.*.tmp"):
+            path.unlink(missing_ok=True)
+    for path in run.folder.glob(".hosts_*"):  # of `hosts.check_shared`
+        path.unlink(missing_ok=True)
+
+
+def check_room(run: Run, state: Any, there: int, keep: int) -> None:
+    """Raises ConfigError where no checkpoint fits on the disk; says where few do.
+
+    All hosts must call it alike.
+
+    Args:
+      run: where the checkpoints go.
+      state: what they are of, by its shapes.
+      there: how many there are already.
+      keep: how many of the newest stay.
+    """
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    fits = hosts.tell(min(shutil.disk_usage(run.folder).free // size, 2**30))
+    each = f"{size / 2**20:,.2f} MiB"
+    if not fits:
+        raise config.ConfigError(
+            f"{run.folder} must have room for a checkpoint, {each}; got less on its "
+            "disk. Make room, or choose another disk with --output."
+        )
+    # The newest, the best, and the one that is being written before another goes.
+    wanted = max(1, keep + 2 - there)
+    if fits < wanted:
+        hosts.say(
+            f"note: the disk of {run.folder} has room for {fits} checkpoints of {each} "
+            f"more; train.keep = {keep} takes up to {wanted}"
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    with files.replacing(path, durable=True) as file:
+        file.write(text.encode())

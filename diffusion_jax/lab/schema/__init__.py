@@ -1,0 +1,1 @@
+"""Configurations: their fields, what must hold, and how they are read."""

@@ -1,0 +1,354 @@
+"""The configuration of an experiment: frozen dataclasses, to and from JSON."""
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from diffusion_jax.lab.schema.json_fields import ConfigError, flat, jsonable, read
+from diffusion_jax.lab.schema.sampling import Sample
+
+ScheduleName = Literal[
+    "linear",
+    "quad",
+    "const",
+    "jsd",
+    "warmup10",
+    "warmup50",
+    "cosine",
+    "sigmoid",
+    "vp",
+    "sub_vp",
+    "ve",
+    "continuous_cosine",
+    "flow",
+    "learned",
+]
+CONTINUOUS = ("vp", "sub_vp", "ve", "continuous_cosine", "flow", "learned")
+UNKNOWN = "unknown"
+"""The source of the data of a network that came without any word of them."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What to learn from."""
+
+    source: str = "digits"
+    """digits, cifar10, fashion_mnist, mnist, tfds:<name>, folder:<path>, npz:<path> or
+    idx:<images>[,<labels>]."""
+    path: str | None = None
+    """Where the files are, when they are not in the usual place: a folder, or the
+    official CIFAR-10 archive."""
+    image_size: int = 8
+    """Pixels a side. Smaller images are padded with black; those of a folder are
+    cropped and resized."""
+    channels: int = 1
+    """1 for grey, 3 for RGB."""
+    flip: bool = False
+    """Whether half of the images are mirrored left to right, at random."""
+    download: bool = True
+    """Whether a missing official archive may be downloaded."""
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """The forward process and what the network learns of it."""
+
+    schedule: ScheduleName = "linear"
+    """Noise schedule. From vp on they are continuous: the network learns at real times,
+    samples and bounds are made on a chain of num_steps. learned is that of VDM, and is
+    trained with the network."""
+    num_steps: int = 1000
+    """T, diffusion steps."""
+    beta_start: float = 1e-4
+    """Variance of the first step; of linear, quad and the warm-ups."""
+    beta_end: float = 0.02
+    """Variance of the last step; of linear, quad, const and the warm-ups."""
+    sigma_min: float = 0.002
+    """Least noise of ve."""
+    sigma_max: float = 80.0
+    """Most noise of ve."""
+    logsnr_shift: float = 0.0
+    """Added to the log-SNR at every time: 2 log(64 / image size) for the shifted cosine
+    of images larger than 64."""
+    prediction: Literal["eps", "x0", "v", "score", "mean", "edm", "velocity"] = "eps"
+    """What the network puts out. edm is preconditioned; velocity is eps - x0."""
+    sigma_data: float = 0.5
+    """Standard deviation of the data, for edm."""
+    loss: Literal[
+        "eps", "x0", "v", "score", "mean", "edm", "velocity", "vlb", "hybrid"
+    ] = "eps"
+    """The coordinate of the mean squared error; or vlb, the variational bound (of a
+    continuous schedule that in continuous time); or hybrid: eps, and a little of the
+    bound that reaches only the learned variance."""
+    weighting: Literal["simple", "min_snr", "p2", "sigmoid", "edm"] = "simple"
+    """Of the loss eps, as a function of log-SNR; simple is 1 everywhere."""
+    weighting_value: float | None = None
+    """gamma of min_snr (5 when not given) and of p2 (1), bias of sigmoid (-3)."""
+    variance: Literal["small", "large", "learned", "range"] = "large"
+    """Variance of the reverse steps. learned and range, between small and large in
+    logarithms, need the loss vlb or hybrid."""
+    spread: Literal["uniform", "low_discrepancy", "antithetic"] = "uniform"
+    """How the times of a batch are spread: each on its own, evenly, or in pairs."""
+    density: Literal["uniform", "importance", "log_normal", "logit_normal"] = "uniform"
+    """Which times are drawn more often: none; those of a large loss (discrete
+    schedules); log-normal noise, or logit-normal times (continuous schedules)."""
+
+
+@dataclass(frozen=True)
+class Net:
+    """The U-Net."""
+
+    channels: int = 128
+    """Width of the first level."""
+    multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    """Width of each level in units of channels; each level halves the resolution."""
+    blocks: int = 2
+    """Residual blocks a level."""
+    attention: tuple[int, ...] = (16,)
+    """Resolutions (pixels a side) with attention; the middle always has one."""
+    dropout: float = 0.1
+    """Share of activations dropped in training."""
+    groups: int = 32
+    """Groups of every GroupNorm."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the activations. Parameters, statistics, loss, optimizer and averages are
+    float32 in any case."""
+    conv: Literal["auto", "xla", "matmul"] = "auto"
+    """How a convolution is computed; auto is xla, but on CPU matmul where a
+    gradient is taken inside a loop."""
+    remat: bool = False
+    """Whether to compute activations again instead of storing them."""
+    classes: int = 0
+    """Classes to condition on; 0 for none. The data must have as many labels."""
+    label_dropout: float = 0.1
+    """With classes: share of labels left out in training, so that the network can also
+    do without, as classifier-free guidance asks of it."""
+    variant: Literal["official", "diffusers"] = "official"
+    """Whose constants: those of the authors' code, or the defaults of diffusers, for
+    networks that were trained with them."""
+    fourier: tuple[int, ...] = ()
+    """With each n the network also sees sin and cos of 2^n pi x: fine detail, for the
+    bound."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Adam, and the average of the weights."""
+
+    preset: Literal["official", "modern"] = "modern"
+    """official: Adam with TensorFlow's epsilon, the gradient of each of `replicas`
+    parts of the batch clipped by itself, a moving average without ramp. modern: Adam
+    as published, the whole gradient clipped, an average whose decay rises."""
+    learning_rate: float = 2e-4
+    """After the warm-up."""
+    warmup: int = 5000
+    """Steps over which the rate rises from 0."""
+    decay: Literal["constant", "cosine"] = "constant"
+    """What the rate does after the warm-up: stay, or fall to 0 at the last step."""
+    b2: float = 0.999
+    """Adam's decay of the second moment."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient."""
+    replicas: int = 8
+    """Parts of the batch that the official preset clips one by one: the TPU cores of
+    the original."""
+    ema_decay: tuple[float, ...] = (0.9999,)
+    """Decay of the moving average a step; of several, the first is the one to sample
+    from."""
+    ema_lengths: tuple[float, ...] = ()
+    """Lengths of power-function averages beside them, as shares of the run: 0.05 0.1,
+    say."""
+    ema_snapshots: int = 0
+    """Steps between two snapshots of the power-function averages, from which an average
+    of any length can be made afterwards; 0 for none."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """The run."""
+
+    steps: int = 800_000
+    """Updates to make in all."""
+    stop_at: int | None = None
+    """Step to stop at, with a checkpoint, before the run is complete; the same command
+    without this goes on."""
+    batch_size: int = 128
+    """Images a step, over all devices and hosts."""
+    accumulate: int = 1
+    """Micro-batches that a batch is cut into, to save memory."""
+    seed: int = 0
+    """Of the initial weights, the order of the data and the noise."""
+    parallel: Literal["mesh", "pmap", "shard_map"] = "mesh"
+    """How a step is spread over the devices."""
+    devices: int | None = None
+    """How many devices to use; all that there are when not given."""
+    fsdp: int = 1
+    """Devices that share one copy of parameters, moments and averages; 1 for a copy on
+    every device."""
+    input: Literal["auto", "device", "grain", "host"] = "auto"
+    """Where batches come from: images that stay on the device; grain, which prepares
+    them in the background; or the host, just before each step. auto is the device
+    where the images fit, else grain where it is installed."""
+    log_every: int = 100
+    """Steps between two lines of metrics.jsonl, each the mean since the last."""
+    checkpoint_every: int = 10_000
+    """Steps between two checkpoints; the last step always has one."""
+    keep: int = 3
+    """How many of the newest checkpoints stay; so does the one of the lowest loss."""
+    keep_every: int | None = None
+    """Checkpoints of steps that are multiples of it stay for good."""
+    max_skipped: int = 20
+    """Steps skipped in a row, as not finite, at which the run is given up."""
+    deterministic: bool = False
+    """Whether a GPU computes the same bits in every run, by XLA's flag
+    xla_gpu_deterministic_ops: slower, and without autotuning. On a CPU they are the
+    same without it."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """An experiment."""
+
+    name: str = "digits"
+    """Name of the run: everything goes to <output>/<name>."""
+    output: str = "runs"
+    """Folder of all runs."""
+    init_from: str | None = None
+    """Trained weights to start from: a run, .safetensors, or a folder of diffusers.
+    What the network is, and what it learns, are then as there where nothing else is
+    said."""
+    data: Data = field(default_factory=Data)
+    diffusion: Diffusion = field(default_factory=Diffusion)
+    net: Net = field(default_factory=Net)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    train: Train = field(default_factory=Train)
+    sample: Sample = field(default_factory=Sample)
+
+
+# Fields that may differ between the run that wrote a checkpoint and the one that goes
+# on from it: they change what is shown or how fast, not what is learned. (train.steps
+# too, unless the learning rate falls towards the last step.)
+MAY_CHANGE = (
+    "name",
+    "output",
+    "data.path",
+    "data.download",
+    "net.conv",
+    "net.remat",
+    "train.stop_at",
+    "train.parallel",
+    "train.devices",
+    "train.fsdp",
+    "train.input",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.keep_every",
+    "train.max_skipped",
+    "train.deterministic",
+    "sample",
+)
+
+
+# Fields of earlier versions, of which every value computed the same: of what they wrote
+# they are left out.
+RETIRED = {"net": ("fuse", "kernels", "dropout_bits"), "optimizer": ("flat",)}
+
+
+def replace(config: Config, section: str, **fields: Any) -> Config:
+    """Returns the configuration with fields of one section changed.
+
+    >>> replace(Config(), "train", batch_size=32).train.batch_size
+    32
+    """
+    changed = dataclasses.replace(getattr(config, section), **fields)
+    return dataclasses.replace(config, **{section: changed})
+
+
+def official(config: Config) -> Config:
+    """Returns the configuration with the arithmetic of the authors' code.
+
+    float32 throughout, TensorFlow's Adam, the gradient of each of eight parts of a
+    batch clipped by itself, and a moving average without a ramp.
+
+    >>> found = official(Config())
+    >>> found.net.dtype, found.optimizer.preset, found.optimizer.replicas
+    ('float32', 'official', 8)
+    """
+    config = replace(config, "net", dtype="float32")
+    return replace(config, "optimizer", preset="official")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Returns the configuration as JSON has it (tuples are lists)."""
+    return typing.cast(dict[str, Any], jsonable(dataclasses.asdict(config)))
+
+
+def from_dict(
+    values: dict[str, Any], cls: Any = Config, *, partial: bool = False
+) -> Any:
+    """Returns the configuration that `to_dict` wrote.
+
+    Args:
+      values: as JSON has them.
+      cls: the dataclass that they are of.
+      partial: whether fields may be missing, and then have their defaults.
+
+    Raises:
+      ConfigError: a key that no field has, a field without a key, an unknown name, or
+        values of another type than their fields, all of which are named: as when
+        another version wrote them, or the file is damaged.
+
+    >>> from_dict({"net": {"blocks": None}}, partial=True)
+    Traceback (most recent call last):
+    diffusion_jax.lab.schema.json_fields.ConfigError: each value of Config must be ...;
+    got net.blocks null, not a whole number. Correct the file, or restore it.
+    """
+    wrong: list[tuple[str, str, str]] = []
+    if cls is Config and isinstance(values, dict):
+        values = {key: _present(key, section) for key, section in values.items()}
+    found = read(values, cls, "", partial, wrong)
+    if not wrong:
+        return found
+    key, must, got = wrong[0]
+    if len(wrong) == 1 and must.startswith("one of "):
+        raise ConfigError(
+            f"{key} must be {must}; got {got}. Read the file with the version that "
+            "wrote it."
+        )
+    said = "; ".join(f"{key} {got}, not {must}" for key, must, got in wrong)
+    raise ConfigError(
+        f"each value of {cls.__name__} must be of its field's type; got {said}. "
+        "Correct the file, or restore it."
+    )
+
+
+def _present(name: str, section: Any) -> Any:
+    """Returns the values of a section without those of retired fields."""
+    if not isinstance(section, dict):
+        return section
+    gone = RETIRED.get(name, ())
+    return {key: value for key, value in section.items() if key not in gone}
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Returns what differs, of the fields that must not, as 'field: old -> new'."""
+    may: tuple[str, ...] = MAY_CHANGE
+    if new.optimizer.decay == "constant":
+        may += ("train.steps",)
+    before, after = flat(to_dict(old)), flat(to_dict(new))
+    return [
+        f"{key}: {before.get(key)} -> {after[key]}"
+        for key in after
+        if before.get(key) != after[key]
+        and key not in may
+        and key.split(".")[0] not in may
+    ]
+
+
+def micro_batches(config: Config) -> int:
+    """Returns the number of parts that a batch is cut into, on one device."""
+    if config.optimizer.preset == "official":
+        return config.optimizer.replicas
+    return config.train.accumulate

@@ -1,0 +1,166 @@
+"""Devices to compile for, that need not be there."""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    use_abstract_mesh,
+)
+
+from diffusion_jax.lab.schema.config import ConfigError
+from diffusion_jax.training import parallel
+
+HOST = 8
+"""GPUs of a host."""
+
+
+class Speed(NamedTuple):
+    """What one device does, as measured; for the model of a step's time."""
+
+    convolutions: float
+    """Operations a second of a convolution, once it runs."""
+    memory: float
+    """Bytes a second, read and written, of every other kernel once it runs."""
+    start: float
+    """Seconds of a kernel that moves nothing."""
+    convolution_start: float
+    """The same of a convolution: its tiles that are not full, its parts that are added
+    up, its workspace."""
+
+
+# Read off the kernels of one step on an H200, all in all and by kind, and rounded so
+# that six steps and evaluations come out: tests/golden/compiled_h100.json has them. One
+# rate serves elementwise kernels, reductions and products, once each has its start.
+H200_SPEED = Speed(
+    convolutions=740e12, memory=3.1e12, start=2e-6, convolution_start=10e-6
+)
+KIND = "NVIDIA H100 80GB HBM3"
+# What XLA asks of a GPU before it compiles for it; as an H100 of 80 GB answers.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84929347584
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 }
+runtime_version { major: 12 minor: 8 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+class Target(NamedTuple):
+    """Devices in the order of their hosts."""
+
+    devices: list[Any]
+    speed: Speed | None
+
+    def mesh(self, count: int | None = None, fsdp: int = 1) -> Mesh:
+        """Returns the devices as `parallel.make_mesh` arranges those that are there."""
+        if self.speed is None and self.devices == jax.devices():
+            return parallel.make_mesh(count, fsdp)
+        found = np.array(self.devices)
+        if found.size % fsdp:
+            raise ConfigError(
+                f"train.fsdp must divide the {found.size} devices of the target; got "
+                f"{fsdp}. Change one of them."
+            )
+        if fsdp == 1:
+            return Mesh(found, (parallel.AXIS,), axis_types=(AxisType.Auto,))
+        axes = (parallel.AXIS, parallel.FSDP)
+        return Mesh(found.reshape(-1, fsdp), axes, axis_types=(AxisType.Auto,) * 2)
+
+
+@contextlib.contextmanager
+def aim(name: str) -> Iterator[Target]:
+    """Gives the devices of a target, to lower and compile for inside the block.
+
+    Args:
+      name: "here"; "h100:8" for so many GPUs, eight a host; or a slice of TPUs, such as
+        "v5e:4x4".
+
+    Raises:
+      ConfigError: an unknown target, or one whose compiler is not installed.
+    """
+    if name == "here":
+        yield Target(jax.devices(), None)
+        return
+    gpus = re.fullmatch(r"h100(?::(\d+))?", name)
+    tpus = re.fullmatch(r"v\d+\w*:\d+(x\d+)+", name)
+    count = int(gpus[1] or 1) if gpus else 1
+    if (gpus is None and tpus is None) or (count > HOST and count % HOST) or not count:
+        raise ConfigError(
+            "target must be here, h100:8 or, of TPUs, v5e:4x4, with GPUs eight "
+            f"a host; got {name!r}. The number is that of the devices."
+        )
+    # The compilers come as plugins, which would look for their devices.
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    with _cuda_by_name() if gpus else contextlib.nullcontext():
+        try:
+            if gpus:
+                hosts, each = max(1, count // HOST), min(count, HOST)
+                found = topologies.get_topology_desc(
+                    platform="cuda", target_config=H100, topology=f"1x{hosts}x{each}"
+                )
+            else:
+                found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        except (RuntimeError, NotImplementedError) as error:
+            extra = "cuda12" if gpus else "tpu"
+            raise ConfigError(
+                f"the compiler for {name} must be installed, and know it; got "
+                f"{str(error).splitlines()[0]}. Say: pip install 'jax[{extra}]'."
+            ) from error
+        # What kernels of Pallas are lowered for is asked of the mesh in use, where
+        # there is no such device.
+        used = use_abstract_mesh(_abstract(KIND)) if gpus else contextlib.nullcontext()
+        with used:
+            yield Target(found.devices, H200_SPEED if gpus else None)
+
+
+def _abstract(kind: str) -> AbstractMesh:
+    """Returns a mesh of one GPU of a kind."""
+    device = AbstractDevice(kind, None, "gpu")
+    auto = (AxisType.Auto,)
+    return AbstractMesh((1,), ("one",), axis_types=auto, abstract_device=device)
+
+
+@contextlib.contextmanager
+def _cuda_by_name() -> Iterator[None]:
+    """Lets "gpu" mean CUDA, where no GPU is there to tell that by."""
+    from jax._src import xla_bridge as bridge
+
+    xla_bridge: Any = bridge
+    usual = xla_bridge.canonicalize_platform
+    xla_bridge.canonicalize_platform = lambda name: (
+        "cuda" if name in ("gpu", "cuda") else usual(name)
+    )
+    try:
+        yield
+    finally:
+        xla_bridge.canonicalize_platform = usual

@@ -1,0 +1,1 @@
+"""A trained network: found, its weights chosen, its extras completed."""

@@ -1,0 +1,118 @@
+"""What sampling adds to the weights of a run: an estimated variance, a classifier."""
+
+import json
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from diffusion_jax import analytic
+from diffusion_jax.data import datasets
+from diffusion_jax.lab.drawing import draws
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema import sampling
+from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.trained import weights
+from diffusion_jax.lab.trained.weights import Weights
+from diffusion_jax.lab.wiring import build, chains
+from experiments import train_noisy_classifier
+
+IMAGES, BATCH = 256, 64
+"""Images that the analytic variance is estimated from, and how many at a time."""
+
+
+def load(
+    config: Config, run: runs.Run, which: Weights, *, variance: str | None = None
+) -> tuple[Any, int | None, str]:
+    """Returns the weights of a checkpoint with what sampling needs beside them.
+
+    As `weights.load`, and in the parameters "x0_variance" where the variance is
+    analytic, and "classifier" where one guides.
+
+    Args:
+      config: of the run, with the way to sample.
+      run: its folder.
+      which: the weights to choose.
+      variance: of the reverse steps of a bound, which clips and is not guided; when
+        not given, all is as the samples are drawn.
+
+    Raises:
+      ConfigError, CheckpointError: as `weights.load`; or there is no classifier.
+    """
+    params, step, words = weights.load(config, run, which)
+    return complete(config, run, params, variance=variance), step, words
+
+
+def complete(
+    config: Config, run: runs.Run, params: Any, *, variance: str | None = None
+) -> Any:
+    """Returns the parameters with what sampling needs beside them, as `load`."""
+    if (variance or config.sample.variance) == "analytic":
+        how = sampling.resolve(config.sample, config.diffusion.num_steps)
+        clip = how["clip"] if variance is None else True
+        table = x0_variance(config, run, params, clip=clip)
+        params = {**params, "x0_variance": table}
+    if config.sample.classifier_guidance and variance is None:
+        path = train_noisy_classifier.path_of(run)
+        guide = train_noisy_classifier.load(path)
+        train_noisy_classifier.check(guide, config)
+        label = config.sample.label
+        if label is not None and label >= guide.num_classes:
+            raise ConfigError(
+                f"label must be below {guide.num_classes}, the number of classes of "
+                f"{path}; got {label}. Change it with --label."
+            )
+        params = {**params, "classifier": guide.params}
+    return params
+
+
+def x0_variance(
+    config: Config, run: runs.Run, params: Any, *, clip: bool
+) -> np.ndarray:
+    """Returns Var[x0 | x_t] for t = 0..T, [T + 1], estimated from training images.
+
+    By the error of the network, so that it is the best for its mean, perfect or not.
+    Kept in the run's folder for the next time.
+    """
+    about = {"weights": draws.digest(params), "images": IMAGES, "clip": clip}
+    path = run.folder / "eval" / "x0_variance.json"
+    try:
+        known = json.loads(path.read_text())
+        if known["about"] == about:
+            return np.asarray(known["table"], np.float64)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there, or of no use: estimated again
+    if jax.process_count() > 1:
+        raise ConfigError(
+            "variance must be small, large, learned or range on several hosts, where "
+            "none has estimated another yet; got analytic. Estimate it on one host "
+            "first: experiments.sample RUN --variance analytic."
+        )
+    dataset = build.load_data(config)
+    rng = np.random.default_rng(0)
+    count = min(IMAGES, len(dataset.images) // BATCH * BATCH) or len(dataset.images)
+    chosen = np.sort(rng.choice(len(dataset.images), count, replace=False))
+
+    @jax.jit
+    def estimate(params: Any, key: jax.Array, image: Any, label: Any) -> jax.Array:
+        levels = build.chain_schedule(config, params)
+        denoise = chains.given_labels(config, params, levels, label, clip=clip)
+        x0 = image.astype(jnp.float32) / 127.5 - 1
+        return analytic.x0_variance(key, denoise, levels, x0, estimator="error")
+
+    tables = []
+    starts = range(0, count, BATCH)
+    label = "variance of x0"
+    for first in tqdm(starts, desc=label, disable=not sys.stderr.isatty()):
+        batch = datasets.batch_at(dataset, chosen[first : first + BATCH])
+        labels = batch["label"] if config.net.classes else None
+        key = jax.random.fold_in(jax.random.key(0), first)
+        tables.append(np.asarray(estimate(params, key, batch["image"], labels)))
+    mean = np.mean(tables, axis=0, dtype=np.float64)
+    levels = build.chain_schedule(config, params)
+    table = np.asarray(analytic.bounded(mean, levels), np.float64)
+    runs.write_json(path, {"about": about, "table": table.tolist()})
+    return table

@@ -1,0 +1,247 @@
+"""Which weights a command draws with, and the snapshots that averages are made of.
+
+A run's checkpoint holds the last weights and the averages that were tracked. A
+power-function average of any other length is made of the tracked ones, of which
+<run>/averages/ keeps a snapshot every optimizer.ema_snapshots steps:
+<step>_<index>.safetensors, where index counts optimizer.ema_lengths.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from diffusion_jax.checkpoints import checkpoint
+from diffusion_jax.lab.network_files import networks
+from diffusion_jax.lab.process import hosts
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.wiring import learning
+from diffusion_jax.training import averages, parallel
+from diffusion_jax.training.state import TrainState
+
+# As a share of the distance from the last weights: beyond it, what is reconstructed is
+# an average of some other profile.
+LARGEST_ERROR = 0.1
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which weights to use."""
+
+    raw: bool = False
+    """Whether to use the last weights instead of their moving average."""
+    average: float | None = None
+    """Which average to use: a decay that the run tracked, such as 0.999, or the length
+    of a power-function average, a share of the training up to 0.28, such as 0.08; the
+    first that the run tracked when not given."""
+    step: int | None = None
+    """Checkpoint to use, in training steps; the latest when not given."""
+    strict: bool = False
+    """Refuse a latest checkpoint that is damaged, instead of taking the newest that
+    verifies."""
+
+
+def load(config: Config, run: runs.Run, which: Weights) -> tuple[Any, int | None, str]:
+    """Returns the weights of a checkpoint, its step, and what they are in words.
+
+    The words are such as "averaged", "last" or "averaged (length 0.08)"; the step of a
+    network in a file may be unknown, and is then None.
+
+    Args:
+      config: the run's configuration.
+      run: where the checkpoints and the snapshots are.
+      which: the weights to choose.
+
+    Raises:
+      CheckpointError: there is no such checkpoint.
+      ConfigError: no such average was tracked, or none can be made near enough; or
+        there is a single set of weights in a file, and another was asked for.
+      ValueError: a snapshot or the file is damaged.
+    """
+    mesh = parallel.make_mesh()
+    sharding = parallel.replicated(mesh)
+    if run.network is not None:
+        check_alone(which, official=run.network.kind == "official")
+        _, params, about, _ = networks.read(run.network, average=not which.raw)
+        at = jax.tree.map(lambda _: sharding, params)
+        return parallel.place(params, at), about.step, about.weights
+    index = _tracked(config, which)
+    like = learning.state_shapes(config)
+    cut = mesh
+    if config.train.fsdp > 1:  # all of it may be more than one device holds
+        cut = parallel.make_mesh(fsdp=mesh.size)
+    placed = parallel.state_sharding(like, cut)
+    with checkpoint.open_folder(run.checkpoints, read_only=True) as folder:
+        found = checkpoint.restore(
+            folder, like, placed, which.step, strict=which.strict
+        )
+    describe_skipped(run, found)
+    state, step = found.state, found.step
+    if which.raw:
+        chosen, words = state.params, "last"
+    elif which.average is None:
+        chosen, words = state.averages[0], "averaged"
+    elif index is not None:
+        name = "decay" if index < len(config.optimizer.ema_decay) else "length"
+        chosen, words = state.averages[index], f"averaged ({name} {which.average:g})"
+    else:
+        chosen = _reconstruct(config, run, state, which.average)
+        words = f"averaged (length {which.average:g})"
+    at = jax.tree.map(lambda _: sharding, chosen)
+    return parallel.place(chosen, at), step, words
+
+
+def check_alone(which: Weights, *, official: bool = False) -> None:
+    """Raises ConfigError where a network in a file leaves no such choice of weights.
+
+    Args:
+      which: what was asked for.
+      official: whether it is a checkpoint of the authors', which has the last weights
+        too.
+    """
+    if which == Weights(raw=which.raw and official, strict=which.strict):
+        return
+    raise ConfigError(
+        "raw, average and step must be left out with a network in a file, which has "
+        f"one set of weights; got {flags(which)}. Choose when you convert a run: "
+        "python -m experiments.convert RUN OUT --raw."
+    )
+
+
+def flags(which: Weights) -> str:
+    """Returns the choice of weights as it is typed.
+
+    >>> flags(Weights(raw=True, step=0))
+    '--raw --step 0'
+    """
+    said = ["--raw"] * which.raw + ["--strict"] * which.strict
+    for name in ("average", "step"):
+        value = getattr(which, name)
+        said += [] if value is None else [f"--{name} {value}"]
+    return " ".join(said)
+
+
+def describe(words: str, step: int | None) -> str:
+    """Returns the words for the weights that `load` returned.
+
+    >>> describe("averaged", 5000), describe("released", None)
+    ('averaged weights of step 5,000', 'released weights')
+    """
+    return f"{words} weights" + ("" if step is None else f" of step {step:,}")
+
+
+def describe_skipped(run: runs.Run, found: checkpoint.Restored) -> None:
+    """Says on stderr which checkpoints were passed over, and why."""
+    for step, why in found.skipped:
+        hosts.say(
+            f"note: checkpoint {run.checkpoints / str(step)} is damaged ({why}); step "
+            f"{found.step:,} is used in its place"
+        )
+
+
+def due(config: Config, step: int) -> bool:
+    """Returns whether to save snapshots after this many updates.
+
+    Checkpoints hold the tracked averages too, so the last step needs none of its own.
+    """
+    every = config.optimizer.ema_snapshots
+    return every > 0 and bool(config.optimizer.ema_lengths) and step % every == 0
+
+
+def save_snapshots(run: runs.Run, config: Config, state: TrainState) -> list[Path]:
+    """Returns the files of the tracked power-function averages after writing them.
+
+    What is there of the same step is replaced: a run that goes on from an earlier
+    checkpoint writes the same values again.
+    """
+    lengths = config.optimizer.ema_lengths
+    tracked = parallel.whole(state.averages[len(config.optimizer.ema_decay) :])
+    step = int(state.step)
+    if jax.process_index():
+        return []  # the first host writes for all
+    return [
+        averages.save(_path(run, step, index), tree, step, length)
+        for index, (length, tree) in enumerate(zip(lengths, tracked, strict=True))
+    ]
+
+
+def cut_snapshots(run: runs.Run, last_step: int) -> None:
+    """Drops the snapshots after a step: those that a resumed run will write again."""
+    for path in _files(run):
+        if int(path.name.partition("_")[0]) > last_step:
+            path.unlink()
+
+
+def _tracked(config: Config, which: Weights) -> int | None:
+    """Returns the place of the average in the state; None for one that is to be made.
+
+    Raises:
+      ConfigError: it can be neither found nor made.
+    """
+    decays, lengths = config.optimizer.ema_decay, config.optimizer.ema_lengths
+    value = which.average
+    if value is None:
+        return 0
+    if which.raw:
+        raise ConfigError(
+            f"raw must stand alone; got --average {value:g} as well. Choose the last "
+            "weights or an average."
+        )
+    if value in (*decays, *lengths):
+        return (*decays, *lengths).index(value)
+    if lengths and 0 < value <= averages.LONGEST:
+        return None
+    tracked = ", ".join(f"{decay:g}" for decay in decays) or "no decay"
+    made = f"a length of at most {averages.LONGEST}" if lengths else "no length"
+    more = "" if lengths else ", or train with --optimizer.ema-lengths 0.05 0.1"
+    raise ConfigError(
+        f"average must be one that this run tracked or that can be made of its "
+        f"snapshots: {tracked}, {made}; got {value:g}. Choose one of these{more}."
+    )
+
+
+def _reconstruct(
+    config: Config, run: runs.Run, state: TrainState, length: float
+) -> Any:
+    """Returns the average of a length, made of the snapshots up to the state's step."""
+    step = int(state.step)
+    found = {path: averages.header(path) for path in _files(run)}
+    before = {path: about for path, about in found.items() if about.step < step}
+    lengths = config.optimizer.ema_lengths
+    known = [*before.values(), *(averages.Snapshot(step, one) for one in lengths)]
+    factors = averages.solve(known, step, length)
+    error = averages.expected_error(known, factors, step, length)
+    if error > LARGEST_ERROR:
+        raise ConfigError(
+            f"the snapshots in {run.folder / 'averages'} must give the average of "
+            f"length {length:g} within {LARGEST_ERROR:.0%} of its distance from the "
+            f"last weights; got {error:.0%} with {len(before)} before step {step:,}. "
+            f"Use {' or '.join(f'{one:g}' for one in lengths)}, which the run "
+            "tracked, or train with --optimizer.ema-snapshots a 16th of the steps."
+        )
+
+    def trees() -> Iterator[Any]:
+        for path in before:
+            yield averages.load(path, state.params)
+        for tree in state.averages[len(config.optimizer.ema_decay) :]:
+            yield parallel.whole(tree)
+
+    return averages.reconstruct(trees(), list(factors))
+
+
+def _path(run: runs.Run, step: int, index: int) -> Path:
+    return run.folder / "averages" / f"{step:08d}_{index}.safetensors"
+
+
+def _files(run: runs.Run) -> list[Path]:
+    """Returns the snapshots of a run, in the order of their steps."""
+    files = [
+        path
+        for path in (run.folder / "averages").glob("*.safetensors")
+        if re.fullmatch(r"\d+_\d+", path.stem)
+    ]
+    return sorted(files, key=lambda path: [int(n) for n in path.stem.split("_")])

@@ -1,0 +1,1 @@
+"""Training as a whole: from a configuration to a finished run."""

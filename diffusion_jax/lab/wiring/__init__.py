@@ -1,0 +1,1 @@
+"""From a configuration to functions: network, training step, chain."""

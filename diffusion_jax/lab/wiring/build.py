@@ -1,0 +1,259 @@
+"""From a configuration to objects: schedule, network and data."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax import (
+    continuous,
+    gaussian,
+    learned,
+    schedule,
+)
+from diffusion_jax.data import datasets
+from diffusion_jax.lab.schema.config import CONTINUOUS, UNKNOWN, Config, ConfigError
+from diffusion_jax.nets import fresh, unet
+from diffusion_jax.nets.unet import UNet
+
+Apply = Callable[..., jax.Array]
+
+# Ends of a learned schedule before it learns (Kingma et al. 2021).
+FIRST_LOGSNR = (-5.0, 13.3)
+
+
+def make_schedule(config: Config, params: Any = None) -> schedule.Schedule:
+    """Returns the noise schedule that the network learns on.
+
+    Args:
+      config: the configuration.
+      params: as `init_params` makes them; only for a learned schedule.
+    """
+    d = config.diffusion
+    ends = {"beta_start": d.beta_start, "beta_end": d.beta_end}
+    made: schedule.Schedule
+    match d.schedule:
+        case "linear":
+            made = schedule.linear(d.num_steps, **ends)
+        case "quad":
+            made = schedule.quad(d.num_steps, **ends)
+        case "const":
+            made = schedule.const(d.num_steps, beta=d.beta_end)
+        case "jsd":
+            made = schedule.jsd(d.num_steps)
+        case "warmup10":
+            made = schedule.warmup(d.num_steps, fraction=0.1, **ends)
+        case "warmup50":
+            made = schedule.warmup(d.num_steps, fraction=0.5, **ends)
+        case "cosine":
+            made = schedule.cosine(d.num_steps)
+        case "sigmoid":
+            made = schedule.sigmoid(d.num_steps)
+        case "vp":
+            made = continuous.vp()
+        case "sub_vp":
+            made = continuous.sub_vp()
+        case "ve":
+            made = continuous.ve(sigma_min=d.sigma_min, sigma_max=d.sigma_max)
+        case "continuous_cosine":
+            made = continuous.cosine()
+        case "flow":
+            made = continuous.flow()
+        case "learned":
+            made = learned.schedule(params["schedule"])
+    return continuous.shifted(made, d.logsnr_shift) if d.logsnr_shift else made
+
+
+def chain_schedule(config: Config, params: Any = None) -> schedule.Schedule:
+    """Returns the schedule in T whole steps, on which chains and bounds are made."""
+    made = make_schedule(config, params)
+    if not is_continuous(config):
+        return made
+    return continuous.discretize(made, config.diffusion.num_steps, clean=True)
+
+
+def is_continuous(config: Config) -> bool:
+    """Returns whether the network learns at real times."""
+    return config.diffusion.schedule in CONTINUOUS
+
+
+def time_shift(config: Config) -> int:
+    """Returns what is subtracted from t for the network: 1 where it counts steps."""
+    return 0 if is_continuous(config) else 1
+
+
+def make_network(config: Config, *, looped: bool = False) -> UNet:
+    """Returns the network; its parameters come from `init_params`.
+
+    Args:
+      config: the configuration.
+      looped: whether its gradient is taken inside a compiled loop, where XLA's
+        convolution on CPU is many times slower than the matrix product.
+    """
+    net = config.net
+    split = config.diffusion.variance in ("learned", "range")
+    conv = net.conv
+    if conv == "auto":
+        conv = "matmul" if looped and jax.default_backend() == "cpu" else "xla"
+    return UNet(
+        out_channels=config.data.channels * (2 if split else 1),
+        channels=net.channels,
+        multipliers=net.multipliers,
+        blocks=net.blocks,
+        attention=net.attention,
+        dropout=net.dropout,
+        groups=net.groups,
+        dtype=jnp.dtype(net.dtype),
+        conv=conv,
+        remat=net.remat,
+        # The last row stands for no label.
+        num_classes=net.classes + (1 if net.classes and net.label_dropout else 0),
+        variant=net.variant,
+        fourier=net.fourier,
+    )
+
+
+def as_computed(config: Config, params: Any) -> Any:
+    """Returns the parameters with those of the network in the types it computes in.
+
+    The network's output is the same to the bit; see `unet.cast`.
+    """
+    return {**params, "net": unet.cast(params["net"], jnp.dtype(config.net.dtype))}
+
+
+def make_apply(
+    config: Config,
+    params: Any,
+    levels: schedule.Schedule,
+    *,
+    looped: bool = False,
+    **options: Any,
+) -> Apply:
+    """Returns the network as a function of x, t and, with classes, the label.
+
+    Args:
+      config: the configuration.
+      params: as `init_params` makes them.
+      levels: the schedule whose times t are.
+      looped: as in `make_network`.
+      options: of the network's call.
+    """
+    net = make_network(config, looped=looped)
+
+    def fed(t: jax.Array) -> jax.Array:
+        if config.diffusion.prediction == "edm" or not is_continuous(config):
+            return t  # as `gaussian.denoiser` feeds it
+        if config.diffusion.schedule == "learned":
+            # The level, not the time: whose meaning changes as the schedule learns.
+            low, high = FIRST_LOGSNR
+            return 1000 * (high - levels(t).logsnr) / (high - low)
+        return 1000 * t / continuous.last_time(levels)
+
+    def apply(x: jax.Array, t: jax.Array, label: jax.Array | None = None) -> jax.Array:
+        variables = {"params": params["net"]}
+        return cast(jax.Array, net.apply(variables, x, fed(t), label, **options))
+
+    return apply
+
+
+def make_denoiser(
+    config: Config, apply: Apply, levels: schedule.Schedule, **options: Any
+) -> gaussian.Denoiser:
+    """Returns the network's prediction; options are clip and threshold."""
+    return gaussian.denoiser(
+        apply,
+        levels,
+        config.diffusion.prediction,
+        variance=config.diffusion.variance,
+        sigma_data=config.diffusion.sigma_data,
+        time_shift=time_shift(config),
+        **options,
+    )
+
+
+def init_params(config: Config, key: jax.Array) -> Any:
+    """Returns fresh parameters: {"net": ...}, and "schedule" where it is learned.
+
+    Those of a network are NumPy arrays.
+    """
+    params = {"net": fresh.params(make_network(config), key, *_inputs(config))}
+    if config.diffusion.schedule == "learned":
+        params["schedule"] = _init_schedule(jax.random.fold_in(key, 1))
+    return params
+
+
+def param_shapes(config: Config) -> Any:
+    """Returns `jax.ShapeDtypeStruct` in place of the arrays of `init_params`."""
+    shapes = {"net": fresh.shapes(make_network(config), *_inputs(config))}
+    if config.diffusion.schedule == "learned":
+        shapes["schedule"] = jax.eval_shape(lambda: _init_schedule(jax.random.key(0)))
+    return shapes
+
+
+def _inputs(config: Config) -> tuple[Any, ...]:
+    """Returns one image of zeros, its time, and its label where there is one."""
+    shape = (1, config.data.image_size, config.data.image_size, config.data.channels)
+    label = np.zeros(1, np.int32) if config.net.classes else None
+    return np.zeros(shape, np.float32), np.zeros(1, np.float32), label
+
+
+def _init_schedule(key: jax.Array) -> learned.Params:
+    low, high = FIRST_LOGSNR
+    return learned.init(key, logsnr_min=low, logsnr_max=high)
+
+
+def load_data(config: Config, *, split: str = "train") -> datasets.Dataset:
+    """Returns the images of a split, "train" or "test".
+
+    Raises:
+      ConfigError: they do not have the configured size or channels, or nobody said
+        what they are.
+    """
+    d = config.data
+    if d.source == UNKNOWN:
+        raise ConfigError(
+            "the data must be known; got a network from elsewhere, which says nothing "
+            "of what it was trained on. Name it where you convert the network, or "
+            "here where there is the flag: --data cifar10, or --data folder:PATH."
+        )
+    try:
+        dataset = datasets.load(
+            d.source,
+            split=split,
+            data_dir=d.path,
+            image_size=d.image_size,
+            channels=d.channels,
+            download=d.download,
+        )
+    except datasets.DataError as error:
+        hint = "\ndata_dir is --data.path here." if "data_dir" in str(error) else ""
+        raise datasets.DataError(f"{error}{hint}") from error
+    shape = dataset.images.shape[1:]
+    if shape != (d.image_size, d.image_size, d.channels):
+        raise ConfigError(
+            f"the images of {d.source} must be {d.image_size}x{d.image_size} with "
+            f"{d.channels} channels; got {shape}. Set --data.image-size and "
+            "--data.channels to what the images are."
+        )
+    check_labels(config, dataset)
+    return dataset
+
+
+def check_labels(config: Config, dataset: datasets.Dataset) -> None:
+    """Raises ConfigError where the data do not have the classes of the network."""
+    classes = config.net.classes
+    if not classes:
+        return
+    if dataset.labels is None:
+        raise ConfigError(
+            f"the images of {config.data.source} must have labels for net.classes = "
+            f"{classes}; got none. Give labelled data, or --net.classes 0."
+        )
+    most = int(dataset.labels.max())
+    if int(dataset.labels.min()) < 0 or most >= classes:
+        raise ConfigError(
+            f"labels must be in 0..{classes - 1}, for net.classes = {classes}; got "
+            f"some up to {most}. Set --net.classes to {most + 1}."
+        )

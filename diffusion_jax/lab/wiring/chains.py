@@ -1,0 +1,304 @@
+"""From a configuration to chains: grids, rules, and draws of a trained network.
+
+Beside the parameters that were trained, `params` may hold what sampling adds to them
+(see `extras`): "x0_variance", for the analytic variance, and "classifier".
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax import (
+    analytic,
+    continuous,
+    gaussian,
+    grids,
+    guidance,
+    langevin,
+    ode,
+    samplers,
+    schedule,
+    solvers,
+)
+from diffusion_jax.lab.schema import sampling
+from diffusion_jax.lab.schema.config import Config
+from diffusion_jax.lab.wiring import build
+from diffusion_jax.training import compilation, parallel
+from experiments import train_noisy_classifier
+
+
+def make_grid(config: Config) -> np.ndarray:
+    """Returns the times that a chain goes through, from T to 0."""
+    total = config.diffusion.num_steps
+    how = sampling.resolve(config.sample, total)
+    if how["sampler"] == "ode":
+        # All the way in one stretch, but for the step to data, where noise ends.
+        last = 1.0 if build.is_continuous(config) else total
+        return np.array([last, last / total, 0])
+    made: Callable[..., np.ndarray] = {
+        "uniform": grids.uniform,
+        "quadratic": grids.quadratic,
+        "logsnr": grids.logsnr,
+        "karras": grids.karras,
+    }[how["grid"]]
+    return made(known_chain(config), how["steps"])
+
+
+def known_chain(config: Config) -> schedule.Schedule:
+    """Returns the chain's schedule without parameters, for its times.
+
+    The levels of a learned one are not to be had so: those here are others.
+    """
+    if config.diffusion.schedule == "learned":
+        return schedule.cosine(config.diffusion.num_steps)
+    return build.chain_schedule(config)
+
+
+def start_std(config: Config) -> float:
+    """Returns the standard deviation of the noise that chains start from."""
+    if config.sample.sampler == "ode":
+        return max(1.0, float(known_chain(config)(config.diffusion.num_steps).sigma))
+    return max(1.0, float(known_chain(config)(int(make_grid(config)[0])).sigma))
+
+
+def make_sampler(
+    config: Config, params: Any, *, first: int | jax.Array = 0
+) -> samplers.Sampler:
+    """Returns the sampling rule with these parameters.
+
+    Args:
+      config: the configuration.
+      params: the parameters.
+      first: index of the first example, which decides its class where all are drawn.
+    """
+    denoise = make_denoiser(config, params, first=first)
+    return make_rule(config, denoise, sampling_schedule(config, params))
+
+
+def make_denoiser(
+    config: Config, params: Any, *, first: int | jax.Array = 0
+) -> gaussian.Denoiser:
+    """Returns the network's prediction, as the chains of the configuration see it."""
+    levels = sampling_schedule(config, params)
+    how = sampling.resolve(config.sample, config.diffusion.num_steps)
+    apply = build.make_apply(config, params, levels)
+    given = _labelled(config, apply, levels, first)
+    options = {"clip": how["clip"], "threshold": config.sample.threshold}
+    denoise = build.make_denoiser(config, given, levels, **options)
+    if config.sample.classifier_guidance:
+        denoise = _guided(config, params, denoise, levels, first)
+    if "x0_variance" in params:
+        denoise = analytic.attach(denoise, params["x0_variance"])
+    return denoise
+
+
+def given_labels(
+    config: Config,
+    params: Any,
+    levels: schedule.Schedule,
+    label: jax.Array | None,
+    *,
+    clip: bool,
+) -> gaussian.Denoiser:
+    """Returns the network's prediction of images with these labels, if it has any."""
+    apply = build.make_apply(config, params, levels)
+    given = apply if label is None else lambda x, t: apply(x, t, label)
+    denoise = build.make_denoiser(config, given, levels, clip=clip)
+    if "x0_variance" in params:
+        denoise = analytic.attach(denoise, params["x0_variance"])
+    return denoise
+
+
+def labels_of(
+    config: Config, count: int, first: int | jax.Array, classes: int
+) -> jax.Array:
+    """Returns the classes of examples first, first + 1, ...; [count]."""
+    if config.sample.label is not None:
+        return jnp.full(count, config.sample.label)
+    return (jnp.asarray(first) + jnp.arange(count)) % classes
+
+
+def make_rule(
+    config: Config, denoise: gaussian.Denoiser, levels: schedule.Schedule
+) -> samplers.Sampler:
+    """Returns the sampling rule for any denoiser on `sampling_schedule`."""
+    how = sampling.resolve(config.sample, config.diffusion.num_steps)
+    options = {
+        name: how[name] for name in sampling.RULES[config.sample.sampler].options
+    }
+    match config.sample.sampler:
+        case "ddpm":
+            variance = options["variance"] or config.diffusion.variance
+            return samplers.ddpm(denoise, levels, variance=variance)
+        case "ddim":
+            return samplers.ddim(denoise, levels, **options)
+        case "heun":
+            return solvers.heun(denoise, levels)
+        case "edm":
+            return solvers.edm(denoise, levels, **options)
+        case "dpm_solver_pp":
+            return solvers.dpm_solver_pp(denoise, levels, **options)
+        case "unipc":
+            return solvers.unipc(denoise, levels, order=int(options["order"]))
+        case "predictor_corrector":
+            return langevin.predictor_corrector(denoise, levels, **options)
+        case "langevin":
+            return langevin.langevin(denoise, levels, **options)
+        case "ode":
+            tolerance = options["tolerance"]
+            return ode.ode(denoise, levels, rtol=tolerance, atol=tolerance)
+
+
+def sampling_schedule(config: Config, params: Any = None) -> schedule.Schedule:
+    """Returns the schedule that chains walk: in real time where the rule needs it."""
+    if config.sample.sampler != "ode":
+        return build.chain_schedule(config, params)
+    made = build.make_schedule(config, params)
+    return made if build.is_continuous(config) else continuous.interpolate(made)
+
+
+def count_evaluations(config: Config, params: Any) -> float:
+    """Returns the network evaluations that one sample takes, counted on a draw.
+
+    Only where the steps depend on the network is it the real one that is asked.
+    Classifier-free guidance takes the network twice; with an interval this is what is
+    taken at most.
+    """
+    levels = sampling_schedule(config, params)
+    silent = gaussian.denoiser(lambda x, t: 0 * x, levels, "x0")
+
+    def stand_in(x: jax.Array, t: jax.Array) -> gaussian.Prediction:
+        # Whatever variance the rule asks for.
+        return gaussian.Prediction(*silent(x, t)[:2], 0 * x, 0 * x, 0 * x)
+
+    denoise: gaussian.Denoiser = stand_in
+    if sampling.RULES[config.sample.sampler].grid is None:
+        denoise = make_denoiser(config, params)
+    shape = (1, *[config.data.image_size] * 2, config.data.channels)
+
+    def make(counted: gaussian.Denoiser) -> samplers.Sampler:
+        return make_rule(config, counted, levels)
+
+    grid, std = make_grid(config), start_std(config)
+    count = samplers.count_evaluations(make, denoise, grid, shape, start_std=std)
+    return count * (1 if config.sample.guidance is None else 2)
+
+
+def make_draw(
+    config: Config, count: int, mesh: jax.sharding.Mesh
+) -> Callable[..., np.ndarray]:
+    """Returns a function of (params, key, first) that draws `count` images.
+
+    Compiled once, whatever the parameters; image i depends on (key, first + i) alone.
+    The result is float, [count, H, W, C], about [-1, 1].
+    """
+    grid, size = make_grid(config), config.data.image_size
+    # Devices that cannot share the images equally draw all of them each.
+    spread = count % mesh.size == 0
+    out = parallel.sharded(mesh) if spread else parallel.replicated(mesh)
+    several = mesh.is_multi_process
+
+    @functools.partial(
+        jax.jit, compiler_options=compilation.options(mesh.devices.flat[0])
+    )
+    def draw(params: Any, key: jax.Array, first: jax.Array) -> jax.Array:
+        # Once, and not at each of the chain's evaluations.
+        sampler = make_sampler(config, build.as_computed(config, params), first=first)
+        shape = (count, size, size, config.data.channels)
+        # Not before: a run starts long before it draws.
+        with jax.ensure_compile_time_eval():
+            std = start_std(config)
+        images = samplers.sample(key, sampler, grid, shape, start_std=std, first=first)
+        images = jax.lax.with_sharding_constraint(images, out)
+        if several:  # every host gets all of them
+            images = jax.lax.with_sharding_constraint(images, parallel.replicated(mesh))
+        return images
+
+    def drawn(params: Any, key: jax.Array, first: int = 0) -> np.ndarray:
+        return np.asarray(draw(params, key, jnp.asarray(first)))
+
+    return drawn
+
+
+def describe_sampling(config: Config) -> dict[str, Any]:
+    """Returns what has to be known of samples beside the weights and the seed."""
+    about = sampling.resolve(config.sample, config.diffusion.num_steps)
+    if "guidance_interval" in about:
+        about["guidance_interval"] = list(about["guidance_interval"])  # as JSON has it
+    if "variance" in about:
+        about["variance"] = about["variance"] or config.diffusion.variance
+    if config.net.classes and config.sample.label is None:
+        about["label"] = "all in turn"
+    return about
+
+
+def _labelled(
+    config: Config,
+    apply: build.Apply,
+    levels: schedule.Schedule,
+    first: int | jax.Array,
+) -> build.Apply:
+    """The network as a function of x and t alone: with labels, and guided by them."""
+    classes, sample = config.net.classes, config.sample
+    if not classes:
+        return apply
+
+    def given(x: jax.Array, t: jax.Array) -> jax.Array:
+        label = labels_of(config, len(x), first, classes)
+        if sample.guidance is None:
+            return apply(x, t, label)
+        guided = guidance.classifier_free(
+            apply,
+            label,
+            classes,  # the last row, of no label
+            scale=sample.guidance,
+            active=_active(config, levels),
+            channels=config.data.channels,
+        )
+        return guided(x, t)
+
+    return given
+
+
+def _active(
+    config: Config, levels: schedule.Schedule
+) -> Callable[[jax.Array], jax.Array] | None:
+    """Where guidance applies, as a function of the times that the network gets."""
+    if config.sample.guidance_interval is None:
+        return None
+    low, high = config.sample.guidance_interval
+    if config.diffusion.prediction != "edm":
+        shift = build.time_shift(config)
+        return guidance.within(levels, low, high, time_shift=shift)
+
+    def active(c_noise: jax.Array) -> jax.Array:
+        noise = jnp.exp(4 * c_noise)
+        return (low < noise) & (noise <= high)
+
+    return active
+
+
+def _guided(
+    config: Config,
+    params: Any,
+    denoise: gaussian.Denoiser,
+    levels: schedule.Schedule,
+    first: int | jax.Array,
+) -> gaussian.Denoiser:
+    """The denoiser guided by the run's noisy classifier."""
+    judge = params["classifier"]
+    classes = len(judge["logits"]["bias"])
+    clip = sampling.resolve(config.sample, config.diffusion.num_steps)["clip"]
+
+    def guided(x: jax.Array, t: jax.Array) -> gaussian.Prediction:
+        label = labels_of(config, len(x), first, classes)
+        log_prob = train_noisy_classifier.log_prob_of(judge, label, levels)
+        scale = config.sample.classifier_guidance or 0.0
+        change = guidance.classifier(denoise, log_prob, levels, scale=scale, clip=clip)
+        return change(x, t)
+
+    return guided

@@ -1,0 +1,1 @@
+"""Files: replaced whole, unpacked, downloaded, and tensors by name."""

@@ -1,0 +1,226 @@
+"""The one download: to a temporary file, checked, then renamed into place.
+
+Either the whole file with the right digest appears under its name, or nothing does
+and a `DataError` says why, within seconds where there is no network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import os
+import queue
+import secrets
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from diffusion_jax.data.formats import DataError
+
+_CHUNK = 2**18
+
+
+def fetch(
+    url: str,
+    path: str | os.PathLike[str],
+    *,
+    sha256: str | None,
+    size: int | None = None,
+    most: int = 2**30,
+    connect_timeout: float = 5.0,
+    read_timeout: float = 30.0,
+    progress: bool = True,
+) -> Path:
+    """Returns `path`, at which the file behind `url` now lies whole and checked.
+
+    Proxies are taken from the environment, as urllib does.
+
+    Args:
+      url: https; http too of this machine itself, by its address. So are all that it
+        leads on to.
+      path: where the file shall lie; its folder is made if need be.
+      sha256: the digest the content must have, in hexadecimal; None where none is
+        known, and then only the length that the server states is checked.
+      size: the number of bytes it must have, if known.
+      most: bytes that it may have where that is not known.
+      connect_timeout: seconds in all until the answer begins: name look-up,
+        connection, encryption, redirects.
+      read_timeout: seconds without a single byte after which a transfer has stalled.
+      progress: show a bar on standard error, where that is a terminal.
+
+    Raises:
+      DataError: no answer, a refusal, a stall, or other bytes than expected. Nothing
+        is then left behind.
+
+    >>> fetch("ftp://example.org/a", "/tmp/a", sha256="00")
+    Traceback (most recent call last):
+    ...
+    diffusion_jax.data.formats.DataError: a URL must begin with https://; got \
+ftp://example.org/a. Download it by hand.
+    """
+    check_address(url)
+    path = Path(path)
+    # The process id and a random part: processes and hosts that share the folder
+    # may all download at once, and the last to finish wins with the same bytes.
+    part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        response = _open(url, connect_timeout, read_timeout)
+        with response, part.open("xb") as file:
+            digest = _copy(response, file, url, size, most, progress)
+        if sha256 is not None and digest != sha256.lower():
+            raise DataError(
+                f"the file at {url} must have SHA-256 {sha256}; got {digest}. "
+                "It was changed on the way or at the source: it was not kept."
+            )
+        os.replace(part, path)
+    except TimeoutError as error:
+        raise DataError(
+            f"a download must send bytes at least every {read_timeout:g} s; got none "
+            f"from {url} for that long. Try again later, or download it by hand."
+        ) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise DataError(
+            f"{url} must be readable and {path.parent} writable; got "
+            f"{type(error).__name__}: {error}. Check the network and the disk, or "
+            f"download the file by hand to {path}."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # never made, or its folder is no folder
+            part.unlink(missing_ok=True)
+    return path
+
+
+def check_address(url: str, before: str | None = None) -> None:
+    """Raises DataError for an address at which others could change what is fetched.
+
+    Args:
+      url: the address.
+      before: the one that led there, if one did.
+
+    >>> check_address("https://example.org/a")
+    >>> check_address("http://127.0.0.1:8000/a")
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError as error:
+        raise DataError(
+            f"a URL must be an address; got {url} ({error}). Correct it."
+        ) from error
+    # What never leaves this machine needs no encryption; but nobody else leads to it.
+    here = parts.scheme == "http" and _is_here(url) and _is_here(before or url)
+    if parts.scheme != "https" and not here:
+        led = f", where {before} leads" if before else ""
+        raise DataError(
+            f"a URL must begin with https://; got {url}{led}. Download it by hand."
+        )
+
+
+def _is_here(url: str) -> bool:
+    return urllib.parse.urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows to addresses of the same kind alone."""
+
+    def redirect_request(
+        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> Any:
+        """Returns the request for the new address, or raises DataError."""
+        check_address(newurl, req.full_url)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _open(url: str, connect_timeout: float, read_timeout: float) -> Any:
+    """Returns the open response, or raises once `connect_timeout` has passed.
+
+    Look-ups of names have no timeout of their own and a host may have many addresses
+    that each hang, so the whole of it runs in a thread that is waited for.
+    """
+    outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def connect() -> None:
+        request = urllib.request.Request(url, headers={"User-Agent": "diffusion_jax"})
+        try:
+            opener = urllib.request.build_opener(_Redirects)
+            outcome.put(opener.open(request, timeout=read_timeout))
+        except Exception as error:  # handed to the caller's thread, and raised there
+            outcome.put(error)
+
+    threading.Thread(target=connect, name="connect", daemon=True).start()
+    try:
+        response = outcome.get(timeout=connect_timeout)
+    except queue.Empty:
+        raise DataError(
+            f"a server must answer within {connect_timeout:g} s; got no answer from "
+            f"{url}. Check the network, or download the file by hand."
+        ) from None
+    if isinstance(response, urllib.error.HTTPError):
+        response.close()
+        raise DataError(
+            f"{url} must be there to download; got HTTP status {response.code} "
+            f"({response.reason}). Check the address, or download the file by hand."
+        )
+    if isinstance(response, DataError):
+        raise response
+    if isinstance(response, Exception):
+        reason = getattr(response, "reason", response)
+        raise DataError(
+            f"the server of {url} must be reachable; got {reason}. "
+            "Check the network, or download the file by hand."
+        ) from response
+    return response
+
+
+def _copy(
+    response: Any, file: Any, url: str, size: int | None, most: int, progress: bool
+) -> str:
+    """Returns the SHA-256 of the bytes copied, having checked how many they were."""
+    stated = response.headers.get("Content-Length", "")
+    known = stated.isascii() and stated.isdecimal() and len(stated) < 20
+    expected = int(stated) if known else size
+    if size is not None and expected != size:
+        raise _wrong_size(url, size, expected)
+    if expected is not None and expected > (size or most):
+        raise _too_large(url, most, expected)
+    digest, done = hashlib.sha256(), 0
+    with tqdm(
+        total=expected,
+        unit="B",
+        unit_scale=True,
+        desc=f"downloading {url.rsplit('/', 1)[-1]}",
+        # None means: only where standard error is a terminal.
+        disable=None if progress else True,
+    ) as bar:
+        while chunk := response.read(_CHUNK):
+            done += len(chunk)
+            if expected is not None and done > expected:
+                break
+            if done > (size or most):
+                raise _too_large(url, most, "more")
+            file.write(chunk)
+            digest.update(chunk)
+            bar.update(len(chunk))
+    if expected is not None and done != expected:
+        raise _wrong_size(url, expected, done)
+    return digest.hexdigest()
+
+
+def _too_large(url: str, most: int, got: int | str) -> DataError:
+    return DataError(
+        f"the file at {url} must have at most {most} bytes; got {got}. It is another "
+        "one than was meant: check the address, or download it by hand."
+    )
+
+
+def _wrong_size(url: str, expected: int, got: int | None) -> DataError:
+    return DataError(
+        f"the file at {url} must have {expected} bytes; got {got}. The transfer was "
+        "cut off or the file is another one: try again, or download it by hand."
+    )

@@ -1,0 +1,350 @@
+"""Tensors by name in files: read by content, whatever a file is called, and written.
+
+Read are
+
+  safetensors   once over, into memory; with what the file says of itself
+  pytorch       state of a module (.bin, .pt, .pth), where PyTorch is installed
+  tensorflow    a checkpoint of variables, where TensorFlow is installed
+
+and safetensors are written. Nothing in a file is ever executed: of pickles only
+PyTorch's are opened, by its own `weights_only` reader.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from tqdm import tqdm
+
+from diffusion_jax.data.formats import DataError
+from diffusion_jax.storage import tensorflow_checkpoint
+
+# Types of safetensors; its own table for NumPy has no bfloat16 in some versions.
+_TYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": jnp.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+    "C64": np.complex64,
+}
+_CHUNK = 2**22
+_HEAD = 512
+# The library refuses headers of more than 100 MB.
+_MAX_HEADER = 10**8
+# How PyTorch began its files before 2020: the pickle of one known number.
+_PYTORCH_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
+# Pickles of protocol 2 and later; then what those of 0 and 1 usually begin with: a
+# function to call, or a container that is remembered.
+_PICKLE = re.compile(
+    rb"\x80[\x02-\x05]|c[\w.]+\n[\w.]+\n|[(][dl]p\d+\n|[(]i[\w.]+\n|[\]})]q\x00"
+)
+
+
+class Tensors(NamedTuple):
+    """What a file holds."""
+
+    arrays: dict[str, np.ndarray]
+    """By the names that they have there; of the types that they have there."""
+    meta: dict[str, str]
+    """What a safetensors file says of itself; empty for others."""
+    format: str
+    """One of "safetensors", "pytorch" and "tensorflow"."""
+    sha256: str
+    """Of the file as it lies on disk, in hexadecimal. Of a TensorFlow checkpoint that
+    of its data files (PREFIX.data-00000-of-00001 and so on), one after the other and
+    without the index; of one data file it is that file's own."""
+
+
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """Returns the format of a file, from its first bytes.
+
+    Args:
+      path: a file, or the prefix of a TensorFlow checkpoint, or either of the files
+        that make one up: PREFIX.index and PREFIX.data-00000-of-00001.
+
+    Returns:
+      "safetensors", "pytorch", "tensorflow", "pickle" or "unknown".
+
+    Raises:
+      DataError: there is no such file.
+    """
+    path = Path(path)
+    if tensorflow_checkpoint.prefix_of(path):
+        return "tensorflow"
+    return _kind(_head(path))
+
+
+def read(path: str | os.PathLike[str], *, progress: bool = False) -> Tensors:
+    """Returns all tensors of a file.
+
+    Args:
+      path: as `kind_of` takes it.
+      progress: show a bar on standard error, where that is a terminal.
+
+    Raises:
+      DataError: no such file, damage, another format, a pickle that could run code, a
+        type of tensors that cannot be read, or what reads the format is not installed.
+    """
+    path = Path(path)
+    prefix = tensorflow_checkpoint.prefix_of(path)
+    if prefix:
+        return _read_tensorflow(prefix, progress)
+    head = _head(path)
+    kind = _kind(head)
+    if kind == "safetensors":
+        return _read_safetensors(path, progress)
+    if kind == "pytorch":
+        return _read_pytorch(path, progress)
+    if kind == "pickle":
+        raise DataError(
+            f"{path} must be data; got a pickle, which is a program. It was not run. "
+            "Save its tensors as safetensors where it comes from."
+        )
+    raise DataError(
+        f"{path} must be a safetensors file, one of PyTorch or the prefix of a "
+        f"TensorFlow checkpoint; got a file that begins with {head[:24]!r}. Download "
+        "it again, or save its tensors as safetensors."
+    )
+
+
+def read_meta(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Returns what a safetensors file says of itself; no tensor is read.
+
+    Raises:
+      DataError: no such file, another format, or damage.
+    """
+    path = Path(path)
+    head = _head(path)
+    if _kind(head) != "safetensors":
+        raise DataError(
+            f"{path} must be a safetensors file; got one that begins with "
+            f"{head[:24]!r}. Give another, or convert it."
+        )
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    arrays: Mapping[str, Any],
+    meta: Mapping[str, str] | None = None,
+) -> str:
+    """Returns the SHA-256 of the safetensors file that now holds the arrays.
+
+    The same arrays and words are the same file, to the byte.
+
+    Args:
+      path: where the file shall lie, whose folder is made; whatever was there is
+        replaced at the end, and stays if anything fails.
+      arrays: by name, of any type that safetensors has.
+      meta: words by name, to be read by `read_meta`.
+
+    Raises:
+      DataError: a type that safetensors lacks, or the disk refuses.
+    """
+    path, meta = Path(path), dict(sorted((meta or {}).items()))
+    # The library takes the memory of an array as it lies, transposed or not.
+    plain = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    try:
+        content = safetensors.numpy.save(plain, meta or None)
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"what {path} is to hold must be arrays of numbers, and words of text; got "
+            f"{type(error).__name__}: {error}. Convert them first."
+        ) from error
+    # Words come out in another order each time.
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    if meta:
+        header["__metadata__"] = meta
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    pieces = (len(text).to_bytes(8, "little"), text, memoryview(content)[8 + length :])
+    digest = hashlib.sha256()
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            for piece in pieces:
+                file.write(piece)
+                digest.update(piece)
+        part.replace(path)
+    except OSError as error:
+        raise DataError(
+            f"{path} must be a place to write to; got {error}. Free some room, or name "
+            "another."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # never made, or its folder is no folder
+            part.unlink(missing_ok=True)
+    return digest.hexdigest()
+
+
+def _head(path: Path) -> bytes:
+    """Returns the first bytes of a file."""
+    try:
+        with path.open("rb") as file:
+            return file.read(_HEAD)
+    except OSError as error:
+        raise DataError(
+            f"{path} must be a file of tensors, or the prefix of a TensorFlow "
+            f"checkpoint; got {error}. Check the path, or give one of the files that "
+            "are there."
+        ) from error
+
+
+def _kind(head: bytes) -> str:
+    # The length of a header, which is JSON. It comes first, since the numbers of a
+    # length can be those that a pickle begins with.
+    braced, length = head[8:9] == b"{", int.from_bytes(head[:8], "little")
+    if braced and length <= _MAX_HEADER:
+        return "safetensors"
+    zipped = head.startswith(b"PK\x03\x04") and b"data.pkl" in head[:256]
+    if zipped or head.startswith(_PYTORCH_MAGIC):
+        return "pytorch"
+    if _PICKLE.match(head):
+        return "pickle"
+    # With a length that cannot be: damaged, but meant as such.
+    return "safetensors" if braced and head[9:10] in (b'"', b"}") else "unknown"
+
+
+@contextlib.contextmanager
+def _bar(total: int, progress: bool) -> Iterator[Callable[[int], object]]:
+    """A bar of bytes read; the block gets what moves it on."""
+    shown = progress and sys.stderr.isatty()
+    with tqdm(
+        total=total, desc="reading", unit="B", unit_scale=True, disable=not shown
+    ) as bar:
+        yield bar.update
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file whose header was found to fit its length."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            yield file
+    except (safetensors.SafetensorError, OSError) as error:
+        raise DataError(
+            f"{path} must be a whole safetensors file; got {type(error).__name__}: "
+            f"{error}. It was cut off or damaged: download or write it again."
+        ) from error
+
+
+def _read_safetensors(path: Path, progress: bool) -> Tensors:
+    """Returns the tensors of a file that is read once, into memory that they share."""
+    digest = hashlib.sha256()
+    # The library holds the header to the length of the file, and tensors to following
+    # each other without gaps.
+    with _opened(path) as file, path.open("rb") as content:
+        meta = dict(file.metadata() or {})
+        length = content.read(8)
+        header = content.read(int.from_bytes(length, "little"))
+        digest.update(length + header)
+        # By itself, so that tensors begin at whole numbers of their sizes.
+        data = np.empty(path.stat().st_size - 8 - len(header), np.uint8)
+        with _bar(len(data), progress) as update:
+            for first in range(0, len(data), _CHUNK):
+                chunk = data[first : first + _CHUNK]
+                if content.readinto(chunk.data) != len(chunk):
+                    raise OSError("it became shorter while it was read")
+                digest.update(chunk.data)
+                update(len(chunk))
+    listed = json.loads(header, object_pairs_hook=lambda pairs: pairs)
+    counts = collections.Counter(name for name, _ in listed)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise DataError(
+            f"{path} must name each tensor once; got {', '.join(twice[:3])} twice. "
+            "Write it again."
+        )
+    entries = {n: dict(e) for n, e in listed if n != "__metadata__"}
+    kinds = {name: entry["dtype"] for name, entry in entries.items()}
+    wrong = [f"{name} of {kind}" for name, kind in kinds.items() if kind not in _TYPES]
+    if wrong:
+        raise DataError(
+            f"{path} must hold tensors of types that NumPy has; got "
+            f"{', '.join(wrong)}. Save them as float32 where they come from."
+        )
+    arrays = {}
+    for name, entry in entries.items():
+        first, end = entry["data_offsets"]
+        array = data[first:end].view(_TYPES[kinds[name]]).reshape(entry["shape"])
+        arrays[name] = array if array.flags.aligned else array.copy()
+    return Tensors(arrays, meta, "safetensors", digest.hexdigest())
+
+
+def _digest(files: list[Path], progress: bool) -> str:
+    """Returns the SHA-256 of files, one after the other."""
+    digest = hashlib.sha256()
+    with _bar(sum(file.stat().st_size for file in files), progress) as update:
+        for file in files:
+            with file.open("rb") as content:
+                while chunk := content.read(_CHUNK):
+                    digest.update(chunk)
+                    update(len(chunk))
+    return digest.hexdigest()
+
+
+def _read_pytorch(path: Path, progress: bool) -> Tensors:
+    try:
+        import torch
+    except ImportError:
+        raise DataError(
+            f"PyTorch must be installed to read {path}; got no module named torch. "
+            "Install it, or save the tensors as safetensors where it is installed."
+        ) from None
+    digest = _digest([path], progress)
+    try:
+        with path.open("rb") as file:  # of a path it would judge by the ending
+            found = torch.load(file, map_location="cpu", weights_only=True)
+        arrays = {str(name): _from_torch(name, x, torch) for name, x in found.items()}
+    # PyTorch reports damage and refusals by a dozen types of exception.
+    except Exception as error:
+        # Its own advice is to run what is in the file.
+        said = " ".join(str(error).split())
+        said = said.partition("WeightsUnpickler error: ")[2] or said
+        raise DataError(
+            f"{path} must hold PyTorch tensors by name and nothing else; got "
+            f"{type(error).__name__}: {said.partition('. ')[0][:200].rstrip('.')}. It "
+            "was not run. Save the tensors as safetensors where the file comes from."
+        ) from error
+    return Tensors(arrays, {}, "pytorch", digest)
+
+
+def _from_torch(name: Any, tensor: Any, torch: Any) -> np.ndarray:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name!r} is a {type(tensor).__name__}")
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:  # which PyTorch has no NumPy type for
+        return np.asarray(tensor.view(torch.int16).numpy().view(jnp.bfloat16))
+    return np.asarray(tensor.numpy())
+
+
+def _read_tensorflow(prefix: Path, progress: bool) -> Tensors:
+    files = tensorflow_checkpoint.data_files(prefix)
+    digest = _digest(files, progress)
+    with _bar(sum(file.stat().st_size for file in files), progress) as update:
+        arrays = tensorflow_checkpoint.variables(prefix, update)
+    return Tensors(arrays, {}, "tensorflow", digest)
