@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from diffusion_jax import gaussian
+from diffusion_jax import errors, gaussian
 from diffusion_jax.schedule import Schedule, num_steps, tables
 
 ESTIMATORS = ("score", "error")
@@ -70,7 +70,7 @@ def x0_variance(
     [0.   0.25 0.25]
     """
     if estimator not in ESTIMATORS:
-        gaussian.raise_unknown("estimator", estimator, ESTIMATORS)
+        errors.raise_unknown("estimator", estimator, ESTIMATORS)
     total = num_steps(schedule)
     one = key.ndim == (0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1)
     keys = jax.random.split(key, len(x0)) if one else key

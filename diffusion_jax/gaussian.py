@@ -33,13 +33,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from diffusion_jax.continuous import counts_steps
-from diffusion_jax.prediction import (
-    VARIANCES,
-    Denoiser,
-    Prediction,
-    log_variance,
-    raise_unknown,
-)
+from diffusion_jax.errors import raise_unknown
+from diffusion_jax.prediction import VARIANCES, Denoiser, Prediction, log_variance
 from diffusion_jax.schedule import NoiseLevel, Schedule
 
 KINDS = ("eps", "x0", "v", "score", "mean", "edm", "velocity")

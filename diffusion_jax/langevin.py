@@ -8,7 +8,7 @@ costs.
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax import gaussian
+from diffusion_jax import errors, gaussian
 from diffusion_jax.samplers import Sampler, Step, forgetful
 from diffusion_jax.schedule import NoiseLevel, Schedule
 
@@ -56,7 +56,7 @@ def predictor_corrector(
     True
     """
     if predictor not in PREDICTORS:
-        gaussian.raise_unknown("predictor", predictor, PREDICTORS)
+        errors.raise_unknown("predictor", predictor, PREDICTORS)
     if corrections < 0 or not snr > 0:
         raise ValueError(
             "corrections must be at least 0 and snr above 0; got "

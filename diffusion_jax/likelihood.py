@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from diffusion_jax import continuous, gaussian, losses, ode, sde
+from diffusion_jax import continuous, errors, gaussian, losses, ode, sde
 from diffusion_jax.schedule import Schedule, is_discrete, num_steps
 
 TRACES = ("rademacher", "gaussian", "exact")
@@ -382,7 +382,7 @@ def _probes(keys: jax.Array, x: jax.Array, trace: str, count: int) -> jax.Array:
 
 def _check(trace: str, probes: int, start: float, last: float) -> None:
     if trace not in TRACES:
-        gaussian.raise_unknown("trace", trace, TRACES)
+        errors.raise_unknown("trace", trace, TRACES)
     if probes < 1:
         raise ValueError(
             f"probes must be at least 1; got {probes}. More give less noise for more "

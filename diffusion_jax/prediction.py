@@ -19,13 +19,13 @@ the square is (sigma_t^2 - a^2 sigma_s^2)^2 / (a sigma_t)^2 = (c0 sigma_t / alph
 and (sigma_t / alpha_t)^2 (1 - b_t Gamma) is Var[x0 | x_t] / d: see `analytic`.
 """
 
-import difflib
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from diffusion_jax.errors import raise_unknown
 from diffusion_jax.schedule import NoiseLevel
 
 VARIANCES = ("small", "large", "learned", "range", "analytic")
@@ -116,13 +116,6 @@ def log_variance(
         return jnp.where(last, -jnp.inf, mixed) if log_small is None else mixed
     chosen = small if kind == "small" else large
     return chosen if log_small is None else jnp.where(last, log_small, chosen)
-
-
-def raise_unknown(what: str, got: object, allowed: tuple[str, ...]) -> None:
-    """Raises ValueError for a name that is not among those allowed."""
-    near = difflib.get_close_matches(str(got), allowed, 1, cutoff=0.3)
-    hint = f"Did you mean {near[0]!r}?" if near else f"Choose {allowed[0]!r}, say."
-    raise ValueError(f"{what} must be one of {', '.join(allowed)}; got {got!r}. {hint}")
 
 
 def _field_of(pred: Prediction, kind: str, name: str) -> jax.Array:

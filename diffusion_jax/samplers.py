@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from diffusion_jax import gaussian
+from diffusion_jax import errors, gaussian
 from diffusion_jax.schedule import Schedule
 
 
@@ -79,7 +79,7 @@ def ddpm(
     True
     """
     if variance not in gaussian.VARIANCES:
-        gaussian.raise_unknown("variance", variance, gaussian.VARIANCES)
+        errors.raise_unknown("variance", variance, gaussian.VARIANCES)
 
     def step(
         keys: jax.Array, x_t: jax.Array, memory: tuple[()], t: jax.Array, s: jax.Array

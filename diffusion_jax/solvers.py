@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax import gaussian
+from diffusion_jax import errors, gaussian
 from diffusion_jax.continuous import time_of
 from diffusion_jax.samplers import Sampler, Step, check_grid, forgetful
 from diffusion_jax.schedule import NoiseLevel, Schedule, is_discrete
@@ -142,7 +142,7 @@ def dpm_solver_pp(
     True
     """
     if order not in DPM_SOLVERS:
-        gaussian.raise_unknown("order", order, DPM_SOLVERS)
+        errors.raise_unknown("order", order, DPM_SOLVERS)
     if order == "2S":
         return _single_step(denoise, schedule)
     kept = {"1": 0, "2M": 1, "3M": 2, "SDE": 1}[order]

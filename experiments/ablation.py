@@ -21,15 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from diffusion_jax import continuous, gaussian, schedule
+from diffusion_jax import continuous, errors, gaussian, schedule
 from diffusion_jax.data import datasets
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import metrics, pictures
 from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.measure import extractors, reference
-from diffusion_jax.lab.process import arguments
+from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import history, runs
 from diffusion_jax.lab.schema.checks import require_positive, require_seed, validate
-from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.wiring import build, chains
 from diffusion_jax.training import parallel
@@ -157,7 +158,7 @@ def plan(options: Options) -> dict[str, Config]:
     for row in options.rows:
         if row not in made:
             try:
-                gaussian.raise_unknown("each of rows", row, tuple(made))
+                errors.raise_unknown("each of rows", row, tuple(made))
             except ValueError as error:
                 raise ConfigError(str(error)) from None
     chosen = {row: made[row] for row in options.rows or made}
@@ -238,7 +239,7 @@ def measured(
 def _take_cores(free: Any) -> None:
     """Ties this process to its cores, before XLA counts them."""
     parallel.take_cores(free.get())
-    arguments.quiet()
+    entry.quiet()
 
 
 def measure(config: Config, options: Options) -> dict[str, Any]:
@@ -410,4 +411,4 @@ def picture(rows: dict[str, dict[str, Any]], name: str, options: Options) -> Any
 
 
 if __name__ == "__main__":
-    arguments.guarded(main)
+    entry.guarded(main)

@@ -24,15 +24,18 @@ import numpy as np
 import tyro
 
 from diffusion_jax.data import datasets
-from diffusion_jax.lab.process import arguments
+from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import config
 from diffusion_jax.lab.schema.checks import require_positive
-from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.speed import arithmetic, peer, scaling, tables
+from diffusion_jax.lab.training import arguments
 from diffusion_jax.lab.wiring import build, chains, learning
 from diffusion_jax.training import compilation, feed, flat, parallel
 from experiments import train
+from experiments.configs import EXPERIMENTS
 
 CEILING = {"cpu": 1024}
 """Side of the matrices of the ceiling; 8192 on other devices."""
@@ -134,7 +137,11 @@ def main(argv: Sequence[str]) -> int:
 def parse(argv: Sequence[str]) -> Options:
     """Returns the checked options: an experiment's name, then flags."""
     options = arguments.parse_with(
-        Options, argv, prog="python -m experiments.bench", description=__doc__
+        Options,
+        argv,
+        EXPERIMENTS,
+        prog="python -m experiments.bench",
+        description=__doc__,
     )
     require_positive(options, "steps", "repeats", "warmup")
     if min(options.sizes, default=0) < 1:
@@ -424,4 +431,4 @@ def gradient(chosen: Config) -> Callable[..., Any]:
 
 
 if __name__ == "__main__":
-    arguments.guarded(main)
+    entry.guarded(main)

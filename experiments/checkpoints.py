@@ -15,9 +15,9 @@ from typing import Annotated, NamedTuple
 import tyro
 
 from diffusion_jax.checkpoints import checkpoint, retention
-from diffusion_jax.lab.process import arguments
+from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema.config import ConfigError
 
 ASIDE = re.compile(r"\d+\.damaged\d*")
 """Names of checkpoints that were set aside. They may be deleted."""
@@ -137,4 +137,4 @@ def _size(count: int) -> str:
 
 
 if __name__ == "__main__":
-    arguments.guarded(main)
+    entry.guarded(main)

@@ -20,11 +20,12 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.network_files import networks
 from diffusion_jax.lab.network_files.diffusers_config import to_diffusers
-from diffusion_jax.lab.process import arguments
+from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.schema.checks import require_positive
-from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.wiring import chains
 from diffusion_jax.training import parallel
 from experiments.configs import EXPERIMENTS
@@ -189,4 +190,4 @@ def peers() -> tuple[Any, Any]:
 
 
 if __name__ == "__main__":
-    arguments.guarded(main)
+    entry.guarded(main)

@@ -19,18 +19,19 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from diffusion_jax import gaussian, samplers
+from diffusion_jax import errors, samplers
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import metrics, pictures
 from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.measure import extractors, reference
-from diffusion_jax.lab.process import arguments
+from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.checks import (
     require_positive,
     require_seed,
     with_sampling,
 )
-from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import extras, weights
 from diffusion_jax.lab.trained.weights import Weights
@@ -218,7 +219,7 @@ def validate(options: Options) -> None:
     for rule in options.rules:
         if rule not in (*ENTRIES, "ode"):
             try:
-                gaussian.raise_unknown("each of rules", rule, (*ENTRIES, "ode"))
+                errors.raise_unknown("each of rules", rule, (*ENTRIES, "ode"))
             except ValueError as error:
                 raise ConfigError(str(error)) from None
     if not options.evaluations or min(options.evaluations) < 3:
@@ -322,4 +323,4 @@ def line(rule: str, row: list[Point], budgets: Sequence[int]) -> str:
 
 
 if __name__ == "__main__":
-    arguments.guarded(main)
+    entry.guarded(main)

@@ -18,13 +18,16 @@ import jax.numpy as jnp
 import tyro
 from jax.sharding import Mesh
 
-from diffusion_jax.lab.process import arguments
+from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema.config import Config, ConfigError, replace
+from diffusion_jax.lab.schema.config import Config, replace
 from diffusion_jax.lab.speed import arithmetic, compiled_program, targets
+from diffusion_jax.lab.training import arguments
 from diffusion_jax.lab.wiring import build, learning
 from diffusion_jax.training import compilation, flat, parallel
 from experiments import bench
+from experiments.configs import EXPERIMENTS
 
 GIB = 2**30
 
@@ -52,7 +55,11 @@ class Options:
 def main(argv: Sequence[str]) -> int:
     """Prints the table; returns the exit code."""
     options = arguments.parse_with(
-        Options, argv, prog="python -m experiments.compiled", description=__doc__
+        Options,
+        argv,
+        EXPERIMENTS,
+        prog="python -m experiments.compiled",
+        description=__doc__,
     )
     chosen = options.config
     check(options)
@@ -249,4 +256,4 @@ def _largest(text: str, count: int) -> list[compiled_program.Kernel]:
 
 
 if __name__ == "__main__":
-    arguments.guarded(main)
+    entry.guarded(main)

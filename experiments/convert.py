@@ -20,16 +20,18 @@ import numpy as np
 import tyro
 
 from diffusion_jax.data import datasets
+from diffusion_jax.errors import ConfigError, raise_unknown
 from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.network_files import diffusers_folder, hub, networks, records
 from diffusion_jax.lab.network_files.records import About, Network
-from diffusion_jax.lab.process import arguments
+from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import sampling, texts
 from diffusion_jax.lab.schema.checks import with_data
-from diffusion_jax.lab.schema.config import UNKNOWN, Config, ConfigError
+from diffusion_jax.lab.schema.config import UNKNOWN, Config
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.trained.weights import Weights
+from experiments.configs import EXPERIMENTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,9 +210,12 @@ def _official(options: Options, path: Path) -> Network:
             f"one average and one step; got {weights.flags(which)}. Choose the last "
             "weights with --raw."
         )
-    return networks.read_official(
-        path, options.experiment, average=not which.raw, progress=True
-    )
+    config = None
+    if options.experiment is not None:
+        if options.experiment not in EXPERIMENTS:
+            raise_unknown("experiment", options.experiment, tuple(EXPERIMENTS))
+        config = EXPERIMENTS[options.experiment].config
+    return networks.read_official(path, config, average=not which.raw, progress=True)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -223,4 +228,4 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    arguments.guarded(main)
+    entry.guarded(main)

@@ -13,9 +13,9 @@ from typing import Annotated
 import jax
 import tyro
 
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.interop import inception_weights
-from diffusion_jax.lab.process import arguments
-from diffusion_jax.lab.schema.config import ConfigError
+from diffusion_jax.lab.process import entry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,4 +54,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    arguments.guarded(main)
+    entry.guarded(main)

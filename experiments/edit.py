@@ -21,15 +21,14 @@ from PIL import Image, ImageOps
 
 from diffusion_jax import editing, samplers
 from diffusion_jax.data import image_files
-from diffusion_jax.data.formats import DataError
+from diffusion_jax.errors import ConfigError, DataError, raise_unknown
 from diffusion_jax.evaluation import pictures
-from diffusion_jax.gaussian import raise_unknown
 from diffusion_jax.lab.drawing import edit_options
-from diffusion_jax.lab.process import arguments
+from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import sampling
 from diffusion_jax.lab.schema.checks import require_seed, with_sampling
-from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import extras, weights
 from diffusion_jax.lab.wiring import build, chains
@@ -478,4 +477,4 @@ def _unasked(x_t: jax.Array, t: jax.Array) -> Any:
 
 
 if __name__ == "__main__":
-    arguments.guarded(main)
+    entry.guarded(main)

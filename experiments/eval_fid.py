@@ -16,11 +16,13 @@ import numpy as np
 import tyro
 from PIL import Image
 
+from diffusion_jax import errors
 from diffusion_jax.data import datasets, image_files
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import metrics, moments, pictures
 from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.measure import extractors, reference
-from diffusion_jax.lab.process import arguments, hosts
+from diffusion_jax.lab.process import entry, hosts
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import sampling
 from diffusion_jax.lab.schema.checks import (
@@ -29,7 +31,7 @@ from diffusion_jax.lab.schema.checks import (
     with_data,
     with_sampling,
 )
-from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import extras, weights
 from diffusion_jax.lab.trained.weights import Weights
@@ -246,7 +248,7 @@ def references(
     splits = {"train": dataset}
     try:
         splits["test"] = build.load_data(config, split="test")
-    except datasets.DataError as error:
+    except errors.DataError as error:
         first = str(error).partition("\n")[0]
         print(f"note: no comparison with test images: {first}")
     return {
@@ -416,4 +418,4 @@ def neighbours(
 
 
 if __name__ == "__main__":
-    arguments.guarded(main, several=True)
+    entry.guarded(main, several=True)

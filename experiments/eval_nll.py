@@ -21,12 +21,13 @@ from tqdm import tqdm
 
 from diffusion_jax import continuous, likelihood, ode
 from diffusion_jax.data import datasets
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.drawing import draws
-from diffusion_jax.lab.process import arguments
+from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.checks import require_positive, require_seed, with_data
-from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.sampling import Variance
 from diffusion_jax.lab.trained import extras, weights
 from diffusion_jax.lab.trained.weights import Weights
@@ -425,4 +426,4 @@ def show_rate_distortion(result: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    arguments.guarded(main)
+    entry.guarded(main)

@@ -19,14 +19,14 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from diffusion_jax.lab.process import arguments
+from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.checks import (
     require_positive,
     require_seed,
     with_sampling,
 )
-from diffusion_jax.lab.schema.config import ConfigError
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import extras, weights
 from diffusion_jax.lab.trained.weights import Weights
@@ -173,4 +173,4 @@ def copies(real: np.ndarray, fake: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    arguments.guarded(main)
+    entry.guarded(main)

@@ -11,9 +11,10 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.drawing import figures
-from diffusion_jax.lab.process import arguments, hosts
+from diffusion_jax.lab.process import entry, hosts
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import sampling
 from diffusion_jax.lab.schema.checks import (
@@ -21,7 +22,7 @@ from diffusion_jax.lab.schema.checks import (
     require_seed,
     with_sampling,
 )
-from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import extras, weights
 from diffusion_jax.lab.trained.weights import Weights
@@ -173,4 +174,4 @@ def save_npz(drawn: np.ndarray, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    arguments.guarded(main, several=True)
+    entry.guarded(main, several=True)

@@ -12,6 +12,8 @@ import os
 import signal
 import sys
 
+from experiments.configs import EXPERIMENTS
+
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     # While the rest is loaded, Ctrl-C ends this without a word.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -34,13 +36,14 @@ import jax
 
 from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.data import datasets
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import pictures
-from diffusion_jax.lab.process import arguments, hosts, stopping
+from diffusion_jax.lab.process import entry, hosts, stopping
 from diffusion_jax.lab.process.progress import Progress
 from diffusion_jax.lab.run_folder import history, lock, runs
-from diffusion_jax.lab.schema.config import Config, ConfigError, differences, to_dict
+from diffusion_jax.lab.schema.config import Config, differences, to_dict
 from diffusion_jax.lab.trained import weights
-from diffusion_jax.lab.training import initial
+from diffusion_jax.lab.training import arguments, initial
 from diffusion_jax.lab.wiring import build, chains, learning
 from diffusion_jax.training import compilation, determinism, feed, flat, parallel
 from diffusion_jax.training.state import TrainState
@@ -78,7 +81,9 @@ class Job(NamedTuple):
 
 def main(argv: Sequence[str]) -> int:
     """Trains as the arguments say; returns the exit code."""
-    given = arguments.parse_training(argv, prog="python -m experiments.train")
+    given = arguments.parse_training(
+        argv, EXPERIMENTS, prog="python -m experiments.train"
+    )
     return train(given.config, strict=given.strict, force=given.force)
 
 
@@ -463,12 +468,12 @@ if __name__ == "__main__":
         with suppress(ValueError):
             determinism.ask()
     try:
-        arguments.guarded(command, several=True)
+        entry.guarded(command, several=True)
     except SystemExit as left:
-        if left.code != arguments.BAD_INPUT:
+        if left.code != entry.BAD_INPUT:
             raise
         # The usual end waits for threads of orbax. Those of a save whose folder could
         # not be made wait for ever.
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        os._exit(arguments.BAD_INPUT)
+        os._exit(entry.BAD_INPUT)

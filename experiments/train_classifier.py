@@ -17,10 +17,12 @@ import numpy as np
 import optax
 import tyro
 
+from diffusion_jax import errors
 from diffusion_jax.data import datasets
-from diffusion_jax.lab.process import arguments
+from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.schema.checks import AT_MOST, require_positive, require_seed
-from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.wiring import build
 from diffusion_jax.nets.classifier import Classifier, Features
 from diffusion_jax.storage import trees
@@ -188,7 +190,7 @@ def load(path: Path) -> Judge:
         net = Classifier(num_classes, width=WIDTH)
         like = jax.eval_shape(net.init, key, images)
         trees.check(params, like, path)
-    except datasets.DataError as error:
+    except errors.DataError as error:
         again = "Or delete it, and it is trained again."
         raise ConfigError(f"{error} {again}") from error
     except (KeyError, ValueError) as error:
@@ -212,4 +214,4 @@ def _padded(images: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    arguments.guarded(main)
+    entry.guarded(main)

@@ -18,13 +18,14 @@ import optax
 import tyro
 from jax.typing import ArrayLike
 
-from diffusion_jax import continuous, gaussian, schedule, timesteps
+from diffusion_jax import continuous, errors, gaussian, schedule, timesteps
 from diffusion_jax.data import datasets
-from diffusion_jax.lab.process import arguments
+from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import texts
 from diffusion_jax.lab.schema.checks import require_positive, require_seed
-from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.wiring import build
 from diffusion_jax.nets.noisy_classifier import NoisyClassifier
@@ -222,7 +223,7 @@ def load(path: Path) -> Guide:
         accuracy = {int(t): float(a) for t, a in texts.parse(meta["accuracy"]).items()}
         if params["logits"]["bias"].shape != (num_classes,):
             raise ValueError(f"{num_classes} classes, and other weights")
-    except datasets.DataError as error:
+    except errors.DataError as error:
         again = f"python -m experiments.train_noisy_classifier {path.parent}"
         raise ConfigError(f"{error} Or train it: {again}.") from error
     except (KeyError, ValueError, TypeError, AttributeError) as error:
@@ -304,4 +305,4 @@ def _guess(
 
 
 if __name__ == "__main__":
-    arguments.guarded(main)
+    entry.guarded(main)

@@ -32,7 +32,7 @@ import numpy as np
 
 from diffusion_jax.lab.network_files import networks
 from diffusion_jax.lab.network_files.records import About, Network
-from diffusion_jax.lab.process import arguments
+from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.schema import config
 from diffusion_jax.lab.wiring import build
 from diffusion_jax.training import compilation
@@ -92,13 +92,13 @@ def refuse(
             little_memory(),
             little_time(),
         ):
-            arguments.guarded(main, several=several)
+            entry.guarded(main, several=several)
     except SystemExit as left:
         code = left.code
     finally:
         sys.argv = given
     said = err.getvalue()
-    assert code == arguments.BAD_INPUT, (code, out.getvalue()[-300:], said[-300:])
+    assert code == entry.BAD_INPUT, (code, out.getvalue()[-300:], said[-300:])
     assert compilation.count() == began, "something was compiled"
     check_words(said)
     assert listing(folder) == before, "something was written"
@@ -268,6 +268,8 @@ def tensors(header: Any, data: bytes = b"", *, length: int | None = None) -> byt
     return struct.pack("<Q", stated) + raw + data
 
 
-def entry(shape: list[Any], first: int, end: int, kind: str = "F32") -> dict[str, Any]:
+def tensor_entry(
+    shape: list[Any], first: int, end: int, kind: str = "F32"
+) -> dict[str, Any]:
     """Returns what a safetensors header says of a tensor."""
     return {"dtype": kind, "shape": shape, "data_offsets": [first, end]}

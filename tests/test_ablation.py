@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import continuous, gaussian, schedule
-from diffusion_jax.lab.schema.config import ConfigError
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.wiring import build, chains, learning
 from experiments import ablation
 

@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from diffusion_jax.lab.schema.config import ConfigError
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.speed import arithmetic
 from diffusion_jax.lab.wiring import build
 from experiments import bench

@@ -6,10 +6,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from diffusion_jax.lab.schema.config import ConfigError
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.speed import targets
 from diffusion_jax.lab.wiring import learning
 from experiments import compiled
+from experiments.configs import EXPERIMENTS
 
 SMALL = [
     "--net.channels",
@@ -43,7 +44,7 @@ def test_a_step_is_counted_and_shown(tmp_path, capsys):
     assert sum(" MB  " in line for line in printed.splitlines()) == 2
     # Eight devices tell each other the gradient, and hold the state each.
     assert found["kernels"]["collective"] >= 1
-    parsed = compiled.arguments.parse(["digits", *SMALL], prog="test")
+    parsed = compiled.arguments.parse(["digits", *SMALL], EXPERIMENTS, prog="test")
     state = learning.state_shapes(parsed)
     size = sum(
         x.size * x.dtype.itemsize for x in jax.tree.leaves(state._replace(key=()))
@@ -112,7 +113,7 @@ def test_the_model_is_near_each_kind_that_was_measured():
 
 
 def test_operations_of_convolutions_are_told_apart():
-    parsed = compiled.arguments.parse(["digits", *SMALL], prog="test")
+    parsed = compiled.arguments.parse(["digits", *SMALL], EXPERIMENTS, prog="test")
     mesh = compiled.parallel.make_mesh(1)
     _, found = compiled.sampling(parsed, mesh)
     # 3x3 at 64 pixels of 16 images: in, two each of three blocks of 8 to 8 channels,

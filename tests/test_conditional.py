@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from small_run import SMALL
 
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema.config import ConfigError
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.wiring import build
 from experiments import eval_nll, sample, train, train_noisy_classifier

@@ -10,8 +10,9 @@ import typing
 
 import pytest
 
-from diffusion_jax.lab.process import arguments
+from diffusion_jax import errors
 from diffusion_jax.lab.schema import checks, config
+from diffusion_jax.lab.training import arguments
 from experiments.configs import EXPERIMENTS, cifar10, cifar10_official
 
 
@@ -69,7 +70,7 @@ def test_networks_of_large_machines_run_in_the_fast_form():
 
 def test_the_authors_arithmetic_is_one_flag_of_any_experiment():
     def parse(*argv):
-        return arguments.parse(argv, prog="python -m experiments.train")
+        return arguments.parse(argv, EXPERIMENTS, prog="python -m experiments.train")
 
     assert parse("cifar10", "--official") == dataclasses.replace(
         parse("cifar10_official"), name="cifar10"
@@ -168,8 +169,8 @@ BAD = {
 
 @pytest.mark.parametrize("flags", BAD)
 def test_bad_values_are_named(flags):
-    with pytest.raises(config.ConfigError, match=BAD[flags]) as caught:
-        arguments.parse(["digits", *flags.split()], prog="train")
+    with pytest.raises(errors.ConfigError, match=BAD[flags]) as caught:
+        arguments.parse(["digits", *flags.split()], EXPERIMENTS, prog="train")
     # Three parts: what must hold, what was got, what to do.
     assert " must be " in str(caught.value)
     assert "Change it with --" in str(caught.value)
@@ -186,15 +187,15 @@ def test_bad_values_are_named(flags):
 )
 def test_bad_flags_end_with_code_two(flags, words, capsys):
     with pytest.raises(SystemExit) as caught:
-        arguments.parse(["digits", *flags.split()], prog="train")
+        arguments.parse(["digits", *flags.split()], EXPERIMENTS, prog="train")
     assert caught.value.code == 2
     shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert words in shown
 
 
 def test_unknown_experiment_is_named():
-    with pytest.raises(config.ConfigError, match=r"must be one of digits.*got 'cifar'"):
-        arguments.parse(["cifar"], prog="train")
+    with pytest.raises(errors.ConfigError, match=r"must be one of digits.*got 'cifar'"):
+        arguments.parse(["cifar"], EXPERIMENTS, prog="train")
 
 
 @pytest.mark.parametrize("argument", ["nothing", "--net.groups=7", "--train.stepz=3"])
@@ -219,7 +220,9 @@ def test_a_wrong_command_ends_in_five_seconds_without_traceback(argument, tmp_pa
 
 def test_help_explains_every_field(capsys):
     with pytest.raises(SystemExit) as caught:
-        arguments.parse(["cifar10", "--help"], prog="python -m experiments.train")
+        arguments.parse(
+            ["cifar10", "--help"], EXPERIMENTS, prog="python -m experiments.train"
+        )
     assert caught.value.code == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "make train EXP=cifar10" in shown
@@ -247,17 +250,17 @@ def test_what_may_differ_when_a_run_goes_on():
 
 def test_a_file_of_another_version_is_refused():
     values = config.to_dict(cifar10.CONFIG) | {"flavour": "sweet"}
-    with pytest.raises(config.ConfigError, match=r"must be among .*; got flavour"):
+    with pytest.raises(errors.ConfigError, match=r"must be among .*; got flavour"):
         config.from_dict(values)
 
 
 def test_a_damaged_file_is_refused():
     values = config.to_dict(cifar10.CONFIG)
     del values["diffusion"]["schedule"]
-    with pytest.raises(config.ConfigError, match="got none of schedule"):
+    with pytest.raises(errors.ConfigError, match="got none of schedule"):
         config.from_dict(values)
     values["diffusion"]["schedule"] = "cos"
-    with pytest.raises(config.ConfigError, match=r"must be one of linear.*got 'cos'"):
+    with pytest.raises(errors.ConfigError, match=r"must be one of linear.*got 'cos'"):
         config.from_dict(values)
 
 
@@ -287,7 +290,7 @@ def test_a_word_that_no_number_or_name_is_is_refused(capsys):
         flag = f"--{key.replace('_', '-')}"
         words = ["nonsense"] * (2 if key == "sample.guidance_interval" else 1)
         with pytest.raises(SystemExit) as caught:
-            arguments.parse(["digits", flag, *words], prog="train")
+            arguments.parse(["digits", flag, *words], EXPERIMENTS, prog="train")
         assert caught.value.code == 2
         assert "--help" in capsys.readouterr().err
 
@@ -305,7 +308,7 @@ def test_numbers_that_no_field_can_have_are_refused(number, kind):
         several = (number,) * (2 if name == "guidance_interval" else 1)
         value = several if "tuple" in str(HINTS[key]) else number
         changed = config.replace(EXPERIMENTS["digits"].config, section, **{name: value})
-        with pytest.raises(config.ConfigError, match=r" must be .*; got .+\. .+"):
+        with pytest.raises(errors.ConfigError, match=r" must be .*; got .+\. .+"):
             checks.validate(changed)
 
 
@@ -353,7 +356,7 @@ def test_a_value_of_another_type_is_named(hint):
     for key in (key for key, own in HINTS.items() if own == hint):
         said = rf" must be of .*; got {key} .*, not {kind}\. Correct the file"
         for value in values:
-            with pytest.raises(config.ConfigError, match=said):
+            with pytest.raises(errors.ConfigError, match=said):
                 config.from_dict(damaged((key, value)))
 
 
@@ -363,7 +366,7 @@ def test_a_name_that_is_none_is_refused():
     for key in named:
         without = [None] * (type(None) not in typing.get_args(HINTS[key]))
         for value in (*without, 5, [], {}, "cos"):
-            with pytest.raises(config.ConfigError, match=f"{key} .*one of [a-z0-9]"):
+            with pytest.raises(errors.ConfigError, match=f"{key} .*one of [a-z0-9]"):
                 config.from_dict(damaged((key, value)))
 
 
@@ -374,7 +377,7 @@ def test_all_values_of_other_types_are_named_at_once():
         if "." in key and hint in WRONG
     ]
     changes.append(("diffusion.schedule", "cos"))
-    with pytest.raises(config.ConfigError) as caught:
+    with pytest.raises(errors.ConfigError) as caught:
         config.from_dict(damaged(*changes))
     for key, _ in changes:
         assert f"{key} " in str(caught.value)

@@ -14,16 +14,18 @@ from PIL import Image
 from test_networks import network_of, same, small
 
 from diffusion_jax.checkpoints import checkpoint
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.network_files import diffusers_folder, hub, networks
-from diffusion_jax.lab.process import arguments
+from diffusion_jax.lab.process import initial
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema.config import ConfigError, replace, to_dict
+from diffusion_jax.lab.schema.config import replace, to_dict
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.trained.weights import Weights
-from diffusion_jax.lab.training import initial
+from diffusion_jax.lab.training import arguments
 from diffusion_jax.lab.wiring import build, learning
 from diffusion_jax.training import parallel
 from experiments import convert, sample, train
+from experiments.configs import EXPERIMENTS
 
 QUICK = ["--count", "2", "--steps", "2", "--batch-size", "2"]
 
@@ -279,7 +281,7 @@ def test_data_that_nobody_named_are_asked_for(file, tmp_path, refuses):
 
 
 def parsed(*flags):
-    return arguments.parse(["digits", *flags], prog="train")
+    return arguments.parse(["digits", *flags], EXPERIMENTS, prog="train")
 
 
 @pytest.mark.parametrize("kind", ["file", "run"])

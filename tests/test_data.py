@@ -18,7 +18,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from diffusion_jax.data import datasets, sources
-from diffusion_jax.data.datasets import DataError, Dataset
+from diffusion_jax.data.datasets import Dataset
+from diffusion_jax.errors import DataError
 
 SIZES = st.integers(1, 40)
 SEEDS = st.integers(0, 2**64 - 1)

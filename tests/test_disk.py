@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema.config import ConfigError
 from diffusion_jax.training import averages
 
 

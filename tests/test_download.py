@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from diffusion_jax.data.formats import DataError
+from diffusion_jax.errors import DataError
 from diffusion_jax.storage import download
 
 CONTENT = os.urandom(600_000)

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion_jax import errors
 from diffusion_jax.data import datasets
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.measure import reference
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.checks import with_sampling
-from diffusion_jax.lab.schema.config import ConfigError
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.trained.weights import Weights
@@ -247,7 +248,7 @@ def test_reference_statistics_are_cached_by_what_made_them(run, monkeypatch):
 )
 def test_bad_requests_are_named_before_anything_is_drawn(run, flags, message):
     before = sorted((run.folder / "eval").rglob("*"))
-    with pytest.raises((ConfigError, datasets.DataError, RuntimeError), match=message):
+    with pytest.raises((ConfigError, errors.DataError, RuntimeError), match=message):
         eval_fid.main([str(run.folder), *flags.split()])
     assert sorted((run.folder / "eval").rglob("*")) == before
 
@@ -321,7 +322,7 @@ def test_a_variance_that_was_not_learned_is_refused(run):
 
 
 def test_digits_have_no_test_images(run):
-    with pytest.raises(datasets.DataError, match="test"):
+    with pytest.raises(errors.DataError, match="test"):
         eval_nll.main([str(run.folder), "--split", "test"])
 
 
@@ -376,12 +377,12 @@ def test_a_frechet_distance_is_called_fid_only_where_it_is_one():
 @pytest.mark.parametrize("shape", [(80, 16, 16, 1), (80, 8, 8, 3), (80, 8, 4, 1)])
 def test_samples_of_another_shape_are_refused(run, shape, tmp_path):
     np.savez(tmp_path / "x.npz", images=np.zeros(shape, np.uint8))
-    with pytest.raises((ConfigError, datasets.DataError), match="must"):
+    with pytest.raises((ConfigError, errors.DataError), match="must"):
         eval_fid.main([str(run.folder), "--samples", f"npz:{tmp_path / 'x.npz'}"])
 
 
 def test_an_empty_folder_of_samples_is_refused(run, tmp_path):
-    with pytest.raises(datasets.DataError, match=str(tmp_path)):
+    with pytest.raises(errors.DataError, match=str(tmp_path)):
         eval_fid.main([str(run.folder), "--samples", f"folder:{tmp_path}"])
 
 

@@ -15,10 +15,11 @@ from PIL import Image
 from small_run import SMALL
 
 from diffusion_jax import continuous, learned, schedule
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.run_folder import history, runs
 from diffusion_jax.lab.schema import checks
 from diffusion_jax.lab.schema.checks import with_sampling
-from diffusion_jax.lab.schema.config import ConfigError, Diffusion, Net
+from diffusion_jax.lab.schema.config import Diffusion, Net
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.wiring import build, chains, learning

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from diffusion_jax import errors
 from diffusion_jax.data import datasets
 from diffusion_jax.data.image_files import LazyImages
 from diffusion_jax.lab.schema import config
@@ -184,7 +185,7 @@ def test_what_cannot_be_had_is_named(monkeypatch, refuses):
     with pytest.raises(ImportError, match=r"must have .*; got none.*pip install '"):
         make("grain", mesh)
     chosen = config.replace(config.Config(), "train", input="grain")
-    with pytest.raises(config.ConfigError, match="must have the grain library; got no"):
+    with pytest.raises(errors.ConfigError, match="must have the grain library; got no"):
         train.feed_of(chosen, known, mesh)
 
 
@@ -203,12 +204,12 @@ def test_errors_in_the_background_come_out_as_they_are():
     pytest.importorskip("grain")
 
     def broken(i):
-        raise datasets.DataError(f"every image must be readable; got {i}. Repair it.")
+        raise errors.DataError(f"every image must be readable; got {i}. Repair it.")
 
     known = dataset()
     images = LazyImages(broken, known.images.shape)
     fed = make("grain", parallel.make_mesh(1), known._replace(images=images))
-    with pytest.raises(datasets.DataError, match="every image must be readable; got"):
+    with pytest.raises(errors.DataError, match="every image must be readable; got"):
         next(fed.batches(0, 100))
 
 

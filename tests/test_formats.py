@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.data import formats
-from diffusion_jax.data.formats import DataError
+from diffusion_jax.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:each batch of the official CIFAR-10")
 

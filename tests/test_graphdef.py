@@ -6,7 +6,7 @@ import pytest
 from graph_writer import OTHERS, attribute, constant, field, node
 from peers import make_inception_golden as golden
 
-from diffusion_jax.data.formats import DataError
+from diffusion_jax.errors import DataError
 from diffusion_jax.interop import graphdef
 
 

@@ -16,9 +16,10 @@ import pytest
 
 from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.data import datasets
-from diffusion_jax.lab.process import arguments, hosts
+from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema.config import ConfigError
+from diffusion_jax.lab.training import hosts
 from diffusion_jax.lab.wiring import learning
 from diffusion_jax.training import parallel
 from experiments import eval_fid, sample, train, train_classifier
@@ -358,7 +359,7 @@ def test_what_does_not_fit_is_refused(flags, env, got, refuses, monkeypatch):
 def leaves(monkeypatch, main, *flags, **options):
     monkeypatch.setattr(sys, "argv", ["command", *flags])
     with pytest.raises(SystemExit) as left:
-        arguments.guarded(main, **options)
+        entry.guarded(main, **options)
     return left.value.code
 
 

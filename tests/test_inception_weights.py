@@ -14,9 +14,8 @@ import safetensors.numpy
 from graph_writer import OTHERS, constant
 from peers import make_inception_golden as golden
 
-from diffusion_jax.data.formats import DataError
+from diffusion_jax.errors import ConfigError, DataError
 from diffusion_jax.interop import inception_weights
-from diffusion_jax.lab.schema.config import ConfigError
 from experiments import convert_inception
 
 

@@ -13,9 +13,9 @@ import jax
 import pytest
 from processes import ROOT
 
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.process import hosts
 from diffusion_jax.lab.run_folder import lock, runs
-from diffusion_jax.lab.schema.config import ConfigError
 from diffusion_jax.lab.wiring import learning
 from experiments import train
 

@@ -162,9 +162,6 @@ def test_a_folder_of_the_first_releases_is_read(tmp_path):
 @pytest.mark.parametrize("average", [True, False])
 def test_a_checkpoint_of_the_authors_is_read(average, monkeypatch):
     config = small()
-    monkeypatch.setitem(
-        EXPERIMENTS, "small", EXPERIMENTS["digits"]._replace(config=config)
-    )
     own = unet_names.shapes(build.make_network(config), 1, image_size=8)
     both = {average: network_of(config, seed=average) for average in (True, False)}
     arrays = {"global_step": np.array(790_000), "beta1_power": np.float32(0.1)}
@@ -175,7 +172,7 @@ def test_a_checkpoint_of_the_authors_is_read(average, monkeypatch):
         arrays[f"{name}/Adam"] = arrays[name]
     stored = tensor_files.Tensors(arrays, {}, "tensorflow", "f" * 64)
     monkeypatch.setattr(tensor_files, "read", lambda path, progress: stored)
-    found = networks.read_official("model.ckpt-790000", "small", average=average)
+    found = networks.read_official("model.ckpt-790000", config, average=average)
     same(found.params, both[average].params)
     assert found.about.step == 790_000
     assert found.about.weights == ("averaged" if average else "last")

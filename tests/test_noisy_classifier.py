@@ -9,8 +9,9 @@ import pytest
 
 from diffusion_jax import continuous, gaussian, guidance, schedule
 from diffusion_jax.data import datasets
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema.config import ConfigError, to_dict
+from diffusion_jax.lab.schema.config import to_dict
 from diffusion_jax.nets.noisy_classifier import NoisyClassifier
 from experiments import train_noisy_classifier
 from experiments.configs import digits

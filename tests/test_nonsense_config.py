@@ -14,6 +14,7 @@ import pytest
 from hypothesis import strategies as st
 from PIL import Image
 
+from diffusion_jax import errors
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import config
 
@@ -147,7 +148,7 @@ def test_any_value_is_taken_or_refused_by_name(key, value):
     values = damaged(key, value)
     try:
         found = config.from_dict(values)
-    except config.ConfigError as error:
+    except errors.ConfigError as error:
         nonsense.check_words(f"error: {error}")
     else:
         same = dict(config.flat(config.to_dict(found)))

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diffusion_jax.data import image_files
-from diffusion_jax.data.formats import DataError
+from diffusion_jax.errors import DataError
 
 RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 RGB = np.stack([RAMP, 255 - RAMP, RAMP // 2], axis=-1)

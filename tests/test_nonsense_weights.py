@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from hypothesis import strategies as st
-from nonsense import entry, tensors
+from nonsense import tensor_entry, tensors
 
-from diffusion_jax.data.formats import DataError
+from diffusion_jax.errors import DataError
 from diffusion_jax.interop import inception_weights
 from diffusion_jax.lab.network_files import networks
 from diffusion_jax.storage import tensor_files
@@ -25,14 +25,14 @@ CONTENT = {
     "text": b"weights",
     "a header of 2 GB": struct.pack("<Q", 2**31) + b'{"a":' + bytes(100),
     "a header of all numbers": b"\xff" * 8 + b'{"a":' + bytes(100),
-    "a header cut off": tensors({"a": entry([1], 0, 4)})[:20],
+    "a header cut off": tensors({"a": tensor_entry([1], 0, 4)})[:20],
     "a header nested without end": tensors(b'{"a":' * 50_000),
     "a header with a space in front": tensors(b' {"a": {}}'),
-    "a tensor beyond the file": tensors({"a": entry([100], 0, 400)}, bytes(4)),
-    "a tensor that comes round": tensors({"a": entry([2**62, 4], 0, 0)}),
-    "a tensor below 0": tensors({"a": entry([1], -4, 0)}, bytes(4)),
-    "a hole": tensors({"a": entry([1], 4, 8)}, bytes(8)),
-    "a type of no name": tensors({"a": entry([1], 0, 4, "F31")}, bytes(4)),
+    "a tensor beyond the file": tensors({"a": tensor_entry([100], 0, 400)}, bytes(4)),
+    "a tensor that comes round": tensors({"a": tensor_entry([2**62, 4], 0, 0)}),
+    "a tensor below 0": tensors({"a": tensor_entry([1], -4, 0)}, bytes(4)),
+    "a hole": tensors({"a": tensor_entry([1], 4, 8)}, bytes(8)),
+    "a type of no name": tensors({"a": tensor_entry([1], 0, 4, "F31")}, bytes(4)),
     "words that are no text": tensors({"__metadata__": {FORMAT: 5}}),
     "a pickle": nonsense.evil,
     # Behind the number that PyTorch's files began with before 2020.

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax.data import datasets, image_files
-from diffusion_jax.data.formats import DataError
+from diffusion_jax.errors import DataError
 
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 RGB = np.stack([GREY, GREY[::-1], GREY.T], -1)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax.data import datasets, image_files, prepared_tfds
-from diffusion_jax.data.formats import DataError
+from diffusion_jax.errors import DataError
 
 
 @pytest.fixture(autouse=True)

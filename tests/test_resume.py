@@ -7,9 +7,10 @@ import pytest
 from test_train import SMALL
 
 from diffusion_jax.checkpoints import checkpoint
-from diffusion_jax.lab.process import arguments
 from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.training import arguments
 from experiments import sample, train
+from experiments.configs import EXPERIMENTS
 
 EVERY = ["--train.checkpoint-every", "4", "--train.keep", "9"]
 
@@ -130,6 +131,8 @@ def test_a_run_that_lost_its_configuration_is_not_taken_for_another(damaged):
 
 
 def test_how_to_take_what_is_there_is_no_part_of_the_configuration():
-    given = arguments.parse_training(["digits", "--strict", "--force"], prog="train")
+    given = arguments.parse_training(
+        ["digits", "--strict", "--force"], EXPERIMENTS, prog="train"
+    )
     assert (given.strict, given.force) == (True, True)
-    assert given.config == arguments.parse(["digits"], prog="train")
+    assert given.config == arguments.parse(["digits"], EXPERIMENTS, prog="train")

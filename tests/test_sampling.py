@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import sampling
 from diffusion_jax.lab.schema.checks import with_sampling
-from diffusion_jax.lab.schema.config import ConfigError
 from diffusion_jax.lab.schema.sampling import RULES, Sample, Sampling, override, resolve
 from diffusion_jax.lab.wiring import build, chains
 from experiments import compare_samplers, sample

@@ -18,7 +18,7 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion_jax.data.formats import DataError
+from diffusion_jax.errors import DataError
 from diffusion_jax.storage import tensor_files, trees
 
 rng = np.random.default_rng(0)

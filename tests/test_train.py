@@ -18,8 +18,8 @@ from PIL import Image
 from test_state import hurt
 
 from diffusion_jax.checkpoints import checkpoint
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.run_folder import history, runs
-from diffusion_jax.lab.schema.config import ConfigError
 from diffusion_jax.lab.wiring import learning
 from diffusion_jax.training import parallel
 from experiments import eval_fid, sample, train

@@ -10,8 +10,8 @@ import optax
 import pytest
 
 from diffusion_jax.checkpoints import checkpoint
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema.config import ConfigError
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import learning

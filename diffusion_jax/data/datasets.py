@@ -20,10 +20,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffusion_jax.data.formats import DataError, read_npz
+from diffusion_jax.data.formats import read_npz
 from diffusion_jax.data.image_files import LazyImages, fitter, read_folder
 from diffusion_jax.data.prepared_tfds import read_tfds
 from diffusion_jax.data.sources import cifar10, digits, idx, mnist
+from diffusion_jax.errors import DataError
 
 __all__ = [
     "SOURCES",

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from diffusion_jax.errors import DataError
 from diffusion_jax.storage import archives
 
 CIFAR10_ARCHIVES = ("cifar-10-binary.tar.gz", "cifar-10-python.tar.gz")
@@ -40,10 +41,6 @@ _MAX_BATCH_BYTES = 64 * 2**20
 _MAX_ARCHIVE_BYTES = 2**29
 # Steps of the machine that a pickle is a program for; an official batch takes 60,000.
 _MAX_PICKLE_STEPS = 1_000_000
-
-
-class DataError(ValueError):
-    """Data cannot be had as asked: the message says what must hold, was got, to do."""
 
 
 def read_cifar10(

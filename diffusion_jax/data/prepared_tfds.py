@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from diffusion_jax.data.formats import DataError
 from diffusion_jax.data.image_files import LazyImages, fitter
+from diffusion_jax.errors import DataError
 
 
 def tfds_folder(data_dir: str | os.PathLike[str] | None = None) -> Path:

@@ -10,7 +10,6 @@ import numpy as np
 
 from diffusion_jax.data.formats import (
     CIFAR10_ARCHIVES,
-    DataError,
     as_images,
     as_labels,
     find_cifar10,
@@ -19,6 +18,7 @@ from diffusion_jax.data.formats import (
 )
 from diffusion_jax.data.image_files import LazyImages
 from diffusion_jax.data.prepared_tfds import read_tfds, tfds_folder
+from diffusion_jax.errors import DataError
 from diffusion_jax.storage import download as downloading
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from diffusion_jax.data.formats import DataError
+from diffusion_jax.errors import DataError
 
 _FLOAT = 1
 # More elements than any tensor here has: a shape must not reserve memory by lying.

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.data.formats import DataError
+from diffusion_jax.errors import DataError
 from diffusion_jax.interop import graphdef
 from diffusion_jax.nets import inception
 from diffusion_jax.storage import archives, tensor_files

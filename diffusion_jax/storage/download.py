@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from diffusion_jax.data.formats import DataError
+from diffusion_jax.errors import DataError
 
 _CHUNK = 2**18
 

@@ -29,7 +29,7 @@ import safetensors
 import safetensors.numpy
 from tqdm import tqdm
 
-from diffusion_jax.data.formats import DataError
+from diffusion_jax.errors import DataError
 from diffusion_jax.storage import tensorflow_checkpoint
 
 # Types of safetensors; its own table for NumPy has no bfloat16 in some versions.

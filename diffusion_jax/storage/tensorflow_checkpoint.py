@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_jax.data.formats import DataError
+from diffusion_jax.errors import DataError
 
 # The last bytes of the table of a TensorFlow checkpoint, its .index.
 _TABLE_MAGIC = bytes.fromhex("57fb808b247547db")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from diffusion_jax.data.formats import DataError
+from diffusion_jax.errors import DataError
 from diffusion_jax.storage import tensor_files
 
 

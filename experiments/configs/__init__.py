@@ -4,9 +4,8 @@ A file has one experiment, its CONFIG, or a family that belongs together, its CO
 """
 
 from types import ModuleType
-from typing import NamedTuple
 
-from diffusion_jax.lab.schema.config import Config
+from diffusion_jax.lab.schema.config import Experiment
 from experiments.configs import (
     celebahq256,
     cifar10,
@@ -26,13 +25,6 @@ from experiments.configs import (
     lsun_church256,
     table2,
 )
-
-
-class Experiment(NamedTuple):
-    """An experiment, and what its file says of it."""
-
-    config: Config
-    doc: str
 
 
 def _in_file(module: ModuleType) -> dict[str, Experiment]:

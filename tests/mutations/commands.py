@@ -150,7 +150,7 @@ COMMANDS = [
     ),
     Breakage(
         "arguments-training-unchecked",
-        "diffusion_jax/lab/process/arguments.py",
+        "diffusion_jax/lab/training/arguments.py",
         "    validation.of_training(chosen)\n",
         "",
         "tests/test_config.py::test_bad_values_are_named",

@@ -10,7 +10,7 @@ import make_inception_golden as golden
 import numpy as np
 import pytest
 
-from diffusion_jax.data.formats import DataError
+from diffusion_jax.errors import DataError
 from diffusion_jax.interop import inception_weights
 from diffusion_jax.nets import inception
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from small_unets import TWO_LEVELS, normal, parameters
 
-from diffusion_jax.data.formats import DataError
+from diffusion_jax.errors import DataError
 from diffusion_jax.interop import unet_names
 from diffusion_jax.storage import tensor_files
 

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax import samplers
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import metrics, pictures
 from diffusion_jax.lab.measure import extractors, reference
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.wiring import build, chains
 
 FRAMES = 9

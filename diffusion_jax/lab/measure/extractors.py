@@ -9,10 +9,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from diffusion_jax import errors
 from diffusion_jax.data import datasets
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.interop import inception_weights
 from diffusion_jax.lab.process import hosts
-from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.nets import inception
 from diffusion_jax.training import parallel
 from experiments import train_classifier
@@ -72,7 +74,7 @@ def choose(
             try:
                 inception_weights.find()
                 kind = "inception"
-            except datasets.DataError:
+            except errors.DataError:
                 pass
     if kind == "inception":
         return _inception(weights, download, preprocessing)

@@ -12,12 +12,12 @@ from typing import Any, cast
 import numpy as np
 
 from diffusion_jax import schedule
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.interop import unet_config
 from diffusion_jax.lab.schema import checks
 from diffusion_jax.lab.schema.config import (
     UNKNOWN,
     Config,
-    ConfigError,
     Data,
     Diffusion,
     Net,

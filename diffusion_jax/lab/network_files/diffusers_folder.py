@@ -9,11 +9,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.interop import unet_names
 from diffusion_jax.lab.network_files import diffusers_config, model_card, records
 from diffusion_jax.lab.network_files.records import About, Described, Network
 from diffusion_jax.lab.schema import texts
-from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.json_fields import is_whole
 from diffusion_jax.lab.wiring import build
 from diffusion_jax.storage import tensor_files

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion_jax.data.formats import DataError
+from diffusion_jax.errors import DataError
 from diffusion_jax.storage.download import check_address
 
 PATIENCE = 8.0

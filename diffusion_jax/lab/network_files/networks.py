@@ -19,21 +19,41 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from diffusion_jax.data.formats import DataError
-from diffusion_jax.gaussian import raise_unknown
+from diffusion_jax.errors import ConfigError, DataError
 from diffusion_jax.interop import unet_names
 from diffusion_jax.lab.network_files import diffusers_folder, records
 from diffusion_jax.lab.network_files.records import About, Described, Network
-from diffusion_jax.lab.schema.config import UNKNOWN, Config, ConfigError, official
+from diffusion_jax.lab.schema.config import (
+    UNKNOWN,
+    Config,
+    Data,
+    Diffusion,
+    Net,
+    official,
+)
 from diffusion_jax.lab.wiring import build
 from diffusion_jax.storage import tensor_files, tensorflow_checkpoint
-from experiments.configs import EXPERIMENTS
 
 PyTree = Any
 
 FORMAT = "diffusion_jax.network"
-# Experiments of the authors' networks, one of each shape.
-_OFFICIAL = ("cifar10", "celebahq256", "lsun_bedroom256_large")
+
+
+def _of_authors(image_size: int, diffusion: Diffusion, net: Net) -> Config:
+    """Returns one of the authors' networks as it was trained and drawn from."""
+    data = Data(source=UNKNOWN, image_size=image_size, channels=3)
+    return official(Config(data=data, diffusion=diffusion, net=net))
+
+
+_SMALL, _WIDE = Diffusion(variance="small"), (1, 1, 2, 2, 4, 4)
+_OFFICIAL = {
+    "cifar10": _of_authors(32, Diffusion(), Net()),
+    "celebahq256": _of_authors(256, _SMALL, Net(multipliers=_WIDE, dropout=0.0)),
+    "lsun_bedroom256_large": _of_authors(
+        256, _SMALL, Net(channels=192, multipliers=_WIDE, dropout=0.0)
+    ),
+}
+"""One of each shape."""
 
 
 class Found(NamedTuple):
@@ -87,7 +107,7 @@ def read_config(found: Found) -> Config:
       ValueError: there is none, or it has what we do not support.
     """
     if found.kind == "official":
-        return _official(found.path, tensorflow_checkpoint.shapes(found.path), None)
+        return _official(found.path, tensorflow_checkpoint.shapes(found.path))
     return _describe(found).config
 
 
@@ -119,7 +139,7 @@ def read(found: Found, *, average: bool = True, progress: bool = False) -> Netwo
 
 def read_official(
     path: str | os.PathLike[str],
-    experiment: str | None = None,
+    config: Config | None = None,
     *,
     average: bool = True,
     progress: bool = False,
@@ -128,7 +148,7 @@ def read_official(
 
     Args:
       path: the checkpoint, such as model.ckpt-790000.
-      experiment: the one that it was trained in; when not given, one of the same
+      config: of the experiment that it was trained in; when not given, one of the same
         network and diffusion, with data that nobody named.
       average: whether to take the moving average, or the last weights.
       progress: whether to show a bar where there is a terminal.
@@ -138,7 +158,7 @@ def read_official(
     """
     stored = tensor_files.read(path, progress=progress)
     shapes = {name: array.shape for name, array in stored.arrays.items()}
-    config = _official(Path(path), shapes, experiment)
+    config = _official(Path(path), shapes) if config is None else official(config)
     own = diffusers_folder.shapes(config)
     params = unet_names.from_tensors(
         stored.arrays,
@@ -177,24 +197,13 @@ def _describe(found: Found) -> Described:
     return Described(dataclasses.replace(config, name=name), about)
 
 
-def _official(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], experiment: str | None
-) -> Config:
+def _official(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Config:
     """Returns the configuration of a checkpoint with tensors of these shapes."""
-    if experiment is not None:
-        if experiment not in EXPERIMENTS:
-            raise_unknown("experiment", experiment, tuple(EXPERIMENTS))
-        return official(EXPERIMENTS[experiment].config)
-    for name in _OFFICIAL:
-        # In which they were trained, and drawn from.
-        config = official(EXPERIMENTS[name].config)
+    for config in _OFFICIAL.values():
         own = diffusers_folder.shapes(config)
         names = unet_names.official_names(own, average=False)
         if all(shapes.get(names[key].name) == own[key] for key in own):
-            data = dataclasses.replace(config.data, source=UNKNOWN)
-            return dataclasses.replace(
-                config, name=records.plain_name(path.name), data=data
-            )
+            return dataclasses.replace(config, name=records.plain_name(path.name))
     raise ConfigError(
         f"{path} must hold a network of the authors', those of {', '.join(_OFFICIAL)}; "
         f"got {len(shapes)} tensors that are none. Name the experiment that it was "

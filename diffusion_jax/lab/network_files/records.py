@@ -4,8 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.schema import checks, texts
-from diffusion_jax.lab.schema.config import Config, ConfigError, from_dict, to_dict
+from diffusion_jax.lab.schema.config import Config, from_dict, to_dict
 from diffusion_jax.lab.schema.json_fields import is_whole
 
 PyTree = Any

@@ -29,7 +29,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from diffusion_jax.lab.schema.config import ConfigError
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.training import parallel
 
 FLAGS = ("--coordinator", "--hosts", "--host")

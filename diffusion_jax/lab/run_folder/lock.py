@@ -18,8 +18,8 @@ from pathlib import Path
 
 import jax
 
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.process import hosts
-from diffusion_jax.lab.schema.config import ConfigError
 
 NAME = ".lock"
 # As `flock` fails where the file system knows no locks.

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from diffusion_jax import errors
 from diffusion_jax.lab.network_files import networks
 from diffusion_jax.lab.process import hosts
 from diffusion_jax.lab.schema import checks, config, json_fields, texts
@@ -78,7 +79,7 @@ def find(path: str | None, output: str = "runs") -> Run:
         found = [Run(p.parent) for p in Path(output).glob("*/config.json")]
         found = [run for run in found if has_checkpoint(run)]
         if not found:
-            raise config.ConfigError(
+            raise errors.ConfigError(
                 f"a trained run must be in {output}/; got none. Run `make train` first."
             )
         return max(found, key=lambda run: run.checkpoints.stat().st_mtime)
@@ -96,7 +97,7 @@ def find(path: str | None, output: str = "runs") -> Run:
             " One of the hub is fetched by: python -m experiments.convert "
             f"{path} OUT.safetensors --download."
         )
-    raise config.ConfigError(
+    raise errors.ConfigError(
         "RUN must be a folder that training wrote, or a network in a file; got "
         f"{path!r}, which is none. Runs in {output}/: "
         f"{known or 'none, run `make train` first'}.{hub}"
@@ -129,7 +130,7 @@ def read_config(run: Run) -> config.Config:
         )
         checks.validate(loaded)
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise config.ConfigError(
+        raise errors.ConfigError(
             f"{run.config} must hold the configuration of a run; got {error}. Restore "
             "it, or train into a new folder."
         ) from error
@@ -192,7 +193,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             if not json_fields.is_whole(value["step"]):
                 raise ValueError("no step")
         except (ValueError, TypeError, KeyError) as error:
-            raise config.ConfigError(
+            raise errors.ConfigError(
                 f"every line of {path} must be an object with a step; got something "
                 f"else in line {number}. Restore the file, or delete that line."
             ) from error
@@ -249,7 +250,7 @@ def check_room(run: Run, state: Any, there: int, keep: int) -> None:
     fits = hosts.tell(min(shutil.disk_usage(run.folder).free // size, 2**30))
     each = f"{size / 2**20:,.2f} MiB"
     if not fits:
-        raise config.ConfigError(
+        raise errors.ConfigError(
             f"{run.folder} must have room for a checkpoint, {each}; got less on its "
             "disk. Make room, or choose another disk with --output."
         )

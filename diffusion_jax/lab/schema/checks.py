@@ -6,10 +6,10 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.schema.config import (
     CONTINUOUS,
     Config,
-    ConfigError,
     Diffusion,
     flat,
     micro_batches,

@@ -3,9 +3,10 @@
 import dataclasses
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from diffusion_jax.lab.schema.json_fields import ConfigError, flat, jsonable, read
+from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab.schema.json_fields import flat, jsonable, read
 from diffusion_jax.lab.schema.sampling import Sample
 
 ScheduleName = Literal[
@@ -251,6 +252,13 @@ MAY_CHANGE = (
 )
 
 
+class Experiment(NamedTuple):
+    """An experiment, and what its file says of it."""
+
+    config: Config
+    doc: str
+
+
 # Fields of earlier versions, of which every value computed the same: of what they wrote
 # they are left out.
 RETIRED = {"net": ("fuse", "kernels", "dropout_bits"), "optimizer": ("flat",)}
@@ -302,7 +310,7 @@ def from_dict(
 
     >>> from_dict({"net": {"blocks": None}}, partial=True)
     Traceback (most recent call last):
-    diffusion_jax.lab.schema.json_fields.ConfigError: each value of Config must be ...;
+    diffusion_jax.errors.ConfigError: each value of Config must be of its field's type;
     got net.blocks null, not a whole number. Correct the file, or restore it.
     """
     wrong: list[tuple[str, str, str]] = []

@@ -7,9 +7,7 @@ import reprlib
 import typing
 from typing import Any, Literal
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run."""
+from diffusion_jax.errors import ConfigError
 
 
 def read(

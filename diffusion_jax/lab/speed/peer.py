@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.network_files import diffusers_config
-from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.schema.config import Config
 from experiments.compare_diffusers import peers
 
 MODES = ("reduce-overhead", "default")

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from diffusion_jax.lab.schema.config import ConfigError
+from diffusion_jax.errors import ConfigError
 
 
 def counts(found: int) -> list[int]:

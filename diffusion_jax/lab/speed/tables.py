@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.schema import checks, config, sampling
-from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.training import compilation
 
 SIZES = (128, 512)

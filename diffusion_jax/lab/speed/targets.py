@@ -17,7 +17,7 @@ from jax.sharding import (
     use_abstract_mesh,
 )
 
-from diffusion_jax.lab.schema.config import ConfigError
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.training import parallel
 
 HOST = 8

@@ -11,10 +11,11 @@ from tqdm import tqdm
 
 from diffusion_jax import analytic
 from diffusion_jax.data import datasets
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import sampling
-from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build, chains

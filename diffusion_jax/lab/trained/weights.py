@@ -15,10 +15,11 @@ from typing import Any
 import jax
 
 from diffusion_jax.checkpoints import checkpoint
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.network_files import networks
 from diffusion_jax.lab.process import hosts
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.wiring import learning
 from diffusion_jax.training import averages, parallel
 from diffusion_jax.training.state import TrainState

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.run_folder import history, runs
-from diffusion_jax.lab.schema.config import Config, ConfigError
+from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build

@@ -9,12 +9,14 @@ import numpy as np
 
 from diffusion_jax import (
     continuous,
+    errors,
     gaussian,
     learned,
     schedule,
 )
 from diffusion_jax.data import datasets
-from diffusion_jax.lab.schema.config import CONTINUOUS, UNKNOWN, Config, ConfigError
+from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab.schema.config import CONTINUOUS, UNKNOWN, Config
 from diffusion_jax.nets import fresh, unet
 from diffusion_jax.nets.unet import UNet
 
@@ -227,9 +229,9 @@ def load_data(config: Config, *, split: str = "train") -> datasets.Dataset:
             channels=d.channels,
             download=d.download,
         )
-    except datasets.DataError as error:
+    except errors.DataError as error:
         hint = "\ndata_dir is --data.path here." if "data_dir" in str(error) else ""
-        raise datasets.DataError(f"{error}{hint}") from error
+        raise errors.DataError(f"{error}{hint}") from error
     shape = dataset.images.shape[1:]
     if shape != (d.image_size, d.image_size, d.channels):
         raise ConfigError(

@@ -1,0 +1,18 @@
+"""What goes wrong with what is given: the one error of data, and of unknown names."""
+
+import difflib
+
+
+class DataError(ValueError):
+    """Data cannot be had as asked: the message says what must hold, was got, to do."""
+
+
+def raise_unknown(what: str, got: object, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError for a name that is not among those allowed."""
+    near = difflib.get_close_matches(str(got), allowed, 1, cutoff=0.3)
+    hint = f"Did you mean {near[0]!r}?" if near else f"Choose {allowed[0]!r}, say."
+    raise ValueError(f"{what} must be one of {', '.join(allowed)}; got {got!r}. {hint}")
+
+
+class ConfigError(ValueError):
+    """What was asked of a command cannot be done, and its user can mend it."""

@@ -1,0 +1,109 @@
+"""How a command begins and ends: the hosts of its job, its exit code, its one error."""
+
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from diffusion_jax import errors
+from diffusion_jax.lab.process import hosts
+
+# What a user can mend. Such an error is shown as it is, without a traceback.
+BAD_INPUT = 2
+
+
+def quiet() -> None:
+    """Silences what orbax and tensorstore say of errors that we say ourselves."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _unraisable
+
+
+def _unraisable(error: Any) -> None:
+    """Says what failed where nobody could catch it."""
+    # After a failed read or write all others end into an event loop that is gone.
+    if str(error.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(error)
+
+
+def guarded(main: Callable[[Sequence[str]], int], *, several: bool = False) -> None:
+    """Runs a command and leaves with its exit code; 2 and one message for bad input.
+
+    Args:
+      main: from the arguments to the exit code.
+      several: whether it works on several hosts.
+    """
+    from diffusion_jax.checkpoints.checkpoint import CheckpointError
+    from diffusion_jax.errors import DataError
+
+    quiet()
+    for stream in (sys.stdout, sys.stderr):
+        # A path may be no text in any encoding, and is shown all the same.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    expected: tuple[Any, ...] = (errors.ConfigError, CheckpointError, DataError)
+    try:
+        raise SystemExit(main(join_hosts(sys.argv[1:], several=several)))
+    except SystemExit as left:
+        if several and left.code == 0 and {"-h", "--help"} & set(sys.argv):
+            print(hosts.HELP)
+        if left.code == BAD_INPUT:  # by a flag that this host alone may have wrong
+            hosts.leave(BAD_INPUT)
+        raise
+    except expected as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = BAD_INPUT
+    except (ValueError, ImportError) as error:
+        # The library's own: what must hold; what was got; what to do.
+        if "; got " not in str(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        code = BAD_INPUT
+    except BrokenPipeError:
+        # Whoever read what was printed, head for instance, has seen enough.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        code = 1
+    except OSError as error:
+        where = error.filename or "a file"
+        print(
+            f"error: {where} must be there and be ours to read or write; got "
+            f"{error.strerror or error}. Check the path, its permissions and the disk.",
+            file=sys.stderr,
+        )
+        code = BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    hosts.leave(code)
+    raise SystemExit(code)
+
+
+def join_hosts(argv: Sequence[str], *, several: bool) -> list[str]:
+    """Returns the command's own arguments after joining the other hosts of its job.
+
+    Args:
+      argv: all arguments; those about hosts are taken out.
+      several: whether the command works on several hosts.
+
+    Raises:
+      ConfigError: it does not, or the hosts cannot be found.
+    """
+    given, rest = hosts.split(argv)
+    if {"-h", "--help"} & set(rest):
+        return rest
+    job = hosts.decide(given, os.environ)
+    if job is None:
+        said = None if given else hosts.note(os.environ)
+        if several and said:
+            print(said, file=sys.stderr)
+        return rest
+    if not several:
+        raise errors.ConfigError(
+            "this command must run on one host, with any number of devices; got "
+            f"several hosts by {job.source}. Start it once, with --hosts 1."
+        )
+    hosts.join(job)
+    return rest

@@ -1,0 +1,137 @@
+"""The command line: an experiment's name, then its fields as flags."""
+
+import dataclasses
+import inspect
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from diffusion_jax import errors
+from diffusion_jax.lab.schema import checks, config
+from diffusion_jax.lab.training import initial
+
+# Its fields are flags without a prefix.
+_Unnamed = Annotated[config.Config, tyro.conf.arg(name="")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What is to be trained, and how to take what is there already."""
+
+    strict: bool = False
+    """Refuse to go on where the newest checkpoint is damaged, instead of going on from
+    the newest that verifies."""
+    force: bool = False
+    """Go on with other values than the run was begun with. What the network and the
+    optimizer are made of must still fit the checkpoint."""
+    official: bool = False
+    """Train with the arithmetic of the authors' code: float32, TensorFlow's Adam, the
+    gradient clipped in eight parts, an average without a ramp. Exact, and on one device
+    nearly five times slower."""
+    config: _Unnamed = dataclasses.field(default_factory=config.Config)
+
+
+Experiments = Mapping[str, config.Experiment]
+
+
+def parse(argv: Sequence[str], experiments: Experiments, *, prog: str) -> config.Config:
+    """Returns the configuration of `parse_training`."""
+    return parse_training(argv, experiments, prog=prog).config
+
+
+def parse_training(
+    argv: Sequence[str], experiments: Experiments, *, prog: str
+) -> Training:
+    """Returns what the arguments describe, checked.
+
+    Args:
+      argv: an experiment's name (digits when the first one is a flag), then flags.
+      experiments: those there are, by name.
+      prog: how the command is called, for `--help`.
+
+    Raises:
+      ConfigError: an unknown experiment, or values that do not fit.
+      SystemExit: `--help`, or a flag that does not exist or has another type.
+    """
+    name, flags = _experiment(argv, experiments, prog)
+    experiment = experiments[name]
+    others = ", ".join(other for other in experiments if other != name)
+
+    def read(default: config.Config) -> Training:
+        return tyro.cli(
+            Training,
+            default=Training(config=default),
+            args=flags,
+            prog=f"{prog} {name}",
+            # Indented, a table keeps its lines.
+            description=f"{textwrap.indent(inspect.cleandoc(experiment.doc), '  ')}\n\n"
+            f"Other experiments, to be named before the first flag: {others}.",
+        )
+
+    base = experiment.config
+    given = read(base)
+    if given.official:  # flags of its fields still count
+        base = config.official(base)
+        given = read(base)
+    chosen = initial.resolved(given.config, force=given.force)
+    if chosen.init_from is not None:
+        # Flags replace what the weights say, and the weights what the experiment says.
+        default = initial.like(base, initial.given(chosen, force=given.force))
+        chosen = dataclasses.replace(read(default).config, init_from=chosen.init_from)
+    checks.validate(chosen)
+    checks.of_training(chosen)
+    return dataclasses.replace(given, config=chosen)
+
+
+def parse_with(
+    options: Any,
+    argv: Sequence[str],
+    experiments: Experiments,
+    *,
+    prog: str,
+    description: str | None,
+) -> Any:
+    """Returns the options of a command that has a configuration among them, `config`.
+
+    Args:
+      options: their dataclass.
+      argv: an experiment's name (digits when the first one is a flag), then flags.
+      experiments: those there are, by name.
+      prog: how the command is called.
+      description: what `--help` says of it.
+
+    Raises:
+      ConfigError: as `parse`.
+    """
+    name, flags = _experiment(argv, experiments, prog)
+    found = tyro.cli(
+        options,
+        default=options(config=experiments[name].config),
+        args=flags,
+        prog=f"{prog} {name}",
+        description=description,
+    )
+    if found.config.init_from is not None:
+        raise errors.ConfigError(
+            "init_from must be left out: the values of weights change nothing here; "
+            f"got {found.config.init_from!r}. Say what the network is by its fields."
+        )
+    checks.validate(found.config)
+    return found
+
+
+def _experiment(
+    argv: Sequence[str], experiments: Experiments, prog: str
+) -> tuple[str, list[str]]:
+    """Returns the experiment that comes first, and the flags after it."""
+    name, flags = "digits", list(argv)
+    if flags and not flags[0].startswith("-"):
+        name = flags.pop(0)
+    if name not in experiments:
+        raise errors.ConfigError(
+            f"the experiment must be one of {', '.join(experiments)}; got {name!r}. "
+            f"Say, for instance: {prog} cifar10"
+        )
+    return name, flags
