@@ -26,15 +26,15 @@ from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import metrics, pictures
 from diffusion_jax.lab.drawing import draws
-from diffusion_jax.lab.measure import extractors, reference
+from diffusion_jax.lab.measure import bound, extractors, reference
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import history, runs
 from diffusion_jax.lab.schema.checks import require_positive, require_seed, validate
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.trained import weights
+from diffusion_jax.lab.training import loop
 from diffusion_jax.lab.wiring import build, chains
 from diffusion_jax.training import parallel
-from experiments import eval_nll, train
 from experiments.configs import EXPERIMENTS
 from experiments.configs.digits_family import family
 
@@ -243,7 +243,7 @@ def _take_cores(free: Any) -> None:
 
 
 def measure(config: Config, options: Options) -> dict[str, Any]:
-    """Returns the result of a row, as JSON has it: trained if need be, and measured.
+    """Returns the result of a row, as JSON has it: trained if need be, and bound.
 
     What training says goes to <row>/log.txt.
     """
@@ -252,7 +252,7 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
     diverged = None
     with _logged(run):
         try:
-            if train.train(config):
+            if loop.train(config):
                 raise KeyboardInterrupt  # it was asked to stop, and did
         except history.DivergedError as error:
             diverged = str(error)
@@ -286,7 +286,7 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
     with _logged(run):
         result = {
             **about,
-            **bound(config, params, dataset, options),
+            **bound_of(config, params, dataset, options),
             "l_simple": l_simple(config, params, dataset, options),
             "distance": distance(config, run, params, dataset, options),
         }
@@ -305,13 +305,12 @@ def _logged(run: runs.Run) -> Iterator[None]:
         yield
 
 
-def bound(
+def bound_of(
     config: Config, params: Any, dataset: datasets.Dataset, options: Options
 ) -> dict[str, float]:
     """Returns the bound over the whole chain in bits/dim, and its standard error."""
-    asked = eval_nll.Options(max_images=options.bound_images, seed=options.seed)
-    chosen = eval_nll.choose(len(dataset.images), asked)
-    sums = eval_nll.evaluate(config, params, dataset, chosen, asked)
+    chosen = bound.choose(len(dataset.images), options.bound_images, options.seed)
+    sums = bound.evaluate(config, params, dataset, chosen, seed=options.seed)
     totals = np.array(sums.totals)
     error = float(totals.std(ddof=1) / np.sqrt(len(totals)))
     return {"bound": float(totals.mean()), "bound_error": error}

@@ -31,14 +31,15 @@ from diffusion_jax.lab.schema import config
 from diffusion_jax.lab.schema.checks import require_positive
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.speed import arithmetic, peer, scaling, tables
-from diffusion_jax.lab.training import arguments
+from diffusion_jax.lab.training import arguments, beginning
 from diffusion_jax.lab.wiring import build, chains, learning
 from diffusion_jax.training import compilation, feed, flat, parallel
-from experiments import train
 from experiments.configs import EXPERIMENTS
 
 CEILING = {"cpu": 1024}
 """Side of the matrices of the ceiling; 8192 on other devices."""
+
+
 STORED = 2048
 """Images that the input is gathered from: enough that none is in a cache."""
 
@@ -239,19 +240,19 @@ def measure_train(
     """
     chosen = config.replace(options.config, "train", batch_size=size)
     rng = np.random.default_rng(0)
-    shape = (max(STORED, size), *image_shape(chosen))
+    shape = (max(STORED, size), *chosen.data.shape)
     images = rng.integers(0, 256, shape, dtype=np.uint8)
     labels = np.arange(len(images)) % max(chosen.net.classes, 1)
     dataset = datasets.Dataset(images, labels, "random")
     usual = compilation.options(mesh.devices.flat[0])
     step = learning.make_step(chosen, mesh, options=usual | (told or {}))
     whole_state = learning.state_shapes(chosen, packed=True)
-    held = [train.first_state(chosen, mesh)]
-    fed = train.feed_of(chosen, dataset, mesh)
+    held = [beginning.first_state(chosen, mesh)]
+    fed = beginning.feed_of(chosen, dataset, mesh)
     whole = feed.batch_at(dataset, bool(chosen.net.classes), 0, size, 0)
     batch = parallel.shard(whole, mesh)
     params = jax.eval_shape(flat.unpack_all, whole_state.params)
-    flops = arithmetic.count(gradient(chosen), params, batch)
+    flops = arithmetic.count(learning.gradient(chosen), params, batch)
     losses = []
 
     def once() -> Any:
@@ -290,7 +291,7 @@ def measure_sample(options: Options, mesh: Any, size: int) -> dict[str, Any]:
     one = arithmetic.count(
         build.make_network(chosen).apply,
         {"params": params["net"]},
-        jnp.zeros((1, *image_shape(chosen))),
+        jnp.zeros((1, *chosen.data.shape)),
         jnp.zeros(1),
         label,
     )
@@ -402,12 +403,6 @@ def peak_memory(mesh: Any) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def image_shape(chosen: Config) -> tuple[int, int, int]:
-    """Returns height, width and channels."""
-    d = chosen.data
-    return d.image_size, d.image_size, d.channels
-
-
 def show(row: dict[str, Any]) -> None:
     """Prints a row of the table."""
     low, high = row["ms_range"]
@@ -418,16 +413,6 @@ def show(row: dict[str, Any]) -> None:
         f"{row['share']:>7.1%}{row['compile_s']:>11.1f}{fresh:>8}"
         f"{row['memory_gib']:>7.2f}"
     )
-
-
-def gradient(chosen: Config) -> Callable[..., Any]:
-    """Returns the gradient of the loss of a whole batch, to be counted."""
-    # Without parts and loops: the arithmetic is the same.
-    whole = config.replace(chosen, "optimizer", preset="modern")
-    whole = config.replace(whole, "train", accumulate=1)
-    whole = config.replace(whole, "diffusion", density="uniform")
-    loss = learning.make_loss(whole)
-    return lambda params, batch: jax.grad(loss)(params, batch, jax.random.key(0))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import tyro
 from tqdm import tqdm
 
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.lab.network_files import networks
+from diffusion_jax.lab.network_files import diffusers_config, networks
 from diffusion_jax.lab.network_files.diffusers_config import to_diffusers
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.schema.checks import require_positive
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
 
 def build(folder: Path, seed: int) -> Path:
     """Returns the folder that diffusers saved a random CIFAR-10 network in."""
-    torch, diffusers = peers()
+    torch, diffusers = diffusers_config.peers()
     unet, scheduler = to_diffusers(EXPERIMENTS["cifar10_official"].config)
     torch.manual_seed(seed)
     made = {k: v for k, v in unet.items() if not k.startswith("_")}
@@ -136,7 +136,7 @@ def draw_there(folder: Path, config: Config, options: Options) -> np.ndarray:
     Example i of a seed has the key fold_in(key(seed), i); fold 0 of that is its start,
     and fold n + 1 the noise of step n.
     """
-    torch, diffusers = peers()
+    torch, diffusers = diffusers_config.peers()
     pipeline = diffusers.DDPMPipeline.from_pretrained(folder)
     kind = {"ddim": diffusers.DDIMScheduler, "ddpm": diffusers.DDPMScheduler}
     # "trailing" ends in data, and begins in pure noise, as our uniform grid does.
@@ -174,19 +174,6 @@ def draw_there(folder: Path, config: Config, options: Options) -> np.ndarray:
             with mock.patch(drawn_by, lambda *_, n=n, **__: noise(n + 1)):
                 x = scheduler.step(output, t, x, **more).prev_sample
     return np.asarray(x.numpy().transpose(0, 2, 3, 1))
-
-
-def peers() -> tuple[Any, Any]:
-    """Returns torch and diffusers, where they are installed."""
-    try:
-        import diffusers
-        import torch
-    except ImportError as error:
-        raise ConfigError(
-            f"PyTorch and diffusers must be installed; got {error}. Install them: pip "
-            "install .[peers]"
-        ) from None
-    return torch, diffusers
 
 
 if __name__ == "__main__":

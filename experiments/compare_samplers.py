@@ -272,8 +272,8 @@ def measure(
         return
     length = max(len(chains.make_grid(way)) for _, way in chosen)
     mesh = parallel.make_mesh()
-    size, side = min(options.batch_size, options.count), config.data.image_size
-    shape = (size, side, side, config.data.channels)
+    size = min(options.batch_size, options.count)
+    shape = (size, *config.data.shape)
     out = parallel.sharded(mesh) if size % mesh.size == 0 else parallel.replicated(mesh)
 
     def program(way: Config) -> Callable[..., jax.Array]:

@@ -26,7 +26,6 @@ from diffusion_jax.lab.speed import arithmetic, compiled_program, targets
 from diffusion_jax.lab.training import arguments
 from diffusion_jax.lab.wiring import build, learning
 from diffusion_jax.training import compilation, flat, parallel
-from experiments import bench
 from experiments.configs import EXPERIMENTS
 
 GIB = 2**30
@@ -137,7 +136,9 @@ def training(chosen: Config, mesh: Mesh) -> tuple[Any, dict[str, int]]:
         compiler_options=compilation.options(mesh.devices.flat[0]),
     )
     params = jax.eval_shape(flat.unpack_all, state.params)
-    return step.lower(state, batch), operations(bench.gradient(chosen), params, batch)
+    return step.lower(state, batch), operations(
+        learning.gradient(chosen), params, batch
+    )
 
 
 def sampling(chosen: Config, mesh: Mesh) -> tuple[Any, dict[str, int]]:
@@ -149,7 +150,7 @@ def sampling(chosen: Config, mesh: Mesh) -> tuple[Any, dict[str, int]]:
         build.param_shapes(chosen),
     )
     size = chosen.train.batch_size
-    image = jax.ShapeDtypeStruct((size, *bench.image_shape(chosen)), jnp.float32)
+    image = jax.ShapeDtypeStruct((size, *chosen.data.shape), jnp.float32)
     rest = [jax.ShapeDtypeStruct((size,), jnp.float32)]
     if net.num_classes:
         rest.append(jax.ShapeDtypeStruct((size,), jnp.int32))
@@ -180,7 +181,7 @@ def batch_like(chosen: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes of a batch."""
     size = chosen.train.batch_size
     batch = {
-        "image": jax.ShapeDtypeStruct((size, *bench.image_shape(chosen)), jnp.uint8),
+        "image": jax.ShapeDtypeStruct((size, *chosen.data.shape), jnp.uint8),
         "position": jax.ShapeDtypeStruct((size,), jnp.int32),
     }
     if chosen.net.classes:

@@ -23,7 +23,7 @@ from diffusion_jax import editing, samplers
 from diffusion_jax.data import image_files
 from diffusion_jax.errors import ConfigError, DataError, raise_unknown
 from diffusion_jax.evaluation import pictures
-from diffusion_jax.lab.drawing import edit_options
+from diffusion_jax.lab.drawing import draws, edit_options
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import sampling
@@ -34,7 +34,6 @@ from diffusion_jax.lab.trained import extras, weights
 from diffusion_jax.lab.wiring import build, chains
 from diffusion_jax.schedule import Schedule
 from diffusion_jax.training import parallel
-from experiments import sample
 
 MOST_COLUMNS = 10
 ENCODING_STEPS = 200
@@ -98,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
     if shared.out is None:
         for old in folder.glob("[0-9]*.png"):
             old.unlink()
-    sample.save_each(iter([edited.results]), folder)
+    draws.save_each(iter([edited.results]), folder)
     print(f"{command}: {pictures.save(picture(edited), out)}")
     print(f"{len(edited.results)} images: {folder}/000000.png and on")
     return 0

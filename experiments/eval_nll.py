@@ -8,22 +8,18 @@ network's probability flow, of images made continuous by uniform noise.
 
 import dataclasses
 import math
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
-from tqdm import tqdm
 
-from diffusion_jax import continuous, likelihood, ode
-from diffusion_jax.data import datasets
+from diffusion_jax import likelihood
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.drawing import draws
+from diffusion_jax.lab.measure import bound
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.checks import require_positive, require_seed, with_data
@@ -31,8 +27,7 @@ from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.sampling import Variance
 from diffusion_jax.lab.trained import extras, weights
 from diffusion_jax.lab.trained.weights import Weights
-from diffusion_jax.lab.wiring import build, chains
-from diffusion_jax.schedule import is_discrete
+from diffusion_jax.lab.wiring import build
 from diffusion_jax.training import parallel
 
 BEGINNING = 10
@@ -69,30 +64,12 @@ class Options:
     """Whether to print and plot rate and distortion over the reverse steps."""
     ode: bool = False
     """Whether to evaluate the density of the probability flow instead of the bound."""
-    trace: Literal["rademacher", "gaussian", "exact"] = "rademacher"
+    trace: bound.Trace = "rademacher"
     """With --ode: how the divergence is found, by random probes or exactly."""
     probes: int = 1
     """With --ode: random probes an image."""
     tolerance: float = 1e-5
     """With --ode: of the solver, relative and absolute."""
-
-
-class Sums:
-    """Sums over images in float64: all that is kept of a batch."""
-
-    def __init__(self, num_steps: int) -> None:
-        """Starts empty."""
-        self.totals: list[float] = []
-        self.prior = 0.0
-        self.terms, self.mse = np.zeros(num_steps), np.zeros(num_steps)
-
-    def add(self, bits: likelihood.Bound, count: int) -> None:
-        """Takes in the first `count` images of a batch; the rest is padding."""
-        host = jax.tree.map(lambda x: np.asarray(x, np.float64), bits)
-        self.totals += host.total[:count].tolist()
-        self.prior += host.prior[:count].sum()
-        self.terms += host.terms[:, :count].sum(axis=1)
-        self.mse += host.mse[:, :count].sum(axis=1)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -117,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
     params, step, kind = weights.load(config, run, options.which)
     digest = draws.digest(params)
     params = extras.complete(config, run, params, variance=variance)
-    chosen = choose(len(dataset.images), options)
+    chosen = bound.choose(len(dataset.images), options.max_images, options.seed)
     about = {
         "data": config.data.source,
         "split": options.split,
@@ -131,14 +108,33 @@ def main(argv: Sequence[str]) -> int:
     }
     out = run.folder / "eval"
     if options.ode:
-        found = evaluate_ode(config, params, dataset, chosen, options)
+        found = bound.evaluate_ode(
+            config,
+            params,
+            dataset,
+            chosen,
+            trace=options.trace,
+            probes=options.probes,
+            tolerance=options.tolerance,
+            batch_size=options.batch_size,
+            seed=options.seed,
+        )
         result = summary_ode(options, found, about)
         show_ode(run, result)
         path = out / f"nll_ode_{options.split}.json"
         runs.write_json(path, result)
         print(f"written: {path}")
         return 0
-    sums = evaluate(config, params, dataset, chosen, options)
+    sums = bound.evaluate(
+        config,
+        params,
+        dataset,
+        chosen,
+        variance=options.variance,
+        batch_size=options.batch_size,
+        chunk=options.chunk,
+        seed=options.seed,
+    )
     result = summary(config, options, sums, about)
     show(run, result)
     runs.write_json(out / f"nll_{options.split}.json", result)
@@ -167,159 +163,6 @@ def check(options: Options) -> None:
         )
 
 
-def choose(available: int, options: Options) -> np.ndarray:
-    """Returns the indices of the images to evaluate, in order."""
-    count = min(available, options.max_images or available)
-    if count == available:
-        return np.arange(available)
-    rng = np.random.default_rng(options.seed)
-    return np.sort(rng.choice(available, count, replace=False))
-
-
-def evaluate(
-    config: Config,
-    params: Any,
-    dataset: datasets.Dataset,
-    chosen: np.ndarray,
-    options: Options,
-) -> Sums:
-    """Returns the sums over the chosen images; the bar counts evaluations."""
-    mesh = parallel.make_mesh()
-    steps = config.diffusion.num_steps
-    compiled = make_bound(config, options)
-    sums = Sums(steps)
-    bar = tqdm(
-        total=len(chosen) * steps,
-        unit=" evaluations",
-        unit_scale=True,
-        disable=not sys.stderr.isatty(),
-    )
-    with bar:
-        for batch, count in batches(
-            dataset, chosen, options, mesh, labelled=config.net.classes > 0
-        ):
-            sums.add(compiled(params, batch), count)
-            bar.update(count * steps)
-    return sums
-
-
-def batches(
-    dataset: datasets.Dataset,
-    chosen: np.ndarray,
-    options: Options,
-    mesh: Any,
-    *,
-    labelled: bool,
-) -> Iterator[tuple[dict[str, jax.Array], int]]:
-    """Yields batches of images, numbers and labels, and how many of each count."""
-    size = -(-min(options.batch_size, len(chosen)) // mesh.size) * mesh.size
-    for begin in range(0, len(chosen), size):
-        indices = chosen[begin : begin + size]
-        # A ragged last batch is filled up with its last image, and cut again.
-        padded = np.pad(indices, (0, size - len(indices)), mode="edge")
-        found = datasets.batch_at(dataset, padded)
-        index = np.pad(np.arange(begin, begin + len(indices)), (0, size))[:size]
-        batch = {"x": found["image"], "i": index}
-        if labelled:
-            batch["label"] = found["label"]
-        yield parallel.shard(batch, mesh), len(indices)
-
-
-def make_bound(
-    config: Config, options: Options
-) -> Callable[[Any, dict[str, jax.Array]], likelihood.Bound]:
-    """Returns the bound of a batch of uint8 images, compiled once."""
-    root = jax.random.key(options.seed)
-
-    def bound(params: Any, batch: dict[str, jax.Array]) -> likelihood.Bound:
-        levels = build.chain_schedule(config, params)
-        denoise = chains.given_labels(
-            config, params, levels, batch.get("label"), clip=True
-        )
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(root, batch["i"])
-        x0 = batch["x"].astype(jnp.float32) / 127.5 - 1
-        variance = options.variance or config.diffusion.variance
-        fixed = variance in ("small", "large")
-        return likelihood.bound(
-            keys,
-            denoise,
-            levels,
-            x0,
-            variance=variance,
-            decoder_variance=(
-                jnp.exp(-levels(1).logsnr)
-                if fixed and build.is_continuous(config)
-                else None
-            ),
-            chunk=options.chunk,
-        )
-
-    return jax.jit(bound)
-
-
-def evaluate_ode(
-    config: Config,
-    params: Any,
-    dataset: datasets.Dataset,
-    chosen: np.ndarray,
-    options: Options,
-) -> np.ndarray:
-    """Returns bits/dim and evaluations of the chosen images, [images, 2]."""
-    mesh = parallel.make_mesh()
-    compiled, found = make_ode(config, options), []
-    with tqdm(
-        total=len(chosen), unit=" images", disable=not sys.stderr.isatty()
-    ) as bar:
-        for batch, count in batches(
-            dataset, chosen, options, mesh, labelled=config.net.classes > 0
-        ):
-            bits = compiled(params, batch)
-            rows = np.stack([bits.total, bits.density.evaluations], axis=1)
-            found.append(rows[:count].astype(np.float64))
-            bar.update(count)
-    table = np.concatenate(found)
-    lost = int(np.isnan(table[:, 0]).sum())
-    if lost:
-        raise ConfigError(
-            f"every image must be solved within {ode.MAX_STEPS} steps; got {lost} of "
-            f"{len(table)} that were not. Give a larger --tolerance than "
-            f"{options.tolerance:g}."
-        )
-    return table
-
-
-def make_ode(
-    config: Config, options: Options
-) -> Callable[[Any, dict[str, jax.Array]], likelihood.OdeBits]:
-    """Returns the flow's bits/dim of a batch of uint8 images, compiled once."""
-    root = jax.random.key(options.seed)
-
-    def bits(params: Any, batch: dict[str, jax.Array]) -> likelihood.OdeBits:
-        levels = build.make_schedule(config, params)
-        if is_discrete(levels):
-            levels = continuous.interpolate(levels)
-
-        def one(index: jax.Array, x: jax.Array, label: Any) -> likelihood.OdeBits:
-            # Each image alone, beside its own label: each has its own steps. Without
-            # a clip: what is clipped has no density.
-            label = None if label is None else label[None]
-            return likelihood.ode_bits_per_dim(
-                jax.random.fold_in(root, index)[None],
-                chains.given_labels(config, params, levels, label, clip=False),
-                levels,
-                x[None].astype(jnp.float32) / 127.5 - 1,
-                trace=options.trace,
-                probes=options.probes,
-                rtol=options.tolerance,
-                atol=options.tolerance,
-            )
-
-        found = jax.vmap(one)(batch["i"], batch["x"], batch.get("label"))
-        return jax.tree.map(lambda leaf: leaf[:, 0], found)
-
-    return jax.jit(bits)
-
-
 def summary_ode(
     options: Options, found: np.ndarray, protocol: dict[str, Any]
 ) -> dict[str, Any]:
@@ -342,7 +185,7 @@ def summary_ode(
 
 
 def summary(
-    config: Config, options: Options, sums: Sums, protocol: dict[str, Any]
+    config: Config, options: Options, sums: bound.Sums, protocol: dict[str, Any]
 ) -> dict[str, Any]:
     """Returns everything that belongs beside the number, as JSON has it."""
     count = len(sums.totals)

@@ -20,6 +20,7 @@ import numpy as np
 import tyro
 
 from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.checks import (
@@ -32,7 +33,6 @@ from diffusion_jax.lab.trained import extras, weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build
 from diffusion_jax.training import parallel
-from experiments import sample
 
 SURE = 0.9
 LEAST_CERTAINTY, LEAST_CLASS, MOST_COPIES = 0.9, 0.04, 0.02
@@ -83,8 +83,8 @@ def main(argv: Sequence[str]) -> int:
     parallel.split_cpu()
     parallel.persistent_cache(run.cache)
     params, step, kind = extras.load(config, run, options.which)
-    draws = sample.Options(count=options.count, seed=options.seed)
-    samples = np.concatenate(list(sample.draw(config, params, draws)))
+    batches = draws.in_batches(config, params, count=options.count, seed=options.seed)
+    samples = np.concatenate(list(batches))
 
     real, fake = features(dataset.images), features(samples)
     judged = [

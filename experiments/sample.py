@@ -1,19 +1,17 @@
 """Draws images from a trained network: `python -m experiments.sample [RUN]`."""
 
 import dataclasses
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import pictures
-from diffusion_jax.lab.drawing import figures
+from diffusion_jax.lab.drawing import draws, figures
 from diffusion_jax.lab.process import entry, hosts
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import sampling
@@ -27,7 +25,6 @@ from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import extras, weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import chains
-from diffusion_jax.storage import files
 from diffusion_jax.training import parallel
 
 
@@ -89,18 +86,24 @@ def main(argv: Sequence[str]) -> int:
 
     if options.figure is not None:
         return draw_figure(config, params, run, options)
-    batches = draw(config, params, options)
+    batches = draws.in_batches(
+        config,
+        params,
+        count=options.count,
+        seed=options.seed,
+        batch_size=options.batch_size,
+    )
     if not hosts.first():
         for _ in batches:  # drawn by all, and kept by the first
             pass
         return 0
     out = options.out or run.folder / "draw" / default_name(options)
     if options.format == "png":
-        save_each(batches, out)
+        draws.save_each(batches, out)
     else:
         drawn = np.concatenate(list(batches))
         if options.format == "npz":
-            save_npz(drawn, out)
+            draws.save_npz(drawn, out)
         else:
             pictures.save(pictures.grid(drawn, columns=options.columns), out)
     print(f"{options.count} images: {out}")
@@ -132,45 +135,10 @@ def draw_figure(config: Config, params: Any, run: runs.Run, options: Options) ->
     return 0
 
 
-def draw(config: Config, params: Any, options: Options) -> Iterator[np.ndarray]:
-    """Yields batches of uint8 images, [B, H, W, C], options.count in all."""
-    size = min(options.batch_size, options.count)
-    sampler = chains.make_draw(
-        config,
-        size,
-        parallel.make_mesh(),
-    )
-    key = jax.random.key(options.seed)
-    quiet = not (hosts.first() and sys.stderr.isatty())
-    bar = tqdm(total=options.count, unit="image", disable=quiet)
-    with bar:
-        for first in range(0, options.count, size):
-            # The last batch is drawn whole and cut, so that nothing compiles again.
-            batch = sampler(params, key, first)[: options.count - first]
-            bar.update(len(batch))
-            yield pictures.to_uint8(batch)
-
-
 def default_name(options: Options) -> str:
     """Returns the file or folder that a drawing goes to."""
     name = f"seed{options.seed}_{options.count}"
     return {"grid": f"{name}.png", "npz": f"{name}.npz", "png": name}[options.format]
-
-
-def save_each(batches: Iterator[np.ndarray], folder: Path) -> None:
-    """Writes one PNG an image: 000000.png, 000001.png, ..."""
-    index = 0
-    for batch in batches:
-        for image in batch:
-            one = pictures.grid(image[None], side=image.shape[0], gap=0)
-            pictures.save(one, folder / f"{index:06d}.png")
-            index += 1
-
-
-def save_npz(drawn: np.ndarray, path: Path) -> None:
-    """Writes the images under a temporary name, then renames it."""
-    with files.replacing(path) as file:
-        np.savez_compressed(file, images=drawn)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ from typing import Any
 import jax
 
 from diffusion_jax.data import datasets
+from diffusion_jax.lab.measure import judges
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import config
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.wiring import build, chains, learning
-from experiments import train, train_classifier
+from experiments import train
 
 SMALL = shlex.split(  # flags as a person types them
     """--net.channels 8 --net.multipliers 1 --net.blocks 1 --net.attention
@@ -42,7 +43,7 @@ def copied(made: Path, folder: Path) -> runs.Run:
         if not (made / "done").exists():
             assert train.main(["digits", *SMALL, "--output", str(made)]) == 0
             config = runs.read_config(runs.Run(made / "digits"))
-            train_classifier.train(config, datasets.load("digits"), steps=300)
+            judges.train(config, datasets.load("digits"), steps=300)
             (made / "done").touch()
     shutil.copytree(made, folder, dirs_exist_ok=True)
     return runs.Run(folder / "digits")

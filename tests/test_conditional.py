@@ -7,6 +7,7 @@ import pytest
 from small_run import SMALL
 
 from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab.measure import bound
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.wiring import build
@@ -78,23 +79,22 @@ def test_the_bound_is_of_the_image_with_its_label(labelled, tmp_path):
     params = weights.load(config, labelled, weights.Weights())[0]
     dataset = build.load_data(config)
     wrong = dataset._replace(labels=(dataset.labels + 1) % 10)
-    for make, flags in (
-        (eval_nll.evaluate, {}),
-        (eval_nll.evaluate_ode, {"ode": True, "tolerance": 1e-2}),
+    chosen = bound.choose(len(dataset.images), 8, 0)
+    for make, options in (
+        (bound.evaluate, {}),
+        (bound.evaluate_ode, {"tolerance": 1e-2}),
     ):
-        options = eval_nll.Options(max_images=8, **flags)
-        chosen = eval_nll.choose(len(dataset.images), options)
         bits = [
-            np.array(found.totals if isinstance(found, eval_nll.Sums) else found[:, 0])
+            np.array(found.totals if isinstance(found, bound.Sums) else found[:, 0])
             for found in (
-                make(config, params, labels, chosen, options)
+                make(config, params, labels, chosen, **options)
                 for labels in (dataset, wrong)
             )
         ]
         assert np.isfinite(bits).all()
         # Each image is told another label, and each number changes.
         assert np.abs(bits[0] - bits[1]).min() > 1e-5
-        if not options.ode:
+        if not options:
             assert bits[0].mean() == pytest.approx(written["bits_per_dim"], rel=1e-6)
 
 

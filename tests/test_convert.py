@@ -21,10 +21,10 @@ from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.config import replace, to_dict
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.trained.weights import Weights
-from diffusion_jax.lab.training import arguments
+from diffusion_jax.lab.training import arguments, beginning
 from diffusion_jax.lab.wiring import build, learning
 from diffusion_jax.training import parallel
-from experiments import convert, sample, train
+from experiments import convert, sample
 from experiments.configs import EXPERIMENTS
 
 QUICK = ["--count", "2", "--steps", "2", "--batch-size", "2"]
@@ -290,7 +290,7 @@ def test_training_starts_at_the_weights_that_were_given(kind, file, run, tmp_pat
     config = parsed("--init-from", str(source), "--output", str(tmp_path))
     made, mesh = runs.of(config), parallel.make_mesh(1)
     with checkpoint.open_folder(made.checkpoints) as manager:
-        trained, *_ = train.start(config, made, mesh, manager)
+        trained, *_ = beginning.start(config, made, mesh, manager)
     state = learning.as_stored(trained, mesh)
     found = runs.find(str(source))
     given = weights.load(runs.read_config(found), found, Weights())[0]
@@ -361,13 +361,13 @@ def test_a_run_that_has_begun_goes_on_without_the_weights(file, tmp_path, monkey
     config = parsed(*flags)
     made = runs.of(config)
     with checkpoint.open_folder(made.checkpoints) as manager:
-        state, *_ = train.start(config, made, parallel.make_mesh(1), manager)
+        state, *_ = beginning.start(config, made, parallel.make_mesh(1), manager)
         checkpoint.save(manager, 3, state, {"pending": []})
         checkpoint.wait(manager)
     file.unlink()
     again = parsed(*flags)
     assert again == config
-    train.check_same_run(again, made)
+    beginning.check_same_run(again, made)
     # Nor does it have to be told again, or in the same words.
     assert parsed(*flags[2:]) == config
     monkeypatch.chdir(tmp_path)
@@ -376,4 +376,4 @@ def test_a_run_that_has_begun_goes_on_without_the_weights(file, tmp_path, monkey
     networks.write_file(tmp_path / "other.safetensors", network_of(config_of()))
     other = parsed("--init-from", "other.safetensors", *flags[2:])
     with pytest.raises(ConfigError, match=r"given\.safetensors -> .*other\.safeten"):
-        train.check_same_run(other, made)
+        beginning.check_same_run(other, made)

@@ -12,13 +12,13 @@ from diffusion_jax import errors
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.drawing import draws
-from diffusion_jax.lab.measure import reference
+from diffusion_jax.lab.measure import judges, reference
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.checks import with_sampling
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.trained.weights import Weights
-from experiments import convert, eval_fid, eval_nll, sample, train_classifier
+from experiments import convert, eval_fid, eval_nll, sample
 from experiments.configs import digits
 
 
@@ -195,8 +195,8 @@ def test_statistics_can_come_from_a_file(run, tmp_path):
     flags = ["--count", "100", "--steps", "3"]
     truth = evaluate(run, *flags)["numbers"]["fd_digits_classifier vs train"]["mean"]
     config, images = runs.read_config(run), digits_images().images
-    judge = train_classifier.load(train_classifier.path_of(config))
-    features = train_classifier.features_of(judge.params, judge.num_classes, images)[0]
+    judge = judges.load(judges.path_of(config))
+    features = judges.features_of(judge.params, judge.num_classes, images)[0]
     mu, sigma = features.mean(axis=0), np.cov(features.astype(np.float64).T)
     np.savez(tmp_path / "r.npz", mu=mu, sigma=sigma)
     given = evaluate(run, *flags, "--reference", str(tmp_path / "r.npz"))["numbers"]
@@ -351,18 +351,18 @@ def test_classifier_reads_digits_and_its_file_is_checked(tmp_path):
     import dataclasses
 
     config = dataclasses.replace(digits.CONFIG, output=str(tmp_path))
-    judge = train_classifier.train(config, digits_images(), steps=400)
+    judge = judges.train(config, digits_images(), steps=400)
     assert judge.accuracy > 0.95
-    again = train_classifier.load(judge.path)
+    again = judges.load(judge.path)
     assert (again.sha256, again.accuracy) == (judge.sha256, judge.accuracy)
     content = judge.path.read_bytes()
     for damaged in (content[:100], b"\x80\x04.", b""):
         judge.path.write_bytes(damaged)
         with pytest.raises(ConfigError, match=r"; got .*it is trained again"):
-            train_classifier.load(judge.path)
+            judges.load(judge.path)
     unlabelled = digits_images()._replace(labels=None)
     with pytest.raises(ConfigError, match="labelled images"):
-        train_classifier.train(config, unlabelled)
+        judges.train(config, unlabelled)
 
 
 def test_a_frechet_distance_is_called_fid_only_where_it_is_one():

@@ -14,8 +14,8 @@ from diffusion_jax import errors
 from diffusion_jax.data import datasets
 from diffusion_jax.data.image_files import LazyImages
 from diffusion_jax.lab.schema import config
+from diffusion_jax.lab.training import beginning
 from diffusion_jax.training import averages, compilation, feed, parallel, state
-from experiments import train
 
 # Bits are compared: the programs are those of users.
 pytestmark = pytest.mark.optimised
@@ -186,7 +186,7 @@ def test_what_cannot_be_had_is_named(monkeypatch, refuses):
         make("grain", mesh)
     chosen = config.replace(config.Config(), "train", input="grain")
     with pytest.raises(errors.ConfigError, match="must have the grain library; got no"):
-        train.feed_of(chosen, known, mesh)
+        beginning.feed_of(chosen, known, mesh)
 
 
 def test_a_device_that_says_how_much_memory_it_has_gives_an_eighth():

@@ -17,12 +17,13 @@ import pytest
 from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab.measure import judges
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.training import hosts
 from diffusion_jax.lab.wiring import learning
 from diffusion_jax.training import parallel
-from experiments import eval_fid, sample, train, train_classifier
+from experiments import eval_fid, sample, train
 
 SMALL = shlex.split(  # flags as a person types them
     """--net.channels 8 --net.multipliers 1 --net.blocks 1 --net.attention
@@ -143,7 +144,7 @@ def test_two_hosts_draw_as_one(whole, tmp_path):
 
 def test_two_hosts_evaluate_as_one(whole):
     config = runs.read_config(whole)
-    train_classifier.train(config, datasets.load("digits"), steps=100)
+    judges.train(config, datasets.load("digits"), steps=100)
     flags = ["--count", "90", "--steps", "3", "--batch-size", "15"]
     assert eval_fid.main([str(whole.folder), *flags]) == 0
     one = json.loads((whole.folder / "eval" / "fid.json").read_text())

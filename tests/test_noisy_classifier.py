@@ -12,6 +12,7 @@ from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.config import to_dict
+from diffusion_jax.lab.wiring import guides
 from diffusion_jax.nets.noisy_classifier import NoisyClassifier
 from experiments import train_noisy_classifier
 from experiments.configs import digits
@@ -95,7 +96,7 @@ def test_wrong_input_is_refused(refuses):
 
 @jax.jit
 def belief(params, label, levels, x_t, t):
-    return train_noisy_classifier.log_prob_of(params, label, levels)(x_t, t)
+    return guides.log_prob_of(params, label, levels)(x_t, t)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(run):
     assert train_noisy_classifier.main([str(run.folder), "--steps", "120"]) == 0
-    return train_noisy_classifier.load(train_noisy_classifier.path_of(run))
+    return guides.load(guides.path_of(run.folder))
 
 
 def test_it_reads_digits_better_where_there_is_less_noise(trained):
@@ -165,7 +166,7 @@ def test_it_guides(trained):
     levels = schedule.cosine(1000)
     x_t = gaussian.normal(jax.random.key(0), (6, 8, 8, 1))
     t, label = jnp.full(6, 400), jnp.arange(6)
-    log_prob = train_noisy_classifier.log_prob_of(trained.params, label, levels)
+    log_prob = guides.log_prob_of(trained.params, label, levels)
     denoise = gaussian.denoiser(lambda x, t: 0 * x, levels, "x0")
     pred = jax.jit(guidance.classifier(denoise, log_prob, levels))(x_t, t)
     nearer = belief(trained.params, label, levels, x_t + 0.1 * pred.x0, t)
@@ -176,7 +177,7 @@ def test_labels_beyond_the_classes(trained, refuses):
     levels, x_t = schedule.cosine(1000), jnp.ones([2, 8, 8, 1])
     for wrong in (10, -1):
         with refuses(f"values from {min(wrong, 0)} to {max(wrong, 0)}"):
-            train_noisy_classifier.log_prob_of(trained.params, [0, wrong], levels)
+            guides.log_prob_of(trained.params, [0, wrong], levels)
 
     for wrong, expected in (([0, 10], [False, True]), ([-1, 9], [True, False])):
         t = jnp.array([5, 5])
@@ -194,9 +195,9 @@ def test_what_cannot_be_trained_or_read_is_refused(run, trained, tmp_path, refus
     for damaged in (content[:100], b"\x80\x04.", b""):
         path.write_bytes(damaged)
         with pytest.raises(ConfigError, match=r"; got .*Or train it: "):
-            train_noisy_classifier.load(path)
+            guides.load(path)
     path.write_bytes(content)
-    again = train_noisy_classifier.load(path)
+    again = guides.load(path)
     assert (again.sha256, again.accuracy) == (trained.sha256, trained.accuracy)
     assert not list(trained.path.parent.glob(".*"))
 

@@ -13,10 +13,11 @@ from nonsense import tensor_entry, tensors
 
 from diffusion_jax.errors import DataError
 from diffusion_jax.interop import inception_weights
+from diffusion_jax.lab.measure import judges
 from diffusion_jax.lab.network_files import networks
+from diffusion_jax.lab.wiring import guides
 from diffusion_jax.storage import tensor_files
 from diffusion_jax.training import averages
-from experiments import train_classifier, train_noisy_classifier
 
 FORMAT = networks.FORMAT
 
@@ -48,7 +49,7 @@ CONTENT = {
 }
 READERS = (
     *(tensor_files.read, networks.find, averages.header, inception_weights.load),
-    *(train_classifier.load, train_noisy_classifier.load),
+    *(judges.load, guides.load),
 )
 
 
@@ -72,7 +73,7 @@ CLASSIFIERS = {
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_classifiers_are_refused(name, tmp_path):
     content = safetensors.numpy.save({}, CLASSIFIERS[name])
-    for read in (train_classifier.load, train_noisy_classifier.load):
+    for read in (judges.load, guides.load):
         nonsense.refuse_file(read, content, tmp_path / "a_8x8x1.safetensors")
 
 

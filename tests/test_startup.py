@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from diffusion_jax.lab.schema.config import Config, Data, Diffusion, Net
+from diffusion_jax.lab.training import beginning
 from diffusion_jax.lab.wiring import learning
 from diffusion_jax.training import parallel
-from experiments import train
 
 pytestmark = pytest.mark.optimised
 
@@ -87,7 +87,7 @@ def test_the_first_state_is_that_of_the_seed_to_the_bit(of):
     learned = Diffusion(schedule="cosine" if of else "learned")
     config = Config(data=SMALL.data, net=net, diffusion=learned)
     whole, mesh = learning.init_state(config), parallel.make_mesh(1)
-    first = train.first_state(config, mesh)
+    first = beginning.first_state(config, mesh)
     assert_same(first, learning.as_trained(config, whole, mesh))
 
 

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from small_unets import by_shape, name_of, normal, parameters, quick_jit, shapes
 
+from diffusion_jax.lab.measure import bound
 from diffusion_jax.lab.schema.config import (
     Config,
     Data,
@@ -22,7 +23,6 @@ from diffusion_jax.lab.schema.config import (
 from diffusion_jax.lab.wiring import build, chains
 from diffusion_jax.nets import dropout, unet
 from diffusion_jax.training import parallel
-from experiments import eval_nll
 
 SMALLEST = unet.UNet(
     channels=8, multipliers=(1,), attention=(), groups=4, blocks=1, dropout=0.2
@@ -214,7 +214,7 @@ def test_network_drops_in_training_alone_and_by_its_key():
 
 def test_the_flow_is_evaluated_by_the_network_of_training():
     params = build.param_shapes(TINY)
-    evaluate = eval_nll.make_ode(TINY, eval_nll.Options(ode=True))
+    evaluate = bound.make_ode(TINY)
     batch = {
         "i": jax.ShapeDtypeStruct((2,), jnp.int32),
         "x": jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.uint8),

@@ -1,8 +1,9 @@
-"""Samples on disk: drawn in batches, so that an interrupted evaluation goes on."""
+"""Samples: drawn in batches, as files, or on disk where an evaluation goes on."""
 
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from diffusion_jax.evaluation import pictures
+from diffusion_jax.lab.process import hosts
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.wiring import chains
+from diffusion_jax.storage import files
 from diffusion_jax.training import parallel
 
 
@@ -26,6 +29,46 @@ def digest(tree: Any) -> str:
         total.update(f"{jax.tree_util.keystr(path)}{array.dtype}{array.shape}".encode())
         total.update(np.ascontiguousarray(array).tobytes())
     return total.hexdigest()
+
+
+def in_batches(
+    config: Config, params: Any, *, count: int, seed: int = 0, batch_size: int = 64
+) -> Iterator[np.ndarray]:
+    """Yields batches of uint8 images, [B, H, W, C], `count` in all.
+
+    Args:
+      config: of the network, with the way to sample.
+      params: the weights to draw with.
+      count: how many images.
+      seed: of the noise; image i depends on (seed, i) alone.
+      batch_size: images at a time.
+    """
+    size = min(batch_size, count)
+    draw = chains.make_draw(config, size, parallel.make_mesh())
+    key = jax.random.key(seed)
+    quiet = not (hosts.first() and sys.stderr.isatty())
+    with tqdm(total=count, unit="image", disable=quiet) as bar:
+        for first in range(0, count, size):
+            # The last batch is drawn whole and cut, so that nothing compiles again.
+            batch = draw(params, key, first)[: count - first]
+            bar.update(len(batch))
+            yield pictures.to_uint8(batch)
+
+
+def save_each(batches: Iterator[np.ndarray], folder: Path) -> None:
+    """Writes one PNG an image: 000000.png, 000001.png, ..."""
+    index = 0
+    for batch in batches:
+        for image in batch:
+            one = pictures.grid(image[None], side=image.shape[0], gap=0)
+            pictures.save(one, folder / f"{index:06d}.png")
+            index += 1
+
+
+def save_npz(drawn: np.ndarray, path: Path) -> None:
+    """Writes the images under a temporary name, then renames it."""
+    with files.replacing(path) as file:
+        np.savez_compressed(file, images=drawn)
 
 
 def to_disk(
@@ -60,12 +103,11 @@ def to_disk(
     }
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     path, record = folder / f"{name}.npy", folder / f"{name}.json"
-    shape = (count, *(config.data.image_size,) * 2, config.data.channels)
+    shape = (count, *config.data.shape)
     done = _done(path, record, about, shape)
     # Every host draws its part of each batch; the first one knows and writes.
-    hosts, host = jax.process_count(), jax.process_index()
-    if hosts > 1:
-        done = int(multihost_utils.broadcast_one_to_all(np.asarray(done)))
+    many, host = jax.process_count(), jax.process_index()
+    done = hosts.tell(done)
     array: Any = np.zeros(0, np.uint8)
     if host == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,16 +119,16 @@ def to_disk(
         return array
     if done:
         print(f"going on from sample {done:,} of {count:,}")
-    share = -(-min(batch_size, count) // hosts)
+    share = -(-min(batch_size, count) // many)
     mesh = parallel.local_mesh()
     draw = chains.make_draw(config, share, mesh)
     params, key = jax.tree.map(np.asarray, params), jax.random.key(seed)
     quiet = host > 0 or not sys.stderr.isatty()
     bar = tqdm(total=count, initial=done, unit="image", disable=quiet)
     with bar:
-        for first in range(done, count, share * hosts):
+        for first in range(done, count, share * many):
             batch = pictures.to_uint8(draw(params, key, first + host * share))
-            if hosts > 1:
+            if many > 1:
                 batch = multihost_utils.process_allgather(batch, tiled=True)
             batch = batch[: count - first]
             if host == 0:

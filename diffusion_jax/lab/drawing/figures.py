@@ -33,8 +33,7 @@ def chain(
     Noise that explodes is shown as wide as the data: x_t is divided by sigma above 1.
     """
     grid, std = chains.make_grid(config), chains.start_std(config)
-    size = config.data.image_size
-    shape = (count, size, size, config.data.channels)
+    shape = (count, *config.data.shape)
     chosen = np.unique(np.linspace(0, len(grid) - 2, frames).astype(int)).tolist()
 
     @jax.jit
@@ -70,8 +69,7 @@ def shared(
     From top to bottom t is T, 3/4 T, T/2 and T/4. The first picture of a row is x_t.
     """
     grid, std = chains.make_grid(config), chains.start_std(config)
-    size = config.data.image_size
-    shape = (1, size, size, config.data.channels)
+    shape = (1, *config.data.shape)
     parts = [int(np.argmin(np.abs(grid - grid[0] * share))) for share in SHARED_AT]
     root = jax.random.key(seed)
     if config.net.classes and config.sample.label is None:

@@ -13,11 +13,11 @@ from diffusion_jax import errors
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.interop import inception_weights
+from diffusion_jax.lab.measure import judges
 from diffusion_jax.lab.process import hosts
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.nets import inception
 from diffusion_jax.training import parallel
-from experiments import train_classifier
 
 Batch = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -107,7 +107,7 @@ def _inception(path: str | None, download: bool, preprocessing: str) -> Extracto
 
 
 def _classifier(config: Config, dataset: datasets.Dataset) -> Extractor:
-    path = train_classifier.path_of(config)
+    path = judges.path_of(config)
     if jax.process_count() > 1 and not path.exists():
         raise ConfigError(
             f"the classifier must be trained before several hosts use it; got none at "
@@ -115,16 +115,14 @@ def _classifier(config: Config, dataset: datasets.Dataset) -> Extractor:
             "evaluate once with --hosts 1."
         )
     if path.exists():
-        judge = train_classifier.load(path)
+        judge = judges.load(path)
     else:
-        if train_classifier.has_labels(dataset):
+        if judges.has_labels(dataset):
             print(f"training a classifier of {config.data.source}: {path}")
-        judge = train_classifier.train(config, dataset)
+        judge = judges.train(config, dataset)
 
     def apply(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        features, logits = train_classifier.features_of(
-            judge.params, judge.num_classes, images
-        )
+        features, logits = judges.features_of(judge.params, judge.num_classes, images)
         return features, logits
 
     details = {
@@ -134,7 +132,7 @@ def _classifier(config: Config, dataset: datasets.Dataset) -> Extractor:
         "classes": judge.num_classes,
     }
     name = path.stem.rsplit("_", 1)[0] + "_classifier"
-    return Extractor(name, train_classifier.WIDTH, apply, details)
+    return Extractor(name, judges.WIDTH, apply, details)
 
 
 def extract(

@@ -381,3 +381,16 @@ def betas_of(config: Config) -> np.ndarray:
         for table in schedule.tables(build.make_schedule(config))
     )
     return -np.expm1(2 * np.diff(log_alpha))
+
+
+def peers() -> tuple[Any, Any]:
+    """Returns torch and diffusers, where they are installed."""
+    try:
+        import diffusers
+        import torch
+    except ImportError as error:
+        raise ConfigError(
+            f"PyTorch and diffusers must be installed; got {error}. Install them: pip "
+            "install .[peers]"
+        ) from None
+    return torch, diffusers

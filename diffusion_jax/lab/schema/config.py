@@ -50,6 +50,11 @@ class Data:
     download: bool = True
     """Whether a missing official archive may be downloaded."""
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Returns height, width and channels of an image."""
+        return self.image_size, self.image_size, self.channels
+
 
 @dataclass(frozen=True)
 class Diffusion:

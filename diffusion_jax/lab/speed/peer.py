@@ -14,8 +14,8 @@ import numpy as np
 
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.network_files import diffusers_config
+from diffusion_jax.lab.network_files.diffusers_config import peers
 from diffusion_jax.lab.schema.config import Config
-from experiments.compare_diffusers import peers
 
 MODES = ("reduce-overhead", "default")
 """Of torch.compile on a GPU: the faster one counts."""

@@ -18,8 +18,7 @@ from diffusion_jax.lab.schema import sampling
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.trained.weights import Weights
-from diffusion_jax.lab.wiring import build, chains
-from experiments import train_noisy_classifier
+from diffusion_jax.lab.wiring import build, chains, guides
 
 IMAGES, BATCH = 256, 64
 """Images that the analytic variance is estimated from, and how many at a time."""
@@ -57,9 +56,9 @@ def complete(
         table = x0_variance(config, run, params, clip=clip)
         params = {**params, "x0_variance": table}
     if config.sample.classifier_guidance and variance is None:
-        path = train_noisy_classifier.path_of(run)
-        guide = train_noisy_classifier.load(path)
-        train_noisy_classifier.check(guide, config)
+        path = guides.path_of(run.folder)
+        guide = guides.load(path)
+        guides.check(guide, config)
         label = config.sample.label
         if label is not None and label >= guide.num_classes:
             raise ConfigError(

@@ -196,7 +196,7 @@ def param_shapes(config: Config) -> Any:
 
 def _inputs(config: Config) -> tuple[Any, ...]:
     """Returns one image of zeros, its time, and its label where there is one."""
-    shape = (1, config.data.image_size, config.data.image_size, config.data.channels)
+    shape = (1, *config.data.shape)
     label = np.zeros(1, np.int32) if config.net.classes else None
     return np.zeros(shape, np.float32), np.zeros(1, np.float32), label
 
@@ -233,7 +233,7 @@ def load_data(config: Config, *, split: str = "train") -> datasets.Dataset:
         hint = "\ndata_dir is --data.path here." if "data_dir" in str(error) else ""
         raise errors.DataError(f"{error}{hint}") from error
     shape = dataset.images.shape[1:]
-    if shape != (d.image_size, d.image_size, d.channels):
+    if shape != d.shape:
         raise ConfigError(
             f"the images of {d.source} must be {d.image_size}x{d.image_size} with "
             f"{d.channels} channels; got {shape}. Set --data.image-size and "

@@ -26,9 +26,8 @@ from diffusion_jax import (
 )
 from diffusion_jax.lab.schema import sampling
 from diffusion_jax.lab.schema.config import Config
-from diffusion_jax.lab.wiring import build
+from diffusion_jax.lab.wiring import build, guides
 from diffusion_jax.training import compilation, parallel
-from experiments import train_noisy_classifier
 
 
 def make_grid(config: Config) -> np.ndarray:
@@ -178,7 +177,7 @@ def count_evaluations(config: Config, params: Any) -> float:
     denoise: gaussian.Denoiser = stand_in
     if sampling.RULES[config.sample.sampler].grid is None:
         denoise = make_denoiser(config, params)
-    shape = (1, *[config.data.image_size] * 2, config.data.channels)
+    shape = (1, *config.data.shape)
 
     def make(counted: gaussian.Denoiser) -> samplers.Sampler:
         return make_rule(config, counted, levels)
@@ -196,7 +195,7 @@ def make_draw(
     Compiled once, whatever the parameters; image i depends on (key, first + i) alone.
     The result is float, [count, H, W, C], about [-1, 1].
     """
-    grid, size = make_grid(config), config.data.image_size
+    grid = make_grid(config)
     # Devices that cannot share the images equally draw all of them each.
     spread = count % mesh.size == 0
     out = parallel.sharded(mesh) if spread else parallel.replicated(mesh)
@@ -208,7 +207,7 @@ def make_draw(
     def draw(params: Any, key: jax.Array, first: jax.Array) -> jax.Array:
         # Once, and not at each of the chain's evaluations.
         sampler = make_sampler(config, build.as_computed(config, params), first=first)
-        shape = (count, size, size, config.data.channels)
+        shape = (count, *config.data.shape)
         # Not before: a run starts long before it draws.
         with jax.ensure_compile_time_eval():
             std = start_std(config)
@@ -296,7 +295,7 @@ def _guided(
 
     def guided(x: jax.Array, t: jax.Array) -> gaussian.Prediction:
         label = labels_of(config, len(x), first, classes)
-        log_prob = train_noisy_classifier.log_prob_of(judge, label, levels)
+        log_prob = guides.log_prob_of(judge, label, levels)
         scale = config.sample.classifier_guidance or 0.0
         change = guidance.classifier(denoise, log_prob, levels, scale=scale, clip=clip)
         return change(x, t)

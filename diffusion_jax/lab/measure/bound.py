@@ -1,0 +1,229 @@
+"""The bound of images in bits/dim, and the density of the probability flow."""
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from diffusion_jax import continuous, likelihood, ode
+from diffusion_jax.data import datasets
+from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab.schema.config import Config
+from diffusion_jax.lab.schema.sampling import Variance
+from diffusion_jax.lab.wiring import build, chains
+from diffusion_jax.schedule import is_discrete
+from diffusion_jax.training import parallel
+
+Trace = Literal["rademacher", "gaussian", "exact"]
+
+
+class Sums:
+    """Sums over images in float64: all that is kept of a batch."""
+
+    def __init__(self, num_steps: int) -> None:
+        """Starts empty."""
+        self.totals: list[float] = []
+        self.prior = 0.0
+        self.terms, self.mse = np.zeros(num_steps), np.zeros(num_steps)
+
+    def add(self, bits: likelihood.Bound, count: int) -> None:
+        """Takes in the first `count` images of a batch; the rest is padding."""
+        host = jax.tree.map(lambda x: np.asarray(x, np.float64), bits)
+        self.totals += host.total[:count].tolist()
+        self.prior += host.prior[:count].sum()
+        self.terms += host.terms[:, :count].sum(axis=1)
+        self.mse += host.mse[:, :count].sum(axis=1)
+
+
+def choose(available: int, most: int | None, seed: int) -> np.ndarray:
+    """Returns the indices of the images to evaluate, in order: at most `most`."""
+    count = min(available, most or available)
+    if count == available:
+        return np.arange(available)
+    rng = np.random.default_rng(seed)
+    return np.sort(rng.choice(available, count, replace=False))
+
+
+def evaluate(
+    config: Config,
+    params: Any,
+    dataset: datasets.Dataset,
+    chosen: np.ndarray,
+    *,
+    variance: Variance | None = None,
+    batch_size: int = 64,
+    chunk: int = 1,
+    seed: int = 0,
+) -> Sums:
+    """Returns the sums over the chosen images; the bar counts evaluations.
+
+    Args:
+      config: of the network.
+      params: its weights, with what the variance needs (`extras.complete`).
+      dataset: the images.
+      chosen: indices of those to evaluate.
+      variance: of the reverse steps; the configured one when not given.
+      batch_size: images at a time, over all devices.
+      chunk: diffusion steps at a time.
+      seed: of the noise.
+    """
+    mesh = parallel.make_mesh()
+    steps = config.diffusion.num_steps
+    compiled = make_bound(config, variance=variance, chunk=chunk, seed=seed)
+    sums = Sums(steps)
+    bar = tqdm(
+        total=len(chosen) * steps,
+        unit=" evaluations",
+        unit_scale=True,
+        disable=not sys.stderr.isatty(),
+    )
+    with bar:
+        for batch, count in batches(
+            dataset, chosen, batch_size, mesh, labelled=config.net.classes > 0
+        ):
+            sums.add(compiled(params, batch), count)
+            bar.update(count * steps)
+    return sums
+
+
+def batches(
+    dataset: datasets.Dataset,
+    chosen: np.ndarray,
+    batch_size: int,
+    mesh: Any,
+    *,
+    labelled: bool,
+) -> Iterator[tuple[dict[str, jax.Array], int]]:
+    """Yields batches of images, numbers and labels, and how many of each count."""
+    size = -(-min(batch_size, len(chosen)) // mesh.size) * mesh.size
+    for begin in range(0, len(chosen), size):
+        indices = chosen[begin : begin + size]
+        # A ragged last batch is filled up with its last image, and cut again.
+        padded = np.pad(indices, (0, size - len(indices)), mode="edge")
+        found = datasets.batch_at(dataset, padded)
+        index = np.pad(np.arange(begin, begin + len(indices)), (0, size))[:size]
+        batch = {"x": found["image"], "i": index}
+        if labelled:
+            batch["label"] = found["label"]
+        yield parallel.shard(batch, mesh), len(indices)
+
+
+def make_bound(
+    config: Config, *, variance: Variance | None = None, chunk: int = 1, seed: int = 0
+) -> Callable[[Any, dict[str, jax.Array]], likelihood.Bound]:
+    """Returns the bound of a batch of uint8 images, compiled once."""
+    root, used = jax.random.key(seed), variance or config.diffusion.variance
+
+    def bound(params: Any, batch: dict[str, jax.Array]) -> likelihood.Bound:
+        levels = build.chain_schedule(config, params)
+        denoise = chains.given_labels(
+            config, params, levels, batch.get("label"), clip=True
+        )
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(root, batch["i"])
+        x0 = batch["x"].astype(jnp.float32) / 127.5 - 1
+        fixed = used in ("small", "large")
+        return likelihood.bound(
+            keys,
+            denoise,
+            levels,
+            x0,
+            variance=used,
+            decoder_variance=(
+                jnp.exp(-levels(1).logsnr)
+                if fixed and build.is_continuous(config)
+                else None
+            ),
+            chunk=chunk,
+        )
+
+    return jax.jit(bound)
+
+
+def evaluate_ode(
+    config: Config,
+    params: Any,
+    dataset: datasets.Dataset,
+    chosen: np.ndarray,
+    *,
+    trace: Trace = "rademacher",
+    probes: int = 1,
+    tolerance: float = 1e-5,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> np.ndarray:
+    """Returns bits/dim and evaluations of the chosen images, [images, 2].
+
+    Args:
+      config, params, dataset, chosen, batch_size, seed: as for `evaluate`.
+      trace: how the divergence is found, by random probes or exactly.
+      probes: random probes an image.
+      tolerance: of the solver, relative and absolute.
+
+    Raises:
+      ConfigError: an image that the solver's steps did not suffice for.
+    """
+    mesh = parallel.make_mesh()
+    compiled = make_ode(
+        config, trace=trace, probes=probes, tolerance=tolerance, seed=seed
+    )
+    found = []
+    with tqdm(
+        total=len(chosen), unit=" images", disable=not sys.stderr.isatty()
+    ) as bar:
+        for batch, count in batches(
+            dataset, chosen, batch_size, mesh, labelled=config.net.classes > 0
+        ):
+            bits = compiled(params, batch)
+            rows = np.stack([bits.total, bits.density.evaluations], axis=1)
+            found.append(rows[:count].astype(np.float64))
+            bar.update(count)
+    table = np.concatenate(found)
+    lost = int(np.isnan(table[:, 0]).sum())
+    if lost:
+        raise ConfigError(
+            f"every image must be solved within {ode.MAX_STEPS} steps; got {lost} of "
+            f"{len(table)} that were not. Give a larger --tolerance than "
+            f"{tolerance:g}."
+        )
+    return table
+
+
+def make_ode(
+    config: Config,
+    *,
+    trace: Trace = "rademacher",
+    probes: int = 1,
+    tolerance: float = 1e-5,
+    seed: int = 0,
+) -> Callable[[Any, dict[str, jax.Array]], likelihood.OdeBits]:
+    """Returns the flow's bits/dim of a batch of uint8 images, compiled once."""
+    root = jax.random.key(seed)
+
+    def bits(params: Any, batch: dict[str, jax.Array]) -> likelihood.OdeBits:
+        levels = build.make_schedule(config, params)
+        if is_discrete(levels):
+            levels = continuous.interpolate(levels)
+
+        def one(index: jax.Array, x: jax.Array, label: Any) -> likelihood.OdeBits:
+            # Each image alone, beside its own label: each has its own steps. Without
+            # a clip: what is clipped has no density.
+            label = None if label is None else label[None]
+            return likelihood.ode_bits_per_dim(
+                jax.random.fold_in(root, index)[None],
+                chains.given_labels(config, params, levels, label, clip=False),
+                levels,
+                x[None].astype(jnp.float32) / 127.5 - 1,
+                trace=trace,
+                probes=probes,
+                rtol=tolerance,
+                atol=tolerance,
+            )
+
+        found = jax.vmap(one)(batch["i"], batch["x"], batch.get("label"))
+        return jax.tree.map(lambda leaf: leaf[:, 0], found)
+
+    return jax.jit(bits)

@@ -1,0 +1,179 @@
+"""How a run begins, or goes on (resume): what to go on from, and the step compiled."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import (
+    closing,
+    contextmanager,
+)
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+
+from diffusion_jax.checkpoints import checkpoint
+from diffusion_jax.data import datasets
+from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab.process import hosts
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema.config import Config, differences, to_dict
+from diffusion_jax.lab.trained import weights
+from diffusion_jax.lab.training import initial
+from diffusion_jax.lab.wiring import build, learning
+from diffusion_jax.training import feed, flat, parallel
+from diffusion_jax.training.state import TrainState
+
+
+class Begun(NamedTuple):
+    """What a command goes on from."""
+
+    state: TrainState
+    pending: list[dict[str, Any]]
+    """The metrics that are not yet logged, a dictionary a step."""
+    row: dict[str, int]
+    """Of the last steps, those skipped in a row, by cause."""
+
+
+def check_hosts(config: Config, run: runs.Run) -> None:
+    """Raises ConfigError where several hosts would not do the same."""
+    if jax.process_count() > 1 and config.train.parallel == "pmap":
+        raise ConfigError(
+            "train.parallel must be mesh or shard_map on several hosts; got pmap. "
+            "Change it with --train.parallel."
+        )
+    hosts.check_same("the configuration", repr(config))
+    hosts.check_shared(run.folder)
+
+
+def check_same_run(config: Config, run: runs.Run, *, force: bool = False) -> None:
+    """Raises ConfigError where the folder holds a run of another configuration.
+
+    With force says what is other, and goes on.
+    """
+    if not runs.has_checkpoint(run):
+        return
+    if not run.config.exists():
+        changed = [f"{run.config} is not there"]
+    else:
+        try:
+            changed = differences(runs.read_config(run), config)
+        except ConfigError:
+            if not force:
+                raise
+            changed = [f"{run.config} is damaged"]
+    if changed and force:
+        hosts.say(f"going on with other values than before: {'; '.join(changed)}")
+    elif changed:
+        raise ConfigError(
+            f"the configuration must be that of the run in {run.folder}; got other "
+            f"values for: {'; '.join(changed)}. Give the old values, start another run "
+            "with --name NAME, or go on with these by --force."
+        )
+
+
+def start(
+    config: Config,
+    run: runs.Run,
+    mesh: Any,
+    folder: checkpoint.Folder,
+    params: Any = None,
+    *,
+    strict: bool = False,
+) -> Begun:
+    """Returns what to go on from.
+
+    The newest checkpoint that verifies where there is one, a fresh state otherwise.
+    Newer ones, which do not, are set aside.
+
+    Args:
+      config: the configuration.
+      run: where all goes.
+      mesh: the devices.
+      folder: of checkpoints.
+      params: what `initial.params` gave, where it has been asked already.
+      strict: whether the newest checkpoint must verify.
+    """
+    if not folder.steps():
+        params = initial.params(config) if params is None else params
+        state = first_state(config, mesh, params)
+        if hosts.first():
+            runs.write_json(run.config, to_dict(config))
+            for path in (run.metrics, run.speed):
+                with runs.naming(path):
+                    path.write_text("")
+            weights.cut_snapshots(run, 0)
+        return Begun(state, [], {})
+    like = learning.state_shapes(config)
+    placed = parallel.state_sharding(like, mesh)
+    found = checkpoint.restore(folder, like, placed, strict=strict)
+    weights.describe_skipped(run, found)
+    for path in checkpoint.set_aside(folder, found.skipped):
+        hosts.say(f"set aside as {path}, which may be deleted")
+    if hosts.first():
+        for path in (run.metrics, run.speed):
+            runs.cut_lines(path, found.step)
+        weights.cut_snapshots(run, found.step)
+        runs.write_json(run.config, to_dict(config))
+    return Begun(found.state, found.meta["pending"], found.meta.get("row", {}))
+
+
+@contextmanager
+def compiling(
+    step: parallel.Step, fed: feed.Feed, config: Config, mesh: Any
+) -> Iterator[None]:
+    """Compiles the training step while what is within is done."""
+    print("compiling the training step", flush=True)
+    like = learning.state_shapes(config, packed=True)
+    placed = parallel.state_sharding(like, mesh)
+    state = jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), like, placed
+    )
+    with closing(fed.batches(0, 1)) as batches:
+        batch = next(batches)
+    # XLA leaves Python to others, and the cores that it does not keep busy by itself.
+    with ThreadPoolExecutor(1) as pool:
+        compiled = pool.submit(step.compile, state, batch)
+        yield
+    compiled.result()
+
+
+def first_state(config: Config, mesh: Any, params: Any = None) -> TrainState:
+    """Returns the state before the first step, as it is trained on a mesh.
+
+    Args:
+      config: the configuration.
+      mesh: the devices.
+      params: those to start from; from the seed when None.
+    """
+    like = learning.state_shapes(config, packed=True)
+    placed = parallel.state_sharding(like, mesh)
+    key = jax.random.key(config.train.seed)
+    if params is None:
+        params = build.init_params(config, jax.random.split(key)[0])
+    # On the host, and then where it belongs: one device may not hold the whole.
+    vector = parallel.place(flat.pack(params, config.train.fsdp), placed.params)
+    make = jax.jit(partial(learning.init_state, config), out_shardings=placed)
+    state: TrainState = make(vector, key)
+    return state
+
+
+def feed_of(config: Config, dataset: datasets.Dataset, mesh: Any) -> feed.Feed:
+    """Returns where the batches of a run come from.
+
+    Raises:
+      ConfigError: from where they were asked for they cannot come.
+    """
+    plan = config.train
+    try:
+        return feed.make(
+            dataset,
+            mesh,
+            seed=plan.seed,
+            batch_size=plan.batch_size,
+            labels=bool(config.net.classes),
+            source=plan.input,
+            strategy=plan.parallel,
+        )
+    except (ValueError, ImportError) as error:
+        hint = "\nThe input is --train.input here."
+        raise ConfigError(f"{error}{hint}") from error

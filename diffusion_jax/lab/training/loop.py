@@ -1,0 +1,263 @@
+"""Training: steps, logs, checkpoints, grids, and the end."""
+
+import time
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    closing,
+    nullcontext,
+)
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from diffusion_jax.checkpoints import checkpoint
+from diffusion_jax.data import datasets
+from diffusion_jax.evaluation import pictures
+from diffusion_jax.lab.process import hosts, stopping
+from diffusion_jax.lab.process.progress import Progress
+from diffusion_jax.lab.run_folder import history, lock, runs
+from diffusion_jax.lab.schema.config import Config
+from diffusion_jax.lab.trained import weights
+from diffusion_jax.lab.training import beginning, initial
+from diffusion_jax.lab.wiring import build, chains, learning
+from diffusion_jax.training import compilation, determinism, feed, flat, parallel
+from diffusion_jax.training.state import TrainState
+
+
+class Job(NamedTuple):
+    """What stays the same from the first step of a command to its last."""
+
+    config: Config
+    run: runs.Run
+    mesh: Any
+    feed: feed.Feed
+    step: parallel.Step
+    manager: Any
+    signals: stopping.Requests
+    """The signals that asked for the end."""
+    started: float
+    """When the command was started, by `time.monotonic`."""
+    before: compilation.Programs
+    """What had been compiled by then."""
+
+
+def train(config: Config, *, strict: bool = False, force: bool = False) -> int:
+    """Trains, or goes on where the run stopped; returns the exit code.
+
+    Args:
+      config: the configuration.
+      strict: whether the newest checkpoint must verify; otherwise the run goes on from
+        the newest that does.
+      force: whether the run may go on with another configuration than it had.
+
+    Raises:
+      CheckpointError: there are checkpoints, and none to go on from.
+      ConfigError: the folder holds another run, or this one diverged.
+    """
+    started, before = time.monotonic(), compilation.count()
+    if config.train.deterministic:
+        determinism.ask()
+    parallel.split_cpu(config.train.batch_size)  # both before JAX looks for devices
+    run = runs.of(config)
+    with stopping.requests() as signals, lock.hold(run.folder):
+        if hosts.first():
+            runs.remove_partials(run)
+        options = {"strict": strict, "force": force}
+        return _train(config, run, signals, started, before, **options)
+
+
+def _train(
+    config: Config,
+    run: runs.Run,
+    signals: stopping.Requests,
+    started: float,
+    before: compilation.Programs,
+    *,
+    strict: bool,
+    force: bool,
+) -> int:
+    """As `train`, in a folder that is this process's alone."""
+    beginning.check_hosts(config, run)
+    beginning.check_same_run(config, run, force=force)
+    parallel.persistent_cache(Path(config.output).resolve() / ".cache")
+    mesh = parallel.make_mesh(config.train.devices, config.train.fsdp)
+    parallel.check_batch_size(config.train.batch_size, mesh.size)
+    dataset = build.load_data(config)
+    hosts.check_same("the images", f"{dataset.images.shape}")
+    fed = beginning.feed_of(config, dataset, mesh)
+    hosts.check_same("the input", fed.source)
+    step, plan = learning.make_step(config, mesh, fed.stored), config.train
+    steps = checkpoint.steps(run.checkpoints)
+    newest = hosts.tell(max(steps, default=-1))
+    params = initial.params(config) if newest < 0 else None
+    busy: AbstractContextManager[None] = nullcontext()
+    if newest < plan.steps:
+        runs.check_room(run, learning.state_shapes(config), len(steps), plan.keep)
+        busy = beginning.compiling(step, fed, config, mesh)
+    with ExitStack() as left:
+        with busy:
+            folder = checkpoint.open_folder(
+                run.checkpoints, keep=plan.keep, keep_every=plan.keep_every
+            )
+            manager = left.enter_context(folder)
+            begun = beginning.start(config, run, mesh, manager, params, strict=strict)
+        describe(config, run, mesh, dataset, fed, begun.state)
+        begun = begun._replace(state=learning.as_trained(config, begun.state, mesh))
+        job = Job(config, run, mesh, fed, step, manager, signals, started, before)
+        state = loop(job, begun)
+    return finish(job, state)
+
+
+def describe(
+    config: Config,
+    run: runs.Run,
+    mesh: Any,
+    dataset: datasets.Dataset,
+    fed: feed.Feed,
+    state: TrainState,
+) -> None:
+    """Prints what is going to happen."""
+    weights_of = jax.eval_shape(flat.unpack_all, state.params)
+    count = sum(x.size for x in jax.tree.leaves(weights_of))
+    shape = "x".join(str(n) for n in dataset.images.shape[1:])
+    device = mesh.devices.flat[0].device_kind
+    step, last = int(state.step), config.train.steps
+    print(
+        f"{config.name}: {len(dataset.images):,} images of {shape}, {count:,} weights"
+    )
+    strategy = config.train.parallel
+    print(f"{mesh.size} x {device}, strategy {strategy}; all in {run.folder}/")
+    print(f"input: {feed.describe(fed)}")
+    if step >= last:
+        print(f"the run is complete at step {step:,}")
+    else:
+        print(f"{'going on from' if step else 'starting at'} step {step:,} of {last:,}")
+
+
+def loop(job: Job, begun: beginning.Begun) -> TrainState:
+    """Returns the state after the last step, or after the one at which to stop.
+
+    Args:
+      job: what the run is made of.
+      begun: what to go on from; its state is used up.
+    """
+    config, run, plan, sample = job.config, job.run, job.config.train, job.config.sample
+    state = begun.state
+    draw = chains.make_draw(config, sample.count, job.mesh)
+    begin, last = int(state.step), min(plan.steps, plan.stop_at or plan.steps)
+    shown = Progress(begin, plan.steps, plan.batch_size, hosts.screen(), begun.row)
+    names = history.tensors(jax.eval_shape(flat.unpack_all, state.params))
+    log = history.Log(config, run, shown, begun.pending, names)
+    stops = hosts.make_stop(job.signals.numbers)
+    waiting: list[tuple[int, Any]] = []
+    # A run may have been killed between a checkpoint and its grid.
+    drawn = not begin or not has_grid(config, begin) or grid_path(run, begin).exists()
+    if not hosts.tell(drawn):
+        write_grid(config, run, draw, learning.as_stored(state, job.mesh))
+    with closing(job.feed.batches(begin, last)) as batches:
+        for step, batch in enumerate(batches, begin):
+            state, metrics = job.step(state, batch)
+            if step == begin:
+                jax.block_until_ready(metrics)
+                describe_first(job)
+                job.signals.note()
+            waiting.append((step + 1, metrics))
+            stop = stops(step + 1, step + 1 == last)
+            saves = stop or (step + 1) % plan.checkpoint_every == 0
+            draws = has_grid(config, step + 1)
+            # Metrics are read one step late: reading those of this step would leave
+            # the device idle while the host prepares the next batch.
+            while len(waiting) > (0 if saves or draws else 1):
+                history.record(log, *waiting.pop(0))
+            snaps = weights.due(config, step + 1)
+            if (step + 1) % plan.log_every == 0:
+                checkpoint.check(job.manager)
+            if saves or draws or snaps:
+                with shown.held_up():
+                    whole = learning.as_stored(state, job.mesh)
+                    if snaps:  # before the checkpoint: a run would go on without them
+                        weights.save_snapshots(run, config, whole)
+                    if saves:
+                        meta = {"pending": [*log.pending], "row": dict(shown.row)}
+                        runs.to_disk(run)
+                        mean = history.score(config, run, step + 1)
+                        checkpoint.save(job.manager, step + 1, whole, meta, score=mean)
+                if draws:
+                    write_grid(config, run, draw, whole)
+                del whole
+                shown.pause()
+            if stop:
+                break
+    with shown.held_up():
+        checkpoint.wait(job.manager)
+    job.signals.done()
+    shown.close()
+    if last > begin:
+        print(f"checkpoints held the run up for {shown.held_up_for()}")
+    return state
+
+
+def describe_first(job: Job) -> None:
+    """Prints how long the first step took to come, and what was compiled for it."""
+    made = compilation.since(job.before)
+    seconds = time.monotonic() - job.started
+    print(f"first step after {seconds:.1f} s{made and f' ({made})'}", flush=True)
+
+
+def has_grid(config: Config, step: int) -> bool:
+    """Returns whether samples are drawn after this many updates."""
+    return step == config.train.steps or step % config.sample.every == 0
+
+
+def write_grid(config: Config, run: runs.Run, draw: Any, state: TrainState) -> None:
+    """Writes a grid of samples of the averaged weights, always from the same noise."""
+    key = jax.random.key(config.train.seed)
+    drawn = draw(parallel.whole(state.ema_params), key)
+    if hosts.first():
+        grid = pictures.grid(pictures.to_uint8(drawn))
+        pictures.save(grid, grid_path(run, int(state.step)))
+
+
+def grid_path(run: runs.Run, step: int) -> Path:
+    """Returns where the grid of a step goes."""
+    return run.samples / f"step_{step:08d}.png"
+
+
+def finish(job: Job, state: TrainState) -> int:
+    """Draws the loss, says where everything is, and returns the exit code."""
+    config, run, requested = job.config, job.run, job.signals.numbers
+    seconds = time.monotonic() - job.started
+    step, again = int(state.step), "the same command goes on from here"
+    logged = runs.read_lines(run.metrics)
+    lines = [line for line in logged if line.get("loss") is not None]
+    plot: object = "none, with no line in metrics.jsonl; see --train.log-every"
+    if lines and hosts.first():
+        plot = pictures.curve(
+            [line["step"] for line in lines],
+            [line["loss"] for line in lines],
+            title=f"{config.name}: training loss",
+            ylabel=f"loss ({config.diffusion.loss})",
+            path=run.folder / "loss.png",
+        )
+    if requested and step < config.train.steps:
+        print(f"stopped at step {step:,}; {again}")
+        return stopping.CODE + requested[0]
+    if step < config.train.steps:
+        print(f"stopped at step {step:,} as asked; without --train.stop-at {again}")
+        return 0
+    skipped = history.skipped(run)
+    if skipped:
+        count = f"{skipped.total():,} steps were skipped"
+        print(f"{count}; what was not finite: {history.in_words(skipped)}")
+    minutes, left = divmod(round(seconds), 60)
+    print(
+        f"done: step {step:,}, {minutes} min {left} s since the start of this command"
+    )
+    print(f"  samples      {grid_path(run, step)}")
+    print(f"  loss         {plot}")
+    print(f"  metrics      {run.metrics}")
+    print(f"  checkpoints  {run.checkpoints}/")
+    print(f"more samples: python -m experiments.sample {run.folder}")
+    return 0

@@ -1,0 +1,129 @@
+"""The classifier of noisy images that guides samples: its file, what it says of x_t."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from diffusion_jax import continuous, errors, schedule
+from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab.schema import texts
+from diffusion_jax.lab.schema.config import Config
+from diffusion_jax.nets.noisy_classifier import NoisyClassifier
+from diffusion_jax.storage import trees
+
+
+class Guide(NamedTuple):
+    """A trained classifier of noisy images and where it came from."""
+
+    params: Any
+    num_classes: int
+    accuracy: dict[int, float]
+    """By time: on the images held out from its training, in [0, 1]."""
+    sha256: str
+    """Of its file."""
+    path: Path
+
+
+def path_of(folder: Path) -> Path:
+    """Returns where the classifier of a run's folder goes."""
+    return folder / "classifier_noisy.safetensors"
+
+
+def log_prob_of(
+    params: Any, label: ArrayLike, levels: schedule.Schedule
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Returns log p(label | x_t), [B], as a function of x_t and t.
+
+    For `guidance.classifier`.
+
+    Args:
+      params: of the classifier.
+      label: one an example, [B], or one for all. Beyond the classes it raises where it
+        is known, and gives nan where it is traced.
+      levels: the schedule whose times t are: the chain of the run, or the same in
+        real time.
+
+    Raises:
+      ConfigError: a label that is no class.
+    """
+    count = len(params["logits"]["bias"])
+    if not isinstance(label, jax.core.Tracer):
+        known = np.asarray(label)
+        if known.size and not (known.min() >= 0 and known.max() < count):
+            raise ConfigError(
+                f"label must be in 0..{count - 1}; got values from {known.min()} to "
+                f"{known.max()}. The classifier was trained on these classes alone."
+            )
+
+    def log_prob(x_t: jax.Array, t: jax.Array) -> jax.Array:
+        logp = jax.nn.log_softmax(logits_of(params, levels, x_t, t))
+        labels = jnp.broadcast_to(jnp.asarray(label), x_t.shape[:1])
+        # A negative label would count from the end.
+        labels = jnp.where(labels < 0, count, labels)
+        chosen = jnp.take_along_axis(
+            logp, labels[:, None], axis=1, mode="fill", fill_value=jnp.nan
+        )
+        return chosen[:, 0].astype(x_t.dtype)
+
+    return log_prob
+
+
+def save(
+    path: Path, params: Any, num_classes: int, accuracy: dict[int, float]
+) -> Guide:
+    """Writes a classifier under a temporary name, then renames it."""
+    meta = {"num_classes": str(num_classes), "accuracy": json.dumps(accuracy)}
+    trees.write(path, params, meta)
+    return load(path)
+
+
+def load(path: Path) -> Guide:
+    """Returns the classifier in a file.
+
+    Raises:
+      ConfigError: there is none, or the file is damaged or no classifier of ours.
+    """
+    try:
+        params, meta, digest = trees.read(path)
+        num_classes = int(meta["num_classes"])
+        accuracy = {int(t): float(a) for t, a in texts.parse(meta["accuracy"]).items()}
+        if params["logits"]["bias"].shape != (num_classes,):
+            raise ValueError(f"{num_classes} classes, and other weights")
+    except errors.DataError as error:
+        again = f"python -m experiments.train_noisy_classifier {path.parent}"
+        raise ConfigError(f"{error} Or train it: {again}.") from error
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} must be a classifier that train_noisy_classifier wrote; got "
+            f"{error}. Train it: python -m experiments.train_noisy_classifier "
+            f"{path.parent}."
+        ) from error
+    return Guide(params, num_classes, accuracy, digest, path)
+
+
+def check(guide: Guide, config: Config) -> None:
+    """Raises DataError where a classifier is not of a run's images, or is damaged."""
+    images = jax.ShapeDtypeStruct((1, *config.data.shape), jnp.float32)
+    times = jax.ShapeDtypeStruct((1,), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    net = NoisyClassifier(guide.num_classes)
+    like = jax.eval_shape(net.init, key, images, times)["params"]
+    trees.check(guide.params, like, guide.path)
+
+
+def logits_of(
+    params: Any, levels: schedule.Schedule, x_t: jax.Array, t: jax.Array
+) -> jax.Array:
+    """Returns the scores of the classes at times of a schedule, [B, classes]."""
+    level = levels(t).like(x_t)
+    x = x_t * jax.lax.rsqrt(level.alpha**2 + level.sigma**2)
+    net = NoisyClassifier(len(params["logits"]["bias"]))
+    # The same of steps and of real time, and of any number of steps.
+    seen = 1000 * t / continuous.last_time(levels)
+    return cast(jax.Array, net.apply({"params": params}, x, seen))
