@@ -34,6 +34,7 @@ from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.training import loop
 from diffusion_jax.lab.wiring import build, chains
+from diffusion_jax.storage import trees
 from diffusion_jax.training import parallel
 from experiments.configs import EXPERIMENTS
 from experiments.configs.digits_family import family
@@ -271,7 +272,7 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
             f"{options.steps:,}. Give another --output."
         )
     key = {
-        "weights": draws.digest(params),
+        "weights": trees.digest(params),
         "count": options.count,
         "bound_images": options.bound_images,
         "seed": options.seed,

@@ -22,7 +22,6 @@ from tqdm import tqdm
 from diffusion_jax import errors, samplers
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import metrics, pictures
-from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.measure import extractors, reference
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
@@ -36,6 +35,7 @@ from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import extras, weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build, chains
+from diffusion_jax.storage import trees
 from diffusion_jax.training import parallel
 
 
@@ -145,7 +145,7 @@ def main(argv: Sequence[str]) -> int:
             f"{extractor.name}; got {options.count}. Give more samples."
         )
     params, step, kind = weights.load(config, run, options.which)
-    about_weights, params = draws.digest(params), extras.complete(config, run, params)
+    about_weights, params = trees.digest(params), extras.complete(config, run, params)
     size = options.batch_size
     real = reference.of(config, dataset.images, "train", extractor, batch_size=size)
 

@@ -21,7 +21,6 @@ import tyro
 
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError, raise_unknown
-from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.network_files import diffusers_folder, hub, networks, records
 from diffusion_jax.lab.network_files.records import About, Network
 from diffusion_jax.lab.process import entry
@@ -31,6 +30,7 @@ from diffusion_jax.lab.schema.checks import with_data
 from diffusion_jax.lab.schema.config import UNKNOWN, Config
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.trained.weights import Weights
+from diffusion_jax.storage import trees
 from experiments.configs import EXPERIMENTS
 
 
@@ -146,7 +146,7 @@ def read(options: Options) -> Network:
         network = networks.read(run.network, progress=True)
     network = network._replace(config=with_data(network.config, options.data))
     about = network.about._replace(origin=origin or network.about.origin)
-    measured = scores(run, draws.digest(network.params), network.config)
+    measured = scores(run, trees.digest(network.params), network.config)
     return network._replace(about=about._replace(scores={**about.scores, **measured}))
 
 
@@ -159,7 +159,7 @@ def of_run(run: runs.Run, which: Weights) -> Network:
     if config.init_from is not None:
         origin += f", fine-tuned from {Path(config.init_from).name}"
     about = About(words, step, origin, {}, recipe=True)
-    return Network(config, params, about, draws.digest(params))
+    return Network(config, params, about, trees.digest(params))
 
 
 def scores(run: runs.Run, digest: str, config: Config) -> dict[str, dict[str, str]]:

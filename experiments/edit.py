@@ -8,55 +8,21 @@ A command writes a picture, with what it was given at the sides, and beside it a
 of the results as single PNGs of the run's own size.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import tyro
-from PIL import Image, ImageOps
 
-from diffusion_jax import editing, samplers
-from diffusion_jax.data import image_files
-from diffusion_jax.errors import ConfigError, DataError, raise_unknown
+from diffusion_jax.errors import ConfigError, raise_unknown
 from diffusion_jax.evaluation import pictures
-from diffusion_jax.lab.drawing import draws, edit_options
+from diffusion_jax.lab.drawing import draws, edit_options, edits
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema import sampling
 from diffusion_jax.lab.schema.checks import require_seed, with_sampling
 from diffusion_jax.lab.schema.config import Config
-from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import extras, weights
-from diffusion_jax.lab.wiring import build, chains
-from diffusion_jax.schedule import Schedule
+from diffusion_jax.lab.wiring import build
 from diffusion_jax.training import parallel
-
-MOST_COLUMNS = 10
-ENCODING_STEPS = 200
-"""Of `slerp` where nothing is said."""
-
-
-class Edited(NamedTuple):
-    """What a command shows, all uint8 images [N, H, W, C]."""
-
-    before: np.ndarray
-    """What it was given, at the left."""
-    results: np.ndarray
-    """What it drew."""
-    after: np.ndarray
-    """What it was given, at the right."""
-    columns: int
-    """Results a row."""
-
-
-Draw = Callable[[Any], Edited]
-"""From the weights to what is shown: all that can be wrong has been checked."""
-Rule = tuple[samplers.Sampler, Schedule]
-"""A rule with the weights at hand, and the schedule that it walks."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -66,11 +32,8 @@ def main(argv: Sequence[str]) -> int:
     command = next(key for key, (kind, _) in COMMANDS.items() if kind is type(options))
     shared: edit_options.Shared = options.shared
     run = runs.find(name)
-    loaded = runs.read_config(run)
-    if isinstance(options, edit_options.Slerp):
-        config = _deterministic(loaded, shared.how)
-    else:
-        config = with_sampling(loaded, shared.how)
+    sampled = edits.deterministic if command == "slerp" else with_sampling
+    config = sampled(runs.read_config(run), shared.how)
     chosen = config.net.classes or config.sample.classifier_guidance
     if chosen and config.sample.label is None:
         raise ConfigError(
@@ -98,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         for old in folder.glob("[0-9]*.png"):
             old.unlink()
     draws.save_each(iter([edited.results]), folder)
-    print(f"{command}: {pictures.save(picture(edited), out)}")
+    print(f"{command}: {pictures.save(edits.picture(edited), out)}")
     print(f"{len(edited.results)} images: {folder}/000000.png and on")
     return 0
 
@@ -128,351 +91,14 @@ def parse(argv: Sequence[str]) -> tuple[str | None, Any]:
     return name, tyro.cli(union, args=rest, prog=prog, description=__doc__)
 
 
-def interpolate(config: Config, options: edit_options.Interpolate) -> Draw:
-    """Returns what draws Fig. 8."""
-    half = config.diffusion.num_steps // 2
-    depths = (half if options.depth is None else options.depth,)
-    _check_depths(config, depths, least=1)
-    return _between(config, options, depths)
-
-
-def coarse_to_fine(config: Config, options: edit_options.CoarseToFine) -> Draw:
-    """Returns what draws Fig. 9."""
-    last = _first_time(config)
-    depths = options.depths or tuple(last * k // 8 for k in range(8, -1, -1))
-    _check_depths(config, depths, least=0)
-    return _between(config, options, depths)
-
-
-def _between(config: Config, options: Any, depths: Sequence[int]) -> Draw:
-    a, b = read_pair(config, options)
-    fractions = np.linspace(0, 1, options.count)
-    grid = chains.make_grid(config)
-
-    def mix(rule: Rule, key: jax.Array, a: Any, b: Any, t: Any) -> Any:
-        made, levels = rule
-        return editing.interpolate(key, made, levels, grid, a, b, t, fractions)[0]
-
-    def draw(params: Any) -> Edited:
-        draws = at_depth(config, mix, a.shape)
-        key, rows = jax.random.key(options.shared.seed), []
-        for depth in depths:
-            rows.append(draws(params, key, to_float(a), to_float(b), depth))
-            if len(depths) > 1:
-                print(f"  mixed after {depth:,} steps")
-        return Edited(a, np.concatenate(rows), b, options.count)
-
-    return draw
-
-
-def slerp(config: Config, options: edit_options.Slerp) -> Draw:
-    """Returns what draws the arc between two encodings."""
-    a, b = read_pair(config, options)
-    fractions = np.linspace(0, 1, options.count, dtype=np.float32)
-    grid = chains.make_grid(config)
-
-    def arc(rule: Rule, key: jax.Array, a: Any, b: Any) -> jax.Array:
-        made, _ = rule
-        ends = editing.encode(made, grid, jnp.concatenate([a, b]))
-        many = jnp.repeat(ends[:, None], len(fractions), axis=1)
-        start = editing.slerp(many[0], many[1], fractions)
-        return samplers.sample(key, made, grid, start.shape, start=start)
-
-    def draw(params: Any) -> Edited:
-        key = jax.random.key(options.shared.seed)
-        results = compiled(config, arc)(params, key, to_float(a), to_float(b))
-        ends = ((a, results[:1]), (b, results[-1:]))
-        errors = [np.sqrt(np.mean((x - y.astype(float)) ** 2)) for x, y in ends]
-        print(f"reconstructions: RMSE {errors[0]:.2f} and {errors[1]:.2f} of 255")
-        return Edited(a, results, b, options.count)
-
-    return draw
-
-
-def inpaint(config: Config, options: edit_options.Inpaint) -> Draw:
-    """Returns what draws the white part of a mask."""
-    for name in ("count", "jump"):
-        at_least(options, name, 1)
-    _check_steps(config)
-    image = read(config, options.image, "IMAGE")
-    white = read_mask(config, options)
-    grid = editing.repaint_grid(
-        chains.make_grid(config), options.jump, options.resamples
-    )
-    if options.resamples > 1 and has_memory(config, image.shape):
-        raise ConfigError(
-            "resamples must be 1 with a rule that has a memory; got "
-            f"{options.resamples} with {config.sample.sampler}. Use ddpm or ddim."
-        )
-
-    def paint(rule: Rule, key: jax.Array, image: Any) -> jax.Array:
-        painted = editing.inpaint(*rule, image, ~white)
-        shape = (options.count, *image.shape[1:])
-        return samplers.sample(key, painted, grid, shape, start_std=std)
-
-    std = chains.start_std(config)
-
-    def draw(params: Any) -> Edited:
-        key = jax.random.key(options.shared.seed)
-        results = compiled(config, paint)(params, key, to_float(image))
-        checks = np.indices(white.shape[1:3]).sum(axis=0)[None, ..., None] % 2
-        hole = np.where(white, 96 + 64 * checks, image).astype(np.uint8)
-        return Edited(np.concatenate([image, hole]), results, image[:0], MOST_COLUMNS)
-
-    return draw
-
-
-def colorize(config: Config, options: edit_options.Colorize) -> Draw:
-    """Returns what draws the colours of a grey image."""
-    at_least(options, "count", 1)
-    _check_steps(config)
-    if config.data.channels != 3:
-        raise ConfigError(
-            "RUN must be of RGB images, to draw colours; got one of grey images. Name "
-            "a run that was trained with --data.channels 3."
-        )
-    grey = to_float(read(config, options.image, "IMAGE")).mean(-1, keepdims=True)
-
-    grid, std = chains.make_grid(config), chains.start_std(config)
-
-    def paint(rule: Rule, key: jax.Array, grey: Any) -> jax.Array:
-        shape = (options.count, *grey.shape[1:3], 3)
-        painted = editing.colorize(*rule, grey)
-        return samplers.sample(key, painted, grid, shape, start_std=std)
-
-    def draw(params: Any) -> Edited:
-        key = jax.random.key(options.shared.seed)
-        results = compiled(config, paint)(params, key, grey)
-        shown = pictures.to_uint8(grey).repeat(3, axis=-1)
-        return Edited(shown, results, shown[:0], MOST_COLUMNS)
-
-    return draw
-
-
-def vary(config: Config, options: edit_options.Vary) -> Draw:
-    """Returns what draws variations."""
-    at_least(options, "count", 1)
-    half = config.diffusion.num_steps // 2
-    depth = half if options.depth is None else options.depth
-    _check_depths(config, (depth,), least=1)
-    image = read(config, options.image, "IMAGE")
-    grid = chains.make_grid(config)
-
-    def again(rule: Rule, key: jax.Array, image: Any, t: Any) -> jax.Array:
-        made, levels = rule
-        many = jnp.broadcast_to(image, (options.count, *image.shape[1:]))
-        return editing.vary(key, made, levels, grid, many, t)
-
-    def draw(params: Any) -> Edited:
-        key = jax.random.key(options.shared.seed)
-        draws = at_depth(config, again, image.shape)
-        results = draws(params, key, to_float(image), depth)
-        return Edited(image, results, image[:0], MOST_COLUMNS)
-
-    return draw
-
-
-COMMANDS: dict[str, tuple[type, Callable[[Config, Any], Draw]]] = {
-    "interpolate": (edit_options.Interpolate, interpolate),
-    "coarse-to-fine": (edit_options.CoarseToFine, coarse_to_fine),
-    "slerp": (edit_options.Slerp, slerp),
-    "inpaint": (edit_options.Inpaint, inpaint),
-    "colorize": (edit_options.Colorize, colorize),
-    "vary": (edit_options.Vary, vary),
+COMMANDS: dict[str, tuple[type, Callable[[Config, Any], edits.Draw]]] = {
+    "interpolate": (edit_options.Interpolate, edits.interpolate),
+    "coarse-to-fine": (edit_options.CoarseToFine, edits.coarse_to_fine),
+    "slerp": (edit_options.Slerp, edits.slerp),
+    "inpaint": (edit_options.Inpaint, edits.inpaint),
+    "colorize": (edit_options.Colorize, edits.colorize),
+    "vary": (edit_options.Vary, edits.vary),
 }
-
-
-def compiled(config: Config, edit: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """Returns a function of (params, *arrays) that gives uint8 images.
-
-    Args:
-      config: of the run, with the way to sample.
-      edit: from the rule with these weights and its schedule, and the arrays, to
-        images about [-1, 1].
-    """
-
-    @jax.jit
-    def run(params: Any, *arrays: Any) -> jax.Array:
-        levels = chains.sampling_schedule(config, params)
-        return edit((chains.make_sampler(config, params), levels), *arrays)
-
-    return lambda *args: pictures.to_uint8(np.asarray(run(*args)))
-
-
-def at_depth(
-    config: Config, edit: Callable[..., jax.Array], shape: tuple[int, ...]
-) -> Callable[..., Any]:
-    """Returns a function of (params, *arrays, depth) that gives uint8 images.
-
-    Compiled once for all depths, where the rule has no memory.
-
-    Args:
-      config, edit: as in `compiled`.
-      shape: of one image, [1, H, W, C].
-    """
-    if not has_memory(config, shape):
-        return compiled(config, edit)
-
-    def draws(params: Any, *args: Any) -> Any:
-        *arrays, depth = args
-
-        def here(rule: Rule, *arrays: Any) -> jax.Array:
-            return edit(rule, *arrays, depth)
-
-        return compiled(config, here)(params, *arrays)
-
-    return draws
-
-
-def has_memory(config: Config, shape: tuple[int, ...]) -> bool:
-    """Returns whether the rule carries something on; the network is not asked."""
-    rule = chains.make_rule(config, _unasked, chains.known_chain(config))
-    return bool(jax.tree.leaves(rule.init(jnp.zeros(shape), chains.make_grid(config))))
-
-
-def read(config: Config, path: Path, name: str) -> np.ndarray:
-    """Returns the image of a file as the run has its data, uint8 [1, H, W, C].
-
-    Raises:
-      ConfigError: it is not there, or not an image.
-    """
-    size, channels = config.data.image_size, config.data.channels
-    if not path.is_file():
-        raise ConfigError(
-            f"{name} must be an image file; got {path}, which is not there or no file. "
-            "Check the path."
-        )
-    try:
-        image = image_files.read_image(path, size, channels)
-    except DataError as error:
-        raise ConfigError(
-            f"{name} must be an image that Pillow reads; got {path} "
-            f"({error.__cause__}). Convert it to PNG, say."
-        ) from error
-    own = _own_size(path)
-    if own != (size, size):
-        print(f"{path}: {own[0]}x{own[1]}, its middle square made {size}x{size}")
-    return image[None]
-
-
-def read_pair(config: Config, options: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Returns two images to go between; raises ConfigError as `read` does."""
-    at_least(options, "count", 2)
-    return read(config, options.first, "A"), read(config, options.second, "B")
-
-
-def read_mask(config: Config, options: edit_options.Inpaint) -> np.ndarray:
-    """Returns where a mask is white, boolean [1, H, W, 1].
-
-    Raises:
-      ConfigError: it is not an image of the same size, or has nothing white.
-    """
-    grey = dataclasses.replace(config.data, channels=1)
-    mask = read(dataclasses.replace(config, data=grey), options.mask, "MASK")
-    own, other = _own_size(options.mask), _own_size(options.image)
-    if own != other:
-        raise ConfigError(
-            f"MASK must have the size of the image, {other[0]}x{other[1]}; got "
-            f"{own[0]}x{own[1]} in {options.mask}. Paint it over a copy of the image."
-        )
-    white = mask > 127
-    if not white.any():
-        raise ConfigError(
-            f"MASK must have white pixels, those to repaint; got none in "
-            f"{options.mask}. White is repainted, black is kept."
-        )
-    return white
-
-
-def to_float(image: np.ndarray) -> np.ndarray:
-    """Returns uint8 images scaled to [-1, 1]; `images.to_uint8` gives them back."""
-    return image.astype(np.float32) / np.float32(127.5) - 1
-
-
-def at_least(options: Any, name: str, least: int) -> None:
-    """Raises ConfigError where an option is below what it may be."""
-    if getattr(options, name) < least:
-        raise ConfigError(
-            f"{name} must be at least {least}; got {getattr(options, name)}. Change it "
-            f"with --{name}."
-        )
-
-
-def picture(edited: Edited) -> Image.Image:
-    """Returns the results, and at the sides what they were made from."""
-    many = len(edited.results)
-    columns = min(edited.columns, many)
-    panels = [
-        pictures.grid(part, columns=wide)
-        for part, wide in (
-            (edited.before, 1 if many > columns else len(edited.before)),
-            (edited.results, columns),
-            (edited.after, 1),
-        )
-        if len(part)
-    ]
-    space = 12
-    height = max(panel.height for panel in panels)
-    width = sum(panel.width for panel in panels) + space * (len(panels) - 1)
-    canvas = Image.new(panels[0].mode, (width, height), "white")
-    left = 0
-    for panel in panels:
-        canvas.paste(panel, (left, (height - panel.height) // 2))
-        left += panel.width
-        if left < width:
-            grey = Image.new(canvas.mode, (2, height - 8), "silver")
-            canvas.paste(grey, (left + space // 2 - 1, 4))
-        left += space
-    return canvas
-
-
-def _own_size(path: Path) -> tuple[int, int]:
-    """Returns width and height of an image as it is shown, turned upright."""
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).size
-
-
-def _deterministic(config: Config, how: Sampling) -> Config:
-    """Returns the configuration with ddim without noise, by which images are encoded.
-
-    Raises:
-      ConfigError: another rule was asked for.
-    """
-    if how.sampler not in (None, "ddim") or how.eta:
-        raise ConfigError(
-            f"slerp must draw by ddim without noise; got sampler {how.sampler} and eta "
-            f"{how.eta}. Leave both out, or use interpolate."
-        )
-    steps = min(ENCODING_STEPS, config.diffusion.num_steps)
-    usual = Sampling(sampler="ddim", steps=steps, grid="quadratic", eta=0.0)
-    return with_sampling(with_sampling(config, usual), how)
-
-
-def _first_time(config: Config) -> int:
-    """Returns the noisiest time of the grid: T, or a little less."""
-    return int(chains.make_grid(config)[0])
-
-
-def _check_depths(config: Config, depths: Sequence[int], *, least: int) -> None:
-    last = _first_time(config)
-    for depth in depths:
-        if not least <= depth <= last:
-            raise ConfigError(
-                f"depth must be in {least}..{last}, in diffusion steps; got {depth}. "
-                "A small one keeps the images, the last one forgets them."
-            )
-
-
-def _check_steps(config: Config) -> None:
-    if sampling.RULES[config.sample.sampler].grid is None:
-        raise ConfigError(
-            "the sampler must take steps, after each of which what is known is put "
-            f"back; got {config.sample.sampler}. Use ddpm or ddim."
-        )
-
-
-def _unasked(x_t: jax.Array, t: jax.Array) -> Any:
-    raise AssertionError("the network is not asked here")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from diffusion_jax.lab.trained import extras, weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.training import initial
 from diffusion_jax.lab.wiring import build, chains, learning
+from diffusion_jax.storage import trees
 from diffusion_jax.training import parallel
 
 
@@ -267,10 +268,10 @@ def draw(
     if options.untrained:
         params = learning.init_state(config, initial.params(config)).params
         step, kind = 0, "untrained"
-        digest, params = draws.digest(params), extras.complete(config, run, params)
+        digest, params = trees.digest(params), extras.complete(config, run, params)
     else:
         params, step, kind = weights.load(config, run, options.which)
-        digest, params = draws.digest(params), extras.complete(config, run, params)
+        digest, params = trees.digest(params), extras.complete(config, run, params)
     drawn = draws.to_disk(
         run.folder / "eval" / "samples",
         config,

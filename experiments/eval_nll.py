@@ -18,7 +18,6 @@ import tyro
 from diffusion_jax import likelihood
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import pictures
-from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.measure import bound
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
@@ -28,6 +27,7 @@ from diffusion_jax.lab.schema.sampling import Variance
 from diffusion_jax.lab.trained import extras, weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build
+from diffusion_jax.storage import trees
 from diffusion_jax.training import parallel
 
 BEGINNING = 10
@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
             f"{config.diffusion.variance}. Change it with --variance."
         )
     params, step, kind = weights.load(config, run, options.which)
-    digest = draws.digest(params)
+    digest = trees.digest(params)
     params = extras.complete(config, run, params, variance=variance)
     chosen = bound.choose(len(dataset.images), options.max_images, options.seed)
     about = {

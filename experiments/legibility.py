@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Annotated
 
+import jax
 import numpy as np
 import tyro
 
@@ -31,7 +32,7 @@ from diffusion_jax.lab.schema.checks import (
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import extras, weights
 from diffusion_jax.lab.trained.weights import Weights
-from diffusion_jax.lab.wiring import build
+from diffusion_jax.lab.wiring import build, chains
 from diffusion_jax.training import parallel
 
 SURE = 0.9
@@ -83,7 +84,9 @@ def main(argv: Sequence[str]) -> int:
     parallel.split_cpu()
     parallel.persistent_cache(run.cache)
     params, step, kind = extras.load(config, run, options.which)
-    batches = draws.in_batches(config, params, count=options.count, seed=options.seed)
+    size, key = min(64, options.count), jax.random.key(options.seed)
+    draw = chains.make_draw(config, size, parallel.make_mesh())
+    batches = draws.in_batches(draw, params, key, options.count, size)
     samples = np.concatenate(list(batches))
 
     real, fake = features(dataset.images), features(samples)

@@ -86,13 +86,9 @@ def main(argv: Sequence[str]) -> int:
 
     if options.figure is not None:
         return draw_figure(config, params, run, options)
-    batches = draws.in_batches(
-        config,
-        params,
-        count=options.count,
-        seed=options.seed,
-        batch_size=options.batch_size,
-    )
+    size, key = min(options.batch_size, options.count), jax.random.key(options.seed)
+    draw = chains.make_draw(config, size, parallel.make_mesh())
+    batches = draws.in_batches(draw, params, key, options.count, size)
     if not hosts.first():
         for _ in batches:  # drawn by all, and kept by the first
             pass

@@ -6,8 +6,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "diffusion_jax"
-# A module may import those of the floors below its own. A new one needs a floor here.
+# A module or folder may import those of the floors below its own, and a folder itself.
+# A new one needs a floor here.
 FLOORS = (
+    {"errors"},
     {"schedule"},
     {"continuous", "learned", "prediction"},
     {"gaussian", "weightings", "timesteps"},
@@ -16,14 +18,29 @@ FLOORS = (
     {"solvers", "langevin", "ode"},
     {"likelihood", "editing", "compression"},
 )
-MATHEMATICS = set.union(*FLOORS)
+MATHEMATICS = set.union(*FLOORS) - {"errors"}
+WINGS = (
+    {"errors"},
+    {"nets", "storage", "checkpoints"},
+    {"data", "interop", "evaluation"},
+    {"training"},
+)
+LAB = (
+    {"schema"},
+    {"process", "wiring"},
+    {"network_files"},
+    {"run_folder"},
+    {"trained"},
+    {"measure"},
+    {"drawing", "training", "speed"},
+)
 # What a module may import beside jax and numpy: an extra, and only when it is called.
 EXTRAS = {"ode": {"diffrax"}}
-WINGS = {"nets", "training", "evaluation"}
 MAX_LINES = 450
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 ROOT_FILES = [f for f in FILES if f.parent == PACKAGE and f.name[0] != "_"]
+COMMANDS = sorted((ROOT / "experiments").glob("[!_]*.py"))
 
 
 def imports(file: Path) -> set[str]:
@@ -40,13 +57,21 @@ def imports(file: Path) -> set[str]:
     return names
 
 
-def neighbours(file: Path) -> set[str]:
-    """Which modules and wings of the package a file imports."""
+def neighbours(file: Path, inside: str = "diffusion_jax") -> set[str]:
+    """Which modules and folders of a package a file imports."""
+    depth = inside.count(".") + 1
     return {
-        name.split(".")[1]
+        name.split(".")[depth]
         for name in imports(file)
-        if name.startswith("diffusion_jax.")
+        if name.startswith(f"{inside}.")
     }
+
+
+def above(floors: tuple[set[str], ...], place: str) -> set[str]:
+    """What stands no lower than a place, but for the place itself."""
+    floor = next((k for k, names in enumerate(floors) if place in names), None)
+    assert floor is not None, f"{place} must be on a floor; give it one."
+    return set.union(*floors[floor:]) - {place}
 
 
 def test_imports_are_read_in_every_spelling(tmp_path, monkeypatch):
@@ -62,12 +87,45 @@ def test_imports_are_read_in_every_spelling(tmp_path, monkeypatch):
     assert neighbours(file) == {"losses", "gaussian", "schedule", "nets"}
 
 
-def test_mathematics_imports_point_down():
+def test_imports_point_down():
     for file in ROOT_FILES:
-        floor = next((k for k, names in enumerate(FLOORS) if file.stem in names), None)
-        assert floor is not None, f"{file.name} must be on a floor; give it one."
-        below = set().union(*FLOORS[:floor])
-        assert neighbours(file) <= below, f"{file.name} may import {sorted(below)} only"
+        wrong = neighbours(file) & (above(FLOORS, file.stem) | {file.stem})
+        assert not wrong, f"{file.name} imports {wrong}, which stand no lower"
+        if file.stem != "errors":
+            assert neighbours(file) <= set.union(*FLOORS), file.name
+    for folder in sorted(p for p in PACKAGE.iterdir() if p.is_dir()):
+        for file in sorted(folder.glob("*.py")):
+            if folder.name != "lab":
+                wrong = neighbours(file) & (above(WINGS, folder.name) | {"lab"})
+                assert not wrong, f"{folder.name}/{file.name} imports {wrong}"
+    for folder in sorted(p for p in (PACKAGE / "lab").iterdir() if p.is_dir()):
+        for file in sorted(folder.glob("*.py")):
+            wrong = neighbours(file, "diffusion_jax.lab") & above(LAB, folder.name)
+            assert not wrong, f"{folder.name}/{file.name} imports {wrong}"
+
+
+def test_wings_know_nothing_of_diffusion_and_the_library_none_of_experiments():
+    for file in FILES:
+        found = imports(file)
+        assert "experiments" not in {name.split(".")[0] for name in found}, file
+        if "lab" not in file.relative_to(PACKAGE).parts and file.parent != PACKAGE:
+            assert not neighbours(file) & MATHEMATICS, file.name
+            assert "diffusion_jax" not in found, file.name
+
+
+def test_no_command_imports_a_command():
+    names = {file.stem for file in COMMANDS}
+    assert "train" in names
+    for file in COMMANDS:
+        wrong = neighbours(file, "experiments") & names
+        assert not wrong, f"{file.name} imports {wrong}; share it in diffusion_jax.lab"
+
+
+def test_each_folder_says_in_one_sentence_what_it_is_for():
+    for file in (f for f in FILES if f.name == "__init__.py" and f.parent != PACKAGE):
+        said = ast.get_docstring(ast.parse(file.read_text())) or ""
+        assert said.splitlines()[:1] == [said], f"{file.parent.name}: {said!r}"
+        assert said.endswith("."), file.parent.name
 
 
 def test_mathematics_imports_jax_numpy_and_nothing_else():
@@ -82,18 +140,9 @@ def test_mathematics_imports_jax_numpy_and_nothing_else():
             assert not {name.split(".")[0] for name in names} & extra, file.name
 
 
-def test_wings_know_nothing_of_diffusion_and_none_of_experiments():
-    for file in FILES:
-        found = imports(file)
-        assert "experiments" not in {name.split(".")[0] for name in found}, file.name
-        if file.parent.name in WINGS:
-            assert not neighbours(file) & MATHEMATICS, file.name
-            assert "diffusion_jax" not in found, file.name
-
-
 def test_files_are_short_and_all_that_is_public_is_explained():
     """A docstring for the module and each public class, function and method."""
-    for file in FILES:
+    for file in [*FILES, *COMMANDS]:
         text = file.read_text()
         lines = len(text.splitlines())
         assert lines <= MAX_LINES, f"{file.name} has {lines} lines; split it."

@@ -16,12 +16,11 @@ from test_networks import network_of, same, small
 from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.network_files import diffusers_folder, hub, networks
-from diffusion_jax.lab.process import initial
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.config import replace, to_dict
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.trained.weights import Weights
-from diffusion_jax.lab.training import arguments, beginning
+from diffusion_jax.lab.training import arguments, beginning, initial
 from diffusion_jax.lab.wiring import build, learning
 from diffusion_jax.training import parallel
 from experiments import convert, sample

@@ -168,7 +168,8 @@ LOOK = """
 import os, sys
 import jax
 from diffusion_jax.training import determinism
-from experiments import stopping, train
+from diffusion_jax.lab.process import stopping
+from experiments import train
 
 def look():
     assert not determinism._started()

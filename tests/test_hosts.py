@@ -18,9 +18,8 @@ from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.measure import judges
-from diffusion_jax.lab.process import entry
+from diffusion_jax.lab.process import entry, hosts, joining
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.training import hosts
 from diffusion_jax.lab.wiring import learning
 from diffusion_jax.training import parallel
 from experiments import eval_fid, sample, train
@@ -176,8 +175,8 @@ def test_two_hosts_evaluate_as_one(whole):
 # The command of training, where a host that is silent for seconds counts as dead.
 WATCHFUL = """
 import runpy
-from experiments import hosts
-hosts.SILENT = 8
+from diffusion_jax.lab.process import joining
+joining.SILENT = 8
 runpy.run_module("experiments.train", run_name="__main__", alter_sys=True)
 """
 
@@ -206,13 +205,13 @@ def test_a_killed_host_ends_the_other_and_the_run_goes_on(folder, whole):
 
 def test_the_loss_of_a_host_is_said_and_a_bug_shown(monkeypatch, capsys):
     left = []
-    monkeypatch.setattr(hosts, "leave", left.append)
+    monkeypatch.setattr(joining, "leave", left.append)
     lost = RuntimeError("UNKNOWN: Gloo all-reduce failed\nmore")
-    hosts._fail(RuntimeError, lost, None)
+    joining._fail(RuntimeError, lost, None)
     said = capsys.readouterr().err
     assert "must work until the end; got UNKNOWN: Gloo all-reduce failed. See" in said
     assert "more" not in said
-    hosts._fail(KeyError, KeyError("a bug"), None)
+    joining._fail(KeyError, KeyError("a bug"), None)
     assert "KeyError: 'a bug'" in capsys.readouterr().err
     assert left == [1, 1]
 
@@ -221,11 +220,11 @@ def test_the_loss_of_a_host_is_said_and_a_bug_shown(monkeypatch, capsys):
 IMPATIENT = """
 import os, sys
 from pathlib import Path
-from experiments import hosts
-from diffusion_jax.lab.schema.config import ConfigError
-hosts.TIMEOUT = hosts.SEEN_WITHIN = 3
-given, rest = hosts.split(sys.argv[1:])
-hosts.join(hosts.decide(given, {}))
+from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab.process import hosts, joining
+joining.TIMEOUT = hosts.SEEN_WITHIN = 3
+given, rest = joining.split(sys.argv[1:])
+joining.join(joining.decide(given, {}))
 for check in (
     lambda: hosts.check_same("the word", "same"),
     lambda: hosts.check_shared(Path(rest[0])),
@@ -236,7 +235,7 @@ for check in (
         check()
     except ConfigError as error:
         print(error, file=sys.stderr)
-hosts.leave(2)
+joining.leave(2)
 """
 
 
@@ -310,28 +309,28 @@ POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
     ],
 )
 def test_several_processes_are_seen_where_they_are_announced(env, source, devices):
-    job = hosts.decide({}, env)
+    job = joining.decide({}, env)
     assert (job and job.source) == source
     if job is not None:
-        assert job == hosts.Job(source, devices=devices)
-        assert hosts.decide({"--hosts": "1"}, env) is None
+        assert job == joining.Job(source, devices=devices)
+        assert joining.decide({"--hosts": "1"}, env) is None
 
 
 def test_the_coordinator_is_named_by_flags_or_environment():
     address = {"JAX_COORDINATOR_ADDRESS": "a:1"}
-    assert hosts.decide({}, address) == hosts.Job("JAX_COORDINATOR_ADDRESS", "a:1")
+    assert joining.decide({}, address) == joining.Job("JAX_COORDINATOR_ADDRESS", "a:1")
     numbers = {"JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
-    assert hosts.decide({}, {**address, **numbers})[1:4] == ("a:1", 3, 2)
+    assert joining.decide({}, {**address, **numbers})[1:4] == ("a:1", 3, 2)
     given = {"--coordinator": "b:2", "--hosts": "4", "--host": "3"}
-    assert hosts.decide(given, {**address, **STEP})[:4] == (
+    assert joining.decide(given, {**address, **STEP})[:4] == (
         "--coordinator",
         "b:2",
         4,
         3,
     )
-    assert hosts.decide({**given, "--coordinator": "[::1]:5"}, {})[1] == "[::1]:5"
-    assert hosts.decide({**given, "--hosts": "1", "--host": "0"}, {}) is None
-    assert hosts.decide({"--hosts": "auto"}, {}) == hosts.Job("--hosts auto")
+    assert joining.decide({**given, "--coordinator": "[::1]:5"}, {})[1] == "[::1]:5"
+    assert joining.decide({**given, "--hosts": "1", "--host": "0"}, {}) is None
+    assert joining.decide({"--hosts": "auto"}, {}) == joining.Job("--hosts auto")
 
 
 @pytest.mark.parametrize(
@@ -352,9 +351,9 @@ def test_the_coordinator_is_named_by_flags_or_environment():
     ],
 )
 def test_what_does_not_fit_is_refused(flags, env, got, refuses, monkeypatch):
-    monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(joining.importlib.util, "find_spec", lambda name: None)
     with refuses(got):
-        hosts.decide(hosts.split(flags.split())[0], env)
+        joining.decide(joining.split(flags.split())[0], env)
 
 
 def leaves(monkeypatch, main, *flags, **options):
@@ -382,8 +381,8 @@ def test_help_speaks_of_hosts_and_joins_none(monkeypatch, capsys):
 
 
 def test_a_pod_that_works_by_itself_is_told_how_to_join():
-    assert "--host $JOB_COMPLETION_INDEX" in hosts.note(POD)
-    assert hosts.note({}) is None
+    assert "--host $JOB_COMPLETION_INDEX" in joining.note(POD)
+    assert joining.note({}) is None
 
 
 @pytest.mark.parametrize(("signals", "stops"), [([], 4), ([15], 1)])
@@ -398,4 +397,4 @@ def test_one_host_has_nobody_to_agree_with(tmp_path):
     assert not (tmp_path / "none").exists()
     assert hosts.tell(3) == 3
     with pytest.raises(ConfigError):
-        hosts.split(["--hosts"])
+        joining.split(["--hosts"])

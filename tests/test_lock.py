@@ -22,7 +22,7 @@ from experiments import train
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from experiments import lock
+from diffusion_jax.lab.run_folder import lock
 with lock.hold(Path(sys.argv[1])):
     {body}
     print("held", flush=True)

@@ -15,7 +15,7 @@ from diffusion_jax.lab.process import stopping
 # no handler. It says where it is by a file.
 SCRIPT = """
 import hashlib, os, pathlib, sys
-from experiments import stopping
+from diffusion_jax.lab.process import stopping
 
 def busy(word):
     pathlib.Path(sys.argv[1], word).touch()

@@ -1,1 +1,46 @@
 """What commands and notebooks share: configurations, runs, trained networks."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusion_jax.lab.notebook import Trained, load, train
+    from diffusion_jax.lab.schema.config import (
+        Config,
+        Data,
+        Diffusion,
+        Net,
+        Optimizer,
+        Train,
+    )
+    from diffusion_jax.lab.schema.sampling import Sample
+
+_NOTEBOOK = ("Trained", "load", "train")
+_CONFIG = ("Config", "Data", "Diffusion", "Net", "Optimizer", "Train", "Sample")
+
+__all__ = [
+    "Config",
+    "Data",
+    "Diffusion",
+    "Net",
+    "Optimizer",
+    "Sample",
+    "Train",
+    "Trained",
+    "load",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Returns what a notebook uses, imported when it is first asked for."""
+    if name in _NOTEBOOK:
+        return getattr(importlib.import_module(f"{__name__}.notebook"), name)
+    if name in _CONFIG:
+        return getattr(importlib.import_module(f"{__name__}.schema.config"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Returns the names that a notebook uses."""
+    return list(__all__)

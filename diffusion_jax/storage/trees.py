@@ -1,8 +1,10 @@
 """Parameters in a .safetensors file, with what has to be known of them as text."""
 
+import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from flax import traverse_util
 
@@ -84,3 +86,13 @@ def _above(name: str) -> list[str]:
     """
     parts = name.split(".")
     return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
+def digest(tree: Any) -> str:
+    """Returns a sha256 over all arrays of a tree, with their names and types."""
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        total.update(f"{jax.tree_util.keystr(path)}{array.dtype}{array.shape}".encode())
+        total.update(np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()

@@ -64,21 +64,21 @@ COMMANDS = [
     ),
     Breakage(
         "train-lines-after-the-checkpoint",
-        "experiments/train.py",
+        "diffusion_jax/lab/training/beginning.py",
         "            runs.cut_lines(path, found.step)\n",
         "            pass\n",
         "tests/test_train.py::test_lines_after_the_checkpoint_are_written_once",
     ),
     Breakage(
         "train-pending-losses-forgotten",
-        "experiments/train.py",
+        "diffusion_jax/lab/training/loop.py",
         '{"pending": [*log.pending], ',
         '{"pending": [], ',
         "tests/test_train.py::test_a_run_in_two_parts_is_bitwise_the_whole_run",
     ),
     Breakage(
         "train-lines-not-on-the-disk",
-        "experiments/train.py",
+        "diffusion_jax/lab/training/loop.py",
         "                        runs.to_disk(run)\n",
         "",
         "tests/test_train.py"
@@ -151,7 +151,7 @@ COMMANDS = [
     Breakage(
         "arguments-training-unchecked",
         "diffusion_jax/lab/training/arguments.py",
-        "    validation.of_training(chosen)\n",
+        "    checks.of_training(chosen)\n",
         "",
         "tests/test_config.py::test_bad_values_are_named",
     ),
@@ -171,7 +171,7 @@ COMMANDS = [
     ),
     Breakage(
         "eval-nll-padding-counts",
-        "experiments/eval_nll.py",
+        "diffusion_jax/lab/measure/bound.py",
         "sums.add(compiled(params, batch), count)",
         'sums.add(compiled(params, batch), len(batch["i"]))',
         "tests/test_eval.py::test_bound_and_its_terms_are_reported",

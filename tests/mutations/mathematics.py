@@ -43,8 +43,8 @@ MATHEMATICS = [
     Breakage(
         "continuous-shift-the-other-way",
         "diffusion_jax/continuous.py",
-        "return time_of(schedule.args[0], logsnr - schedule.args[1])",
-        "return time_of(schedule.args[0], logsnr + schedule.args[1])",
+        "return time_of(schedule, logsnr - nats)",
+        "return time_of(schedule, logsnr + nats)",
         "tests/test_continuous.py::test_shifts_of_shifts_and_of_interpolated_steps",
     ),
     # learned

@@ -142,7 +142,7 @@ def test_text_is_refused(tmp_path, refuses):
 
 def test_tensorflow_says_nothing_and_leaves_accelerators(checkpoint):
     program = (
-        "import sys; from diffusion_jax.nets import tensor_files;"
+        "import sys; from diffusion_jax.storage import tensor_files;"
         "tensor_files.read(sys.argv[1]); import tensorflow;"
         "assert not tensorflow.config.get_visible_devices('GPU')"
     )

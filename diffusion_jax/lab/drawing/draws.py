@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +17,22 @@ from diffusion_jax.lab.process import hosts
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.wiring import chains
-from diffusion_jax.storage import files
+from diffusion_jax.storage import files, trees
 from diffusion_jax.training import parallel
 
 
-def digest(tree: Any) -> str:
-    """Returns a sha256 over all arrays of a tree, with their names and types."""
-    total = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
-        total.update(f"{jax.tree_util.keystr(path)}{array.dtype}{array.shape}".encode())
-        total.update(np.ascontiguousarray(array).tobytes())
-    return total.hexdigest()
-
-
 def in_batches(
-    config: Config, params: Any, *, count: int, seed: int = 0, batch_size: int = 64
+    draw: Callable[..., np.ndarray], params: Any, key: jax.Array, count: int, size: int
 ) -> Iterator[np.ndarray]:
     """Yields batches of uint8 images, [B, H, W, C], `count` in all.
 
     Args:
-      config: of the network, with the way to sample.
+      draw: from `chains.make_draw`, of `size` images.
       params: the weights to draw with.
+      key: of the noise; image i depends on (key, i) alone.
       count: how many images.
-      seed: of the noise; image i depends on (seed, i) alone.
-      batch_size: images at a time.
+      size: images at a time.
     """
-    size = min(batch_size, count)
-    draw = chains.make_draw(config, size, parallel.make_mesh())
-    key = jax.random.key(seed)
     quiet = not (hosts.first() and sys.stderr.isatty())
     with tqdm(total=count, unit="image", disable=quiet) as bar:
         for first in range(0, count, size):
@@ -96,7 +83,7 @@ def to_disk(
       batch_size: images at a time.
     """
     about = {
-        "weights": digest(params),
+        "weights": trees.digest(params),
         "seed": seed,
         "count": count,
         **chains.describe_sampling(config),

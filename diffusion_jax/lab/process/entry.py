@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from diffusion_jax import errors
-from diffusion_jax.lab.process import hosts
+from diffusion_jax.lab.process import joining
 
 # What a user can mend. Such an error is shown as it is, without a traceback.
 BAD_INPUT = 2
@@ -49,9 +49,9 @@ def guarded(main: Callable[[Sequence[str]], int], *, several: bool = False) -> N
         raise SystemExit(main(join_hosts(sys.argv[1:], several=several)))
     except SystemExit as left:
         if several and left.code == 0 and {"-h", "--help"} & set(sys.argv):
-            print(hosts.HELP)
+            print(joining.HELP)
         if left.code == BAD_INPUT:  # by a flag that this host alone may have wrong
-            hosts.leave(BAD_INPUT)
+            joining.leave(BAD_INPUT)
         raise
     except expected as error:
         print(f"error: {error}", file=sys.stderr)
@@ -77,7 +77,7 @@ def guarded(main: Callable[[Sequence[str]], int], *, several: bool = False) -> N
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    hosts.leave(code)
+    joining.leave(code)
     raise SystemExit(code)
 
 
@@ -91,12 +91,12 @@ def join_hosts(argv: Sequence[str], *, several: bool) -> list[str]:
     Raises:
       ConfigError: it does not, or the hosts cannot be found.
     """
-    given, rest = hosts.split(argv)
+    given, rest = joining.split(argv)
     if {"-h", "--help"} & set(rest):
         return rest
-    job = hosts.decide(given, os.environ)
+    job = joining.decide(given, os.environ)
     if job is None:
-        said = None if given else hosts.note(os.environ)
+        said = None if given else joining.note(os.environ)
         if several and said:
             print(said, file=sys.stderr)
         return rest
@@ -105,5 +105,5 @@ def join_hosts(argv: Sequence[str], *, several: bool) -> list[str]:
             "this command must run on one host, with any number of devices; got "
             f"several hosts by {job.source}. Start it once, with --hosts 1."
         )
-    hosts.join(job)
+    joining.join(job)
     return rest

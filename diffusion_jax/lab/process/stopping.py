@@ -50,6 +50,13 @@ class Requests:
         _say("leaving at once; the same command goes on from what is there")
         os._exit(CODE + number)
 
+    def interrupt(self, number: int, frame: Any) -> None:
+        """Takes a signal as a handler of Python: notes it, or raises."""
+        if not self._noting or self.numbers:
+            raise KeyboardInterrupt
+        self.numbers.append(number)
+        _say("stopping after this step, with a checkpoint; again: at once, without")
+
 
 @contextmanager
 def requests() -> Iterator[Requests]:
@@ -78,6 +85,24 @@ def requests() -> Iterator[Requests]:
         signal.set_wakeup_fd(wakeup)
         os.close(told)  # the end of the thread
         thread.join()
+
+
+@contextmanager
+def interrupts() -> Iterator[Requests]:
+    """Takes SIGINT as `requests` does, in a process that is to live on: a notebook's.
+
+    Where `requests` would end the process, KeyboardInterrupt is raised. On another
+    thread than the main one, which gets no signals, nothing is taken.
+    """
+    found = Requests()
+    if threading.current_thread() is not threading.main_thread():
+        yield found
+        return
+    before = signal.signal(signal.SIGINT, found.interrupt)
+    try:
+        yield found
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _listen(heard: int, found: Requests) -> None:

@@ -26,6 +26,8 @@ ScheduleName = Literal[
     "learned",
 ]
 CONTINUOUS = ("vp", "sub_vp", "ve", "continuous_cosine", "flow", "learned")
+GIVEN = "given:"
+"""How the source of images begins that were given in memory; their digest follows."""
 UNKNOWN = "unknown"
 """The source of the data of a network that came without any word of them."""
 

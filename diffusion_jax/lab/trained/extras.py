@@ -12,13 +12,13 @@ from tqdm import tqdm
 from diffusion_jax import analytic
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import sampling
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build, chains, guides
+from diffusion_jax.storage import trees
 
 IMAGES, BATCH = 256, 64
 """Images that the analytic variance is estimated from, and how many at a time."""
@@ -77,7 +77,7 @@ def x0_variance(
     By the error of the network, so that it is the best for its mean, perfect or not.
     Kept in the run's folder for the next time.
     """
-    about = {"weights": draws.digest(params), "images": IMAGES, "clip": clip}
+    about = {"weights": trees.digest(params), "images": IMAGES, "clip": clip}
     path = run.folder / "eval" / "x0_variance.json"
     try:
         known = json.loads(path.read_text())

@@ -1,6 +1,7 @@
 """Training: steps, logs, checkpoints, grids, and the end."""
 
 import time
+from collections.abc import Callable
 from contextlib import (
     AbstractContextManager,
     ExitStack,
@@ -43,7 +44,16 @@ class Job(NamedTuple):
     """What had been compiled by then."""
 
 
-def train(config: Config, *, strict: bool = False, force: bool = False) -> int:
+def train(
+    config: Config,
+    *,
+    strict: bool = False,
+    force: bool = False,
+    dataset: datasets.Dataset | None = None,
+    signals: Callable[
+        [], AbstractContextManager[stopping.Requests]
+    ] = stopping.requests,
+) -> int:
     """Trains, or goes on where the run stopped; returns the exit code.
 
     Args:
@@ -51,6 +61,8 @@ def train(config: Config, *, strict: bool = False, force: bool = False) -> int:
       strict: whether the newest checkpoint must verify; otherwise the run goes on from
         the newest that does.
       force: whether the run may go on with another configuration than it had.
+      dataset: the images, where they are not those that the configuration names.
+      signals: how the process takes signals meanwhile.
 
     Raises:
       CheckpointError: there are checkpoints, and none to go on from.
@@ -61,11 +73,19 @@ def train(config: Config, *, strict: bool = False, force: bool = False) -> int:
         determinism.ask()
     parallel.split_cpu(config.train.batch_size)  # both before JAX looks for devices
     run = runs.of(config)
-    with stopping.requests() as signals, lock.hold(run.folder):
+    with signals() as requests, lock.hold(run.folder):
         if hosts.first():
             runs.remove_partials(run)
-        options = {"strict": strict, "force": force}
-        return _train(config, run, signals, started, before, **options)
+        return _train(
+            config,
+            run,
+            requests,
+            started,
+            before,
+            strict=strict,
+            force=force,
+            dataset=dataset,
+        )
 
 
 def _train(
@@ -77,6 +97,7 @@ def _train(
     *,
     strict: bool,
     force: bool,
+    dataset: datasets.Dataset | None,
 ) -> int:
     """As `train`, in a folder that is this process's alone."""
     beginning.check_hosts(config, run)
@@ -84,7 +105,7 @@ def _train(
     parallel.persistent_cache(Path(config.output).resolve() / ".cache")
     mesh = parallel.make_mesh(config.train.devices, config.train.fsdp)
     parallel.check_batch_size(config.train.batch_size, mesh.size)
-    dataset = build.load_data(config)
+    dataset = build.load_data(config) if dataset is None else dataset
     hosts.check_same("the images", f"{dataset.images.shape}")
     fed = beginning.feed_of(config, dataset, mesh)
     hosts.check_same("the input", fed.source)

@@ -16,7 +16,7 @@ from diffusion_jax import (
 )
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.lab.schema.config import CONTINUOUS, UNKNOWN, Config
+from diffusion_jax.lab.schema.config import CONTINUOUS, GIVEN, UNKNOWN, Config
 from diffusion_jax.nets import fresh, unet
 from diffusion_jax.nets.unet import UNet
 
@@ -214,6 +214,12 @@ def load_data(config: Config, *, split: str = "train") -> datasets.Dataset:
         what they are.
     """
     d = config.data
+    if d.source.startswith(GIVEN):
+        raise ConfigError(
+            "the data must be in files; got a run whose images were given in memory. "
+            "Save them, as an npz with images and labels, and name them where there is "
+            "the flag: --data npz:FILE."
+        )
     if d.source == UNKNOWN:
         raise ConfigError(
             "the data must be known; got a network from elsewhere, which says nothing "

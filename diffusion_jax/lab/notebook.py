@@ -1,0 +1,316 @@
+"""A trained network in a notebook: loaded, drawn from, asked, or trained there.
+
+>>> from diffusion_jax import lab
+>>> lab.train.__name__, lab.load.__name__
+('train', 'load')
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from diffusion_jax import gaussian
+from diffusion_jax import schedule as schedules
+from diffusion_jax.data import datasets, formats
+from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab.drawing import draws
+from diffusion_jax.lab.measure import bound
+from diffusion_jax.lab.network_files import hub
+from diffusion_jax.lab.process import stopping
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema import checks, json_fields
+from diffusion_jax.lab.schema.config import GIVEN, Config
+from diffusion_jax.lab.schema.sampling import Sampling, Variance
+from diffusion_jax.lab.trained import extras, weights
+from diffusion_jax.lab.trained.weights import Weights
+from diffusion_jax.lab.training import initial, loop
+from diffusion_jax.lab.wiring import build, chains
+from diffusion_jax.training import parallel
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Trained:
+    """A trained network: its weights, its configuration, and what one asks of it."""
+
+    config: Config
+    """What it is, what it was trained on, and how it draws where nothing is said."""
+    params: Any
+    """The weights, a tree of arrays on all devices."""
+    step: int | None
+    """Updates that the weights have seen, where it is known."""
+    kind: str
+    """Which weights, such as "averaged"."""
+    run: runs.Run
+    """Where its files are."""
+
+    def __repr__(self) -> str:
+        """Returns what it is in one line."""
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        shape = "x".join(map(str, self.config.data.shape))
+        said = weights.describe(self.kind, self.step)
+        return f"<{self.config.name}: images of {shape}, {count:,} weights; {said}>"
+
+    @property
+    def schedule(self) -> schedules.Schedule:
+        """Returns the noise schedule of its chains: t in {0, ..., T} -> NoiseLevel."""
+        return build.chain_schedule(self.config, self.params)
+
+    def sample(
+        self, key: jax.Array, count: int = 1, *, batch_size: int = 64, **how: Any
+    ) -> np.ndarray:
+        """Returns images drawn from noise, uint8 [count, H, W, C].
+
+        Args:
+          key: one key. Image i depends on (key, i) alone; those of jax.random.key(s)
+            are those that `experiments.sample --seed s` draws.
+          count: how many.
+          batch_size: images at a time.
+          **how: fields of `Sampling`, in place of the configuration's: sampler
+            (scheduler), steps, grid, eta, order, label, guidance (classifier-free
+            guidance), ...
+
+        Raises:
+          ConfigError: no such option, a value that does not fit, or no key.
+        """
+        _check_key(key)
+        for name, value in (("count", count), ("batch_size", batch_size)):
+            if not json_fields.is_whole(value) or value < 1:
+                raise ConfigError(
+                    f"{name} must be a whole number above 0; got {value!r}. Give the "
+                    "number of images."
+                )
+        config = checks.with_sampling(self.config, _sampling(how))
+        params = extras.complete(config, self.run, self.params)
+        size = min(batch_size, count)
+        parts = draws.in_batches(_draw(config, size), params, key, count, size)
+        return np.concatenate(list(parts))
+
+    def denoise(
+        self, x_t: jax.Array, t: ArrayLike, *, label: ArrayLike | None = None
+    ) -> gaussian.Prediction:
+        """Returns what the network believes of noisy images: x0 and the noise in them.
+
+        A pure function: it may be differentiated, and passed through `jit` or `vmap`.
+
+        Args:
+          x_t: images scaled to [-1, 1] with the noise of time t, [B, H, W, C]:
+            `gaussian.q_sample(x0, noise, trained.schedule(t))`.
+          t: times in {0, ..., T}, [B] or one for all.
+          label: classes, [B] or one for all; of a network with classes the row of no
+            label when not given.
+
+        Raises:
+          ConfigError: images of another shape, or a label without classes.
+        """
+        _check_shape(self.config, np.shape(x_t)[1:], "x_t")
+        classes, levels = self.config.net.classes, self.schedule
+        if label is not None and not classes:
+            raise ConfigError(
+                "label must be left out with a network without classes; got "
+                f"{label!r}. Train one with net.classes."
+            )
+        each: jax.Array | None = None
+        if classes:
+            known = jnp.asarray(classes if label is None else label)
+            each = jnp.broadcast_to(known, np.shape(x_t)[:1])
+        clip = self.config.sample.clip
+        given = chains.given_labels(self.config, self.params, levels, each, clip=clip)
+        return given(jnp.asarray(x_t), jnp.asarray(t))
+
+    def bits_per_dim(
+        self,
+        images: ArrayLike,
+        *,
+        labels: ArrayLike | None = None,
+        variance: Variance | None = None,
+        batch_size: int = 64,
+        seed: int = 0,
+    ) -> np.ndarray:
+        """Returns the bound on each image's negative log-likelihood, [N] bits/dim.
+
+        By one draw of x_t for each of the T steps, T network evaluations an image
+        (Eq. 5, Ho et al. 2020): what `experiments.eval_nll` averages.
+
+        Args:
+          images: uint8, [N, H, W, C] or [N, H, W].
+          labels: whole numbers, [N], for a network with classes.
+          variance: of the reverse steps; the configured one when not given.
+          batch_size: images at a time.
+          seed: of the noise.
+
+        Raises:
+          ConfigError, DataError: images or labels that do not fit.
+        """
+        dataset = _dataset(images, labels)
+        _check_shape(self.config, dataset.images.shape[1:], "images")
+        build.check_labels(self.config, dataset)
+        used = variance or self.config.diffusion.variance
+        params = extras.complete(self.config, self.run, self.params, variance=used)
+        sums = bound.evaluate(
+            self.config,
+            params,
+            dataset,
+            np.arange(len(dataset.images)),
+            variance=variance,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        return np.asarray(sums.totals)
+
+
+def load(
+    where: str | Path | None = None,
+    *,
+    average: float | None = None,
+    raw: bool = False,
+    step: int | None = None,
+    download: bool = False,
+) -> Trained:
+    """Returns the trained network at a path.
+
+    Args:
+      where: the folder or name of a run; a .safetensors file of ours; a folder of
+        diffusers; a TensorFlow checkpoint of the authors; with `download` the name of a
+        network on the hub. The newest run in runs/ when not given.
+      average: which moving average (EMA) of the weights: see `Weights`.
+      raw: the last weights in place of an average.
+      step: of the checkpoint; the newest when not given.
+      download: whether `where` is the name of a network on the hub, to be fetched.
+
+    Raises:
+      ConfigError: nothing of the kind is there, or it has no such weights.
+      CheckpointError: no checkpoint can be read.
+      ValueError: a damaged file.
+    """
+    path = None if where is None else str(where)
+    if download:
+        path = str(hub.fetch(path or ""))
+    run = runs.find(path)
+    config = runs.read_config(run)
+    which = Weights(average=average, raw=raw, step=step)
+    params, found, kind = weights.load(config, run, which)
+    return Trained(config, params, found, kind, run)
+
+
+def train(
+    config: Config | None = None,
+    *,
+    images: ArrayLike | None = None,
+    labels: ArrayLike | None = None,
+    strict: bool = False,
+    force: bool = False,
+) -> Trained:
+    """Returns the network after training it, or after going on (resume) with its run.
+
+    As `experiments.train` does, in the same folder, <output>/<name>: the same call
+    again goes on where it stopped. An interrupt stops it after a step, with a
+    checkpoint.
+
+    Args:
+      config: the configuration; the digits' small network when not given.
+      images: uint8 [N, H, W, C] or [N, H, W], square, in place of those that
+        config.data names; its size and channels are then theirs.
+      labels: whole numbers, [N]; needed where config.net.classes is not 0.
+      strict, force: as the flags of the command.
+
+    Raises:
+      ConfigError: values that do not fit, or another run in the folder.
+      DataError: images that do not fit.
+      DivergedError: the run was given up.
+    """
+    config = Config() if config is None else config
+    dataset = None
+    if images is not None:
+        dataset = _dataset(images, labels)
+        config = dataclasses.replace(config, data=_given(config, dataset))
+        build.check_labels(config, dataset)
+    elif labels is not None:
+        raise ConfigError(
+            "labels must come with images; got labels alone. Give both, or neither."
+        )
+    config = initial.resolved(config, force=force)
+    checks.validate(config)
+    checks.of_training(config)
+    loop.train(
+        config,
+        strict=strict,
+        force=force,
+        dataset=dataset,
+        signals=stopping.interrupts,
+    )
+    return load(runs.of(config).folder)
+
+
+@functools.lru_cache(maxsize=16)
+def _draw(config: Config, size: int) -> Callable[..., np.ndarray]:
+    """Compiled once for each way to draw and size."""
+    return chains.make_draw(config, size, parallel.make_mesh())
+
+
+def _sampling(how: dict[str, Any]) -> Sampling:
+    """Returns the way to sample that options describe, each of its field's type."""
+    wrong: list[tuple[str, str, str]] = []
+    read = json_fields.read(how, Sampling, "", partial=True, wrong=wrong)
+    if wrong:
+        name, must, got = wrong[0]
+        raise ConfigError(
+            f"{name} must be {must}; got {got}. Give it as sample({name}=...)."
+        )
+    found: Sampling = read
+    return found
+
+
+def _given(config: Config, dataset: datasets.Dataset) -> Any:
+    """Returns the fields of data for images that were given in memory."""
+    height, width, channels = dataset.images.shape[1:]
+    if height != width or channels not in (1, 3):
+        raise ConfigError(
+            "images must be square, with 1 or 3 channels; got "
+            f"{height}x{width} with {channels}. Crop or pad them."
+        )
+    digest = hashlib.sha256(np.ascontiguousarray(dataset.images).tobytes())
+    if dataset.labels is not None:
+        digest.update(dataset.labels.tobytes())
+    return dataclasses.replace(
+        config.data,
+        source=f"{GIVEN}{digest.hexdigest()[:16]}",
+        path=None,
+        image_size=height,
+        channels=channels,
+    )
+
+
+def _dataset(images: ArrayLike, labels: ArrayLike | None) -> datasets.Dataset:
+    found = formats.as_images(np.asarray(images), "the call")
+    known = None if labels is None else np.asarray(labels)
+    return datasets.Dataset(
+        found, formats.as_labels(known, len(found), "the call"), "given"
+    )
+
+
+def _check_key(key: Any) -> None:
+    if not (
+        isinstance(key, jax.Array)
+        and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        and key.ndim == 0
+    ):
+        raise ConfigError(
+            f"key must be one key of jax.random; got {key!r}. Give jax.random.key(0)."
+        )
+
+
+def _check_shape(config: Config, shape: tuple[int, ...], name: str) -> None:
+    if tuple(shape) != config.data.shape:
+        raise ConfigError(
+            f"{name} must be of shape [N, {', '.join(map(str, config.data.shape))}], "
+            f"what the network was trained on; got [N, {', '.join(map(str, shape))}]. "
+            "Resize them, or load another network."
+        )
