@@ -8,7 +8,9 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,14 @@ from jax.typing import ArrayLike
 from diffusion_jax import gaussian
 from diffusion_jax import schedule as schedules
 from diffusion_jax.data import datasets, formats
-from diffusion_jax.errors import ConfigError
+from diffusion_jax.errors import ConfigError, raise_unknown
 from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.measure import bound
 from diffusion_jax.lab.network_files import hub
-from diffusion_jax.lab.process import stopping
+from diffusion_jax.lab.process import entry, stopping
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import checks, json_fields
-from diffusion_jax.lab.schema.config import GIVEN, Config
+from diffusion_jax.lab.schema.config import GIVEN, Config, Net
 from diffusion_jax.lab.schema.sampling import Sampling, Variance
 from diffusion_jax.lab.trained import extras, weights
 from diffusion_jax.lab.trained.weights import Weights
@@ -87,7 +89,8 @@ class Trained:
                     f"{name} must be a whole number above 0; got {value!r}. Give the "
                     "number of images."
                 )
-        config = checks.with_sampling(self.config, _sampling(how))
+        with _in_python():
+            config = checks.with_sampling(self.config, _sampling(how))
         params = extras.complete(config, self.run, self.params)
         size = min(batch_size, count)
         parts = draws.in_batches(_draw(config, size), params, key, count, size)
@@ -104,25 +107,16 @@ class Trained:
           x_t: images scaled to [-1, 1] with the noise of time t, [B, H, W, C]:
             `gaussian.q_sample(x0, noise, trained.schedule(t))`.
           t: times in {0, ..., T}, [B] or one for all.
-          label: classes, [B] or one for all; of a network with classes the row of no
-            label when not given.
+          label: classes, [B] or one for all, of a network with classes; none, which
+            one trained with net.label_dropout knows, when not given.
 
         Raises:
           ConfigError: images of another shape, or a label without classes.
         """
         _check_shape(self.config, np.shape(x_t)[1:], "x_t")
-        classes, levels = self.config.net.classes, self.schedule
-        if label is not None and not classes:
-            raise ConfigError(
-                "label must be left out with a network without classes; got "
-                f"{label!r}. Train one with net.classes."
-            )
-        each: jax.Array | None = None
-        if classes:
-            known = jnp.asarray(classes if label is None else label)
-            each = jnp.broadcast_to(known, np.shape(x_t)[:1])
-        clip = self.config.sample.clip
-        given = chains.given_labels(self.config, self.params, levels, each, clip=clip)
+        config, each = self.config, _labels(self.config.net, label, len(x_t))
+        clip = config.sample.clip
+        given = chains.given_labels(config, self.params, self.schedule, each, clip=clip)
         return given(jnp.asarray(x_t), jnp.asarray(t))
 
     def bits_per_dim(
@@ -190,6 +184,7 @@ def load(
       CheckpointError: no checkpoint can be read.
       ValueError: a damaged file.
     """
+    entry.quiet()
     path = None if where is None else str(where)
     if download:
         path = str(hub.fetch(path or ""))
@@ -236,16 +231,18 @@ def train(
         raise ConfigError(
             "labels must come with images; got labels alone. Give both, or neither."
         )
-    config = initial.resolved(config, force=force)
-    checks.validate(config)
-    checks.of_training(config)
-    loop.train(
-        config,
-        strict=strict,
-        force=force,
-        dataset=dataset,
-        signals=stopping.interrupts,
-    )
+    entry.quiet()
+    with _in_python():
+        config = initial.resolved(config, force=force)
+        checks.validate(config)
+        checks.of_training(config)
+        loop.train(
+            config,
+            strict=strict,
+            force=force,
+            dataset=dataset,
+            signals=stopping.interrupts,
+        )
     return load(runs.of(config).folder)
 
 
@@ -255,15 +252,51 @@ def _draw(config: Config, size: int) -> Callable[..., np.ndarray]:
     return chains.make_draw(config, size, parallel.make_mesh())
 
 
+@contextmanager
+def _in_python() -> Iterator[None]:
+    """Names arguments in the words of errors that name a command's flags."""
+    try:
+        yield
+    except ConfigError as error:
+        said = str(error).replace("with --name NAME", "by another name in config")
+        said = said.replace("by --force", "by force=True")
+        said = re.sub(
+            r"Change it with --([\w.-]+)\.$",
+            lambda found: f"Change it: {found[1].replace('-', '_')}=...",
+            said,
+        )
+        raise ConfigError(said) from None
+
+
+def _labels(net: Net, label: ArrayLike | None, count: int) -> jax.Array | None:
+    """Returns the classes that a network is told, [count]; None where it has none."""
+    if label is None and net.classes and not net.label_dropout:
+        raise ConfigError(
+            f"label must be given, in 0..{net.classes - 1}; got none, which this "
+            "network was never told. Give one for all, or one an image."
+        )
+    if label is not None and not net.classes:
+        raise ConfigError(
+            "label must be left out with a network without classes; got "
+            f"{label!r}. Train one with net.classes."
+        )
+    if not net.classes:
+        return None
+    known = jnp.asarray(net.classes if label is None else label)  # the last row: none
+    return jnp.broadcast_to(known, (count,))
+
+
 def _sampling(how: dict[str, Any]) -> Sampling:
     """Returns the way to sample that options describe, each of its field's type."""
+    names = tuple(field.name for field in dataclasses.fields(Sampling))
+    for name in how:
+        if name not in names:
+            raise_unknown("the option", name, names)
     wrong: list[tuple[str, str, str]] = []
     read = json_fields.read(how, Sampling, "", partial=True, wrong=wrong)
     if wrong:
         name, must, got = wrong[0]
-        raise ConfigError(
-            f"{name} must be {must}; got {got}. Give it as sample({name}=...)."
-        )
+        raise ConfigError(f"{name} must be {must}; got {got}. Change it: {name}=...")
     found: Sampling = read
     return found
 
