@@ -10,11 +10,13 @@ from pathlib import Path
 
 # These must be set before jax is imported, here and in every xdist worker. Most of the
 # time goes into compiling, and half of that into how XLA writes loops by default; the
-# older way, which is gone from jaxlib 0.11, is to be had for less.
+# older way, which is gone from jaxlib 0.11, is to be had for less. Nor is it worth while to
+# cut programs into parts for threads that have work already.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
+    + " --xla_cpu_parallel_codegen_split_count=1"
     + " --xla_cpu_use_fusion_emitters=false"
     * importlib.metadata.version("jaxlib").startswith("0.10.")
 )

@@ -26,8 +26,8 @@ from diffusion_jax import (
 
 # Not functions of arrays: they raise and do no more, or are of NumPy, or count.
 NOT_OF_ARRAYS = {
+    "errors.raise_unknown",
     "likelihood.rate_distortion",
-    "prediction.raise_unknown",
     "samplers.check_grid",
     "samplers.count_evaluations",
     "samplers.counted",
@@ -237,6 +237,7 @@ ROWS = [
     Row("continuous.last_time", lambda u: u * continuous.last_time(REAL), "u"),
     Row("continuous.counts_steps", lambda u: u * continuous.counts_steps(REAL), "u"),
     Row("schedule.is_discrete", lambda u: u * schedule.is_discrete(REAL), "u"),
+    Row("schedule.timed", lambda u: u * schedule.timed(REAL).last, "u"),
     Row(
         "schedule.from_tables schedule.tables",
         _made(schedule.from_tables(*schedule.tables(schedule.linear(T)))),

@@ -117,7 +117,7 @@ def test_what_there_is_no_time_for_is_named(monkeypatch, capsys):
 
 
 def test_what_fails_is_a_row(monkeypatch, capsys):
-    monkeypatch.setattr(bench.bench_peer, "check", lambda _: None)
+    monkeypatch.setattr(bench.peer, "check", lambda _: None)
     fails = {
         "peer": RuntimeError("out of memory\nby far"),
         "{'xla_a': '1'}": jax.errors.JaxRuntimeError("no such thing\nat all"),

@@ -114,6 +114,7 @@ def test_rate_is_what_was_received_before_the_estimate():
     assert np.all(np.diff(code.rate) >= 0)
 
 
+@schedule.Timed
 def line(t):
     """A schedule whose log-SNR falls from 6 to -4 in a straight line."""
     logsnr = 6 - 10 * jnp.asarray(t, float)

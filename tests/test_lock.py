@@ -16,6 +16,7 @@ from processes import ROOT
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.process import hosts
 from diffusion_jax.lab.run_folder import lock, runs
+from diffusion_jax.lab.training import beginning
 from diffusion_jax.lab.wiring import learning
 from experiments import train
 
@@ -202,7 +203,7 @@ def test_a_disk_that_may_only_be_read_is_named(tmp_path):
 def test_a_disk_without_room_for_a_checkpoint_is_named(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 100_000})
     monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(train, "first_state", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr(beginning, "first_state", lambda *_: pytest.fail("it went on"))
     folder = tmp_path / "digits"
     with pytest.raises(ConfigError, match=f"{folder} must have room for a checkpoint"):
         train.main(["digits", "--output", str(tmp_path)])

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MATHEMATICS = [
     path.stem
     for path in (ROOT / "diffusion_jax").glob("*.py")
-    if not path.stem.startswith("_")
+    if not path.stem.startswith("_") and path.stem != "errors"
 ]
 
 

@@ -269,7 +269,7 @@ def path(name):
         logsnr = FROM + (TO - FROM) * PATHS[name](jnp.asarray(t, float))
         return schedule.NoiseLevel(0.5 * jax.nn.log_sigmoid(logsnr), logsnr)
 
-    return made
+    return schedule.Timed(made)
 
 
 def normal_data(shape=(1,)):

@@ -44,7 +44,7 @@ def make(entries, data=b"", *, pad=0):
 
 
 def entry(dtype, shape, first, end):
-    return nonsense.entry(shape, first, end, dtype)
+    return nonsense.tensor_entry(shape, first, end, dtype)
 
 
 WHOLE = make({"a": entry("F32", [2], 0, 8)}, bytes(8))

@@ -61,7 +61,7 @@ def fetch(
     >>> fetch("ftp://example.org/a", "/tmp/a", sha256="00")
     Traceback (most recent call last):
     ...
-    diffusion_jax.data.formats.DataError: a URL must begin with https://; got \
+    diffusion_jax.errors.DataError: a URL must begin with https://; got \
 ftp://example.org/a. Download it by hand.
     """
     check_address(url)

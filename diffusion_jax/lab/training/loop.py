@@ -50,9 +50,7 @@ def train(
     strict: bool = False,
     force: bool = False,
     dataset: datasets.Dataset | None = None,
-    signals: Callable[
-        [], AbstractContextManager[stopping.Requests]
-    ] = stopping.requests,
+    signals: Callable[[], AbstractContextManager[stopping.Requests]] | None = None,
 ) -> int:
     """Trains, or goes on where the run stopped; returns the exit code.
 
@@ -62,7 +60,8 @@ def train(
         the newest that does.
       force: whether the run may go on with another configuration than it had.
       dataset: the images, where they are not those that the configuration names.
-      signals: how the process takes signals meanwhile.
+      signals: how the process takes signals meanwhile; `stopping.requests` when not
+        given.
 
     Raises:
       CheckpointError: there are checkpoints, and none to go on from.
@@ -73,7 +72,7 @@ def train(
         determinism.ask()
     parallel.split_cpu(config.train.batch_size)  # both before JAX looks for devices
     run = runs.of(config)
-    with signals() as requests, lock.hold(run.folder):
+    with (signals or stopping.requests)() as requests, lock.hold(run.folder):
         if hosts.first():
             runs.remove_partials(run)
         return _train(
