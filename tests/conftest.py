@@ -10,8 +10,8 @@ from pathlib import Path
 
 # These must be set before jax is imported, here and in every xdist worker. Most of the
 # time goes into compiling, and half of that into how XLA writes loops by default; the
-# older way, which is gone from jaxlib 0.11, is to be had for less. Nor is it worth while to
-# cut programs into parts for threads that have work already.
+# older way, which is gone from jaxlib 0.11, is to be had for less. Programs are not cut
+# into parts for threads: all cores have work already.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
