@@ -16,3 +16,7 @@ def raise_unknown(what: str, got: object, allowed: tuple[str, ...]) -> None:
 
 class ConfigError(ValueError):
     """What was asked of a command cannot be done, and its user can mend it."""
+
+
+class DivergedError(ConfigError):
+    """A run of which too many steps in a row were not finite."""

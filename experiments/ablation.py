@@ -23,12 +23,12 @@ import tyro
 
 from diffusion_jax import continuous, errors, gaussian, schedule
 from diffusion_jax.data import datasets
-from diffusion_jax.errors import ConfigError
+from diffusion_jax.errors import ConfigError, DivergedError
 from diffusion_jax.evaluation import metrics, pictures
 from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.measure import bound, extractors, reference
 from diffusion_jax.lab.process import entry
-from diffusion_jax.lab.run_folder import history, runs
+from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.checks import require_positive, require_seed, validate
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.trained import weights
@@ -255,7 +255,7 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
         try:
             if loop.train(config):
                 raise KeyboardInterrupt  # it was asked to stop, and did
-        except history.DivergedError as error:
+        except DivergedError as error:
             diverged = str(error)
     lines = runs.read_lines(run.metrics)
     about = {

@@ -12,21 +12,17 @@ import os
 import signal
 import sys
 
-from diffusion_jax.lab.training import loop
-from experiments.configs import EXPERIMENTS
-
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     # While the rest is loaded, Ctrl-C ends this without a word.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 from collections.abc import Sequence
-from contextlib import (
-    suppress,
-)
+from contextlib import suppress
 
+from diffusion_jax.errors import DivergedError
 from diffusion_jax.lab.process import entry
-from diffusion_jax.lab.run_folder import history
 from diffusion_jax.lab.training import arguments
 from diffusion_jax.training import determinism
+from experiments.configs import EXPERIMENTS
 
 DIVERGED = 3
 """The exit code of a run that is given up."""
@@ -37,6 +33,9 @@ def main(argv: Sequence[str]) -> int:
     given = arguments.parse_training(
         argv, EXPERIMENTS, prog="python -m experiments.train"
     )
+    # Loads Flax and Optax, which no mistake in the arguments should wait for.
+    from diffusion_jax.lab.training import loop
+
     return loop.train(given.config, strict=given.strict, force=given.force)
 
 
@@ -44,7 +43,7 @@ def command(argv: Sequence[str]) -> int:
     """As `main`, with an exit code and a message for a run that diverged."""
     try:
         return main(argv)
-    except history.DivergedError as error:
+    except DivergedError as error:
         print(f"error: {error}", file=sys.stderr)
         return DIVERGED
 

@@ -17,9 +17,10 @@ import pytest
 from PIL import Image
 from test_state import hurt
 
+from diffusion_jax import errors
 from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.lab.run_folder import history, runs
+from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.wiring import learning
 from diffusion_jax.training import parallel
 from experiments import eval_fid, sample, train
@@ -142,7 +143,7 @@ DIVERGING = ("--optimizer.learning-rate", "1e30", "--optimizer.warmup", "0")
 
 def test_a_run_without_a_finite_loss_is_given_up(folder):
     said = "got none in the last 20"
-    with pytest.raises(history.DivergedError, match=said) as caught:
+    with pytest.raises(errors.DivergedError, match=said) as caught:
         run_train(folder, "diverged", *DIVERGING, "--train.steps", "40")
     assert "lower --optimizer.learning-rate" in str(caught.value)
 

@@ -14,16 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from diffusion_jax.errors import ConfigError
+from diffusion_jax.errors import DivergedError
 from diffusion_jax.lab.process import hosts
 from diffusion_jax.lab.process.progress import Progress
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.training.state import CAUSES
-
-
-class DivergedError(ConfigError):
-    """A run of which too many steps in a row were not finite."""
 
 
 class Log(NamedTuple):

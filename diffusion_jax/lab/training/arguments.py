@@ -10,7 +10,6 @@ import tyro
 
 from diffusion_jax import errors
 from diffusion_jax.lab.schema import checks, config
-from diffusion_jax.lab.training import initial
 
 # Its fields are flags without a prefix.
 _Unnamed = Annotated[config.Config, tyro.conf.arg(name="")]
@@ -75,6 +74,9 @@ def parse_training(
     if given.official:  # flags of its fields still count
         base = config.official(base)
         given = read(base)
+    # Loads Flax and Optax: not for --help, nor for a flag that does not exist.
+    from diffusion_jax.lab.training import initial
+
     chosen = initial.resolved(given.config, force=given.force)
     if chosen.init_from is not None:
         # Flags replace what the weights say, and the weights what the experiment says.
