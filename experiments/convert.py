@@ -7,6 +7,11 @@ google/ddpm-cifar10-32. What it is, is seen from its content.
 
 OUT ends in .safetensors, for a file of ours with the configuration inside, which all
 commands take in place of a run; or is the name of a folder, for diffusers.
+
+With --inception IN is the network that FID is measured by: the released graph
+(classify_image_graph_def.pb, or inception-2015-12-05.tgz), the PyTorch file of
+pytorch-fid (where PyTorch is installed), or safetensors. OUT is then a .safetensors
+file, which loads fastest and needs nothing else.
 """
 
 import dataclasses
@@ -21,6 +26,7 @@ import tyro
 
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError, raise_unknown
+from diffusion_jax.interop import inception_weights
 from diffusion_jax.lab.network_files import diffusers_folder, hub, networks, records
 from diffusion_jax.lab.network_files.records import About, Network
 from diffusion_jax.lab.process import entry
@@ -53,6 +59,8 @@ class Options:
     folder:<path>, or what else data.source may be in training."""
     download: bool = False
     """Whether IN is the name of a network on the hub, to be downloaded."""
+    inception: bool = False
+    """Whether IN is the Inception network of FID."""
     overwrite: bool = False
     """Whether to replace what is at OUT."""
 
@@ -63,6 +71,8 @@ def main(argv: Sequence[str]) -> int:
         Options, args=argv, prog="python -m experiments.convert", description=__doc__
     )
     check_out(options)
+    if options.inception:
+        return convert_inception(options)
     network = read(options)
     count = sum(leaf.size for leaf in jax.tree.leaves(network.params))
     about = network.about
@@ -108,6 +118,25 @@ def check_out(options: Options) -> None:
         raise ConfigError(
             f"{out} must be a file, to be replaced; got a folder. Name another place."
         )
+
+
+def convert_inception(options: Options) -> int:
+    """Converts the weights of the Inception network; returns the exit code."""
+    if not is_file(options.out):
+        raise ConfigError(
+            f"OUT must end in .safetensors with --inception; got {options.out}. That "
+            "is the one format that is written."
+        )
+    found = inception_weights.load(Path(options.source))
+    print(f"{options.source}: {found.format}, SHA-256 {found.sha256}")
+    parameters, statistics = (
+        sum(leaf.size for leaf in jax.tree.leaves(found.variables[kind]))
+        for kind in ("params", "batch_stats")
+    )
+    print(f"{parameters:,} parameters, {statistics:,} statistics")
+    digest = inception_weights.save(found.variables, options.out)
+    print(f"{options.out}: safetensors, SHA-256 {digest}")
+    return 0
 
 
 def is_file(out: Path) -> bool:

@@ -6,8 +6,8 @@ them, by noise level, is printed and kept in the file.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, cast
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +17,13 @@ import tyro
 
 from diffusion_jax import gaussian, schedule, timesteps
 from diffusion_jax.data import datasets
-from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.checks import require_positive, require_seed
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.trained import weights
-from diffusion_jax.lab.wiring import build, guides
+from diffusion_jax.lab.wiring import build, fitting, guides
 from diffusion_jax.nets.noisy_classifier import NoisyClassifier
-
-BATCH, RATE, HELD_OUT = 128, 2e-3, 0.2
-
 
 SHARES = (0.1, 0.25, 0.5, 0.75)
 """Of T: where the accuracy is measured."""
@@ -93,26 +89,14 @@ def train(
     Raises:
       ConfigError: the images have no labels, or do not fit in memory.
     """
-    if dataset.labels is None or not isinstance(dataset.images, np.ndarray):
-        raise ConfigError(
-            "a classifier must be trained on labelled images that fit in memory; got "
-            f"{config.data.source}. Guide by a run of other data, such as digits."
-        )
-    images, labels = np.asarray(dataset.images), np.asarray(dataset.labels)
-    order = np.random.default_rng(seed).permutation(len(images))
-    held, fitted = np.split(order, [int(HELD_OUT * len(images))])
+    hint = "Guide by a run of other data, such as digits."
+    images, labels = fitting.labelled(dataset, hint)
     num_classes, levels = int(labels.max()) + 1, levels_of(config, run)
     net, key = NoisyClassifier(num_classes), jax.random.key(seed)
     shape = (1, *images.shape[1:])
     params = jax.jit(net.init)(key, jnp.zeros(shape), jnp.zeros(1))["params"]
-    optimizer = optax.adamw(optax.cosine_decay_schedule(RATE, steps), weight_decay=1e-2)
-    update = _make_update(levels, optimizer, flip=config.data.flip)
-    memory = optimizer.init(params)
-    size = min(BATCH, len(fitted))
-    for step in range(steps):
-        chosen = fitted[datasets.batch_indices(seed, step, len(fitted), size)]
-        batch = images[chosen], labels[chosen]
-        params, memory = update(params, memory, jax.random.fold_in(key, step), *batch)
+    loss = make_loss(levels, flip=config.data.flip)
+    params, held = fitting.fit(params, loss, images, labels, steps=steps, seed=seed)
     last = schedule.num_steps(levels)
     times = [max(1, round(share * last)) for share in SHARES]
     accuracy = {
@@ -132,48 +116,35 @@ def accuracy_at(
 ) -> float:
     """Returns the share of uint8 images, noised to time t, whose label is guessed."""
     right, key = 0, jax.random.key(seed)
-    for i in range(0, len(images), BATCH):
-        part = images[i : i + BATCH]
+    for i in range(0, len(images), fitting.BATCH):
+        part = images[i : i + fitting.BATCH]
         # The last batch is filled up, so that nothing compiles again.
-        fill = [(0, BATCH - len(part))] + [(0, 0)] * 3
+        fill = [(0, fitting.BATCH - len(part))] + [(0, 0)] * 3
         noise_key = jax.random.fold_in(key, i)
-        times = jnp.full(BATCH, t)
+        times = jnp.full(fitting.BATCH, t)
         guess = _guess(params, levels, noise_key, np.pad(part, fill), times)
-        right += int((np.asarray(guess)[: len(part)] == labels[i : i + BATCH]).sum())
+        right += int(
+            (np.asarray(guess)[: len(part)] == labels[i : i + fitting.BATCH]).sum()
+        )
     return right / len(images)
 
 
-def _make_update(
-    levels: schedule.Schedule,
-    optimizer: optax.GradientTransformation,
-    *,
-    flip: bool,
-) -> Callable[..., Any]:
-    """Returns one update, of a batch of uint8 images and their labels."""
+def make_loss(levels: schedule.Schedule, *, flip: bool) -> fitting.Loss:
+    """Returns the loss of uint8 images at random times, and their labels."""
     last = schedule.num_steps(levels)
 
-    @jax.jit
-    def update(
-        params: Any, memory: Any, key: jax.Array, images: jax.Array, labels: jax.Array
-    ) -> Any:
+    def loss(params: Any, key: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
         t_key, eps_key, flip_key = jax.random.split(key, 3)
-        t = timesteps.steps(jax.random.uniform(t_key, images.shape[:1]), last)
-        x0 = images.astype(jnp.float32) / 127.5 - 1
+        t = timesteps.steps(jax.random.uniform(t_key, x.shape[:1]), last)
+        x0 = x.astype(jnp.float32) / 127.5 - 1
         if flip:
-            chosen = jax.random.bernoulli(flip_key, shape=images.shape[:1])
+            chosen = jax.random.bernoulli(flip_key, shape=x.shape[:1])
             x0 = jnp.where(chosen[:, None, None, None], x0[:, :, ::-1], x0)
         x_t = gaussian.q_sample(x0, gaussian.normal(eps_key, x0.shape), levels(t))
+        logits = guides.logits_of(params, levels, x_t, t)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
-        def loss(params: Any) -> jax.Array:
-            logits = guides.logits_of(params, levels, x_t, t)
-            return optax.softmax_cross_entropy_with_integer_labels(
-                logits, labels
-            ).mean()
-
-        updates, memory = optimizer.update(jax.grad(loss)(params), memory, params)
-        return optax.apply_updates(params, updates), memory
-
-    return cast(Callable[..., Any], update)
+    return loss
 
 
 @jax.jit

@@ -16,7 +16,7 @@ from peers import make_inception_golden as golden
 
 from diffusion_jax.errors import ConfigError, DataError
 from diffusion_jax.interop import inception_weights
-from experiments import convert_inception
+from experiments import convert
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +230,7 @@ def test_other_variables_are_not_saved(variables, tmp_path, refuses):
 
 def test_command_converts(graph_file, variables, tmp_path, capsys):
     out = tmp_path / "a.safetensors"
-    assert convert_inception.main([str(graph_file), str(out)]) == 0
+    assert convert.main([str(graph_file), str(out), "--inception"]) == 0
     printed = capsys.readouterr().out
     for path in (graph_file, out):
         assert hashlib.sha256(path.read_bytes()).hexdigest() in printed
@@ -238,7 +238,7 @@ def test_command_converts(graph_file, variables, tmp_path, capsys):
     assert "23,850,960 parameters" in printed
     assert_same(inception_weights.load(out).variables, variables)
     with pytest.raises(ConfigError, match=r"must end in \.safetensors; got"):
-        convert_inception.main([str(graph_file), str(tmp_path / "a.pkl")])
+        convert.main([str(graph_file), str(tmp_path / "a.pkl"), "--inception"])
 
 
 @pytest.fixture

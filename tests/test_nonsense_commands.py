@@ -18,7 +18,7 @@ READERS = {
     "bad": """
         sample bad; eval_fid bad --data digits; eval_nll bad --data digits;
         edit bad vary image.png; convert bad out; compare_samplers bad; legibility bad;
-        train digits --init-from bad; convert_inception bad out.safetensors;
+        train digits --init-from bad; convert bad out.safetensors --inception;
         eval_fid net --data digits --extractor inception --weights bad;
         eval_fid net --data digits --reference bad; eval_nll net --data npz:bad;
         eval_fid net --data digits --samples npz:bad; eval_nll net --data idx:bad;

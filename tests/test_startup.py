@@ -31,7 +31,6 @@ COMMANDS = [
     "train_noisy_classifier",
     "bench",
     "compiled",
-    "convert_inception",
 ]
 SLOW = [
     "orbax",

@@ -229,7 +229,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     except DataError as error:
         raise DataError(
             f"{error} Of Inception that is the file that pytorch-fid publishes, and "
-            "python -m experiments.convert_inception IN OUT.safetensors."
+            "python -m experiments.convert IN OUT.safetensors --inception."
         ) from error
 
 

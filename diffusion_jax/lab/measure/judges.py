@@ -15,10 +15,11 @@ from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.schema.checks import AT_MOST
 from diffusion_jax.lab.schema.config import Config
+from diffusion_jax.lab.wiring import fitting
 from diffusion_jax.nets.classifier import Classifier, Features
 from diffusion_jax.storage import trees
 
-BATCH, RATE, HELD_OUT, WIDTH = 128, 2e-3, 0.2, 64
+WIDTH = 64
 
 
 MOST_CLASSES = AT_MOST["net.classes"]
@@ -57,35 +58,17 @@ def train(
     Raises:
       ConfigError: the images have no labels, or do not fit in memory.
     """
-    if not has_labels(dataset):
-        raise ConfigError(
-            "a classifier must be trained on labelled images that fit in memory; got "
-            f"{config.data.source}. Give Inception weights instead: --weights FILE or "
-            "--download."
-        )
-    images, labels = np.asarray(dataset.images), np.asarray(dataset.labels)
-    order = np.random.default_rng(seed).permutation(len(images))
-    held, fitted = np.split(order, [int(HELD_OUT * len(images))])
+    hint = "Give Inception weights instead: --weights FILE or --download."
+    images, labels = fitting.labelled(dataset, hint)
     num_classes = int(labels.max()) + 1
     net = Classifier(num_classes, width=WIDTH)
+
+    def loss(params: Any, key: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+        logits = cast(Features, net.apply(params, x)).logits
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
     params = net.init(jax.random.key(seed), images[:1])
-    schedule = optax.cosine_decay_schedule(RATE, steps)
-    optimizer = optax.adamw(schedule, weight_decay=1e-2)
-
-    @jax.jit
-    def update(params: Any, memory: Any, x: jax.Array, y: jax.Array) -> Any:
-        def loss(params: Any) -> jax.Array:
-            logits = cast(Features, net.apply(params, x)).logits
-            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-
-        updates, memory = optimizer.update(jax.grad(loss)(params), memory, params)
-        return optax.apply_updates(params, updates), memory
-
-    memory = optimizer.init(params)
-    size = min(BATCH, len(fitted))
-    for step in range(steps):
-        chosen = fitted[datasets.batch_indices(seed, step, len(fitted), size)]
-        params, memory = update(params, memory, images[chosen], labels[chosen])
+    params, held = fitting.fit(params, loss, images, labels, steps=steps, seed=seed)
     guesses = logits_of(params, num_classes, images[held]).argmax(axis=1)
     accuracy = float((guesses == labels[held]).mean())
     return save(path_of(config), params, num_classes, accuracy)
@@ -94,8 +77,8 @@ def train(
 def features_of(params: Any, num_classes: int, images: np.ndarray) -> Any:
     """Returns features [N, D] and logits [N, classes] of uint8 images, on the host."""
     parts = [
-        _apply(params, num_classes, _padded(images[i : i + BATCH]))
-        for i in range(0, len(images), BATCH)
+        _apply(params, num_classes, _padded(images[i : i + fitting.BATCH]))
+        for i in range(0, len(images), fitting.BATCH)
     ]
     return tuple(
         np.concatenate(part)[: len(images)] for part in zip(*parts, strict=True)
@@ -155,4 +138,4 @@ def _apply(params: Any, num_classes: int, images: jax.Array) -> Any:
 
 def _padded(images: np.ndarray) -> np.ndarray:
     """Fills a ragged batch up, so that nothing compiles again."""
-    return np.pad(images, ((0, BATCH - len(images)), (0, 0), (0, 0), (0, 0)))
+    return np.pad(images, ((0, fitting.BATCH - len(images)), (0, 0), (0, 0), (0, 0)))
