@@ -7,6 +7,7 @@ one survived or came to nothing, and 2 where the tests fail without any.
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -142,6 +143,7 @@ def write(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads may have seen enough
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
