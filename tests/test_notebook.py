@@ -214,11 +214,9 @@ def test_the_lines_of_the_readme_run(trained, tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "digits").symlink_to(trained.folder)
     monkeypatch.chdir(tmp_path)
+    scope = {}
     # The network of the tests has 20 steps, and trains for 12.
-    lines = lines.removeprefix("python").replace(", 300)", ", 10)")
-    lines = lines.replace('lab.Config(name="own")', "config")
-    scope = {"config": dataclasses.replace(config_of(), name="own")}
-    exec(lines, scope)
+    exec(lines.removeprefix("python").replace(", 300)", ", 10)"), scope)
     assert scope["images"].shape == (16, 8, 8, 1)
     assert scope["seen"].shape == (16, 8, 8, 1)
     assert scope["bits"].shape == (16,)

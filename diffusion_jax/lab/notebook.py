@@ -196,7 +196,7 @@ def load(
 
 
 def train(
-    config: Config | None = None,
+    config: Config,
     *,
     images: ArrayLike | None = None,
     labels: ArrayLike | None = None,
@@ -210,7 +210,8 @@ def train(
     checkpoint.
 
     Args:
-      config: the configuration; the digits' small network when not given.
+      config: the configuration; that of another run, with another name, is a good one
+        to begin with: dataclasses.replace(trained.config, name="mine").
       images: uint8 [N, H, W, C] or [N, H, W], square, in place of those that
         config.data names; its size and channels are then theirs.
       labels: whole numbers, [N]; needed where config.net.classes is not 0.
@@ -221,7 +222,6 @@ def train(
       DataError: images that do not fit.
       DivergedError: the run was given up.
     """
-    config = Config() if config is None else config
     dataset = None
     if images is not None:
         dataset = _dataset(images, labels)
@@ -265,7 +265,8 @@ def _in_python() -> Iterator[None]:
             lambda found: f"Change it: {found[1].replace('-', '_')}=...",
             said,
         )
-        raise ConfigError(said) from None
+        error.args = (said,)
+        raise
 
 
 def _labels(net: Net, label: ArrayLike | None, count: int) -> jax.Array | None:
