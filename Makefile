@@ -43,7 +43,7 @@ legibility: $(READY)  ## measure whether the samples of EXP can be read
 	$(PY) -m experiments.legibility $(RUN) $(ARGS)
 
 test: $(READY)  ## run all tests and doctests
-	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PY) -m pytest -n 3 --dist loadfile $(ARGS)
 
 torture: $(READY)  ## kill runs, fill their disks, damage their files: 40 minutes
 	$(PY) -m tests.torture $(ARGS)

@@ -377,7 +377,7 @@ def test_help_speaks_of_hosts_and_joins_none(monkeypatch, capsys):
     assert leaves(monkeypatch, train.main, *flags, several=True) == 0
     shown = capsys.readouterr().out
     assert "--train.batch-size" in shown
-    assert all(flag in shown for flag in hosts.FLAGS)
+    assert all(flag in shown for flag in joining.FLAGS)
 
 
 def test_a_pod_that_works_by_itself_is_told_how_to_join():
