@@ -182,19 +182,21 @@ def main(argv: Sequence[str]) -> int:
         written = {**about, "points": [point._asdict() for point in kept]}
         runs.write_json(out / "samplers.json", written)
         print(line(rule, row, budgets), flush=True)
-    series = {
-        rule: [(p.evaluations, p.distance) for p in points if p.rule == rule]
-        for rule in options.rules
-    }
-    picture = pictures.curves(
-        series,
-        title=f"{options.count:,} samples of {config.name} by sampling rule",
-        xlabel="network evaluations a sample",
-        ylabel=about["distance"],
-    )
     print(f"written: {out / 'samplers.json'}")
+    title = f"{options.count:,} samples of {config.name} by sampling rule"
+    picture = plot(points, options.rules, title, about["distance"])
     print(f"plot: {pictures.save(picture, out / 'samplers.png')}")
     return 0
+
+
+def plot(points: list[Point], rules: Sequence[str], title: str, ylabel: str) -> Any:
+    """Returns the picture of all distances by evaluations."""
+    series = {
+        rule: [(p.evaluations, p.distance) for p in points if p.rule == rule]
+        for rule in rules
+    }
+    xlabel = "network evaluations a sample"
+    return pictures.curves(series, title=title, xlabel=xlabel, ylabel=ylabel)
 
 
 def known_points(path: Path, about: dict[str, Any]) -> list[Point]:

@@ -129,23 +129,29 @@ def main(argv: Sequence[str]) -> int:
     real = known or references(config, dataset, extractor, options)
     scores = [score(extractor, real, fake, options) for fake in drawn]
     out = run.folder / "eval"
-    kind = "untrained" if options.untrained else "raw" if options.which.raw else ""
-    if options.which.average is not None:
-        kind = f"average_{options.which.average:g}"
-    kind = "given" if given is not None else kind
-    written = out / f"fid{'_' * bool(kind)}{kind}.json"
+    kind = kind_of(options)
+    written = out / f"fid{kind}.json"
     if hosts.first():
         result = summary(extractor, real, scores, about, options, count, config)
         show(result, extractor)
         runs.write_json(written, result)
     if "train" in real:
         picture = neighbours(real["train"], dataset, extractor, drawn[-1], options)
-        path = out / f"neighbours{'_' * bool(kind)}{kind}.png"
+        path = out / f"neighbours{kind}.png"
         if hosts.first():
             pictures.save(picture, path)
             print(f"nearest training images, by pixels and by features: {path}")
     print(f"written: {written}")
     return 0
+
+
+def kind_of(options: Options) -> str:
+    """Returns how the names of the results end, by whose samples were measured."""
+    if options.samples is not None:
+        return "_given"
+    if options.which.average is not None:
+        return f"_average_{options.which.average:g}"
+    return "_untrained" if options.untrained else "_raw" * options.which.raw
 
 
 def check(options: Options) -> None:

@@ -84,13 +84,7 @@ def main(argv: Sequence[str]) -> int:
     config = with_data(runs.read_config(run), options.data)
     dataset = build.load_data(config, split=options.split)
     parallel.persistent_cache(run.cache)
-    variance = options.variance or config.diffusion.variance
-    if variance in ("learned", "range") and variance != config.diffusion.variance:
-        raise ConfigError(
-            "variance must be one that the network was trained for, small, large or "
-            f"analytic; got {variance} with a run of variance "
-            f"{config.diffusion.variance}. Change it with --variance."
-        )
+    variance = variance_of(config, options)
     params, step, kind = weights.load(config, run, options.which)
     digest = trees.digest(params)
     params = extras.complete(config, run, params, variance=variance)
@@ -107,41 +101,53 @@ def main(argv: Sequence[str]) -> int:
         "versions": runs.versions(),
     }
     out = run.folder / "eval"
+    what = config, params, dataset, chosen
+    size, seed = options.batch_size, options.seed
     if options.ode:
         found = bound.evaluate_ode(
-            config,
-            params,
-            dataset,
-            chosen,
+            *what,
             trace=options.trace,
             probes=options.probes,
             tolerance=options.tolerance,
-            batch_size=options.batch_size,
-            seed=options.seed,
+            batch_size=size,
+            seed=seed,
         )
+        path = out / f"nll_ode_{options.split}.json"
         result = summary_ode(options, found, about)
         show_ode(run, result)
-        path = out / f"nll_ode_{options.split}.json"
-        runs.write_json(path, result)
-        print(f"written: {path}")
-        return 0
-    sums = bound.evaluate(
-        config,
-        params,
-        dataset,
-        chosen,
-        variance=options.variance,
-        batch_size=options.batch_size,
-        chunk=options.chunk,
-        seed=options.seed,
-    )
-    result = summary(config, options, sums, about)
-    show(run, result)
-    runs.write_json(out / f"nll_{options.split}.json", result)
-    print(f"written: {out / f'nll_{options.split}.json'}")
+    else:
+        sums = bound.evaluate(
+            *what,
+            variance=options.variance,
+            batch_size=size,
+            chunk=options.chunk,
+            seed=seed,
+        )
+        path = out / f"nll_{options.split}.json"
+        result = summary(config, options, sums, about)
+        show(run, result)
+    runs.write_json(path, result)
+    print(f"written: {path}")
     if options.rate_distortion:
         show_rate_distortion(result, out / f"rate_distortion_{options.split}.png")
     return 0
+
+
+def variance_of(config: Config, options: Options) -> Variance:
+    """Returns the variance of the reverse steps.
+
+    Raises:
+      ConfigError: the network was not trained for it.
+    """
+    own = config.diffusion.variance
+    asked = options.variance or own
+    if asked in ("learned", "range") and asked != own:
+        raise ConfigError(
+            "variance must be one that the network was trained for, small, large or "
+            f"analytic; got {asked} with a run of variance {own}. Change it with "
+            "--variance."
+        )
+    return asked
 
 
 def check(options: Options) -> None:

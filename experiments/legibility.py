@@ -102,19 +102,9 @@ def main(argv: Sequence[str]) -> int:
         shares.min() >= LEAST_CLASS,
         copied < MOST_COPIES,
     )
-    each = " ".join(f"{100 * share:.1f}" for share in shares)
     print(f"{run.folder}, {weights.describe(kind, step)}")
     print(f"{options.count} samples, seed {options.seed}")
-    for holds, text in zip(
-        passed,
-        (
-            f"certainty {ratio:.3f} of that of held-out images (at least 0.9)",
-            f"smallest class {shares.min():.1%} (at least 4%); all, in %: {each}",
-            f"copies {copied:.1%} (less than 2%)",
-        ),
-        strict=True,
-    ):
-        print(f"  {'yes' if holds else 'NO '}  {text}")
+    show(passed, ratio, shares, copied)
     result = {
         "step": step,
         "count": options.count,
@@ -127,6 +117,20 @@ def main(argv: Sequence[str]) -> int:
     }
     runs.write_json(run.folder / "legibility.json", result)
     return 0 if all(passed) else 1
+
+
+def show(
+    passed: Sequence[bool], ratio: float, shares: np.ndarray, copied: float
+) -> None:
+    """Prints the three answers."""
+    each = " ".join(f"{100 * share:.1f}" for share in shares)
+    said = (
+        f"certainty {ratio:.3f} of that of held-out images (at least 0.9)",
+        f"smallest class {shares.min():.1%} (at least 4%); all, in %: {each}",
+        f"copies {copied:.1%} (less than 2%)",
+    )
+    for holds, text in zip(passed, said, strict=True):
+        print(f"  {'yes' if holds else 'NO '}  {text}")
 
 
 def features(images: np.ndarray) -> np.ndarray:

@@ -37,6 +37,7 @@ LAB = (
 # What a module may import beside jax and numpy: an extra, and only when it is called.
 EXTRAS = {"ode": {"diffrax"}}
 MAX_LINES = 450
+MAX_OF_FUNCTION = 60
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 ROOT_FILES = [f for f in FILES if f.parent == PACKAGE and f.name[0] != "_"]
@@ -158,4 +159,8 @@ def test_files_are_short_and_all_that_is_public_is_explained():
             and not ast.get_docstring(node)
         ]
         assert ast.get_docstring(tree), f"{file.name} says nothing"
+        for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)):
+            said = function.body[0].end_lineno if ast.get_docstring(function) else 0
+            length = function.end_lineno - (said or function.body[0].lineno - 1)
+            assert length <= MAX_OF_FUNCTION, f"{file.name}: {function.name}, {length}"
         assert not silent, f"{file.name} without a docstring: {silent}"

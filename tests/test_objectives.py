@@ -12,14 +12,7 @@ import numpy as np
 import pytest
 from mixtures import Mixture, one, two
 
-from diffusion_jax import (
-    continuous,
-    gaussian,
-    likelihood,
-    losses,
-    schedule,
-    weightings,
-)
+from diffusion_jax import continuous, gaussian, likelihood, losses, schedule, weightings
 
 pytestmark = pytest.mark.usefixtures("x64")
 LN2 = np.log(2)

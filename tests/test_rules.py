@@ -13,15 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from rules import MADE, RULES, grid_of, made_for
 
-from diffusion_jax import (
-    continuous,
-    gaussian,
-    grids,
-    langevin,
-    ode,
-    samplers,
-    solvers,
-)
+from diffusion_jax import continuous, gaussian, grids, langevin, ode, samplers, solvers
 from diffusion_jax.training import parallel
 
 KEY = jax.random.key(0)

@@ -153,18 +153,15 @@ class UNet(nn.Module):
             if i > 0:
                 h = Upsample(self.conv, self.dtype, name=f"up{i}_upsample")(h.whole())
 
-        norm_out = GroupNorm(
-            self.groups, VARIANTS[self.variant].epsilon, name="norm_out"
-        )
-        x = norm_out(h.parts, silu=True, shift=h.shift)
-        out = Conv(
-            self.out_channels,
-            "taps",
-            self.dtype,
-            kernel_init=near_zero,
-            name="conv_out",
-        )
-        y, bias = out(x)
+        return self._output(h)
+
+    def _output(self, h: Activation) -> jax.Array:
+        """Returns the last normalisation and convolution."""
+        epsilon, out = VARIANTS[self.variant].epsilon, self.out_channels
+        norm = GroupNorm(self.groups, epsilon, name="norm_out")
+        x = norm(h.parts, silu=True, shift=h.shift)
+        conv = Conv(out, "taps", self.dtype, kernel_init=near_zero, name="conv_out")
+        y, bias = conv(x)
         return y + bias[None, None, None]
 
     def _plan(self, side: int) -> Iterator[tuple[str, int, str | None]]:

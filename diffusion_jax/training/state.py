@@ -148,12 +148,7 @@ def make_step(
         return (loss, clip(grad, clip_norm) if clip_each else grad), seen
 
     def step(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
-        if len(averages) != len(state.averages):
-            raise ValueError(
-                "averages must be as many as those of the state, "
-                f"{len(state.averages)}; got {len(averages)}. Give their number to "
-                "init too."
-            )
+        _check_averages(averages, state)
         key = jax.random.fold_in(state.key, state.step)
         wrong = _not_finite(batch)
         (loss, grad), seen = _accumulate(
@@ -260,6 +255,14 @@ def tf_adam(
         return updates, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _check_averages(averages: Sequence[Profile], state: TrainState) -> None:
+    if len(averages) != len(state.averages):
+        raise ValueError(
+            f"averages must be as many as those of the state, {len(state.averages)}; "
+            f"got {len(averages)}. Give their number to init too."
+        )
 
 
 def _accumulate(

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffusion_jax import errors
 from diffusion_jax.data import datasets
-from diffusion_jax.errors import ConfigError
+from diffusion_jax.errors import ConfigError, DataError
 from diffusion_jax.lab.schema.checks import AT_MOST
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.wiring import fitting
@@ -20,8 +19,6 @@ from diffusion_jax.nets.classifier import Classifier, Features
 from diffusion_jax.storage import trees
 
 WIDTH = 64
-
-
 MOST_CLASSES = AT_MOST["net.classes"]
 
 
@@ -118,7 +115,7 @@ def load(path: Path) -> Judge:
         net = Classifier(num_classes, width=WIDTH)
         like = jax.eval_shape(net.init, key, images)
         trees.check(params, like, path)
-    except errors.DataError as error:
+    except DataError as error:
         again = "Or delete it, and it is trained again."
         raise ConfigError(f"{error} {again}") from error
     except (KeyError, ValueError) as error:

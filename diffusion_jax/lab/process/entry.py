@@ -37,14 +37,13 @@ def guarded(main: Callable[[Sequence[str]], int], *, several: bool = False) -> N
       several: whether it works on several hosts.
     """
     from diffusion_jax.checkpoints.checkpoint import CheckpointError
-    from diffusion_jax.errors import DataError
 
     quiet()
     for stream in (sys.stdout, sys.stderr):
         # A path may be no text in any encoding, and is shown all the same.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    expected: tuple[Any, ...] = (errors.ConfigError, CheckpointError, DataError)
+    expected: tuple[Any, ...] = (errors.ConfigError, CheckpointError, errors.DataError)
     try:
         raise SystemExit(main(join_hosts(sys.argv[1:], several=several)))
     except SystemExit as left:

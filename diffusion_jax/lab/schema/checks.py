@@ -69,6 +69,23 @@ MOST = 2**31 - 1
 
 def validate(config: Config) -> None:
     """Raises ConfigError where a value is out of range or two do not fit together."""
+    _check_ranges(config)
+    _check_run(config)
+    _check_network(config)
+    for name, must, got in (*objective(config.diffusion), *conditioning(config)):
+        _fail(name, must, got)
+    for name, must, got in problems(config.sample):
+        _fail(f"sample.{name}", must, got)
+    _check_optimizer(config)
+    _check_batches(config)
+    for key, value in flat(to_dict(config)).items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
+            # Which a file of JSON could not give back.
+            _fail(key, "finite", value)
+
+
+def _check_ranges(config: Config) -> None:
     for key, value in flat(to_dict(config)).items():
         low = AT_LEAST.get(key)
         if low is not None and value is not None and not value >= low:
@@ -80,18 +97,24 @@ def validate(config: Config) -> None:
         size, of_what = (len(value), " entries") if several else (value, "")
         if size is not None and size > most:
             _fail(key, f"at most {most}{of_what}", size)
-    data, diffusion, net = config.data, config.diffusion, config.net
-    train, optimizer = config.train, config.optimizer
+
+
+def _check_run(config: Config) -> None:
+    train, channels = config.train, config.data.channels
     if not config.name or "/" in config.name or config.name.startswith("."):
         _fail("name", "a plain folder name", repr(config.name))
     length = len(config.name.encode("utf-8", "surrogatepass"))
     if length > 200:  # of the 255 of a file system: some go to endings of our own
         _fail("name", "at most 200 bytes long", length)
-    if data.channels not in (1, 3):
-        _fail("data.channels", "1 or 3", data.channels)
+    if channels not in (1, 3):
+        _fail("data.channels", "1 or 3", channels)
     if train.keep_every and train.keep_every % train.checkpoint_every:
         must = f"a multiple of train.checkpoint_every, {train.checkpoint_every}"
         _fail("train.keep_every", must, train.keep_every)
+
+
+def _check_network(config: Config) -> None:
+    data, diffusion, net = config.data, config.diffusion, config.net
     factor = 2 ** (len(net.multipliers) - 1)
     if not net.multipliers or data.image_size % factor:
         _fail(
@@ -119,10 +142,10 @@ def validate(config: Config) -> None:
     if not 0 < diffusion.beta_start <= diffusion.beta_end < 1:
         ends = f"{diffusion.beta_start} and {diffusion.beta_end}"
         _fail("diffusion.beta_start and beta_end", "0 < start <= end < 1", ends)
-    for name, must, got in (*objective(diffusion), *conditioning(config)):
-        _fail(name, must, got)
-    for name, must, got in problems(config.sample):
-        _fail(f"sample.{name}", must, got)
+
+
+def _check_optimizer(config: Config) -> None:
+    train, optimizer = config.train, config.optimizer
     if not optimizer.ema_decay:
         _fail("optimizer.ema_decay", "at least one decay", "none")
     for name, values in (("ema_decay", optimizer.ema_decay), ("b2", (optimizer.b2,))):
@@ -145,7 +168,11 @@ def validate(config: Config) -> None:
         _fail(
             "optimizer.warmup", f"below train.steps = {train.steps}", optimizer.warmup
         )
-    if optimizer.preset == "official" and train.accumulate != 1:
+
+
+def _check_batches(config: Config) -> None:
+    train, num_steps = config.train, config.diffusion.num_steps
+    if config.optimizer.preset == "official" and train.accumulate != 1:
         _fail(
             "train.accumulate",
             "1 with the official preset, which cuts the batch into "
@@ -157,17 +184,9 @@ def validate(config: Config) -> None:
     parts = micro_batches(config)
     if train.batch_size % parts:
         _fail("train.batch_size", f"a multiple of {parts}", train.batch_size)
-    if config.sample.steps is not None and config.sample.steps > diffusion.num_steps:
-        _fail(
-            "sample.steps",
-            f"at most diffusion.num_steps = {diffusion.num_steps}",
-            config.sample.steps,
-        )
-    for key, value in flat(to_dict(config)).items():
-        numbers = value if isinstance(value, list) else [value]
-        if any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
-            # Which a file of JSON could not give back.
-            _fail(key, "finite", value)
+    steps = config.sample.steps
+    if steps is not None and steps > num_steps:
+        _fail("sample.steps", f"at most diffusion.num_steps = {num_steps}", steps)
 
 
 def objective(diffusion: Diffusion) -> Iterator[tuple[str, str, object]]:

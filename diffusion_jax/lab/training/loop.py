@@ -2,12 +2,7 @@
 
 import time
 from collections.abc import Callable
-from contextlib import (
-    AbstractContextManager,
-    ExitStack,
-    closing,
-    nullcontext,
-)
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 

@@ -7,13 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax import (
-    continuous,
-    errors,
-    gaussian,
-    learned,
-    schedule,
-)
+from diffusion_jax import continuous, errors, gaussian, learned, schedule
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.schema.config import CONTINUOUS, GIVEN, UNKNOWN, Config

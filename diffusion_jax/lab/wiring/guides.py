@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from diffusion_jax import continuous, errors, schedule
-from diffusion_jax.errors import ConfigError
+from diffusion_jax import continuous, schedule
+from diffusion_jax.errors import ConfigError, DataError
 from diffusion_jax.lab.schema import texts
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.nets.noisy_classifier import NoisyClassifier
@@ -95,7 +95,7 @@ def load(path: Path) -> Guide:
         accuracy = {int(t): float(a) for t, a in texts.parse(meta["accuracy"]).items()}
         if params["logits"]["bias"].shape != (num_classes,):
             raise ValueError(f"{num_classes} classes, and other weights")
-    except errors.DataError as error:
+    except DataError as error:
         again = f"python -m experiments.train_noisy_classifier {path.parent}"
         raise ConfigError(f"{error} Or train it: {again}.") from error
     except (KeyError, ValueError, TypeError, AttributeError) as error:
