@@ -132,18 +132,12 @@ def main(argv: Sequence[str]) -> int:
     parallel.split_cpu()
     validate(options)
     run = runs.find(options.run)
-    if run.network is not None:
-        official = run.network.kind == "official"
-        weights.check_alone(options.which, official=official)
+    check_weights(options, run)
     config = runs.read_config(run)
     dataset = build.load_data(config)
     parallel.persistent_cache(run.cache)
     extractor = extractors.choose("classifier", config, dataset)
-    if options.count <= extractor.dimension:
-        raise ConfigError(
-            f"count must be above {extractor.dimension}, the number of features of "
-            f"{extractor.name}; got {options.count}. Give more samples."
-        )
+    check_count(options, extractor)
     params, step, kind = weights.load(config, run, options.which)
     about_weights, params = trees.digest(params), extras.complete(config, run, params)
     size = options.batch_size
@@ -207,6 +201,22 @@ def known_points(path: Path, about: dict[str, Any]) -> list[Point]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return []  # not there, or of no use: measured again
     return points if written == json.loads(json.dumps(about)) else []
+
+
+def check_weights(options: Options, run: runs.Run) -> None:
+    """Raises ConfigError where a network in a file has no such weights."""
+    if run.network is not None:
+        official = run.network.kind == "official"
+        weights.check_alone(options.which, official=official)
+
+
+def check_count(options: Options, extractor: extractors.Extractor) -> None:
+    """Raises ConfigError where there are too few samples for the features."""
+    if options.count <= extractor.dimension:
+        raise ConfigError(
+            f"count must be above {extractor.dimension}, the number of features of "
+            f"{extractor.name}; got {options.count}. Give more samples."
+        )
 
 
 def validate(options: Options) -> None:
