@@ -237,8 +237,10 @@ def test_command_converts(graph_file, variables, tmp_path, capsys):
     assert "graphdef" in printed
     assert "23,850,960 parameters" in printed
     assert_same(inception_weights.load(out).variables, variables)
-    with pytest.raises(ConfigError, match=r"must end in \.safetensors; got"):
-        convert.main([str(graph_file), str(tmp_path / "a.pkl"), "--inception"])
+    for wrong in ("a.pkl", "folder"):
+        with pytest.raises(ConfigError, match=r"OUT must end in \.safetensors"):
+            convert.main([str(graph_file), str(tmp_path / wrong), "--inception"])
+    assert sorted(tmp_path.iterdir()) == [out]
 
 
 @pytest.fixture
