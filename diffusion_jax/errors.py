@@ -1,4 +1,4 @@
-"""What goes wrong with what is given: the one error of data, and of unknown names."""
+"""Errors that a user can mend: data, a command's request, a run, an unknown name."""
 
 import difflib
 

@@ -19,6 +19,7 @@ from diffusion_jax.data import datasets
 from diffusion_jax.lab.process import stopping
 from diffusion_jax.lab.schema.config import replace
 from diffusion_jax.lab.training import arguments, loop
+from diffusion_jax.lab.wiring import build
 from experiments import convert, eval_nll, sample, train
 from experiments.configs import EXPERIMENTS
 
@@ -59,20 +60,43 @@ def test_the_bound_is_that_of_the_command(digits, trained):
 
 
 def test_the_network_is_asked_in_steps(digits):
-    x0 = jnp.linspace(-1, 1, 2 * 64).reshape(2, 8, 8, 1)
-    noise = gaussian.normal(KEY, x0.shape)
+    clean = jnp.linspace(-3, 3, 2 * 64).reshape(2, 8, 8, 1)  # so that the clip is seen
+    noise = gaussian.normal(KEY, clean.shape)
     for t in (1, 20, np.array([3, 17])):
         level = digits.schedule(t)
-        x_t = gaussian.q_sample(x0, noise, level)
+        x_t = gaussian.q_sample(clean, noise, level)
         pred = digits.denoise(x_t, t)
+        net, times = build.make_network(digits.config), np.broadcast_to(t, 2)
+        output = net.apply({"params": digits.params["net"]}, x_t, times - 1)
+        x0 = gaussian.predict("v", output, x_t, level).x0
+        np.testing.assert_allclose(pred.x0, jnp.clip(x0, -1, 1), atol=1e-4)
         level = level.like(x_t)
         together = level.alpha * pred.x0 + level.sigma * pred.eps
         np.testing.assert_allclose(together, x_t, atol=1e-5)
-        assert jnp.abs(pred.x0).max() <= 1
-    slope = jax.jit(jax.grad(lambda x: digits.denoise(x, 9).eps.sum()))(x0)
+    slope = jax.jit(jax.grad(lambda x: digits.denoise(x, 9).eps.sum()))(clean)
     assert np.abs(slope).max() > 0
     with pytest.raises(ValueError, match=r"t must be in 0..20"):
-        digits.denoise(x0, 21)
+        digits.denoise(clean, 21)
+
+
+def test_a_label_is_told_and_none_is_the_last_row(digits, refuses):
+    config = config_of("--net.classes", "3", "--net.label-dropout", "0.1")
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(  # fresh ones are deaf: the last convolution is near zero
+        lambda a: a + 0.1 * rng.normal(size=a.shape).astype(a.dtype),
+        build.init_params(config, KEY),
+    )
+    loaded = dataclasses.replace(digits, config=config, params=params)
+    x_t = jax.random.normal(KEY, (2, 8, 8, 1))
+    net = build.make_network(config)
+    for label, rows in ((1, [1, 1]), ([2, 0], [2, 0]), (None, [3, 3])):
+        given = {"params": params["net"]}, x_t, jnp.array([8, 8]), jnp.array(rows)
+        x0 = gaussian.predict("v", net.apply(*given), x_t, loaded.schedule(9)).x0
+        found = loaded.denoise(x_t, 9, label=label).x0
+        np.testing.assert_allclose(found, jnp.clip(x0, -1, 1), atol=1e-4)
+    never = replace(config, "net", label_dropout=0.0)
+    with refuses("none, which this network was never told"):
+        dataclasses.replace(loaded, config=never).denoise(x_t, 9)
 
 
 def test_it_says_what_it_is(digits):

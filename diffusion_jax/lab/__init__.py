@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     )
     from diffusion_jax.lab.schema.sampling import Sample
 
-_NOTEBOOK = ("Trained", "load", "train")
-_CONFIG = ("Config", "Data", "Diffusion", "Net", "Optimizer", "Train", "Sample")
-
 __all__ = [
     "Config",
     "Data",
@@ -34,11 +31,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Returns what a notebook uses, imported when it is first asked for."""
-    if name in _NOTEBOOK:
-        return getattr(importlib.import_module(f"{__name__}.notebook"), name)
-    if name in _CONFIG:
-        return getattr(importlib.import_module(f"{__name__}.schema.config"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = "notebook" if name in ("Trained", "load", "train") else "schema.config"
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
 
 
 def __dir__() -> list[str]:

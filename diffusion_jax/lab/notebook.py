@@ -60,7 +60,7 @@ class Trained:
         said = weights.describe(self.kind, self.step)
         return f"<{self.config.name}: images of {shape}, {count:,} weights; {said}>"
 
-    @property
+    @functools.cached_property
     def schedule(self) -> schedules.Schedule:
         """Returns the noise schedule of its chains: t in {0, ..., T} -> NoiseLevel."""
         return build.chain_schedule(self.config, self.params)
@@ -114,10 +114,11 @@ class Trained:
           ConfigError: images of another shape, or a label without classes.
         """
         _check_shape(self.config, np.shape(x_t)[1:], "x_t")
-        config, each = self.config, _labels(self.config.net, label, len(x_t))
-        clip = config.sample.clip
-        given = chains.given_labels(config, self.params, self.schedule, each, clip=clip)
-        return given(jnp.asarray(x_t), jnp.asarray(t))
+        self.schedule(t)  # a t that is known is checked here: under jit it is not
+        each = _labels(self.config.net, label, len(x_t))
+        return _denoise(
+            self.config, self.params, jnp.asarray(x_t), jnp.asarray(t), each
+        )
 
     def bits_per_dim(
         self,
@@ -190,6 +191,7 @@ def load(
         path = str(hub.fetch(path or ""))
     run = runs.find(path)
     config = runs.read_config(run)
+    parallel.persistent_cache(run.cache)
     which = Weights(average=average, raw=raw, step=step)
     params, found, kind = weights.load(config, run, which)
     return Trained(config, params, found, kind, run)
@@ -250,6 +252,14 @@ def train(
 def _draw(config: Config, size: int) -> Callable[..., np.ndarray]:
     """Compiled once for each way to draw and size."""
     return chains.make_draw(config, size, parallel.make_mesh())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _denoise(
+    config: Config, params: Any, x_t: jax.Array, t: jax.Array, label: jax.Array | None
+) -> gaussian.Prediction:
+    levels, clip = build.chain_schedule(config, params), config.sample.clip
+    return chains.given_labels(config, params, levels, label, clip=clip)(x_t, t)
 
 
 @contextmanager

@@ -23,8 +23,6 @@ from diffusion_jax.lab.wiring import chains
 from diffusion_jax.schedule import Schedule
 
 MOST_COLUMNS = 10
-
-
 ENCODING_STEPS = 200
 """Of `slerp` where nothing is said."""
 
@@ -44,8 +42,6 @@ class Edited(NamedTuple):
 
 Draw = Callable[[Any], Edited]
 """From the weights to what is shown: all that can be wrong has been checked."""
-
-
 Rule = tuple[samplers.Sampler, Schedule]
 """A rule with the weights at hand, and the schedule that it walks."""
 

@@ -1,5 +1,6 @@
 """The bound of images in bits/dim, and the density of the probability flow."""
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -112,6 +113,7 @@ def batches(
         yield parallel.shard(batch, mesh), len(indices)
 
 
+@functools.lru_cache(maxsize=8)
 def make_bound(
     config: Config, *, variance: Variance | None = None, chunk: int = 1, seed: int = 0
 ) -> Callable[[Any, dict[str, jax.Array]], likelihood.Bound]:
