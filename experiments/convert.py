@@ -127,6 +127,15 @@ def convert_inception(options: Options) -> int:
             f"OUT must end in .safetensors with --inception; got {options.out}. That "
             "is the one format that is written."
         )
+    alone = Options(
+        options.source, options.out, inception=True, overwrite=options.overwrite
+    )
+    if options != alone:
+        raise ConfigError(
+            "--inception must stand without --experiment, --data, --download and a "
+            "choice of weights, which are of a diffusion network; got one of them. "
+            "Leave them out."
+        )
     found = inception_weights.load(Path(options.source))
     print(f"{options.source}: {found.format}, SHA-256 {found.sha256}")
     parameters, statistics = (

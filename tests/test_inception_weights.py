@@ -240,6 +240,8 @@ def test_command_converts(graph_file, variables, tmp_path, capsys):
     for wrong in ("a.pkl", "folder"):
         with pytest.raises(ConfigError, match=r"OUT must end in \.safetensors"):
             convert.main([str(graph_file), str(tmp_path / wrong), "--inception"])
+    with pytest.raises(ConfigError, match="--inception must stand without"):
+        convert.main([str(graph_file), "b.safetensors", "--inception", "--download"])
     assert sorted(tmp_path.iterdir()) == [out]
 
 
