@@ -164,3 +164,12 @@ def test_files_are_short_and_all_that_is_public_is_explained():
             length = function.end_lineno - (said or function.body[0].lineno - 1)
             assert length <= MAX_OF_FUNCTION, f"{file.name}: {function.name}, {length}"
         assert not silent, f"{file.name} without a docstring: {silent}"
+
+
+def test_tests_stand_in_folders_of_what_they_test():
+    folders = {p.name for p in PACKAGE.iterdir() if (p / "__init__.py").is_file()}
+    folders |= {"mathematics", "experiments", "peers"}
+    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+        place = file.parent.relative_to(ROOT / "tests").parts
+        whole = file.stem in ("test_architecture", "test_mutations")
+        assert (place == ()) if whole else (place[0] in folders), file

@@ -9,21 +9,21 @@ MATHEMATICS = [
         "diffusion_jax/schedule.py",
         "betas = np.asarray(betas, np.float64)",
         "betas = np.asarray(betas, np.float32)",
-        "tests/test_schedule.py::test_levels_at_every_step",
+        "tests/mathematics/test_schedule.py::test_levels_at_every_step",
     ),
     Breakage(
         "schedule-time-wraps",
         "diffusion_jax/schedule.py",
         "index = jnp.where(t < 0, last + 1, t.astype(int))",
         "index = t.astype(int)",
-        "tests/test_schedule.py::test_time_outside_is_nan_under_jit",
+        "tests/mathematics/test_schedule.py::test_time_outside_is_nan_under_jit",
     ),
     Breakage(
         "schedule-warmup-one-late",
         "diffusion_jax/schedule.py",
         "betas[:rise] = np.linspace(beta_start, beta_end, rise)",
         "betas[:rise] = np.linspace(beta_start, beta_end, rise + 1)[:-1]",
-        "tests/test_schedule.py::test_betas_are_the_authors",
+        "tests/mathematics/test_schedule.py::test_betas_are_the_authors",
     ),
     # continuous
     Breakage(
@@ -31,21 +31,21 @@ MATHEMATICS = [
         "diffusion_jax/continuous.py",
         "return jnp.where(nearer, below, above)",
         "return jnp.where(nearer, above, below)",
-        "tests/test_continuous.py::test_time_of_a_level_between_two_is_the_nearest",
+        "tests/mathematics/test_continuous.py::test_time_of_a_level_between_two_is_the_nearest",
     ),
     Breakage(
         "continuous-rises-in-float32",
         "diffusion_jax/continuous.py",
         "rise = np.diff(log_alpha)",
         "rise = np.diff(np.asarray(log_alpha, np.float32))",
-        "tests/test_continuous.py::test_beta_is_constant_within_a_step",
+        "tests/mathematics/test_continuous.py::test_beta_is_constant_within_a_step",
     ),
     Breakage(
         "continuous-shift-the-other-way",
         "diffusion_jax/continuous.py",
         "return time_of(schedule, logsnr - nats)",
         "return time_of(schedule, logsnr + nats)",
-        "tests/test_continuous.py::test_shifts_of_shifts_and_of_interpolated_steps",
+        "tests/mathematics/test_continuous.py::test_shifts_of_shifts_and_of_interpolated_steps",
     ),
     # learned
     Breakage(
@@ -53,7 +53,7 @@ MATHEMATICS = [
         "diffusion_jax/learned.py",
         "return (2 * losses * logsnr, 2 * losses * slope), (logsnr, slope)",
         "return (losses * logsnr, losses * slope), (logsnr, slope)",
-        "tests/test_learned.py"
+        "tests/mathematics/test_learned.py"
         "::test_ends_get_the_mean_and_the_interior_the_mean_square",
     ),
     Breakage(
@@ -61,7 +61,7 @@ MATHEMATICS = [
         "diffusion_jax/learned.py",
         "bends = (jnp.arange(width) + jax.random.uniform(key, (width,), real)) / width",
         "bends = jnp.arange(width) + jax.random.uniform(key, (width,), real)",
-        "tests/test_learned.py"
+        "tests/mathematics/test_learned.py"
         "::test_training_the_interior_lowers_the_variance_and_not_the_bound",
     ),
     # gaussian
@@ -70,28 +70,28 @@ MATHEMATICS = [
         "diffusion_jax/gaussian.py",
         "pred = Prediction(x0, (x_t - level.alpha * x0) / level.sigma)",
         "pred = Prediction(x0, pred.eps)",
-        "tests/test_denoiser.py::test_denoiser_clips_x0_and_makes_eps_agree",
+        "tests/mathematics/test_denoiser.py::test_denoiser_clips_x0_and_makes_eps_agree",
     ),
     Breakage(
         "gaussian-one-noise-for-all",
         "diffusion_jax/gaussian.py",
         "return jax.vmap(lambda k: jax.random.normal(k, shape[1:], dtype))(key)",
         "return jax.random.normal(key[0], shape, dtype)",
-        "tests/test_gaussian.py::test_noise_of_an_example_is_that_of_its_key",
+        "tests/mathematics/test_gaussian.py::test_noise_of_an_example_is_that_of_its_key",
     ),
     Breakage(
         "gaussian-threshold-of-the-batch",
         "diffusion_jax/gaussian.py",
         "top = jnp.maximum(jnp.quantile(size, percentile, axis=1), 1)",
         "top = jnp.maximum(jnp.quantile(size, percentile), 1)",
-        "tests/test_scheduler_parity.py::test_path_is_the_same_whatever_is_predicted",
+        "tests/mathematics/test_scheduler_parity.py::test_path_is_the_same_whatever_is_predicted",
     ),
     Breakage(
         "gaussian-variance-before-output",
         "diffusion_jax/gaussian.py",
         'output, extra["log_variance"] = jnp.split(output, 2, axis=-1)',
         'extra["log_variance"], output = jnp.split(output, 2, axis=-1)',
-        "tests/test_denoiser.py::test_denoiser_splits_off_the_learned_variance",
+        "tests/mathematics/test_denoiser.py::test_denoiser_splits_off_the_learned_variance",
     ),
     # prediction
     Breakage(
@@ -99,21 +99,21 @@ MATHEMATICS = [
         "diffusion_jax/prediction.py",
         "small = 2 * prev_level.log_alpha - prev_level.logsnr + gap",
         "small = 2 * level.log_alpha - level.logsnr + gap",
-        "tests/test_variances.py::test_every_kind_over_any_jump",
+        "tests/mathematics/test_variances.py::test_every_kind_over_any_jump",
     ),
     Breakage(
         "prediction-analytic-factor",
         "diffusion_jax/prediction.py",
         "total = prev_level.sigma**2 * gone + c0**2 * known",
         "total = prev_level.sigma**2 * gone + c0 * known",
-        "tests/test_variances.py::test_theorem_1_of_analytic_dpm",
+        "tests/mathematics/test_variances.py::test_theorem_1_of_analytic_dpm",
     ),
     Breakage(
         "prediction-range-turned-round",
         "diffusion_jax/prediction.py",
         "mixed = share * large + (1 - share) * jnp.where(last, end, small)",
         "mixed = (1 - share) * large + share * jnp.where(last, end, small)",
-        "tests/test_variances.py::test_step_to_data",
+        "tests/mathematics/test_variances.py::test_step_to_data",
     ),
     # weightings
     Breakage(
@@ -121,21 +121,21 @@ MATHEMATICS = [
         "diffusion_jax/weightings.py",
         "jnp.logaddexp(math.log(k), logsnr))",
         "jnp.logaddexp(k, logsnr))",
-        "tests/test_weightings.py::test_weighting_is_the_papers",
+        "tests/mathematics/test_weightings.py::test_weighting_is_the_papers",
     ),
     Breakage(
         "weightings-slope-of-a-step",
         "diffusion_jax/weightings.py",
         "return -last_time(schedule) * change",
         "return -change",
-        "tests/test_weightings.py::test_slope_of_an_interpolated_chain",
+        "tests/mathematics/test_weightings.py::test_slope_of_an_interpolated_chain",
     ),
     Breakage(
         "weightings-default-gamma",
         "diffusion_jax/weightings.py",
         "def min_snr(*, gamma: float = 5.0)",
         "def min_snr(*, gamma: float = 1.0)",
-        "tests/test_weightings.py::test_weighting_is_the_papers",
+        "tests/mathematics/test_weightings.py::test_weighting_is_the_papers",
     ),
     # timesteps
     Breakage(
@@ -143,28 +143,28 @@ MATHEMATICS = [
         "diffusion_jax/timesteps.py",
         "u = _draw(key) + position / batch_size",
         "u = _draw(key) + position / len(position)",
-        "tests/test_timesteps.py::test_cuts_of_a_batch_draw_what_it_draws",
+        "tests/mathematics/test_timesteps.py::test_cuts_of_a_batch_draw_what_it_draws",
     ),
     Breakage(
         "timesteps-odd-half",
         "diffusion_jax/timesteps.py",
         "half = (batch_size + 1) // 2",
         "half = batch_size // 2",
-        "tests/test_timesteps.py::test_antithetic_numbers_come_in_pairs",
+        "tests/mathematics/test_timesteps.py::test_antithetic_numbers_come_in_pairs",
     ),
     Breakage(
         "timesteps-history-one-less",
         "diffusion_jax/timesteps.py",
         "last = nth >= added.at[row]",
         "last = nth > added.at[row]",
-        "tests/test_timesteps.py::test_history_keeps_the_last_losses",
+        "tests/mathematics/test_timesteps.py::test_history_keeps_the_last_losses",
     ),
     Breakage(
         "timesteps-unlikely-drawn",
         "diffusion_jax/timesteps.py",
         'index = jnp.searchsorted(up_to, u * up_to[-1], side="right")',
         'index = jnp.searchsorted(up_to, u * up_to[-1], side="left")',
-        "tests/test_timesteps.py::test_importance_in_float32",
+        "tests/mathematics/test_timesteps.py::test_importance_in_float32",
     ),
     # sde
     Breakage(
@@ -172,21 +172,21 @@ MATHEMATICS = [
         "diffusion_jax/sde.py",
         "std = jnp.maximum(1.0, level.like(x).sigma)",
         "std = level.like(x).sigma",
-        "tests/test_sde.py::test_prior_is_a_normal_density",
+        "tests/mathematics/test_sde.py::test_prior_is_a_normal_density",
     ),
     Breakage(
         "sde-flow-with-the-whole-score",
         "diffusion_jax/sde.py",
         "return _field(denoise, schedule, 0.5)",
         "return _field(denoise, schedule, 1.0)",
-        "tests/test_sde.py::test_both_equations_move_the_exact_marginals",
+        "tests/mathematics/test_sde.py::test_both_equations_move_the_exact_marginals",
     ),
     Breakage(
         "sde-check-of-all",
         "diffusion_jax/sde.py",
         "and np.any(level.sigma == 0):",
         "and np.all(level.sigma == 0):",
-        "tests/test_sde.py::test_bad_input_is_refused",
+        "tests/mathematics/test_sde.py::test_bad_input_is_refused",
     ),
     # losses
     Breakage(
@@ -194,28 +194,28 @@ MATHEMATICS = [
         "diffusion_jax/losses.py",
         "upper = jnp.where(side * x0 > 0.999, 1.0, upper)",
         "upper = jnp.where(x0 > 0.999, 1.0, upper)",
-        "tests/test_losses.py::test_decoder_of_every_bin",
+        "tests/mathematics/test_losses.py::test_decoder_of_every_bin",
     ),
     Breakage(
         "losses-simple-without-gradient",
         "diffusion_jax/losses.py",
         "return _mean(jnp.square(guess - truth))",
         "return _mean(jnp.square(jax.lax.stop_gradient(guess) - truth))",
-        "tests/test_transforms.py::test_gradients",
+        "tests/mathematics/test_transforms.py::test_gradients",
     ),
     Breakage(
         "losses-simple-of-the-whole-batch",
         "diffusion_jax/losses.py",
         "return _mean(jnp.square(guess - truth))",
         "return _mean(jnp.square(guess - guess.mean(0, keepdims=True) - truth))",
-        "tests/test_transforms.py::test_jit_vmap_and_shard_map_equal_eager",
+        "tests/mathematics/test_transforms.py::test_jit_vmap_and_shard_map_equal_eager",
     ),
     Breakage(
         "losses-hybrid-without-T",
         "diffusion_jax/losses.py",
         "return rest + scale * num_steps(schedule) * term",
         "return rest + scale * term",
-        "tests/test_objectives.py"
+        "tests/mathematics/test_objectives.py"
         "::test_the_hybrid_loss_teaches_mean_and_variance_apart",
     ),
     Breakage(
@@ -223,7 +223,7 @@ MATHEMATICS = [
         "diffusion_jax/losses.py",
         "mean = jax.lax.stop_gradient((pred.x0, pred.eps))",
         "mean = (pred.x0, pred.eps)",
-        "tests/test_objectives.py"
+        "tests/mathematics/test_objectives.py"
         "::test_the_hybrid_loss_teaches_mean_and_variance_apart",
     ),
     # grids
@@ -232,7 +232,7 @@ MATHEMATICS = [
         "diffusion_jax/grids.py",
         "MOST_NOISE = 200.0",
         "MOST_NOISE = 2000.0",
-        "tests/test_grids.py::test_the_first_time_is_one_at_which_steps_do_something",
+        "tests/mathematics/test_grids.py::test_the_first_time_is_one_at_which_steps_do_something",
     ),
     Breakage(
         "grids-one-time-twice",
@@ -240,7 +240,7 @@ MATHEMATICS = [
         "rising = np.clip(np.maximum.accumulate(rising), None, "
         "times.max() - index[-1])",
         "rising = np.maximum.accumulate(rising)",
-        "tests/test_grids.py::test_every_number_of_steps_of_a_discrete_schedule",
+        "tests/mathematics/test_grids.py::test_every_number_of_steps_of_a_discrete_schedule",
     ),
     Breakage(
         "grids-in-single-precision",
@@ -249,7 +249,7 @@ MATHEMATICS = [
         "        level = schedule(np.array([first_time, end]))",
         "with jax.ensure_compile_time_eval():\n"
         "        level = schedule(np.array([first_time, end]))",
-        "tests/test_grids.py::test_a_grid_is_the_same_under_jit_and_in_any_precision",
+        "tests/mathematics/test_grids.py::test_a_grid_is_the_same_under_jit_and_in_any_precision",
     ),
     # guidance
     Breakage(
@@ -257,7 +257,7 @@ MATHEMATICS = [
         "diffusion_jax/guidance.py",
         "_beside(labels, nulls))",
         "_beside(nulls, labels))",
-        "tests/test_guidance.py"
+        "tests/mathematics/test_guidance.py"
         "::test_scale_1_is_conditional_to_the_last_bit_and_scale_0_unconditional",
     ),
     Breakage(
@@ -265,14 +265,14 @@ MATHEMATICS = [
         "diffusion_jax/guidance.py",
         "return (low < noise) & (noise <= high)",
         "return (low <= noise) & (noise <= high)",
-        "tests/test_guidance.py::test_within_is_an_interval_of_sigma_over_alpha",
+        "tests/mathematics/test_guidance.py::test_within_is_an_interval_of_sigma_over_alpha",
     ),
     Breakage(
         "guidance-clip-keeps-eps",
         "diffusion_jax/guidance.py",
         "return pred._replace(x0=x0, eps=(x_t - level.alpha * x0) / level.sigma)",
         "return pred._replace(x0=x0, eps=pred.eps - push)",
-        "tests/test_guidance.py::test_a_classifier_may_clip_after_its_guidance",
+        "tests/mathematics/test_guidance.py::test_a_classifier_may_clip_after_its_guidance",
     ),
     # analytic
     Breakage(
@@ -280,14 +280,14 @@ MATHEMATICS = [
         "diffusion_jax/analytic.py",
         "own = jax.vmap(jax.random.fold_in, (0, None))(keys, t)",
         "own = keys",
-        "tests/test_analytic.py::test_every_time_and_image_has_noise_of_its_own",
+        "tests/mathematics/test_analytic.py::test_every_time_and_image_has_noise_of_its_own",
     ),
     Breakage(
         "analytic-bound-not-squared",
         "diffusion_jax/analytic.py",
         "jnp.minimum(most, half_range**2)",
         "jnp.minimum(most, half_range)",
-        "tests/test_analytic.py::test_bounded",
+        "tests/mathematics/test_analytic.py::test_bounded",
     ),
     # samplers
     Breakage(
@@ -295,21 +295,21 @@ MATHEMATICS = [
         "diffusion_jax/samplers.py",
         "new = sampler.step(fold(keys, index + 1), x_t, memory, t, s)",
         "new = sampler.step(fold(keys, index), x_t, memory, t, s)",
-        "tests/test_samplers.py::test_noise_of_every_step_and_example_is_its_own",
+        "tests/mathematics/test_samplers.py::test_noise_of_every_step_and_example_is_its_own",
     ),
     Breakage(
         "samplers-every-batch-the-first",
         "diffusion_jax/samplers.py",
         "index = first + jnp.arange(shape[0])",
         "index = jnp.arange(shape[0])",
-        "tests/test_samplers.py::test_example_depends_on_key_and_index_alone",
+        "tests/mathematics/test_samplers.py::test_example_depends_on_key_and_index_alone",
     ),
     Breakage(
         "samplers-eta-not-squared",
         "diffusion_jax/samplers.py",
         "share = eta**2 * -jnp.expm1(level.logsnr - prev.logsnr)",
         "share = eta * -jnp.expm1(level.logsnr - prev.logsnr)",
-        "tests/test_ddim.py::test_some_noise_gives_the_data_too",
+        "tests/mathematics/test_ddim.py::test_some_noise_gives_the_data_too",
     ),
     # solvers
     Breakage(
@@ -317,7 +317,7 @@ MATHEMATICS = [
         "diffusion_jax/solvers.py",
         "bend = jnp.where(past.left > 2, first - older, 0)",
         "bend = jnp.where(past.left > 1, first - older, 0)",
-        "tests/test_scheduler_parity.py"
+        "tests/mathematics/test_scheduler_parity.py"
         "::test_third_order_integrates_the_parabola_through_three_outputs",
     ),
     Breakage(
@@ -325,14 +325,14 @@ MATHEMATICS = [
         "diffusion_jax/solvers.py",
         "return jnp.asarray(share.clip(None, np.sqrt(2) - 1), x.dtype)",
         "return jnp.asarray(share, x.dtype)",
-        "tests/test_orders.py::test_many_steps_of_heun_churn_no_more_than_the_limit",
+        "tests/mathematics/test_orders.py::test_many_steps_of_heun_churn_no_more_than_the_limit",
     ),
     Breakage(
         "solvers-slope-of-even-steps",
         "diffusion_jax/solvers.py",
         "first = (x0 - past.outputs[0]) / ratio",
         "first = x0 - past.outputs[0]",
-        "tests/test_scheduler_parity.py"
+        "tests/mathematics/test_scheduler_parity.py"
         "::test_third_order_integrates_the_parabola_through_three_outputs",
     ),
     # langevin
@@ -341,21 +341,21 @@ MATHEMATICS = [
         "diffusion_jax/langevin.py",
         "share = 2 * snr**2 * jnp.exp(2 * (level.log_alpha - prev.log_alpha))",
         "share = snr**2 * jnp.exp(2 * (level.log_alpha - prev.log_alpha))",
-        "tests/test_langevin.py::test_corrector_moves_by_the_signal_to_noise_ratio",
+        "tests/mathematics/test_langevin.py::test_corrector_moves_by_the_signal_to_noise_ratio",
     ),
     Breakage(
         "langevin-noise-of-the-predictor-again",
         "diffusion_jax/langevin.py",
         "return _move(fold(keys, index + 1), x, score, share)",
         "return _move(keys, x, score, share)",
-        "tests/test_langevin.py::test_corrector_moves_by_the_signal_to_noise_ratio",
+        "tests/mathematics/test_langevin.py::test_corrector_moves_by_the_signal_to_noise_ratio",
     ),
     Breakage(
         "langevin-noise-in-the-last-step",
         "diffusion_jax/langevin.py",
         "return mean + jnp.where(prev.sigma > 0, b, 0.0) * noise",
         "return mean + b * noise",
-        "tests/test_langevin.py::test_the_step_to_data_has_no_noise",
+        "tests/mathematics/test_langevin.py::test_the_step_to_data_has_no_noise",
     ),
     # ode
     Breakage(
@@ -363,14 +363,14 @@ MATHEMATICS = [
         "diffusion_jax/ode.py",
         "jnp.where(steps > 0, 1 + STAGES * steps, 0)",
         "jnp.where(steps > 0, STAGES * steps, 0)",
-        "tests/test_ode.py::test_evaluations_are_counted",
+        "tests/mathematics/test_ode.py::test_evaluations_are_counted",
     ),
     Breakage(
         "ode-half-solved-is-solved",
         "diffusion_jax/ode.py",
         "end = jax.tree.map(lambda y: jnp.where(_wide(failed, y), jnp.nan, y), end)\n",
         "",
-        "tests/test_ode.py::test_the_limit_of_steps_is_never_silent",
+        "tests/mathematics/test_ode.py::test_the_limit_of_steps_is_never_silent",
     ),
     # likelihood
     Breakage(
@@ -378,21 +378,21 @@ MATHEMATICS = [
         "diffusion_jax/likelihood.py",
         "above = np.concatenate([[0.0], np.cumsum(terms[:0:-1])])",
         "above = np.cumsum(terms[::-1])",
-        "tests/test_likelihood.py::test_rate_is_what_was_received_before_the_estimate",
+        "tests/mathematics/test_likelihood.py::test_rate_is_what_was_received_before_the_estimate",
     ),
     Breakage(
         "likelihood-noise-of-half-a-bin",
         "diffusion_jax/likelihood.py",
         "noise = (draw(_fold(keys, 0)) - 0.5) / 127.5",
         "noise = (draw(_fold(keys, 0)) - 0.5) / 255",
-        "tests/test_ode_likelihood.py::test_bits_are_those_of_the_dequantised_images",
+        "tests/mathematics/test_ode_likelihood.py::test_bits_are_those_of_the_dequantised_images",
     ),
     Breakage(
         "likelihood-one-noise-for-all-times",
         "diffusion_jax/likelihood.py",
         "keys = jax.vmap(jax.random.fold_in, (0, None))(key, t)",
         "keys = key",
-        "tests/test_likelihood.py::test_bound_and_terms_equal_plain_numpy",
+        "tests/mathematics/test_likelihood.py::test_bound_and_terms_equal_plain_numpy",
     ),
     # editing
     Breakage(
@@ -400,20 +400,20 @@ MATHEMATICS = [
         "diffusion_jax/editing.py",
         "given = jnp.where(s > 0, noised, known.astype(x_t.dtype))",
         "given = noised",
-        "tests/test_editing.py::test_known_pixels_come_out_where_data_keep_some_noise",
+        "tests/mathematics/test_editing.py::test_known_pixels_come_out_where_data_keep_some_noise",
     ),
     Breakage(
         "editing-noise-of-the-rule-again",
         "diffusion_jax/editing.py",
         "noise = gaussian.normal(_fold(keys, KNOWN), x_t.shape, x_t.dtype)",
         "noise = gaussian.normal(keys, x_t.shape, x_t.dtype)",
-        "tests/test_editing.py::test_the_known_part_has_noise_of_its_own",
+        "tests/mathematics/test_editing.py::test_the_known_part_has_noise_of_its_own",
     ),
     Breakage(
         "editing-last-stretch-once",
         "diffusion_jax/editing.py",
         "for end in range(steps - 1, jump - 1, -jump):",
         "for end in range(steps - 1, jump, -jump):",
-        "tests/test_editing.py::test_a_repainting_grid_walks_each_stretch_as_often",
+        "tests/mathematics/test_editing.py::test_a_repainting_grid_walks_each_stretch_as_often",
     ),
 ]

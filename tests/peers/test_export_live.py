@@ -9,14 +9,16 @@ import re
 import jax
 import numpy as np
 import pytest
-from test_interchange import SCHEDULER, UNET
-from test_networks import EXPORTED, network_of, small
+from small_networks import EXPORTED, network_of, small
 
 from diffusion_jax.interop import unet_config as ours
 from diffusion_jax.lab.network_files import diffusers_config, diffusers_folder, networks
 from diffusion_jax.lab.schema.config import replace
 from diffusion_jax.lab.wiring import build
 from experiments import compare_diffusers
+from experiments.configs import EXPERIMENTS
+
+UNET, SCHEDULER = diffusers_config.to_diffusers(EXPERIMENTS["cifar10"].config)
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

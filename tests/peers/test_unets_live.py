@@ -18,8 +18,7 @@ import make_unet_golden as golden
 import numpy as np
 import pytest
 import safetensors.numpy
-from small_unets import quick_jit
-from test_unet_parity import RULES
+from small_unets import RULES, quick_jit
 
 from diffusion_jax import gaussian, grids, samplers, schedule
 from diffusion_jax.interop import unet_config, unet_names

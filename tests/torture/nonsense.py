@@ -16,7 +16,7 @@ LONGEST = 900
 
 def cases(folder: Path, seed: int) -> Iterator[Outcome]:
     """Yields the outcomes, one a file of tests."""
-    files = sorted((ROOT / "tests").glob("test_nonsense*.py"))
+    files = sorted((ROOT / "tests" / "experiments").glob("test_nonsense*.py"))
     yield outcome("tests of malformed input", lambda: found(files))
     for file in files:
         yield outcome(
@@ -27,7 +27,7 @@ def cases(folder: Path, seed: int) -> Iterator[Outcome]:
 
 def found(files: list[Path]) -> str:
     """Checks that there are such tests."""
-    check(files, "no tests/test_nonsense*.py")
+    check(files, "no tests/experiments/test_nonsense*.py")
     return ", ".join(file.stem for file in files)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from . import trainings
 from .cases import Outcome, check, outcome
 
-sys.path.insert(0, str(trainings.ROOT / "tests"))
+sys.path.insert(0, str(trainings.ROOT / "tests" / "helpers"))
 import processes
 
 STEPS = 200

@@ -6,10 +6,10 @@ weights, drawn here once more from the names of its tensors.
 
 import jax
 import jax.numpy as jnp
+import make_inception_golden as golden
 import numpy as np
 import pytest
 import safetensors.numpy
-from peers import make_inception_golden as golden
 
 from diffusion_jax.interop import inception_weights
 from diffusion_jax.nets import inception

@@ -144,7 +144,7 @@ EVALUATIONS = {
 @every_rule
 def test_evaluations_are_counted(name):
     if name == "ode":
-        pytest.skip("as many as the tolerance takes: tests/test_ode.py")
+        pytest.skip("as many as the tolerance takes: tests/mathematics/test_ode.py")
     rule, lin = RULES[name], MADE["linear"]
     denoise = gaussian.denoiser(tiny, lin, "v")
     for steps in (1, 5):

@@ -23,7 +23,7 @@ from diffusion_jax.lab.wiring import build
 from experiments import convert, eval_nll, sample, train
 from experiments.configs import EXPERIMENTS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KEY = jax.random.key(3)
 LOUD = ("--diffusion.num-steps", "20", "--train.checkpoint-every", "100")
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from test_state import hurt
+from small_run import hurt
 
 from diffusion_jax import errors
 from diffusion_jax.checkpoints import checkpoint

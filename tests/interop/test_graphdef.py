@@ -1,10 +1,10 @@
 """Constants of TensorFlow's graphs in every spelling, whole and damaged."""
 
+import make_inception_golden as golden
 import nonsense
 import numpy as np
 import pytest
 from graph_writer import OTHERS, attribute, constant, field, node
-from peers import make_inception_golden as golden
 
 from diffusion_jax.errors import DataError
 from diffusion_jax.interop import graphdef

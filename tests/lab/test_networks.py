@@ -4,52 +4,16 @@ import dataclasses
 import json
 import re
 
-import jax
 import numpy as np
 import pytest
+from small_networks import ABOUT, EXPORTED, network_of, read, same, small
 
 from diffusion_jax.interop import unet_names
 from diffusion_jax.lab.network_files import diffusers_folder, networks, records
-from diffusion_jax.lab.schema.config import UNKNOWN, Net, official, replace
+from diffusion_jax.lab.schema.config import UNKNOWN, official, replace
 from diffusion_jax.lab.wiring import build
 from diffusion_jax.storage import tensor_files, tensorflow_checkpoint
 from experiments.configs import EXPERIMENTS
-
-ABOUT = records.About("averaged", 12, "the run small", {}, recipe=True)
-# Two levels with attention in one, so that every kind of tensor is there.
-NET = Net(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), groups=4)
-
-
-def small(name="digits", **fields):
-    """An experiment with a small network."""
-    config = EXPERIMENTS[name].config
-    kept = {field: getattr(config.net, field) for field in ("classes", "fourier")}
-    net = dataclasses.replace(NET, **(kept | fields))
-    return dataclasses.replace(config, net=net)
-
-
-def network_of(config, seed=0):
-    """Random parameters, none of them trivial."""
-    rng = np.random.default_rng(seed)
-    like = build.param_shapes(config)
-    params = jax.tree.map(
-        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), like
-    )
-    return records.Network(config, params, ABOUT, "")
-
-
-def read(path, **options):
-    found = networks.find(path)
-    assert found is not None
-    return networks.read(found, **options)
-
-
-def same(one, other):
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        assert (a.shape, a.dtype) == (b.shape, np.float32)
-        np.testing.assert_array_equal(a, b)
-
 
 # There and back.
 
@@ -64,16 +28,6 @@ def test_a_file_gives_back_the_network(name, tmp_path):
     assert found.about == ABOUT
     assert found.sha256 == digest
     assert networks.write_file(tmp_path / "b.safetensors", found) == digest
-
-
-EXPORTED = {
-    "digits": small(),
-    "labels": small("digits_conditional"),
-    "learned range": small("digits_cosine_hybrid"),
-    "variant": small(variant="diffusers"),
-    "no attention": small(attention=()),
-    "betas": replace(small(), "diffusion", schedule="warmup10", prediction="eps"),
-}
 
 
 @pytest.mark.parametrize("config", EXPORTED.values(), ids=EXPORTED)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from test_networks import network_of, same, small
+from small_networks import network_of, same, small
 
 from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.errors import ConfigError

@@ -11,8 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from processes import ROOT
-from test_disk import no_file_beyond
+from processes import ROOT, no_file_beyond
 from test_train import SMALL, run_train
 
 from diffusion_jax.checkpoints import checkpoint

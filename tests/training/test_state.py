@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_run import hurt
 
 from diffusion_jax.training import averages, parallel, state
 
@@ -180,18 +181,6 @@ def test_a_loss_remembers_what_it_saw_of_the_whole_batch_in_order(parts):
     np.testing.assert_allclose(
         seen[1]["loss"], 2 * now.memory["each"].mean(), rtol=1e-6
     )
-
-
-@jax.custom_vjp
-def hurt(w, bad):
-    """w itself; where bad, its gradient is NaN."""
-    return w
-
-
-hurt.defvjp(
-    lambda w, bad: (w, bad),
-    lambda bad, g: (jnp.where(bad, jnp.nan, g), np.zeros((), jax.dtypes.float0)),
-)
 
 
 def fragile(params, batch, key, memory):

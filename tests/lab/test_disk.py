@@ -4,29 +4,17 @@ A limit on the size of a file stands for it: to write beyond fails as on a full 
 for the interpreter and for what writes checkpoints alike.
 """
 
-import contextlib
 import os
-import resource
 
 import numpy as np
 import pytest
 from PIL import Image
+from processes import no_file_beyond
 
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.training import averages
-
-
-@contextlib.contextmanager
-def no_file_beyond(size):
-    """No file of this process grows beyond so many bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def picture(path):

@@ -12,9 +12,9 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import make_scheduler_golden as golden
 import numpy as np
 import pytest
-from peers import make_scheduler_golden as golden
 
 from diffusion_jax import continuous, gaussian, samplers, schedule, solvers
 

@@ -7,12 +7,12 @@ import pickle
 import tarfile
 
 import jax
+import make_inception_golden as golden
 import nonsense
 import numpy as np
 import pytest
 import safetensors.numpy
 from graph_writer import OTHERS, constant
-from peers import make_inception_golden as golden
 
 from diffusion_jax.errors import ConfigError, DataError
 from diffusion_jax.interop import inception_weights

@@ -16,10 +16,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import make_unet_golden as golden
 import numpy as np
 import pytest
-from peers import make_unet_golden as golden
-from small_unets import quick_jit, whole
+from small_unets import RULES, quick_jit, whole
 
 from diffusion_jax import gaussian, grids, samplers, schedule
 from diffusion_jax.interop import unet_config, unet_names
@@ -27,11 +27,6 @@ from diffusion_jax.nets import blocks, embeddings
 
 NETWORKS = {**golden.CASES, "chain": golden.CHAIN}
 GRADIENTS = [name for name in golden.CASES if name != "cifar10"]
-RULES = {
-    "ddim 50": samplers.ddim,
-    "ddpm large": functools.partial(samplers.ddpm, variance="large"),
-    "ddpm small": functools.partial(samplers.ddpm, variance="small"),
-}
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """The model card says what a network is, and nothing that nobody told."""
 
 import jax
-from test_networks import ABOUT, network_of, read, small
+from small_networks import ABOUT, network_of, read, small
 
 from diffusion_jax.interop import unet_config
 from diffusion_jax.lab.network_files import diffusers_folder

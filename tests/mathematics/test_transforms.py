@@ -2,7 +2,7 @@
 
 One row a case: a function of arrays whose first axis is the batch of eight, one example
 a device. All in float64, where what the transforms do to rounding is far below what
-they could do to the mathematics. The rows are in rows_*.py beside this file.
+they could do to the mathematics. The rows are in rows_*.py of tests/helpers.
 """
 
 import importlib
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transforms
 from jax.sharding import AxisType, PartitionSpec
 from transforms import B, Row, inputs
 
@@ -28,7 +29,7 @@ MODULES = [
 ]
 FILES = [
     importlib.import_module(path.stem)
-    for path in sorted(Path(__file__).parent.glob("rows_*.py"))
+    for path in sorted(Path(transforms.__file__).parent.glob("rows_*.py"))
 ]
 ROWS = [row for file in FILES for row in file.ROWS]
 NOT_OF_ARRAYS = set().union(*(getattr(f, "NOT_OF_ARRAYS", set()) for f in FILES))

@@ -1,6 +1,7 @@
 """Commands on several hosts: as many processes on this machine, with a few devices."""
 
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LONGEST = 240
 """Seconds that any of them may take before it is killed."""
 
@@ -77,3 +78,14 @@ def run(command: Sequence[str], **options: object) -> list[tuple[int, str, str]]
     """Starts a command on several hosts and waits for its end."""
     with started(command, **options) as processes:
         return ended(processes)
+
+
+@contextmanager
+def no_file_beyond(size):
+    """No file of this process grows beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
