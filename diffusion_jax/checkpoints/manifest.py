@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-PyTree = Any
-
 FORMAT = 1
 """Of the manifest, and with it of the whole checkpoint."""
 THREADS = 4
@@ -56,28 +54,6 @@ class Manifest(NamedTuple):
 
 class UnverifiedError(Exception):
     """What is stored is not what was written; str() says in a few words why."""
-
-
-def by_path(tree: PyTree) -> dict[str, Any]:
-    """Returns the leaves of a tree by their paths.
-
-    Raises:
-      ValueError: two leaves have the same path.
-
-    >>> by_path({"a": [1, 2]})
-    {'a/0': 1, 'a/1': 2}
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    found = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in leaves
-    }
-    if len(found) < len(leaves):
-        raise ValueError(
-            "every leaf must have a path of its own, with its keys joined by '/'; got "
-            f"{len(leaves)} leaves with {len(found)} paths. Use keys without '/'."
-        )
-    return found
 
 
 def stored(leaf: Any) -> Any:

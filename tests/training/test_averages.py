@@ -250,7 +250,7 @@ def test_file_of_another_format_is_refused(tmp_path, refuses):
 def test_snapshot_that_would_lose_digits_or_names_is_refused(tmp_path, refuses):
     with refuses("bfloat16 for w"):
         averages.save(tmp_path / "a", {"w": jnp.ones(1, jnp.bfloat16)}, 1, 0.05)
-    with refuses("1 that are taken"):
+    with refuses("2 leaves with 1 paths"):
         tree = {"a.b": jnp.ones(1), "a": {"b": jnp.ones(1)}}
         averages.save(tmp_path / "a", tree, 1, 0.05)
     assert not list(tmp_path.iterdir())
