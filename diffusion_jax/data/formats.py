@@ -17,7 +17,6 @@ import pickle
 import pickletools
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -186,13 +185,13 @@ def _parse_batch(
     else:
         content = _unpickle(raw, what)
         try:
-            pixels = content[b"data"].array()
+            pixels = _array_of(content[b"data"])
             listed = content[b"labels"]
             # Lists of lists of one list have more entries than there is memory.
             if not all(type(label) is int for label in listed):
                 raise TypeError("labels that are no whole numbers")
             labels = np.asarray(listed, np.int32)
-        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as e:
+        except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as e:
             raise DataError(
                 f"{what} must be a dict with an array b'data' and a list b'labels'; "
                 f"got {_describe(e)}. Download the official archive again."
@@ -213,74 +212,58 @@ def _parse_batch(
     return np.ascontiguousarray(images), labels
 
 
-class _PickledDtype:
-    """Stands for `numpy.dtype` in a pickle: keeps the name, drops the rest."""
+class _Pickled:
+    """Stands for NumPy's arrays and types in a pickle: keeps what it is given.
 
-    def __init__(self, name: Any = b"", *_: Any):
-        self.name = name.decode("latin1") if isinstance(name, bytes) else name
-
-    def __setstate__(self, state: Any) -> None:
-        """Ignores byte order and the like: single bytes have none."""
-
-
-class _PickledArray:
-    """Stands for `numpy.ndarray` in a pickle: bytes and a shape, checked on use.
-
-    NumPy's own `__setstate__` trusts the file with memory layout, so it is never
-    called on a file from outside.
+    NumPy's own trust a file with the layout of memory, so they never see one from
+    outside.
     """
 
-    def __init__(self, *_: Any):
-        self.shape: Any = ()
-        self.dtype: Any = None
-        self.order: str = "C"
-        self.raw: Any = b""
+    def __init__(self, *given: Any):
+        self.given = given
+        self.state: Any = None
 
     def __setstate__(self, state: Any) -> None:
-        _, self.shape, self.dtype, fortran, self.raw = state
-        self.order = "F" if fortran else "C"
-
-    @classmethod
-    def from_buffer(cls, raw: Any, dtype: Any, shape: Any, order: str, *_: Any) -> Any:
-        """Returns the array as pickle protocol 5 spells it."""
-        array = cls()
-        array.raw, array.dtype, array.shape, array.order = raw, dtype, shape, order
-        return array
-
-    def array(self) -> np.ndarray:
-        """Returns the uint8 array; raises ValueError where it is none."""
-        if getattr(self.dtype, "name", None) not in ("u1", "uint8", "|u1"):
-            raise ValueError(f"an array of type {getattr(self.dtype, 'name', None)}")
-        if not isinstance(self.raw, bytes | bytearray):  # of a number it makes zeros
-            raise TypeError(f"a {type(self.raw).__name__} in place of bytes")
-        flat = np.frombuffer(self.raw, np.uint8)
-        return flat.reshape(self.shape, order="F" if self.order == "F" else "C")
+        self.state = state
 
 
-# The only names a pickle may refer to: NumPy's constructors, under their module
-# paths before and since NumPy 2, each mapped to a stand-in above.
-_ALLOWED_GLOBALS: Mapping[tuple[str, str], Callable[..., Any]] = {
-    ("numpy", "ndarray"): _PickledArray,
-    ("numpy", "dtype"): _PickledDtype,
-    ("numpy.core.multiarray", "_reconstruct"): _PickledArray,
-    ("numpy._core.multiarray", "_reconstruct"): _PickledArray,
-    ("numpy.core.numeric", "_frombuffer"): _PickledArray.from_buffer,
-    ("numpy._core.numeric", "_frombuffer"): _PickledArray.from_buffer,
+def _array_of(pickled: _Pickled) -> np.ndarray:
+    """Returns the uint8 array that a stand-in is of; raises where it is none."""
+    if pickled.state:
+        _, shape, dtype, fortran, raw = pickled.state
+    else:  # as pickle protocol 5 spells it
+        raw, dtype, shape, order = pickled.given
+        fortran = order == "F"
+    name = dtype.given[0]
+    name = name.decode("latin1") if isinstance(name, bytes) else name
+    if name not in ("u1", "uint8", "|u1"):
+        raise ValueError(f"an array of type {name}")
+    if not isinstance(raw, bytes | bytearray):  # of a number it makes zeros
+        raise TypeError(f"a {type(raw).__name__} in place of bytes")
+    flat = np.frombuffer(raw, np.uint8)
+    return flat.reshape(shape, order="F" if fortran else "C")
+
+
+# The only names that a pickle may refer to: NumPy's constructors, under their paths
+# before and since NumPy 2.
+_CONSTRUCTORS = {
+    *(("numpy", name) for name in ("ndarray", "dtype")),
+    *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
+    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
 }
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
-    """Unpickler of plain containers and `_PickledArray`; refuses all else unrun."""
+    """Unpickler of plain containers and stand-ins; refuses all else unrun."""
 
     def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _ALLOWED_GLOBALS[module, name]
-        except KeyError:
-            raise DataError(
-                "a CIFAR-10 pickle must hold only dicts, lists, strings, numbers and "
-                f"NumPy arrays; got a reference to {module}.{name}. It was not run. "
-                "Do not open this file elsewhere: download the official archive."
-            ) from None
+        if (module, name) in _CONSTRUCTORS:
+            return _Pickled
+        raise DataError(
+            "a CIFAR-10 pickle must hold only dicts, lists, strings, numbers and NumPy "
+            f"arrays; got a reference to {module}.{name}. It was not run. Do not open "
+            "this file elsewhere: download the official archive."
+        )
 
 
 def _unpickle(raw: bytes, what: str) -> Any:
