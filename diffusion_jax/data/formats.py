@@ -27,7 +27,8 @@ from diffusion_jax.storage import archives
 
 CIFAR10_ARCHIVES = ("cifar-10-binary.tar.gz", "cifar-10-python.tar.gz")
 
-_CIFAR10_FOLDERS = ("cifar-10-batches-bin", "cifar-10-batches-py")
+# Of the two archives, with what the names of batches in them end in.
+_CIFAR10_FOLDERS = {"cifar-10-batches-bin": ".bin", "cifar-10-batches-py": ""}
 _CIFAR10_BATCHES = {
     "train": tuple(f"data_batch_{i}" for i in range(1, 6)),
     "test": ("test_batch",),
@@ -62,24 +63,17 @@ def read_cifar10(
             f"split of CIFAR-10 must be 'train' or 'test'; got {split!r}. "
             "Give one of the two."
         )
-    path = Path(path)
-    if path.is_file():
-        batches = _cifar10_archive(path, split)
-    else:
-        found = find_cifar10(path)
-        if found is None:
-            raise DataError(
-                f"CIFAR-10 must be an official archive or a folder that holds one; "
-                f"got {path}, in which there is none. Put {CIFAR10_ARCHIVES[0]} "
-                f"there, or the folder {_CIFAR10_FOLDERS[0]} extracted from it."
-            )
-        if found.is_file():
-            batches = _cifar10_archive(found, split)
-        else:
-            batches = _cifar10_folder(found, split)
+    found = find_cifar10(path)
+    if found is None:
+        raise DataError(
+            f"CIFAR-10 must be an official archive or a folder that holds one; got "
+            f"{path}, in which there is none. Put {CIFAR10_ARCHIVES[0]} there, or the "
+            f"folder {next(iter(_CIFAR10_FOLDERS))} extracted from it."
+        )
+    read = _cifar10_archive if found.is_file() else _cifar10_folder
     parsed = [
         _parse_batch(raw, f"{path}: {member}", binary=member.endswith(".bin"))
-        for member, raw in batches.items()
+        for member, raw in read(found, split).items()
     ]
     counts = [len(labels) for _, labels in parsed]
     if any(count != _CIFAR10_BATCH_LENGTH for count in counts):
@@ -92,12 +86,15 @@ def read_cifar10(
     return images, np.concatenate([labels for _, labels in parsed])
 
 
-def find_cifar10(folder: str | os.PathLike[str]) -> Path | None:
-    """Returns where in `folder` CIFAR-10 lies (a batches folder or archive), or None.
+def find_cifar10(path: str | os.PathLike[str]) -> Path | None:
+    """Returns where CIFAR-10 lies: a folder of batches or an archive; None if nowhere.
 
-    An extracted folder is preferred to an archive, and binary files to pickles.
+    A path that is a file is the archive. In a folder, an extracted one is preferred to
+    an archive, and binary files to pickles.
     """
-    folder = Path(folder)
+    folder = Path(path)
+    if folder.is_file():
+        return folder
     first = _CIFAR10_BATCHES["test"][0]
     for candidate in (folder, *(folder / name for name in _CIFAR10_FOLDERS)):
         if any((candidate / f"{first}{ending}").is_file() for ending in (".bin", "")):
@@ -116,7 +113,12 @@ def _cifar10_folder(folder: Path, split: str) -> dict[str, bytes]:
     for name in (f"{name}{ending}" for name in names):
         if not (folder / name).is_file():
             raise _missing_batches(folder, [name])
-        _check_batch_bytes((folder / name).stat().st_size, folder / name)
+        size = (folder / name).stat().st_size
+        if size > _MAX_BATCH_BYTES:
+            raise DataError(
+                f"a CIFAR-10 batch must be at most {_MAX_BATCH_BYTES} bytes; got "
+                f"{size} in {folder / name}. Use the official archive."
+            )
         batches[name] = (folder / name).read_bytes()
     return batches
 
@@ -127,11 +129,11 @@ def _cifar10_archive(path: Path, split: str) -> dict[str, bytes]:
     Members are read in memory and matched by their whole official name, so one that
     is called "../data_batch_1" is never looked at, and nothing touches the disk.
     """
-    wanted = {
-        f"{folder}/{name}{ending}"
-        for folder, ending in zip(_CIFAR10_FOLDERS, (".bin", ""), strict=True)
-        for name in _CIFAR10_BATCHES[split]
-    }
+    kinds = [
+        [f"{folder}/{name}{ending}" for name in _CIFAR10_BATCHES[split]]
+        for folder, ending in _CIFAR10_FOLDERS.items()
+    ]
+    wanted = {name for names in kinds for name in names}
     try:
         with path.open("rb") as file:
             members = archives.read_tar(
@@ -146,8 +148,7 @@ def _cifar10_archive(path: Path, split: str) -> dict[str, bytes]:
             "Download it again: it may have been cut off."
         ) from error
     found = {name.removeprefix("./"): raw for name, raw in members.items()}
-    for folder, ending in zip(_CIFAR10_FOLDERS, (".bin", ""), strict=True):
-        names = [f"{folder}/{name}{ending}" for name in _CIFAR10_BATCHES[split]]
+    for names in kinds:
         if all(name in found for name in names):
             return {name: found[name] for name in names}
     raise _missing_batches(path, sorted(wanted - set(found)))
@@ -160,14 +161,6 @@ def _missing_batches(where: Path, missing: list[str]) -> DataError:
         f"{', '.join(missing)}. Download the official archive again, or name the "
         "folder that was extracted from it."
     )
-
-
-def _check_batch_bytes(size: int, what: str | os.PathLike[str]) -> None:
-    if size > _MAX_BATCH_BYTES:
-        raise DataError(
-            f"a CIFAR-10 batch must be at most {_MAX_BATCH_BYTES} bytes; got {size} "
-            f"in {what}. Use the official archive."
-        )
 
 
 def _parse_batch(

@@ -19,6 +19,7 @@ from flax import traverse_util
 
 from diffusion_jax.interop import renaming
 from diffusion_jax.interop.renaming import Names, Place
+from diffusion_jax.nets import fresh
 from diffusion_jax.nets.unet import UNet
 from diffusion_jax.storage import trees
 
@@ -75,9 +76,8 @@ def shapes(net: UNet, channels: int, *, image_size: int) -> dict[str, tuple[int,
     x = jax.ShapeDtypeStruct((1, image_size, image_size, channels), jnp.float32)
     t = jax.ShapeDtypeStruct((1,), jnp.float32)
     label = jax.ShapeDtypeStruct((1,), jnp.int32) if net.num_classes else None
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    made = jax.eval_shape(net.init, key, x, t, label)["params"]
-    return {name: leaf.shape for name, leaf in trees.by_path(made).items()}
+    made = trees.by_path(fresh.shapes(net, x, t, label))
+    return {name: leaf.shape for name, leaf in made.items()}
 
 
 def official_names(own: Iterable[str], *, average: bool = True) -> Names:

@@ -53,7 +53,7 @@ def read_tar(
         magic = file.read(6)
         file.seek(0)
         opener = next((o for m, o in _PACKED if magic.startswith(m)), None)
-        with _plain(file, opener) as unpacked:
+        with opener(file) if opener else contextlib.nullcontext(file) as unpacked:
             stream = _Bounded(unpacked, total)
             # One pass: what is skipped is counted too.
             with tarfile.open(fileobj=stream, mode="r|", bufsize=2**18) as archive:  # type: ignore[call-overload]
@@ -87,10 +87,6 @@ def _one_error() -> Iterator[None]:
     except Exception as error:
         said = f"{type(error).__name__}: {str(error)[:200]}"
         raise ArchiveError(said) from error
-
-
-def _plain(file: IO[bytes], opener: Callable[..., Any] | None) -> Any:
-    return opener(file) if opener else contextlib.nullcontext(file)
 
 
 class _Bounded:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from diffusion_jax.lab.schema import texts
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.json_fields import is_whole
 from diffusion_jax.lab.wiring import build
-from diffusion_jax.storage import tensor_files
+from diffusion_jax.storage import tensor_files, trees
 
 RECORD = "diffusion_jax.json"
 """What a folder for diffusers holds beside: what it has no words for."""
@@ -160,14 +159,10 @@ def is_one(path: Path) -> bool:
         return False
 
 
-@functools.cache
 def shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every tensor of the network, by our own names."""
-    return unet_names.shapes(
-        build.make_network(config),
-        config.data.channels,
-        image_size=config.data.image_size,
-    )
+    made = trees.by_path(build.param_shapes(config)["net"])
+    return {name: leaf.shape for name, leaf in made.items()}
 
 
 def _first(path: Path, *names: str) -> Path:
