@@ -18,8 +18,7 @@ import hashlib
 import json
 import os
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -202,14 +201,12 @@ def _kind(head: bytes) -> str:
     return "safetensors" if braced and head[9:10] in (b'"', b"}") else "unknown"
 
 
-@contextlib.contextmanager
-def _bar(total: int, progress: bool) -> Iterator[Callable[[int], object]]:
-    """A bar of bytes read; the block gets what moves it on."""
-    shown = progress and sys.stderr.isatty()
-    with tqdm(
-        total=total, desc="reading", unit="B", unit_scale=True, disable=not shown
-    ) as bar:
-        yield bar.update
+def _bar(paths: list[Path], progress: bool) -> tqdm:
+    """Returns a bar of the bytes that are read of files."""
+    total = sum(path.stat().st_size for path in paths)
+    # None means: only where standard error is a terminal.
+    disable = None if progress else True
+    return tqdm(total=total, desc="reading", unit="B", unit_scale=True, disable=disable)
 
 
 @contextlib.contextmanager
@@ -257,15 +254,15 @@ def _check_names(path: Path) -> None:
         )
 
 
-def _digest(files: list[Path], progress: bool) -> str:
+def _digest(paths: list[Path], progress: bool) -> str:
     """Returns the SHA-256 of files, one after the other."""
     digest = hashlib.sha256()
-    with _bar(sum(file.stat().st_size for file in files), progress) as update:
-        for file in files:
-            with file.open("rb") as content:
+    with _bar(paths, progress) as bar:
+        for path in paths:
+            with path.open("rb") as content:
                 while chunk := content.read(_CHUNK):
                     digest.update(chunk)
-                    update(len(chunk))
+                    bar.update(len(chunk))
     return digest.hexdigest()
 
 
@@ -305,8 +302,8 @@ def _from_torch(name: Any, tensor: Any, torch: Any) -> np.ndarray:
 
 
 def _read_tensorflow(prefix: Path, progress: bool) -> Tensors:
-    files = tensorflow_checkpoint.data_files(prefix)
-    digest = _digest(files, progress)
-    with _bar(sum(file.stat().st_size for file in files), progress) as update:
-        arrays = tensorflow_checkpoint.variables(prefix, update)
+    paths = tensorflow_checkpoint.data_files(prefix)
+    digest = _digest(paths, progress)
+    with _bar(paths, progress) as bar:
+        arrays = tensorflow_checkpoint.variables(prefix, bar.update)
     return Tensors(arrays, {}, "tensorflow", digest)
