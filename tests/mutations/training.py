@@ -157,6 +157,13 @@ TRAINING = [
         "tests/storage/test_archives.py::test_the_checksum_at_the_end_is_looked_at",
     ),
     Breakage(
+        "archives-rest-of-an-array",
+        "diffusion_jax/storage/archives.py",
+        "if stream.read(1):",
+        "if info is None:",
+        "tests/experiments/test_nonsense_files.py::test_files_are_refused",
+    ),
+    Breakage(
         "archives-one-byte-too-many",
         "diffusion_jax/storage/archives.py",
         "if self.left < 0:",
