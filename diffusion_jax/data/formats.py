@@ -298,9 +298,8 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
             raise archives.ArchiveError("no regular file")
         with path.open("rb") as plain:
             zipped = plain.read(2) == b"\x1f\x8b"
-        packed = path.stat().st_size if zipped else None
         with gzip.open(path, "rb") if zipped else path.open("rb") as stream:
-            return _parse_idx(stream, path, packed)  # type: ignore[arg-type]
+            return _parse_idx(stream, path, zipped=zipped)  # type: ignore[arg-type]
     except FileNotFoundError:
         raise DataError(
             f"an IDX file must exist; got {path}, which does not. Check the path."
@@ -314,7 +313,7 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
         ) from error
 
 
-def _parse_idx(stream: BinaryIO, path: Path, packed: int | None) -> np.ndarray:
+def _parse_idx(stream: BinaryIO, path: Path, *, zipped: bool) -> np.ndarray:
     head = stream.read(4)
     if len(head) < 4 or head[:3] != b"\x00\x00\x08" or not 1 <= head[3] <= 4:
         raise DataError(
@@ -325,10 +324,11 @@ def _parse_idx(stream: BinaryIO, path: Path, packed: int | None) -> np.ndarray:
     sizes = stream.read(4 * head[3])
     shape = tuple(int(n) for n in np.frombuffer(sizes[: len(sizes) // 4 * 4], ">u4"))
     count = math.prod(shape) if len(shape) == head[3] else 0
-    if packed is not None:
-        archives.check_packed(count, packed, "an array")
+    length = path.stat().st_size
+    if zipped:
+        archives.check_packed(count, length, "an array")
     # One byte more than wanted shows a file that goes on; no more is ever unpacked.
-    raw = _read_up_to(stream, count + 1)
+    raw = stream.read(count + 1 if zipped else min(count + 1, length))
     if len(shape) != head[3] or len(raw) != count:
         got = "more" if len(raw) > count else str(len(raw))
         raise DataError(
@@ -336,15 +336,6 @@ def _parse_idx(stream: BinaryIO, path: Path, packed: int | None) -> np.ndarray:
             "The file is damaged: download it again."
         )
     return np.frombuffer(raw, np.uint8).reshape(shape)
-
-
-def _read_up_to(stream: BinaryIO, count: int) -> bytes:
-    """Returns at most `count` bytes, reserving no memory for a count that lies."""
-    chunks, left = [], count
-    while left > 0 and (chunk := stream.read(min(left, 2**20))):
-        chunks.append(chunk)
-        left -= len(chunk)
-    return b"".join(chunks)
 
 
 def read_npz(
