@@ -219,24 +219,6 @@ def test_snapshot_of_another_network_is_refused(tmp_path, refuses):
             averages.load(file, like)
 
 
-def test_file_of_another_format_is_refused(tmp_path, refuses):
-    file = tmp_path / "a.safetensors"
-    for about in (
-        None,
-        "no JSON",
-        "[]",
-        '{"step": 3, "length": 0.05}',
-        '{"version": 2, "step": 3, "length": 0.05}',
-        '{"version": 1, "length": 0.05}',
-        '{"version": 1, "step": 3, "length": []}',
-    ):
-        said = {} if about is None else {averages.FORMAT: about}
-        metadata = {"by": "others"} | said
-        safetensors.numpy.save_file({"w": np.ones(1, np.float32)}, file, metadata)
-        with refuses(""):
-            averages.header(file)
-
-
 def test_snapshot_that_would_lose_digits_or_names_is_refused(tmp_path, refuses):
     with refuses("bfloat16 for w"):
         averages.save(tmp_path / "a", {"w": jnp.ones(1, jnp.bfloat16)}, 1, 0.05)
