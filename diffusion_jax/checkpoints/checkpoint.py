@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 
 from diffusion_jax.checkpoints import manifest, orbax_files, retention
 from diffusion_jax.checkpoints.orbax_files import CheckpointError
+from diffusion_jax.errors import first_of
 from diffusion_jax.storage import trees
 
 if TYPE_CHECKING:
@@ -364,7 +365,7 @@ def _check_fits(path: Path, held: Mapping[str, manifest.Leaf], like: PyTree) -> 
         raise CheckpointError(
             f"checkpoint {path} must fit the network and the optimizer of this "
             f"configuration; got {len(wrong)} of {len(held.keys() | wanted.keys())} "
-            f"leaves that do not: {trees.first_of(wrong, LISTED)}. Use the "
+            f"leaves that do not: {first_of(wrong, LISTED)}. Use the "
             "configuration that wrote it, or a new folder."
         )
 

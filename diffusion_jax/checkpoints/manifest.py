@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from diffusion_jax.errors import first_of
+
 FORMAT = 1
 """Of the manifest, and with it of the whole checkpoint."""
 THREADS = 4
@@ -193,15 +195,11 @@ def check(leaves: Mapping[str, Leaf], arrays: Mapping[str, np.ndarray]) -> None:
 
     missing = sorted(leaves.keys() ^ arrays.keys())
     if missing:
-        raise UnverifiedError(f"nothing in {missing[0]}{_more(len(missing))}")
+        raise UnverifiedError(f"nothing in {first_of(missing, 1)}")
     with ThreadPoolExecutor(THREADS) as pool:
         found = [said for said in pool.map(wrong, leaves) if said]
     if found:
-        raise UnverifiedError(f"{found[0]}{_more(len(found))}")
-
-
-def _more(count: int) -> str:
-    return f" and {count - 1} more" if count > 1 else ""
+        raise UnverifiedError(first_of(found, 1))
 
 
 def _seal(body: dict[str, Any]) -> str:

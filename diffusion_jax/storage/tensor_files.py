@@ -28,7 +28,7 @@ import safetensors
 import safetensors.numpy
 from tqdm import tqdm
 
-from diffusion_jax.errors import DataError
+from diffusion_jax.errors import DataError, first_of
 from diffusion_jax.storage import files, tensorflow_checkpoint
 
 _CHUNK = 2**22
@@ -249,7 +249,7 @@ def _check_names(path: Path) -> None:
     counts = collections.Counter(listed)
     if twice := [name for name, count in counts.items() if count > 1]:
         raise DataError(
-            f"{path} must name each tensor once; got {', '.join(twice[:3])} twice. "
+            f"{path} must name each tensor once; got {first_of(twice)} twice. "
             "Write it again."
         )
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from diffusion_jax.errors import DataError
+from diffusion_jax.errors import DataError, first_of
 from diffusion_jax.storage import tensor_files
 
 
@@ -80,16 +80,6 @@ def _in_words(leaf: Any) -> str:
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
-def first_of(wrong: list[str], most: int = 3) -> str:
-    """Returns the first of what is wrong, and how many more there are.
-
-    >>> first_of(["a", "b", "c", "d"])
-    'a; b; c and 1 more'
-    """
-    more = f" and {len(wrong) - most} more" if len(wrong) > most else ""
-    return "; ".join(wrong[:most]) + more
-
-
 def check(params: Any, like: Any, path: Path) -> None:
     """Raises DataError where parameters are not those of a network, or not finite.
 
@@ -101,7 +91,8 @@ def check(params: Any, like: Any, path: Path) -> None:
     wrong = misfits(by_path(params, "."), by_path(like, "."))
     if wrong:
         raise DataError(
-            f"{path} must hold the parameters of its network; got {first_of(wrong)}. "
+            f"{path} must hold the parameters of its network; got "
+            f"{first_of(wrong)}. "
             "Write it again."
         )
 
@@ -130,7 +121,7 @@ def read(path: Path) -> Stored:
     if within:
         raise DataError(
             f"{path} must hold a tree, whose tensors have none below them; got some "
-            f"below {', '.join(within[:3])}. Write it again."
+            f"below {first_of(within)}. Write it again."
         )
     params = traverse_util.unflatten_dict(found.arrays, sep=".")
     return Stored(params, found.meta, found.sha256)

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax.errors import first_of
 from diffusion_jax.storage import tensor_files, trees
 
 PyTree = Any
@@ -298,7 +299,7 @@ def load(path: Path, like: PyTree) -> PyTree:
     if wrong := trees.misfits(stored, wanted):
         raise ValueError(
             f"{path} must fit the network of this configuration; got "
-            f"{trees.first_of(wrong)}. Use the configuration that wrote it, or delete "
+            f"{first_of(wrong)}. Use the configuration that wrote it, or delete "
             "the file: the average is made of the others, a little less closely."
         )
     return jax.tree.unflatten(jax.tree.structure(like), [stored[n] for n in wanted])

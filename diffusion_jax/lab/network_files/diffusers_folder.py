@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from diffusion_jax.errors import ConfigError
+from diffusion_jax.errors import ConfigError, first_of
 from diffusion_jax.interop import unet_names
 from diffusion_jax.lab.network_files import diffusers_config, model_card, records
 from diffusion_jax.lab.network_files.records import About, Described, Network
@@ -142,10 +142,9 @@ def check_replaceable(path: Path) -> None:
     there = {str(f.relative_to(path)) for f in path.rglob("*") if not f.is_dir()}
     others = sorted(there - {*_JSON, WEIGHTS, _CARD})
     if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise ConfigError(
             f"{path} must hold only what this command wrote, to be replaced; got "
-            f"{', '.join(others[:3])}{more} too. Move them, or name another place."
+            f"{first_of(others)} too. Move them, or name another place."
         )
 
 
