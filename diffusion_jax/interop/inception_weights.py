@@ -156,9 +156,8 @@ def load(path: str | os.PathLike[str]) -> Weights:
         content = _from_archive(content, path)
         kind = "graphdef" if content[:1] == b"\n" else "unknown"
     if kind == "graphdef":
-        names = _graph_names()
+        found, names = graphdef.read(content, path), _graph_names()
         # Scales were not trained: they are all ones, and may be left out.
-        found = graphdef.read(content, path)
         for own, place in names.items():
             if own.endswith("/scale") and place.name not in found:
                 found[place.name] = np.ones(shapes()[own], np.float32)
@@ -298,7 +297,7 @@ def _graph_names() -> Names:
         "softmax/kernel": Place("softmax/weights"),
         "softmax/bias": Place("softmax/biases"),
     }
-    for own in shapes().keys() - names.keys():
+    for own in sorted(shapes().keys() - names.keys()):
         module, leaf = own.rsplit("/", 1)
         names[own] = Place(f"{module}/{leaves[leaf]}")
     return names
@@ -317,7 +316,7 @@ def _pytorch_names() -> Names:
         "softmax/kernel": Place("fc.weight", (1, 0)),
         "softmax/bias": Place("fc.bias"),
     }
-    for own in shapes().keys() - names.keys():
+    for own in sorted(shapes().keys() - names.keys()):
         module, leaf = own.rsplit("/", 1)
         name, axes = leaves[leaf]
         names[own] = Place(f"{_pytorch_module(module)}.{name}", axes)
