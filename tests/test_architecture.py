@@ -21,8 +21,8 @@ FLOORS = (
 MATHEMATICS = set.union(*FLOORS) - {"errors"}
 WINGS = (
     {"errors"},
-    {"nets", "storage", "checkpoints"},
-    {"data", "interop", "evaluation"},
+    {"nets", "storage"},
+    {"checkpoints", "data", "interop", "evaluation"},
     {"training"},
 )
 LAB = (
