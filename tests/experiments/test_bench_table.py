@@ -8,7 +8,7 @@ import pytest
 from test_bench import SMALL
 
 from diffusion_jax.lab.schema import config
-from diffusion_jax.lab.speed import tables
+from diffusion_jax.lab.speed import measuring, tables
 from experiments import bench
 from experiments.configs import EXPERIMENTS
 
@@ -27,7 +27,7 @@ def test_a_table_is_measured_from_end_to_end(tmp_path, capsys):
         ("as configured", "sample", 8),
     ]
     train, authors, sample = found["rows"]
-    assert train["loss_after"] == 1 + 1 + 2 * 3  # as many steps as were made
+    assert train["loss_after"] == 1 + 2 + 2 * 3  # as many steps as were made
     # From the same weights, with another average and another clipping.
     assert 0 < abs(authors["loss"] / train["loss"] - 1) < 0.01
     assert sample["evaluations_per_sample"] == 4
@@ -63,68 +63,64 @@ def test_rows_are_what_the_readme_shows():
 class Machine:
     """Takes minutes for its work by a clock of its own."""
 
-    def __init__(self, monkeypatch, minutes):
-        self.now, self.minutes, self.saved = 0.0, minutes, []
+    def __init__(self, monkeypatch, minutes, fails):
+        self.now, self.minutes, self.fails, self.saved = 0.0, minutes, fails, []
         monkeypatch.setattr(tables.time, "perf_counter", lambda: 60 * self.now)
+        monkeypatch.setattr(measuring, "ceiling", lambda *_: 1e12)
+        monkeypatch.setattr(measuring, "row", self.row)
+        monkeypatch.setattr(measuring, "train", self.train)
+        monkeypatch.setattr(bench.peer, "check", lambda _: None)
+        monkeypatch.setattr(bench.peer, "compare", self.peer)
+        monkeypatch.setattr(bench.runs, "write_json", self.save)
 
-    def table(self, *flags, fails=(), minutes):
-        options = bench.parse(["digits", "--table", "--minutes", minutes, *flags])
-        report = {
-            "experiment": "digits",
-            "device": "cpu",
-            "devices": 1,
-            "versions": {"jax": "1"},
-            "date": "today",
-            "rows": [],
-            "options": [],
-            "left_out": [],
-        }
+    def takes(self, piece, **figures):
+        self.now += self.minutes
+        if piece in self.fails:
+            raise self.fails[piece]
+        return {"ms": 2.0, "loss": 0.5, "per_second": 1.0, **figures}
 
-        def takes(piece, **figures):
-            self.now += self.minutes
-            if piece in fails:
-                raise fails[piece]
-            return {"ms": 2.0, "loss": 0.5, **figures}
+    def row(self, work, *_, fresh):
+        about = {"form": work.form, "what": work.what, "batch": work.batch}
+        more = {"tflops": 1.0, "compile_s": 1.0, "memory_gib": 1.0, "ms_range": [2, 2]}
+        return self.takes("row", dtype="float32", **about, **more)
 
-        def add_row(given, work):
-            row = takes("row", what=work.what, batch=work.batch, dtype="float32")
-            report["rows"].append(row | {"per_second": 1.0, "tflops": 1.0, "share": 1})
-            return report["rows"][-1]
+    def train(self, *_, told):
+        return self.takes(str(told), ms=1.0)
 
-        tables.measure(
-            options,
-            report,
-            add_row=add_row,
-            measure_peer=lambda given, row: takes("peer", ratio=2.0),
-            train=lambda told: takes(str(told), ms=1.0),
-            save=lambda: self.saved.append(copy.deepcopy(report)),
-        )
-        return report
+    def peer(self, *_):
+        return self.takes("peer", ratio=2.0)
+
+    def save(self, path, report):
+        self.saved.append(copy.deepcopy(report))
+
+    def table(self, folder, *flags, minutes):
+        out = ["--out", str(folder / "table.json"), "--minutes", minutes]
+        assert bench.main(["digits", "--table", *out, *flags]) == 0
+        return self.saved[-1]
 
 
-def test_what_there_is_no_time_for_is_named(monkeypatch, capsys):
-    machine = Machine(monkeypatch, minutes=1)
+def test_what_there_is_no_time_for_is_named(monkeypatch, capsys, tmp_path):
+    machine = Machine(monkeypatch, minutes=1, fails={})
     options = ["--candidates", "none", "xla_a=1", "xla_b=2"]
-    found = machine.table(*options, minutes="5.5")
+    found = machine.table(tmp_path, *options, minutes="5.5")
     assert machine.now == 5  # another minute would not have fitted
     assert [row["option"] for row in found["options"]] == ["none"]
     assert found["left_out"] == ["xla_a=1", "xla_b=2"]
     said = "Not tried, for want of time: xla_a=1; xla_b=2."
     assert said in capsys.readouterr().out
-    # After every piece all that there was had been written.
-    assert [len(report["rows"]) for report in machine.saved[:5]] == [1, 2, 3, 4, 4]
-    assert machine.saved[4]["options"]
+    # Before and after every piece all that there was had been written.
+    assert [len(report["rows"]) for report in machine.saved[:6]] == [0, 1, 2, 3, 4, 4]
+    assert machine.saved[5]["options"]
 
 
-def test_what_fails_is_a_row(monkeypatch, capsys):
-    monkeypatch.setattr(bench.peer, "check", lambda _: None)
+def test_what_fails_is_a_row(monkeypatch, capsys, tmp_path):
     fails = {
         "peer": RuntimeError("out of memory\nby far"),
         "{'xla_a': '1'}": jax.errors.JaxRuntimeError("no such thing\nat all"),
     }
-    machine = Machine(monkeypatch, minutes=0.1)
+    machine = Machine(monkeypatch, minutes=0.1, fails=fails)
     candidates = ["--candidates", "xla_a=1", "xla_b=2"]
-    found = machine.table("--peer", *candidates, fails=fails, minutes="8")
+    found = machine.table(tmp_path, "--peer", *candidates, minutes="8")
     assert [row["peer"] for row in found["rows"]] == [{"error": "out of memory"}] * 4
     first, second = found["options"]
     assert first == {"option": "xla_a=1", "error": "no such thing"}

@@ -25,7 +25,7 @@ def test_rows_are_in_units_of_one_device(capsys):
     ]
     assert [r["efficiency"] for r in rows] == pytest.approx([1, 1] + [0.9] * 4)
     assert [r["times_one"] for r in rows] == pytest.approx([1, 1, 1.8, 1.8, 3.6, 3.6])
-    assert len(capsys.readouterr().out.splitlines()) == 7
+    assert len(capsys.readouterr().out.splitlines()) == 6
 
 
 def test_batches_that_some_count_cannot_share_are_refused(refuses):

@@ -18,8 +18,7 @@ def counts(found: int) -> list[int]:
     >>> counts(8), counts(6), counts(1)
     ([1, 2, 4, 8], [1, 2, 4, 6], [1])
     """
-    powers = [2**n for n in range(found.bit_length()) if 2**n <= found]
-    return [*powers, *[found] * (powers[-1] != found)]
+    return sorted({found, *(2**n for n in range(found.bit_length()) if 2**n <= found)})
 
 
 def check(batch_size: int, found: int) -> None:
@@ -42,32 +41,20 @@ def check(batch_size: int, found: int) -> None:
 def measure(
     images_per_second: Callable[[int, int], float], batch_size: int, found: int
 ) -> list[dict[str, Any]]:
-    """Returns a row for each number of devices, and prints them.
+    """Returns a row for each number of devices, of both kinds of scaling.
 
     Args:
       images_per_second: of training, from (number of devices, batch size).
       batch_size: of strong scaling, and a device's in weak scaling.
       found: how many devices there are.
     """
-    print(f"  {'scaling':<8}{'devices':>8}{'batch':>8}{'per s':>12}", end="")
-    print(f"{'times one':>11}{'efficiency':>12}")
     rows: list[dict[str, Any]] = []
     alone = images_per_second(1, batch_size)
     for devices in counts(found):
-        for kind in ("strong", "weak"):
-            size = batch_size * (devices if kind == "weak" else 1)
+        for kind, size in ("strong", batch_size), ("weak", batch_size * devices):
             rate = alone if devices == 1 else images_per_second(devices, size)
-            row = {
-                "scaling": kind,
-                "devices": devices,
-                "batch": size,
-                "per_second": rate,
-                "times_one": rate / alone,
-                "efficiency": rate / alone / devices,
-            }
-            rows.append(row)
-            print(
-                f"  {kind:<8}{devices:>8}{size:>8,}{rate:>12,.1f}"
-                f"{row['times_one']:>11.2f}{row['efficiency']:>12.0%}"
-            )
+            row = {"scaling": kind, "devices": devices, "batch": size}
+            row |= {"per_second": rate, "times_one": rate / alone}
+            rows.append({**row, "efficiency": rate / alone / devices})
+            print(f"  {kind} scaling on {devices}: {rate:,.1f} per s")
     return rows

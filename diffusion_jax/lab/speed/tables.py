@@ -1,25 +1,22 @@
-"""The table of the README in one command, for `experiments.bench --table`.
+"""What `experiments.bench` measures, within how long, and the tables it prints.
 
-Training as configured, training with the arithmetic of the authors' code, chains, the
-same by PyTorch if wanted, and then what options of the compiler change: as much of it,
-in this order, as the minutes allow.
+A table of the README is training as configured, training with the arithmetic of the
+authors' code, chains, the same by PyTorch if wanted, and then what options of the
+compiler change: as much of it, in this order, as the minutes allow.
 """
 
 import dataclasses
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.lab.schema import checks, config, sampling
+from diffusion_jax.lab.schema import config, sampling
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.training import compilation
 
 SIZES = (128, 512)
 """Batch sizes, where none are given."""
-STEPS = 50
-"""After so many, losses of two programs show whether they compute the same."""
 NONE = "none"
 # Of XLA for GPUs; none of them has been tried on these networks. The first is training
 # as it is once more: what the two differ by means nothing. The last may take minutes to
@@ -74,35 +71,6 @@ def works(chosen: Config, sizes: tuple[int, ...]) -> list[Work]:
     return [*rows, Work(form, short, "sample", sizes[-1])]
 
 
-def check(options: Any) -> None:
-    """Raises ConfigError for what no table can be made of."""
-    if options.scaling or options.what != type(options).what:
-        raise ConfigError(
-            "what and scaling must be left out of a table, which has its own rows; got "
-            f"what {' '.join(options.what)} and scaling {options.scaling}. Measure "
-            "them without --table."
-        )
-    if options.config.train.parallel == "pmap":
-        raise ConfigError(
-            "train.parallel must be mesh or shard_map for a table: pmap takes no "
-            "options of the compiler; got pmap. Change it with --train.parallel mesh."
-        )
-    if options.out is not None and options.out.suffix == ".md":
-        raise ConfigError(
-            "out must be a file of JSON, beside which a table writes one of Markdown; "
-            f"got {options.out}. Let it end in .json."
-        )
-    if not options.minutes > 0:
-        raise ConfigError(
-            f"minutes must be above 0; got {options.minutes}. Change it with --minutes."
-        )
-    for candidate in options.candidates:
-        told(candidate)
-    for work in works(options.config, options.sizes):
-        sized = config.replace(work.config, "train", batch_size=work.batch)
-        checks.validate(sized)
-
-
 def told(candidate: str) -> compilation.Options:
     """Returns an option of the compiler as JAX takes it, from NAME=VALUE or "none".
 
@@ -118,55 +86,6 @@ def told(candidate: str) -> compilation.Options:
             "it as in XLA_FLAGS, without the dashes."
         )
     return {name: {"true": True, "false": False}.get(value, value)}
-
-
-def measure(
-    options: Any,
-    report: dict[str, Any],
-    *,
-    add_row: Callable[[Any, Work], dict[str, Any]],
-    measure_peer: Callable[[Any, dict[str, Any]], dict[str, Any]],
-    train: Callable[[compilation.Options], dict[str, Any]],
-    save: Callable[[], None],
-) -> None:
-    """Fills a report and prints it: rows, the peer, options of the compiler, in turn.
-
-    Args:
-      options: of `experiments.bench`.
-      report: to be filled.
-      add_row: measures a row, and adds it to the report.
-      measure_peer: measures the work of a row by PyTorch.
-      train: from options of the compiler, beside those of the platform, to the figures
-        of training as configured, at the first size.
-      save: writes the report.
-    """
-    rows = works(options.config, options.sizes)
-
-    def of(work: Work) -> Any:
-        given = dataclasses.replace(options, config=work.config)
-        # Chains are long: one at a time.
-        alone = work.what == "sample"
-        return dataclasses.replace(given, steps=1, warmup=1) if alone else given
-
-    def own(work: Work) -> None:
-        add_row(of(work), work)["form"] = work.form
-
-    def peer(work: Work, number: int) -> None:
-        row = report["rows"][number]
-        row["peer"] = attempt(lambda: measure_peer(of(work), row))
-
-    def change(candidate: str) -> None:
-        report["options"].append(tried(candidate, train, report["rows"][0]))
-
-    pieces = [(work.name, partial(own, work)) for work in rows]
-    if options.peer:
-        pieces += [
-            (f"{work.name}, by PyTorch", partial(peer, work, number))
-            for number, work in enumerate(rows)
-        ]
-    pieces += [(name, partial(change, name)) for name in options.candidates]
-    within(options.minutes, pieces, report, save)
-    print(markdown(report), end="")
 
 
 def within(
@@ -201,72 +120,94 @@ def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": "not known to this jaxlib" if unknown else said.split("\n")[0]}
 
 
-def tried(
-    candidate: str, train: Callable[[compilation.Options], dict[str, Any]], usual: Any
+def against(
+    candidate: str, found: dict[str, Any], usual: dict[str, Any]
 ) -> dict[str, Any]:
-    """Returns what an option of the compiler changes, and prints it.
+    """Returns what an option of the compiler changes.
 
     Args:
       candidate: as of `told`.
-      train: from the option to the figures of training with it.
+      found: the figures of training with it, or an "error".
       usual: those of training without it.
     """
-    row = attempt(lambda: train(told(candidate)))
-    if "error" not in row:
-        row["times_as_fast"] = usual["ms"] / row["ms"]
-        row["loss_change"] = row["loss"] / usual["loss"] - 1
-    row = {"option": candidate, **row}
-    print(f"  {' | '.join(_option(row))}")
-    return row
+    if "error" in found:
+        return {"option": candidate, **found}
+    changes = {
+        "times_as_fast": usual["ms"] / found["ms"],
+        "loss_change": found["loss"] / usual["loss"] - 1,
+    }
+    return {"option": candidate, **found, **changes}
+
+
+def in_words(figures: dict[str, Any]) -> str:
+    """Returns the first that is known of a row, for a person who waits."""
+    if "error" in figures:
+        return str(figures["error"])
+    return f"{figures['per_second']:,.1f} per s, {figures['ms']:,.2f} ms"
 
 
 def markdown(report: dict[str, Any]) -> str:
     """Returns the tables of a report."""
-    head = [
+    parts = [
         f"{report['experiment']} on {report['devices']} x {report['device']}, jax "
-        f"{report['versions']['jax']}, {report['date']}",
-        "",
+        f"{report['versions']['jax']}, {report['date']}; matrix products "
+        + ", ".join(
+            f"{n} {t:.3g} TFLOP/s" for n, t in report["ceilings_tflops"].items()
+        )
     ]
-    columns = ["what", "batch", "ms", "per second", "TFLOP/s", "share", "PyTorch, ms"]
-    parts = [*head, *_table([*columns, "times"], map(_row, report["rows"]))]
-    if report["options"]:
-        columns = ["option of the compiler", "ms", "times as fast", "loss"]
-        parts += ["", *_table(columns, map(_option, report["options"]))]
+    for cells, name in (_row, "rows"), (_scaled, "scaling"), (_option, "options"):
+        if report[name]:
+            parts += ["", *_table([cells(row) for row in report[name]])]
     if report["left_out"]:
         parts += ["", f"Not tried, for want of time: {'; '.join(report['left_out'])}."]
     return "\n".join(parts) + "\n"
 
 
-def _row(row: dict[str, Any]) -> list[str]:
+def _row(row: dict[str, Any]) -> dict[str, str]:
     """A training step, or an evaluation of the network in a chain."""
     each = row.get("evaluations_per_sample", 1.0)
+    low, high = (ms / each for ms in row["ms_range"])
     peer = row.get("peer", {})
-    return [
-        f"{'training' if row['what'] == 'train' else 'an evaluation in sampling'}, "
-        f"{row['form']}, {row['dtype']}",
-        f"{row['batch']:,}",
-        f"{row['ms'] / each:,.2f}",
-        f"{row['per_second']:,.0f}",
-        f"{row['tflops']:.3g}",
-        f"{row['share']:.0%}",
-        f"{peer['ms'] / each:,.2f}" if "ms" in peer else peer.get("error", "-"),
-        f"{peer['ratio']:.2f}" if "ratio" in peer else "-",
-    ]
+    what = "training" if row["what"] == "train" else "an evaluation in sampling"
+    return {
+        "what": f"{what}, {row['form']}, {row['dtype']}",
+        "batch": f"{row['batch']:,}",
+        "ms": f"{row['ms'] / each:,.2f}",
+        "range": f"{low:,.2f} to {high:,.2f}",
+        "per second": f"{row['per_second']:,.1f}",
+        "TFLOP/s": f"{row['tflops']:.3g}",
+        "share": f"{row['share']:.1%}",
+        "compile, s": f"{row['compile_s']:.1f}",
+        # A step with fresh batches, in units of one with the same batch.
+        "data x": f"{row['data_x']:.3f}" if "data_x" in row else "-",
+        # In use so far at most, of a device or, on CPU, of the process.
+        "GiB": f"{row['memory_gib']:.2f}",
+        "PyTorch, ms": f"{peer['ms'] / each:,.2f}" if "ms" in peer else "-",
+        "times": f"{peer['ratio']:.2f}" if "ratio" in peer else peer.get("error", "-"),
+    }
 
 
-def _option(row: dict[str, Any]) -> list[str]:
-    name = f"`{row['option']}`"
-    if "error" in row:
-        return [name, row["error"], "-", "-"]
-    change = row["loss_change"]
-    return [
-        name,
-        f"{row['ms']:,.2f}",
-        f"{row['times_as_fast']:.3f}",
-        f"{change:+.1e}" if change else "the same",
-    ]
+def _scaled(row: dict[str, Any]) -> dict[str, str]:
+    return {
+        "scaling": row["scaling"],
+        "devices": str(row["devices"]),
+        "batch": f"{row['batch']:,}",
+        "per second": f"{row['per_second']:,.1f}",
+        "times one": f"{row['times_one']:.2f}",
+        "efficiency": f"{row['efficiency']:.0%}",
+    }
 
 
-def _table(columns: list[str], rows: Iterable[list[str]]) -> list[str]:
-    lines = [columns, ["---"] * len(columns), *rows]
+def _option(row: dict[str, Any]) -> dict[str, str]:
+    change = row.get("loss_change")
+    return {
+        "option of the compiler": f"`{row['option']}`",
+        "ms": f"{row['ms']:,.2f}" if "ms" in row else row["error"],
+        "times as fast": f"{row['times_as_fast']:.3f}" if "ms" in row else "-",
+        "loss": "-" if change is None else f"{change:+.1e}" if change else "the same",
+    }
+
+
+def _table(rows: list[dict[str, str]]) -> list[str]:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
     return ["| " + " | ".join(cells) + " |" for cells in lines]

@@ -7,12 +7,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, use_abstract_mesh
 
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.training import parallel
 
 HOST = 8
 """GPUs of a host."""
@@ -38,7 +35,6 @@ class Speed(NamedTuple):
 H200_SPEED = Speed(
     convolutions=740e12, memory=3.1e12, start=2e-6, convolution_start=10e-6
 )
-KIND = "NVIDIA H100 80GB HBM3"
 # What XLA asks of a GPU before it compiles for it; as an H100 of 80 GB answers.
 H100 = """
 gpu_device_info {
@@ -69,25 +65,10 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 class Target(NamedTuple):
-    """Devices in the order of their hosts."""
+    """What to compile for."""
 
     devices: list[Any]
     speed: Speed | None
-
-    def mesh(self, count: int | None = None, fsdp: int = 1) -> Mesh:
-        """Returns the devices as `parallel.make_mesh` arranges those that are there."""
-        if self.speed is None and self.devices == jax.devices():
-            return parallel.make_mesh(count, fsdp)
-        found = np.array(self.devices)
-        if found.size % fsdp:
-            raise ConfigError(
-                f"train.fsdp must divide the {found.size} devices of the target; got "
-                f"{fsdp}. Change one of them."
-            )
-        if fsdp == 1:
-            return Mesh(found, (parallel.AXIS,), axis_types=(AxisType.Auto,))
-        axes = (parallel.AXIS, parallel.FSDP)
-        return Mesh(found.reshape(-1, fsdp), axes, axis_types=(AxisType.Auto,) * 2)
 
 
 @contextlib.contextmanager
@@ -130,18 +111,7 @@ def aim(name: str) -> Iterator[Target]:
                 f"the compiler for {name} must be installed, and know it; got "
                 f"{str(error).splitlines()[0]}. Say: pip install 'jax[{extra}]'."
             ) from error
-        # What kernels of Pallas are lowered for is asked of the mesh in use, where
-        # there is no such device.
-        used = use_abstract_mesh(_abstract(KIND)) if gpus else contextlib.nullcontext()
-        with used:
-            yield Target(found.devices, H200_SPEED if gpus else None)
-
-
-def _abstract(kind: str) -> AbstractMesh:
-    """Returns a mesh of one GPU of a kind."""
-    device = AbstractDevice(kind, None, "gpu")
-    auto = (AxisType.Auto,)
-    return AbstractMesh((1,), ("one",), axis_types=auto, abstract_device=device)
+        yield Target(found.devices, H200_SPEED if gpus else None)
 
 
 @contextlib.contextmanager
