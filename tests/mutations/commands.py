@@ -129,9 +129,8 @@ COMMANDS = [
     Breakage(
         "lock-of-a-file-that-is-gone",
         "diffusion_jax/lab/run_folder/lock.py",
-        "            if os.path.samestat(os.fstat(file), os.stat(path)):\n"
-        "                break\n",
-        "            break\n",
+        "        if os.fstat(file).st_nlink:\n            return file\n",
+        "        return file\n",
         "tests/lab/test_lock.py::test_a_file_that_its_owner_has_removed_is_no_lock",
     ),
     Breakage(
