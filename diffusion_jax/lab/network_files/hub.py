@@ -42,8 +42,11 @@ def fetch(name: str, *, cache: Path | None = None, endpoint: str | None = None) 
         or holds no network of diffusers; an address without encryption, no network, a
         refusal, or huggingface_hub is not installed.
     """
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
-        raise _bad_name(name)
+    if not re.fullmatch(r"(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
+        raise DataError(
+            f"the name of a network on the hub must be owner/name; got {name!r}. Copy "
+            "it from its page, such as google/ddpm-cifar10-32."
+        )
     hub = _package()
     where = endpoint or hub.constants.ENDPOINT
     check_address(where)
@@ -106,28 +109,16 @@ def _wanted(files: Sequence[str], name: str) -> list[str]:
 
 def _cached(hub: Any, name: str, cache: Path | None) -> Path | None:
     """Returns the folder of a network that was fetched before, and whole."""
-    for ending in _ENDINGS:
-        weights = [f"{stem}{ending}" for stem in _WEIGHTS]
-        try:
-            folder = hub.snapshot_download(
-                name,
-                allow_patterns=[*_CONFIGS, *weights],
-                cache_dir=cache,
-                local_files_only=True,
-            )
-        except Exception:  # by another name in each version of the package
-            continue
-        if any(Path(folder, file).is_file() for file in weights):
-            return Path(folder)
+    for weights in (f"{stem}{ending}" for ending in _ENDINGS for stem in _WEIGHTS):
+        found = hub.try_to_load_from_cache(name, weights, cache_dir=cache)
+        if isinstance(found, str) and Path(found).with_name("config.json").is_file():
+            return Path(found.removesuffix(weights))
     return None
 
 
 def _refuse_known(hub: Any, error: Exception, name: str, where: str) -> None:
     """Raises the error that says what to do, where the hub has said what is wrong."""
-    errors = hub.utils
-    if isinstance(error, errors.HFValidationError):
-        raise _bad_name(name) from error
-    if isinstance(error, errors.GatedRepoError):
+    if isinstance(error, hub.utils.GatedRepoError):
         raise DataError(
             f"{name} must be open to you; got a refusal, for its owner asks for "
             f"consent first. Give it at {where}/{name}, log in (hf auth login), and "
@@ -140,10 +131,3 @@ def _refuse_known(hub: Any, error: Exception, name: str, where: str) -> None:
             "none of this name, or it is private. Check the name, or log in (hf auth "
             "login)."
         ) from error
-
-
-def _bad_name(name: str) -> DataError:
-    return DataError(
-        f"the name of a network on the hub must be owner/name; got {name!r}. Copy it "
-        "from its page, such as google/ddpm-cifar10-32."
-    )

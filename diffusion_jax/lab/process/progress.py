@@ -107,7 +107,6 @@ class Progress:
         text = "skipped" if loss is None else f"loss {loss:.4f}"
         if self.rate:
             left = int((self.last - self.step) * self.images / self.rate)
-            hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
-            clock = f"{hours}:{minutes:02d}" if hours else f"{minutes}"
-            text += f", {self.rate:,.0f} images/s, {clock}:{seconds:02d} left"
+            clock = tqdm.format_interval(left)
+            text += f", {self.rate:,.0f} images/s, {clock} left"
         return text
