@@ -21,7 +21,7 @@ from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import checks, config
 from diffusion_jax.lab.schema.config import Config
-from diffusion_jax.lab.speed import measuring, peer, scaling, tables
+from diffusion_jax.lab.speed import measuring, peer, tables
 from diffusion_jax.lab.training import arguments
 from diffusion_jax.training import parallel
 from experiments.configs import EXPERIMENTS
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     for size in options.sizes:
         parallel.check_batch_size(size, mesh.size)
         if options.scaling:
-            scaling.check(size, mesh.size)
+            tables.check_scaling(size, mesh.size)
     report: dict[str, Any] = {
         "device": mesh.devices.flat[0].device_kind,
         "devices": mesh.size,
@@ -84,7 +84,8 @@ def main(argv: Sequence[str]) -> int:
         "ceilings_tflops": {},
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": runs.versions(),
-        **{name: [] for name in ("rows", "scaling", "options", "left_out")},
+        "rows": [],
+        "left_out": [],
     }
 
     def save() -> None:
@@ -153,7 +154,7 @@ def check_table(options: Options) -> None:
         )
     for candidate in options.candidates:
         tables.told(candidate)
-    for work in tables.works(options.config, options.sizes):
+    for work in tables.of_readme(options.config, options.sizes):
         checks.validate(config.replace(work.config, "train", batch_size=work.batch))
 
 
@@ -163,40 +164,30 @@ def pieces(
     """Returns what is to be measured in turn, by name; each adds to the report."""
     chosen, sizes, rows = options.config, options.sizes, report["rows"]
     effort = measuring.Effort(options.steps, options.repeats)
+    tops = report["ceilings_tflops"]
     if options.table:
-        works = tables.works(chosen, sizes)
+        works = tables.of_readme(chosen, sizes)
+        more = tables.options_of_compiler(works[0], options.candidates)
     else:
-        pairs = [(what, size) for what in options.what for size in sizes]
-        works = [tables.Work(tables.CONFIGURED, chosen, *pair) for pair in pairs]
+        works = tables.plain(chosen, options.what, sizes)
+        more = tables.scaling(chosen, sizes, mesh.size) if options.scaling else []
 
     def own(work: tables.Work) -> None:
-        dtype, tops = work.config.net.dtype, report["ceilings_tflops"]
+        dtype = work.config.net.dtype
         if dtype not in tops:
             tops[dtype] = measuring.ceiling(dtype, mesh, effort) / 1e12
-        # A table has no time for the program that takes fresh batches.
-        row = measuring.row(work, mesh, effort, fresh=not options.table)
-        rows.append({**row, "share": row["tflops"] / tops[dtype]})
-        print(f"  {work.name}: {tables.in_words(row)}")
+        # There is no other program for what is only compared, nor time in a table.
+        fresh = not options.table and work in works
+        found = tables.attempt(lambda: measuring.row(work, mesh, effort, fresh=fresh))
+        rows.append(tables.row(work, found, rows, tops[dtype] / mesh.size))
+        print(f"  {work.name}: {tables.in_words(found)}", flush=True)
 
     def by_peer(work: tables.Work, number: int) -> None:
         row = rows[number]
-        row["peer"] = tables.attempt(lambda: peer.compare(work.config, row, effort))
-        print(f"  {work.name}, by PyTorch: {tables.in_words(row['peer'])}")
-
-    def scaled(size: int) -> None:
-        def images_per_second(devices: int, size: int) -> float:
-            some = parallel.make_mesh(devices, math.gcd(devices, chosen.train.fsdp))
-            return float(measuring.train(chosen, some, size, effort)["per_second"])
-
-        report["scaling"] += scaling.measure(images_per_second, size, mesh.size)
-
-    def changed(candidate: str) -> None:
-        told = tables.told(candidate)
-        found = tables.attempt(
-            lambda: measuring.train(chosen, mesh, sizes[0], effort, told=told)
-        )
-        report["options"].append(tables.against(candidate, found, rows[0]))
-        print(f"  {candidate}: {tables.in_words(found)}")
+        if "error" not in row:
+            found = tables.attempt(lambda: peer.compare(work.config, row, effort))
+            row["peer"] = found
+            print(f"  {work.name}, by PyTorch: {tables.in_words(found)}", flush=True)
 
     todo: list[tuple[str, Callable[[], None]]]
     todo = [(work.name, partial(own, work)) for work in works]
@@ -205,11 +196,7 @@ def pieces(
             (f"{work.name}, by PyTorch", partial(by_peer, work, number))
             for number, work in enumerate(works)
         ]
-    if options.scaling:
-        todo += [(f"scaling of {size}", partial(scaled, size)) for size in sizes]
-    if options.table:
-        todo += [(name, partial(changed, name)) for name in options.candidates]
-    return todo
+    return todo + [(work.name, partial(own, work)) for work in more]
 
 
 if __name__ == "__main__":

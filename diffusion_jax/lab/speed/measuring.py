@@ -1,5 +1,6 @@
 """Seconds of training steps, of chains and of a large matrix product, as figures."""
 
+import math
 import resource
 import statistics
 import sys
@@ -14,9 +15,8 @@ import numpy as np
 
 from diffusion_jax.data import datasets
 from diffusion_jax.lab.schema import config
-from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.speed import arithmetic
-from diffusion_jax.lab.speed.tables import Work
+from diffusion_jax.lab.speed.tables import Work, told
 from diffusion_jax.lab.training import beginning
 from diffusion_jax.lab.wiring import build, chains, learning
 from diffusion_jax.training import compilation, feed, flat, parallel
@@ -55,52 +55,44 @@ class Clock(NamedTuple):
     """Of the first call, which compiles, beyond the median."""
 
 
-def row(
-    work: Work, mesh: Any, effort: Effort, *, fresh: bool = False
-) -> dict[str, Any]:
-    """Returns the figures of a row of a table, as `train` or `sample`."""
+def row(work: Work, mesh: Any, effort: Effort, *, fresh: bool) -> dict[str, Any]:
+    """Returns the figures of a row of a table, as `train` or `sample`.
+
+    Args:
+      work: what to measure.
+      mesh: the devices, or more than the row is to use.
+      effort: how often a training step is timed.
+      fresh: as of `train`.
+    """
+    if work.devices is not None:
+        fsdp = math.gcd(work.devices, work.config.train.fsdp)
+        mesh = parallel.make_mesh(work.devices, fsdp)
     if work.what == "train":
-        found = train(work.config, mesh, work.batch, effort, fresh=fresh)
+        found = train(work, mesh, effort, fresh=fresh)
     else:
-        found = sample(work.config, mesh, work.batch, effort.repeats)
-    return {
-        "form": work.form,
-        "dtype": work.config.net.dtype,
-        "what": work.what,
-        "batch": work.batch,
-        **found,
-        "memory_gib": peak_memory(mesh) / 2**30,
-    }
+        found = sample(work, mesh, effort)
+    return {**found, "devices": mesh.size, "memory_gib": peak_memory(mesh) / 2**30}
 
 
-def train(
-    chosen: Config,
-    mesh: Any,
-    size: int,
-    effort: Effort,
-    *,
-    told: compilation.Options | None = None,
-    fresh: bool = False,
-) -> dict[str, Any]:
+def train(work: Work, mesh: Any, effort: Effort, *, fresh: bool) -> dict[str, Any]:
     """Returns the figures of training steps on one batch that does not change.
 
     Args:
-      chosen: the configuration.
+      work: the configuration, the size of the batch and an option of the compiler.
       mesh: the devices.
-      size: of the batch.
       effort: how often a step is timed.
-      told: options of the compiler, beside those of the platform.
       fresh: whether to measure what fresh batches cost too, by another program.
     """
-    chosen = config.replace(chosen, "train", batch_size=size)
+    size = work.batch
+    chosen = config.replace(work.config, "train", batch_size=size)
     classes = chosen.net.classes
     rng = np.random.default_rng(0)
     shape = (max(STORED, size), *chosen.data.shape)
     images = rng.integers(0, 256, shape, dtype=np.uint8)
     labels = np.arange(len(images)) % max(classes, 1)
     dataset = datasets.Dataset(images, labels, "random")
-    usual = compilation.options(mesh.devices.flat[0])
-    step = learning.make_step(chosen, mesh, options=usual | (told or {}))
+    options = compilation.options(mesh.devices.flat[0]) | told(work.option)
+    step = learning.make_step(chosen, mesh, options=options)
     batch = parallel.shard(feed.batch_at(dataset, bool(classes), 0, size, 0), mesh)
     held, losses = [beginning.first_state(chosen, mesh)], []
 
@@ -132,8 +124,9 @@ def train(
     return measured | {"data_x": ratio, "data_x_range": spread, "input": fed.source}
 
 
-def sample(chosen: Config, mesh: Any, size: int, repeats: int) -> dict[str, Any]:
+def sample(work: Work, mesh: Any, effort: Effort) -> dict[str, Any]:
     """Returns the figures of whole chains of the configured rule, one at a time."""
+    chosen, size = work.config, work.batch
     made = build.init_params(chosen, jax.random.key(0))
     params = jax.device_put(made, parallel.replicated(mesh))
     draw = chains.make_draw(chosen, size, mesh)
@@ -143,8 +136,8 @@ def sample(chosen: Config, mesh: Any, size: int, repeats: int) -> dict[str, Any]
     net = {"params": params["net"]}
     apply = build.make_network(chosen).apply
     one = arithmetic.count(apply, net, image, jnp.zeros(1), label)
-    effort = Effort(1, repeats)
-    clock = timed(lambda: draw(params, jax.random.key(0), 0), effort)
+    alone = effort._replace(steps=1)
+    clock = timed(lambda: draw(params, jax.random.key(0), 0), alone)
     many = round(evaluations * size)
     return figures(clock, many, many * one) | {"evaluations_per_sample": evaluations}
 

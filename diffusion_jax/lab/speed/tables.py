@@ -1,14 +1,11 @@
-"""What `experiments.bench` measures, within how long, and the tables it prints.
-
-A table of the README is training as configured, training with the arithmetic of the
-authors' code, chains, the same by PyTorch if wanted, and then what options of the
-compiler change: as much of it, in this order, as the minutes allow.
-"""
+"""What `experiments.bench` measures, within how long, and the table it prints."""
 
 import dataclasses
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
+
+import jax
 
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.schema import config, sampling
@@ -16,7 +13,7 @@ from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.training import compilation
 
 SIZES = (128, 512)
-"""Batch sizes, where none are given."""
+"""Batch sizes of the table of the README, where none are given."""
 NONE = "none"
 # Of XLA for GPUs; none of them has been tried on these networks. The first is training
 # as it is once more: what the two differ by means nothing. The last may take minutes to
@@ -45,7 +42,14 @@ class Work(NamedTuple):
     form: str
     config: Config
     what: str
+    """Training or chains: "train" or "sample"."""
     batch: int
+    devices: int | None = None
+    """How many to use; all when None."""
+    option: str = NONE
+    """Of the compiler, beside those of the platform; see `told`."""
+    base: str = ""
+    """Name of the row that it is compared with."""
 
     @property
     def name(self) -> str:
@@ -53,7 +57,12 @@ class Work(NamedTuple):
         return f"{self.what} {self.batch}, {self.form}"
 
 
-def works(chosen: Config, sizes: tuple[int, ...]) -> list[Work]:
+def plain(chosen: Config, what: Iterable[str], sizes: Iterable[int]) -> list[Work]:
+    """Returns a row for each size of each kind."""
+    return [Work(CONFIGURED, chosen, kind, size) for kind in what for size in sizes]
+
+
+def of_readme(chosen: Config, sizes: tuple[int, ...]) -> list[Work]:
     """Returns the rows: training at all sizes, the authors' at the first, and chains.
 
     Chains are of the last size. Where their rule would take all T steps, as that of the
@@ -69,6 +78,57 @@ def works(chosen: Config, sizes: tuple[int, ...]) -> list[Work]:
         drawn = sampling.override(drawn, sampling.Sampling(sampler="ddim"))
     short = dataclasses.replace(chosen, sample=drawn)
     return [*rows, Work(form, short, "sample", sizes[-1])]
+
+
+def options_of_compiler(usual: Work, candidates: Iterable[str]) -> list[Work]:
+    """Returns the row again with each option, one by one."""
+    return [
+        usual._replace(form=f"`{one}`", option=one, base=usual.name)
+        for one in candidates
+    ]
+
+
+def scaling(chosen: Config, sizes: Iterable[int], found: int) -> list[Work]:
+    """Returns rows of training on 1, 2, 4, ... and all of so many devices.
+
+    Strong scaling keeps the batch: the same step, sooner. Weak scaling keeps the share
+    of each device: a larger batch in, at best, the same time.
+    """
+    rows = []
+    for size in sizes:
+        alone = Work("on 1 device", chosen, "train", size, 1)
+        rows.append(alone)
+        for n in counts(found)[1:]:
+            for kind, batch in ("strong", size), ("weak", size * n):
+                form = f"{kind} scaling of {size} on {n} devices"
+                rows.append(Work(form, chosen, "train", batch, n, base=alone.name))
+    return rows
+
+
+def counts(found: int) -> list[int]:
+    """Returns how many devices to measure scaling on: powers of two, and all.
+
+    >>> counts(8), counts(6), counts(1)
+    ([1, 2, 4, 8], [1, 2, 4, 6], [1])
+    """
+    return sorted({found, *(2**n for n in range(found.bit_length()) if 2**n <= found)})
+
+
+def check_scaling(batch_size: int, found: int) -> None:
+    """Raises ConfigError unless every count of devices can share the batch."""
+    if jax.process_count() > 1:
+        raise ConfigError(
+            "scaling must be measured on one host, which can leave some of its devices "
+            f"idle; got {jax.process_count()} hosts. Run bench on one host, then on "
+            "all, with --batch-sizes in proportion."
+        )
+    wrong = [n for n in counts(found) if batch_size % n]
+    if wrong:
+        raise ConfigError(
+            f"batch_sizes must be multiples of {wrong[-1]} for scaling, which measures "
+            f"on {', '.join(map(str, counts(found)))} devices; got {batch_size}. "
+            "Change it with --batch-sizes."
+        )
 
 
 def told(candidate: str) -> compilation.Options:
@@ -120,23 +180,29 @@ def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": "not known to this jaxlib" if unknown else said.split("\n")[0]}
 
 
-def against(
-    candidate: str, found: dict[str, Any], usual: dict[str, Any]
+def row(
+    work: Work, found: dict[str, Any], before: list[dict[str, Any]], top: float
 ) -> dict[str, Any]:
-    """Returns what an option of the compiler changes.
+    """Returns a row of a report.
 
     Args:
-      candidate: as of `told`.
-      found: the figures of training with it, or an "error".
-      usual: those of training without it.
+      work: what was measured.
+      found: its figures, or an "error".
+      before: the rows before, of which one may be the base.
+      top: TFLOP/s of a large matrix product, by one device.
     """
+    about = {"name": work.name, "form": work.form, "dtype": work.config.net.dtype}
+    made = {**about, "what": work.what, "batch": work.batch, **found}
     if "error" in found:
-        return {"option": candidate, **found}
-    changes = {
-        "times_as_fast": usual["ms"] / found["ms"],
-        "loss_change": found["loss"] / usual["loss"] - 1,
-    }
-    return {"option": candidate, **found, **changes}
+        return made
+    made["share"] = found["tflops"] / found["devices"] / top
+    for base in before:
+        if base["name"] != work.base or "error" in base:
+            continue
+        times = found["per_second"] / base["per_second"]
+        made["times_as_fast"] = times
+        made["efficiency"] = times * base["devices"] / found["devices"]
+    return made
 
 
 def in_words(figures: dict[str, Any]) -> str:
@@ -147,67 +213,53 @@ def in_words(figures: dict[str, Any]) -> str:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Returns the tables of a report."""
+    """Returns the table of a report, without columns that nothing was measured for."""
+    tops = [f"{name} {top:.3g}" for name, top in report["ceilings_tflops"].items()]
     parts = [
         f"{report['experiment']} on {report['devices']} x {report['device']}, jax "
-        f"{report['versions']['jax']}, {report['date']}; matrix products "
-        + ", ".join(
-            f"{n} {t:.3g} TFLOP/s" for n, t in report["ceilings_tflops"].items()
-        )
+        f"{report['versions']['jax']}, {report['date']}; matrix products, TFLOP/s: "
+        f"{', '.join(tops)}",
+        "",
     ]
-    for cells, name in (_row, "rows"), (_scaled, "scaling"), (_option, "options"):
-        if report[name]:
-            parts += ["", *_table([cells(row) for row in report[name]])]
+    rows = [cells(row) for row in report["rows"]]
+    columns = [n for n in (rows or [{}])[0] if any(row[n] != "-" for row in rows)]
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[row[name] for name in columns] for row in rows]
+    parts += ["| " + " | ".join(line) + " |" for line in lines]
     if report["left_out"]:
         parts += ["", f"Not tried, for want of time: {'; '.join(report['left_out'])}."]
     return "\n".join(parts) + "\n"
 
 
-def _row(row: dict[str, Any]) -> dict[str, str]:
-    """A training step, or an evaluation of the network in a chain."""
+def cells(row: dict[str, Any]) -> dict[str, str]:
+    """Returns a row of the table: "-" for what is not known, errors in place of ms.
+
+    Milliseconds are of a training step, or of an evaluation of the network in a chain.
+    """
     each = row.get("evaluations_per_sample", 1.0)
-    low, high = (ms / each for ms in row["ms_range"])
     peer = row.get("peer", {})
+
+    def of(name: str, form: str, of_row: dict[str, Any] = row, by: float = 1.0) -> str:
+        return format(of_row[name] / by, form) if name in of_row else "-"
+
     what = "training" if row["what"] == "train" else "an evaluation in sampling"
+    low_to_high = [f"{ms / each:,.2f}" for ms in row.get("ms_range", ())]
     return {
         "what": f"{what}, {row['form']}, {row['dtype']}",
         "batch": f"{row['batch']:,}",
-        "ms": f"{row['ms'] / each:,.2f}",
-        "range": f"{low:,.2f} to {high:,.2f}",
-        "per second": f"{row['per_second']:,.1f}",
-        "TFLOP/s": f"{row['tflops']:.3g}",
-        "share": f"{row['share']:.1%}",
-        "compile, s": f"{row['compile_s']:.1f}",
+        "ms": row.get("error") or of("ms", ",.2f", by=each),
+        "range": " to ".join(low_to_high) or "-",
+        "per second": of("per_second", ",.1f"),
+        "times as fast": of("times_as_fast", ".3f"),
+        "efficiency": of("efficiency", ".0%"),
+        "loss": of("loss", ".8g"),
+        "TFLOP/s": of("tflops", ".3g"),
+        "share": of("share", ".1%"),
+        "compile, s": of("compile_s", ".1f"),
         # A step with fresh batches, in units of one with the same batch.
-        "data x": f"{row['data_x']:.3f}" if "data_x" in row else "-",
+        "data x": of("data_x", ".3f"),
         # In use so far at most, of a device or, on CPU, of the process.
-        "GiB": f"{row['memory_gib']:.2f}",
-        "PyTorch, ms": f"{peer['ms'] / each:,.2f}" if "ms" in peer else "-",
-        "times": f"{peer['ratio']:.2f}" if "ratio" in peer else peer.get("error", "-"),
+        "GiB": of("memory_gib", ".2f"),
+        "PyTorch, ms": peer.get("error") or of("ms", ",.2f", peer, each),
+        "times PyTorch": of("ratio", ".2f", peer),
     }
-
-
-def _scaled(row: dict[str, Any]) -> dict[str, str]:
-    return {
-        "scaling": row["scaling"],
-        "devices": str(row["devices"]),
-        "batch": f"{row['batch']:,}",
-        "per second": f"{row['per_second']:,.1f}",
-        "times one": f"{row['times_one']:.2f}",
-        "efficiency": f"{row['efficiency']:.0%}",
-    }
-
-
-def _option(row: dict[str, Any]) -> dict[str, str]:
-    change = row.get("loss_change")
-    return {
-        "option of the compiler": f"`{row['option']}`",
-        "ms": f"{row['ms']:,.2f}" if "ms" in row else row["error"],
-        "times as fast": f"{row['times_as_fast']:.3f}" if "ms" in row else "-",
-        "loss": "-" if change is None else f"{change:+.1e}" if change else "the same",
-    }
-
-
-def _table(rows: list[dict[str, str]]) -> list[str]:
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
-    return ["| " + " | ".join(cells) + " |" for cells in lines]
