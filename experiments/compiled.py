@@ -67,15 +67,14 @@ def main(argv: Sequence[str]) -> int:
         chosen = replace(chosen, "net", conv="xla")
     if options.target == "here":
         parallel.split_cpu(chosen.train.batch_size)
-    with targets.aim(options.target) as target:
-        plan = chosen.train
-        mesh = parallel.make_mesh(plan.devices, plan.fsdp, target.devices)
-        parallel.check_batch_size(plan.batch_size, mesh.size)
-        lower = {"train": training, "sample": sampling}[options.what]
-        lowered, operations = lower(chosen, mesh)
-        began = time.perf_counter()
-        compiled = lowered.compile()
-        seconds = time.perf_counter() - began
+    target, plan = targets.aim(options.target), chosen.train
+    mesh = parallel.make_mesh(plan.devices, plan.fsdp, target.devices)
+    parallel.check_batch_size(plan.batch_size, mesh.size)
+    lower = {"train": training, "sample": sampling}[options.what]
+    lowered, operations = lower(chosen, mesh)
+    began = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - began
     text = compiled.as_text()
     kernels = compiled_program.kernels(text)
     each = {name: count / mesh.size for name, count in operations.items()}

@@ -1,9 +1,7 @@
 """Devices to compile for, that need not be there."""
 
-import contextlib
 import os
 import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -71,9 +69,8 @@ class Target(NamedTuple):
     speed: Speed | None
 
 
-@contextlib.contextmanager
-def aim(name: str) -> Iterator[Target]:
-    """Gives the devices of a target, to lower and compile for inside the block.
+def aim(name: str) -> Target:
+    """Returns the devices of a target, to lower and compile for.
 
     Args:
       name: "here"; "h100:8" for so many GPUs, eight a host; or a slice of TPUs, such as
@@ -83,8 +80,7 @@ def aim(name: str) -> Iterator[Target]:
       ConfigError: an unknown target, or one whose compiler is not installed.
     """
     if name == "here":
-        yield Target(jax.devices(), None)
-        return
+        return Target(jax.devices(), None)
     gpus = re.fullmatch(r"h100(?::(\d+))?", name)
     tpus = re.fullmatch(r"v\d+\w*:\d+(x\d+)+", name)
     count = int(gpus[1] or 1) if gpus else 1
@@ -96,35 +92,18 @@ def aim(name: str) -> Iterator[Target]:
     # The compilers come as plugins, which would look for their devices.
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    with _cuda_by_name() if gpus else contextlib.nullcontext():
-        try:
-            if gpus:
-                hosts, each = max(1, count // HOST), min(count, HOST)
-                found = topologies.get_topology_desc(
-                    platform="cuda", target_config=H100, topology=f"1x{hosts}x{each}"
-                )
-            else:
-                found = topologies.get_topology_desc(platform="tpu", topology_name=name)
-        except (RuntimeError, NotImplementedError) as error:
-            extra = "cuda12" if gpus else "tpu"
-            raise ConfigError(
-                f"the compiler for {name} must be installed, and know it; got "
-                f"{str(error).splitlines()[0]}. Say: pip install 'jax[{extra}]'."
-            ) from error
-        yield Target(found.devices, H200_SPEED if gpus else None)
-
-
-@contextlib.contextmanager
-def _cuda_by_name() -> Iterator[None]:
-    """Lets "gpu" mean CUDA, where no GPU is there to tell that by."""
-    from jax._src import xla_bridge as bridge
-
-    xla_bridge: Any = bridge
-    usual = xla_bridge.canonicalize_platform
-    xla_bridge.canonicalize_platform = lambda name: (
-        "cuda" if name in ("gpu", "cuda") else usual(name)
-    )
     try:
-        yield
-    finally:
-        xla_bridge.canonicalize_platform = usual
+        if tpus:
+            found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+            return Target(found.devices, None)
+        hosts, each = max(1, count // HOST), min(count, HOST)
+        found = topologies.get_topology_desc(
+            platform="cuda", target_config=H100, topology=f"1x{hosts}x{each}"
+        )
+        return Target(found.devices, H200_SPEED)
+    except (RuntimeError, NotImplementedError) as error:
+        extra = "cuda12" if gpus else "tpu"
+        raise ConfigError(
+            f"the compiler for {name} must be installed, and know it; got "
+            f"{str(error).splitlines()[0]}. Say: pip install 'jax[{extra}]'."
+        ) from error
