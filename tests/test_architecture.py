@@ -32,7 +32,8 @@ LAB = (
     {"run_folder"},
     {"trained"},
     {"measure"},
-    {"drawing", "training", "speed"},
+    {"drawing", "training"},
+    {"speed"},
 )
 # What a module may import beside jax and numpy: an extra, and only when it is called.
 EXTRAS = {"ode": {"diffrax"}}
