@@ -6,11 +6,9 @@ and a `DataError` says why, within seconds where there is no network.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import http.client
 import os
-import secrets
 import threading
 import urllib.parse
 import urllib.request
@@ -22,6 +20,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from diffusion_jax.errors import DataError
+from diffusion_jax.storage import files
 
 _CHUNK = 2**18
 T = TypeVar("T")
@@ -67,24 +66,22 @@ ftp://example.org/a. Download it by hand.
     """
     check_address(url)
     path = Path(path)
-    # The process id and a random part: processes and hosts that share the folder
-    # may all download at once, and the last to finish wins with the same bytes.
-    part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        request = urllib.request.Request(url, headers={"User-Agent": "diffusion_jax"})
-        opener = urllib.request.build_opener(_Redirects)
-        response = within(
-            connect_timeout, lambda: opener.open(request, timeout=read_timeout)
-        )
-        with response, part.open("xb") as file:
-            digest = _copy(response, file, url, size, most, progress)
-        if sha256 is not None and digest != sha256.lower():
-            raise DataError(
-                f"the file at {url} must have SHA-256 {sha256}; got {digest}. "
-                "It was changed on the way or at the source: it was not kept."
+        with files.replacing(path) as file:
+            request = urllib.request.Request(
+                url, headers={"User-Agent": "diffusion_jax"}
             )
-        os.replace(part, path)
+            opener = urllib.request.build_opener(_Redirects)
+            response = within(
+                connect_timeout, lambda: opener.open(request, timeout=read_timeout)
+            )
+            with response:
+                digest = _copy(response, file, url, size, most, progress)
+            if sha256 is not None and digest != sha256.lower():
+                raise DataError(
+                    f"the file at {url} must have SHA-256 {sha256}; got {digest}. "
+                    "It was changed on the way or at the source: it was not kept."
+                )
     except TimeoutError as error:
         raise DataError(
             f"a server must answer within {connect_timeout:g} s, and then send bytes "
@@ -97,9 +94,6 @@ ftp://example.org/a. Download it by hand.
             f"Check the address, the network and the disk, or download it by hand to "
             f"{path}."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):  # never made, or its folder is no folder
-            part.unlink(missing_ok=True)
     return path
 
 
