@@ -286,7 +286,8 @@ def measure_sample(options: Options, mesh: Any, size: int) -> dict[str, Any]:
         build.init_params(chosen, jax.random.key(0)), parallel.replicated(mesh)
     )
     draw = chains.make_draw(chosen, size, mesh)
-    evaluations = chains.count_evaluations(chosen, params)
+    drawable = chains.Drawable(params)
+    evaluations = chains.count_evaluations(chosen, drawable)
     label = jnp.zeros(1, jnp.int32) if chosen.net.classes else None
     one = arithmetic.count(
         build.make_network(chosen).apply,
@@ -295,7 +296,7 @@ def measure_sample(options: Options, mesh: Any, size: int) -> dict[str, Any]:
         jnp.zeros(1),
         label,
     )
-    clock = timed(lambda: draw(params, jax.random.key(0), 0), options)
+    clock = timed(lambda: draw(drawable, jax.random.key(0), 0), options)
     many = round(evaluations * size)
     return figures(clock, many, many * one) | {"evaluations_per_sample": evaluations}
 

@@ -11,6 +11,7 @@ of the results as single PNGs of the run's own size.
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
+import jax
 import tyro
 
 from diffusion_jax.errors import ConfigError, raise_unknown
@@ -53,9 +54,9 @@ def main(argv: Sequence[str]) -> int:
         )
     draw = COMMANDS[command][1](config, options)
     parallel.persistent_cache(run.cache)
-    params, step, kind = extras.load(config, run, shared.which)
+    drawable, step, kind = extras.load(config, run, shared.which)
     print(f"{run.folder}: {weights.describe(kind, step)}")
-    edited = draw(params)
+    edited = draw(drawable, jax.random.key(shared.seed))
     folder = out.with_suffix("")
     if shared.out is None:
         for old in folder.glob("[0-9]*.png"):

@@ -135,6 +135,17 @@ def _classifier(config: Config, dataset: datasets.Dataset) -> Extractor:
     return Extractor(name, judges.WIDTH, apply, details)
 
 
+def check_count(
+    extractor: Extractor, count: int, *, why: str = "", more: str = "Give more samples."
+) -> None:
+    """Raises ConfigError where there are too few samples for the features."""
+    if count <= extractor.dimension:
+        raise ConfigError(
+            f"count must be above {extractor.dimension}, the number of features of "
+            f"{extractor.name}{why}; got {count}. {more}"
+        )
+
+
 def extract(
     extractor: Extractor, images: Any, *, batch_size: int, label: str
 ) -> tuple[np.ndarray, np.ndarray]:

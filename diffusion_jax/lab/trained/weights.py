@@ -65,8 +65,8 @@ def load(config: Config, run: runs.Run, which: Weights) -> tuple[Any, int | None
     """
     mesh = parallel.make_mesh()
     sharding = parallel.replicated(mesh)
+    check_alone(run, which)
     if run.network is not None:
-        check_alone(which, official=run.network.kind == "official")
         _, params, about, _ = networks.read(run.network, average=not which.raw)
         at = jax.tree.map(lambda _: sharding, params)
         return parallel.place(params, at), about.step, about.weights
@@ -96,14 +96,11 @@ def load(config: Config, run: runs.Run, which: Weights) -> tuple[Any, int | None
     return parallel.place(chosen, at), step, words
 
 
-def check_alone(which: Weights, *, official: bool = False) -> None:
-    """Raises ConfigError where a network in a file leaves no such choice of weights.
-
-    Args:
-      which: what was asked for.
-      official: whether it is a checkpoint of the authors', which has the last weights
-        too.
-    """
+def check_alone(run: runs.Run, which: Weights) -> None:
+    """Raises ConfigError where a network in a file leaves no such choice of weights."""
+    if run.network is None:
+        return
+    official = run.network.kind == "official"  # which has the last weights too
     if which == Weights(raw=which.raw and official, strict=which.strict):
         return
     raise ConfigError(
