@@ -45,8 +45,7 @@ def main(argv: Sequence[str]) -> int:
     options = entry.parse(Options, argv, "train_noisy_classifier", __doc__)
     require_positive(options, "steps")
     require_seed(options.seed)
-    run = runs.find(options.run)
-    config = runs.read_config(run)
+    run, config = opening.opened(options.run, options)
     dataset = build.load_data(config)
     made = train(config, run, dataset, steps=options.steps, seed=options.seed)
     print(f"guesses among {made.num_classes} classes, on held-out images:")
@@ -71,7 +70,7 @@ def train(
     *,
     steps: int = 1000,
     seed: int = 0,
-) -> guides.Guide:
+) -> fitting.Fitted:
     """Returns a classifier trained on four fifths of the images, and writes it.
 
     It sees x_t with t evenly from 1..T, by equation (1) of `gaussian`, divided by
@@ -93,7 +92,9 @@ def train(
     accuracy = {
         t: accuracy_at(params, levels, t, images[held], labels[held]) for t in times
     }
-    return guides.save(guides.path_of(run.folder), params, num_classes, accuracy)
+    path = guides.path_of(run.folder)
+    fitting.save(path, params, num_classes, accuracy)
+    return guides.load(path)
 
 
 def accuracy_at(
@@ -106,18 +107,12 @@ def accuracy_at(
     seed: int = 0,
 ) -> float:
     """Returns the share of uint8 images, noised to time t, whose label is guessed."""
-    right, key = 0, jax.random.key(seed)
-    for i in range(0, len(images), fitting.BATCH):
-        part = images[i : i + fitting.BATCH]
-        # The last batch is filled up, so that nothing compiles again.
-        fill = [(0, fitting.BATCH - len(part))] + [(0, 0)] * 3
-        noise_key = jax.random.fold_in(key, i)
-        times = jnp.full(fitting.BATCH, t)
-        guess = _guess(params, levels, noise_key, np.pad(part, fill), times)
-        right += int(
-            (np.asarray(guess)[: len(part)] == labels[i : i + fitting.BATCH]).sum()
-        )
-    return right / len(images)
+    key, times = jax.random.key(seed), jnp.full(fitting.BATCH, t)
+
+    def guess(batch: np.ndarray, begin: int) -> jax.Array:
+        return _guess(params, levels, jax.random.fold_in(key, begin), batch, times)
+
+    return float((fitting.in_batches(guess, images) == labels).mean())
 
 
 def make_loss(levels: schedule.Schedule, *, flip: bool) -> fitting.Loss:

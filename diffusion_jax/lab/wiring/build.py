@@ -80,19 +80,10 @@ def time_shift(config: Config) -> int:
     return 0 if is_continuous(config) else 1
 
 
-def make_network(config: Config, *, looped: bool = False) -> UNet:
-    """Returns the network; its parameters come from `init_params`.
-
-    Args:
-      config: the configuration.
-      looped: whether its gradient is taken inside a compiled loop, where XLA's
-        convolution on CPU is many times slower than the matrix product.
-    """
+def make_network(config: Config) -> UNet:
+    """Returns the network; its parameters come from `init_params`."""
     net = config.net
     split = config.diffusion.variance in ("learned", "range")
-    conv = net.conv
-    if conv == "auto":
-        conv = "matmul" if looped and jax.default_backend() == "cpu" else "xla"
     return UNet(
         out_channels=config.data.channels * (2 if split else 1),
         channels=net.channels,
@@ -102,7 +93,7 @@ def make_network(config: Config, *, looped: bool = False) -> UNet:
         dropout=net.dropout,
         groups=net.groups,
         dtype=jnp.dtype(net.dtype),
-        conv=conv,
+        conv="xla" if net.conv == "auto" else net.conv,
         remat=net.remat,
         # The last row stands for no label.
         num_classes=net.classes + (1 if net.classes and net.label_dropout else 0),
@@ -120,12 +111,7 @@ def as_computed(config: Config, params: Any) -> Any:
 
 
 def make_apply(
-    config: Config,
-    params: Any,
-    levels: schedule.Schedule,
-    *,
-    looped: bool = False,
-    **options: Any,
+    config: Config, params: Any, levels: schedule.Schedule, **options: Any
 ) -> Apply:
     """Returns the network as a function of x, t and, with classes, the label.
 
@@ -133,10 +119,9 @@ def make_apply(
       config: the configuration.
       params: as `init_params` makes them.
       levels: the schedule whose times t are.
-      looped: as in `make_network`.
       options: of the network's call.
     """
-    net = make_network(config, looped=looped)
+    net = make_network(config)
 
     def fed(t: jax.Array) -> jax.Array:
         if config.diffusion.prediction == "edm" or not is_continuous(config):

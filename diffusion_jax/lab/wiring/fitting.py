@@ -1,19 +1,84 @@
-"""How a small classifier is trained on four fifths of labelled images."""
+"""Small classifiers, trained on four fifths of labelled images, and their files."""
 
+import json
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 
 from diffusion_jax.data import datasets
-from diffusion_jax.errors import ConfigError
+from diffusion_jax.errors import ConfigError, DataError
+from diffusion_jax.lab.schema import texts
+from diffusion_jax.storage import trees
 
 BATCH, RATE, HELD_OUT = 128, 2e-3, 0.2
 
 Loss = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 """Of parameters, a key, images and labels."""
+
+
+class Fitted(NamedTuple):
+    """A trained classifier and where it came from."""
+
+    params: Any
+    num_classes: int
+    accuracy: Any
+    """On the images held out from its training, in [0, 1]: one, or several by time."""
+    sha256: str
+    """Of its file."""
+    path: Path
+
+
+def save(path: Path, params: Any, num_classes: int, accuracy: Any) -> None:
+    """Writes a classifier under a temporary name, then renames it."""
+    meta = {"num_classes": str(num_classes), "accuracy": json.dumps(accuracy)}
+    trees.write(path, params, meta)
+
+
+def load(
+    path: Path, check: Callable[[Fitted], Fitted], *, command: str, again: str
+) -> Fitted:
+    """Returns the classifier in a file.
+
+    Args:
+      path: of the file.
+      check: returns what was read, with the accuracy as it is used; raises where it is
+        not what it must be.
+      command: what writes such files.
+      again: how to get another one, a sentence without its beginning and end.
+
+    Raises:
+      ConfigError: there is no such file, or it is damaged or no such classifier.
+    """
+    try:
+        params, meta, digest = trees.read(path)
+        count, accuracy = int(meta["num_classes"]), texts.parse(meta["accuracy"])
+        return check(Fitted(params, count, accuracy, digest, path))
+    except DataError as error:
+        raise ConfigError(f"{error} Or {again}.") from error
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} must be a classifier that {command} wrote; got {error}. "
+            f"{again[0].upper()}{again[1:]}."
+        ) from error
+
+
+def in_batches(apply: Callable[[np.ndarray, int], Any], images: np.ndarray) -> Any:
+    """Returns what a function gives for images, [N, ...], asked batch by batch.
+
+    Args:
+      apply: of `BATCH` images and the index of the first, to a tree of arrays.
+      images: [N, H, W, C]. The last batch is filled up, so that nothing compiles again.
+    """
+    parts = []
+    for begin in range(0, len(images), BATCH):
+        part = images[begin : begin + BATCH]
+        filled = np.pad(part, ((0, BATCH - len(part)), (0, 0), (0, 0), (0, 0)))
+        parts.append(apply(filled, begin))
+    return jax.tree.map(lambda *all_: np.concatenate(all_)[: len(images)], *parts)
 
 
 def labelled(dataset: datasets.Dataset, hint: str) -> tuple[np.ndarray, np.ndarray]:

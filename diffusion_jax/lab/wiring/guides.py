@@ -1,9 +1,8 @@
 """The classifier of noisy images that guides samples: its file, what it says of x_t."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +10,12 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from diffusion_jax import continuous, schedule
-from diffusion_jax.errors import ConfigError, DataError
-from diffusion_jax.lab.schema import texts
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.schema.config import Config
+from diffusion_jax.lab.wiring import fitting
+from diffusion_jax.lab.wiring.fitting import Fitted
 from diffusion_jax.nets.noisy_classifier import NoisyClassifier
 from diffusion_jax.storage import trees
-
-
-class Guide(NamedTuple):
-    """A trained classifier of noisy images and where it came from."""
-
-    params: Any
-    num_classes: int
-    accuracy: dict[int, float]
-    """By time: on the images held out from its training, in [0, 1]."""
-    sha256: str
-    """Of its file."""
-    path: Path
 
 
 def path_of(folder: Path) -> Path:
@@ -74,40 +62,25 @@ def log_prob_of(
     return log_prob
 
 
-def save(
-    path: Path, params: Any, num_classes: int, accuracy: dict[int, float]
-) -> Guide:
-    """Writes a classifier under a temporary name, then renames it."""
-    meta = {"num_classes": str(num_classes), "accuracy": json.dumps(accuracy)}
-    trees.write(path, params, meta)
-    return load(path)
-
-
-def load(path: Path) -> Guide:
+def load(path: Path) -> Fitted:
     """Returns the classifier in a file.
 
     Raises:
       ConfigError: there is none, or the file is damaged or no classifier of ours.
     """
-    try:
-        params, meta, digest = trees.read(path)
-        num_classes = int(meta["num_classes"])
-        accuracy = {int(t): float(a) for t, a in texts.parse(meta["accuracy"]).items()}
-        if params["logits"]["bias"].shape != (num_classes,):
-            raise ValueError(f"{num_classes} classes, and other weights")
-    except DataError as error:
-        again = f"python -m experiments.train_noisy_classifier {path.parent}"
-        raise ConfigError(f"{error} Or train it: {again}.") from error
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{path} must be a classifier that train_noisy_classifier wrote; got "
-            f"{error}. Train it: python -m experiments.train_noisy_classifier "
-            f"{path.parent}."
-        ) from error
-    return Guide(params, num_classes, accuracy, digest, path)
+    command = "train_noisy_classifier"
+    again = f"train it: python -m experiments.{command} {path.parent}"
+    return fitting.load(path, _check, command=command, again=again)
 
 
-def check(guide: Guide, config: Config) -> None:
+def _check(guide: Fitted) -> Fitted:
+    if guide.params["logits"]["bias"].shape != (guide.num_classes,):
+        raise ValueError(f"{guide.num_classes} classes, and other weights")
+    accuracy = {int(t): float(share) for t, share in guide.accuracy.items()}
+    return guide._replace(accuracy=accuracy)
+
+
+def check(guide: Fitted, config: Config) -> None:
     """Raises DataError where a classifier is not of a run's images, or is damaged."""
     images = jax.ShapeDtypeStruct((1, *config.data.shape), jnp.float32)
     times = jax.ShapeDtypeStruct((1,), jnp.float32)
