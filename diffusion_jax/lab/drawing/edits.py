@@ -1,6 +1,7 @@
 """Edits: images between others, painted in, coloured or varied by a trained network."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,7 +70,7 @@ def _between(config: Config, options: Any, depths: Sequence[int]) -> Draw:
         return editing.interpolate(key, made, levels, grid, a, b, t, fractions)[0]
 
     def draw(drawable: Drawable, key: jax.Array) -> Edited:
-        draws, rows = at_depth(config, mix, a.shape), []
+        draws, rows = compiled(config, mix, static=_per_depth(config, a.shape)), []
         for depth in depths:
             rows.append(draws(drawable, key, to_float(a), to_float(b), depth))
             if len(depths) > 1:
@@ -171,22 +172,25 @@ def vary(config: Config, options: edit_options.Vary) -> Draw:
         return editing.vary(key, made, levels, grid, many, t)
 
     def draw(drawable: Drawable, key: jax.Array) -> Edited:
-        draws = at_depth(config, again, image.shape)
+        draws = compiled(config, again, static=_per_depth(config, image.shape))
         return Edited(image, draws(drawable, key, to_float(image), depth))
 
     return draw
 
 
-def compiled(config: Config, edit: Callable[..., jax.Array]) -> Callable[..., Any]:
+def compiled(
+    config: Config, edit: Callable[..., jax.Array], *, static: tuple[int, ...] = ()
+) -> Callable[..., Any]:
     """Returns a function of (drawable, *arrays) that gives uint8 images.
 
     Args:
       config: of the run, with the way to sample.
       edit: from the rule with these weights and its schedule, and the arrays, to
         images about [-1, 1].
+      static: places of the arguments that must be known when it is compiled.
     """
 
-    @jax.jit
+    @functools.partial(jax.jit, static_argnums=static)
     def run(drawable: Drawable, *arrays: Any) -> jax.Array:
         levels = chains.sampling_schedule(config, drawable.params)
         return edit((chains.make_sampler(config, drawable), levels), *arrays)
@@ -194,29 +198,9 @@ def compiled(config: Config, edit: Callable[..., jax.Array]) -> Callable[..., An
     return lambda *args: pictures.to_uint8(np.asarray(run(*args)))
 
 
-def at_depth(
-    config: Config, edit: Callable[..., jax.Array], shape: tuple[int, ...]
-) -> Callable[..., Any]:
-    """Returns a function of (drawable, *arrays, depth) that gives uint8 images.
-
-    Compiled once for all depths, where the rule has no memory.
-
-    Args:
-      config, edit: as in `compiled`.
-      shape: of one image, [1, H, W, C].
-    """
-    if not has_memory(config, shape):
-        return compiled(config, edit)
-
-    def draws(drawable: Drawable, *args: Any) -> Any:
-        *arrays, depth = args
-
-        def here(rule: Rule, *arrays: Any) -> jax.Array:
-            return edit(rule, *arrays, depth)
-
-        return compiled(config, here)(drawable, *arrays)
-
-    return draws
+def _per_depth(config: Config, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the place of the depth, the last, where each has a program of its own."""
+    return (-1,) if has_memory(config, shape) else ()
 
 
 def has_memory(config: Config, shape: tuple[int, ...]) -> bool:

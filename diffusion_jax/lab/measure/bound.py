@@ -83,34 +83,40 @@ def evaluate(
     steps = config.diffusion.num_steps
     compiled = make_bound(config, variance=variance, chunk=chunk, seed=seed)
     sums = Sums(steps)
-    with _bar(len(chosen) * steps, " evaluations") as bar:
-        for batch, count in batches(config, dataset, chosen, batch_size):
-            sums.add(compiled(drawable, batch), count)
-            bar.update(count * steps)
+    walk = batches(config, dataset, chosen, batch_size, each=steps, unit=" evaluations")
+    for batch, count in walk:
+        sums.add(compiled(drawable, batch), count)
     return sums
 
 
-def _bar(total: int, unit: str) -> tqdm:
-    quiet = not sys.stderr.isatty()
-    return tqdm(total=total, unit=unit, unit_scale=True, disable=quiet)
-
-
 def batches(
-    config: Config, dataset: datasets.Dataset, chosen: np.ndarray, batch_size: int
+    config: Config,
+    dataset: datasets.Dataset,
+    chosen: np.ndarray,
+    batch_size: int,
+    *,
+    each: int = 1,
+    unit: str = " images",
 ) -> Iterator[tuple[dict[str, jax.Array], int]]:
-    """Yields batches of images, numbers and labels, and how many of each count."""
-    mesh = parallel.make_mesh()
+    """Yields batches of images, numbers and labels, and how many of each count.
+
+    The bar counts `each` units an image.
+    """
+    mesh, quiet = parallel.make_mesh(), not sys.stderr.isatty()
     size = -(-min(batch_size, len(chosen)) // mesh.size) * mesh.size
-    for begin in range(0, len(chosen), size):
-        indices = chosen[begin : begin + size]
-        # A ragged last batch is filled up with its last image, and cut again.
-        padded = np.pad(indices, (0, size - len(indices)), mode="edge")
-        found = datasets.batch_at(dataset, padded)
-        index = np.pad(np.arange(begin, begin + len(indices)), (0, size))[:size]
-        batch = {"x": found["image"], "i": index}
-        if config.net.classes:
-            batch["label"] = found["label"]
-        yield parallel.shard(batch, mesh), len(indices)
+    total = len(chosen) * each
+    with tqdm(total=total, unit=unit, unit_scale=each > 1, disable=quiet) as bar:
+        for begin in range(0, len(chosen), size):
+            indices = chosen[begin : begin + size]
+            # A ragged last batch is filled up with its last image, and cut again.
+            padded = np.pad(indices, (0, size - len(indices)), mode="edge")
+            found = datasets.batch_at(dataset, padded)
+            index = np.pad(np.arange(begin, begin + len(indices)), (0, size))[:size]
+            batch = {"x": found["image"], "i": index}
+            if config.net.classes:
+                batch["label"] = found["label"]
+            yield parallel.shard(batch, mesh), len(indices)
+            bar.update(len(indices) * each)
 
 
 @functools.lru_cache(maxsize=8)
@@ -170,12 +176,10 @@ def evaluate_ode(
         config, trace=trace, probes=probes, tolerance=tolerance, seed=seed
     )
     found = []
-    with _bar(len(chosen), " images") as bar:
-        for batch, count in batches(config, dataset, chosen, batch_size):
-            bits = compiled(drawable, batch)
-            rows = np.stack([bits.total, bits.density.evaluations], axis=1)
-            found.append(rows[:count].astype(np.float64))
-            bar.update(count)
+    for batch, count in batches(config, dataset, chosen, batch_size):
+        bits = compiled(drawable, batch)
+        rows = np.stack([bits.total, bits.density.evaluations], axis=1)
+        found.append(rows[:count].astype(np.float64))
     table = np.concatenate(found)
     lost = int(np.isnan(table[:, 0]).sum())
     if lost:
