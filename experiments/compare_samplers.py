@@ -279,17 +279,17 @@ def measure(
 
 def line(rule: str, row: list[Point], budgets: Sequence[int]) -> str:
     """Returns a row of the table."""
-    if rule == "ode":
-        cells = [f"{p.distance:.2f} ({p.evaluations:.0f})" for p in row]
-        return f"  {rule:<20}" + "".join(f"{cell:>13}" for cell in cells)
-    text = f"  {rule:<20}"
-    for budget in budgets:
-        at = [point for point in row if point.budget == budget]
-        fewer = (
-            f" ({at[0].evaluations:.0f})" if at and at[0].evaluations < budget else ""
-        )
-        text += f"{f'{at[0].distance:.2f}{fewer}' if at else '-':>13}"
-    return text
+
+    def cell(point: Point | None) -> str:
+        if point is None:
+            return "-"
+        others = rule == "ode" or point.evaluations < point.budget
+        fewer = f" ({point.evaluations:.0f})" if others else ""
+        return f"{point.distance:.2f}{fewer}"
+
+    known = {point.budget: point for point in row}
+    points = row if rule == "ode" else [known.get(budget) for budget in budgets]
+    return f"  {rule:<20}" + "".join(f"{cell(point):>13}" for point in points)
 
 
 if __name__ == "__main__":

@@ -31,11 +31,10 @@ from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import checks, json_fields
 from diffusion_jax.lab.schema.config import GIVEN, Config, Net
 from diffusion_jax.lab.schema.sampling import Sampling, Variance
-from diffusion_jax.lab.trained import extras, weights
+from diffusion_jax.lab.trained import extras, opening, weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.training import initial, loop
 from diffusion_jax.lab.wiring import build, chains
-from diffusion_jax.training import parallel
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -188,10 +187,8 @@ def load(
     path = None if where is None else str(where)
     if download:
         path = str(hub.fetch(path or ""))
-    run = runs.find(path)
-    config = runs.read_config(run)
-    parallel.persistent_cache(run.cache)
     which = Weights(average=average, raw=raw, step=step)
+    run, config = opening.opened(path, which, which=which)
     params, found, kind = weights.load(config, run, which)
     return Trained(config, params, found, kind, run)
 

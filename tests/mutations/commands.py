@@ -108,7 +108,7 @@ COMMANDS = [
     Breakage(
         "draws-noted-before-they-are-there",
         "diffusion_jax/lab/drawing/draws.py",
-        "                array.flush()\n",
+        "            array.flush()\n",
         "",
         "tests/experiments/test_eval.py::test_samples_are_on_the_disk_before_it_is_noted",
     ),
@@ -191,11 +191,11 @@ COMMANDS = [
         "tests/lab/test_weights.py::test_resumed_run_writes_the_same_snapshots",
     ),
     Breakage(
-        "what-made-a-cached-result-is-not-asked",
+        "runs-what-made-a-result-is-not-asked",
         "diffusion_jax/lab/run_folder/runs.py",
         "return read(**values) if same else None",
         "return read(**values)",
-        "tests/experiments/test_eval.py::test_damaged_samples_are_drawn_again",
+        "tests/lab/test_disk.py::test_a_result_is_taken_from_a_file_that_the_same_has_made",
     ),
     Breakage(
         "reference-of-other-images",

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from diffusion_jax.evaluation import pictures
@@ -28,9 +27,16 @@ def _draw(config: Config, size: int) -> Callable[..., np.ndarray]:
 
 
 def in_batches(
-    config: Config, drawable: Drawable, key: jax.Array, count: int, batch_size: int
+    config: Config,
+    drawable: Drawable,
+    key: jax.Array,
+    count: int,
+    batch_size: int,
+    done: int = 0,
 ) -> Iterator[np.ndarray]:
     """Yields batches of uint8 images, [B, H, W, C], `count` in all.
+
+    All devices of all hosts draw, and every host gets all images.
 
     Args:
       config: of the run, with the way to sample.
@@ -38,12 +44,13 @@ def in_batches(
       key: of the noise; image i depends on (key, i) alone.
       count: how many images.
       batch_size: images at a time, at most.
+      done: how many of them are there already, and left out.
     """
     size = min(batch_size, count)
     draw = _draw(config, size)
     quiet = not (hosts.first() and sys.stderr.isatty())
-    with tqdm(total=count, unit="image", disable=quiet) as bar:
-        for first in range(0, count, size):
+    with tqdm(total=count, initial=done, unit="image", disable=quiet) as bar:
+        for first in range(done, count, size):
             # The last batch is drawn whole and cut, so that nothing compiles again.
             batch = draw(drawable, key, first)[: count - first]
             bar.update(len(batch))
@@ -101,11 +108,9 @@ def to_disk(
     path, record = folder / f"{name}.npy", folder / f"{name}.json"
     shape = (count, *config.data.shape)
     done = _done(path, record, about, shape)
-    # Every host draws its part of each batch; the first one knows and writes.
-    many, host = jax.process_count(), jax.process_index()
-    done = hosts.tell(done)
+    done = hosts.tell(done)  # the first host knows, and writes
     array: Any = np.zeros(0, np.uint8)
-    if host == 0:
+    if hosts.first():
         folder.mkdir(parents=True, exist_ok=True)
         if not done:
             record.unlink(missing_ok=True)  # an old note must not outlive its file
@@ -115,24 +120,14 @@ def to_disk(
         return array
     if done:
         print(f"going on from sample {done:,} of {count:,}")
-    share = -(-min(batch_size, count) // many)
-    mesh = parallel.local_mesh()
-    draw = chains.make_draw(config, share, mesh)
     drawable, key = jax.tree.map(np.asarray, drawable), jax.random.key(seed)
-    quiet = host > 0 or not sys.stderr.isatty()
-    bar = tqdm(total=count, initial=done, unit="image", disable=quiet)
-    with bar:
-        for first in range(done, count, share * many):
-            batch = pictures.to_uint8(draw(drawable, key, first + host * share))
-            if many > 1:
-                batch = multihost_utils.process_allgather(batch, tiled=True)
-            batch = batch[: count - first]
-            if host == 0:
-                array[first : first + len(batch)] = batch
-                # The samples reach the disk before the note that says they are there.
-                array.flush()
-                runs.write_json(record, {**about, "done": first + len(batch)})
-            bar.update(len(batch))
+    for batch in in_batches(config, drawable, key, count, batch_size, done):
+        first, done = done, done + len(batch)
+        if hosts.first():
+            array[first:done] = batch
+            # The samples reach the disk before the note that says they are there.
+            array.flush()
+            runs.write_json(record, {**about, "done": done})
     return array
 
 

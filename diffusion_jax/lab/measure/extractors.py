@@ -1,5 +1,6 @@
 """Extractors: networks that turn images into the features that are compared."""
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -121,10 +122,7 @@ def _classifier(config: Config, dataset: datasets.Dataset) -> Extractor:
             print(f"training a classifier of {config.data.source}: {path}")
         judge = judges.train(config, dataset)
 
-    def apply(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        features, logits = judges.features_of(judge.params, judge.num_classes, images)
-        return features, logits
-
+    apply = functools.partial(judges.features_of, judge.params, judge.num_classes)
     details = {
         "file": str(path),
         "sha256": judge.sha256,

@@ -54,7 +54,8 @@ def train(
 
     params = net.init(jax.random.key(seed), images[:1])
     params, held = fitting.fit(params, loss, images, labels, steps=steps, seed=seed)
-    guesses = logits_of(params, num_classes, images[held]).argmax(axis=1)
+    _, logits = features_of(params, num_classes, images[held])
+    guesses = logits.argmax(axis=1)
     accuracy = float((guesses == labels[held]).mean())
     fitting.save(path_of(config), params, num_classes, accuracy)
     return load(path_of(config))
@@ -65,12 +66,6 @@ def features_of(params: Any, num_classes: int, images: np.ndarray) -> Any:
     return fitting.in_batches(
         lambda batch, _: _apply(params, num_classes, batch), images
     )
-
-
-def logits_of(params: Any, num_classes: int, images: np.ndarray) -> np.ndarray:
-    """Returns the classes' scores of uint8 images, [N, classes]."""
-    logits: np.ndarray = features_of(params, num_classes, images)[1]
-    return logits
 
 
 def load(path: Path) -> Fitted:

@@ -28,37 +28,23 @@ def make_schedule(config: Config, params: Any = None) -> schedule.Schedule:
       params: as `init_params` makes them; only for a learned schedule.
     """
     d = config.diffusion
-    ends = {"beta_start": d.beta_start, "beta_end": d.beta_end}
-    made: schedule.Schedule
-    match d.schedule:
-        case "linear":
-            made = schedule.linear(d.num_steps, **ends)
-        case "quad":
-            made = schedule.quad(d.num_steps, **ends)
-        case "const":
-            made = schedule.const(d.num_steps, beta=d.beta_end)
-        case "jsd":
-            made = schedule.jsd(d.num_steps)
-        case "warmup10":
-            made = schedule.warmup(d.num_steps, fraction=0.1, **ends)
-        case "warmup50":
-            made = schedule.warmup(d.num_steps, fraction=0.5, **ends)
-        case "cosine":
-            made = schedule.cosine(d.num_steps)
-        case "sigmoid":
-            made = schedule.sigmoid(d.num_steps)
-        case "vp":
-            made = continuous.vp()
-        case "sub_vp":
-            made = continuous.sub_vp()
-        case "ve":
-            made = continuous.ve(sigma_min=d.sigma_min, sigma_max=d.sigma_max)
-        case "continuous_cosine":
-            made = continuous.cosine()
-        case "flow":
-            made = continuous.flow()
-        case "learned":
-            made = learned.schedule(params["schedule"])
+    total, ends = d.num_steps, {"beta_start": d.beta_start, "beta_end": d.beta_end}
+    made: schedule.Schedule = {
+        "linear": lambda: schedule.linear(total, **ends),
+        "quad": lambda: schedule.quad(total, **ends),
+        "const": lambda: schedule.const(total, beta=d.beta_end),
+        "jsd": lambda: schedule.jsd(total),
+        "warmup10": lambda: schedule.warmup(total, fraction=0.1, **ends),
+        "warmup50": lambda: schedule.warmup(total, fraction=0.5, **ends),
+        "cosine": lambda: schedule.cosine(total),
+        "sigmoid": lambda: schedule.sigmoid(total),
+        "vp": continuous.vp,
+        "sub_vp": continuous.sub_vp,
+        "ve": lambda: continuous.ve(sigma_min=d.sigma_min, sigma_max=d.sigma_max),
+        "continuous_cosine": continuous.cosine,
+        "flow": continuous.flow,
+        "learned": lambda: learned.schedule(params["schedule"]),
+    }[d.schedule]()
     return continuous.shifted(made, d.logsnr_shift) if d.logsnr_shift else made
 
 
