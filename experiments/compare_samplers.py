@@ -142,7 +142,9 @@ def main(argv: Sequence[str]) -> int:
         ),
         "versions": runs.versions(),
     }
-    known = runs.recalled(out / "samplers.json", about, read_points) or []
+    path = out / "samplers.json"
+    known = runs.recalled(path, about, lambda points: [Point(**p) for p in points])
+    known = known or []
     print(
         f"{run.folder}, {weights.describe(kind, step)}: {about['distance']} of "
         f"{options.count:,} samples; in brackets evaluations, where they are others"
@@ -155,28 +157,20 @@ def main(argv: Sequence[str]) -> int:
         points += row
         kept = points + [point for point in known if point not in points]
         written = {**about, "points": [point._asdict() for point in kept]}
-        runs.write_json(out / "samplers.json", written)
+        runs.write_json(path, written)
         print(line(rule, row, budgets), flush=True)
-    print(f"written: {out / 'samplers.json'}")
-    title = f"{options.count:,} samples of {config.name} by sampling rule"
-    picture = plot(points, options.rules, title, about["distance"])
+    print(f"written: {path}")
+    picture = pictures.curves(
+        {
+            rule: [(p.evaluations, p.distance) for p in points if p.rule == rule]
+            for rule in options.rules
+        },
+        title=f"{options.count:,} samples of {config.name} by sampling rule",
+        xlabel="network evaluations a sample",
+        ylabel=about["distance"],
+    )
     print(f"plot: {pictures.save(picture, out / 'samplers.png')}")
     return 0
-
-
-def plot(points: list[Point], rules: Sequence[str], title: str, ylabel: str) -> Any:
-    """Returns the picture of all distances by evaluations."""
-    series = {
-        rule: [(p.evaluations, p.distance) for p in points if p.rule == rule]
-        for rule in rules
-    }
-    xlabel = "network evaluations a sample"
-    return pictures.curves(series, title=title, xlabel=xlabel, ylabel=ylabel)
-
-
-def read_points(points: list[dict[str, Any]]) -> list[Point]:
-    """Returns points as JSON has them."""
-    return [Point(**point) for point in points]
 
 
 def validate(options: Options) -> None:
