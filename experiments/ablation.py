@@ -95,7 +95,8 @@ def main(argv: Sequence[str]) -> int:
         f"{folder}: {len(configs)} rows of {options.steps:,} updates and "
         f"{options.count:,} samples; meanwhile each tells {folder}/ROW/log.txt"
     )
-    print(widths.format("", "bound (bits/dim)", "L_simple", name))
+    head = widths.format("", "bound (bits/dim)", "L_simple", name)
+    print(head)
     found: dict[str, dict[str, Any]] = {}
     for row, result in measured(configs, options):
         found[row] = result
@@ -113,7 +114,6 @@ def main(argv: Sequence[str]) -> int:
     rows = merged(folder / "ablation.json", about, found)
     table = folder / "ablation.txt"
     lines = [line(widths, row, result, name) for row, result in rows.items()]
-    head = widths.format("", "bound (bits/dim)", "L_simple", name)
     table.write_text("\n".join([head, *lines]) + "\n")
     runs.write_json(folder / "ablation.json", {**about, "rows": rows})
     minutes, left = divmod(round(time.monotonic() - begun), 60)

@@ -97,6 +97,7 @@ def to_disk(
       seed: of the noise; image i depends on (seed, i) alone.
       batch_size: images at a time.
     """
+    # Of what is None a digest knows nothing.
     added = {"x0_variance": drawable.x0_variance, "classifier": drawable.classifier}
     about = {
         "weights": trees.digest({**drawable.params, **added}),
@@ -107,8 +108,8 @@ def to_disk(
     name = runs.name_by(about)
     path, record = folder / f"{name}.npy", folder / f"{name}.json"
     shape = (count, *config.data.shape)
-    done = _done(path, record, about, shape)
-    done = hosts.tell(done)  # the first host knows, and writes
+    # The first host knows, and writes.
+    done = hosts.tell(_done(path, record, about, shape))
     array: Any = np.zeros(0, np.uint8)
     if hosts.first():
         folder.mkdir(parents=True, exist_ok=True)
