@@ -9,7 +9,6 @@ goes on where it stopped.
 import concurrent.futures
 import contextlib
 import dataclasses
-import json
 import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
@@ -24,17 +23,18 @@ import tyro
 from diffusion_jax import continuous, errors, gaussian, schedule
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError, DivergedError
-from diffusion_jax.evaluation import metrics, pictures
+from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.measure import bound, extractors, reference
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.checks import require_positive, require_seed, validate
-from diffusion_jax.lab.schema.config import Config
-from diffusion_jax.lab.trained import weights
+from diffusion_jax.lab.schema.config import Config, replace
+from diffusion_jax.lab.trained import extras
+from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.training import loop
 from diffusion_jax.lab.wiring import build, chains
-from diffusion_jax.storage import trees
+from diffusion_jax.lab.wiring.chains import Drawable
 from diffusion_jax.training import parallel
 from experiments.configs import EXPERIMENTS
 from experiments.configs.digits_family import family
@@ -76,9 +76,7 @@ class Options:
 
 def main(argv: Sequence[str]) -> int:
     """Prints the table and writes table, plot and numbers; returns the exit code."""
-    options = tyro.cli(
-        Options, args=argv, prog="python -m experiments.ablation", description=__doc__
-    )
+    options = entry.parse(Options, argv, "ablation", __doc__)
     require_positive(options, "steps", "count", "workers", "batch_size")
     require_seed(options.seed)
     if options.bound_images < 2:
@@ -97,7 +95,8 @@ def main(argv: Sequence[str]) -> int:
         f"{folder}: {len(configs)} rows of {options.steps:,} updates and "
         f"{options.count:,} samples; meanwhile each tells {folder}/ROW/log.txt"
     )
-    print(widths.format("", "bound (bits/dim)", "L_simple", name))
+    head = widths.format("", "bound (bits/dim)", "L_simple", name)
+    print(head)
     found: dict[str, dict[str, Any]] = {}
     for row, result in measured(configs, options):
         found[row] = result
@@ -115,7 +114,6 @@ def main(argv: Sequence[str]) -> int:
     rows = merged(folder / "ablation.json", about, found)
     table = folder / "ablation.txt"
     lines = [line(widths, row, result, name) for row, result in rows.items()]
-    head = widths.format("", "bound (bits/dim)", "L_simple", name)
     table.write_text("\n".join([head, *lines]) + "\n")
     runs.write_json(folder / "ablation.json", {**about, "rows": rows})
     minutes, left = divmod(round(time.monotonic() - begun), 60)
@@ -134,12 +132,7 @@ def merged(
 
     In the order of the family.
     """
-    rows = found
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        known = json.loads(path.read_text())
-        old = known.pop("rows")
-        if known == json.loads(json.dumps(about)):
-            rows = {**old, **found}
+    rows = runs.recalled(path, about, lambda rows: {**rows, **found}) or found
     base = EXPERIMENTS[about["experiment"]].config
     names = [name.removeprefix(f"{base.name}_") for name in family(base)]
     return {name: rows[name] for name in names if name in rows}
@@ -149,7 +142,8 @@ def plan(options: Options) -> dict[str, Config]:
     """Returns the configuration of each row, by its name.
 
     Raises:
-      ConfigError: an unknown row, or values that do not fit.
+      ValueError: an unknown row.
+      ConfigError: values that do not fit.
     """
     base = EXPERIMENTS[options.experiment].config
     made = {
@@ -158,38 +152,34 @@ def plan(options: Options) -> dict[str, Config]:
     }
     for row in options.rows:
         if row not in made:
-            try:
-                errors.raise_unknown("each of rows", row, tuple(made))
-            except ValueError as error:
-                raise ConfigError(str(error)) from None
+            errors.raise_unknown("each of rows", row, tuple(made))
     chosen = {row: made[row] for row in options.rows or made}
     return {row: _budget(row, config, options) for row, config in chosen.items()}
 
 
 def _budget(row: str, config: Config, options: Options) -> Config:
     """The configuration of a row with the same budget as all others."""
-    train, optimizer = config.train, config.optimizer
-    config = dataclasses.replace(
+    optimizer, steps = config.optimizer, options.steps
+    output = str(Path(options.output) / f"ablation_{options.experiment}")
+    config = dataclasses.replace(config, name=row, output=output)
+    config = replace(config, "data", path=options.path)
+    config = replace(config, "net", dtype=options.dtype or config.net.dtype)
+    config = replace(
         config,
-        name=row,
-        output=str(Path(options.output) / f"ablation_{options.experiment}"),
-        data=dataclasses.replace(config.data, path=options.path),
-        net=dataclasses.replace(config.net, dtype=options.dtype or config.net.dtype),
-        optimizer=dataclasses.replace(
-            optimizer,
-            warmup=min(optimizer.warmup, options.steps // 8),
-            ema_snapshots=options.steps // 16 if optimizer.ema_snapshots else 0,
-        ),
-        train=dataclasses.replace(
-            train,
-            steps=options.steps,
-            seed=options.seed,
-            batch_size=options.batch_size or train.batch_size,
-            log_every=max(1, options.steps // 50),
-            checkpoint_every=options.steps,
-        ),
-        sample=dataclasses.replace(config.sample, every=options.steps, count=64),
+        "optimizer",
+        warmup=min(optimizer.warmup, steps // 8),
+        ema_snapshots=steps // 16 if optimizer.ema_snapshots else 0,
     )
+    config = replace(
+        config,
+        "train",
+        steps=steps,
+        seed=options.seed,
+        batch_size=options.batch_size or config.train.batch_size,
+        log_every=max(1, steps // 50),
+        checkpoint_every=steps,
+    )
+    config = replace(config, "sample", every=steps, count=64)
     validate(config)
     return config
 
@@ -198,11 +188,7 @@ def prepare(config: Config, options: Options) -> str:
     """Returns the name of the distance, after what all rows share has been made."""
     dataset = build.load_data(config)
     extractor = extractors.choose("classifier", config, dataset)
-    if options.count <= extractor.dimension:
-        raise ConfigError(
-            f"count must be above {extractor.dimension}, the number of features of "
-            f"{extractor.name}; got {options.count}. Give more samples."
-        )
+    extractors.check_count(extractor, options.count)
     reference.of(config, dataset.images, "train", extractor, batch_size=64)
     return extractor.distance(options.count)
 
@@ -265,31 +251,30 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
     }
     if not runs.has_checkpoint(run):
         return {**about, "bound": None, "l_simple": None, "distance": None}
-    params, step, _ = weights.load(config, run, weights.Weights())
+    drawable, step, _ = extras.load(config, run, Weights())
     if step is not None and step > options.steps:
         raise ConfigError(
             f"steps must be at least those of the run that is there, {step:,}; got "
             f"{options.steps:,}. Give another --output."
         )
     key = {
-        "weights": trees.digest(params),
+        "weights": drawable.sha256,
         "count": options.count,
         "bound_images": options.bound_images,
         "seed": options.seed,
         "sampling": chains.describe_sampling(config),
     }
     path = run.folder / "eval" / "ablation.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        known = json.loads(path.read_text())
-        if known.pop("key") == key:
-            return known
+    known = runs.recalled(path, {"key": key}, dict[str, Any])
+    if known is not None:
+        return known
     dataset = build.load_data(config)
     with _logged(run):
         result = {
             **about,
-            **bound_of(config, params, dataset, options),
-            "l_simple": l_simple(config, params, dataset, options),
-            "distance": distance(config, run, params, dataset, options),
+            **bound_of(config, drawable, dataset, options),
+            "l_simple": l_simple(config, drawable, dataset, options),
+            "distance": distance(config, run, drawable, dataset, options),
         }
     runs.write_json(path, {"key": key, **result})
     return result
@@ -307,25 +292,24 @@ def _logged(run: runs.Run) -> Iterator[None]:
 
 
 def bound_of(
-    config: Config, params: Any, dataset: datasets.Dataset, options: Options
-) -> dict[str, float]:
+    config: Config, drawable: Drawable, dataset: datasets.Dataset, options: Options
+) -> dict[str, float | None]:
     """Returns the bound over the whole chain in bits/dim, and its standard error."""
     chosen = bound.choose(len(dataset.images), options.bound_images, options.seed)
-    sums = bound.evaluate(config, params, dataset, chosen, seed=options.seed)
-    totals = np.array(sums.totals)
-    error = float(totals.std(ddof=1) / np.sqrt(len(totals)))
-    return {"bound": float(totals.mean()), "bound_error": error}
+    sums = bound.evaluate(config, drawable, dataset, chosen, seed=options.seed)
+    mean, error = bound.mean(np.array(sums.totals))
+    return {"bound": mean, "bound_error": error}
 
 
 def l_simple(
-    config: Config, params: Any, dataset: datasets.Dataset, options: Options
+    config: Config, drawable: Drawable, dataset: datasets.Dataset, options: Options
 ) -> float:
     """Returns the squared error of eps at the noise of the paper's schedule.
 
     The mean over t = 1..1000 of that schedule, whatever the network's own: each t is
     taken to the time of the same log-SNR, or the nearest there is.
     """
-    chain = build.chain_schedule(config, params)
+    chain = build.chain_schedule(config, drawable.params)
     rng = np.random.default_rng(options.seed)
     count = min(512, len(dataset.images))
     chosen = np.sort(rng.choice(len(dataset.images), count, replace=False))
@@ -333,12 +317,12 @@ def l_simple(
     label = batch["label"] if config.net.classes else None
 
     @jax.jit
-    def error(params: Any, image: Any, label: Any, t: Any, key: Any) -> jax.Array:
-        levels = build.chain_schedule(config, params)
+    def error(weights: Any, image: Any, label: Any, t: Any, key: Any) -> jax.Array:
+        levels = build.chain_schedule(config, weights.params)
         x0 = image.astype(jnp.float32) / 127.5 - 1
         eps = jax.random.normal(key, x0.shape)
         x_t = gaussian.q_sample(x0, eps, levels(t))
-        denoise = chains.given_labels(config, params, levels, label, clip=False)
+        denoise = chains.given_labels(config, weights, levels, label, clip=False)
         return jnp.square(denoise(x_t, t).eps - eps).mean()
 
     total = 0.0
@@ -348,7 +332,7 @@ def l_simple(
         t = paper_times(chain, share)
         key = jax.random.fold_in(jax.random.key(options.seed), j)
         order = rng.permutation(count)
-        total += float(error(params, batch["image"], label, t[order], key))
+        total += float(error(drawable, batch["image"], label, t[order], key))
     return total / DRAWS
 
 
@@ -361,7 +345,7 @@ def paper_times(chain: schedule.Schedule, share: np.ndarray) -> jax.Array:
 def distance(
     config: Config,
     run: runs.Run,
-    params: Any,
+    drawable: Drawable,
     dataset: datasets.Dataset,
     options: Options,
 ) -> float:
@@ -369,16 +353,14 @@ def distance(
     drawn = draws.to_disk(
         run.folder / "eval" / "samples",
         config,
-        params,
+        drawable,
         count=options.count,
         seed=options.seed,
         batch_size=64,
     )
     extractor = extractors.choose("classifier", config, dataset)
-    seen, _ = extractors.extract(extractor, drawn, batch_size=64, label="features")
     real = reference.of(config, dataset.images, "train", extractor, batch_size=64)
-    fitted = reference.gaussian_of(seen)
-    return metrics.frechet_distance(*fitted, real.mean, real.covariance)
+    return reference.distance_of(real, drawn, extractor, batch_size=64)
 
 
 def line(widths: str, row: str, result: dict[str, Any], name: str) -> str:

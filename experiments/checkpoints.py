@@ -10,14 +10,13 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, NamedTuple
-
-import tyro
+from typing import NamedTuple
 
 from diffusion_jax.checkpoints import checkpoint, retention
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.trained import opening
 
 ASIDE = re.compile(r"\d+\.damaged\d*")
 """Names of checkpoints that were set aside. They may be deleted."""
@@ -29,10 +28,7 @@ DAMAGED = 1
 class Options:
     """Whose checkpoints to list."""
 
-    run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = (
-        None
-    )
-    """A run's folder or name; the newest in runs/ when not given."""
+    run: opening.Named = None
 
 
 class Row(NamedTuple):
@@ -52,12 +48,7 @@ class Row(NamedTuple):
 
 def main(argv: Sequence[str]) -> int:
     """Lists the checkpoints; returns the exit code."""
-    options = tyro.cli(
-        Options,
-        args=argv,
-        prog="python -m experiments.checkpoints",
-        description=__doc__,
-    )
+    options = entry.parse(Options, argv, "checkpoints", __doc__)
     run = runs.find(options.run)
     if run.network is not None:
         raise ConfigError(

@@ -53,12 +53,7 @@ class Options:
 
 def main(argv: Sequence[str]) -> int:
     """Prints the largest difference of any pixel; returns the exit code."""
-    options = tyro.cli(
-        Options,
-        args=argv,
-        prog="python -m experiments.compare_diffusers",
-        description=__doc__,
-    )
+    options = entry.parse(Options, argv, "compare_diffusers", __doc__)
     require_positive(options, "steps", "count")
     with tempfile.TemporaryDirectory() as scratch:
         keep = options.keep or Path(scratch)
@@ -98,7 +93,7 @@ def compare(folder: Path, file: Path, options: Options) -> None:
     began = time.monotonic()
     with jax.default_matmul_precision("highest"):
         draw = chains.make_draw(config, options.count, parallel.make_mesh(1))
-        ours = draw(network.params, jax.random.key(options.seed), 0)
+        ours = draw(chains.Drawable(network.params), jax.random.key(options.seed), 0)
     between = time.monotonic()
     theirs = draw_there(folder, config, options)
     ended = time.monotonic()

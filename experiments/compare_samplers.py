@@ -6,22 +6,20 @@ table, one plot and one JSON file. Again: goes on where it stopped.
 """
 
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 from diffusion_jax import errors, samplers
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.evaluation import metrics, pictures
+from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.measure import extractors, reference
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
@@ -32,10 +30,10 @@ from diffusion_jax.lab.schema.checks import (
 )
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.sampling import Sampling
-from diffusion_jax.lab.trained import extras, weights
+from diffusion_jax.lab.trained import extras, opening, weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build, chains
-from diffusion_jax.storage import trees
+from diffusion_jax.lab.wiring.chains import Drawable
 from diffusion_jax.training import parallel
 
 
@@ -82,10 +80,7 @@ TOLERANCES = (1e-2, 1e-3, 1e-4)
 class Options:
     """What to compare."""
 
-    run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = (
-        None
-    )
-    """A run's folder or name; the newest in runs/ when not given."""
+    run: opening.Named = None
     evaluations: tuple[int, ...] = (5, 10, 20, 50, 100, 1000)
     """Network evaluations a sample, for every rule; more than 100 only for the rules
     that still change there, and never more than T steps. ode finds its own number for
@@ -98,9 +93,7 @@ class Options:
     """Images at a time."""
     seed: int = 0
     """Of the noise: the same for every rule."""
-    which: tyro.conf.OmitArgPrefixes[Weights] = dataclasses.field(
-        default_factory=Weights
-    )
+    which: opening.Which = Weights()
     out: Path | None = None
     """Folder of samplers.json and samplers.png; <run>/eval when not given."""
 
@@ -123,45 +116,35 @@ class Point(NamedTuple):
 
 def main(argv: Sequence[str]) -> int:
     """Prints the table and writes table, plot and numbers; returns the exit code."""
-    options = tyro.cli(
-        Options,
-        args=argv,
-        prog="python -m experiments.compare_samplers",
-        description=__doc__,
-    )
+    options = entry.parse(Options, argv, "compare_samplers", __doc__)
     parallel.split_cpu()
     validate(options)
-    run = runs.find(options.run)
-    check_weights(options, run)
-    config = runs.read_config(run)
+    run, config = opening.opened(options.run, options, which=options.which)
     dataset = build.load_data(config)
-    parallel.persistent_cache(run.cache)
     extractor = extractors.choose("classifier", config, dataset)
-    check_count(options, extractor)
-    params, step, kind = weights.load(config, run, options.which)
-    about_weights, params = trees.digest(params), extras.complete(config, run, params)
+    extractors.check_count(extractor, options.count)
+    drawable, step, kind = extras.load(config, run, options.which)
     size = options.batch_size
     real = reference.of(config, dataset.images, "train", extractor, batch_size=size)
 
     def distance(drawn: np.ndarray) -> float:
-        label = "features of samples"
-        seen, _ = extractors.extract(extractor, drawn, batch_size=size, label=label)
-        fitted = reference.gaussian_of(seen)
-        return metrics.frechet_distance(*fitted, real.mean, real.covariance)
+        return reference.distance_of(real, drawn, extractor, batch_size=size)
 
     out = options.out or run.folder / "eval"
     about: dict[str, Any] = {
         "distance": extractor.distance(options.count),
         "count": options.count,
         "seed": options.seed,
-        "weights_sha256": about_weights,
+        "weights_sha256": drawable.sha256,
         "training_step": step,
         "half_of_train_against_the_other_half": (
             real.halves if np.isfinite(real.halves) else None
         ),
         "versions": runs.versions(),
     }
-    known = known_points(out / "samplers.json", about)
+    path = out / "samplers.json"
+    known = runs.recalled(path, about, lambda points: [Point(**p) for p in points])
+    known = known or []
     print(
         f"{run.folder}, {weights.describe(kind, step)}: {about['distance']} of "
         f"{options.count:,} samples; in brackets evaluations, where they are others"
@@ -170,57 +153,28 @@ def main(argv: Sequence[str]) -> int:
     print(f"  {'evaluations':<20}" + "".join(f"{b:>13}" for b in budgets))
     points: list[Point] = []
     for rule in options.rules:
-        row = list(measure(rule, config, params, options, distance, known))
+        row = list(measure(rule, config, drawable, options, distance, known))
         points += row
         kept = points + [point for point in known if point not in points]
         written = {**about, "points": [point._asdict() for point in kept]}
-        runs.write_json(out / "samplers.json", written)
+        runs.write_json(path, written)
         print(line(rule, row, budgets), flush=True)
-    print(f"written: {out / 'samplers.json'}")
-    title = f"{options.count:,} samples of {config.name} by sampling rule"
-    picture = plot(points, options.rules, title, about["distance"])
+    print(f"written: {path}")
+    picture = pictures.curves(
+        {
+            rule: [(p.evaluations, p.distance) for p in points if p.rule == rule]
+            for rule in options.rules
+        },
+        title=f"{options.count:,} samples of {config.name} by sampling rule",
+        xlabel="network evaluations a sample",
+        ylabel=about["distance"],
+    )
     print(f"plot: {pictures.save(picture, out / 'samplers.png')}")
     return 0
 
 
-def plot(points: list[Point], rules: Sequence[str], title: str, ylabel: str) -> Any:
-    """Returns the picture of all distances by evaluations."""
-    series = {
-        rule: [(p.evaluations, p.distance) for p in points if p.rule == rule]
-        for rule in rules
-    }
-    xlabel = "network evaluations a sample"
-    return pictures.curves(series, title=title, xlabel=xlabel, ylabel=ylabel)
-
-
-def known_points(path: Path, about: dict[str, Any]) -> list[Point]:
-    """Returns the points that were measured before, if all about them is the same."""
-    try:
-        written = json.loads(path.read_text())
-        points = [Point(**point) for point in written.pop("points")]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return []  # not there, or of no use: measured again
-    return points if written == json.loads(json.dumps(about)) else []
-
-
-def check_weights(options: Options, run: runs.Run) -> None:
-    """Raises ConfigError where a network in a file has no such weights."""
-    if run.network is not None:
-        official = run.network.kind == "official"
-        weights.check_alone(options.which, official=official)
-
-
-def check_count(options: Options, extractor: extractors.Extractor) -> None:
-    """Raises ConfigError where there are too few samples for the features."""
-    if options.count <= extractor.dimension:
-        raise ConfigError(
-            f"count must be above {extractor.dimension}, the number of features of "
-            f"{extractor.name}; got {options.count}. Give more samples."
-        )
-
-
 def validate(options: Options) -> None:
-    """Raises ConfigError before anything is drawn."""
+    """Raises ValueError before anything is drawn."""
     require_positive(options, "count", "batch_size")
     require_seed(options.seed)
     if not options.rules:
@@ -230,10 +184,7 @@ def validate(options: Options) -> None:
         )
     for rule in options.rules:
         if rule not in (*ENTRIES, "ode"):
-            try:
-                errors.raise_unknown("each of rules", rule, (*ENTRIES, "ode"))
-            except ValueError as error:
-                raise ConfigError(str(error)) from None
+            errors.raise_unknown("each of rules", rule, (*ENTRIES, "ode"))
     if not options.evaluations or min(options.evaluations) < 3:
         raise ConfigError(
             "evaluations must be numbers of at least 3, since langevin takes so many; "
@@ -266,7 +217,7 @@ def ways(rule: str, config: Config, options: Options) -> list[tuple[float, Confi
 def measure(
     rule: str,
     config: Config,
-    params: Any,
+    drawable: Drawable,
     options: Options,
     distance: Callable[[np.ndarray], float],
     known: Sequence[Point],
@@ -291,9 +242,9 @@ def measure(
     def program(way: Config) -> Callable[..., jax.Array]:
         @jax.jit
         def draw(
-            params: Any, key: jax.Array, first: jax.Array, grid: Any, std: Any
+            drawable: Drawable, key: jax.Array, first: jax.Array, grid: Any, std: Any
         ) -> jax.Array:
-            rule = samplers.padded(chains.make_sampler(way, params, first=first))
+            rule = samplers.padded(chains.make_sampler(way, drawable, first=first))
             drawn = samplers.sample(key, rule, grid, shape, start_std=std, first=first)
             return jax.lax.with_sharding_constraint(drawn, out)
 
@@ -306,32 +257,33 @@ def measure(
         grid = jnp.asarray(samplers.pad(chains.make_grid(way), length))
         std = jnp.asarray(chains.start_std(way))
         key, parts = jax.random.key(options.seed), []
-        compiled(params, key, jnp.asarray(0), grid[-1:].repeat(length), std)  # compiles
+        # Compiles.
+        compiled(drawable, key, jnp.asarray(0), grid[-1:].repeat(length), std)
         begun = time.monotonic()
         starts = range(0, options.count, size)
         for first in tqdm(starts, desc=rule, disable=not sys.stderr.isatty()):
-            batch = np.asarray(compiled(params, key, jnp.asarray(first), grid, std))
+            batch = np.asarray(compiled(drawable, key, jnp.asarray(first), grid, std))
             parts.append(pictures.to_uint8(batch))
         seconds = time.monotonic() - begun
         drawn = np.concatenate(parts)[: options.count]
         about = chains.describe_sampling(way)
-        evaluations = chains.count_evaluations(way, params)
+        evaluations = chains.count_evaluations(way, drawable)
         yield Point(rule, budget, evaluations, distance(drawn), about, seconds)
 
 
 def line(rule: str, row: list[Point], budgets: Sequence[int]) -> str:
     """Returns a row of the table."""
-    if rule == "ode":
-        cells = [f"{p.distance:.2f} ({p.evaluations:.0f})" for p in row]
-        return f"  {rule:<20}" + "".join(f"{cell:>13}" for cell in cells)
-    text = f"  {rule:<20}"
-    for budget in budgets:
-        at = [point for point in row if point.budget == budget]
-        fewer = (
-            f" ({at[0].evaluations:.0f})" if at and at[0].evaluations < budget else ""
-        )
-        text += f"{f'{at[0].distance:.2f}{fewer}' if at else '-':>13}"
-    return text
+
+    def cell(point: Point | None) -> str:
+        if point is None:
+            return "-"
+        others = rule == "ode" or point.evaluations < point.budget
+        fewer = f" ({point.evaluations:.0f})" if others else ""
+        return f"{point.distance:.2f}{fewer}"
+
+    known = {point.budget: point for point in row}
+    points = row if rule == "ode" else [known.get(budget) for budget in budgets]
+    return f"  {rule:<20}" + "".join(f"{cell(point):>13}" for point in points)
 
 
 if __name__ == "__main__":

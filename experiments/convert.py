@@ -34,7 +34,7 @@ from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import sampling, texts
 from diffusion_jax.lab.schema.checks import with_data
 from diffusion_jax.lab.schema.config import UNKNOWN, Config
-from diffusion_jax.lab.trained import weights
+from diffusion_jax.lab.trained import opening, weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.storage import trees
 from experiments.configs import EXPERIMENTS
@@ -48,9 +48,7 @@ class Options:
     """The network as it is."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The .safetensors file or the folder to write; nothing must be there yet."""
-    which: tyro.conf.OmitArgPrefixes[Weights] = dataclasses.field(
-        default_factory=Weights
-    )
+    which: opening.Which = Weights()
     experiment: str | None = None
     """Experiment that a TensorFlow checkpoint was trained in, such as lsun_cat256, from
     which its data are known: the checkpoint itself tells no more than the network."""
@@ -67,9 +65,7 @@ class Options:
 
 def main(argv: Sequence[str]) -> int:
     """Converts, and prints what was read and written; returns the exit code."""
-    options = tyro.cli(
-        Options, args=argv, prog="python -m experiments.convert", description=__doc__
-    )
+    options = entry.parse(Options, argv, "convert", __doc__)
     check_out(options)
     if options.inception:
         return convert_inception(options)
@@ -180,7 +176,7 @@ def read(options: Options) -> Network:
     elif kind == "official":
         network = _official(options, run.network.path)
     else:
-        weights.check_alone(options.which)
+        weights.check_alone(run, options.which)
         network = networks.read(run.network, progress=True)
     network = network._replace(config=with_data(network.config, options.data))
     about = network.about._replace(origin=origin or network.about.origin)

@@ -11,18 +11,17 @@ of the results as single PNGs of the run's own size.
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
+import jax
 import tyro
 
 from diffusion_jax.errors import ConfigError, raise_unknown
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.drawing import draws, edit_options, edits
 from diffusion_jax.lab.process import entry
-from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.checks import require_seed, with_sampling
 from diffusion_jax.lab.schema.config import Config
-from diffusion_jax.lab.trained import extras, weights
+from diffusion_jax.lab.trained import extras, opening, weights
 from diffusion_jax.lab.wiring import build
-from diffusion_jax.training import parallel
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,9 +30,9 @@ def main(argv: Sequence[str]) -> int:
     require_seed(options.shared.seed)
     command = next(key for key, (kind, _) in COMMANDS.items() if kind is type(options))
     shared: edit_options.Shared = options.shared
-    run = runs.find(name)
+    run, config = opening.opened(name, options, which=shared.which)
     sampled = edits.deterministic if command == "slerp" else with_sampling
-    config = sampled(runs.read_config(run), shared.how)
+    config = sampled(config, shared.how)
     chosen = config.net.classes or config.sample.classifier_guidance
     if chosen and config.sample.label is None:
         raise ConfigError(
@@ -52,10 +51,9 @@ def main(argv: Sequence[str]) -> int:
             "that name without the ending."
         )
     draw = COMMANDS[command][1](config, options)
-    parallel.persistent_cache(run.cache)
-    params, step, kind = extras.load(config, run, shared.which)
+    drawable, step, kind = extras.load(config, run, shared.which)
     print(f"{run.folder}: {weights.describe(kind, step)}")
-    edited = draw(params)
+    edited = draw(drawable, jax.random.key(shared.seed))
     folder = out.with_suffix("")
     if shared.out is None:
         for old in folder.glob("[0-9]*.png"):

@@ -9,11 +9,10 @@ fd_<data>_classifier and is no FID, where they are not.
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
-import tyro
 from PIL import Image
 
 from diffusion_jax import errors
@@ -25,19 +24,13 @@ from diffusion_jax.lab.measure import extractors, reference
 from diffusion_jax.lab.process import entry, hosts
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import sampling
-from diffusion_jax.lab.schema.checks import (
-    require_positive,
-    require_seed,
-    with_data,
-    with_sampling,
-)
+from diffusion_jax.lab.schema.checks import require_positive, require_seed
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.sampling import Sampling
-from diffusion_jax.lab.trained import extras, weights
+from diffusion_jax.lab.trained import extras, opening, weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.training import initial
 from diffusion_jax.lab.wiring import build, chains, learning
-from diffusion_jax.storage import trees
 from diffusion_jax.training import parallel
 
 
@@ -45,10 +38,7 @@ from diffusion_jax.training import parallel
 class Options:
     """What to evaluate, and how."""
 
-    run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = (
-        None
-    )
-    """A run's folder or name; the newest in runs/ when not given."""
+    run: opening.Named = None
     extractor: Literal["auto", "inception", "classifier"] = "auto"
     """Whose features are compared; auto is Inception where its weights are at hand."""
     weights: str | None = None
@@ -67,39 +57,24 @@ class Options:
     """Sets of samples to evaluate, with seeds following each other: the error bar."""
     seed: int = 0
     """Of the first set."""
-    how: tyro.conf.OmitArgPrefixes[Sampling] = dataclasses.field(
-        default_factory=Sampling
-    )
+    how: opening.How = Sampling()
     batch_size: int = 64
     """Images at a time, over all devices."""
-    which: tyro.conf.OmitArgPrefixes[Weights] = dataclasses.field(
-        default_factory=Weights
-    )
-    data: str | None = None
-    """The data to compare with, where the network does not name its own: cifar10,
-    folder:<path>, or what else data.source may be in training."""
+    which: opening.Which = Weights()
+    data: opening.Data = None
     untrained: bool = False
     """Whether to use the weights that training began with, as a yardstick."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Prints and writes the numbers; returns the exit code."""
-    options = tyro.cli(
-        Options, args=argv, prog="python -m experiments.eval_fid", description=__doc__
-    )
+    options = entry.parse(Options, argv, "eval_fid", __doc__)
     check(options)
     parallel.split_cpu()  # before JAX looks for devices, as the checks of hosts do
-    run = runs.find(options.run)
-    if run.network is not None:
-        official = run.network.kind == "official"
-        weights.check_alone(options.which, official=official)
-    hosts.check_same("the options", repr(options))
-    hosts.check_shared(run.folder)
-    config = with_data(runs.read_config(run), options.data)
-    config = with_sampling(config, options.how)
+    which, how, data = options.which, options.how, options.data
+    run, config = opening.opened(options.run, options, which=which, how=how, data=data)
     given, known = load_samples(options, config), load_reference(options)
     dataset = build.load_data(config)
-    parallel.persistent_cache(run.cache)
     extractor = extractors.choose(
         options.extractor,
         config,
@@ -111,20 +86,21 @@ def main(argv: Sequence[str]) -> int:
     hosts.check_same("the extractor", extractor.details["sha256"])
     count = len(given) if given is not None else options.count
     count = count or min(50_000, len(dataset.images))
-    check_count(extractor, count)
+    extractors.check_count(
+        extractor,
+        count,
+        why=": fewer samples have no covariance to compare",
+        more="Give more samples, or --extractor classifier.",
+    )
     if known is not None:
         check_reference(known, options, extractor)
     print(
         f"{run.folder} by {extractor.name}, sha256 {extractor.details['sha256'][:16]}"
     )
-    drawn: list[np.ndarray] = []
+    drawn: list[Any] = [given] * options.seeds
     about: dict[str, Any] = {"samples": options.samples}
-    for seed in range(options.seed, options.seed + options.seeds):
-        if given is None:
-            fake, about = draw(run, config, options, count, seed)
-            drawn.append(fake)
-        else:
-            drawn.append(given)
+    if given is None:
+        drawn, about = draw(run, config, options, count)
     # All hosts extract features together; the first one has them, and does the rest.
     real = known or references(config, dataset, extractor, options)
     scores = [score(extractor, real, fake, options) for fake in drawn]
@@ -162,16 +138,6 @@ def check(options: Options) -> None:
         raise ConfigError(
             "untrained must stand alone; got --raw, --average or --step as "
             "well. Evaluate one set of weights at a time."
-        )
-
-
-def check_count(extractor: extractors.Extractor, count: int) -> None:
-    """Raises ConfigError where there are too few samples, before any is drawn."""
-    if count <= extractor.dimension:
-        raise ConfigError(
-            f"count must be above {extractor.dimension}, the number of features of "
-            f"{extractor.name}: fewer samples have no covariance to compare; got "
-            f"{count}. Give more samples, or --extractor classifier."
         )
 
 
@@ -225,8 +191,7 @@ def load_reference(options: Options) -> dict[str, reference.Reference] | None:
     if options.reference is None:
         return None
     mean, covariance = moments.load_reference(options.reference)
-    none, nothing = np.zeros((0, len(mean)), np.float32), np.zeros(0, np.int64)
-    known = reference.Reference(mean, covariance, 0, nothing, none, float("nan"))
+    known = reference.NOTHING._replace(mean=mean, covariance=covariance)
     return {"reference": known}
 
 
@@ -267,33 +232,27 @@ def references(
 
 
 def draw(
-    run: runs.Run, config: Config, options: Options, count: int, seed: int
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Returns samples of the run, and what has to be known of them."""
-    step: int | None
+    run: runs.Run, config: Config, options: Options, count: int
+) -> tuple[list[Any], dict[str, Any]]:
+    """Returns samples of each seed, and what has to be known of them."""
+    step: int | None = 0
     if options.untrained:
         params = learning.init_state(config, initial.params(config)).params
-        step, kind = 0, "untrained"
-        digest, params = trees.digest(params), extras.complete(config, run, params)
+        drawable, kind = extras.complete(config, run, params), "untrained"
     else:
-        params, step, kind = weights.load(config, run, options.which)
-        digest, params = trees.digest(params), extras.complete(config, run, params)
-    drawn = draws.to_disk(
-        run.folder / "eval" / "samples",
-        config,
-        params,
-        count=count,
-        seed=seed,
-        batch_size=options.batch_size,
-    )
-    about = {
+        drawable, step, kind = extras.load(config, run, options.which)
+    folder, size = run.folder / "eval" / "samples", options.batch_size
+    drawn = [
+        draws.to_disk(folder, config, drawable, count=count, seed=seed, batch_size=size)
+        for seed in range(options.seed, options.seed + options.seeds)
+    ]
+    return drawn, {
         "weights": kind,
-        "weights_sha256": digest,
+        "weights_sha256": drawable.sha256,
         "training_step": step,
         **chains.describe_sampling(config),
+        "evaluations_per_sample": chains.count_evaluations(config, drawable),
     }
-    about["evaluations_per_sample"] = chains.count_evaluations(config, params)
-    return drawn, about
 
 
 def score(
@@ -308,11 +267,11 @@ def score(
     )
     if not hosts.first():
         return {}
-    fitted = reference.gaussian_of(features)
-    found: dict[str, Any] = {}
-    for split, known in real.items():
-        name = f"{extractor.distance(len(fake))} vs {split}"
-        found[name] = metrics.frechet_distance(*fitted, known.mean, known.covariance)
+    name = extractor.distance(len(fake))
+    found: dict[str, Any] = {
+        f"{name} vs {split}": reference.distance(known, features)
+        for split, known in real.items()
+    }
     if "train" in real:
         kept, part = real["train"].features, features[: reference.KEPT]
         size = min(1000, len(part), len(kept))

@@ -10,10 +10,9 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-import tyro
 
 from diffusion_jax import likelihood
 from diffusion_jax.errors import ConfigError
@@ -21,14 +20,12 @@ from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.measure import bound
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema.checks import require_positive, require_seed, with_data
+from diffusion_jax.lab.schema.checks import require_positive, require_seed
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.sampling import Variance
-from diffusion_jax.lab.trained import extras, weights
+from diffusion_jax.lab.trained import extras, opening, weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build
-from diffusion_jax.storage import trees
-from diffusion_jax.training import parallel
 
 BEGINNING = 10
 
@@ -37,13 +34,8 @@ BEGINNING = 10
 class Options:
     """What to evaluate."""
 
-    run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = (
-        None
-    )
-    """A run's folder or name; the newest in runs/ when not given."""
-    data: str | None = None
-    """The data to compare with, where the network does not name its own: cifar10,
-    folder:<path>, or what else data.source may be in training."""
+    run: opening.Named = None
+    data: opening.Data = None
     split: Literal["train", "test"] = "train"
     """Images to evaluate: those trained on, or the official test images."""
     max_images: int | None = None
@@ -57,9 +49,7 @@ class Options:
     """Diffusion steps at a time: more is faster on an accelerator and takes memory."""
     seed: int = 0
     """Of the noise and of the choice of images."""
-    which: tyro.conf.OmitArgPrefixes[Weights] = dataclasses.field(
-        default_factory=Weights
-    )
+    which: opening.Which = Weights()
     rate_distortion: bool = False
     """Whether to print and plot rate and distortion over the reverse steps."""
     ode: bool = False
@@ -74,20 +64,15 @@ class Options:
 
 def main(argv: Sequence[str]) -> int:
     """Prints and writes the bound and its terms; returns the exit code."""
-    options = tyro.cli(
-        Options, args=argv, prog="python -m experiments.eval_nll", description=__doc__
-    )
+    options = entry.parse(Options, argv, "eval_nll", __doc__)
     require_positive(options, "max_images", "batch_size", "chunk", "probes")
     require_seed(options.seed)
     check(options)
-    run = runs.find(options.run)
-    config = with_data(runs.read_config(run), options.data)
+    which, data = options.which, options.data
+    run, config = opening.opened(options.run, options, which=which, data=data)
     dataset = build.load_data(config, split=options.split)
-    parallel.persistent_cache(run.cache)
     variance = variance_of(config, options)
-    params, step, kind = weights.load(config, run, options.which)
-    digest = trees.digest(params)
-    params = extras.complete(config, run, params, variance=variance)
+    drawable, step, kind = extras.load(config, run, which, variance=variance)
     chosen = bound.choose(len(dataset.images), options.max_images, options.seed)
     about = {
         "data": config.data.source,
@@ -95,13 +80,13 @@ def main(argv: Sequence[str]) -> int:
         "images": len(chosen),
         "subset": len(chosen) < len(dataset.images),
         "weights": kind,
-        "weights_sha256": digest,
+        "weights_sha256": drawable.sha256,
         "training_step": step,
         "seed": options.seed,
         "versions": runs.versions(),
     }
     out = run.folder / "eval"
-    what = config, params, dataset, chosen
+    what = config, drawable, dataset, chosen
     size, seed = options.batch_size, options.seed
     if options.ode:
         found = bound.evaluate_ode(
@@ -212,9 +197,8 @@ def summary(
 
 
 def _mean(totals: np.ndarray) -> dict[str, float | None]:
-    count = len(totals)
-    error = float(np.std(totals, ddof=1) / np.sqrt(count)) if count > 1 else None
-    return {"bits_per_dim": float(totals.mean()), "standard_error": error}
+    mean, error = bound.mean(totals)
+    return {"bits_per_dim": mean, "standard_error": error}
 
 
 def _plus_minus(error: float | None) -> str:

@@ -14,25 +14,19 @@ The exit code is 0 where all three hold and 1 where one does not.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated
 
 import jax
 import numpy as np
-import tyro
 
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema.checks import (
-    require_positive,
-    require_seed,
-    with_sampling,
-)
+from diffusion_jax.lab.schema.checks import require_positive, require_seed
 from diffusion_jax.lab.schema.sampling import Sampling
-from diffusion_jax.lab.trained import extras, weights
+from diffusion_jax.lab.trained import extras, opening, weights
 from diffusion_jax.lab.trained.weights import Weights
-from diffusion_jax.lab.wiring import build, chains
+from diffusion_jax.lab.wiring import build
 from diffusion_jax.training import parallel
 
 SURE = 0.9
@@ -43,29 +37,20 @@ LEAST_CERTAINTY, LEAST_CLASS, MOST_COPIES = 0.9, 0.04, 0.02
 class Options:
     """What to measure."""
 
-    run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = (
-        None
-    )
-    """A run's folder or name; the newest in runs/ when not given."""
+    run: opening.Named = None
     count: int = 500
     """Samples to draw."""
-    which: tyro.conf.OmitArgPrefixes[Weights] = dataclasses.field(
-        default_factory=Weights
-    )
+    which: opening.Which = Weights()
     splits: int = 4
     """Ways to halve the real images; certainty is the mean over them."""
-    how: tyro.conf.OmitArgPrefixes[Sampling] = dataclasses.field(
-        default_factory=Sampling
-    )
+    how: opening.How = Sampling()
     seed: int = 1
     """Of the samples. The grids made in training are seed 0."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Prints and writes the three answers; returns the exit code."""
-    options = tyro.cli(
-        Options, args=argv, prog="python -m experiments.legibility", description=__doc__
-    )
+    options = entry.parse(Options, argv, "legibility", __doc__)
     if options.count < 100 or options.splits < 1:
         raise ConfigError(
             "count must be at least 100 and splits at least 1; got "
@@ -73,20 +58,18 @@ def main(argv: Sequence[str]) -> int:
         )
     require_positive(options, "count", "splits")
     require_seed(options.seed)
-    run = runs.find(options.run)
-    config = with_sampling(runs.read_config(run), options.how)
+    parallel.split_cpu()
+    which, how = options.which, options.how
+    run, config = opening.opened(options.run, options, which=which, how=how)
     dataset = build.load_data(config)
     if dataset.labels is None or not isinstance(dataset.images, np.ndarray):
         raise ConfigError(
             "the run must have been trained on labelled images that fit in memory; got "
             f"{config.data.source}. Use digits or fashion_mnist, say."
         )
-    parallel.split_cpu()
-    parallel.persistent_cache(run.cache)
-    params, step, kind = extras.load(config, run, options.which)
-    size, key = min(64, options.count), jax.random.key(options.seed)
-    draw = chains.make_draw(config, size, parallel.make_mesh())
-    batches = draws.in_batches(draw, params, key, options.count, size)
+    drawable, step, kind = extras.load(config, run, which)
+    key = jax.random.key(options.seed)
+    batches = draws.in_batches(config, drawable, key, options.count, 64)
     samples = np.concatenate(list(batches))
 
     real, fake = features(dataset.images), features(samples)

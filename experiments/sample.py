@@ -3,11 +3,10 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
-import tyro
 
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import pictures
@@ -15,16 +14,13 @@ from diffusion_jax.lab.drawing import draws, figures
 from diffusion_jax.lab.process import entry, hosts
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import sampling
-from diffusion_jax.lab.schema.checks import (
-    require_positive,
-    require_seed,
-    with_sampling,
-)
+from diffusion_jax.lab.schema.checks import require_positive, require_seed
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.sampling import Sampling
-from diffusion_jax.lab.trained import extras, weights
+from diffusion_jax.lab.trained import extras, opening, weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import chains
+from diffusion_jax.lab.wiring.chains import Drawable
 from diffusion_jax.training import parallel
 
 
@@ -32,10 +28,7 @@ from diffusion_jax.training import parallel
 class Options:
     """What to draw, and where it goes."""
 
-    run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = (
-        None
-    )
-    """A run's folder or name; the newest in runs/ when not given."""
+    run: opening.Named = None
     count: int = 64
     """Images to draw."""
     format: Literal["grid", "png", "npz"] = "grid"
@@ -44,16 +37,12 @@ class Options:
     """File (grid, npz) or folder (png); inside the run's folder when not given."""
     columns: int | None = None
     """Images a row of a grid; as square as possible when not given."""
-    how: tyro.conf.OmitArgPrefixes[Sampling] = dataclasses.field(
-        default_factory=Sampling
-    )
+    how: opening.How = Sampling()
     seed: int = 0
     """Of the noise; image i of a seed is the same whatever the count."""
     batch_size: int = 64
     """Images at a time."""
-    which: tyro.conf.OmitArgPrefixes[Weights] = dataclasses.field(
-        default_factory=Weights
-    )
+    which: opening.Which = Weights()
     figure: Literal["progressive", "shared", "quality"] | None = None
     """Draw a figure of the paper instead: how x0 as the network sees it comes into
     being (Fig. 6), samples that share x_t and then part (Fig. 7), or how far x0 is from
@@ -64,31 +53,25 @@ class Options:
 
 def main(argv: Sequence[str]) -> int:
     """Draws what the arguments ask for; returns the exit code."""
-    options = tyro.cli(
-        Options, args=argv, prog="python -m experiments.sample", description=__doc__
-    )
+    options = entry.parse(Options, argv, "sample", __doc__)
     require_positive(options, "count", "columns", "batch_size")
     require_seed(options.seed)
     parallel.split_cpu()  # before JAX looks for devices, as the checks of hosts do
-    run = runs.find(options.run)
     if options.figure is not None and jax.process_count() > 1:
         raise ConfigError(
             "a figure must be drawn on one host; got --figure "
             f"{options.figure} on {jax.process_count()}. Draw it with --hosts 1."
         )
-    hosts.check_same("the options", repr(options))
-    hosts.check_shared(run.folder)
-    config = with_sampling(runs.read_config(run), options.how)
-    parallel.persistent_cache(run.cache)
-    params, step, kind = extras.load(config, run, options.which)
-    how = sampling.describe(chains.describe_sampling(config))
-    print(f"{run.folder}: {weights.describe(kind, step)}, {how}")
+    which, how = options.which, options.how
+    run, config = opening.opened(options.run, options, which=which, how=how)
+    drawable, step, kind = extras.load(config, run, which)
+    said = sampling.describe(chains.describe_sampling(config))
+    print(f"{run.folder}: {weights.describe(kind, step)}, {said}")
 
     if options.figure is not None:
-        return draw_figure(config, params, run, options)
-    size, key = min(options.batch_size, options.count), jax.random.key(options.seed)
-    draw = chains.make_draw(config, size, parallel.make_mesh())
-    batches = draws.in_batches(draw, params, key, options.count, size)
+        return draw_figure(config, drawable, run, options)
+    count, key = options.count, jax.random.key(options.seed)
+    batches = draws.in_batches(config, drawable, key, count, options.batch_size)
     if not hosts.first():
         for _ in batches:  # drawn by all, and kept by the first
             pass
@@ -102,29 +85,31 @@ def main(argv: Sequence[str]) -> int:
             draws.save_npz(drawn, out)
         else:
             pictures.save(pictures.grid(drawn, columns=options.columns), out)
-    print(f"{options.count} images: {out}")
+    print(f"{count} images: {out}")
     if options.format == "grid" and options.strip:
         path = out.with_name(f"{out.stem}_denoising.png")
-        rows = min(8, options.count)
         if jax.process_count() > 1:  # the first host draws these alone
-            params = jax.tree.map(np.asarray, params)
-        end, seen = figures.chain(config, params, count=rows, seed=options.seed)
+            drawable = jax.tree.map(np.asarray, drawable)
+        rows, seed = min(8, count), options.seed
+        end, seen = figures.chain(config, drawable, count=rows, seed=seed)
         print(f"denoising: {pictures.save(figures.strip(end, seen.x_t), path)}")
     return 0
 
 
-def draw_figure(config: Config, params: Any, run: runs.Run, options: Options) -> int:
+def draw_figure(
+    config: Config, drawable: Drawable, run: runs.Run, options: Options
+) -> int:
     """Draws a figure of the paper; returns the exit code."""
-    folder = run.folder / "draw"
+    folder, count, seed = run.folder / "draw", options.count, options.seed
     if options.figure == "quality":
-        figures.quality(config, params, folder, count=options.count, seed=options.seed)
+        figures.quality(config, drawable, folder, count=count, seed=seed)
         print(f"plot: {folder / 'quality.png'}")
         return 0
-    rows = min(8, options.count)
+    rows = min(8, count)
     if options.figure == "shared":
-        picture = figures.shared(config, params, count=rows, seed=options.seed)
+        picture = figures.shared(config, drawable, count=rows, seed=seed)
     else:
-        end, seen = figures.chain(config, params, count=rows, seed=options.seed)
+        end, seen = figures.chain(config, drawable, count=rows, seed=seed)
         picture = figures.strip(end, seen.x0)
     out = options.out or folder / f"{options.figure}.png"
     print(f"{options.figure}: {pictures.save(picture, out)}")

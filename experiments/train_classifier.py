@@ -37,12 +37,7 @@ class Options:
 
 def main(argv: Sequence[str]) -> int:
     """Trains the classifier anew; returns the exit code."""
-    options = tyro.cli(
-        Options,
-        args=argv,
-        prog="python -m experiments.train_classifier",
-        description=__doc__,
-    )
+    options = entry.parse(Options, argv, "train_classifier", __doc__)
     if options.experiment not in EXPERIMENTS:
         raise ConfigError(
             f"the experiment must be one of {', '.join(EXPERIMENTS)}; got "

@@ -7,13 +7,12 @@ them, by noise level, is printed and kept in the file.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 
 from diffusion_jax import gaussian, schedule, timesteps
 from diffusion_jax.data import datasets
@@ -21,7 +20,7 @@ from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.checks import require_positive, require_seed
 from diffusion_jax.lab.schema.config import Config
-from diffusion_jax.lab.trained import weights
+from diffusion_jax.lab.trained import opening, weights
 from diffusion_jax.lab.wiring import build, fitting, guides
 from diffusion_jax.nets.noisy_classifier import NoisyClassifier
 
@@ -33,10 +32,7 @@ SHARES = (0.1, 0.25, 0.5, 0.75)
 class Options:
     """What to train on."""
 
-    run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = (
-        None
-    )
-    """A run's folder or name; the newest in runs/ when not given."""
+    run: opening.Named = None
     steps: int = 1000
     """Updates to make."""
     seed: int = 0
@@ -46,16 +42,10 @@ class Options:
 
 def main(argv: Sequence[str]) -> int:
     """Trains the classifier anew; returns the exit code."""
-    options = tyro.cli(
-        Options,
-        args=argv,
-        prog="python -m experiments.train_noisy_classifier",
-        description=__doc__,
-    )
+    options = entry.parse(Options, argv, "train_noisy_classifier", __doc__)
     require_positive(options, "steps")
     require_seed(options.seed)
-    run = runs.find(options.run)
-    config = runs.read_config(run)
+    run, config = opening.opened(options.run, options)
     dataset = build.load_data(config)
     made = train(config, run, dataset, steps=options.steps, seed=options.seed)
     print(f"guesses among {made.num_classes} classes, on held-out images:")

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,10 @@ from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import checks, json_fields
 from diffusion_jax.lab.schema.config import GIVEN, Config, Net
 from diffusion_jax.lab.schema.sampling import Sampling, Variance
-from diffusion_jax.lab.trained import extras, weights
+from diffusion_jax.lab.trained import extras, opening, weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.training import initial, loop
 from diffusion_jax.lab.wiring import build, chains
-from diffusion_jax.training import parallel
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -91,9 +90,8 @@ class Trained:
                 )
         with _in_python():
             config = checks.with_sampling(self.config, _sampling(how))
-        params = extras.complete(config, self.run, self.params)
-        size = min(batch_size, count)
-        parts = draws.in_batches(_draw(config, size), params, key, count, size)
+        drawable = extras.complete(config, self.run, self.params)
+        parts = draws.in_batches(config, drawable, key, count, batch_size)
         return np.concatenate(list(parts))
 
     def denoise(
@@ -148,10 +146,10 @@ class Trained:
         _check_shape(self.config, dataset.images.shape[1:], "images")
         build.check_labels(self.config, dataset)
         used = variance or self.config.diffusion.variance
-        params = extras.complete(self.config, self.run, self.params, variance=used)
+        drawable = extras.complete(self.config, self.run, self.params, variance=used)
         sums = bound.evaluate(
             self.config,
-            params,
+            drawable,
             dataset,
             np.arange(len(dataset.images)),
             variance=variance,
@@ -189,10 +187,8 @@ def load(
     path = None if where is None else str(where)
     if download:
         path = str(hub.fetch(path or ""))
-    run = runs.find(path)
-    config = runs.read_config(run)
-    parallel.persistent_cache(run.cache)
     which = Weights(average=average, raw=raw, step=step)
+    run, config = opening.opened(path, which, which=which)
     params, found, kind = weights.load(config, run, which)
     return Trained(config, params, found, kind, run)
 
@@ -248,18 +244,13 @@ def train(
     return load(runs.of(config).folder)
 
 
-@functools.lru_cache(maxsize=16)
-def _draw(config: Config, size: int) -> Callable[..., np.ndarray]:
-    """Compiled once for each way to draw and size."""
-    return chains.make_draw(config, size, parallel.make_mesh())
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _denoise(
     config: Config, params: Any, x_t: jax.Array, t: jax.Array, label: jax.Array | None
 ) -> gaussian.Prediction:
     levels, clip = build.chain_schedule(config, params), config.sample.clip
-    return chains.given_labels(config, params, levels, label, clip=clip)(x_t, t)
+    drawable = chains.Drawable(params)
+    return chains.given_labels(config, drawable, levels, label, clip=clip)(x_t, t)
 
 
 @contextmanager

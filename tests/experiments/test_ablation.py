@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import continuous, gaussian, schedule
-from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.wiring import build, chains, learning
 from experiments import ablation
 
@@ -94,8 +93,8 @@ def test_a_network_that_says_nothing_errs_by_the_variance_of_the_noise(monkeypat
     monkeypatch.setattr(chains, "given_labels", silent)
     options = ablation.Options(rows=("edm",), steps=16)
     config = ablation.plan(options)["edm"]
-    params, dataset = learning.init_state(config).params, build.load_data(config)
-    error = ablation.l_simple(config, params, dataset, options)
+    drawable = chains.Drawable(learning.init_state(config).params)
+    error = ablation.l_simple(config, drawable, build.load_data(config), options)
     np.testing.assert_allclose(error, 1, atol=0.01)
 
 
@@ -108,5 +107,5 @@ def test_a_network_that_says_nothing_errs_by_the_variance_of_the_noise(monkeypat
     ],
 )
 def test_bad_options_are_named(folder, flags, words):
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ValueError, match=words):
         ablation.main(["digits", "--output", str(folder), *flags.split()])

@@ -9,7 +9,7 @@ from small_run import SMALL
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.measure import bound
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.trained import weights
+from diffusion_jax.lab.trained import extras, weights
 from diffusion_jax.lab.wiring import build
 from experiments import eval_nll, sample, train, train_noisy_classifier
 
@@ -76,7 +76,7 @@ def test_the_bound_is_of_the_image_with_its_label(labelled, tmp_path):
     assert eval_nll.main(argv) == 0
     written = json.loads((labelled.folder / "eval/nll_train.json").read_text())
     config = runs.read_config(labelled)
-    params = weights.load(config, labelled, weights.Weights())[0]
+    drawable = extras.load(config, labelled, weights.Weights())[0]
     dataset = build.load_data(config)
     wrong = dataset._replace(labels=(dataset.labels + 1) % 10)
     chosen = bound.choose(len(dataset.images), 8, 0)
@@ -87,7 +87,7 @@ def test_the_bound_is_of_the_image_with_its_label(labelled, tmp_path):
         bits = [
             np.array(found.totals if isinstance(found, bound.Sums) else found[:, 0])
             for found in (
-                make(config, params, labels, chosen, **options)
+                make(config, drawable, labels, chosen, **options)
                 for labels in (dataset, wrong)
             )
         ]

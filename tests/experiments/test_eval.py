@@ -16,7 +16,7 @@ from diffusion_jax.lab.measure import judges, reference
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.checks import with_sampling
 from diffusion_jax.lab.schema.sampling import Sampling
-from diffusion_jax.lab.trained import weights
+from diffusion_jax.lab.trained import extras
 from diffusion_jax.lab.trained.weights import Weights
 from experiments import convert, eval_fid, eval_nll, sample
 from experiments.configs import digits
@@ -100,7 +100,7 @@ def test_a_network_in_a_file_has_the_numbers_of_its_run(run, tmp_path):
 
 def test_an_interrupted_evaluation_goes_on(run, tmp_path, capsys):
     config = with_sampling(runs.read_config(run), Sampling(steps=3))
-    params = weights.load(config, run, Weights())[0]
+    params = extras.load(config, run, Weights())[0]
     options = {"count": 10, "seed": 3}
     whole = draws.to_disk(tmp_path, config, params, batch_size=4, **options)
     record = next(tmp_path.glob("*.json"))
@@ -123,7 +123,7 @@ def test_an_interrupted_evaluation_goes_on(run, tmp_path, capsys):
 @pytest.mark.parametrize("damage", ["cut", "gone", "other", "note", "stale"])
 def test_damaged_samples_are_drawn_again(run, tmp_path, damage):
     config = with_sampling(runs.read_config(run), Sampling(steps=2))
-    params = weights.load(config, run, Weights())[0]
+    params = extras.load(config, run, Weights())[0]
     options = {"count": 6, "seed": 0, "batch_size": 6}
     expected = np.array(draws.to_disk(tmp_path, config, params, **options))
     path, record = next(tmp_path.glob("*.npy")), next(tmp_path.glob("*.json"))
@@ -159,7 +159,7 @@ def test_other_weights_never_meet_old_samples(run, tmp_path):
         (other, False, 0),
         (config, False, 1),
     ):
-        params = weights.load(chosen, run, Weights(raw=raw))[0]
+        params = extras.load(chosen, run, Weights(raw=raw))[0]
         draws.to_disk(tmp_path, chosen, params, count=4, seed=seed, batch_size=4)
     drawn = [np.load(path).tobytes() for path in tmp_path.glob("*.npy")]
     assert len(set(drawn)) == 4
@@ -167,7 +167,7 @@ def test_other_weights_never_meet_old_samples(run, tmp_path):
 
 def test_samples_are_on_the_disk_before_it_is_noted(run, tmp_path, monkeypatch):
     config = with_sampling(runs.read_config(run), Sampling(steps=2))
-    params = weights.load(config, run, Weights())[0]
+    params = extras.load(config, run, Weights())[0]
     order, write = [], runs.write_json
     monkeypatch.setattr(np.memmap, "flush", lambda array: order.append("flushed"))
 

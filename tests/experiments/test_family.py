@@ -323,7 +323,7 @@ def test_importance_keeps_its_memory_in_the_checkpoint(folder):
 def test_evaluations_are_counted_whatever_the_variance(variance):
     config = digits_family.CONFIGS["digits_cosine_hybrid"]
     config = with_sampling(config, Sampling(steps=5, variance=variance))
-    assert chains.count_evaluations(config, None) == 5
+    assert chains.count_evaluations(config, chains.Drawable(None)) == 5
 
 
 @pytest.mark.parametrize(

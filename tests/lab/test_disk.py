@@ -97,6 +97,32 @@ def test_a_log_that_somebody_damaged_is_named(line, tmp_path):
         runs.read_lines(path)
 
 
+ABOUT = {"seed": 1, "rule": ("ddim", 0.5)}
+FILES = {
+    "damaged": '{"seed": 1',
+    "no object": "[1]",
+    "of another seed": '{"seed": 2, "rule": ["ddim", 0.5], "table": [3]}',
+    "of no seed": '{"rule": ["ddim", 0.5], "table": [3]}',
+    "with more about it": '{"seed": 1, "rule": ["ddim", 0.5], "table": [3], "x": 0}',
+    "without a result": '{"seed": 1, "rule": ["ddim", 0.5]}',
+    "with another result": '{"seed": 1, "rule": ["ddim", 0.5], "table": 3}',
+}
+
+
+def test_a_result_is_taken_from_a_file_that_the_same_has_made(tmp_path):
+    path = tmp_path / "a.json"
+
+    def read(table):
+        return sum(table)
+
+    assert runs.recalled(path, ABOUT, read) is None
+    runs.write_json(path, {**ABOUT, "table": [3, 4]})
+    assert runs.recalled(path, ABOUT, read) == 7
+    for name, text in FILES.items():
+        path.write_text(text)
+        assert runs.recalled(path, ABOUT, read) is None, name
+
+
 def test_what_a_killed_process_began_to_write_is_removed(tmp_path):
     run = runs.Run(tmp_path)
     run.samples.mkdir()

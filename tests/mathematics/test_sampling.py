@@ -83,7 +83,7 @@ def test_the_flag_that_is_named_exists(run):
 
 def test_evaluations_are_counted_not_computed(monkeypatch):
     config = with_sampling(digits.CONFIG, Sampling("heun", steps=7))
-    assert chains.count_evaluations(config, None) == 13
+    assert chains.count_evaluations(config, chains.Drawable(None)) == 13
     twice = chains.make_rule
 
     def wasteful(config, denoise, levels):
@@ -93,7 +93,7 @@ def test_evaluations_are_counted_not_computed(monkeypatch):
         return twice(config, asked, levels)
 
     monkeypatch.setattr(chains, "make_rule", wasteful)
-    assert chains.count_evaluations(config, None) == 26
+    assert chains.count_evaluations(config, chains.Drawable(None)) == 26
 
 
 def compared(run, out, *flags):
@@ -121,9 +121,9 @@ def test_the_table_its_numbers_and_its_plot(run, tmp_path, capsys, monkeypatch):
     # Again, with one more rule: what is known is not drawn twice.
     drawn, make = [], chains.make_sampler
 
-    def counted(config, params, **options):
+    def counted(config, drawable, **options):
         drawn.append(config.sample.sampler)
-        return make(config, params, **options)
+        return make(config, drawable, **options)
 
     monkeypatch.setattr(chains, "make_sampler", counted)
     flags = ["--rules", "ddpm", "heun", "unipc 2", "--evaluations", "4", "8"]
@@ -166,7 +166,7 @@ def test_a_point_is_what_eval_fid_would_say(run, tmp_path):
     ],
 )
 def test_bad_input_is_refused(run, flags, words):
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ValueError, match=words):
         compare_samplers.main([str(run.folder), *flags])
 
 
@@ -176,7 +176,7 @@ def test_every_rule_is_compared():
     for entry in compare_samplers.ENTRIES.values():
         how = dataclasses.replace(entry.how, steps=entry.steps(20))
         config = with_sampling(digits.CONFIG, how)
-        assert 18 < chains.count_evaluations(config, None) <= 20
+        assert 18 < chains.count_evaluations(config, chains.Drawable(None)) <= 20
 
 
 def test_curves_are_drawn_even_of_nothing():

@@ -108,7 +108,7 @@ COMMANDS = [
     Breakage(
         "draws-noted-before-they-are-there",
         "diffusion_jax/lab/drawing/draws.py",
-        "                array.flush()\n",
+        "            array.flush()\n",
         "",
         "tests/experiments/test_eval.py::test_samples_are_on_the_disk_before_it_is_noted",
     ),
@@ -157,13 +157,13 @@ COMMANDS = [
     Breakage(
         "eval-fid-one-seed-for-all",
         "experiments/eval_fid.py",
-        "for seed in range(options.seed, options.seed + options.seeds):",
-        "for seed in [options.seed] * options.seeds:",
+        "for seed in range(options.seed, options.seed + options.seeds)\n",
+        "for seed in [options.seed] * options.seeds\n",
         "tests/experiments/test_eval.py::test_error_bars_and_untrained_weights",
     ),
     Breakage(
-        "eval-fid-as-many-as-features",
-        "experiments/eval_fid.py",
+        "as-many-samples-as-features",
+        "diffusion_jax/lab/measure/extractors.py",
         "if count <= extractor.dimension:",
         "if count < extractor.dimension:",
         "tests/experiments/test_eval.py::test_bad_requests_are_named_before_anything_is_drawn",
@@ -171,8 +171,8 @@ COMMANDS = [
     Breakage(
         "eval-nll-padding-counts",
         "diffusion_jax/lab/measure/bound.py",
-        "sums.add(compiled(params, batch), count)",
-        'sums.add(compiled(params, batch), len(batch["i"]))',
+        "sums.add(compiled(drawable, batch), count)",
+        'sums.add(compiled(drawable, batch), len(batch["i"]))',
         "tests/experiments/test_eval.py::test_bound_and_its_terms_are_reported",
     ),
     Breakage(
@@ -188,6 +188,13 @@ COMMANDS = [
         'if int(path.name.partition("_")[0]) > last_step:',
         'if int(path.name.partition("_")[0]) >= last_step:',
         "tests/lab/test_weights.py::test_resumed_run_writes_the_same_snapshots",
+    ),
+    Breakage(
+        "runs-what-made-a-result-is-not-asked",
+        "diffusion_jax/lab/run_folder/runs.py",
+        "return read(**values) if same else None",
+        "return read(**values)",
+        "tests/lab/test_disk.py::test_a_result_is_taken_from_a_file_that_the_same_has_made",
     ),
     Breakage(
         "reference-of-other-images",

@@ -323,8 +323,8 @@ MATHEMATICS = [
     Breakage(
         "solvers-churn-without-limit",
         "diffusion_jax/solvers.py",
-        "return jnp.asarray(share.clip(None, np.sqrt(2) - 1), x.dtype)",
-        "return jnp.asarray(share, x.dtype)",
+        "return jnp.asarray(share.clip(None, np.sqrt(2) - 1), jnp.result_type(float))",
+        "return jnp.asarray(share, jnp.result_type(float))",
         "tests/mathematics/test_orders.py::test_many_steps_of_heun_churn_no_more_than_the_limit",
     ),
     Breakage(
@@ -337,10 +337,31 @@ MATHEMATICS = [
     ),
     # langevin
     Breakage(
+        "langevin-size-of-the-step-before",
+        "diffusion_jax/langevin.py",
+        "after = schedule(jnp.maximum(2 * s - t, 0))",
+        "prev, after = level, prev",
+        "tests/mathematics/test_langevin.py::test_corrector_moves_by_the_signal_to_noise_ratio",
+    ),
+    Breakage(
+        "solvers-slope-from-pure-noise",
+        "diffusion_jax/solvers.py",
+        "finite = (prev.sigma > 0) & (level.logsnr >= PURE_NOISE)",
+        "finite = prev.sigma > 0",
+        "tests/mathematics/test_rules_moments.py::test_samples_have_the_weights_means_and_covariance_of_a_mixture",
+    ),
+    Breakage(
+        "samplers-start-of-its-own-type",
+        "diffusion_jax/samplers.py",
+        "start = None if start is None else real_data(start)",
+        "start = start",
+        "tests/mathematics/test_types.py",
+    ),
+    Breakage(
         "langevin-half-the-step",
         "diffusion_jax/langevin.py",
-        "share = 2 * snr**2 * jnp.exp(2 * (level.log_alpha - prev.log_alpha))",
-        "share = snr**2 * jnp.exp(2 * (level.log_alpha - prev.log_alpha))",
+        "share = 2 * snr**2 * jnp.exp(2 * (prev.log_alpha - after.log_alpha))",
+        "share = snr**2 * jnp.exp(2 * (prev.log_alpha - after.log_alpha))",
         "tests/mathematics/test_langevin.py::test_corrector_moves_by_the_signal_to_noise_ratio",
     ),
     Breakage(
@@ -398,15 +419,15 @@ MATHEMATICS = [
     Breakage(
         "editing-known-part-noised-at-the-end",
         "diffusion_jax/editing.py",
-        "given = jnp.where(s > 0, noised, known.astype(x_t.dtype))",
+        "given = jnp.where(s > 0, noised, known)",
         "given = noised",
         "tests/mathematics/test_editing.py::test_known_pixels_come_out_where_data_keep_some_noise",
     ),
     Breakage(
         "editing-noise-of-the-rule-again",
         "diffusion_jax/editing.py",
-        "noise = gaussian.normal(_fold(keys, KNOWN), x_t.shape, x_t.dtype)",
-        "noise = gaussian.normal(keys, x_t.shape, x_t.dtype)",
+        "noise = gaussian.normal(_fold(keys, KNOWN), x_t.shape)",
+        "noise = gaussian.normal(keys, x_t.shape)",
         "tests/mathematics/test_editing.py::test_the_known_part_has_noise_of_its_own",
     ),
     Breakage(

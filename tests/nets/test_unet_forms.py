@@ -109,7 +109,7 @@ TINY = Config(
 
 def test_a_chain_casts_its_parameters_once(monkeypatch):
     config = replace(TINY, "diffusion", num_steps=4)
-    params = build.param_shapes(config)
+    drawable = chains.Drawable(build.param_shapes(config))
 
     def kernels_cast():
         """Casts of a convolution's kernels in the loop."""
@@ -117,7 +117,7 @@ def test_a_chain_casts_its_parameters_once(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(jax, "jit", lambda function, **_: drawn.append(function))
             chains.make_draw.__wrapped__(config, 2, parallel.make_mesh(1))
-        jaxpr = jax.make_jaxpr(drawn[0])(params, jax.random.key(0), 0)
+        jaxpr = jax.make_jaxpr(drawn[0])(drawable, jax.random.key(0), 0)
         (loop,) = (e for e in operations(jaxpr) if e.primitive.name == "scan")
         inside = operations(loop.params["jaxpr"])
         cast = [e.outvars[0] for e in inside if e.primitive.name.startswith("convert")]
@@ -213,13 +213,13 @@ def test_network_drops_in_training_alone_and_by_its_key():
 
 
 def test_the_flow_is_evaluated_by_the_network_of_training():
-    params = build.param_shapes(TINY)
+    drawable = chains.Drawable(build.param_shapes(TINY))
     evaluate = bound.make_ode(TINY)
     batch = {
         "i": jax.ShapeDtypeStruct((2,), jnp.int32),
         "x": jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.uint8),
     }
-    assert jax.eval_shape(evaluate, params, batch).total.shape == (2,)
+    assert jax.eval_shape(evaluate, drawable, batch).total.shape == (2,)
 
 
 def test_fields_of_earlier_versions_are_left_out():

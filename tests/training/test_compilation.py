@@ -48,7 +48,7 @@ def test_chains_are_compiled_with_the_options_of_their_platform(wished):
     params = build.init_params(TINY, jax.random.key(0))
     draw = chains.make_draw(TINY, 2, parallel.make_mesh(1))
     with pytest.raises(jax.errors.JaxRuntimeError, match=UNKNOWN):
-        draw(params, jax.random.key(0))
+        draw(chains.Drawable(params), jax.random.key(0))
 
 
 @pytest.mark.parametrize("lower", [compiled.training, compiled.sampling])

@@ -164,7 +164,7 @@ def test_what_a_loss_remembers_and_learns_is_the_same_on_eight_devices(name, bat
 
 def test_samples_do_not_depend_on_devices_or_batch():
     params = build.init_params(TINY, jax.random.key(0))
-    params = jax.tree.map(lambda x: x + 0.02, params)
+    params = chains.Drawable(jax.tree.map(lambda x: x + 0.02, params))
     key = jax.random.key(4)
     one = chains.make_draw(TINY, 8, parallel.make_mesh(1))(params, key, 0)
     mesh = parallel.make_mesh(8)

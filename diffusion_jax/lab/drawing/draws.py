@@ -1,7 +1,6 @@
 """Samples: drawn in batches, as files, or on disk where an evaluation goes on."""
 
-import hashlib
-import json
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from diffusion_jax.evaluation import pictures
@@ -17,27 +15,44 @@ from diffusion_jax.lab.process import hosts
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.wiring import chains
+from diffusion_jax.lab.wiring.chains import Drawable
 from diffusion_jax.storage import files, trees
 from diffusion_jax.training import parallel
 
 
+@functools.lru_cache(maxsize=16)
+def _draw(config: Config, size: int) -> Callable[..., np.ndarray]:
+    """Compiled once for each way to draw and size."""
+    return chains.make_draw(config, size, parallel.make_mesh())
+
+
 def in_batches(
-    draw: Callable[..., np.ndarray], params: Any, key: jax.Array, count: int, size: int
+    config: Config,
+    drawable: Drawable,
+    key: jax.Array,
+    count: int,
+    batch_size: int,
+    done: int = 0,
 ) -> Iterator[np.ndarray]:
     """Yields batches of uint8 images, [B, H, W, C], `count` in all.
 
+    All devices of all hosts draw, and every host gets all images.
+
     Args:
-      draw: from `chains.make_draw`, of `size` images.
-      params: the weights to draw with.
+      config: of the run, with the way to sample.
+      drawable: the weights to draw with.
       key: of the noise; image i depends on (key, i) alone.
       count: how many images.
-      size: images at a time.
+      batch_size: images at a time, at most.
+      done: how many of them are there already, and left out.
     """
+    size = min(batch_size, count)
+    draw = _draw(config, size)
     quiet = not (hosts.first() and sys.stderr.isatty())
-    with tqdm(total=count, unit="image", disable=quiet) as bar:
-        for first in range(0, count, size):
+    with tqdm(total=count, initial=done, unit="image", disable=quiet) as bar:
+        for first in range(done, count, size):
             # The last batch is drawn whole and cut, so that nothing compiles again.
-            batch = draw(params, key, first)[: count - first]
+            batch = draw(drawable, key, first)[: count - first]
             bar.update(len(batch))
             yield pictures.to_uint8(batch)
 
@@ -61,7 +76,7 @@ def save_npz(drawn: np.ndarray, path: Path) -> None:
 def to_disk(
     folder: Path,
     config: Config,
-    params: Any,
+    drawable: Drawable,
     *,
     count: int,
     seed: int,
@@ -77,26 +92,26 @@ def to_disk(
     Args:
       folder: where the samples go.
       config: of the run, with the way to sample.
-      params: the weights to draw with.
+      drawable: the weights to draw with.
       count: how many images.
       seed: of the noise; image i depends on (seed, i) alone.
       batch_size: images at a time.
     """
+    # Of what is None a digest knows nothing.
+    added = {"x0_variance": drawable.x0_variance, "classifier": drawable.classifier}
     about = {
-        "weights": trees.digest(params),
+        "weights": trees.digest({**drawable.params, **added}),
         "seed": seed,
         "count": count,
         **chains.describe_sampling(config),
     }
-    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    name = runs.name_by(about)
     path, record = folder / f"{name}.npy", folder / f"{name}.json"
     shape = (count, *config.data.shape)
-    done = _done(path, record, about, shape)
-    # Every host draws its part of each batch; the first one knows and writes.
-    many, host = jax.process_count(), jax.process_index()
-    done = hosts.tell(done)
+    # The first host knows, and writes.
+    done = hosts.tell(_done(path, record, about, shape))
     array: Any = np.zeros(0, np.uint8)
-    if host == 0:
+    if hosts.first():
         folder.mkdir(parents=True, exist_ok=True)
         if not done:
             record.unlink(missing_ok=True)  # an old note must not outlive its file
@@ -106,24 +121,14 @@ def to_disk(
         return array
     if done:
         print(f"going on from sample {done:,} of {count:,}")
-    share = -(-min(batch_size, count) // many)
-    mesh = parallel.local_mesh()
-    draw = chains.make_draw(config, share, mesh)
-    params, key = jax.tree.map(np.asarray, params), jax.random.key(seed)
-    quiet = host > 0 or not sys.stderr.isatty()
-    bar = tqdm(total=count, initial=done, unit="image", disable=quiet)
-    with bar:
-        for first in range(done, count, share * many):
-            batch = pictures.to_uint8(draw(params, key, first + host * share))
-            if many > 1:
-                batch = multihost_utils.process_allgather(batch, tiled=True)
-            batch = batch[: count - first]
-            if host == 0:
-                array[first : first + len(batch)] = batch
-                # The samples reach the disk before the note that says they are there.
-                array.flush()
-                runs.write_json(record, {**about, "done": first + len(batch)})
-            bar.update(len(batch))
+    drawable, key = jax.tree.map(np.asarray, drawable), jax.random.key(seed)
+    for batch in in_batches(config, drawable, key, count, batch_size, done):
+        first, done = done, done + len(batch)
+        if hosts.first():
+            array[first:done] = batch
+            # The samples reach the disk before the note that says they are there.
+            array.flush()
+            runs.write_json(record, {**about, "done": done})
     return array
 
 
@@ -132,12 +137,9 @@ def _done(
 ) -> int:
     """Returns how many samples are on disk: none, unless file and note are whole."""
     try:
-        note = json.loads(record.read_text())
         stored = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError):
         return 0
     whole = stored.shape == shape and stored.dtype == np.uint8
-    if not isinstance(note, dict) or not whole:
-        return 0
-    done = note.pop("done", 0)
-    return int(done) if note == about and 0 <= done <= shape[0] else 0
+    done = runs.recalled(record, about, lambda done: int(done)) if whole else 0
+    return done if done and 0 <= done <= shape[0] else 0

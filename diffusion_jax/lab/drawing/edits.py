@@ -1,6 +1,7 @@
 """Edits: images between others, painted in, coloured or varied by a trained network."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +17,13 @@ from diffusion_jax.errors import ConfigError, DataError
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.drawing import edit_options
 from diffusion_jax.lab.schema import sampling
-from diffusion_jax.lab.schema.checks import with_sampling
+from diffusion_jax.lab.schema.checks import require_positive, with_sampling
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.wiring import chains
+from diffusion_jax.lab.wiring.chains import Drawable
 from diffusion_jax.schedule import Schedule
 
-MOST_COLUMNS = 10
 ENCODING_STEPS = 200
 """Of `slerp` where nothing is said."""
 
@@ -34,24 +35,21 @@ class Edited(NamedTuple):
     """What it was given, at the left."""
     results: np.ndarray
     """What it drew."""
-    after: np.ndarray
-    """What it was given, at the right."""
-    columns: int
-    """Results a row."""
+    after: np.ndarray | None = None
+    """What it was given, at the right, if anything was."""
+    columns: int = 10
+    """Results a row, at most."""
 
 
-Draw = Callable[[Any], Edited]
-"""From the weights to what is shown: all that can be wrong has been checked."""
+Draw = Callable[[Drawable, jax.Array], Edited]
+"""From weights and a key to what is shown: all that can be wrong has been checked."""
 Rule = tuple[samplers.Sampler, Schedule]
 """A rule with the weights at hand, and the schedule that it walks."""
 
 
 def interpolate(config: Config, options: edit_options.Interpolate) -> Draw:
     """Returns what draws Fig. 8."""
-    half = config.diffusion.num_steps // 2
-    depths = (half if options.depth is None else options.depth,)
-    _check_depths(config, depths, least=1)
-    return _between(config, options, depths)
+    return _between(config, options, [_depth(config, options)])
 
 
 def coarse_to_fine(config: Config, options: edit_options.CoarseToFine) -> Draw:
@@ -71,11 +69,10 @@ def _between(config: Config, options: Any, depths: Sequence[int]) -> Draw:
         made, levels = rule
         return editing.interpolate(key, made, levels, grid, a, b, t, fractions)[0]
 
-    def draw(params: Any) -> Edited:
-        draws = at_depth(config, mix, a.shape)
-        key, rows = jax.random.key(options.shared.seed), []
+    def draw(drawable: Drawable, key: jax.Array) -> Edited:
+        draws, rows = compiled(config, mix, static=_per_depth(config, a.shape)), []
         for depth in depths:
-            rows.append(draws(params, key, to_float(a), to_float(b), depth))
+            rows.append(draws(drawable, key, to_float(a), to_float(b), depth))
             if len(depths) > 1:
                 print(f"  mixed after {depth:,} steps")
         return Edited(a, np.concatenate(rows), b, options.count)
@@ -96,9 +93,8 @@ def slerp(config: Config, options: edit_options.Slerp) -> Draw:
         start = editing.slerp(many[0], many[1], fractions)
         return samplers.sample(key, made, grid, start.shape, start=start)
 
-    def draw(params: Any) -> Edited:
-        key = jax.random.key(options.shared.seed)
-        results = compiled(config, arc)(params, key, to_float(a), to_float(b))
+    def draw(drawable: Drawable, key: jax.Array) -> Edited:
+        results = compiled(config, arc)(drawable, key, to_float(a), to_float(b))
         ends = ((a, results[:1]), (b, results[-1:]))
         errors = [np.sqrt(np.mean((x - y.astype(float)) ** 2)) for x, y in ends]
         print(f"reconstructions: RMSE {errors[0]:.2f} and {errors[1]:.2f} of 255")
@@ -109,8 +105,7 @@ def slerp(config: Config, options: edit_options.Slerp) -> Draw:
 
 def inpaint(config: Config, options: edit_options.Inpaint) -> Draw:
     """Returns what draws the white part of a mask."""
-    for name in ("count", "jump"):
-        at_least(options, name, 1)
+    require_positive(options, "count", "jump")
     _check_steps(config)
     image = read(config, options.image, "IMAGE")
     white = read_mask(config, options)
@@ -130,19 +125,18 @@ def inpaint(config: Config, options: edit_options.Inpaint) -> Draw:
 
     std = chains.start_std(config)
 
-    def draw(params: Any) -> Edited:
-        key = jax.random.key(options.shared.seed)
-        results = compiled(config, paint)(params, key, to_float(image))
+    def draw(drawable: Drawable, key: jax.Array) -> Edited:
+        results = compiled(config, paint)(drawable, key, to_float(image))
         checks = np.indices(white.shape[1:3]).sum(axis=0)[None, ..., None] % 2
         hole = np.where(white, 96 + 64 * checks, image).astype(np.uint8)
-        return Edited(np.concatenate([image, hole]), results, image[:0], MOST_COLUMNS)
+        return Edited(np.concatenate([image, hole]), results)
 
     return draw
 
 
 def colorize(config: Config, options: edit_options.Colorize) -> Draw:
     """Returns what draws the colours of a grey image."""
-    at_least(options, "count", 1)
+    require_positive(options, "count")
     _check_steps(config)
     if config.data.channels != 3:
         raise ConfigError(
@@ -158,21 +152,17 @@ def colorize(config: Config, options: edit_options.Colorize) -> Draw:
         painted = editing.colorize(*rule, grey)
         return samplers.sample(key, painted, grid, shape, start_std=std)
 
-    def draw(params: Any) -> Edited:
-        key = jax.random.key(options.shared.seed)
-        results = compiled(config, paint)(params, key, grey)
-        shown = pictures.to_uint8(grey).repeat(3, axis=-1)
-        return Edited(shown, results, shown[:0], MOST_COLUMNS)
+    def draw(drawable: Drawable, key: jax.Array) -> Edited:
+        results = compiled(config, paint)(drawable, key, grey)
+        return Edited(pictures.to_uint8(grey).repeat(3, axis=-1), results)
 
     return draw
 
 
 def vary(config: Config, options: edit_options.Vary) -> Draw:
     """Returns what draws variations."""
-    at_least(options, "count", 1)
-    half = config.diffusion.num_steps // 2
-    depth = half if options.depth is None else options.depth
-    _check_depths(config, (depth,), least=1)
+    require_positive(options, "count")
+    depth = _depth(config, options)
     image = read(config, options.image, "IMAGE")
     grid = chains.make_grid(config)
 
@@ -181,55 +171,36 @@ def vary(config: Config, options: edit_options.Vary) -> Draw:
         many = jnp.broadcast_to(image, (options.count, *image.shape[1:]))
         return editing.vary(key, made, levels, grid, many, t)
 
-    def draw(params: Any) -> Edited:
-        key = jax.random.key(options.shared.seed)
-        draws = at_depth(config, again, image.shape)
-        results = draws(params, key, to_float(image), depth)
-        return Edited(image, results, image[:0], MOST_COLUMNS)
+    def draw(drawable: Drawable, key: jax.Array) -> Edited:
+        draws = compiled(config, again, static=_per_depth(config, image.shape))
+        return Edited(image, draws(drawable, key, to_float(image), depth))
 
     return draw
 
 
-def compiled(config: Config, edit: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """Returns a function of (params, *arrays) that gives uint8 images.
+def compiled(
+    config: Config, edit: Callable[..., jax.Array], *, static: tuple[int, ...] = ()
+) -> Callable[..., Any]:
+    """Returns a function of (drawable, *arrays) that gives uint8 images.
 
     Args:
       config: of the run, with the way to sample.
       edit: from the rule with these weights and its schedule, and the arrays, to
         images about [-1, 1].
+      static: places of the arguments that must be known when it is compiled.
     """
 
-    @jax.jit
-    def run(params: Any, *arrays: Any) -> jax.Array:
-        levels = chains.sampling_schedule(config, params)
-        return edit((chains.make_sampler(config, params), levels), *arrays)
+    @functools.partial(jax.jit, static_argnums=static)
+    def run(drawable: Drawable, *arrays: Any) -> jax.Array:
+        levels = chains.sampling_schedule(config, drawable.params)
+        return edit((chains.make_sampler(config, drawable), levels), *arrays)
 
     return lambda *args: pictures.to_uint8(np.asarray(run(*args)))
 
 
-def at_depth(
-    config: Config, edit: Callable[..., jax.Array], shape: tuple[int, ...]
-) -> Callable[..., Any]:
-    """Returns a function of (params, *arrays, depth) that gives uint8 images.
-
-    Compiled once for all depths, where the rule has no memory.
-
-    Args:
-      config, edit: as in `compiled`.
-      shape: of one image, [1, H, W, C].
-    """
-    if not has_memory(config, shape):
-        return compiled(config, edit)
-
-    def draws(params: Any, *args: Any) -> Any:
-        *arrays, depth = args
-
-        def here(rule: Rule, *arrays: Any) -> jax.Array:
-            return edit(rule, *arrays, depth)
-
-        return compiled(config, here)(params, *arrays)
-
-    return draws
+def _per_depth(config: Config, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the place of the depth, the last, where each has a program of its own."""
+    return (-1,) if has_memory(config, shape) else ()
 
 
 def has_memory(config: Config, shape: tuple[int, ...]) -> bool:
@@ -265,7 +236,10 @@ def read(config: Config, path: Path, name: str) -> np.ndarray:
 
 def read_pair(config: Config, options: Any) -> tuple[np.ndarray, np.ndarray]:
     """Returns two images to go between; raises ConfigError as `read` does."""
-    at_least(options, "count", 2)
+    if options.count < 2:
+        raise ConfigError(
+            f"count must be at least 2; got {options.count}. Change it with --count."
+        )
     return read(config, options.first, "A"), read(config, options.second, "B")
 
 
@@ -297,15 +271,6 @@ def to_float(image: np.ndarray) -> np.ndarray:
     return image.astype(np.float32) / np.float32(127.5) - 1
 
 
-def at_least(options: Any, name: str, least: int) -> None:
-    """Raises ConfigError where an option is below what it may be."""
-    if getattr(options, name) < least:
-        raise ConfigError(
-            f"{name} must be at least {least}; got {getattr(options, name)}. Change it "
-            f"with --{name}."
-        )
-
-
 def picture(edited: Edited) -> Image.Image:
     """Returns the results, and at the sides what they were made from."""
     many = len(edited.results)
@@ -317,7 +282,7 @@ def picture(edited: Edited) -> Image.Image:
             (edited.results, columns),
             (edited.after, 1),
         )
-        if len(part)
+        if part is not None
     ]
     space = 12
     height = max(panel.height for panel in panels)
@@ -359,6 +324,14 @@ def deterministic(config: Config, how: Sampling) -> Config:
 def _first_time(config: Config) -> int:
     """Returns the noisiest time of the grid: T, or a little less."""
     return int(chains.make_grid(config)[0])
+
+
+def _depth(config: Config, options: Any) -> int:
+    """Returns the depth that was asked for, half of T where none was."""
+    half = config.diffusion.num_steps // 2
+    depth: int = half if options.depth is None else options.depth
+    _check_depths(config, (depth,), least=1)
+    return depth
 
 
 def _check_depths(config: Config, depths: Sequence[int], *, least: int) -> None:

@@ -9,11 +9,12 @@ import numpy as np
 
 from diffusion_jax import samplers
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.evaluation import metrics, pictures
+from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.measure import extractors, reference
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.wiring import build, chains
+from diffusion_jax.lab.wiring.chains import Drawable
 
 FRAMES = 9
 SHARED_AT = (1.0, 0.75, 0.5, 0.25)
@@ -22,7 +23,7 @@ SHARED_AT = (1.0, 0.75, 0.5, 0.25)
 
 def chain(
     config: Config,
-    params: Any,
+    drawable: Drawable,
     *,
     count: int,
     seed: int,
@@ -37,15 +38,15 @@ def chain(
     chosen = np.unique(np.linspace(0, len(grid) - 2, frames).astype(int)).tolist()
 
     @jax.jit
-    def run(params: Any, key: jax.Array) -> Any:
-        sampler = chains.make_sampler(config, params)
+    def run(drawable: Drawable, key: jax.Array) -> Any:
+        sampler = chains.make_sampler(config, drawable)
         end, seen = samplers.trajectory(
             key, sampler, grid, shape, chosen, start_std=std
         )
         return end, seen.x_t, seen.x0
 
-    end, x_t, x0 = jax.tree.map(np.asarray, run(params, jax.random.key(seed)))
-    levels = chains.sampling_schedule(config, params)
+    end, x_t, x0 = jax.tree.map(np.asarray, run(drawable, jax.random.key(seed)))
+    levels = chains.sampling_schedule(config, drawable.params)
     times = grid[chosen] if config.sample.sampler == "ode" else grid[chosen].astype(int)
     width = np.maximum(np.asarray(levels(times).sigma), 1)[:, None, None, None, None]
     return end, samplers.Trajectory(grid[chosen], x_t / width, x0)
@@ -57,13 +58,7 @@ def strip(end: np.ndarray, frames: Any) -> Any:
     return pictures.grid(rows.reshape(-1, *rows.shape[2:]), columns=rows.shape[1])
 
 
-def shared(
-    config: Config,
-    params: Any,
-    *,
-    count: int,
-    seed: int,
-) -> Any:
+def shared(config: Config, drawable: Drawable, *, count: int, seed: int) -> Any:
     """Returns Fig. 7: in each row, samples that share x_t and then part.
 
     From top to bottom t is T, 3/4 T, T/2 and T/4. The first picture of a row is x_t.
@@ -84,28 +79,30 @@ def shared(
         )
 
     @jax.jit
-    def start(params: Any) -> jax.Array:
-        sampler = chains.make_sampler(config, params)
+    def start(drawable: Drawable) -> jax.Array:
+        sampler = chains.make_sampler(config, drawable)
         _, seen = samplers.trajectory(root, sampler, grid, shape, parts, start_std=std)
         return seen.x_t
 
     rows = []
-    for i, (part, x_t) in enumerate(zip(parts, start(params), strict=True)):
+    for i, (part, x_t) in enumerate(zip(parts, start(drawable), strict=True)):
 
         @jax.jit
-        def rest(params: Any, x_t: jax.Array, key: jax.Array, part: int = part) -> Any:
-            sampler = chains.make_sampler(config, params)
+        def rest(
+            drawable: Drawable, x_t: jax.Array, key: jax.Array, part: int = part
+        ) -> Any:
+            sampler = chains.make_sampler(config, drawable)
             many = jnp.broadcast_to(x_t, (count, *shape[1:]))
             return samplers.sample(key, sampler, grid[part:], many.shape, start=many)
 
-        ends = rest(params, x_t, jax.random.fold_in(root, i + 1))
+        ends = rest(drawable, x_t, jax.random.fold_in(root, i + 1))
         rows.append(np.concatenate([np.asarray(x_t), np.asarray(ends)]))
     return pictures.grid(pictures.to_uint8(np.concatenate(rows)), columns=count + 1)
 
 
 def quality(
     config: Config,
-    params: Any,
+    drawable: Drawable,
     folder: Path,
     *,
     count: int,
@@ -115,7 +112,7 @@ def quality(
 
     Args:
       config: of the run, with the way to sample.
-      params: the weights.
+      drawable: the weights.
       folder: where quality.json and quality.png go.
       count: samples; more than the extractor has features.
       seed: of the samples.
@@ -125,22 +122,17 @@ def quality(
     """
     dataset = build.load_data(config)
     extractor = extractors.choose("auto", config, dataset)
-    if count <= extractor.dimension:
-        raise ConfigError(
-            f"count must be above {extractor.dimension}, the number of features of "
-            f"{extractor.name}; got {count}. Draw more with --count."
-        )
+    extractors.check_count(extractor, count, more="Draw more with --count.")
     real = reference.of(config, dataset.images, "train", extractor, batch_size=64)
     grid = chains.make_grid(config)
-    end, seen = chain(config, params, count=count, seed=seed, frames=13)
+    end, seen = chain(config, drawable, count=count, seed=seed, frames=13)
     name = extractor.distance(count)
     rows = []
     for t, x0 in [*zip(seen.t.tolist(), seen.x0, strict=True), (0, end)]:
         features, _ = extractors.extract(
             extractor, pictures.to_uint8(x0), batch_size=64, label=f"t = {t}"
         )
-        moments = reference.gaussian_of(features)
-        distance = metrics.frechet_distance(*moments, real.mean, real.covariance)
+        distance = reference.distance(real, features)
         rows.append({"t": t, name: distance})
         print(f"  x0 seen at t = {t:5,}   {name} {distance:10.3f}")
     done = [config.diffusion.num_steps * (1 - row["t"] / grid[0]) for row in rows]

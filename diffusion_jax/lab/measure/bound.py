@@ -16,6 +16,7 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.sampling import Variance
 from diffusion_jax.lab.wiring import build, chains
+from diffusion_jax.lab.wiring.chains import Drawable
 from diffusion_jax.schedule import is_discrete
 from diffusion_jax.training import parallel
 
@@ -49,9 +50,16 @@ def choose(available: int, most: int | None, seed: int) -> np.ndarray:
     return np.sort(rng.choice(available, count, replace=False))
 
 
+def mean(totals: np.ndarray) -> tuple[float, float | None]:
+    """Returns the mean and its standard error, which one image does not have."""
+    count = len(totals)
+    error = float(np.std(totals, ddof=1) / np.sqrt(count)) if count > 1 else None
+    return float(totals.mean()), error
+
+
 def evaluate(
     config: Config,
-    params: Any,
+    drawable: Drawable,
     dataset: datasets.Dataset,
     chosen: np.ndarray,
     *,
@@ -64,7 +72,7 @@ def evaluate(
 
     Args:
       config: of the network.
-      params: its weights, with what the variance needs (`extras.complete`).
+      drawable: its weights, with what the variance needs (`extras.complete`).
       dataset: the images.
       chosen: indices of those to evaluate.
       variance: of the reverse steps; the configured one when not given.
@@ -72,73 +80,69 @@ def evaluate(
       chunk: diffusion steps at a time.
       seed: of the noise.
     """
-    mesh = parallel.make_mesh()
     steps = config.diffusion.num_steps
     compiled = make_bound(config, variance=variance, chunk=chunk, seed=seed)
     sums = Sums(steps)
-    bar = tqdm(
-        total=len(chosen) * steps,
-        unit=" evaluations",
-        unit_scale=True,
-        disable=not sys.stderr.isatty(),
-    )
-    with bar:
-        for batch, count in batches(
-            dataset, chosen, batch_size, mesh, labelled=config.net.classes > 0
-        ):
-            sums.add(compiled(params, batch), count)
-            bar.update(count * steps)
+    walk = batches(config, dataset, chosen, batch_size, each=steps, unit=" evaluations")
+    for batch, count in walk:
+        sums.add(compiled(drawable, batch), count)
     return sums
 
 
 def batches(
+    config: Config,
     dataset: datasets.Dataset,
     chosen: np.ndarray,
     batch_size: int,
-    mesh: Any,
     *,
-    labelled: bool,
+    each: int = 1,
+    unit: str = " images",
 ) -> Iterator[tuple[dict[str, jax.Array], int]]:
-    """Yields batches of images, numbers and labels, and how many of each count."""
+    """Yields batches of images, numbers and labels, and how many of each count.
+
+    The bar counts `each` units an image.
+    """
+    mesh, quiet = parallel.make_mesh(), not sys.stderr.isatty()
     size = -(-min(batch_size, len(chosen)) // mesh.size) * mesh.size
-    for begin in range(0, len(chosen), size):
-        indices = chosen[begin : begin + size]
-        # A ragged last batch is filled up with its last image, and cut again.
-        padded = np.pad(indices, (0, size - len(indices)), mode="edge")
-        found = datasets.batch_at(dataset, padded)
-        index = np.pad(np.arange(begin, begin + len(indices)), (0, size))[:size]
-        batch = {"x": found["image"], "i": index}
-        if labelled:
-            batch["label"] = found["label"]
-        yield parallel.shard(batch, mesh), len(indices)
+    total = len(chosen) * each
+    with tqdm(total=total, unit=unit, unit_scale=each > 1, disable=quiet) as bar:
+        for begin in range(0, len(chosen), size):
+            indices = chosen[begin : begin + size]
+            # A ragged last batch is filled up with its last image, and cut again.
+            padded = np.pad(indices, (0, size - len(indices)), mode="edge")
+            found = datasets.batch_at(dataset, padded)
+            index = np.pad(np.arange(begin, begin + len(indices)), (0, size))[:size]
+            batch = {"x": found["image"], "i": index}
+            if config.net.classes:
+                batch["label"] = found["label"]
+            yield parallel.shard(batch, mesh), len(indices)
+            bar.update(len(indices) * each)
 
 
 @functools.lru_cache(maxsize=8)
 def make_bound(
     config: Config, *, variance: Variance | None = None, chunk: int = 1, seed: int = 0
-) -> Callable[[Any, dict[str, jax.Array]], likelihood.Bound]:
+) -> Callable[[Drawable, dict[str, jax.Array]], likelihood.Bound]:
     """Returns the bound of a batch of uint8 images, compiled once."""
     root, used = jax.random.key(seed), variance or config.diffusion.variance
 
-    def bound(params: Any, batch: dict[str, jax.Array]) -> likelihood.Bound:
-        levels = build.chain_schedule(config, params)
+    def bound(drawable: Drawable, batch: dict[str, jax.Array]) -> likelihood.Bound:
+        levels = build.chain_schedule(config, drawable.params)
         denoise = chains.given_labels(
-            config, params, levels, batch.get("label"), clip=True
+            config, drawable, levels, batch.get("label"), clip=True
         )
         keys = jax.vmap(jax.random.fold_in, (None, 0))(root, batch["i"])
         x0 = batch["x"].astype(jnp.float32) / 127.5 - 1
-        fixed = used in ("small", "large")
+        last = None
+        if build.is_continuous(config) and used in ("small", "large"):
+            last = jnp.exp(-levels(1).logsnr)
         return likelihood.bound(
             keys,
             denoise,
             levels,
             x0,
             variance=used,
-            decoder_variance=(
-                jnp.exp(-levels(1).logsnr)
-                if fixed and build.is_continuous(config)
-                else None
-            ),
+            decoder_variance=last,
             chunk=chunk,
         )
 
@@ -147,7 +151,7 @@ def make_bound(
 
 def evaluate_ode(
     config: Config,
-    params: Any,
+    drawable: Drawable,
     dataset: datasets.Dataset,
     chosen: np.ndarray,
     *,
@@ -160,7 +164,7 @@ def evaluate_ode(
     """Returns bits/dim and evaluations of the chosen images, [images, 2].
 
     Args:
-      config, params, dataset, chosen, batch_size, seed: as for `evaluate`.
+      config, drawable, dataset, chosen, batch_size, seed: as for `evaluate`.
       trace: how the divergence is found, by random probes or exactly.
       probes: random probes an image.
       tolerance: of the solver, relative and absolute.
@@ -168,21 +172,14 @@ def evaluate_ode(
     Raises:
       ConfigError: an image that the solver's steps did not suffice for.
     """
-    mesh = parallel.make_mesh()
     compiled = make_ode(
         config, trace=trace, probes=probes, tolerance=tolerance, seed=seed
     )
     found = []
-    with tqdm(
-        total=len(chosen), unit=" images", disable=not sys.stderr.isatty()
-    ) as bar:
-        for batch, count in batches(
-            dataset, chosen, batch_size, mesh, labelled=config.net.classes > 0
-        ):
-            bits = compiled(params, batch)
-            rows = np.stack([bits.total, bits.density.evaluations], axis=1)
-            found.append(rows[:count].astype(np.float64))
-            bar.update(count)
+    for batch, count in batches(config, dataset, chosen, batch_size):
+        bits = compiled(drawable, batch)
+        rows = np.stack([bits.total, bits.density.evaluations], axis=1)
+        found.append(rows[:count].astype(np.float64))
     table = np.concatenate(found)
     lost = int(np.isnan(table[:, 0]).sum())
     if lost:
@@ -201,12 +198,12 @@ def make_ode(
     probes: int = 1,
     tolerance: float = 1e-5,
     seed: int = 0,
-) -> Callable[[Any, dict[str, jax.Array]], likelihood.OdeBits]:
+) -> Callable[[Drawable, dict[str, jax.Array]], likelihood.OdeBits]:
     """Returns the flow's bits/dim of a batch of uint8 images, compiled once."""
     root = jax.random.key(seed)
 
-    def bits(params: Any, batch: dict[str, jax.Array]) -> likelihood.OdeBits:
-        levels = build.make_schedule(config, params)
+    def bits(drawable: Drawable, batch: dict[str, jax.Array]) -> likelihood.OdeBits:
+        levels = build.make_schedule(config, drawable.params)
         if is_discrete(levels):
             levels = continuous.interpolate(levels)
 
@@ -216,7 +213,7 @@ def make_ode(
             label = None if label is None else label[None]
             return likelihood.ode_bits_per_dim(
                 jax.random.fold_in(root, index)[None],
-                chains.given_labels(config, params, levels, label, clip=False),
+                chains.given_labels(config, drawable, levels, label, clip=False),
                 levels,
                 x[None].astype(jnp.float32) / 127.5 - 1,
                 trace=trace,

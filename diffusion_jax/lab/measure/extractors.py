@@ -1,5 +1,6 @@
 """Extractors: networks that turn images into the features that are compared."""
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -116,10 +117,7 @@ def _classifier(config: Config, dataset: datasets.Dataset) -> Extractor:
         )
     judge = judges.load(path) if path.exists() else judges.train(config, dataset)
 
-    def apply(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        features, logits = judges.features_of(judge.params, judge.num_classes, images)
-        return features, logits
-
+    apply = functools.partial(judges.features_of, judge.params, judge.num_classes)
     details = {
         "file": str(path),
         "sha256": judge.sha256,
@@ -128,6 +126,17 @@ def _classifier(config: Config, dataset: datasets.Dataset) -> Extractor:
     }
     name = path.stem.rsplit("_", 1)[0] + "_classifier"
     return Extractor(name, judges.WIDTH, apply, details)
+
+
+def check_count(
+    extractor: Extractor, count: int, *, why: str = "", more: str = "Give more samples."
+) -> None:
+    """Raises ConfigError where there are too few samples for the features."""
+    if count <= extractor.dimension:
+        raise ConfigError(
+            f"count must be above {extractor.dimension}, the number of features of "
+            f"{extractor.name}{why}; got {count}. {more}"
+        )
 
 
 def extract(

@@ -10,6 +10,7 @@ import numpy as np
 from diffusion_jax.evaluation import metrics, moments
 from diffusion_jax.lab.measure.extractors import Extractor, extract
 from diffusion_jax.lab.process import hosts
+from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.storage import archives, files
 
@@ -57,8 +58,7 @@ def of(
         "shape": list(images.shape),
         "images": _digest(images),
     }
-    text = json.dumps(about, sort_keys=True)
-    name = hashlib.sha256(text.encode()).hexdigest()[:16]
+    name = runs.name_by(about)
     path = Path(config.output) / ".cache" / "reference" / f"{name}.npz"
     cached = _load(path)
     # Several hosts compute together, unless the first one has what it needs.
@@ -69,7 +69,9 @@ def of(
     if not hosts.first():
         return NOTHING
     made = _compute(features)
-    _save(made, path, text)
+    with files.replacing(path) as file:
+        text = json.dumps(about, sort_keys=True)
+        np.savez(file, about=np.array(text), **made._asdict())
     return made
 
 
@@ -79,6 +81,20 @@ def gaussian_of(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     for begin in range(0, len(features), 4096):
         stats = moments.update(stats, features[begin : begin + 4096])
     return moments.finish(stats)
+
+
+def distance(real: Reference, features: np.ndarray) -> float:
+    """Returns the Frechet distance of features, [N, D], from those of real images."""
+    return metrics.frechet_distance(*gaussian_of(features), real.mean, real.covariance)
+
+
+def distance_of(
+    real: Reference, images: np.ndarray, extractor: Extractor, *, batch_size: int
+) -> float:
+    """Returns the Frechet distance of uint8 images from the real ones."""
+    label = "features of samples"
+    seen, _ = extract(extractor, images, batch_size=batch_size, label=label)
+    return distance(real, seen)
 
 
 def _compute(features: np.ndarray) -> Reference:
@@ -97,11 +113,6 @@ def _digest(images: Any) -> str:
     if isinstance(images, np.ndarray):
         return hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
     return f"{len(images)} on disk"
-
-
-def _save(made: Reference, path: Path, about: str) -> None:
-    with files.replacing(path) as file:
-        np.savez(file, about=np.array(about), **made._asdict())
 
 
 def _load(path: Path) -> Reference | None:

@@ -5,13 +5,17 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+import tyro
 
 from diffusion_jax import errors
 from diffusion_jax.lab.process import joining
 
 # What a user can mend. Such an error is shown as it is, without a traceback.
 BAD_INPUT = 2
+
+Options = TypeVar("Options")
 
 
 def quiet() -> None:
@@ -76,6 +80,24 @@ def guarded(main: Callable[[Sequence[str]], int], *, several: bool = False) -> N
         print(said, file=sys.stderr)
     joining.leave(code)
     raise SystemExit(code)
+
+
+def parse(
+    options: type[Options], argv: Sequence[str], command: str, description: str | None
+) -> Options:
+    """Returns a command's options as the arguments give them.
+
+    Args:
+      options: their dataclass.
+      argv: the arguments.
+      command: its name in `experiments`.
+      description: what `--help` says of it.
+
+    Raises:
+      SystemExit: `--help`, or a flag that does not exist or has another type.
+    """
+    prog = f"python -m experiments.{command}"
+    return tyro.cli(options, args=argv, prog=prog, description=description)
 
 
 def join_hosts(argv: Sequence[str], *, several: bool) -> list[str]:

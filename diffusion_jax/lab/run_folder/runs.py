@@ -1,16 +1,17 @@
 """The folder of a run: what is in it, and how each file is written and read."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
@@ -19,6 +20,8 @@ from diffusion_jax.lab.network_files import networks
 from diffusion_jax.lab.process import hosts
 from diffusion_jax.lab.schema import checks, config, json_fields, texts
 from diffusion_jax.storage import files
+
+Read = TypeVar("Read")
 
 
 class Run(NamedTuple):
@@ -162,6 +165,33 @@ def write_json(path: Path, values: Any) -> None:
       OSError: it cannot be written; nothing is left of it, and what was there stays.
     """
     _write(path, json.dumps(values, indent=2) + "\n")
+
+
+def recalled(
+    path: Path, about: dict[str, Any], read: Callable[..., Read]
+) -> Read | None:
+    """Returns what a JSON file holds, if it was made by what would make it now.
+
+    None where it is not there, damaged, or made by something else.
+
+    Args:
+      path: of the file, an object.
+      about: what decides what is in it; it stands there under the same names.
+      read: from all else that is in the file, as keywords, to what is returned.
+    """
+    try:
+        values = json.loads(path.read_text())
+        made_by = {name: values.pop(name) for name in about}
+        same = made_by == json.loads(json.dumps(about))
+        return read(**values) if same else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def name_by(about: dict[str, Any]) -> str:
+    """Returns the name of a file for what decides what is in it."""
+    text = json.dumps(about, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def append_line(path: Path, values: dict[str, Any]) -> None:

@@ -129,15 +129,15 @@ def sample(work: Work, mesh: Any, effort: Effort) -> dict[str, Any]:
     chosen, size = work.config, work.batch
     made = build.init_params(chosen, jax.random.key(0))
     params = jax.device_put(made, parallel.replicated(mesh))
-    draw = chains.make_draw(chosen, size, mesh)
-    evaluations = chains.count_evaluations(chosen, params)
+    draw, drawable = chains.make_draw(chosen, size, mesh), chains.Drawable(params)
+    evaluations = chains.count_evaluations(chosen, drawable)
     image = jnp.zeros((1, *chosen.data.shape))
     label = jnp.zeros(1, jnp.int32) if chosen.net.classes else None
     net = {"params": params["net"]}
     apply = build.make_network(chosen).apply
     one = arithmetic.count(apply, net, image, jnp.zeros(1), label)
     alone = effort._replace(steps=1)
-    clock = timed(lambda: draw(params, jax.random.key(0), 0), alone)
+    clock = timed(lambda: draw(drawable, jax.random.key(0), 0), alone)
     many = round(evaluations * size)
     return figures(clock, many, many * one) | {"evaluations_per_sample": evaluations}
 

@@ -1,6 +1,5 @@
 """What sampling adds to the weights of a run: an estimated variance, a classifier."""
 
-import json
 import sys
 from typing import Any
 
@@ -18,7 +17,7 @@ from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build, chains, guides
-from diffusion_jax.storage import trees
+from diffusion_jax.lab.wiring.chains import Drawable
 
 IMAGES, BATCH = 256, 64
 """Images that the analytic variance is estimated from, and how many at a time."""
@@ -26,11 +25,10 @@ IMAGES, BATCH = 256, 64
 
 def load(
     config: Config, run: runs.Run, which: Weights, *, variance: str | None = None
-) -> tuple[Any, int | None, str]:
-    """Returns the weights of a checkpoint with what sampling needs beside them.
+) -> tuple[Drawable, int | None, str]:
+    """Returns what a checkpoint draws with, its step, and its weights in words.
 
-    As `weights.load`, and in the parameters "x0_variance" where the variance is
-    analytic, and "classifier" where one guides.
+    As `weights.load`, with what `complete` adds.
 
     Args:
       config: of the run, with the way to sample.
@@ -48,13 +46,14 @@ def load(
 
 def complete(
     config: Config, run: runs.Run, params: Any, *, variance: str | None = None
-) -> Any:
-    """Returns the parameters with what sampling needs beside them, as `load`."""
+) -> Drawable:
+    """Returns the weights with what sampling needs beside them, as `load`."""
+    drawable = Drawable(params)
     if (variance or config.sample.variance) == "analytic":
         how = sampling.resolve(config.sample, config.diffusion.num_steps)
         clip = how["clip"] if variance is None else True
-        table = x0_variance(config, run, params, clip=clip)
-        params = {**params, "x0_variance": table}
+        table = x0_variance(config, run, drawable, clip=clip)
+        drawable = drawable._replace(x0_variance=table)
     if config.sample.classifier_guidance and variance is None:
         path = guides.path_of(run.folder)
         guide = guides.load(path)
@@ -65,26 +64,23 @@ def complete(
                 f"label must be below {guide.num_classes}, the number of classes of "
                 f"{path}; got {label}. Change it with --label."
             )
-        params = {**params, "classifier": guide.params}
-    return params
+        drawable = drawable._replace(classifier=guide.params)
+    return drawable
 
 
 def x0_variance(
-    config: Config, run: runs.Run, params: Any, *, clip: bool
+    config: Config, run: runs.Run, drawable: Drawable, *, clip: bool
 ) -> np.ndarray:
     """Returns Var[x0 | x_t] for t = 0..T, [T + 1], estimated from training images.
 
     By the error of the network, so that it is the best for its mean, perfect or not.
     Kept in the run's folder for the next time.
     """
-    about = {"weights": trees.digest(params), "images": IMAGES, "clip": clip}
+    about = {"weights": drawable.sha256, "images": IMAGES, "clip": clip}
     path = run.folder / "eval" / "x0_variance.json"
-    try:
-        known = json.loads(path.read_text())
-        if known["about"] == about:
-            return np.asarray(known["table"], np.float64)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # not there, or of no use: estimated again
+    known = runs.recalled(path, {"about": about}, _table)
+    if known is not None:
+        return known
     if jax.process_count() > 1:
         raise ConfigError(
             "variance must be small, large, learned or range on several hosts, where "
@@ -97,9 +93,9 @@ def x0_variance(
     chosen = np.sort(rng.choice(len(dataset.images), count, replace=False))
 
     @jax.jit
-    def estimate(params: Any, key: jax.Array, image: Any, label: Any) -> jax.Array:
-        levels = build.chain_schedule(config, params)
-        denoise = chains.given_labels(config, params, levels, label, clip=clip)
+    def estimate(weights: Any, key: jax.Array, image: Any, label: Any) -> jax.Array:
+        levels = build.chain_schedule(config, weights.params)
+        denoise = chains.given_labels(config, weights, levels, label, clip=clip)
         x0 = image.astype(jnp.float32) / 127.5 - 1
         return analytic.x0_variance(key, denoise, levels, x0, estimator="error")
 
@@ -110,9 +106,13 @@ def x0_variance(
         batch = datasets.batch_at(dataset, chosen[first : first + BATCH])
         labels = batch["label"] if config.net.classes else None
         key = jax.random.fold_in(jax.random.key(0), first)
-        tables.append(np.asarray(estimate(params, key, batch["image"], labels)))
+        tables.append(np.asarray(estimate(drawable, key, batch["image"], labels)))
     mean = np.mean(tables, axis=0, dtype=np.float64)
-    levels = build.chain_schedule(config, params)
+    levels = build.chain_schedule(config, drawable.params)
     table = np.asarray(analytic.bounded(mean, levels), np.float64)
     runs.write_json(path, {"about": about, "table": table.tolist()})
     return table
+
+
+def _table(table: list[float]) -> np.ndarray:
+    return np.asarray(table, np.float64)

@@ -63,19 +63,15 @@ def load(config: Config, run: runs.Run, which: Weights) -> tuple[Any, int | None
         there is a single set of weights in a file, and another was asked for.
       ValueError: a snapshot or the file is damaged.
     """
-    mesh = parallel.make_mesh()
-    sharding = parallel.replicated(mesh)
+    check_alone(run, which)
     if run.network is not None:
-        check_alone(which, official=run.network.kind == "official")
         _, params, about, _ = networks.read(run.network, average=not which.raw)
-        at = jax.tree.map(lambda _: sharding, params)
-        return parallel.place(params, at), about.step, about.weights
+        return _on_all(params), about.step, about.weights
     index = _tracked(config, which)
-    like = learning.state_shapes(config)
-    cut = mesh
+    like, mesh = learning.state_shapes(config), parallel.make_mesh()
     if config.train.fsdp > 1:  # all of it may be more than one device holds
-        cut = parallel.make_mesh(fsdp=mesh.size)
-    placed = parallel.state_sharding(like, cut)
+        mesh = parallel.make_mesh(fsdp=mesh.size)
+    placed = parallel.state_sharding(like, mesh)
     with checkpoint.open_folder(run.checkpoints, read_only=True) as folder:
         found = checkpoint.restore(
             folder, like, placed, which.step, strict=which.strict
@@ -92,18 +88,19 @@ def load(config: Config, run: runs.Run, which: Weights) -> tuple[Any, int | None
     else:
         chosen = _reconstruct(config, run, state, which.average)
         words = f"averaged (length {which.average:g})"
-    at = jax.tree.map(lambda _: sharding, chosen)
-    return parallel.place(chosen, at), step, words
+    return _on_all(chosen), step, words
 
 
-def check_alone(which: Weights, *, official: bool = False) -> None:
-    """Raises ConfigError where a network in a file leaves no such choice of weights.
+def _on_all(params: Any) -> Any:
+    everywhere = parallel.replicated(parallel.make_mesh())
+    return parallel.place(params, jax.tree.map(lambda _: everywhere, params))
 
-    Args:
-      which: what was asked for.
-      official: whether it is a checkpoint of the authors', which has the last weights
-        too.
-    """
+
+def check_alone(run: runs.Run, which: Weights) -> None:
+    """Raises ConfigError where a network in a file leaves no such choice of weights."""
+    if run.network is None:
+        return
+    official = run.network.kind == "official"  # which has the last weights too
     if which == Weights(raw=which.raw and official, strict=which.strict):
         return
     raise ConfigError(
@@ -164,9 +161,10 @@ def save_snapshots(run: runs.Run, config: Config, state: TrainState) -> list[Pat
     step = int(state.step)
     if jax.process_index():
         return []  # the first host writes for all
+    folder = run.folder / "averages"
     return [
-        averages.save(_path(run, step, index), tree, step, length)
-        for index, (length, tree) in enumerate(zip(lengths, tracked, strict=True))
+        averages.save(folder / f"{step:08d}_{i}.safetensors", tree, step, length)
+        for i, (length, tree) in enumerate(zip(lengths, tracked, strict=True))
     ]
 
 
@@ -232,10 +230,6 @@ def _reconstruct(
             yield parallel.whole(tree)
 
     return averages.reconstruct(trees(), list(factors))
-
-
-def _path(run: runs.Run, step: int, index: int) -> Path:
-    return run.folder / "averages" / f"{step:08d}_{index}.safetensors"
 
 
 def _files(run: runs.Run) -> list[Path]:

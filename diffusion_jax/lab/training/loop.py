@@ -230,7 +230,7 @@ def has_grid(config: Config, step: int) -> bool:
 def write_grid(config: Config, run: runs.Run, draw: Any, state: TrainState) -> None:
     """Writes a grid of samples of the averaged weights, always from the same noise."""
     key = jax.random.key(config.train.seed)
-    drawn = draw(parallel.whole(state.ema_params), key)
+    drawn = draw(chains.Drawable(parallel.whole(state.ema_params)), key)
     if hosts.first():
         grid = pictures.grid(pictures.to_uint8(drawn))
         pictures.save(grid, grid_path(run, int(state.step)))

@@ -28,37 +28,23 @@ def make_schedule(config: Config, params: Any = None) -> schedule.Schedule:
       params: as `init_params` makes them; only for a learned schedule.
     """
     d = config.diffusion
-    ends = {"beta_start": d.beta_start, "beta_end": d.beta_end}
-    made: schedule.Schedule
-    match d.schedule:
-        case "linear":
-            made = schedule.linear(d.num_steps, **ends)
-        case "quad":
-            made = schedule.quad(d.num_steps, **ends)
-        case "const":
-            made = schedule.const(d.num_steps, beta=d.beta_end)
-        case "jsd":
-            made = schedule.jsd(d.num_steps)
-        case "warmup10":
-            made = schedule.warmup(d.num_steps, fraction=0.1, **ends)
-        case "warmup50":
-            made = schedule.warmup(d.num_steps, fraction=0.5, **ends)
-        case "cosine":
-            made = schedule.cosine(d.num_steps)
-        case "sigmoid":
-            made = schedule.sigmoid(d.num_steps)
-        case "vp":
-            made = continuous.vp()
-        case "sub_vp":
-            made = continuous.sub_vp()
-        case "ve":
-            made = continuous.ve(sigma_min=d.sigma_min, sigma_max=d.sigma_max)
-        case "continuous_cosine":
-            made = continuous.cosine()
-        case "flow":
-            made = continuous.flow()
-        case "learned":
-            made = learned.schedule(params["schedule"])
+    total, ends = d.num_steps, {"beta_start": d.beta_start, "beta_end": d.beta_end}
+    made: schedule.Schedule = {
+        "linear": lambda: schedule.linear(total, **ends),
+        "quad": lambda: schedule.quad(total, **ends),
+        "const": lambda: schedule.const(total, beta=d.beta_end),
+        "jsd": lambda: schedule.jsd(total),
+        "warmup10": lambda: schedule.warmup(total, fraction=0.1, **ends),
+        "warmup50": lambda: schedule.warmup(total, fraction=0.5, **ends),
+        "cosine": lambda: schedule.cosine(total),
+        "sigmoid": lambda: schedule.sigmoid(total),
+        "vp": continuous.vp,
+        "sub_vp": continuous.sub_vp,
+        "ve": lambda: continuous.ve(sigma_min=d.sigma_min, sigma_max=d.sigma_max),
+        "continuous_cosine": continuous.cosine,
+        "flow": continuous.flow,
+        "learned": lambda: learned.schedule(params["schedule"]),
+    }[d.schedule]()
     return continuous.shifted(made, d.logsnr_shift) if d.logsnr_shift else made
 
 
@@ -80,19 +66,10 @@ def time_shift(config: Config) -> int:
     return 0 if is_continuous(config) else 1
 
 
-def make_network(config: Config, *, looped: bool = False) -> UNet:
-    """Returns the network; its parameters come from `init_params`.
-
-    Args:
-      config: the configuration.
-      looped: whether its gradient is taken inside a compiled loop, where XLA's
-        convolution on CPU is many times slower than the matrix product.
-    """
+def make_network(config: Config) -> UNet:
+    """Returns the network; its parameters come from `init_params`."""
     net = config.net
     split = config.diffusion.variance in ("learned", "range")
-    conv = net.conv
-    if conv == "auto":
-        conv = "matmul" if looped and jax.default_backend() == "cpu" else "xla"
     return UNet(
         out_channels=config.data.channels * (2 if split else 1),
         channels=net.channels,
@@ -102,7 +79,7 @@ def make_network(config: Config, *, looped: bool = False) -> UNet:
         dropout=net.dropout,
         groups=net.groups,
         dtype=jnp.dtype(net.dtype),
-        conv=conv,
+        conv="xla" if net.conv == "auto" else net.conv,
         remat=net.remat,
         # The last row stands for no label.
         num_classes=net.classes + (1 if net.classes and net.label_dropout else 0),
@@ -120,12 +97,7 @@ def as_computed(config: Config, params: Any) -> Any:
 
 
 def make_apply(
-    config: Config,
-    params: Any,
-    levels: schedule.Schedule,
-    *,
-    looped: bool = False,
-    **options: Any,
+    config: Config, params: Any, levels: schedule.Schedule, **options: Any
 ) -> Apply:
     """Returns the network as a function of x, t and, with classes, the label.
 
@@ -133,10 +105,9 @@ def make_apply(
       config: the configuration.
       params: as `init_params` makes them.
       levels: the schedule whose times t are.
-      looped: as in `make_network`.
       options: of the network's call.
     """
-    net = make_network(config, looped=looped)
+    net = make_network(config)
 
     def fed(t: jax.Array) -> jax.Array:
         if config.diffusion.prediction == "edm" or not is_continuous(config):

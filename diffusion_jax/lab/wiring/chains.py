@@ -1,12 +1,8 @@
-"""From a configuration to chains: grids, rules, and draws of a trained network.
-
-Beside the parameters that were trained, `params` may hold what sampling adds to them
-(see `extras`): "x0_variance", for the analytic variance, and "classifier".
-"""
+"""From a configuration to chains: grids, rules, and draws of a trained network."""
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +23,27 @@ from diffusion_jax import (
 from diffusion_jax.lab.schema import sampling
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.wiring import build, guides
+from diffusion_jax.storage import trees
 from diffusion_jax.training import compilation, parallel
+
+
+class Drawable(NamedTuple):
+    """What images are drawn with: trained weights, and what sampling adds to them.
+
+    A pytree, which goes through `jit` and onto devices as the weights alone would.
+    """
+
+    params: Any
+    """The weights, as `build.init_params` makes them."""
+    x0_variance: Any = None
+    """Var[x0 | x_t] for t = 0..T, [T + 1], where the variance is analytic."""
+    classifier: Any = None
+    """Parameters of the noisy classifier, where one guides."""
+
+    @property
+    def sha256(self) -> str:
+        """Returns the digest of the weights alone."""
+        return trees.digest(self.params)
 
 
 def make_grid(config: Config) -> np.ndarray:
@@ -65,51 +81,47 @@ def start_std(config: Config) -> float:
 
 
 def make_sampler(
-    config: Config, params: Any, *, first: int | jax.Array = 0
+    config: Config, drawable: Drawable, *, first: int | jax.Array = 0
 ) -> samplers.Sampler:
-    """Returns the sampling rule with these parameters.
+    """Returns the sampling rule with these weights.
 
     Args:
       config: the configuration.
-      params: the parameters.
+      drawable: the weights.
       first: index of the first example, which decides its class where all are drawn.
     """
-    denoise = make_denoiser(config, params, first=first)
-    return make_rule(config, denoise, sampling_schedule(config, params))
+    denoise = make_denoiser(config, drawable, first=first)
+    return make_rule(config, denoise, sampling_schedule(config, drawable.params))
 
 
 def make_denoiser(
-    config: Config, params: Any, *, first: int | jax.Array = 0
+    config: Config, drawable: Drawable, *, first: int | jax.Array = 0
 ) -> gaussian.Denoiser:
     """Returns the network's prediction, as the chains of the configuration see it."""
-    levels = sampling_schedule(config, params)
+    levels = sampling_schedule(config, drawable.params)
     how = sampling.resolve(config.sample, config.diffusion.num_steps)
-    apply = build.make_apply(config, params, levels)
+    apply = build.make_apply(config, drawable.params, levels)
     given = _labelled(config, apply, levels, first)
     options = {"clip": how["clip"], "threshold": config.sample.threshold}
     denoise = build.make_denoiser(config, given, levels, **options)
     if config.sample.classifier_guidance:
-        denoise = _guided(config, params, denoise, levels, first)
-    if "x0_variance" in params:
-        denoise = analytic.attach(denoise, params["x0_variance"])
-    return denoise
+        denoise = _guided(config, drawable.classifier, denoise, levels, first)
+    return _with_variance(denoise, drawable)
 
 
 def given_labels(
     config: Config,
-    params: Any,
+    drawable: Drawable,
     levels: schedule.Schedule,
     label: jax.Array | None,
     *,
     clip: bool,
 ) -> gaussian.Denoiser:
     """Returns the network's prediction of images with these labels, if it has any."""
-    apply = build.make_apply(config, params, levels)
+    apply = build.make_apply(config, drawable.params, levels)
     given = apply if label is None else lambda x, t: apply(x, t, label)
     denoise = build.make_denoiser(config, given, levels, clip=clip)
-    if "x0_variance" in params:
-        denoise = analytic.attach(denoise, params["x0_variance"])
-    return denoise
+    return _with_variance(denoise, drawable)
 
 
 def labels_of(
@@ -160,14 +172,14 @@ def sampling_schedule(config: Config, params: Any = None) -> schedule.Schedule:
     return made if build.is_continuous(config) else continuous.interpolate(made)
 
 
-def count_evaluations(config: Config, params: Any) -> float:
+def count_evaluations(config: Config, drawable: Drawable) -> float:
     """Returns the network evaluations that one sample takes, counted on a draw.
 
     Only where the steps depend on the network is it the real one that is asked.
     Classifier-free guidance takes the network twice; with an interval this is what is
     taken at most.
     """
-    levels = sampling_schedule(config, params)
+    levels = sampling_schedule(config, drawable.params)
     silent = gaussian.denoiser(lambda x, t: 0 * x, levels, "x0")
 
     def stand_in(x: jax.Array, t: jax.Array) -> gaussian.Prediction:
@@ -176,7 +188,7 @@ def count_evaluations(config: Config, params: Any) -> float:
 
     denoise: gaussian.Denoiser = stand_in
     if sampling.RULES[config.sample.sampler].grid is None:
-        denoise = make_denoiser(config, params)
+        denoise = make_denoiser(config, drawable)
     shape = (1, *config.data.shape)
 
     def make(counted: gaussian.Denoiser) -> samplers.Sampler:
@@ -190,9 +202,9 @@ def count_evaluations(config: Config, params: Any) -> float:
 def make_draw(
     config: Config, count: int, mesh: jax.sharding.Mesh
 ) -> Callable[..., np.ndarray]:
-    """Returns a function of (params, key, first) that draws `count` images.
+    """Returns a function of (drawable, key, first) that draws `count` images.
 
-    Compiled once, whatever the parameters; image i depends on (key, first + i) alone.
+    Compiled once, whatever the weights; image i depends on (key, first + i) alone.
     The result is float, [count, H, W, C], about [-1, 1].
     """
     grid = make_grid(config)
@@ -204,9 +216,10 @@ def make_draw(
     @functools.partial(
         jax.jit, compiler_options=compilation.options(mesh.devices.flat[0])
     )
-    def draw(params: Any, key: jax.Array, first: jax.Array) -> jax.Array:
+    def draw(drawable: Drawable, key: jax.Array, first: jax.Array) -> jax.Array:
         # Once, and not at each of the chain's evaluations.
-        sampler = make_sampler(config, build.as_computed(config, params), first=first)
+        cast = drawable._replace(params=build.as_computed(config, drawable.params))
+        sampler = make_sampler(config, cast, first=first)
         shape = (count, *config.data.shape)
         # Not before: a run starts long before it draws.
         with jax.ensure_compile_time_eval():
@@ -217,8 +230,8 @@ def make_draw(
             images = jax.lax.with_sharding_constraint(images, parallel.replicated(mesh))
         return images
 
-    def drawn(params: Any, key: jax.Array, first: int = 0) -> np.ndarray:
-        return np.asarray(draw(params, key, jnp.asarray(first)))
+    def drawn(drawable: Drawable, key: jax.Array, first: int = 0) -> np.ndarray:
+        return np.asarray(draw(drawable, key, jnp.asarray(first)))
 
     return drawn
 
@@ -281,15 +294,20 @@ def _active(
     return active
 
 
+def _with_variance(denoise: gaussian.Denoiser, drawable: Drawable) -> gaussian.Denoiser:
+    if drawable.x0_variance is None:
+        return denoise
+    return analytic.attach(denoise, drawable.x0_variance)
+
+
 def _guided(
     config: Config,
-    params: Any,
+    judge: Any,
     denoise: gaussian.Denoiser,
     levels: schedule.Schedule,
     first: int | jax.Array,
 ) -> gaussian.Denoiser:
     """The denoiser guided by the run's noisy classifier."""
-    judge = params["classifier"]
     classes = len(judge["logits"]["bias"])
     clip = sampling.resolve(config.sample, config.diffusion.num_steps)["clip"]
 

@@ -194,7 +194,6 @@ def make_loss(config: Config) -> state.LossFn:
     Where times are drawn by importance the loss takes a memory and returns what it has
     seen, as `state.make_step` asks of a loss that remembers.
     """
-    looped, diffusion = micro_batches(config) > 1, config.diffusion
 
     def loss_fn(
         params: Any, batch: dict[str, jax.Array], key: jax.Array, memory: Any = ()
@@ -215,12 +214,12 @@ def make_loss(config: Config) -> state.LossFn:
 
         def denoiser(levels: schedule.Schedule) -> gaussian.Denoiser:
             options = {"train": True, "rngs": {"dropout": dropout_key}}
-            apply = make_apply(config, params, levels, looped=looped, **options)
+            apply = make_apply(config, params, levels, **options)
             given = apply if label is None else lambda x, t: apply(x, t, label)
             return make_denoiser(config, given, levels)
 
         eps = gaussian.normal(eps_key, x0.shape)
-        if diffusion.loss == "vlb" and is_continuous(config):
+        if config.diffusion.loss == "vlb" and is_continuous(config):
             fresh = jax.vmap(jax.random.fold_in, (0, None))(eps_key, 1)
             noise = gaussian.normal(fresh, x0.shape)
             each = _continuous_bound(config, params, denoiser, x0, eps, noise, t)
@@ -304,6 +303,10 @@ def make_pure_step(config: Config, mesh: jax.sharding.Mesh) -> state.StepFn:
     o, strategy = config.optimizer, config.train.parallel
     official = o.preset == "official"
     parts = micro_batches(config)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    if config.net.conv == "auto" and parts > 1 and on_cpu:
+        # In a compiled loop XLA's convolution on CPU is many times slower.
+        config = replace(config, "net", conv="matmul")
     if strategy != "mesh" and official:
         parts = max(1, parts // mesh.size)
     loss_fn = parallel.gathered(flat.of_tree(make_loss(config)), mesh)
