@@ -348,7 +348,7 @@ MATHEMATICS = [
         "diffusion_jax/solvers.py",
         "finite = (prev.sigma > 0) & (level.logsnr >= PURE_NOISE)",
         "finite = prev.sigma > 0",
-        "tests/mathematics/test_rules_moments.py::test_samples_have_the_weights_means_and_covariance_of_a_mixture",
+        "tests/mathematics/test_rules_moments.py::test_samples_have_the_weights_means_and_covariance_of_a_mixture[heun-jsd]",
     ),
     Breakage(
         "samplers-start-of-its-own-type",
