@@ -16,6 +16,8 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.interop import unet_config
 from diffusion_jax.lab.schema import checks
 from diffusion_jax.lab.schema.config import (
+    FEWEST_STEPS,
+    MOST_STEPS,
     UNKNOWN,
     Config,
     Data,
@@ -65,8 +67,6 @@ _DEFAULTS: dict[str, Any] = {
     "timestep_values": None,
     "tensor_format": "pt",
 }
-_STEPS = "diffusion.num_steps"
-_FEWEST, _MOST = checks.AT_LEAST[_STEPS], checks.AT_MOST[_STEPS]
 # There a threshold has an upper end, which ours does not have: this one cuts nothing.
 _NO_END = float(np.finfo(np.float32).max)
 
@@ -85,8 +85,8 @@ _NUMBER: _Test = (is_finite, "a finite number")
 _ALLOWED: dict[str, _Test] = {
     "_class_name": _one_of(SCHEDULERS),
     "num_train_timesteps": (
-        lambda value: is_whole(value) and _FEWEST <= value <= _MOST,
-        f"a whole number from {_FEWEST} to {_MOST}",
+        lambda value: is_whole(value) and FEWEST_STEPS <= value <= MOST_STEPS,
+        f"a whole number from {FEWEST_STEPS} to {MOST_STEPS}",
     ),
     "beta_start": _NUMBER,
     "beta_end": _NUMBER,
