@@ -1,7 +1,6 @@
 """The configuration of an experiment: frozen dataclasses, to and from JSON."""
 
 import dataclasses
-import typing
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -20,7 +19,7 @@ from diffusion_jax.lab.schema.facts import (
     between,
     marked,
 )
-from diffusion_jax.lab.schema.json_fields import flat, jsonable, read
+from diffusion_jax.lab.schema.json_fields import flat, read
 from diffusion_jax.lab.schema.sampling import Sample
 
 ScheduleName = Literal[
@@ -298,7 +297,11 @@ def official(config: Config) -> Config:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Returns the configuration as JSON has it (tuples are lists)."""
-    return typing.cast(dict[str, Any], jsonable(dataclasses.asdict(config)))
+
+    def fields(values: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values}
+
+    return dataclasses.asdict(config, dict_factory=fields)
 
 
 def from_dict(
