@@ -14,6 +14,7 @@ from diffusion_jax.lab.schema.config import (
     Config,
     Diffusion,
     micro_batches,
+    replace,
 )
 from diffusion_jax.lab.schema.sampling import Sampling, override, resolve
 
@@ -217,11 +218,7 @@ def require_seed(seed: int, *, sets: int = 1) -> None:
 
 def with_data(config: Config, source: str | None) -> Config:
     """Returns the configuration with other data, where they are given."""
-    if source is None:
-        return config
-    return dataclasses.replace(
-        config, data=dataclasses.replace(config.data, source=source)
-    )
+    return config if source is None else replace(config, "data", source=source)
 
 
 def with_sampling(config: Config, given: Sampling) -> Config:

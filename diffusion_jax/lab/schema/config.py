@@ -322,7 +322,8 @@ def from_dict(
     >>> from_dict({"net": {"blocks": None}}, partial=True)
     Traceback (most recent call last):
     diffusion_jax.errors.ConfigError: each value of Config must be of its field's type;
-    got net.blocks null, not a whole number. Correct the file, or restore it.
+    got net.blocks null, not a whole number. Correct the file, restore it, or read it
+    with the version that wrote it.
     """
     wrong: list[tuple[str, str, str]] = []
     if cls is Config and isinstance(values, dict):
@@ -330,16 +331,10 @@ def from_dict(
     found = read(values, cls, "", partial, wrong)
     if not wrong:
         return found
-    key, must, got = wrong[0]
-    if len(wrong) == 1 and must.startswith("one of "):
-        raise ConfigError(
-            f"{key} must be {must}; got {got}. Read the file with the version that "
-            "wrote it."
-        )
     said = "; ".join(f"{key} {got}, not {must}" for key, must, got in wrong)
     raise ConfigError(
         f"each value of {cls.__name__} must be of its field's type; got {said}. "
-        "Correct the file, or restore it."
+        "Correct the file, restore it, or read it with the version that wrote it."
     )
 
 

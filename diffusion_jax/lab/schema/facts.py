@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import math
+import operator
 import typing
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, NamedTuple
@@ -58,28 +59,29 @@ Positive = Annotated[float, Must("above 0", lambda value: value > 0)]
 Share = Annotated[float, Must("at least 0 and below 1", lambda value: 0 <= value < 1)]
 
 
-def marked(cls: Any, mark: Mark, prefix: str = "") -> Iterator[str]:
-    """Yields the names of the fields with a mark, or of a section with it."""
+def fields(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields all fields and sections, as ('section.field', type and facts)."""
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
-        kind, known = _parts(hint)
+        yield prefix + name, hint
+        kind, _ = _parts(hint)
         if dataclasses.is_dataclass(kind):
-            yield from marked(kind, mark, f"{prefix}{name}.")
-        if mark in known:
-            yield prefix + name
+            yield from fields(kind, f"{prefix}{name}.")
 
 
-def problems(values: Any, prefix: str = "") -> Iterator[tuple[str, str, object]]:
+def marked(cls: Any, mark: Mark) -> list[str]:
+    """Returns the names of the fields and sections with a mark."""
+    return [name for name, hint in fields(cls) if mark in _parts(hint)[1]]
+
+
+def problems(values: Any) -> Iterator[tuple[str, str, object]]:
     """Yields the values of a dataclass that are not as their fields say.
 
     As (field, what it must be, what was got). No number may be infinite, which a file
     of JSON could not give back.
     """
-    for name, hint in typing.get_type_hints(type(values), include_extras=True).items():
-        value = getattr(values, name)
-        if dataclasses.is_dataclass(value):
-            yield from problems(value, f"{prefix}{name}.")
-        else:
-            yield from ((prefix + name, *found) for found in wrong(value, hint))
+    for name, hint in fields(type(values)):
+        for must, got in wrong(operator.attrgetter(name)(values), hint):
+            yield name, must, got
 
 
 def wrong(value: Any, hint: Any) -> Iterator[tuple[str, object]]:

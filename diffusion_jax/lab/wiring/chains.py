@@ -51,12 +51,7 @@ def make_grid(config: Config) -> np.ndarray:
         # All the way in one stretch, but for the step to data, where noise ends.
         last = 1.0 if build.is_continuous(config) else total
         return np.array([last, last / total, 0])
-    made: Callable[..., np.ndarray] = {
-        "uniform": grids.uniform,
-        "quadratic": grids.quadratic,
-        "logsnr": grids.logsnr,
-        "karras": grids.karras,
-    }[how["grid"]]
+    made: Callable[..., np.ndarray] = getattr(grids, how["grid"])
     return made(known_chain(config), how["steps"])
 
 
