@@ -17,7 +17,7 @@ from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import sampling
 from diffusion_jax.lab.schema.checks import with_sampling
 from diffusion_jax.lab.schema.sampling import RULES, Sample, Sampling, override, resolve
-from diffusion_jax.lab.trained import weights
+from diffusion_jax.lab.trained import extras
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build, chains
 from diffusion_jax.training import parallel
@@ -198,13 +198,13 @@ def test_a_new_rule_is_a_row_of_the_table(run, tmp_path, monkeypatch):
     config = with_sampling(runs.read_config(run), Sampling("half", eta=0.25))
     said = "4 steps of half (eta 0.25, churn 3.0, quadratic grid)"
     assert sampling.describe(chains.describe_sampling(config)) == said
-    assert chains.count_evaluations(config, None) == 4
-    params, *_ = weights.load(config, run, Weights())
+    assert chains.count_evaluations(config, chains.Drawable(None)) == 4
+    drawable, *_ = extras.load(config, run, Weights())
     draw = chains.make_draw(config, 8, parallel.make_mesh())
     same = with_sampling(config, Sampling("ddim", 4, "quadratic", eta=0.25))
     usual = chains.make_draw(same, 8, parallel.make_mesh())
     key = jax.random.key(0)
-    np.testing.assert_array_equal(draw(params, key), usual(params, key))
+    np.testing.assert_array_equal(draw(drawable, key), usual(drawable, key))
     with pytest.raises(ConfigError, match="it is for ddim and half"):
         with_sampling(config, Sampling("heun", eta=0.5))
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import tyro
 
 from diffusion_jax.lab.schema.sampling import Sampling
+from diffusion_jax.lab.trained import opening
 from diffusion_jax.lab.trained.weights import Weights
 
 
@@ -25,10 +26,10 @@ _Count = Annotated[int, _Ends]
 class Shared:
     """What all commands take."""
 
-    how: tyro.conf.OmitArgPrefixes[Sampling] = Sampling()
+    how: opening.How = Sampling()
     seed: int = 0
     """Of the noise."""
-    which: tyro.conf.OmitArgPrefixes[Weights] = Weights()
+    which: opening.Which = Weights()
     out: Path | None = None
     """The picture, FILE.png; edit/COMMAND.png in the run's folder when not given."""
 
