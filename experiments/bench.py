@@ -28,8 +28,8 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import config
-from diffusion_jax.lab.schema.checks import require_positive
 from diffusion_jax.lab.schema.config import Config
+from diffusion_jax.lab.schema.facts import Count
 from diffusion_jax.lab.speed import arithmetic, peer, scaling, tables
 from diffusion_jax.lab.training import arguments, beginning
 from diffusion_jax.lab.wiring import build, chains, learning
@@ -53,11 +53,11 @@ class Options:
     batch_sizes: tuple[int, ...] | None = None
     """Images a training step, and images a chain; one row each. 64 when not given, and
     128 and 512 of a table."""
-    steps: int = 10
+    steps: Count = 10
     """Training steps, or chains, that are timed together."""
-    repeats: int = 5
+    repeats: Count = 5
     """How often they are: the median counts, and the whole range is shown."""
-    warmup: int = 3
+    warmup: Count = 3
     """Steps before the clock starts, after the one that compiles."""
     scaling: bool = False
     """Whether to train on 1, 2, 4, ... of the devices as well, with the same batch and
@@ -144,7 +144,6 @@ def parse(argv: Sequence[str]) -> Options:
         prog="python -m experiments.bench",
         description=__doc__,
     )
-    require_positive(options, "steps", "repeats", "warmup")
     if min(options.sizes, default=0) < 1:
         raise ConfigError(
             "batch_sizes must be one or more whole numbers above 0; "

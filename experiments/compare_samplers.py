@@ -23,12 +23,9 @@ from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.measure import extractors, reference
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema.checks import (
-    require_positive,
-    require_seed,
-    with_sampling,
-)
+from diffusion_jax.lab.schema.checks import with_sampling
 from diffusion_jax.lab.schema.config import Config
+from diffusion_jax.lab.schema.facts import Count, Seed
 from diffusion_jax.lab.schema.sampling import RULES, Sampling
 from diffusion_jax.lab.trained import extras, opening, weights
 from diffusion_jax.lab.trained.weights import Weights
@@ -71,11 +68,11 @@ class Options:
     each of three tolerances."""
     rules: tuple[str, ...] = (*rows(), "ode")
     """Which rows of the table to draw."""
-    count: int = 800
+    count: Count = 800
     """Samples for each number: few make every distance larger."""
-    batch_size: int = 200
+    batch_size: Count = 200
     """Images at a time."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the noise: the same for every rule."""
     which: opening.Which = Weights()
     out: Path | None = None
@@ -159,8 +156,6 @@ def main(argv: Sequence[str]) -> int:
 
 def validate(options: Options) -> None:
     """Raises ValueError before anything is drawn."""
-    require_positive(options, "count", "batch_size")
-    require_seed(options.seed)
     known = (*rows(), "ode")
     if not options.rules:
         raise ConfigError(

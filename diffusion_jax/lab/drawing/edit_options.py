@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from diffusion_jax.lab.schema.facts import Count, Seed, at_least
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import opening
 from diffusion_jax.lab.trained.weights import Weights
@@ -18,8 +19,8 @@ def _file(name: str, said: str = "An image file.") -> Any:
 _A = Annotated[Path, tyro.conf.Positional, _file("A")]
 _B = Annotated[Path, tyro.conf.Positional, _file("B", "Another.")]
 _Image = Annotated[Path, tyro.conf.Positional, _file("IMAGE")]
-_Ends = tyro.conf.arg(help="Images from A to B, with the reconstructions of both.")
-_Count = Annotated[int, _Ends]
+_SHOWN = "Images from A to B, with the reconstructions of both."
+_Ends = Annotated[int, at_least(2), tyro.conf.arg(help=_SHOWN)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Shared:
     """What all commands take."""
 
     how: opening.How = Sampling()
-    seed: int = 0
+    seed: Seed = 0
     """Of the noise."""
     which: opening.Which = Weights()
     out: Path | None = None
@@ -46,7 +47,7 @@ class Interpolate:
     depth: int | None = None
     """Diffusion steps before the mixing, 1 to T; half of T when not given. The more,
     the less is kept of either."""
-    count: _Count = 9
+    count: _Ends = 9
     shared: _Shared = Shared()
 
 
@@ -59,7 +60,7 @@ class CoarseToFine:
     depths: tuple[int, ...] = ()
     """Diffusion steps before the mixing, 0 (of pixels) to T; nine from T down to 0
     when not given."""
-    count: _Count = 9
+    count: _Ends = 9
     shared: _Shared = Shared()
 
 
@@ -72,7 +73,7 @@ class Slerp:
 
     first: _A
     second: _B
-    count: _Count = 9
+    count: _Ends = 9
     shared: _Shared = Shared()
 
 
@@ -83,12 +84,12 @@ class Inpaint:
     image: _Image
     mask: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MASK")]
     """An image file of the same size: white is repainted, black is kept."""
-    count: int = 8
+    count: Count = 8
     """Ways to draw it."""
     resamples: int = 1
     """How often each stretch of the chain is walked (RePaint): the higher, the better
     the new part fits, and as much slower. Not with rules that have a memory."""
-    jump: int = 10
+    jump: Count = 10
     """Steps to go back for it."""
     shared: _Shared = Shared()
 
@@ -98,7 +99,7 @@ class Colorize:
     """Draws the colours of an image, grey or not: its mean over the channels stays."""
 
     image: _Image
-    count: int = 8
+    count: Count = 8
     """Ways to draw them."""
     shared: _Shared = Shared()
 
@@ -110,6 +111,6 @@ class Vary:
     image: _Image
     depth: int | None = None
     """Diffusion steps, 1 to T; half of T when not given. The more, the less is kept."""
-    count: int = 8
+    count: Count = 8
     """Variations."""
     shared: _Shared = Shared()

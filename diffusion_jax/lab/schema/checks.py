@@ -194,26 +194,14 @@ def of_training(config: Config) -> None:
         _fail("sample.classifier_guidance", must, config.sample.classifier_guidance)
 
 
-def require_positive(options: Any, *names: str) -> None:
-    """Raises ConfigError where one of a command's options is given and below 1.
+def of_options(options: Any) -> None:
+    """Raises ConfigError where an option of a command is not as its field says.
 
-    Or above what a counter on a device can hold.
+    Those of a section, a way to sample for one, are for who puts it into use.
     """
-    for name in names:
-        for must, got in facts.wrong(getattr(options, name), facts.Count):
+    for name, must, got in facts.problems(options):
+        if "." not in name:
             _fail(name, must, got)
-
-
-def require_seed(seed: int, *, sets: int = 1) -> None:
-    """Raises ConfigError where JAX would take a seed for another one.
-
-    Args:
-      seed: of a command.
-      sets: how many seeds there are, each one above the one before.
-    """
-    may = facts.between(0, facts.MOST_SEED - (sets - 1))
-    if not may.holds(seed):
-        _fail("seed", may.words, seed)
 
 
 def with_data(config: Config, source: str | None) -> Config:

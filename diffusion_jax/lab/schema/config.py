@@ -8,12 +8,12 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.schema.facts import (
     FREE,
     HOW,
-    MOST_SEED,
     SHAPE,
     Count,
     Entries,
     Must,
     Positive,
+    Seed,
     Share,
     Whole,
     between,
@@ -210,7 +210,7 @@ class Train:
     """Images a step, over all devices and hosts."""
     accumulate: Count = 1
     """Micro-batches that a batch is cut into, to save memory."""
-    seed: Annotated[int, between(0, MOST_SEED)] = 0
+    seed: Seed = 0
     """Of the initial weights, the order of the data and the noise."""
     parallel: Annotated[Literal["mesh", "pmap", "shard_map"], FREE] = "mesh"
     """How a step is spread over the devices."""

@@ -55,6 +55,7 @@ def between(low: float, high: float) -> Must:
 _Held = Must(f"at most {MOST}", lambda value: value <= MOST)
 Whole = Annotated[int, at_least(0), _Held]
 Count = Annotated[int, at_least(1), _Held]
+Seed = Annotated[int, between(0, MOST_SEED)]
 Positive = Annotated[float, Must("above 0", lambda value: value > 0)]
 Share = Annotated[float, Must("at least 0 and below 1", lambda value: 0 <= value < 1)]
 
