@@ -29,7 +29,7 @@ from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import config
 from diffusion_jax.lab.schema.config import Config
-from diffusion_jax.lab.schema.facts import Count
+from diffusion_jax.lab.schema.facts import Count, Positive
 from diffusion_jax.lab.speed import arithmetic, peer, scaling, tables
 from diffusion_jax.lab.training import arguments, beginning
 from diffusion_jax.lab.wiring import build, chains, learning
@@ -68,7 +68,7 @@ class Options:
     table: bool = False
     """Whether to make the table of the README, on one device: training, also with the
     arithmetic of the authors' code, chains, and options of the compiler."""
-    minutes: float = 8.0
+    minutes: Positive = 8.0
     """How long a table may take: what there is no time for is named."""
     candidates: tuple[str, ...] = tables.CANDIDATES
     """Options of the compiler that a table tries one by one, each NAME=VALUE."""

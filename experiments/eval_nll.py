@@ -22,7 +22,7 @@ from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.facts import Count, Seed
-from diffusion_jax.lab.schema.sampling import Variance
+from diffusion_jax.lab.schema.sampling import Tolerance, Variance
 from diffusion_jax.lab.trained import extras, opening, weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build
@@ -58,7 +58,7 @@ class Options:
     """With --ode: how the divergence is found, by random probes or exactly."""
     probes: Count = 1
     """With --ode: random probes an image."""
-    tolerance: float = 1e-5
+    tolerance: Tolerance = 1e-5
     """With --ode: of the solver, relative and absolute."""
 
 
@@ -135,11 +135,6 @@ def variance_of(config: Config, options: Options) -> Variance:
 
 def check(options: Options) -> None:
     """Raises ConfigError where options do not fit together."""
-    if not 0 < options.tolerance < 1:
-        raise ConfigError(
-            f"tolerance must be above 0 and below 1; got {options.tolerance}. The "
-            "usual one is 1e-5. Change it with --tolerance."
-        )
     given = {
         "--variance": options.variance is not None,
         "--rate-distortion": options.rate_distortion,

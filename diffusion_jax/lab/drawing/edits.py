@@ -233,10 +233,6 @@ def read(config: Config, path: Path, name: str) -> np.ndarray:
 
 def read_pair(config: Config, options: Any) -> tuple[np.ndarray, np.ndarray]:
     """Returns two images to go between; raises ConfigError as `read` does."""
-    if options.count < 2:
-        raise ConfigError(
-            f"count must be at least 2; got {options.count}. Change it with --count."
-        )
     return read(config, options.first, "A"), read(config, options.second, "B")
 
 

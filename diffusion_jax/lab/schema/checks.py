@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import operator
 import typing
 from collections.abc import Iterator
@@ -13,8 +14,10 @@ from diffusion_jax.lab.schema.config import (
     CONTINUOUS,
     Config,
     Diffusion,
+    flat,
     micro_batches,
     replace,
+    to_dict,
 )
 from diffusion_jax.lab.schema.sampling import Sampling, override, resolve
 
@@ -27,6 +30,7 @@ def validate(config: Config) -> None:
     """Raises ConfigError where a value is out of range or two do not fit together."""
     for name, must, *got in itertools.chain(
         facts.problems(config),
+        _finite(config),
         _run(config),
         _network(config),
         objective(config.diffusion),
@@ -36,6 +40,14 @@ def validate(config: Config) -> None:
         _batches(config),
     ):
         _fail(name, must, got[0] if got else operator.attrgetter(name)(config))
+
+
+def _finite(config: Config) -> Problems:
+    for name, value in flat(to_dict(config)).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                # Which a file of JSON could not give back.
+                yield name, "finite", number
 
 
 def _run(config: Config) -> Problems:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import enum
-import math
 import operator
 import typing
 from collections.abc import Callable, Iterator
@@ -77,16 +76,14 @@ def marked(cls: Any, mark: Mark) -> list[str]:
 def problems(values: Any) -> Iterator[tuple[str, str, object]]:
     """Yields the values of a dataclass that are not as their fields say.
 
-    As (field, what it must be, what was got). No number may be infinite, which a file
-    of JSON could not give back.
+    As (field, what it must be, what was got).
     """
     for name, hint in fields(type(values)):
-        for must, got in wrong(operator.attrgetter(name)(values), hint):
+        for must, got in _wrong(operator.attrgetter(name)(values), hint):
             yield name, must, got
 
 
-def wrong(value: Any, hint: Any) -> Iterator[tuple[str, object]]:
-    """Yields what is wrong with a value of a type, as (what it must be, what it is)."""
+def _wrong(value: Any, hint: Any) -> Iterator[tuple[str, object]]:
     if value is None:
         return
     kind, known = _parts(hint)
@@ -97,11 +94,9 @@ def wrong(value: Any, hint: Any) -> Iterator[tuple[str, object]]:
             yield f"at most {fact.most} entries", len(value)
     if isinstance(value, tuple):
         for entry in value:
-            yield from wrong(entry, typing.get_args(kind)[0])
+            yield from _wrong(entry, typing.get_args(kind)[0])
     elif typing.get_args(kind)[1:] == (type(None),):
-        yield from wrong(value, typing.get_args(kind)[0])
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield "finite", value
+        yield from _wrong(value, typing.get_args(kind)[0])
 
 
 def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:

@@ -76,6 +76,7 @@ RULES: dict[str, Rule] = {
     ),
     "ode": Rule(_ode, {"tolerance": 1e-3}, grid=None),
 }
+Tolerance = Annotated[float, Must("above 0 and below 1", lambda v: 0 < v < 1)]
 OPTIONS = sorted({name for rule in RULES.values() for name in rule.options})
 if typing.TYPE_CHECKING:
     RuleName = str
@@ -115,9 +116,7 @@ class Sampling:
         float | None, Must("above 0 and at most 2", lambda v: 0 < v <= 2)
     ] = None
     """Their size, in units of the noise's variance."""
-    tolerance: Annotated[
-        float | None, Must("above 0 and below 1", lambda v: 0 < v < 1)
-    ] = None
+    tolerance: Tolerance | None = None
     """Of ode: error that a step may make, relative and absolute."""
     threshold: Annotated[
         float | None, Must("above 0 and at most 1", lambda v: 0 < v <= 1)

@@ -92,10 +92,6 @@ def check(options: Any) -> None:
             "out must be a file of JSON, beside which a table writes one of Markdown; "
             f"got {options.out}. Let it end in .json."
         )
-    if not options.minutes > 0:
-        raise ConfigError(
-            f"minutes must be above 0; got {options.minutes}. Change it with --minutes."
-        )
     for candidate in options.candidates:
         told(candidate)
     for work in works(options.config, options.sizes):
