@@ -11,7 +11,7 @@ import typing
 import pytest
 
 from diffusion_jax import errors
-from diffusion_jax.lab.schema import checks, config
+from diffusion_jax.lab.schema import checks, config, facts
 from diffusion_jax.lab.training import arguments
 from experiments.configs import EXPERIMENTS, cifar10, cifar10_official
 
@@ -246,6 +246,22 @@ def test_what_may_differ_when_a_run_goes_on():
     digits = EXPERIMENTS["digits"].config
     longer = config.replace(digits, "train", steps=9000)
     assert config.differences(digits, longer) == ["train.steps: 5000 -> 9000"]
+
+
+def test_what_a_change_of_a_field_changes_is_said_of_each():
+    """One mark too many lets a run go on, or start, with what it cannot have."""
+    train = "stop_at parallel devices fsdp input log_every checkpoint_every keep"
+    train += " keep_every max_skipped deterministic"
+    others = "name output data.path data.download net.conv net.remat sample"
+    free = [*others.split(), *(f"train.{name}" for name in train.split())]
+    shape = "channels multipliers blocks groups classes label_dropout variant fourier"
+    marks = {
+        facts.FREE: free,
+        facts.SHAPE: ["data.channels", *(f"net.{name}" for name in shape.split())],
+        facts.HOW: ["net.dtype", "net.conv", "net.remat"],
+    }
+    for mark, names in marks.items():
+        assert sorted(facts.marked(config.Config, mark)) == sorted(names)
 
 
 def test_a_file_of_another_version_is_refused():
