@@ -27,7 +27,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from diffusion_jax import errors, gaussian
-from diffusion_jax.schedule import Schedule, num_steps, tables
+from diffusion_jax.schedule import Schedule, num_steps, real_data, tables
 
 ESTIMATORS = ("score", "error")
 
@@ -71,7 +71,7 @@ def x0_variance(
     """
     if estimator not in ESTIMATORS:
         errors.raise_unknown("estimator", estimator, ESTIMATORS)
-    total = num_steps(schedule)
+    total, x0 = num_steps(schedule), real_data(x0)
     one = key.ndim == (0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1)
     keys = jax.random.split(key, len(x0)) if one else key
 
@@ -79,7 +79,7 @@ def x0_variance(
         times = jnp.full(x0.shape[:1], t)
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, t)
         level = schedule(times)
-        eps = gaussian.normal(own, x0.shape, x0.dtype)
+        eps = gaussian.normal(own, x0.shape)
         pred = denoise(gaussian.q_sample(x0, eps, level), times)
         if estimator == "error":
             return jnp.square(pred.x0 - x0).mean()

@@ -245,19 +245,27 @@ def counts_steps(schedule: Schedule) -> bool:
     return timed(schedule).steps is not None
 
 
-def time_of(schedule: Schedule, logsnr: ArrayLike) -> jax.Array:
+def time_of(
+    schedule: Schedule, logsnr: ArrayLike, *, beyond: bool = False
+) -> jax.Array:
     """Returns the time at which the schedule has this log-SNR, of the same shape.
 
     The nearest whole step of a discrete schedule, the inverse of an interpolated one;
     else by bisection to the last digit, which has no derivative.
     A log-SNR beyond the ends gives the end.
 
+    Args:
+      schedule: any that says what its times are.
+      logsnr: in nats, of any shape.
+      beyond: whether to look for it up to twice the last time, where bisection looks
+        and the formula goes on: of `ve`, `vp` and `sub_vp`.
+
     >>> from diffusion_jax import schedule
     >>> lin = schedule.linear(1000)
     >>> print(time_of(lin, lin(300).logsnr), time_of(vp(), vp()(0.25).logsnr))
     300 0.25
     """
-    logsnr = jnp.asarray(logsnr)
+    logsnr = jnp.asarray(logsnr, jnp.result_type(float))
     if is_discrete(schedule):
         table = jnp.asarray(tables(schedule)[1], logsnr.dtype)
         # Ascending, to be searched; t = 0, at infinity, is never the nearest.
@@ -277,7 +285,11 @@ def time_of(schedule: Schedule, logsnr: ArrayLike) -> jax.Array:
         return jnp.where(noisier, low, middle), jnp.where(noisier, middle, high)
 
     low = jnp.zeros_like(logsnr)
-    ends = low, jnp.full_like(logsnr, known.last)
+    high = jnp.full_like(logsnr, known.last)
+    if beyond:
+        after = jax.jit(schedule)(2 * known.last).logsnr  # not refused, being traced
+        high = jnp.where(jnp.isfinite(after), 2 * high, high)
+    ends = low, high
     low, high = jax.lax.fori_loop(0, jnp.finfo(logsnr.dtype).nmant + 2, halve, ends)
     return 0.5 * (low + high)
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from diffusion_jax import gaussian, samplers
-from diffusion_jax.schedule import Schedule
+from diffusion_jax.schedule import Schedule, real_data
 
 # Folded into the key of a step for the noise of the known part, so that the rule has
 # the noise that it would have without it.
@@ -84,6 +84,7 @@ def vary(
     >>> print(vary(jax.random.key(0), rule, lin, grids.uniform(lin), x0, 5))
     [[0. 0.]]
     """
+    x0 = real_data(x0)
     if isinstance(t, jax.core.Tracer):
         sampler = _waiting(sampler, t)
     else:
@@ -93,7 +94,7 @@ def vary(
         return x0
     keys = _keys(key, len(x0))
     # The key of the noise that `sample` would start from.
-    eps = gaussian.normal(_fold(keys, 0), x0.shape, x0.dtype)
+    eps = gaussian.normal(_fold(keys, 0), x0.shape)
     start = gaussian.q_sample(x0, eps, schedule(t))
     return samplers.sample(keys, sampler, grid, x0.shape, start=start)
 
@@ -127,14 +128,14 @@ def interpolate(
       ValueError: the images differ in shape, fractions are not a vector, or t is not
         in the range of the grid.
     """
-    fractions = jnp.asarray(fractions, x0.dtype)
+    x0, other, fractions = real_data(x0), real_data(other), jnp.asarray(fractions)
     if x0.shape != other.shape or fractions.ndim != 1:
         raise ValueError(
             "the two images must have one shape, and fractions be a vector; got "
             f"{x0.shape}, {other.shape} and fractions of shape {fractions.shape}. "
             "Give for instance jnp.linspace(0, 1, 9)."
         )
-    share = fractions.reshape(1, -1, *[1] * (x0.ndim - 1))
+    share = fractions.astype(x0.dtype).reshape(1, -1, *[1] * (x0.ndim - 1))
     mixed = (1 - share) * x0[:, None] + share * other[:, None]
     rows = np.arange(len(x0)).repeat(len(fractions))
     keys = _keys(key, len(x0))[rows]
@@ -194,6 +195,7 @@ def slerp(a: jax.Array, b: jax.Array, fraction: ArrayLike) -> jax.Array:
     >>> print(slerp(jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0]]), 0.5).round(4))
     [[0.7071 0.7071]]
     """
+    a, b = real_data(a), real_data(b)
     fraction = jnp.broadcast_to(jnp.asarray(fraction, a.dtype), a.shape[:1])
     flat_a, flat_b = a.reshape(len(a), -1), b.reshape(len(b), -1)
     squares = (flat_a**2).sum(1) * (flat_b**2).sum(1)
@@ -244,6 +246,7 @@ def constrain(
     >>> print(samplers.sample(jax.random.key(0), rule, grids.uniform(lin), (1, 2)))
     [[0.3 0. ]]
     """
+    known = real_data(known)
 
     def init(x: jax.Array, grid: np.ndarray) -> Any:
         memory = sampler.init(x, np.unique(grid)[::-1])
@@ -267,9 +270,9 @@ def constrain(
     ) -> samplers.Step:
         inner, seen = memory
         new = sampler.step(keys, x_t, inner, t, s)
-        noise = gaussian.normal(_fold(keys, KNOWN), x_t.shape, x_t.dtype)
-        noised = gaussian.q_sample(known.astype(x_t.dtype), noise, schedule(s))
-        given = jnp.where(s > 0, noised, known.astype(x_t.dtype))
+        noise = gaussian.normal(_fold(keys, KNOWN), x_t.shape)
+        noised = gaussian.q_sample(known, noise, schedule(s))
+        given = jnp.where(s > 0, noised, known)
         seen = None if seen is None else new.x0
         return samplers.Step(combine(given, new.x), (new.memory, seen), new.x0)
 
@@ -279,7 +282,7 @@ def constrain(
         level, next_level = schedule(t).like(x_t), schedule(s).like(x_t)
         kept = jnp.exp(next_level.log_alpha - level.log_alpha)
         share = -jnp.expm1(next_level.logsnr - level.logsnr)
-        noise = gaussian.normal(keys, x_t.shape, x_t.dtype)
+        noise = gaussian.normal(keys, x_t.shape)
         x_s = kept * x_t + next_level.sigma * jnp.sqrt(share) * noise
         return samplers.Step(x_s, memory, memory[1])
 

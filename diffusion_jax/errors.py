@@ -1,6 +1,7 @@
 """Errors that a user can mend: data, a command's request, a run, an unknown name."""
 
 import difflib
+from collections.abc import Sequence
 
 
 class DataError(ValueError):
@@ -12,6 +13,16 @@ def raise_unknown(what: str, got: object, allowed: tuple[str, ...]) -> None:
     near = difflib.get_close_matches(str(got), allowed, 1, cutoff=0.3)
     hint = f"Did you mean {near[0]!r}?" if near else f"Choose {allowed[0]!r}, say."
     raise ValueError(f"{what} must be one of {', '.join(allowed)}; got {got!r}. {hint}")
+
+
+def first_of(said: Sequence[str], most: int = 3) -> str:
+    """Returns the first of what is wrong, and how many more there are.
+
+    >>> first_of(["a", "b", "c", "d"])
+    'a; b; c and 1 more'
+    """
+    more = f" and {len(said) - most} more" if len(said) > most else ""
+    return "; ".join(said[:most]) + more
 
 
 class ConfigError(ValueError):

@@ -35,7 +35,7 @@ from jax.typing import ArrayLike
 from diffusion_jax.continuous import counts_steps
 from diffusion_jax.errors import raise_unknown
 from diffusion_jax.prediction import VARIANCES, Denoiser, Prediction, log_variance
-from diffusion_jax.schedule import NoiseLevel, Schedule
+from diffusion_jax.schedule import PURE_NOISE, NoiseLevel, Schedule, real_data
 
 KINDS = ("eps", "x0", "v", "score", "mean", "edm", "velocity")
 
@@ -112,7 +112,8 @@ def predict(
     Returns:
       A prediction with x_t = alpha x0 + sigma eps. At sigma = 0 eps is what the
       output says for "eps", "v", "edm" and "velocity", 0 for "score" and nan for
-      "x0" and "mean", which say nothing of it.
+      "x0" and "mean", which say nothing of it. In pure noise, where alpha is 0, x0 is
+      nan for "eps" and "score", which say nothing of that.
 
     Raises:
       ValueError: an unknown kind, "mean" without prev_level, or sigma_data <= 0.
@@ -126,10 +127,10 @@ def predict(
     _check_kind(kind, prev_level, sigma_data)
     level = level.like(x_t)
     alpha, sigma = level.alpha, level.sigma
-    if kind == "eps":
-        return Prediction((x_t - sigma * output) / alpha, output)
-    if kind == "score":
-        return Prediction((x_t + sigma**2 * output) / alpha, -sigma * output)
+    if kind in ("eps", "score"):
+        eps = output if kind == "eps" else -sigma * output
+        x0 = (x_t - sigma * eps) / alpha
+        return Prediction(jnp.where(level.logsnr < PURE_NOISE, jnp.nan, x0), eps)
     if kind == "velocity":
         path = alpha + sigma
         return Prediction((x_t - sigma * output) / path, (x_t + alpha * output) / path)
@@ -176,13 +177,13 @@ def target(
       ValueError: an unknown kind, "mean" without prev_level, or sigma_data <= 0.
     """
     _check_kind(kind, prev_level, sigma_data)
+    level = level.like(x0)
     if kind == "eps":
         return eps
     if kind == "x0":
         return x0
     if kind == "velocity":
         return eps - x0
-    level = level.like(x0)
     if kind == "score":
         return -eps / level.sigma
     if kind == "edm":
@@ -255,7 +256,7 @@ def p_sample(
     # Where there is no noise the variance may be 0, where sqrt has no gradient.
     noisy = prev_level.sigma > 0
     scale = jnp.where(noisy, jnp.sqrt(jnp.where(noisy, chosen, 1.0)), 0.0)
-    return c0 * pred.x0 + ct * x_t + scale * normal(key, x_t.shape, x_t.dtype)
+    return c0 * pred.x0 + ct * x_t + scale * normal(key, x_t.shape)
 
 
 def denoiser(
@@ -316,7 +317,7 @@ def denoiser(
         time_shift = 1 if kind != "edm" and counts_steps(schedule) else 0
 
     def denoise(x_t: jax.Array, t: jax.Array) -> Prediction:
-        t = jnp.broadcast_to(jnp.asarray(t), x_t.shape[:1])
+        x_t, t = real_data(x_t), jnp.broadcast_to(jnp.asarray(t), x_t.shape[:1])
         level = schedule(t)
         if kind == "edm":
             scale = _rotation(level.like(x_t), sigma_data)[2]

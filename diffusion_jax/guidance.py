@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 
 from diffusion_jax import gaussian
 from diffusion_jax.continuous import counts_steps
-from diffusion_jax.schedule import Schedule
+from diffusion_jax.schedule import Schedule, real_data
 
 Network = Callable[[jax.Array, jax.Array], jax.Array]
 LabelledNetwork = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -69,7 +69,7 @@ def classifier_free(
     """
 
     def apply(x_t: jax.Array, t: jax.Array) -> jax.Array:
-        t = jnp.broadcast_to(jnp.asarray(t), x_t.shape[:1])
+        x_t, t = real_data(x_t), jnp.broadcast_to(jnp.asarray(t), x_t.shape[:1])
         labels = _each("label", jnp.asarray(label), x_t)
         nulls = jnp.broadcast_to(jnp.asarray(null, labels.dtype), labels.shape)
         extra = _each("scale", jnp.asarray(scale, x_t.dtype), x_t) - 1
@@ -176,7 +176,7 @@ def classifier(
     """
 
     def guided(x_t: jax.Array, t: jax.Array) -> gaussian.Prediction:
-        t = jnp.broadcast_to(jnp.asarray(t), x_t.shape[:1])
+        x_t, t = real_data(x_t), jnp.broadcast_to(jnp.asarray(t), x_t.shape[:1])
         scales = _each("scale", jnp.asarray(scale, x_t.dtype), x_t)
 
         def total(x: jax.Array) -> jax.Array:

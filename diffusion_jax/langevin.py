@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from diffusion_jax import errors, gaussian
 from diffusion_jax.samplers import Sampler, Step, forgetful
-from diffusion_jax.schedule import NoiseLevel, Schedule
+from diffusion_jax.schedule import PURE_NOISE, NoiseLevel, Schedule, real_data
 
 PREDICTORS = ("reverse_diffusion", "ancestral")
 
@@ -27,7 +27,10 @@ def predictor_corrector(
 
     A step of the reverse SDE from t to s, then Langevin moves at s, each of size
 
-      e = 2 (alpha_t / alpha_s)^2 (snr |z| / |score|)^2         Algorithms 4 and 5
+      e = 2 (alpha_s / alpha_r)^2 (snr |z| / |score|)^2         Algorithms 4 and 5
+
+    where r is the time after s on an even grid, t - s below it: the paper's alpha_i at
+    x_i.
 
     The authors take norms averaged over the batch; here the score's is each example's
     own, and that of d normal numbers is sqrt(d), so that no example depends on others.
@@ -73,7 +76,8 @@ def predictor_corrector(
             x_s = gaussian.p_sample(keys, pred, x_t, level, prev, variance="large")
         else:
             x_s = _reverse_diffusion(keys, pred, x_t, level, prev)
-        share = 2 * snr**2 * jnp.exp(2 * (level.log_alpha - prev.log_alpha))
+        after = schedule(jnp.maximum(2 * s - t, 0))
+        share = 2 * snr**2 * jnp.exp(2 * (prev.log_alpha - after.log_alpha))
 
         def move(index: int, x: jax.Array) -> jax.Array:
             score = -denoise(x, s).eps / prev.sigma
@@ -133,20 +137,25 @@ def langevin(
     def step(
         keys: jax.Array, x_t: jax.Array, memory: tuple[()], t: jax.Array, s: jax.Array
     ) -> Step:
-        level, prev = schedule(t), schedule(s)
+        x_t, level, prev = real_data(x_t), schedule(t), schedule(s)
 
         def move(
             index: int, carry: tuple[jax.Array, jax.Array]
         ) -> tuple[jax.Array, jax.Array]:
             x, _ = carry
             pred = denoise(x, t)
-            noise = gaussian.normal(fold(keys, index), x.shape, x.dtype)
+            noise = gaussian.normal(fold(keys, index), x.shape)
             drift = 0.5 * step_size * level.sigma * pred.eps
             x = x - drift + jnp.sqrt(step_size) * level.sigma * noise
             return x, pred.x0
 
         x, x0 = jax.lax.fori_loop(0, moves, move, (x_t, jnp.zeros_like(x_t)))
-        scale = jnp.exp(prev.log_alpha - level.log_alpha)
+        # Of pure noise only the noise is there to be kept, at its new size.
+        scale = jnp.where(
+            level.logsnr < PURE_NOISE,
+            prev.sigma / level.sigma,
+            jnp.exp(prev.log_alpha - level.log_alpha),
+        )
         x_s = jax.lax.cond(
             prev.sigma > 0,
             lambda x: scale * x,
@@ -165,7 +174,7 @@ def _move(
     # Mean squares: the number of them cancels.
     power = jnp.square(score).mean(axis=tuple(range(1, x.ndim)), keepdims=True)
     size = jnp.where(power > 0, share / power, 0.0)
-    noise = gaussian.normal(keys, x.shape, x.dtype)
+    noise = gaussian.normal(keys, x.shape)
     return x + size * score + jnp.sqrt(2 * size) * noise
 
 
@@ -180,5 +189,5 @@ def _reverse_diffusion(
     a = jnp.exp(level.log_alpha - prev.log_alpha)
     b = level.sigma * jnp.sqrt(-jnp.expm1(level.logsnr - prev.logsnr))
     mean = (2 - a) * x_t - b**2 / level.sigma * pred.eps
-    noise = gaussian.normal(keys, x_t.shape, x_t.dtype)
+    noise = gaussian.normal(keys, x_t.shape)
     return mean + jnp.where(prev.sigma > 0, b, 0.0) * noise

@@ -20,7 +20,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from diffusion_jax import continuous, errors, gaussian, losses, ode, sde
-from diffusion_jax.schedule import Schedule, is_discrete, num_steps
+from diffusion_jax.schedule import Schedule, is_discrete, num_steps, real_data
 
 TRACES = ("rademacher", "gaussian", "exact")
 
@@ -116,18 +116,13 @@ def bound(
     >>> print(bits.terms.shape, float(jnp.abs(bits.mse).max()))
     (10, 2) 0.0
     """
-    total = num_steps(schedule)
-    if total < 2:
-        raise ValueError(
-            f"the schedule must have at least 2 steps; got {total}. The decoder takes "
-            "its variance from the second."
-        )
-    key = _keys(key, len(x0))
+    losses.check_values(x0)
+    total, key, x0 = num_steps(schedule), _keys(key, len(x0)), real_data(x0)
 
     def at(t: jax.Array) -> tuple[jax.Array, jax.Array]:
         times = jnp.full(x0.shape[:1], t)
         keys = jax.vmap(jax.random.fold_in, (0, None))(key, t)
-        eps = gaussian.normal(keys, x0.shape, x0.dtype)
+        eps = gaussian.normal(keys, x0.shape)
         x_t = gaussian.q_sample(x0, eps, schedule(times))
         pred = denoise(x_t, times)
         term = losses.vlb(
@@ -181,19 +176,20 @@ def continuous_bound(
     [0. 0.] (2,)
     """
     _check_continuous(schedule, draws)
-    keys = _keys(key, len(x0))
+    losses.check_values(x0)
+    keys, x0 = _keys(key, len(x0)), real_data(x0)
     begin = jax.vmap(lambda k: jax.random.uniform(k, ()))(_fold(keys, 0))
 
     def at(j: jax.Array) -> jax.Array:
         t = (begin + j / draws) % 1
         level, slope = jax.jvp(schedule, (t,), (jnp.ones_like(t),))
-        eps = gaussian.normal(_fold(keys, 2 + j), x0.shape, x0.dtype)
+        eps = gaussian.normal(_fold(keys, 2 + j), x0.shape)
         pred = denoise(gaussian.q_sample(x0, eps, level), t)
         return losses.diffusion(pred, eps, -slope.logsnr)
 
     terms = jax.lax.map(at, jnp.arange(draws), batch_size=chunk)
     first, final = schedule(0.0), schedule(1.0)
-    noise = gaussian.normal(_fold(keys, 1), x0.shape, x0.dtype)
+    noise = gaussian.normal(_fold(keys, 1), x0.shape)
     z0 = gaussian.q_sample(x0, noise, first)
     parts = (
         losses.prior(x0, final),
@@ -258,12 +254,8 @@ def ode_bits_per_dim(
     >>> print(f"{bits.total[0]:.2f}")  # of a unit normal: log2(127.5 sqrt(2 pi))
     8.32
     """
-    keys = _keys(key, len(x0))
-    if not jnp.issubdtype(x0.dtype, jnp.floating):
-        raise ValueError(
-            f"x0 must be images scaled to [-1, 1]; got {x0.dtype}. Divide the 256 "
-            "values by 127.5 and subtract 1."
-        )
+    losses.check_values(x0)
+    keys, x0 = _keys(key, len(x0)), real_data(x0)
     draw = jax.vmap(lambda k: jax.random.uniform(k, x0.shape[1:], x0.dtype))
     noise = (draw(_fold(keys, 0)) - 0.5) / 127.5
     density = log_density(
@@ -279,7 +271,7 @@ def ode_bits_per_dim(
         max_steps=max_steps,
     )
     bits = -density.logp / (np.prod(x0.shape[1:]) * np.log(2)) + np.log2(127.5)
-    return OdeBits(bits.astype(x0.dtype), density)
+    return OdeBits(bits, density)
 
 
 def log_density(
@@ -331,6 +323,7 @@ def log_density(
     if begin is None:
         begin = 1.0 if continuous.counts_steps(real) else 1e-5
     _check(trace, probes, begin, last)
+    x = real_data(x)
     directions = _probes(_keys(key, len(x)), x, trace, probes)
     joint = _with_divergence(sde.flow(denoise, real))
     state = x, jnp.zeros(len(x), x.dtype)
@@ -345,7 +338,7 @@ def log_density(
         atol=atol,
         max_steps=max_steps,
     )
-    prior = sde.prior_logp(end, real(last)).astype(x.dtype)
+    prior = sde.prior_logp(end, real(last))
     return Density(prior + divergence, prior, divergence, evaluations)
 
 

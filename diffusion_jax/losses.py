@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from diffusion_jax import gaussian
-from diffusion_jax.schedule import NoiseLevel, Schedule, num_steps
+from diffusion_jax.schedule import NoiseLevel, Schedule, Timed, num_steps, real_data
 
 
 def simple(
@@ -80,7 +80,7 @@ def weighted(
     >>> print(weighted(pred, one, level, jax.nn.sigmoid).round(4))
     [0.0786]
     """
-    return weighting(level.logsnr) * _mean(jnp.square(pred.eps - eps))
+    return weighting(level.logsnr) * _mean(jnp.square(pred.eps - real_data(eps)))
 
 
 def vlb(
@@ -111,8 +111,15 @@ def vlb(
         not one of many alike.
 
     Raises:
-      ValueError: an unknown variance, or one that the prediction does not have.
+      ValueError: an unknown variance, or one that the prediction does not have; T is
+        1; or images that are not float32 or float64, here and below.
     """
+    check_values(x0)
+    if isinstance(schedule, Timed) and schedule.steps == 1:
+        raise ValueError(
+            "schedule must have at least 2 steps; got 1. The decoder takes its "
+            "variance from the second."
+        )
     t = jnp.asarray(t)
     level, prev_level = schedule(t).like(x0), schedule(t - 1).like(x0)
     # The step to data has posterior variance 0, whose logarithm nothing can use: as
@@ -199,7 +206,7 @@ def diffusion(pred: gaussian.Prediction, eps: jax.Array, slope: jax.Array) -> ja
     >>> print(diffusion(pred, jnp.ones([1, 2]), 2 * jnp.log(2.0) * jnp.ones(1)))
     [1.]
     """
-    return 0.5 * slope * _bits_per_dim(jnp.square(pred.eps - eps))
+    return 0.5 * slope * _bits_per_dim(jnp.square(pred.eps - real_data(eps)))
 
 
 def reconstruction(x0: jax.Array, z0: jax.Array, level: NoiseLevel) -> jax.Array:
@@ -218,6 +225,7 @@ def reconstruction(x0: jax.Array, z0: jax.Array, level: NoiseLevel) -> jax.Array
     >>> print(reconstruction(x0, x0, level).round(3))
     [1.107]
     """
+    check_values(x0)
     value = jnp.linspace(-1, 1, 256, dtype=x0.dtype).reshape(*[1] * x0.ndim, 256)
     # Relative to the probability of x0 itself: no large logits are subtracted.
     off = (z0 / level.like(x0).alpha - x0)[..., None]
@@ -292,6 +300,7 @@ def decoder(
     >>> print(f"{jnp.exp(-nats).sum():.4f}")
     1.0000
     """
+    check_values(x0)
     cdf = jax.scipy.stats.norm.cdf if exact else _tanh_cdf
     scale = jnp.exp(-0.5 * log_variance)
     # Measured from the mean outwards in the lower tail, where a probability keeps its
@@ -303,6 +312,16 @@ def decoder(
     upper = jnp.where(side * x0 > 0.999, 1.0, upper)
     lower = jnp.where(side * x0 < -0.999, 0.0, lower)
     return -jnp.log(jnp.maximum(upper - lower, 1e-12))
+
+
+def check_values(x0: jax.Array) -> None:
+    """Raises ValueError where the type of images cannot tell 256 values apart."""
+    if jnp.result_type(x0) not in (jnp.float32, jnp.float64):
+        raise ValueError(
+            "images on the grid of 256 values must be float32 or float64, scaled to "
+            f"[-1, 1]; got {jnp.result_type(x0)}. Scale the whole numbers 0 to 255 in "
+            "float32: values / 127.5 - 1."
+        )
 
 
 def _tanh_cdf(x: jax.Array) -> jax.Array:

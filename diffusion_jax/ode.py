@@ -18,7 +18,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from diffusion_jax import continuous, gaussian, samplers, sde
-from diffusion_jax.schedule import Schedule, is_discrete
+from diffusion_jax.schedule import Schedule, is_discrete, real_data
 
 # Stages of a step, the last of which is the first of the next one.
 STAGES = 6
@@ -74,8 +74,8 @@ def integrate(
     """
     _check(rtol, atol, max_steps)
     diffrax = _diffrax()
-    dtype = jnp.result_type(*jax.tree.leaves(x))
-    t0, t1 = (jnp.asarray(t, dtype) for t in (t0, t1))
+    x = jax.tree.map(real_data, x)
+    t0, t1 = (jnp.asarray(t, jnp.result_type(float)) for t in (t0, t1))
 
     def slope(t: jax.Array, state: Any, given: tuple[Any, ...]) -> Any:
         wide, extra = jax.tree.map(lambda leaf: leaf[None], (state, given))
@@ -208,12 +208,12 @@ def ode(
         keys: jax.Array, x_t: jax.Array, memory: tuple[()], t: jax.Array, s: jax.Array
     ) -> samplers.Step:
         t, s = (jnp.asarray(time, jnp.result_type(float)) for time in (t, s))
-        level, prev = real(t).like(x_t), real(s).like(x_t)
+        x_t, level, prev = real_data(x_t), real(t).like(x_t), real(s).like(x_t)
 
         def jump(x: jax.Array) -> jax.Array:
             # Here, and not above, where it would be computed beside every solve.
             pred = denoise(x, t)
-            return (prev.alpha * pred.x0 + prev.sigma * pred.eps).astype(x.dtype)
+            return prev.alpha * pred.x0 + prev.sigma * pred.eps
 
         singular = (level.sigma == 0) | (prev.sigma == 0)
         x_s = jax.lax.cond(singular, jump, lambda x: solve(x, t, s).x, x_t)

@@ -24,7 +24,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from diffusion_jax import errors, gaussian
-from diffusion_jax.schedule import Schedule
+from diffusion_jax.schedule import Schedule, real_data
 
 
 class Step(NamedTuple):
@@ -132,7 +132,7 @@ def ddim(
         share = eta**2 * -jnp.expm1(level.logsnr - prev.logsnr)
         x_s = prev.alpha * pred.x0 + prev.sigma * jnp.sqrt(1 - share) * pred.eps
         if eta > 0:
-            noise = gaussian.normal(keys, x_t.shape, x_t.dtype)
+            noise = gaussian.normal(keys, x_t.shape)
             x_s = x_s + prev.sigma * jnp.sqrt(share) * noise
         return Step(x_s, memory, pred.x0)
 
@@ -206,7 +206,8 @@ def sample(
         examples 2..5 of sample(key, ..., (6, ...)).
 
     Raises:
-      ValueError: the rule cannot walk the grid, or start has another shape.
+      ValueError: the rule cannot walk the grid, or start has another shape or is of
+        whole numbers.
     """
     x, _ = _run(key, sampler, grid, shape, start, start_std, first, record=())
     return x
@@ -308,7 +309,7 @@ def padded(sampler: Sampler) -> Sampler:
         def go(x_t: jax.Array, memory: Any) -> Step:
             return sampler.step(keys, x_t, memory, t, s)
 
-        return jax.lax.cond(t == s, stay, go, x_t, memory)
+        return jax.lax.cond(t == s, stay, go, real_data(x_t), memory)
 
     return Sampler(sampler.init, step)
 
@@ -349,6 +350,7 @@ def _run(
             f"start must have the shape of the samples, {tuple(shape)}; got "
             f"{start.shape}. Give one starting point for each example."
         )
+    start = None if start is None else real_data(start)
     # `first` as a Python integer would be compiled in, and every batch would compile
     # again. A grid that is known is, so that a rule may look at it.
     first, std = jnp.asarray(first), jnp.asarray(start_std, jnp.result_type(float))

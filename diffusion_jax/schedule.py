@@ -31,6 +31,10 @@ from jax.typing import ArrayLike
 PURE_NOISE_LOG_ALPHA = -40.0
 
 
+# Below this log-SNR a level counts as pure noise: of alpha x0 nothing is left in x_t.
+PURE_NOISE = -60.0
+
+
 class NoiseLevel(NamedTuple):
     """How much signal and how much noise: x_t = alpha x0 + sigma eps.
 
@@ -59,7 +63,11 @@ class NoiseLevel(NamedTuple):
 
         The one place where a level meets an image: rank promotion stays off
         everywhere else.
+
+        Raises:
+          ValueError: x are whole numbers.
         """
+        _check_real(x)
         return NoiseLevel(*(_expand(jnp.asarray(field), x.ndim) for field in self))
 
 
@@ -351,6 +359,7 @@ def preserving(logsnr: jax.Array) -> NoiseLevel:
     >>> print(f"{level.alpha**2:.4f} {level.sigma**2:.4f}")
     0.5000 0.5000
     """
+    logsnr = jnp.asarray(logsnr, jnp.result_type(float))
     return NoiseLevel(0.5 * jax.nn.log_sigmoid(logsnr), logsnr)
 
 
@@ -371,6 +380,30 @@ def real_time(t: ArrayLike, last: float = 1.0) -> jax.Array:
                 f"{known.min()} to {known.max()}. 0 is data and {last} is noise."
             )
     return jnp.asarray(t, dtype=jnp.result_type(float))
+
+
+def real_data(x: ArrayLike) -> jax.Array:
+    """Returns images or noise in the default floating-point type.
+
+    Everything is computed in that, so that one key draws the same noise for images of
+    every type.
+
+    Raises:
+      ValueError: they are whole numbers, which stand for 0 to 255 and not for -1 to 1.
+
+    >>> print(real_data(np.array([0.5], np.float16)).dtype)
+    float32
+    """
+    _check_real(x)
+    return jnp.asarray(x, jnp.result_type(float))
+
+
+def _check_real(x: ArrayLike) -> None:
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        raise ValueError(
+            "images must be real numbers scaled to [-1, 1]; got "
+            f"{jnp.result_type(x)}. Divide values of 0 to 255 by 127.5 and subtract 1."
+        )
 
 
 def _lookup(log_alpha: ArrayLike, logsnr: ArrayLike, t: ArrayLike) -> NoiseLevel:

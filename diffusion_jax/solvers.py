@@ -8,7 +8,8 @@ h = lambda_s - lambda_t (Lu et al. 2022):
   x_s = sigma_s / sigma_t x_t + alpha_s h sum_k phi_k(h) h^(k-1) d^(k-1) x0 / d lambda
 
 With the first term alone both are `ddim`. All rules take the step to sigma = 0, where
-h is infinite, by that term.
+h is infinite, by that term; and `heun` and `edm` the step from pure noise, where
+sigma / alpha is.
 """
 
 import math
@@ -21,7 +22,13 @@ import numpy as np
 from diffusion_jax import errors, gaussian
 from diffusion_jax.continuous import time_of
 from diffusion_jax.samplers import Sampler, Step, check_grid, forgetful
-from diffusion_jax.schedule import NoiseLevel, Schedule, is_discrete
+from diffusion_jax.schedule import (
+    PURE_NOISE,
+    NoiseLevel,
+    Schedule,
+    is_discrete,
+    real_data,
+)
 
 DPM_SOLVERS = ("1", "2S", "2M", "3M", "SDE")
 
@@ -70,7 +77,8 @@ def edm(
 
     Before each step of `heun` noise is added, up to (1 + gamma) times sigma / alpha,
     gamma = min(churn / steps, sqrt(2) - 1). The network is asked at the time that has
-    this level: of a discrete schedule the nearest whole one.
+    this level: of a discrete schedule the nearest whole one, and none beyond its end;
+    of `ve`, `vp` and `sub_vp`, whose formulas go on, one beyond t = 1 as in the paper.
 
     Args:
       denoise: the network's prediction as a function of (x_t, t).
@@ -96,25 +104,26 @@ def edm(
         share = churn / (grid[1:] != grid[:-1]).sum()
         # As NumPy where the grid is known: XLA's GPU compiler (jax 0.11.2) fails on a
         # minimum of constants that a loop carries.
-        return jnp.asarray(share.clip(None, np.sqrt(2) - 1), x.dtype)
+        return jnp.asarray(share.clip(None, np.sqrt(2) - 1), jnp.result_type(float))
 
     def step(
         keys: jax.Array, x_t: jax.Array, gamma: jax.Array, t: jax.Array, s: jax.Array
     ) -> Step:
-        level = schedule(t)
+        x_t, level = real_data(x_t), schedule(t)
         ratio = jnp.exp(-0.5 * level.logsnr)
-        raised = time_of(schedule, level.logsnr - 2 * jnp.log1p(gamma))
+        raised = time_of(schedule, level.logsnr - 2 * jnp.log1p(gamma), beyond=True)
         inside = (low <= ratio) & (ratio <= high)
         # Rounding to whole steps, or to the last one, never takes noise away.
         up = jnp.where(inside, jnp.maximum(raised, t).astype(t.dtype), t)
         above = schedule(up)
         added = above.sigma * jnp.sqrt(-jnp.expm1(above.logsnr - level.logsnr))
         scale = jnp.exp(above.log_alpha - level.log_alpha)
-        x_up = scale * x_t + noise * added * gaussian.normal(keys, x_t.shape, x_t.dtype)
+        x_up = scale * x_t + noise * added * gaussian.normal(keys, x_t.shape)
         x_s, x0 = _trapezoid(denoise, schedule, x_up, up, s)
         return Step(x_s, gamma, x0)
 
-    return Sampler(init, step) if churn > 0 else heun(denoise, schedule)
+    # Compiled, for times beyond the end to be traced: what is known is refused.
+    return Sampler(init, jax.jit(step)) if churn > 0 else heun(denoise, schedule)
 
 
 def dpm_solver_pp(
@@ -149,7 +158,7 @@ def dpm_solver_pp(
 
     def init(x: jax.Array, grid: np.ndarray) -> _Past:
         check_grid(schedule, grid)
-        far = (jnp.asarray(FAR, x.dtype),) * kept
+        far = (jnp.asarray(FAR, jnp.result_type(float)),) * kept
         left = _steps_to_data(schedule, grid)
         return _Past((jnp.zeros_like(x),) * kept, far, left)
 
@@ -170,7 +179,7 @@ def dpm_solver_pp(
             share, noise = -jnp.expm1(-2 * h), gaussian.normal(keys, x_t.shape)
             kept_x = prev.sigma / level.sigma * jnp.exp(-h) * x_t
             x_s = kept_x + prev.alpha * share * (x0 + 0.5 * first)
-            x_s = x_s + prev.sigma * jnp.sqrt(share) * noise.astype(x_t.dtype)
+            x_s = x_s + prev.sigma * jnp.sqrt(share) * noise
         outputs, gaps = (x0, *past.outputs)[:kept], (h, *past.gaps)[:kept]
         past = _Past(outputs, gaps, past.left - 1)
         return Step(jnp.where(ended, prev.alpha * x0, x_s), past, x0)
@@ -207,9 +216,10 @@ def unipc(denoise: gaussian.Denoiser, schedule: Schedule, *, order: int = 2) -> 
 
     def init(x: jax.Array, grid: np.ndarray) -> _History:
         check_grid(schedule, grid)
-        halves = tuple(jnp.asarray(-FAR * (i + 1), x.dtype) for i in range(order))
+        real = jnp.result_type(float)
+        halves = tuple(jnp.asarray(-FAR * (i + 1), real) for i in range(order))
         outputs = (jnp.zeros_like(x),) * order
-        level = NoiseLevel(*(f.astype(x.dtype) for f in schedule(grid[0])))
+        level = schedule(grid[0])
         left = _steps_to_data(schedule, grid)
         return _History(x, level, outputs, halves, jnp.asarray(0), left)
 
@@ -309,7 +319,9 @@ def _trapezoid(
     def correct(x_s: jax.Array) -> jax.Array:
         return x_s + 0.5 * width * (denoise(x_s, s).eps - pred.eps)
 
-    x_s = jax.lax.cond(prev.sigma > 0, correct, lambda x_s: x_s, euler)
+    # From pure noise, too, sigma / alpha takes an endless step: by the first term.
+    finite = (prev.sigma > 0) & (level.logsnr >= PURE_NOISE)
+    x_s = jax.lax.cond(finite, correct, lambda x_s: x_s, euler)
     return x_s, pred.x0
 
 

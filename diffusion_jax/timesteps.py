@@ -336,6 +336,7 @@ def _normal(u: jax.Array, mean: float, std: float) -> jax.Array:
         raise ValueError(
             f"std must be above 0; got {std}. Use a fixed time where nothing is drawn."
         )
+    u = jnp.asarray(u, jnp.result_type(float))
     edge = jnp.finfo(u.dtype).eps / 2
     return mean + std * jax.scipy.special.ndtri(jnp.clip(u, edge, 1 - edge))
 

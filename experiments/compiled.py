@@ -24,7 +24,7 @@ from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.config import Config, replace
 from diffusion_jax.lab.schema.facts import Whole
 from diffusion_jax.lab.speed import arithmetic, compiled_program, targets
-from diffusion_jax.lab.training import arguments
+from diffusion_jax.lab.training import arguments, beginning
 from diffusion_jax.lab.wiring import build, learning
 from diffusion_jax.training import compilation, flat, parallel
 from experiments.configs import EXPERIMENTS
@@ -68,18 +68,18 @@ def main(argv: Sequence[str]) -> int:
         chosen = replace(chosen, "net", conv="xla")
     if options.target == "here":
         parallel.split_cpu(chosen.train.batch_size)
-    with targets.aim(options.target) as target:
-        mesh = target.mesh(chosen.train.devices, chosen.train.fsdp)
-        parallel.check_batch_size(chosen.train.batch_size, mesh.size)
-        lowered, operations = {"train": training, "sample": sampling}[options.what](
-            chosen, mesh
-        )
-        began = time.perf_counter()
-        compiled = lowered.compile()
-        seconds = time.perf_counter() - began
+    target, plan = targets.aim(options.target), chosen.train
+    mesh = parallel.make_mesh(plan.devices, plan.fsdp, target.devices)
+    parallel.check_batch_size(plan.batch_size, mesh.size)
+    lower = {"train": training, "sample": sampling}[options.what]
+    lowered, operations = lower(chosen, mesh)
+    began = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - began
     text = compiled.as_text()
+    kernels = compiled_program.kernels(text)
     each = {name: count / mesh.size for name, count in operations.items()}
-    found = summary(text, compiled.memory_analysis()) | each
+    found = summary(kernels, compiled.memory_analysis()) | each
     if target.speed is not None and chosen.net.dtype == "bfloat16":
         found["model"] = model(found, target.speed)
     print(
@@ -88,7 +88,8 @@ def main(argv: Sequence[str]) -> int:
         f"compiled in {seconds:.0f} s"
     )
     show(found)
-    for kernel in _largest(text, options.largest):
+    kernels.sort(key=lambda kernel: -kernel.times * kernel.moved)
+    for kernel in kernels[: options.largest]:
         print(
             f"  {kernel.times * kernel.moved / 1e6:10,.1f} MB  {kernel.kind:<12} "
             f"{kernel.name}: {kernel.source}"
@@ -119,48 +120,45 @@ def check(options: Options) -> None:
 
 def training(chosen: Config, mesh: Mesh) -> tuple[Any, dict[str, int]]:
     """Returns the lowered training step, and its `operations`."""
-    state = learning.state_shapes(chosen, packed=True)
-    batch = batch_like(chosen)
-    pure = learning.make_pure_step(chosen, mesh)
-    if chosen.train.parallel != "mesh":  # pmap is the same program
-        pure = parallel.on_each(pure, mesh)
-    step = jax.jit(
-        pure,
-        in_shardings=(parallel.state_sharding(state, mesh), parallel.sharded(mesh)),
-        out_shardings=(parallel.state_sharding(state, mesh), parallel.replicated(mesh)),
-        donate_argnums=0,
-        compiler_options=compilation.options(mesh.devices.flat[0]),
-    )
+    if chosen.train.parallel == "pmap":  # the same program
+        chosen = replace(chosen, "train", parallel="shard_map")
+    state = beginning.state_like(chosen, mesh)
+    size = chosen.train.batch_size
+    batch = {
+        "image": jax.ShapeDtypeStruct((size, *chosen.data.shape), jnp.uint8),
+        "position": jax.ShapeDtypeStruct((size,), jnp.int32),
+    }
+    if chosen.net.classes:
+        batch["label"] = batch["position"]
     params = jax.eval_shape(flat.unpack_all, state.params)
-    return step.lower(state, batch), operations(
-        learning.gradient(chosen), params, batch
-    )
+    counted = operations(learning.gradient(chosen), params, batch)
+    return learning.make_step(chosen, mesh).program.lower(state, batch), counted
 
 
 def sampling(chosen: Config, mesh: Mesh) -> tuple[Any, dict[str, int]]:
     """Returns the lowered evaluation of the network, and its `operations`."""
+    net, size = build.make_network(chosen), chosen.train.batch_size
     # As chains have them: the parameters cast before the first step.
-    net = build.make_network(chosen)
     params = jax.eval_shape(
         lambda whole: build.as_computed(chosen, whole)["net"],
         build.param_shapes(chosen),
     )
-    size = chosen.train.batch_size
-    image = jax.ShapeDtypeStruct((size, *chosen.data.shape), jnp.float32)
-    rest = [jax.ShapeDtypeStruct((size,), jnp.float32)]
-    if net.num_classes:
-        rest.append(jax.ShapeDtypeStruct((size,), jnp.int32))
-    apply = jax.jit(
-        lambda params, *inputs: net.apply({"params": params}, *inputs),
-        in_shardings=(
-            parallel.replicated(mesh),
-            *[parallel.sharded(mesh)] * (1 + len(rest)),
-        ),
+    inputs = [
+        jax.ShapeDtypeStruct((size, *chosen.data.shape), jnp.float32),
+        jax.ShapeDtypeStruct((size,), jnp.float32),
+        *[jax.ShapeDtypeStruct((size,), jnp.int32)] * bool(net.num_classes),
+    ]
+
+    def apply(params: Any, inputs: list[Any]) -> Any:
+        return net.apply({"params": params}, *inputs)
+
+    compiled = jax.jit(
+        apply,
+        in_shardings=(parallel.replicated(mesh), parallel.sharded(mesh)),
         out_shardings=parallel.sharded(mesh),
         compiler_options=compilation.options(mesh.devices.flat[0]),
     )
-    counted = operations(net.apply, {"params": params}, image, *rest)
-    return apply.lower(params, image, *rest), counted
+    return compiled.lower(params, inputs), operations(apply, params, inputs)
 
 
 def operations(function: Any, *args: Any) -> dict[str, int]:
@@ -173,23 +171,11 @@ def operations(function: Any, *args: Any) -> dict[str, int]:
     }
 
 
-def batch_like(chosen: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of a batch."""
-    size = chosen.train.batch_size
-    batch = {
-        "image": jax.ShapeDtypeStruct((size, *chosen.data.shape), jnp.uint8),
-        "position": jax.ShapeDtypeStruct((size,), jnp.int32),
-    }
-    if chosen.net.classes:
-        batch["label"] = jax.ShapeDtypeStruct((size,), jnp.int32)
-    return batch
-
-
-def summary(text: str, memory: Any) -> dict[str, Any]:
+def summary(kernels: list[compiled_program.Kernel], memory: Any) -> dict[str, Any]:
     """Returns what is known of a compiled program, a device."""
     count: collections.Counter[str] = collections.Counter()
     moved: collections.Counter[str] = collections.Counter()
-    for kernel in compiled_program.kernels(text):
+    for kernel in kernels:
         count[kernel.kind] += kernel.times
         moved[kernel.kind] += kernel.times * kernel.moved
     temporary = memory.temp_size_in_bytes
@@ -245,11 +231,6 @@ def show(found: dict[str, Any]) -> None:
         told = "collective" in found["kernels"]
         alone = ", without what devices tell each other" if told else ""
         print(f"model of an H200, not measured{alone}: {parts} = {total}")
-
-
-def _largest(text: str, count: int) -> list[compiled_program.Kernel]:
-    found = compiled_program.kernels(text)
-    return sorted(found, key=lambda kernel: -kernel.times * kernel.moved)[:count]
 
 
 if __name__ == "__main__":

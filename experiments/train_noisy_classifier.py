@@ -101,16 +101,15 @@ def accuracy_at(
     t: int,
     images: np.ndarray,
     labels: np.ndarray,
-    *,
-    seed: int = 0,
 ) -> float:
     """Returns the share of uint8 images, noised to time t, whose label is guessed."""
-    key, times = jax.random.key(seed), jnp.full(fitting.BATCH, t)
+    key, times = jax.random.key(0), jnp.full(fitting.BATCH, t)
 
-    def guess(batch: np.ndarray, begin: int) -> jax.Array:
-        return _guess(params, levels, jax.random.fold_in(key, begin), batch, times)
+    def scores(first: int, batch: np.ndarray) -> jax.Array:
+        return _scores(params, levels, jax.random.fold_in(key, first), batch, times)
 
-    return float((fitting.in_batches(guess, images) == labels).mean())
+    guesses = fitting.by_batches(scores, images).argmax(axis=1)
+    return float((guesses == labels).mean())
 
 
 def make_loss(levels: schedule.Schedule, *, flip: bool) -> fitting.Loss:
@@ -120,28 +119,23 @@ def make_loss(levels: schedule.Schedule, *, flip: bool) -> fitting.Loss:
     def loss(params: Any, key: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
         t_key, eps_key, flip_key = jax.random.split(key, 3)
         t = timesteps.steps(jax.random.uniform(t_key, x.shape[:1]), last)
-        x0 = x.astype(jnp.float32) / 127.5 - 1
         if flip:
             chosen = jax.random.bernoulli(flip_key, shape=x.shape[:1])
-            x0 = jnp.where(chosen[:, None, None, None], x0[:, :, ::-1], x0)
-        x_t = gaussian.q_sample(x0, gaussian.normal(eps_key, x0.shape), levels(t))
-        logits = guides.logits_of(params, levels, x_t, t)
+            x = jnp.where(chosen[:, None, None, None], x[:, :, ::-1], x)
+        logits = _scores(params, levels, eps_key, x, t)
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     return loss
 
 
 @jax.jit
-def _guess(
-    params: Any,
-    levels: schedule.Schedule,
-    key: jax.Array,
-    images: jax.Array,
-    t: jax.Array,
+def _scores(
+    params: Any, levels: schedule.Schedule, key: jax.Array, images: Any, t: jax.Array
 ) -> jax.Array:
+    """Returns the scores of the classes of uint8 images, once they are noised."""
     x0 = images.astype(jnp.float32) / 127.5 - 1
     x_t = gaussian.q_sample(x0, gaussian.normal(key, x0.shape), levels(t))
-    return guides.logits_of(params, levels, x_t, t).argmax(axis=1)
+    return guides.logits_of(params, levels, x_t, t)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ FLOORS = (
 MATHEMATICS = set.union(*FLOORS) - {"errors"}
 WINGS = (
     {"errors"},
-    {"nets", "storage", "checkpoints"},
-    {"data", "interop", "evaluation"},
+    {"nets", "storage"},
+    {"checkpoints", "data", "interop", "evaluation"},
     {"training"},
 )
 LAB = (
@@ -32,7 +32,8 @@ LAB = (
     {"run_folder"},
     {"trained"},
     {"measure"},
-    {"drawing", "training", "speed"},
+    {"drawing", "training"},
+    {"speed"},
 )
 # What a module may import beside jax and numpy: an extra, and only when it is called.
 EXTRAS = {"ode": {"diffrax"}}

@@ -27,6 +27,8 @@ from jax.experimental import multihost_utils
 
 from diffusion_jax.checkpoints import manifest, orbax_files, retention
 from diffusion_jax.checkpoints.orbax_files import CheckpointError
+from diffusion_jax.errors import first_of
+from diffusion_jax.storage import trees
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
@@ -165,7 +167,7 @@ def save(
         )
     if step in folder.steps():
         return
-    leaves = manifest.by_path(state)
+    leaves = trees.by_path(state)
     arrays = {
         path: _of_one_device(manifest.stored(leaf)) for path, leaf in leaves.items()
     }
@@ -327,7 +329,7 @@ def _read_everywhere(path: Path) -> tuple[manifest.Manifest, dict[str, np.ndarra
 
 def _placed(arrays: dict[str, np.ndarray], like: PyTree, sharding: PyTree) -> PyTree:
     """Returns the tree of arrays by path, which are used up, on their devices."""
-    paths = jax.tree.unflatten(jax.tree.structure(like), manifest.by_path(like))
+    paths = jax.tree.unflatten(jax.tree.structure(like), trees.by_path(like))
 
     def place(path: str, leaf: Any, at: jax.sharding.Sharding) -> jax.Array:
         return _place(arrays.pop(path), leaf, at)
@@ -358,25 +360,12 @@ def _check_fits(path: Path, held: Mapping[str, manifest.Leaf], like: PyTree) -> 
 
     Orbax itself casts another dtype without a word.
     """
-
-    def words(leaf: Any) -> str:
-        return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-
-    wanted = manifest.by_path(like)
-    had = {path: words(leaf) for path, leaf in held.items()}
-    want = {path: words(leaf) for path, leaf in wanted.items()}
-    differing = [
-        f"{path}: {had.get(path, 'nothing')} for {want.get(path, 'nothing')}"
-        for path in sorted(had.keys() | want.keys())
-        if had.get(path) != want.get(path)
-    ]
-    if differing:
-        count = len(differing)
-        more = f"; and {count - LISTED} more" if count > LISTED else ""
+    wanted = trees.by_path(like)
+    if wrong := trees.misfits(held, wanted):
         raise CheckpointError(
             f"checkpoint {path} must fit the network and the optimizer of this "
-            f"configuration; got {count} of {len(had.keys() | want.keys())} leaves "
-            f"that do not: {'; '.join(differing[:LISTED])}{more}. Use the "
+            f"configuration; got {len(wrong)} of {len(held.keys() | wanted.keys())} "
+            f"leaves that do not: {first_of(wrong, LISTED)}. Use the "
             "configuration that wrote it, or a new folder."
         )
 

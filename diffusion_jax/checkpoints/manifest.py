@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-PyTree = Any
+from diffusion_jax.errors import first_of
 
 FORMAT = 1
 """Of the manifest, and with it of the whole checkpoint."""
@@ -56,28 +56,6 @@ class Manifest(NamedTuple):
 
 class UnverifiedError(Exception):
     """What is stored is not what was written; str() says in a few words why."""
-
-
-def by_path(tree: PyTree) -> dict[str, Any]:
-    """Returns the leaves of a tree by their paths.
-
-    Raises:
-      ValueError: two leaves have the same path.
-
-    >>> by_path({"a": [1, 2]})
-    {'a/0': 1, 'a/1': 2}
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    found = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in leaves
-    }
-    if len(found) < len(leaves):
-        raise ValueError(
-            "every leaf must have a path of its own, with its keys joined by '/'; got "
-            f"{len(leaves)} leaves with {len(found)} paths. Use keys without '/'."
-        )
-    return found
 
 
 def stored(leaf: Any) -> Any:
@@ -217,15 +195,11 @@ def check(leaves: Mapping[str, Leaf], arrays: Mapping[str, np.ndarray]) -> None:
 
     missing = sorted(leaves.keys() ^ arrays.keys())
     if missing:
-        raise UnverifiedError(f"nothing in {missing[0]}{_more(len(missing))}")
+        raise UnverifiedError(f"nothing in {first_of(missing, 1)}")
     with ThreadPoolExecutor(THREADS) as pool:
         found = [said for said in pool.map(wrong, leaves) if said]
     if found:
-        raise UnverifiedError(f"{found[0]}{_more(len(found))}")
-
-
-def _more(count: int) -> str:
-    return f" and {count - 1} more" if count > 1 else ""
+        raise UnverifiedError(first_of(found, 1))
 
 
 def _seal(body: dict[str, Any]) -> str:

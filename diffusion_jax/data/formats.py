@@ -17,7 +17,6 @@ import pickle
 import pickletools
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,7 +27,8 @@ from diffusion_jax.storage import archives
 
 CIFAR10_ARCHIVES = ("cifar-10-binary.tar.gz", "cifar-10-python.tar.gz")
 
-_CIFAR10_FOLDERS = ("cifar-10-batches-bin", "cifar-10-batches-py")
+# Of the two archives, with what the names of batches in them end in.
+_CIFAR10_FOLDERS = {"cifar-10-batches-bin": ".bin", "cifar-10-batches-py": ""}
 _CIFAR10_BATCHES = {
     "train": tuple(f"data_batch_{i}" for i in range(1, 6)),
     "test": ("test_batch",),
@@ -63,24 +63,17 @@ def read_cifar10(
             f"split of CIFAR-10 must be 'train' or 'test'; got {split!r}. "
             "Give one of the two."
         )
-    path = Path(path)
-    if path.is_file():
-        batches = _cifar10_archive(path, split)
-    else:
-        found = find_cifar10(path)
-        if found is None:
-            raise DataError(
-                f"CIFAR-10 must be an official archive or a folder that holds one; "
-                f"got {path}, in which there is none. Put {CIFAR10_ARCHIVES[0]} "
-                f"there, or the folder {_CIFAR10_FOLDERS[0]} extracted from it."
-            )
-        if found.is_file():
-            batches = _cifar10_archive(found, split)
-        else:
-            batches = _cifar10_folder(found, split)
+    found = find_cifar10(path)
+    if found is None:
+        raise DataError(
+            f"CIFAR-10 must be an official archive or a folder that holds one; got "
+            f"{path}, in which there is none. Put {CIFAR10_ARCHIVES[0]} there, or the "
+            f"folder {next(iter(_CIFAR10_FOLDERS))} extracted from it."
+        )
+    read = _cifar10_archive if found.is_file() else _cifar10_folder
     parsed = [
         _parse_batch(raw, f"{path}: {member}", binary=member.endswith(".bin"))
-        for member, raw in batches.items()
+        for member, raw in read(found, split).items()
     ]
     counts = [len(labels) for _, labels in parsed]
     if any(count != _CIFAR10_BATCH_LENGTH for count in counts):
@@ -93,12 +86,15 @@ def read_cifar10(
     return images, np.concatenate([labels for _, labels in parsed])
 
 
-def find_cifar10(folder: str | os.PathLike[str]) -> Path | None:
-    """Returns where in `folder` CIFAR-10 lies (a batches folder or archive), or None.
+def find_cifar10(path: str | os.PathLike[str]) -> Path | None:
+    """Returns where CIFAR-10 lies: a folder of batches or an archive; None if nowhere.
 
-    An extracted folder is preferred to an archive, and binary files to pickles.
+    A path that is a file is the archive. In a folder, an extracted one is preferred to
+    an archive, and binary files to pickles.
     """
-    folder = Path(folder)
+    folder = Path(path)
+    if folder.is_file():
+        return folder
     first = _CIFAR10_BATCHES["test"][0]
     for candidate in (folder, *(folder / name for name in _CIFAR10_FOLDERS)):
         if any((candidate / f"{first}{ending}").is_file() for ending in (".bin", "")):
@@ -117,7 +113,12 @@ def _cifar10_folder(folder: Path, split: str) -> dict[str, bytes]:
     for name in (f"{name}{ending}" for name in names):
         if not (folder / name).is_file():
             raise _missing_batches(folder, [name])
-        _check_batch_bytes((folder / name).stat().st_size, folder / name)
+        size = (folder / name).stat().st_size
+        if size > _MAX_BATCH_BYTES:
+            raise DataError(
+                f"a CIFAR-10 batch must be at most {_MAX_BATCH_BYTES} bytes; got "
+                f"{size} in {folder / name}. Use the official archive."
+            )
         batches[name] = (folder / name).read_bytes()
     return batches
 
@@ -128,11 +129,11 @@ def _cifar10_archive(path: Path, split: str) -> dict[str, bytes]:
     Members are read in memory and matched by their whole official name, so one that
     is called "../data_batch_1" is never looked at, and nothing touches the disk.
     """
-    wanted = {
-        f"{folder}/{name}{ending}"
-        for folder, ending in zip(_CIFAR10_FOLDERS, (".bin", ""), strict=True)
-        for name in _CIFAR10_BATCHES[split]
-    }
+    kinds = [
+        [f"{folder}/{name}{ending}" for name in _CIFAR10_BATCHES[split]]
+        for folder, ending in _CIFAR10_FOLDERS.items()
+    ]
+    wanted = {name for names in kinds for name in names}
     try:
         with path.open("rb") as file:
             members = archives.read_tar(
@@ -147,8 +148,7 @@ def _cifar10_archive(path: Path, split: str) -> dict[str, bytes]:
             "Download it again: it may have been cut off."
         ) from error
     found = {name.removeprefix("./"): raw for name, raw in members.items()}
-    for folder, ending in zip(_CIFAR10_FOLDERS, (".bin", ""), strict=True):
-        names = [f"{folder}/{name}{ending}" for name in _CIFAR10_BATCHES[split]]
+    for names in kinds:
         if all(name in found for name in names):
             return {name: found[name] for name in names}
     raise _missing_batches(path, sorted(wanted - set(found)))
@@ -161,14 +161,6 @@ def _missing_batches(where: Path, missing: list[str]) -> DataError:
         f"{', '.join(missing)}. Download the official archive again, or name the "
         "folder that was extracted from it."
     )
-
-
-def _check_batch_bytes(size: int, what: str | os.PathLike[str]) -> None:
-    if size > _MAX_BATCH_BYTES:
-        raise DataError(
-            f"a CIFAR-10 batch must be at most {_MAX_BATCH_BYTES} bytes; got {size} "
-            f"in {what}. Use the official archive."
-        )
 
 
 def _parse_batch(
@@ -186,13 +178,13 @@ def _parse_batch(
     else:
         content = _unpickle(raw, what)
         try:
-            pixels = content[b"data"].array()
+            pixels = _array_of(content[b"data"])
             listed = content[b"labels"]
             # Lists of lists of one list have more entries than there is memory.
             if not all(type(label) is int for label in listed):
                 raise TypeError("labels that are no whole numbers")
             labels = np.asarray(listed, np.int32)
-        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as e:
+        except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as e:
             raise DataError(
                 f"{what} must be a dict with an array b'data' and a list b'labels'; "
                 f"got {_describe(e)}. Download the official archive again."
@@ -213,74 +205,58 @@ def _parse_batch(
     return np.ascontiguousarray(images), labels
 
 
-class _PickledDtype:
-    """Stands for `numpy.dtype` in a pickle: keeps the name, drops the rest."""
+class _Pickled:
+    """Stands for NumPy's arrays and types in a pickle: keeps what it is given.
 
-    def __init__(self, name: Any = b"", *_: Any):
-        self.name = name.decode("latin1") if isinstance(name, bytes) else name
-
-    def __setstate__(self, state: Any) -> None:
-        """Ignores byte order and the like: single bytes have none."""
-
-
-class _PickledArray:
-    """Stands for `numpy.ndarray` in a pickle: bytes and a shape, checked on use.
-
-    NumPy's own `__setstate__` trusts the file with memory layout, so it is never
-    called on a file from outside.
+    NumPy's own trust a file with the layout of memory, so they never see one from
+    outside.
     """
 
-    def __init__(self, *_: Any):
-        self.shape: Any = ()
-        self.dtype: Any = None
-        self.order: str = "C"
-        self.raw: Any = b""
+    def __init__(self, *given: Any):
+        self.given = given
+        self.state: Any = None
 
     def __setstate__(self, state: Any) -> None:
-        _, self.shape, self.dtype, fortran, self.raw = state
-        self.order = "F" if fortran else "C"
-
-    @classmethod
-    def from_buffer(cls, raw: Any, dtype: Any, shape: Any, order: str, *_: Any) -> Any:
-        """Returns the array as pickle protocol 5 spells it."""
-        array = cls()
-        array.raw, array.dtype, array.shape, array.order = raw, dtype, shape, order
-        return array
-
-    def array(self) -> np.ndarray:
-        """Returns the uint8 array; raises ValueError where it is none."""
-        if getattr(self.dtype, "name", None) not in ("u1", "uint8", "|u1"):
-            raise ValueError(f"an array of type {getattr(self.dtype, 'name', None)}")
-        if not isinstance(self.raw, bytes | bytearray):  # of a number it makes zeros
-            raise TypeError(f"a {type(self.raw).__name__} in place of bytes")
-        flat = np.frombuffer(self.raw, np.uint8)
-        return flat.reshape(self.shape, order="F" if self.order == "F" else "C")
+        self.state = state
 
 
-# The only names a pickle may refer to: NumPy's constructors, under their module
-# paths before and since NumPy 2, each mapped to a stand-in above.
-_ALLOWED_GLOBALS: Mapping[tuple[str, str], Callable[..., Any]] = {
-    ("numpy", "ndarray"): _PickledArray,
-    ("numpy", "dtype"): _PickledDtype,
-    ("numpy.core.multiarray", "_reconstruct"): _PickledArray,
-    ("numpy._core.multiarray", "_reconstruct"): _PickledArray,
-    ("numpy.core.numeric", "_frombuffer"): _PickledArray.from_buffer,
-    ("numpy._core.numeric", "_frombuffer"): _PickledArray.from_buffer,
+def _array_of(pickled: _Pickled) -> np.ndarray:
+    """Returns the uint8 array that a stand-in is of; raises where it is none."""
+    if pickled.state:
+        _, shape, dtype, fortran, raw = pickled.state
+    else:  # as pickle protocol 5 spells it
+        raw, dtype, shape, order = pickled.given
+        fortran = order == "F"
+    name = dtype.given[0]
+    name = name.decode("latin1") if isinstance(name, bytes) else name
+    if name not in ("u1", "uint8", "|u1"):
+        raise ValueError(f"an array of type {name}")
+    if not isinstance(raw, bytes | bytearray):  # of a number it makes zeros
+        raise TypeError(f"a {type(raw).__name__} in place of bytes")
+    flat = np.frombuffer(raw, np.uint8)
+    return flat.reshape(shape, order="F" if fortran else "C")
+
+
+# The only names that a pickle may refer to: NumPy's constructors, under their paths
+# before and since NumPy 2.
+_CONSTRUCTORS = {
+    *(("numpy", name) for name in ("ndarray", "dtype")),
+    *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
+    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
 }
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
-    """Unpickler of plain containers and `_PickledArray`; refuses all else unrun."""
+    """Unpickler of plain containers and stand-ins; refuses all else unrun."""
 
     def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _ALLOWED_GLOBALS[module, name]
-        except KeyError:
-            raise DataError(
-                "a CIFAR-10 pickle must hold only dicts, lists, strings, numbers and "
-                f"NumPy arrays; got a reference to {module}.{name}. It was not run. "
-                "Do not open this file elsewhere: download the official archive."
-            ) from None
+        if (module, name) in _CONSTRUCTORS:
+            return _Pickled
+        raise DataError(
+            "a CIFAR-10 pickle must hold only dicts, lists, strings, numbers and NumPy "
+            f"arrays; got a reference to {module}.{name}. It was not run. Do not open "
+            "this file elsewhere: download the official archive."
+        )
 
 
 def _unpickle(raw: bytes, what: str) -> Any:
@@ -322,9 +298,8 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
             raise archives.ArchiveError("no regular file")
         with path.open("rb") as plain:
             zipped = plain.read(2) == b"\x1f\x8b"
-        packed = path.stat().st_size if zipped else None
         with gzip.open(path, "rb") if zipped else path.open("rb") as stream:
-            return _parse_idx(stream, path, packed)  # type: ignore[arg-type]
+            return _parse_idx(stream, path, zipped=zipped)  # type: ignore[arg-type]
     except FileNotFoundError:
         raise DataError(
             f"an IDX file must exist; got {path}, which does not. Check the path."
@@ -338,7 +313,7 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
         ) from error
 
 
-def _parse_idx(stream: BinaryIO, path: Path, packed: int | None) -> np.ndarray:
+def _parse_idx(stream: BinaryIO, path: Path, *, zipped: bool) -> np.ndarray:
     head = stream.read(4)
     if len(head) < 4 or head[:3] != b"\x00\x00\x08" or not 1 <= head[3] <= 4:
         raise DataError(
@@ -349,10 +324,11 @@ def _parse_idx(stream: BinaryIO, path: Path, packed: int | None) -> np.ndarray:
     sizes = stream.read(4 * head[3])
     shape = tuple(int(n) for n in np.frombuffer(sizes[: len(sizes) // 4 * 4], ">u4"))
     count = math.prod(shape) if len(shape) == head[3] else 0
-    if packed is not None:
-        archives.check_packed(count, packed, "an array")
+    length = path.stat().st_size
+    if zipped:
+        archives.check_packed(count, length, "an array")
     # One byte more than wanted shows a file that goes on; no more is ever unpacked.
-    raw = _read_up_to(stream, count + 1)
+    raw = stream.read(count + 1 if zipped else min(count + 1, length))
     if len(shape) != head[3] or len(raw) != count:
         got = "more" if len(raw) > count else str(len(raw))
         raise DataError(
@@ -360,15 +336,6 @@ def _parse_idx(stream: BinaryIO, path: Path, packed: int | None) -> np.ndarray:
             "The file is damaged: download it again."
         )
     return np.frombuffer(raw, np.uint8).reshape(shape)
-
-
-def _read_up_to(stream: BinaryIO, count: int) -> bytes:
-    """Returns at most `count` bytes, reserving no memory for a count that lies."""
-    chunks, left = [], count
-    while left > 0 and (chunk := stream.read(min(left, 2**20))):
-        chunks.append(chunk)
-        left -= len(chunk)
-    return b"".join(chunks)
 
 
 def read_npz(

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from diffusion_jax.errors import DataError
+from diffusion_jax.errors import DataError, first_of
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
@@ -366,9 +366,7 @@ def _report(
 ) -> None:
     """Raises or warns of unreadable images, and warns of ones that were enlarged."""
     if unreadable:
-        more = len(unreadable) - _NAMED_AT_MOST
-        named = ", ".join(unreadable[:_NAMED_AT_MOST])
-        named += f" and {more} more" if more > 0 else ""
+        named = first_of(unreadable, _NAMED_AT_MOST)
         message = f"got {len(unreadable)} of {total} in {folder} that are not: {named}"
         if not skip_unreadable or len(unreadable) == total:
             raise DataError(

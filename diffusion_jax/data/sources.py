@@ -70,7 +70,7 @@ def cifar10(
     Raises:
       DataError: it is nowhere and cannot be fetched, or is damaged.
     """
-    if data_dir is not None and (Path(data_dir).is_file() or find_cifar10(data_dir)):
+    if data_dir is not None and find_cifar10(data_dir):
         return read_cifar10(data_dir, split)
     try:
         prepared = tfds_folder(data_dir)

@@ -278,9 +278,22 @@ def _blocks(
         yield rows, x[rows] - origin
 
 
+KEPT = 1e-6
+"""A squared distance that is a smaller share of its terms has lost too many digits."""
+
+
 def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Returns |x_i - y_j|^2, [N, M], as |x_i|^2 + |y_j|^2 - 2 x_i . y_j."""
-    return np.sum(x * x, axis=1)[:, None] + np.sum(y * y, axis=1) - 2 * (x @ y.T)
+    """Returns |x_i - y_j|^2, [N, M], to nine digits wherever the points lie.
+
+    By |x_i|^2 + |y_j|^2 - 2 x_i . y_j; and once more from the differences themselves
+    where that is far smaller than its terms and has lost its digits.
+    """
+    sizes = np.sum(x * x, axis=1)[:, None] + np.sum(y * y, axis=1)
+    squared = sizes - 2 * (x @ y.T)
+    near = squared < KEPT * sizes
+    for i in np.flatnonzero(near.any(axis=1)):
+        squared[i, near[i]] = np.square(y[near[i]] - x[i]).sum(axis=1)
+    return squared
 
 
 def _radii(x: np.ndarray, origin: np.ndarray, k: int, batch: int) -> np.ndarray:
@@ -300,5 +313,7 @@ def _radii(x: np.ndarray, origin: np.ndarray, k: int, batch: int) -> np.ndarray:
             known = np.concatenate([nearest, distance], axis=1)
             nearest = np.partition(known, k - 1, axis=1)[:, :k]
         radius = nearest.max(axis=1)
-        radii[rows] = radius + rounding * (np.sum(points**2, axis=1) + radius)
+        # As many digits as `_squared_distances` keeps.
+        size = np.minimum(np.sum(points**2, axis=1), radius / KEPT)
+        radii[rows] = radius + rounding * (size + radius)
     return radii

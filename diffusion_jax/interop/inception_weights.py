@@ -28,9 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.errors import DataError
-from diffusion_jax.interop import graphdef
+from diffusion_jax.interop import graphdef, renaming
+from diffusion_jax.interop.renaming import Names, Place
 from diffusion_jax.nets import inception
-from diffusion_jax.storage import archives, tensor_files
+from diffusion_jax.storage import archives, tensor_files, trees
 from diffusion_jax.storage.download import fetch
 
 VARIABLE = "DIFFUSION_JAX_INCEPTION"
@@ -46,9 +47,7 @@ FILES = (
     "pt_inception-2015-12-05-6726825d.pth",
 )
 # The files have some 95 MB; more than this is no such file, or a bomb.
-_MAX_BYTES = 2**29
-# How PyTorch began its files before 2020: the pickle of one known number.
-_PYTORCH_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
+_MAX_BYTES = 2**27
 # torchvision's names: of the first convolutions, then of each block and, in order, of
 # its lone convolution and its towers.
 _STEM = ("1a_3x3", "2a_3x3", "2b_3x3", "3b_1x1", "4a_3x3")
@@ -65,15 +64,6 @@ _BLOCKS = (
     "7b 1x1 3x3 3x3dbl _pool",
     "7c 1x1 3x3 3x3dbl _pool",
 )
-
-
-class _Source(NamedTuple):
-    """Where a format has a tensor: its name there and the order of its axes."""
-
-    name: str
-    axes: tuple[int, ...] | None = None
-    optional: bool = False
-    """Whether it may be absent, and is then all ones."""
 
 
 class Weights(NamedTuple):
@@ -166,16 +156,20 @@ def load(path: str | os.PathLike[str]) -> Weights:
         content = _from_archive(content, path)
         kind = "graphdef" if content[:1] == b"\n" else "unknown"
     if kind == "graphdef":
-        found = graphdef.read(content, path)
-        variables = _assemble(found, _graph_names(), path, others_allowed=True)
+        found, names = graphdef.read(content, path), _graph_names()
+        # Scales were not trained: they are all ones, and may be left out.
+        for own, place in names.items():
+            if own.endswith("/scale") and place.name not in found:
+                found[place.name] = np.ones(shapes()[own], np.float32)
+        known = {place.name for place in names.values()}
+        found = {name: array for name, array in found.items() if name in known}
     elif kind in ("safetensors", "pytorch"):
         found = _read(path)
         theirs = any(name.endswith(".conv.weight") for name in found)
         names = _pytorch_names() if theirs or kind == "pytorch" else _own_names()
-        variables = _assemble(found, names, path)
     else:
         raise _refusal(path, kind, content)
-    return Weights(variables, digest, kind)
+    return Weights(_assemble(found, names, path), digest, kind)
 
 
 def save(variables: Mapping[str, Any], path: str | os.PathLike[str]) -> str:
@@ -190,15 +184,18 @@ def save(variables: Mapping[str, Any], path: str | os.PathLike[str]) -> str:
       path: where the file shall lie; whatever was there is replaced at the end.
 
     Raises:
-      DataError: the variables are not the network's, or the disk refuses.
+      DataError: the variables are not the network's.
+      OSError: the disk refuses.
     """
-    found = {}
-    for tree in variables.values():
-        for name, array in flax.traverse_util.flatten_dict(tree, sep="/").items():
-            found[name] = np.ascontiguousarray(array)
-    path = Path(path)
-    _assemble(found, _own_names(), path)
+    found = {name: np.asarray(x) for name, x in _by_name(variables).items()}
+    _assemble(found, _own_names(), Path(path))
     return tensor_files.write_safetensors(path, found)
+
+
+def _by_name(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns leaves by their paths within `params` or `batch_stats`."""
+    named = trees.by_path(variables)
+    return {path.partition("/")[2]: leaf for path, leaf in named.items()}
 
 
 @functools.cache
@@ -207,11 +204,7 @@ def shapes() -> Mapping[str, tuple[int, ...]]:
     images = jax.ShapeDtypeStruct((1, inception.SIDE, inception.SIDE, 3), jnp.uint8)
     key = jax.eval_shape(lambda: jax.random.key(0))
     made = jax.eval_shape(inception.Inception().init, key, images)
-    return {
-        name: leaf.shape
-        for tree in made.values()
-        for name, leaf in flax.traverse_util.flatten_dict(tree, sep="/").items()
-    }
+    return {name: leaf.shape for name, leaf in _by_name(made).items()}
 
 
 def _format(path: Path, content: bytes) -> str:
@@ -287,15 +280,12 @@ def _from_archive(content: bytes, path: Path) -> bytes:
     )
 
 
-def _own_names() -> dict[str, _Source]:
-    return {name: _Source(name) for name in shapes()}
+def _own_names() -> Names:
+    return {name: Place(name) for name in shapes()}
 
 
-def _graph_names() -> dict[str, _Source]:
-    """Returns where the released graph has each tensor.
-
-    The scales are all ones, since they were not trained, and may be left out.
-    """
+def _graph_names() -> Names:
+    """Returns where the released graph has each tensor."""
     leaves = {
         "kernel": "conv2d_params",
         "scale": "batchnorm/gamma",
@@ -303,32 +293,33 @@ def _graph_names() -> dict[str, _Source]:
         "mean": "batchnorm/moving_mean",
         "var": "batchnorm/moving_variance",
     }
-    names = {}
-    for own in shapes():
+    names = {
+        "softmax/kernel": Place("softmax/weights"),
+        "softmax/bias": Place("softmax/biases"),
+    }
+    for own in sorted(shapes().keys() - names.keys()):
         module, leaf = own.rsplit("/", 1)
-        names[own] = _Source(f"{module}/{leaves[leaf]}", optional=leaf == "scale")
-    names["softmax/kernel"] = _Source("softmax/weights")
-    names["softmax/bias"] = _Source("softmax/biases")
+        names[own] = Place(f"{module}/{leaves[leaf]}")
     return names
 
 
-def _pytorch_names() -> dict[str, _Source]:
+def _pytorch_names() -> Names:
     """Returns where pytorch-fid has each tensor: OIHW, and torchvision's names."""
     leaves = {
-        "kernel": ("conv.weight", (2, 3, 1, 0)),
+        "kernel": ("conv.weight", (3, 2, 0, 1)),
         "scale": ("bn.weight", None),
         "bias": ("bn.bias", None),
         "mean": ("bn.running_mean", None),
         "var": ("bn.running_var", None),
     }
-    names = {}
-    for own in shapes():
+    names = {
+        "softmax/kernel": Place("fc.weight", (1, 0)),
+        "softmax/bias": Place("fc.bias"),
+    }
+    for own in sorted(shapes().keys() - names.keys()):
         module, leaf = own.rsplit("/", 1)
-        if module != "softmax":
-            name, axes = leaves[leaf]
-            names[own] = _Source(f"{_pytorch_module(module)}.{name}", axes)
-    names["softmax/kernel"] = _Source("fc.weight", (1, 0))
-    names["softmax/bias"] = _Source("fc.bias")
+        name, axes = leaves[leaf]
+        names[own] = Place(f"{_pytorch_module(module)}.{name}", axes)
     return names
 
 
@@ -358,41 +349,22 @@ def _number(name: str) -> int:
     return int(name.partition("_")[2] or 0)
 
 
-def _assemble(
-    found: Mapping[str, Any],
-    names: Mapping[str, _Source],
-    path: Path,
-    *,
-    others_allowed: bool = False,
-) -> dict[str, Any]:
+def _assemble(found: Mapping[str, Any], names: Names, path: Path) -> dict[str, Any]:
     """Returns the variables made of tensors found under a format's names."""
-    flat, missing, wrong = {}, [], []
-    for own, shape in shapes().items():
-        name, axes, optional = names[own]
-        if name not in found and not optional:
-            missing.append(name)
-            continue
-        array = found.get(name, np.ones(shape, np.float32))
-        theirs = tuple(shape[i] for i in np.argsort(axes)) if axes else shape
-        if array.shape != theirs or array.dtype != np.float32:
-            wrong.append(f"{name} {array.dtype} {array.shape}, not float32 {theirs}")
-        elif not np.isfinite(array).all() or (own.endswith("/var") and array.min() < 0):
-            wrong.append(f"{name} with values that no such tensor has")
-        else:
-            flat[own] = np.ascontiguousarray(array.transpose(axes) if axes else array)
-    known = {name for name, *_ in names.values()}
+    wanted = renaming.wanted(names, shapes())
     # PyTorch counts what it has averaged over; that is no part of the network.
-    unknown = [n for n in found if not (n in known or n.endswith("_batches_tracked"))]
-    if missing or wrong or (unknown and not others_allowed):
-        kinds = {"missing": missing, "wrong": wrong, "unknown": unknown}
-        lists = [f"{kind}: {', '.join(of)}" for kind, of in kinds.items() if of]
+    given = {n: x for n, x in found.items() if not n.endswith("_batches_tracked")}
+    wrong = trees.misfits(given, wanted)
+    variances = (name.name for own, name in names.items() if own.endswith("/var"))
+    wrong += [f"{n}: some below 0" for n in variances if np.any(given.get(n, 0) < 0)]
+    if wrong:
         raise DataError(
-            f"{path} must hold the {len(flat) + len(missing) + len(wrong)} tensors of "
-            f"the Inception network of 2015-12-05; got {'; '.join(lists)}. Other "
-            "networks, torchvision's among them, do not fit: give the released file."
+            f"{path} must hold the {len(wanted)} tensors of the Inception network of "
+            f"2015-12-05; got {'; '.join(wrong)}. Other networks, torchvision's among "
+            "them, do not fit: give the released file."
         )
     variables: dict[str, dict] = {"params": {}, "batch_stats": {}}
-    for own, array in flat.items():
+    for own, array in renaming.from_others(given, names).items():
         kind = "batch_stats" if own.endswith(("/mean", "/var")) else "params"
         variables[kind][tuple(own.split("/"))] = array
     return {k: flax.traverse_util.unflatten_dict(v) for k, v in variables.items()}

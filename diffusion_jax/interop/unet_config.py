@@ -47,19 +47,12 @@ _DEFAULTS: dict[str, Any] = {
     "num_class_embeds": None,
     "num_train_timesteps": None,
 }
-# The one value that we have, where there are no two.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "center_input_sample": (False,),
-    "time_embedding_type": ("positional",),
-    "mid_block_type": ("UNetMidBlock2D",),
-    "mid_block_scale_factor": (1,),
-    "downsample_type": ("conv",),
-    "upsample_type": ("conv",),
-    "act_fn": ("silu", "swish"),
-    "resnet_time_scale_shift": ("default",),
-    "add_attention": (True,),
-    "class_embed_type": (None,),
-}
+# Of which we have what is meant where nothing is said, and nothing else.
+_FIXED = (
+    *("center_input_sample", "time_embedding_type", "mid_block_type"),
+    *("mid_block_scale_factor", "downsample_type", "upsample_type", "act_fn"),
+    *("resnet_time_scale_shift", "add_attention", "class_embed_type"),
+)
 # How an average of weights was made, which diffusers' EMAModel writes beside them.
 _AVERAGE = (
     "decay",
@@ -121,9 +114,13 @@ def read_config(config: Mapping[str, Any], *, where: str) -> Architecture:
     }
     values = {**_DEFAULTS, **given}
     wrong = [f"{name} {given[name]!r}" for name in given if name not in _DEFAULTS]
-    for name, allowed in _FIXED.items():
-        if values[name] not in allowed:
-            wrong.append(f"{name} {values[name]!r}, not {allowed[0]!r}")
+    if values["act_fn"] == "swish":
+        values["act_fn"] = "silu"  # another name of it
+    wrong += [
+        f"{name} {values[name]!r}, not {_DEFAULTS[name]!r}"
+        for name in _FIXED
+        if values[name] != _DEFAULTS[name]
+    ]
     size = _side(values["sample_size"])
     wrong += _wrong_kinds(values) or _wrong_shape(values, size)
     variant = _variant(values)

@@ -5,25 +5,28 @@ Two tables say where others have each of our tensors, and how they lay it out:
   official_names     the variables of the authors' TensorFlow checkpoints
   diffusers_names    the state of diffusers' UNet2DModel
 
-Our own name is the path of a parameter, "down0_block0/conv1/kernel". Values are never
-changed, only names and the order of axes: there and back is the identity, to the bit.
+See `renaming` for what they are.
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from diffusion_jax.interop import renaming
+from diffusion_jax.interop.renaming import Names, Place
+from diffusion_jax.nets import fresh
 from diffusion_jax.nets.unet import UNet
+from diffusion_jax.storage import trees
 
 PyTree = Any
 
 # Types that float32 holds exactly.
-_TYPES = ("float32", "float16", "bfloat16")
+_TYPES = ("float16", "bfloat16")
 
 # The inside of a block: by our name, the official one and that of diffusers.
 _INNER = {
@@ -57,20 +60,6 @@ _BEFORE = {
 }
 
 
-class Place(NamedTuple):
-    """Where someone else has one of our tensors."""
-
-    name: str
-    axes: tuple[int, ...] | None = None
-    """Our axes in their order; None where the order is ours."""
-    ones: int = 0
-    """Axes of length 1 that follow, as in a convolution of one pixel."""
-
-
-Names = dict[str, Place]
-"""Places of all tensors of a network, by our own name."""
-
-
 def shapes(net: UNet, channels: int, *, image_size: int) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every tensor of a network, by our own names.
 
@@ -87,10 +76,8 @@ def shapes(net: UNet, channels: int, *, image_size: int) -> dict[str, tuple[int,
     x = jax.ShapeDtypeStruct((1, image_size, image_size, channels), jnp.float32)
     t = jax.ShapeDtypeStruct((1,), jnp.float32)
     label = jax.ShapeDtypeStruct((1,), jnp.int32) if net.num_classes else None
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    made = jax.eval_shape(net.init, key, x, t, label)["params"]
-    flat = traverse_util.flatten_dict(made, sep="/")
-    return {name: leaf.shape for name, leaf in flat.items()}
+    made = trees.by_path(fresh.shapes(net, x, t, label))
+    return {name: leaf.shape for name, leaf in made.items()}
 
 
 def official_names(own: Iterable[str], *, average: bool = True) -> Names:
@@ -194,15 +181,7 @@ def to_tensors(params: PyTree, names: Names) -> dict[str, np.ndarray]:
       params: as `UNet.init` makes them.
       names: from one of the tables.
     """
-    flat = traverse_util.flatten_dict(params, sep="/")
-    made = {}
-    for own, place in names.items():
-        array = np.asarray(flat[own], np.float32)
-        if place.axes is not None:
-            array = array.transpose(place.axes)
-        array = array.reshape(*array.shape, *[1] * place.ones)
-        made[place.name] = np.asarray(array, order="C")
-    return made
+    return renaming.to_others(trees.by_path(params), names)
 
 
 def from_tensors(
@@ -215,22 +194,6 @@ def from_tensors(
 ) -> PyTree:
     """Returns the parameters of a network from what someone else has.
 
-    As `matched`, and as `UNet.apply` takes them.
-    """
-    flat = matched(found, names, own, where=where, ignore=ignore)
-    return traverse_util.unflatten_dict(flat, sep="/")
-
-
-def matched(
-    found: Mapping[str, Any],
-    names: Names,
-    own: Mapping[str, tuple[int, ...]],
-    *,
-    where: str,
-    ignore: Callable[[str], bool] = lambda name: False,
-) -> dict[str, np.ndarray]:
-    """Returns our tensors by our own names, float32, from what someone else has.
-
     Args:
       found: tensors by name; of float32, float16 or bfloat16.
       names: from one of the tables.
@@ -238,44 +201,34 @@ def matched(
       where: the file, for the error.
       ignore: which names may be there without belonging to the network.
 
+    Returns:
+      What `UNet.apply` takes, float32.
+
     Raises:
       ValueError: tensors that are missing, unknown, of another shape or type, or not
         finite; all of them at once.
     """
-    flat, missing, wrong = {}, [], []
-    for name, place in names.items():
-        if place.name not in found:
-            missing.append(place.name)
-            continue
-        array = np.asarray(found[place.name])
-        theirs = _their_shape(own[name], place)
-        if array.shape != theirs:
-            wrong.append(f"{place.name} {array.shape}, not {theirs}")
-        elif array.dtype.name not in _TYPES:
-            wrong.append(f"{place.name} of {array.dtype}, not {_TYPES[0]}")
-        elif not np.isfinite(array.astype(np.float32)).all():
-            wrong.append(f"{place.name} with values that are not finite")
-        else:
-            array = array.reshape(array.shape[: array.ndim - place.ones])
-            if place.axes is not None:
-                array = array.transpose(np.argsort(place.axes))
-            flat[name] = np.asarray(array, np.float32, order="C")
-    known = {place.name for place in names.values()}
-    unknown = [name for name in found if name not in known and not ignore(name)]
-    lists = {"missing": missing, "unknown": unknown, "wrong": wrong}
-    said = [f"\n  {kind}: {one}" for kind, of in lists.items() for one in of]
-    if said:
+    wanted = renaming.wanted(names, own)
+    given = {n: exact(x) for n, x in found.items() if n in wanted or not ignore(n)}
+    check_fits(given, wanted, where)
+    return traverse_util.unflatten_dict(renaming.from_others(given, names), sep="/")
+
+
+def exact(tensor: Any) -> np.ndarray:
+    """Returns a tensor as float32 where that holds all that its type does."""
+    array = np.asarray(tensor)
+    return array.astype(np.float32) if array.dtype.name in _TYPES else array
+
+
+def check_fits(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError where tensors are not those of a network, and says which."""
+    if wrong := trees.misfits(found, wanted):
+        lines = ";\n  ".join(wrong)
         raise ValueError(
-            f"{where} must hold the {len(names)} tensors of this network, and no "
-            f"others; got {len(said)} that do not fit:{';'.join(said)}. Give the file "
-            "that belongs to the configuration."
+            f"{where} must hold the {len(wanted)} tensors of this network, and no "
+            f"others; got {len(wrong)} that do not fit:\n  {lines}. Give "
+            "the file that belongs to the configuration."
         )
-    return flat
-
-
-def _their_shape(shape: tuple[int, ...], place: Place) -> tuple[int, ...]:
-    moved = shape if place.axes is None else tuple(shape[i] for i in place.axes)
-    return (*moved, *[1] * place.ones)
 
 
 def _official_module(module: str) -> str:

@@ -90,8 +90,8 @@ class GroupNorm(nn.Module):
     def __call__(self, parts: norm.Parts, **options: Any) -> jax.Array:
         """Returns `norm.group_norm` of the parts, [B, H, W, C], with its options."""
         channels = sum(part.shape[-1] for part in parts)
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
         return norm.group_norm(parts, scale, bias, self.groups, self.epsilon, **options)
 
 
@@ -105,7 +105,7 @@ class Linear(nn.Module):
     def __call__(self, inputs: int) -> tuple[jax.Array, jax.Array]:
         """Returns kernel [inputs, channels] and bias [channels] as `nn.Dense` has."""
         kernel = self.param("kernel", self.kernel_init, (inputs, self.channels))
-        bias = self.param("bias", nn.initializers.zeros, (self.channels,))
+        bias = self.param("bias", nn.initializers.zeros, (self.channels,), jnp.float32)
         return kernel, bias
 
 
@@ -128,7 +128,7 @@ class Conv(nn.Module):
         """
         shape = (3, 3, x.shape[-1], self.channels)
         kernel = self.param("kernel", self.kernel_init, shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.channels,))
+        bias = self.param("bias", nn.initializers.zeros, (self.channels,), jnp.float32)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         # Sizes are even, so that "SAME" is one row and column all around, and with
         # stride 2 only below and to the right.

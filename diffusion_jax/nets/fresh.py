@@ -139,4 +139,4 @@ def _draw(key: jax.Array, leaf: _Leaf) -> Any:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _uniform(key: jax.Array, size: int) -> jax.Array:
-    return jax.random.uniform(key, (size,), minval=-1)
+    return jax.random.uniform(key, (size,), jnp.float32, minval=-1)

@@ -12,12 +12,11 @@ import bz2
 import contextlib
 import gzip
 import lzma
-import math
 import os
 import tarfile
 import zipfile
-from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -27,9 +26,6 @@ _MOST_MEMBERS = 1000
 # Unpacked bytes that are too few to be a bomb, and how much smaller data may be packed.
 _SMALL, _LEAST_SHARE = 2**28, 200
 _PACKED = ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\x00", lzma.open))
-
-
-NO_MEMORY = "more than this machine has memory for"
 
 
 class ArchiveError(ValueError):
@@ -53,11 +49,11 @@ def read_tar(
       ArchiveError: it is damaged or holds more.
     """
     found: dict[str, bytes] = {}
-    try:
+    with _one_error():
         magic = file.read(6)
         file.seek(0)
         opener = next((o for m, o in _PACKED if magic.startswith(m)), None)
-        with _plain(file, opener) as unpacked:
+        with opener(file) if opener else contextlib.nullcontext(file) as unpacked:
             stream = _Bounded(unpacked, total)
             # One pass: what is skipped is counted too.
             with tarfile.open(fileobj=stream, mode="r|", bufsize=2**18) as archive:  # type: ignore[call-overload]
@@ -78,17 +74,19 @@ def read_tar(
                     found[member.name] = content.read() if content else b""
             while stream.read(2**20):  # whose end has the checksum of all
                 pass
-    except ArchiveError:
-        raise
-    except MemoryError as error:
-        raise ArchiveError(NO_MEMORY) from error
-    except Exception as error:  # each packing fails in its own way
-        raise ArchiveError(_describe(error)) from error
     return found
 
 
-def _plain(file: IO[bytes], opener: Callable[..., Any] | None) -> Any:
-    return opener(file) if opener else contextlib.nullcontext(file)
+@contextlib.contextmanager
+def _one_error() -> Iterator[None]:
+    """Makes an ArchiveError of all that packings, zip, tar, NumPy and Python raise."""
+    try:
+        yield
+    except ArchiveError:
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ArchiveError(said) from error
 
 
 class _Bounded:
@@ -114,85 +112,42 @@ def check_packed(unpacked: int, packed: int, what: str) -> None:
 
 
 def read_npz(
-    path: str | os.PathLike[str], choose: Callable[[list[str]], list[str]]
+    path: str | os.PathLike[str], choose: Callable[[list[str]], Sequence[str]]
 ) -> dict[str, np.ndarray]:
     """Returns arrays of an .npz file by name. Pickles in it are never opened.
 
     Args:
       path: the file.
-      choose: from the names of all arrays to those to read, which are among them.
+      choose: from the names of all arrays to those to read.
 
     Raises:
-      ArchiveError: it is no such file, or damaged, or an array is of objects, or its
-        header promises other than is there.
+      ArchiveError: it is no such file, or damaged, or lacks an array, or one is of
+        objects, or its header promises other than is there.
       FileNotFoundError: there is none.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ArchiveError("no regular file")
-    with path.open("rb") as file:
-        try:
-            return _read_npz(file, choose)
-        except ArchiveError:
-            raise
-        except MemoryError as error:
-            raise ArchiveError(NO_MEMORY) from error
-        except Exception as error:  # of zip, its packings, NumPy and Python's parser
-            raise ArchiveError(_describe(error)) from error
-
-
-def _read_npz(
-    file: IO[bytes], choose: Callable[[list[str]], list[str]]
-) -> dict[str, np.ndarray]:
-    length = os.fstat(file.fileno()).st_size
-    with zipfile.ZipFile(file) as archive:
+    with path.open("rb") as file, _one_error(), zipfile.ZipFile(file) as archive:
         infos: dict[str, zipfile.ZipInfo] = {}
         for info in archive.infolist():
             name = info.filename.removesuffix(".npy")
             if name in infos:
                 raise ArchiveError(f"two members named {name}")
-            if name.startswith("/") or ".." in PurePosixPath(name).parts:
-                raise ArchiveError(f"a member named {info.filename}, outside of it")
             infos[name] = info
-        return {
-            name: _read_array(archive, infos[name], length)
-            for name in choose(list(infos))
-        }
+        chosen = choose(list(infos))
+        if missing := [name for name in chosen if name not in infos]:
+            raise ArchiveError(f"no {' and no '.join(missing)}")
+        length = path.stat().st_size
+        return {name: _array(archive, infos[name], length) for name in chosen}
 
 
-def _read_array(
-    archive: zipfile.ZipFile, info: zipfile.ZipInfo, length: int
-) -> np.ndarray:
-    packed = min(info.compress_size, length)
-    check_packed(info.file_size, packed, info.filename)
-    header = np.lib.format
+def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, length: int) -> np.ndarray:
+    check_packed(info.file_size, min(info.compress_size, length), info.filename)
     with archive.open(info) as stream:
-        version = header.read_magic(stream)
-        # The third is of arrays with named fields, of which there are none here.
-        readers = {
-            (1, 0): header.read_array_header_1_0,
-            (2, 0): header.read_array_header_2_0,
-        }
-        if version not in readers:
-            raise ArchiveError(f"{info.filename} of version {version}")
-        shape, _, kind = readers[version](stream)
-        if kind.hasobject:
-            raise ArchiveError(f"{info.filename} of objects, a pickle; it was not run")
-        if min(shape, default=0) < 0:
-            raise ArchiveError(f"{info.filename} of shape {shape}")
-        promised = math.prod(shape) * kind.itemsize
-        there = info.file_size - stream.tell()
-    if promised != there:
-        raise ArchiveError(
-            f"{info.filename} with {there} bytes for {kind} of shape {shape}"
-        )
-    with archive.open(info) as stream:
-        array: np.ndarray = header.read_array(stream, allow_pickle=False)
+        # It makes room for what a header promises, but fills none that is not there.
+        array: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
         # At its end the checksum is looked at.
         if stream.read(1):
             raise ArchiveError(f"{info.filename} with more than its array")
     return array
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error)[:200]}"

@@ -6,24 +6,24 @@ and a `DataError` says why, within seconds where there is no network.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import http.client
 import os
-import queue
-import secrets
 import threading
-import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from diffusion_jax.errors import DataError
+from diffusion_jax.storage import files
 
 _CHUNK = 2**18
+T = TypeVar("T")
 
 
 def fetch(
@@ -66,34 +66,34 @@ ftp://example.org/a. Download it by hand.
     """
     check_address(url)
     path = Path(path)
-    # The process id and a random part: processes and hosts that share the folder
-    # may all download at once, and the last to finish wins with the same bytes.
-    part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        response = _open(url, connect_timeout, read_timeout)
-        with response, part.open("xb") as file:
-            digest = _copy(response, file, url, size, most, progress)
-        if sha256 is not None and digest != sha256.lower():
-            raise DataError(
-                f"the file at {url} must have SHA-256 {sha256}; got {digest}. "
-                "It was changed on the way or at the source: it was not kept."
+        with files.replacing(path) as file:
+            request = urllib.request.Request(
+                url, headers={"User-Agent": "diffusion_jax"}
             )
-        os.replace(part, path)
+            opener = urllib.request.build_opener(_Redirects)
+            response = within(
+                connect_timeout, lambda: opener.open(request, timeout=read_timeout)
+            )
+            with response:
+                digest = _copy(response, file, url, size, most, progress)
+            if sha256 is not None and digest != sha256.lower():
+                raise DataError(
+                    f"the file at {url} must have SHA-256 {sha256}; got {digest}. "
+                    "It was changed on the way or at the source: it was not kept."
+                )
     except TimeoutError as error:
         raise DataError(
-            f"a download must send bytes at least every {read_timeout:g} s; got none "
-            f"from {url} for that long. Try again later, or download it by hand."
+            f"a server must answer within {connect_timeout:g} s, and then send bytes "
+            f"at least every {read_timeout:g} s; got none from {url} for that long. "
+            "Check the network and try again, or download it by hand."
         ) from error
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException, UnicodeError) as error:
         raise DataError(
-            f"{url} must be readable and {path.parent} writable; got "
-            f"{type(error).__name__}: {error}. Check the network and the disk, or "
-            f"download the file by hand to {path}."
+            f"{url} must be within reach and {path.parent} writable; got {error}. "
+            f"Check the address, the network and the disk, or download it by hand to "
+            f"{path}."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):  # never made, or its folder is no folder
-            part.unlink(missing_ok=True)
     return path
 
 
@@ -137,58 +137,42 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _open(url: str, connect_timeout: float, read_timeout: float) -> Any:
-    """Returns the open response, or raises once `connect_timeout` has passed.
+def within(seconds: float, work: Callable[[], T]) -> T:
+    """Returns what a function does, or raises TimeoutError when it is not done in time.
 
     Look-ups of names have no timeout of their own and a host may have many addresses
     that each hang, so the whole of it runs in a thread that is waited for.
     """
-    outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    answer: Future[T] = Future()
 
-    def connect() -> None:
-        request = urllib.request.Request(url, headers={"User-Agent": "diffusion_jax"})
+    def run() -> None:
         try:
-            opener = urllib.request.build_opener(_Redirects)
-            outcome.put(opener.open(request, timeout=read_timeout))
-        except Exception as error:  # handed to the caller's thread, and raised there
-            outcome.put(error)
+            answer.set_result(work())
+        except Exception as error:  # raised again where it is waited for
+            answer.set_exception(error)
 
-    threading.Thread(target=connect, name="connect", daemon=True).start()
-    try:
-        response = outcome.get(timeout=connect_timeout)
-    except queue.Empty:
-        raise DataError(
-            f"a server must answer within {connect_timeout:g} s; got no answer from "
-            f"{url}. Check the network, or download the file by hand."
-        ) from None
-    if isinstance(response, urllib.error.HTTPError):
-        response.close()
-        raise DataError(
-            f"{url} must be there to download; got HTTP status {response.code} "
-            f"({response.reason}). Check the address, or download the file by hand."
-        )
-    if isinstance(response, DataError):
-        raise response
-    if isinstance(response, Exception):
-        reason = getattr(response, "reason", response)
-        raise DataError(
-            f"the server of {url} must be reachable; got {reason}. "
-            "Check the network, or download the file by hand."
-        ) from response
-    return response
+    threading.Thread(target=run, name="network", daemon=True).start()
+    return answer.result(timeout=seconds)
 
 
 def _copy(
     response: Any, file: Any, url: str, size: int | None, most: int, progress: bool
 ) -> str:
     """Returns the SHA-256 of the bytes copied, having checked how many they were."""
+
+    def wrong(must: str, got: object) -> DataError:
+        return DataError(
+            f"the file at {url} must have {must} bytes; got {got}. The transfer was "
+            "cut off or the file is another one: try again, or download it by hand."
+        )
+
     stated = response.headers.get("Content-Length", "")
     known = stated.isascii() and stated.isdecimal() and len(stated) < 20
     expected = int(stated) if known else size
     if size is not None and expected != size:
-        raise _wrong_size(url, size, expected)
-    if expected is not None and expected > (size or most):
-        raise _too_large(url, most, expected)
+        raise wrong(f"{size}", expected)
+    if size is None and (expected or 0) > most:
+        raise wrong(f"at most {most}", expected)
     digest, done = hashlib.sha256(), 0
     with tqdm(
         total=expected,
@@ -198,29 +182,13 @@ def _copy(
         # None means: only where standard error is a terminal.
         disable=None if progress else True,
     ) as bar:
-        while chunk := response.read(_CHUNK):
+        while done <= (expected or most) and (chunk := response.read(_CHUNK)):
             done += len(chunk)
-            if expected is not None and done > expected:
-                break
-            if done > (size or most):
-                raise _too_large(url, most, "more")
             file.write(chunk)
             digest.update(chunk)
             bar.update(len(chunk))
     if expected is not None and done != expected:
-        raise _wrong_size(url, expected, done)
+        raise wrong(f"{expected}", done)
+    if expected is None and done > most:
+        raise wrong(f"at most {most}", "more")
     return digest.hexdigest()
-
-
-def _too_large(url: str, most: int, got: int | str) -> DataError:
-    return DataError(
-        f"the file at {url} must have at most {most} bytes; got {got}. It is another "
-        "one than was meant: check the address, or download it by hand."
-    )
-
-
-def _wrong_size(url: str, expected: int, got: int | None) -> DataError:
-    return DataError(
-        f"the file at {url} must have {expected} bytes; got {got}. The transfer was "
-        "cut off or the file is another one: try again, or download it by hand."
-    )

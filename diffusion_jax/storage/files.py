@@ -1,6 +1,7 @@
 """Files that are at any moment the old one or the new one, whole."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,7 +14,8 @@ def replacing(
 ) -> Iterator[IO[bytes]]:
     """Gives a file that takes the place of another when all of it is written.
 
-    Until then it is .<name>.<process>.tmp beside it.
+    Until then it is .<name>.<process>.<random>.tmp beside it: several hosts that share
+    the folder may write it at once, and the last to finish wins.
 
     Args:
       path: of the file; its folder is made.
@@ -25,7 +27,7 @@ def replacing(
         there stays.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:

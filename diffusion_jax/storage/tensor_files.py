@@ -2,7 +2,7 @@
 
 Read are
 
-  safetensors   once over, into memory; with what the file says of itself
+  safetensors   with what the file says of itself
   pytorch       state of a module (.bin, .pt, .pth), where PyTorch is installed
   tensorflow    a checkpoint of variables, where TensorFlow is installed
 
@@ -18,8 +18,7 @@ import hashlib
 import json
 import os
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,26 +28,9 @@ import safetensors
 import safetensors.numpy
 from tqdm import tqdm
 
-from diffusion_jax.errors import DataError
-from diffusion_jax.storage import tensorflow_checkpoint
+from diffusion_jax.errors import DataError, first_of
+from diffusion_jax.storage import files, tensorflow_checkpoint
 
-# Types of safetensors; its own table for NumPy has no bfloat16 in some versions.
-_TYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": jnp.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U64": np.uint64,
-    "U32": np.uint32,
-    "U16": np.uint16,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-    "C64": np.complex64,
-}
 _CHUNK = 2**22
 _HEAD = 512
 # The library refuses headers of more than 100 MB.
@@ -162,9 +144,10 @@ def write_safetensors(
       meta: words by name, to be read by `read_meta`.
 
     Raises:
-      DataError: a type that safetensors lacks, or the disk refuses.
+      DataError: a type that safetensors lacks.
+      OSError: the disk refuses.
     """
-    path, meta = Path(path), dict(sorted((meta or {}).items()))
+    meta = dict(sorted((meta or {}).items()))
     # The library takes the memory of an array as it lies, transposed or not.
     plain = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     try:
@@ -181,24 +164,12 @@ def write_safetensors(
         header["__metadata__"] = meta
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    pieces = (len(text).to_bytes(8, "little"), text, memoryview(content)[8 + length :])
+    data = memoryview(content)[8 + length :]
     digest = hashlib.sha256()
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            for piece in pieces:
-                file.write(piece)
-                digest.update(piece)
-        part.replace(path)
-    except OSError as error:
-        raise DataError(
-            f"{path} must be a place to write to; got {error}. Free some room, or name "
-            "another."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):  # never made, or its folder is no folder
-            part.unlink(missing_ok=True)
+    with files.replacing(path, durable=True) as file:
+        for piece in (len(text).to_bytes(8, "little"), text, data):
+            file.write(piece)
+            digest.update(piece)
     return digest.hexdigest()
 
 
@@ -230,14 +201,12 @@ def _kind(head: bytes) -> str:
     return "safetensors" if braced and head[9:10] in (b'"', b"}") else "unknown"
 
 
-@contextlib.contextmanager
-def _bar(total: int, progress: bool) -> Iterator[Callable[[int], object]]:
-    """A bar of bytes read; the block gets what moves it on."""
-    shown = progress and sys.stderr.isatty()
-    with tqdm(
-        total=total, desc="reading", unit="B", unit_scale=True, disable=not shown
-    ) as bar:
-        yield bar.update
+def _bar(paths: list[Path], progress: bool) -> tqdm:
+    """Returns a bar of the bytes that are read of files."""
+    total = sum(path.stat().st_size for path in paths)
+    # None means: only where standard error is a terminal.
+    disable = None if progress else True
+    return tqdm(total=total, desc="reading", unit="B", unit_scale=True, disable=disable)
 
 
 @contextlib.contextmanager
@@ -254,56 +223,46 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _read_safetensors(path: Path, progress: bool) -> Tensors:
-    """Returns the tensors of a file that is read once, into memory that they share."""
-    digest = hashlib.sha256()
     # The library holds the header to the length of the file, and tensors to following
-    # each other without gaps.
-    with _opened(path) as file, path.open("rb") as content:
-        meta = dict(file.metadata() or {})
-        length = content.read(8)
-        header = content.read(int.from_bytes(length, "little"))
-        digest.update(length + header)
-        # By itself, so that tensors begin at whole numbers of their sizes.
-        data = np.empty(path.stat().st_size - 8 - len(header), np.uint8)
-        with _bar(len(data), progress) as update:
-            for first in range(0, len(data), _CHUNK):
-                chunk = data[first : first + _CHUNK]
-                if content.readinto(chunk.data) != len(chunk):
-                    raise OSError("it became shorter while it was read")
-                digest.update(chunk.data)
-                update(len(chunk))
-    listed = json.loads(header, object_pairs_hook=lambda pairs: pairs)
-    counts = collections.Counter(name for name, _ in listed)
+    # each other without gaps; of two of one name it takes the last.
+    with _opened(path) as file:
+        _check_names(path)
+        digest = _digest([path], progress)
+        arrays = {}
+        for name in file.keys():  # noqa: SIM118
+            try:
+                arrays[name] = file.get_tensor(name)
+            # The first of NumPy, asked for a type that it lacks.
+            except (AttributeError, safetensors.SafetensorError):
+                raise DataError(
+                    f"{path} must hold tensors of types that NumPy has; got {name} of "
+                    f"{file.get_slice(name).get_dtype()}. Save them as float32 where "
+                    "they come from."
+                ) from None
+        return Tensors(arrays, dict(file.metadata() or {}), "safetensors", digest)
+
+
+def _check_names(path: Path) -> None:
+    with path.open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+    listed = json.loads(header, object_pairs_hook=lambda pairs: [n for n, _ in pairs])
+    counts = collections.Counter(listed)
     if twice := [name for name, count in counts.items() if count > 1]:
         raise DataError(
-            f"{path} must name each tensor once; got {', '.join(twice[:3])} twice. "
+            f"{path} must name each tensor once; got {first_of(twice)} twice. "
             "Write it again."
         )
-    entries = {n: dict(e) for n, e in listed if n != "__metadata__"}
-    kinds = {name: entry["dtype"] for name, entry in entries.items()}
-    wrong = [f"{name} of {kind}" for name, kind in kinds.items() if kind not in _TYPES]
-    if wrong:
-        raise DataError(
-            f"{path} must hold tensors of types that NumPy has; got "
-            f"{', '.join(wrong)}. Save them as float32 where they come from."
-        )
-    arrays = {}
-    for name, entry in entries.items():
-        first, end = entry["data_offsets"]
-        array = data[first:end].view(_TYPES[kinds[name]]).reshape(entry["shape"])
-        arrays[name] = array if array.flags.aligned else array.copy()
-    return Tensors(arrays, meta, "safetensors", digest.hexdigest())
 
 
-def _digest(files: list[Path], progress: bool) -> str:
+def _digest(paths: list[Path], progress: bool) -> str:
     """Returns the SHA-256 of files, one after the other."""
     digest = hashlib.sha256()
-    with _bar(sum(file.stat().st_size for file in files), progress) as update:
-        for file in files:
-            with file.open("rb") as content:
+    with _bar(paths, progress) as bar:
+        for path in paths:
+            with path.open("rb") as content:
                 while chunk := content.read(_CHUNK):
                     digest.update(chunk)
-                    update(len(chunk))
+                    bar.update(len(chunk))
     return digest.hexdigest()
 
 
@@ -343,8 +302,8 @@ def _from_torch(name: Any, tensor: Any, torch: Any) -> np.ndarray:
 
 
 def _read_tensorflow(prefix: Path, progress: bool) -> Tensors:
-    files = tensorflow_checkpoint.data_files(prefix)
-    digest = _digest(files, progress)
-    with _bar(sum(file.stat().st_size for file in files), progress) as update:
-        arrays = tensorflow_checkpoint.variables(prefix, update)
+    paths = tensorflow_checkpoint.data_files(prefix)
+    digest = _digest(paths, progress)
+    with _bar(paths, progress) as bar:
+        arrays = tensorflow_checkpoint.variables(prefix, bar.update)
     return Tensors(arrays, {}, "tensorflow", digest)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_jax.errors import DataError
+from diffusion_jax.errors import DataError, first_of
 
 # The last bytes of the table of a TensorFlow checkpoint, its .index.
 _TABLE_MAGIC = bytes.fromhex("57fb808b247547db")
@@ -87,7 +87,7 @@ def variables(prefix: Path, update: Callable[[int], object]) -> dict[str, np.nda
     if texts:
         raise DataError(
             f"the checkpoint {prefix} must hold numbers, as a Saver of variables "
-            f"writes them; got text for {', '.join(texts[:3])}. Save the variables by "
+            f"writes them; got text for {first_of(texts)}. Save the variables by "
             "their names."
         )
     return arrays

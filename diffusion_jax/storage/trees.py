@@ -1,6 +1,12 @@
-"""Parameters in a .safetensors file, with what has to be known of them as text."""
+"""Trees of arrays: names of their leaves, what of them does not fit, and their files.
+
+A file is .safetensors; a leaf in it is called by its keys, joined by dots, and words by
+name say what has to be known of the tree.
+"""
 
 import hashlib
+import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,7 +14,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from diffusion_jax.errors import DataError
+from diffusion_jax.errors import DataError, first_of
 from diffusion_jax.storage import tensor_files
 
 
@@ -22,32 +28,56 @@ class Stored(NamedTuple):
     """Of the file."""
 
 
-def write(path: Path, params: Any, meta: dict[str, str]) -> None:
-    """Writes a tree of arrays under a temporary name, then renames the file.
+def by_path(tree: Any, separator: str = "/") -> dict[str, Any]:
+    """Returns the leaves of a tree by their paths, in their order.
 
     Raises:
-      DataError: the disk refuses.
+      ValueError: two leaves have the same path.
+
+    >>> by_path({"a": [1, 2]})
+    {'a/0': 1, 'a/1': 2}
     """
-    flat = traverse_util.flatten_dict(params, sep=".")
-    tensor_files.write_safetensors(path, flat, meta)
-
-
-def read(path: Path) -> Stored:
-    """Returns what `write` wrote.
-
-    Raises:
-      DataError: there is no such file, or it is damaged or no tree.
-    """
-    found = tensor_files.read(path)
-    names = set(found.arrays)
-    within = {n for name in names for n in _above(name) if n in names}
-    if within:
-        raise DataError(
-            f"{path} must hold a tree, whose tensors have none below them; got some "
-            f"below {', '.join(sorted(within)[:3])}. Write it again."
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    found = {
+        jax.tree_util.keystr(path, simple=True, separator=separator): leaf
+        for path, leaf in leaves
+    }
+    if len(found) < len(leaves):
+        raise ValueError(
+            f"every leaf must have a path of its own, with its keys joined by "
+            f"{separator!r}; got {len(leaves)} leaves with {len(found)} paths. Use "
+            f"keys without {separator!r}."
         )
-    params = traverse_util.unflatten_dict(found.arrays, sep=".")
-    return Stored(params, found.meta, found.sha256)
+    return found
+
+
+def misfits(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Returns what of leaves by path is not as it has to be, a few words each.
+
+    Types and shapes have to be the same, and values finite where there are values.
+
+    Args:
+      found: arrays, or what has the type and the shape of one.
+      wanted: the same.
+
+    >>> misfits({"a": np.zeros(2)}, {"a": np.zeros(3), "b": np.float32(0)})
+    ['a: float64[2] for float64[3]', 'b: nothing for float32[]']
+    """
+    wrong = []
+    for name in sorted(found.keys() | wanted.keys()):
+        leaf = found.get(name)
+        had, want = _in_words(leaf), _in_words(wanted.get(name))
+        if had != want:
+            wrong.append(f"{name}: {had} for {want}")
+        elif isinstance(leaf, np.ndarray) and not np.isfinite(leaf).all():
+            wrong.append(f"{name}: values that are not finite")
+    return wrong
+
+
+def _in_words(leaf: Any) -> str:
+    if leaf is None:
+        return "nothing"
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
 def check(params: Any, like: Any, path: Path) -> None:
@@ -58,34 +88,43 @@ def check(params: Any, like: Any, path: Path) -> None:
       like: of the network, a tree of arrays or shapes.
       path: of the file, for the error.
     """
-    found, wanted = (
-        traverse_util.flatten_dict(tree, sep=".") for tree in (params, like)
-    )
-    wrong = [f"no {name}" for name in wanted if name not in found]
-    for name, array in found.items():
-        described = f"{name} {array.dtype} {array.shape}"
-        if name not in wanted:
-            wrong.append(f"{name} too many")
-        elif (array.shape, array.dtype) != (wanted[name].shape, wanted[name].dtype):
-            wrong.append(f"{described}, not {wanted[name].dtype} {wanted[name].shape}")
-        elif not np.isfinite(array).all():
-            wrong.append(f"{name} with values that are not finite")
+    wrong = misfits(by_path(params, "."), by_path(like, "."))
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise DataError(
             f"{path} must hold the parameters of its network; got "
-            f"{'; '.join(wrong[:3])}{more}. Write it again."
+            f"{first_of(wrong)}. "
+            "Write it again."
         )
 
 
-def _above(name: str) -> list[str]:
-    """Returns the names of what a tensor is in.
+def write(path: Path, params: Any, meta: Mapping[str, str]) -> str:
+    """Returns the SHA-256 of the file that now holds a tree of arrays.
 
-    >>> _above("a.b.c")
-    ['a', 'a.b']
+    Raises:
+      DataError: a type that safetensors lacks.
+      ValueError: two leaves have the same path.
+      OSError: the disk refuses.
     """
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts))]
+    return tensor_files.write_safetensors(path, by_path(params, "."), meta)
+
+
+def read(path: Path) -> Stored:
+    """Returns what `write` wrote.
+
+    Raises:
+      DataError: there is no such file, or it is damaged or no tree.
+    """
+    found = tensor_files.read(path)
+    # With its dot, a name comes right before the names of what is below it.
+    names = itertools.pairwise(sorted(f"{name}." for name in found.arrays))
+    within = [name[:-1] for name, after in names if after.startswith(name)]
+    if within:
+        raise DataError(
+            f"{path} must hold a tree, whose tensors have none below them; got some "
+            f"below {first_of(within)}. Write it again."
+        )
+    params = traverse_util.unflatten_dict(found.arrays, sep=".")
+    return Stored(params, found.meta, found.sha256)
 
 
 def digest(tree: Any) -> str:

@@ -20,7 +20,6 @@ hold for any number of updates.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,10 +27,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from diffusion_jax.storage import files
+from diffusion_jax.errors import first_of
+from diffusion_jax.storage import tensor_files, trees
 
 PyTree = Any
 Profile = Callable[[jax.Array], jax.Array]
@@ -41,15 +39,10 @@ LONGEST = 0.28
 
 FORMAT = "diffusion_jax.average"
 VERSION = 1
-
+# What JSON of another kind ends in, be it nested without end or a number without one.
 _DAMAGE = (
-    safetensors.SafetensorError,
-    KeyError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    OverflowError,
-    RecursionError,
+    *(ValueError, KeyError, TypeError),
+    *(AttributeError, OverflowError, RecursionError),
 )
 
 
@@ -248,11 +241,8 @@ def reconstruct(trees: Iterable[PyTree], weights: Sequence[float]) -> PyTree:
     return jax.tree.map(lambda x, dtype: x.astype(dtype), total, like)
 
 
-def save(path: str | os.PathLike[str], params: PyTree, step: int, length: float) -> Any:
+def save(path: Path, params: PyTree, step: int, length: float) -> Path:
     """Returns the path of a snapshot after writing it, as safetensors of float32.
-
-    It is written under a temporary name and then renamed, so that what has the name is
-    whole.
 
     Args:
       path: the file; its folder is made.
@@ -262,38 +252,39 @@ def save(path: str | os.PathLike[str], params: PyTree, step: int, length: float)
 
     Raises:
       ValueError: leaves that are not float32, or names that come out alike.
+      OSError: the disk refuses.
     """
-    file = Path(path)
-    arrays = {name: np.asarray(x) for name, x in _named(params).items()}
-    for name, x in arrays.items():
+    for name, x in trees.by_path(params).items():
         if x.dtype != np.float32:
             raise ValueError(
                 f"the weights of a snapshot must be float32; got {x.dtype} for {name}. "
                 "Keep the parameters in float32, whatever the type of activations."
             )
     about = {"version": VERSION, "step": int(step), "length": float(length)}
-    # In one entry, since safetensors writes several in any order: the same average
-    # is the same file, to the byte.
-    data = safetensors.numpy.save(arrays, {FORMAT: json.dumps(about)})
-    with files.replacing(file, durable=True) as partial:
-        partial.write(data)
-    return file
+    trees.write(path, params, {FORMAT: json.dumps(about)})
+    return path
 
 
-def header(path: str | os.PathLike[str]) -> Snapshot:
+def header(path: Path) -> Snapshot:
     """Returns which average a file holds, without reading it.
 
     Raises:
       ValueError: it is damaged or not a snapshot of this version.
     """
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return _parse(file.metadata() or {})
+        about = json.loads(tensor_files.read_meta(path)[FORMAT])
+        if about.get("version") != VERSION:
+            raise ValueError(f"version {about.get('version')}")
+        return Snapshot(int(about["step"]), float(about["length"]))
     except _DAMAGE as error:
-        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"{path} must be a whole snapshot, {FORMAT} version {VERSION}; got "
+            f"{type(error).__name__}: {error}. Delete it: the average is made of the "
+            "others, a little less closely."
+        ) from error
 
 
-def load(path: str | os.PathLike[str], like: PyTree) -> PyTree:
+def load(path: Path, like: PyTree) -> PyTree:
     """Returns the weights of a snapshot, a tree of NumPy arrays.
 
     Args:
@@ -304,27 +295,13 @@ def load(path: str | os.PathLike[str], like: PyTree) -> PyTree:
       ValueError: it is damaged, not a snapshot, or does not fit `like`.
     """
     header(path)
-    try:
-        stored = safetensors.numpy.load_file(path)
-    except _DAMAGE as error:
-        raise _damaged(path, f"{type(error).__name__}: {error}") from error
-    wanted = {name: _describe(x) for name, x in _named(like).items()}
-    found = {name: _describe(x) for name, x in stored.items()}
-    wrong = [
-        f"{name}: {found.get(name, 'nothing')} for {wanted.get(name, 'nothing')}"
-        for name in sorted(found.keys() | wanted.keys())
-        if found.get(name) != wanted.get(name)
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    stored, wanted = tensor_files.read(path).arrays, trees.by_path(like, ".")
+    if wrong := trees.misfits(stored, wanted):
         raise ValueError(
             f"{path} must fit the network of this configuration; got "
-            f"{'; '.join(wrong[:3])}{more}. Use the configuration that wrote it, or "
-            "delete the file."
+            f"{first_of(wrong)}. Use the configuration that wrote it, or delete "
+            "the file: the average is made of the others, a little less closely."
         )
-    endless = [name for name in wanted if not np.isfinite(stored[name]).all()]
-    if endless:
-        raise _damaged(path, f"{endless[0]} with values that are not finite")
     return jax.tree.unflatten(jax.tree.structure(like), [stored[n] for n in wanted])
 
 
@@ -378,34 +355,3 @@ def _inner(t_a: Any, p_a: Any, t_b: Any, p_b: Any) -> np.ndarray:
 
 def _add(total: np.ndarray, leaf: Any, factor: float) -> None:
     total += np.multiply(np.asarray(leaf), factor, dtype=np.float64)
-
-
-def _named(tree: PyTree) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    keystr = jax.tree_util.keystr
-    named = {keystr(path, simple=True, separator="."): x for path, x in leaves}
-    if len(named) != len(leaves):
-        raise ValueError(
-            "names of weights must differ when joined by dots; got "
-            f"{len(leaves) - len(named)} that are taken already. Use names without "
-            "dots."
-        )
-    return named
-
-
-def _describe(x: Any) -> str:
-    return f"{x.dtype}[{','.join(map(str, x.shape))}]"
-
-
-def _parse(metadata: dict[str, str]) -> Snapshot:
-    about = json.loads(metadata.get(FORMAT, "{}"))
-    if about.get("version") != VERSION:
-        raise ValueError(f"version {about.get('version')}")
-    return Snapshot(int(about["step"]), float(about["length"]))
-
-
-def _damaged(path: str | os.PathLike[str], got: str) -> ValueError:
-    return ValueError(
-        f"{path} must be a whole snapshot, {FORMAT} version {VERSION}; got {got}. "
-        "Delete it: the average is made of the others, a little less closely."
-    )

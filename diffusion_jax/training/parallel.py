@@ -18,7 +18,7 @@ and its gradient is cut again (`gathered`). Only "mesh" can do that.
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -37,7 +37,9 @@ STRATEGIES = ("mesh", "pmap", "shard_map")
 PyTree = Any
 
 
-def make_mesh(devices: int | None = None, fsdp: int = 1) -> Mesh:
+def make_mesh(
+    devices: int | None = None, fsdp: int = 1, found: Sequence[Any] | None = None
+) -> Mesh:
     """Returns a mesh over the devices of all hosts: ("data",), or ("data", "fsdp").
 
     The devices are in the order of their hosts. So the rows of a batch on one host
@@ -47,12 +49,14 @@ def make_mesh(devices: int | None = None, fsdp: int = 1) -> Mesh:
       devices: how many devices to use; all when not given.
       fsdp: how many of them share one copy of the state; 1 for a copy on each, and no
         second axis.
+      found: the devices there are; those of JAX when not given.
 
     Raises:
       ValueError: there are not that many, some hosts would have none, or fsdp does not
         divide them.
     """
-    found = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    found = jax.devices() if found is None else found
+    found = sorted(found, key=lambda device: (device.process_index, device.id))
     if devices is not None and not 1 <= devices <= len(found):
         raise ValueError(
             f"devices must be in 1..{len(found)}, what JAX finds here; got {devices}. "

@@ -113,7 +113,7 @@ def test_a_pickle_is_never_opened(tmp_path, monkeypatch, refuses):
     monkeypatch.chdir(tmp_path)
     bad = np.array([Canary()], dtype=object)
     np.savez("bad.npz", mu=bad, sigma=bad)
-    with refuses("mu.npy of objects, a pickle"):
+    with refuses("Object arrays cannot be loaded"):
         moments.load_reference("bad.npz")
     np.savez("beside.npz", mu=np.zeros(2), sigma=np.eye(2), other=bad)
     moments.load_reference("beside.npz")

@@ -53,6 +53,15 @@ def test_manifold_is_that_of_a_neighbour_tree():
     assert got.recall == (table <= radii[1]).any(axis=1).mean()
 
 
+@pytest.mark.parametrize("width", [1.0, 1e-3, 1e-5])
+def test_manifold_of_clusters_far_apart(width):
+    """Where |x|^2 + |y|^2 - 2 x . y has no digit of a distance left."""
+    rng, centres = np.random.default_rng(0), np.repeat([[0.0] * 3, [1e5] * 3], 50, 0)
+    real, fake = (centres + width * rng.normal(size=(100, 3)) for _ in range(2))
+    got = metrics.precision_recall(real, fake)
+    np.testing.assert_allclose(got, naive_manifold(real, fake, 3), rtol=1e-12)
+
+
 def test_manifold_of_known_sets():
     x = features(count=64, dimension=5)
     assert metrics.precision_recall(x, x, batch=10) == (1, 1, pytest.approx(4 / 3), 1)

@@ -6,13 +6,13 @@ import jax
 import pytest
 
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.lab.speed import arithmetic
+from diffusion_jax.lab.speed import arithmetic, measuring
 from diffusion_jax.lab.wiring import build
 from experiments import bench
 
 SMALL = ["--net.channels", "8", "--net.multipliers", "1", "--net.blocks", "1"]
 SMALL += ["--net.attention", "--net.groups", "4", "--sample.steps", "4"]
-SMALL += ["--train.devices", "1", "--steps", "2", "--repeats", "3", "--warmup", "1"]
+SMALL += ["--train.devices", "1", "--steps", "2", "--repeats", "3"]
 SMALL += ["--train.input", "host"]
 
 
@@ -46,7 +46,8 @@ def test_a_row_for_each_batch_size(tmp_path, capsys):
             assert 0 < low <= row["data_x"] <= high
             assert row["input"] == "host"
     shown = capsys.readouterr().out
-    assert shown.count("\n  train") == shown.count("\n  sample") == 2
+    assert shown.count("  train") == shown.count("  sample") == 2
+    assert shown.count("| training, as configured, float32 |") == 2
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_bad_requests_are_named(argv, message):
 def test_a_file_that_cannot_be_written_is_named_before_anything_runs(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(bench, "timed", lambda *_: pytest.fail("something ran"))
+    monkeypatch.setattr(measuring, "timed", lambda *_: pytest.fail("something ran"))
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         bench.main(["digits", *SMALL, "--out", str(tmp_path / "file" / "x.json")])

@@ -16,13 +16,14 @@ from small_run import SMALL
 
 from diffusion_jax import continuous, learned, schedule
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.lab.run_folder import history, runs
+from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import checks
 from diffusion_jax.lab.schema.checks import with_sampling
 from diffusion_jax.lab.schema.config import Diffusion, Net
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.wiring import build, chains, learning
+from diffusion_jax.storage import trees
 from experiments import compare_samplers, sample, train
 from experiments.configs import EXPERIMENTS, digits_family, table2
 
@@ -53,7 +54,7 @@ def test_every_objective_trains_and_samples(folder, name):
     params, step, _ = weights.load(config, run, weights.Weights())
     first = learning.init_state(config).params
     assert step == 12
-    names = history.tensors(first)
+    names = list(trees.by_path(first))
     for tensor, before, after in zip(
         names, jax.tree.leaves(first), jax.tree.leaves(params), strict=True
     ):

@@ -87,6 +87,12 @@ def snapshot(about=None, **arrays):
 
 
 SNAPSHOTS = {
+    "no words": safetensors.numpy.save(TREE, {"by": "others"}),
+    "words that are no JSON": snapshot("no JSON"),
+    "a list of words": snapshot("[]"),
+    "no version": snapshot({"step": 3, "length": 0.05}),
+    "no step": snapshot({"version": 1, "length": 0.05}),
+    "a length of nothing": snapshot({"version": 1, "step": 3, "length": []}),
     "words nested without end": snapshot("[" * 100_000),
     "a step of infinity": snapshot('{"version": 1, "step": Infinity, "length": 0.1}'),
     "a step below 0": snapshot({"version": 1, "step": -5, "length": 0.1}),

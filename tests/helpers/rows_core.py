@@ -28,6 +28,7 @@ from diffusion_jax import (
 NOT_OF_ARRAYS = {
     "errors.raise_unknown",
     "likelihood.rate_distortion",
+    "losses.check_values",
     "samplers.check_grid",
     "samplers.count_evaluations",
     "samplers.counted",

@@ -30,6 +30,7 @@ ROWS = [
     Row("schedule.sigmoid", lambda t: tuple(schedule.sigmoid(T)(t)), "t"),
     Row("schedule.preserving", lambda u: tuple(schedule.preserving(6 * u - 3)), "u"),
     Row("schedule.real_time", schedule.real_time, "u"),
+    Row("schedule.real_data", schedule.real_data, "x"),
     Row("continuous.cosine", lambda u: tuple(continuous.cosine()(u)), "u"),
     Row("continuous.flow", lambda u: tuple(continuous.flow()(u)), "u"),
     Row("continuous.shifted", lambda u: tuple(MOVED(T * u)), "u"),

@@ -101,8 +101,9 @@ MADE = {
     "ve": continuous.ve(sigma_max=20.0),
     "interpolated": continuous.interpolate(schedule.linear()),
 }
-# jsd and cosine end in more noise than a step in sigma / alpha can be taken from.
-FIRST = {"jsd": 995, "cosine": 990}
+# cosine ends in more noise than a step in sigma / alpha can be taken from; and jsd in
+# pure noise, from which it is taken as one of first order.
+FIRST = {"cosine": 990}
 
 
 def made_for(name, schedule_name):

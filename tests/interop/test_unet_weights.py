@@ -257,13 +257,13 @@ def test_all_that_is_wrong_is_named_at_once(refuses):
     with pytest.raises(ValueError) as caught:
         read(found)
     lines = (
-        *(f"missing: {name}" for name in missing),
-        *(f"unknown: {name}" for name in unknown),
-        "wrong: conv_in.weight (3, 3, 3, 8), not (8, 3, 3, 3)",
-        f"wrong: {shortcut} (16, 8), not (16, 8, 1, 1)",
-        *(f"wrong: {name} of {np.dtype(dtype)}" for name, dtype in of_type.items()),
-        "wrong: conv_out.bias with values that are not finite",
-        "wrong: conv_norm_out.bias with values that are not finite",
+        *(f"{name}: nothing for float32" for name in missing),
+        *(f"{name}: float32[3] for nothing" for name in unknown),
+        "conv_in.weight: float32[3,3,3,8] for float32[8,3,3,3]",
+        f"{shortcut}: float32[16,8] for float32[16,8,1,1]",
+        *(f"{name}: {np.dtype(dtype)}[" for name, dtype in of_type.items()),
+        "conv_out.bias: values that are not finite",
+        "conv_norm_out.bias: values that are not finite",
     )
     with refuses(f"{len(lines)} that do not fit"):
         raise caught.value

@@ -2,33 +2,33 @@
 
 import pytest
 
-from diffusion_jax.lab.speed import scaling
+from diffusion_jax.lab.schema.config import Config
+from diffusion_jax.lab.speed import tables
 
 
-def test_rows_are_in_units_of_one_device(capsys):
-    # A device does 100 images a second, and n of them waste a tenth of each other.
-    asked = []
-
-    def rate(devices, batch):
-        asked.append((devices, batch))
-        return 100.0 * devices * (1 if devices == 1 else 0.9)
-
-    rows = scaling.measure(rate, 32, 4)
-    assert asked == [(1, 32), (2, 32), (2, 64), (4, 32), (4, 128)]
-    assert [(r["scaling"], r["devices"], r["batch"]) for r in rows] == [
-        ("strong", 1, 32),
-        ("weak", 1, 32),
-        ("strong", 2, 32),
-        ("weak", 2, 64),
-        ("strong", 4, 32),
-        ("weak", 4, 128),
+def test_rows_are_in_units_of_one_device():
+    works = tables.scaling(Config(), (32,), 4)
+    assert [(work.devices, work.batch) for work in works] == [
+        (1, 32),
+        (2, 32),
+        (2, 64),
+        (4, 32),
+        (4, 128),
     ]
-    assert [r["efficiency"] for r in rows] == pytest.approx([1, 1] + [0.9] * 4)
-    assert [r["times_one"] for r in rows] == pytest.approx([1, 1, 1.8, 1.8, 3.6, 3.6])
-    assert len(capsys.readouterr().out.splitlines()) == 7
+    rows = []
+    for work in works:
+        # A device does 100 images a second, and several waste a tenth each.
+        rate = 100.0 * work.devices * (1 if work.devices == 1 else 0.9)
+        found = {"devices": work.devices, "per_second": rate, "tflops": 2 * rate}
+        rows.append(tables.row(work, found, rows, 400.0))
+    assert [r.get("efficiency") for r in rows] == [None, *[pytest.approx(0.9)] * 4]
+    times = [row["times_as_fast"] for row in rows[1:]]
+    assert times == pytest.approx([1.8, 1.8, 3.6, 3.6])
+    assert [row["share"] for row in rows] == pytest.approx([0.5] + [0.45] * 4)
+    assert rows[2]["form"] == "weak scaling of 32 on 2 devices"
 
 
 def test_batches_that_some_count_cannot_share_are_refused(refuses):
-    scaling.check(24, 6)  # on 1, 2, 4 and 6 devices
+    tables.check_scaling(24, 6)  # on 1, 2, 4 and 6 devices
     with refuses("8"):
-        scaling.check(8, 6)
+        tables.check_scaling(8, 6)

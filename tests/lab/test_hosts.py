@@ -345,13 +345,11 @@ def test_the_coordinator_is_named_by_flags_or_environment():
         ("--coordinator a --hosts 2 --host 0", {}, "'a'"),
         ("--coordinator a:99999 --hosts 2 --host 0", {}, "'a:99999'"),
         ("--coordinator", {}, "''"),
-        ("--hosts auto", POD, "none"),
         ("", {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "x"}, "'x'"),
         ("", MPI, "2 processes without it"),
     ],
 )
-def test_what_does_not_fit_is_refused(flags, env, got, refuses, monkeypatch):
-    monkeypatch.setattr(joining.importlib.util, "find_spec", lambda name: None)
+def test_what_does_not_fit_is_refused(flags, env, got, refuses):
     with refuses(got):
         joining.decide(joining.split(flags.split())[0], env)
 

@@ -54,7 +54,7 @@ def test_a_second_process_is_told_whose_the_run_is_until_that_dies(tmp_path):
     owner = holder(run)
     said = refused(run, f"got {run} in the hands of process {owner.pid} on ")
     assert os.uname().nodename in said
-    assert time.strftime("started %Y-") in said
+    assert time.strftime("since %Y-") in said
     assert "--name NAME" in said
     owner.kill()
     owner.wait()
@@ -120,12 +120,11 @@ def test_where_there_are_no_locks_it_is_said(tmp_path, monkeypatch, capsys):
     assert f"note: the file system of {tmp_path} has no locks (No locks avail" in said
 
 
-@pytest.mark.parametrize("code", [lock.HELD, lock.UNWRITABLE])
-def test_the_other_hosts_end_as_the_first(code, tmp_path, monkeypatch):
+def test_the_other_hosts_end_as_the_first(tmp_path, monkeypatch):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(hosts, "first", lambda: False)
-    monkeypatch.setattr(hosts, "tell", lambda mine: code)
-    refused(tmp_path / "run", "Host 0 says wh(ose|ich)")
+    monkeypatch.setattr(hosts, "tell", lambda mine: 1)
+    refused(tmp_path / "run", "Host 0 says which")
     assert not (tmp_path / "run").exists()
 
 

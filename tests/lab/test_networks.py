@@ -263,10 +263,10 @@ def test_every_tensor_that_does_not_fit_is_named(file, refuses):
         read(file)
     for said in (
         "got 4 that do not fit",
-        "missing: net.conv_out.bias",
-        "unknown: net.more",
-        "wrong: net.conv_in.bias (3,), not (8,)",
-        "wrong: net.norm_out.scale with values that are not finite",
+        "net.conv_out.bias: nothing for float32[1]",
+        "net.more: float32[1] for nothing",
+        "net.conv_in.bias: float32[3] for float32[8]",
+        "net.norm_out.scale: values that are not finite",
     ):
         assert said in str(caught.value)
 

@@ -119,6 +119,15 @@ def test_equation_3_x0_from_eps(precision):
         within(got, expected, bound, terms / wide(truth.alphas[t]), name)
 
 
+def test_pure_noise_says_nothing_of_x0(precision):
+    """For the predictions that do not name it; the others are finite there."""
+    level, x = SCHEDULES["jsd"]()(T), jnp.asarray(X_T[:1])
+    for kind in gaussian.KINDS:
+        x0 = gaussian.predict(kind, 0.5 * x, x, level, SCHEDULES["jsd"]()(T - 1)).x0
+        assert np.isnan(x0).all() == (kind in ("eps", "score")), kind
+        assert np.isfinite(x0).all() == (kind not in ("eps", "score")), kind
+
+
 def test_equation_5_large_variance_is_beta(precision):
     for name in SCHEDULES:
         for kind in ("small", "large"):

@@ -67,11 +67,18 @@ def test_the_step_to_data_has_no_noise(x64):
 
 
 @pytest.mark.parametrize("snr", [0.05, 0.16])
-@pytest.mark.parametrize(("name", "t", "s"), [("linear", 400, 399), ("ve", 0.6, 0.5)])
+@pytest.mark.parametrize(
+    ("name", "t", "s"), [("linear", 400, 399), ("linear", 400, 300), ("ve", 0.6, 0.5)]
+)
 def test_corrector_moves_by_the_signal_to_noise_ratio(name, t, s, snr, x64):
-    """Algorithms 4 and 5: e = 2 a (snr |z| / |g|)^2, x + e g + sqrt(2 e) z, twice."""
-    made = schedule.linear() if name == "linear" else continuous.ve()
-    ratio = 1 - LINEAR.betas[400] if name == "linear" else 1.0
+    """Algorithms 4 and 5: e = 2 a (snr |z| / |g|)^2, x + e g + sqrt(2 e) z, twice.
+
+    At x_i the paper's a is 1 - beta_i, of the step from i to the next.
+    """
+    made, ratio = continuous.ve(), 1.0
+    if name == "linear":
+        made, bars = schedule.linear(), LINEAR.alphas_bar
+        ratio = bars[s] / bars[2 * s - t]
 
     def rule(denoise, made):
         return langevin.predictor_corrector(denoise, made, corrections=2, snr=snr)
@@ -100,6 +107,14 @@ def test_annealed_moves_and_the_way_to_the_next_level(x64):
         scaled = scaled + size / 2 * slope + np.sqrt(size) * noise(index)
     truth = LINEAR.alphas[s] * scaled
     np.testing.assert_allclose(end(rule, made, t, s), truth, rtol=1e-8)
+
+
+def test_pure_noise_goes_on_as_noise(x64):
+    """There x / alpha is endless: the next level's noise is as much noise."""
+    made = schedule.jsd(100)
+    before = end(lambda d, s: langevin.langevin(d, s, moves=1), made, 100, 100)
+    after = end(lambda d, s: langevin.langevin(d, s, moves=1), made, 100, 99)
+    np.testing.assert_allclose(after, before * np.sqrt(0.99), rtol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -256,3 +256,10 @@ def test_bad_input_is_refused(refuses):
     ):
         with refuses(got):
             losses.vlb(pred, x, x, lin, t, variance=variance)
+
+
+def test_a_chain_of_one_step_has_no_variance_for_its_decoder(refuses):
+    zero = jnp.zeros((1, 4))
+    pred, one = gaussian.Prediction(zero, zero), schedule.linear(1)
+    with refuses("1"):
+        jax.jit(lambda t: losses.vlb(pred, zero, zero, one, t))(jnp.array([1]))

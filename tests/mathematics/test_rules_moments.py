@@ -52,6 +52,8 @@ def drawn(name, schedule_name):
 # one for one rule of each function, and all for one that adds noise and one of several
 # steps.
 ALL = ("ddim-full", "dpm_solver_pp-2M")
+# jsd ends in pure noise, from which steps in sigma / alpha are endless.
+ENDLESS = ("heun", "edm", "dpm_solver_pp-2S", "unipc-2", "pc-ancestral")
 EXPLODING = ("ddpm-large", "heun", "edm", "unipc-2", "pc-reverse", "langevin", "ode")
 PAIRS = [
     (name, schedule_name)
@@ -61,6 +63,7 @@ PAIRS = [
     or name in ALL
     or (schedule_name == "cosine" and name != "langevin")
     or (schedule_name == "ve" and name in EXPLODING)
+    or (schedule_name == "jsd" and name in ENDLESS)
 ]
 
 

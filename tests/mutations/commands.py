@@ -129,9 +129,8 @@ COMMANDS = [
     Breakage(
         "lock-of-a-file-that-is-gone",
         "diffusion_jax/lab/run_folder/lock.py",
-        "            if os.path.samestat(os.fstat(file), os.stat(path)):\n"
-        "                break\n",
-        "            break\n",
+        "        if os.fstat(file).st_nlink:\n            return file\n",
+        "        return file\n",
         "tests/lab/test_lock.py::test_a_file_that_its_owner_has_removed_is_no_lock",
     ),
     Breakage(
@@ -210,5 +209,20 @@ COMMANDS = [
         "config.data, path=None, source=public_source(config.data.source)",
         "config.data, source=public_source(config.data.source)",
         "tests/lab/test_networks.py::test_a_file_says_nothing_of_the_machine",
+    ),
+    Breakage(
+        "tables-efficiency-of-all-devices-as-one",
+        "diffusion_jax/lab/speed/tables.py",
+        'times * base["devices"] / found["devices"]',
+        "times",
+        "tests/lab/test_bench_scaling.py::test_rows_are_in_units_of_one_device",
+    ),
+    Breakage(
+        "fitting-padding-counts",
+        "diffusion_jax/lab/wiring/fitting.py",
+        "np.concatenate(each)[: len(images)]",
+        "np.concatenate(each)",
+        "tests/experiments/test_noisy_classifier.py"
+        "::test_the_accuracy_is_that_of_other_images",
     ),
 ]

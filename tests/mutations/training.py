@@ -71,9 +71,9 @@ TRAINING = [
     ),
     Breakage(
         "averages-not-on-the-disk",
-        "diffusion_jax/training/averages.py",
-        "with files.replacing(file, durable=True) as partial:",
-        "with files.replacing(file) as partial:",
+        "diffusion_jax/storage/tensor_files.py",
+        "with files.replacing(path, durable=True) as file:",
+        "with files.replacing(path) as file:",
         "tests/lab/test_disk.py"
         "::test_what_a_run_needs_is_on_the_disk_before_it_has_its_name",
     ),
@@ -155,6 +155,13 @@ TRAINING = [
         "                pass\n",
         "",
         "tests/storage/test_archives.py::test_the_checksum_at_the_end_is_looked_at",
+    ),
+    Breakage(
+        "archives-rest-of-an-array",
+        "diffusion_jax/storage/archives.py",
+        "if stream.read(1):",
+        "if info is None:",
+        "tests/experiments/test_nonsense_files.py::test_files_are_refused",
     ),
     Breakage(
         "archives-one-byte-too-many",

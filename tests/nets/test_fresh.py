@@ -32,6 +32,15 @@ def test_first_weights_are_those_of_the_network(classes):
     jax.tree.map(np.testing.assert_array_equal, mine, flax["params"])
 
 
+def test_first_weights_are_float32_whatever_jax_computes_in(x64):
+    net, key = build.make_network(SMALL), jax.random.key(3)
+    inputs = np.zeros((1, 8, 8, 1), np.float32), np.zeros(1, np.float32), None
+    mine, flax = fresh.params(net, key, *inputs), net.init(key, *inputs)["params"]
+    for leaf in jax.tree.leaves((mine, flax)):
+        assert leaf.dtype == np.float32
+    jax.tree.map(np.testing.assert_array_equal, mine, flax)
+
+
 def test_first_weights_of_a_network_that_begins_otherwise_are_refused():
     with pytest.raises(KeyError, match="kernel"):
         fresh.params(nn.Dense(3), jax.random.key(0), np.zeros((1, 2), np.float32))

@@ -117,7 +117,7 @@ def test_fetch_replaces_a_file_only_by_a_whole_one(tmp_path, server):
 @pytest.mark.parametrize(
     ("manner", "size", "message"),
     [
-        ("absent", None, "HTTP status 404"),
+        ("absent", None, "HTTP Error 404"),
         ("cut", None, "must have 600000 bytes; got"),
         ("unsized-cut", len(CONTENT), "must have 600000 bytes; got 300000"),
         ("unsized-cut", None, "must have SHA-256"),
@@ -153,7 +153,7 @@ def test_refused_connection_fails_at_once(tmp_path):
         closed.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/a"
         start = time.monotonic()
-        with pytest.raises(DataError, match=r"must be reachable; got .*refused"):
+        with pytest.raises(DataError, match=r"must be within reach.*; got .*refused"):
             download.fetch(url, tmp_path / "a.bin", sha256=SHA256)
         assert time.monotonic() - start < 2
     assert files_under(tmp_path) == []
@@ -181,7 +181,7 @@ def test_unknown_host_is_named(tmp_path, monkeypatch):
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    with pytest.raises(DataError, match=r"must be reachable; got .*not known"):
+    with pytest.raises(DataError, match=r"must be within reach.*; got .*not known"):
         download.fetch("https://example.invalid/a", tmp_path / "a", sha256=SHA256)
 
 

@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import pickle
-import resource
 import sys
 from pathlib import Path
 
@@ -267,25 +266,11 @@ def test_other_content_is_not_written(tmp_path, refuses, arrays, meta):
     assert not list(tmp_path.iterdir())
 
 
-def test_full_disk_leaves_what_was_there(tmp_path, refuses):
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(b"old")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
-    try:
-        with refuses("File too large"):
-            tensor_files.write_safetensors(path, {"a": np.zeros(2**15)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_place_that_is_none_is_refused(tmp_path, refuses):
+def test_place_that_is_none_is_refused(tmp_path):
     (tmp_path / "file").write_bytes(b"old")
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "file" / "a", tmp_path / "folder"):
-        with refuses(str(tmp_path)):
+        with pytest.raises(OSError, match=str(tmp_path)):
             tensor_files.write_safetensors(path, {"a": np.zeros(2)})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 
@@ -306,11 +291,11 @@ def test_tree_comes_back_with_its_words(tmp_path):
 def test_a_tree_of_another_network_is_refused(tmp_path, refuses):
     path, like = tmp_path / "a", {"a": {"w": np.zeros(2, np.float32)}}
     for found, got in (
-        ({}, "no a.w."),
-        (np.zeros(3, np.float32), "a.w float32 (3,), not float32 (2,)"),
-        (np.zeros(2), "a.w float64 (2,), not float32 (2,)"),
-        (np.full(2, np.nan, np.float32), "a.w with values that are not finite"),
-        ({"w": like["a"]["w"], "v": np.zeros(1)}, "a.v too many"),
+        ({}, "a.w: nothing for float32[2]"),
+        (np.zeros(3, np.float32), "a.w: float32[3] for float32[2]"),
+        (np.zeros(2), "a.w: float64[2] for float32[2]"),
+        (np.array([1, np.inf], np.float32), "a.w: values that are not finite"),
+        ({"w": like["a"]["w"], "v": np.zeros(1)}, "a.v: float64[1] for nothing"),
     ):
         tree = {"a": found} if isinstance(found, dict) else {"a": {"w": found}}
         with refuses(got):

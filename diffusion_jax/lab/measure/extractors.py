@@ -115,12 +115,7 @@ def _classifier(config: Config, dataset: datasets.Dataset) -> Extractor:
             f"{path}. Train it on one: python -m experiments.train_classifier, or "
             "evaluate once with --hosts 1."
         )
-    if path.exists():
-        judge = judges.load(path)
-    else:
-        if judges.has_labels(dataset):
-            print(f"training a classifier of {config.data.source}: {path}")
-        judge = judges.train(config, dataset)
+    judge = judges.load(path) if path.exists() else judges.train(config, dataset)
 
     apply = functools.partial(judges.features_of, judge.params, judge.num_classes)
     details = {

@@ -13,7 +13,6 @@ import optax
 from diffusion_jax.data import datasets
 from diffusion_jax.lab.schema.config import MOST_CLASSES, Config
 from diffusion_jax.lab.wiring import fitting
-from diffusion_jax.lab.wiring.fitting import Fitted
 from diffusion_jax.nets.classifier import Classifier, Features
 from diffusion_jax.storage import trees
 
@@ -28,14 +27,9 @@ def path_of(config: Config) -> Path:
     return folder / f"{name}_{size}x{size}x{channels}.safetensors"
 
 
-def has_labels(dataset: datasets.Dataset) -> bool:
-    """Returns whether a classifier can be trained on these images."""
-    return dataset.labels is not None and isinstance(dataset.images, np.ndarray)
-
-
 def train(
     config: Config, dataset: datasets.Dataset, *, steps: int = 1500, seed: int = 0
-) -> Fitted:
+) -> fitting.Fitted:
     """Returns a classifier trained on four fifths of the images, and writes it.
 
     Raises:
@@ -43,6 +37,8 @@ def train(
     """
     hint = "Give Inception weights instead: --weights FILE or --download."
     images, labels = fitting.labelled(dataset, hint)
+    path = path_of(config)
+    print(f"training a classifier of {config.data.source}: {path}")
     num_classes = int(labels.max()) + 1
     net = Classifier(num_classes, width=WIDTH)
 
@@ -52,42 +48,43 @@ def train(
 
     params = net.init(jax.random.key(seed), images[:1])
     params, held = fitting.fit(params, loss, images, labels, steps=steps, seed=seed)
-    _, logits = features_of(params, num_classes, images[held])
-    guesses = logits.argmax(axis=1)
+    guesses = features_of(params, num_classes, images[held])[1].argmax(axis=1)
     accuracy = float((guesses == labels[held]).mean())
-    fitting.save(path_of(config), params, num_classes, accuracy)
-    return load(path_of(config))
+    fitting.save(path, params, num_classes, accuracy)
+    return load(path)
 
 
 def features_of(params: Any, num_classes: int, images: np.ndarray) -> Any:
     """Returns features [N, D] and logits [N, classes] of uint8 images, on the host."""
-    return fitting.in_batches(
-        lambda batch, _: _apply(params, num_classes, batch), images
-    )
+
+    def seen(_: int, batch: np.ndarray) -> Any:
+        return _apply(params, num_classes, batch)
+
+    return fitting.by_batches(seen, images)
 
 
-def load(path: Path) -> Fitted:
+def load(path: Path) -> fitting.Fitted:
     """Returns the classifier in a file, named as `path_of` names it.
 
     Raises:
       ConfigError: the file is damaged or no classifier of ours.
     """
-    again = "delete it, and it is trained again"
+    again = "delete it, and it is trained again."
     return fitting.load(path, _check, command="train_classifier", again=again)
 
 
-def _check(judge: Fitted) -> Fitted:
-    count, accuracy = judge.num_classes, float(judge.accuracy)
-    if not (0 < count <= MOST_CLASSES and 0 <= accuracy <= 1):
-        raise ValueError(f"{count} classes and an accuracy of {accuracy}")
-    shape = re.search(r"_(\d+)x(\d+)x(\d+)$", judge.path.stem)
+def _check(found: fitting.Fitted) -> None:
+    """Raises ValueError where a file holds something else than its name says."""
+    if not (0 < found.num_classes <= MOST_CLASSES and 0 <= found.accuracy <= 1):
+        said = f"{found.num_classes} classes and an accuracy of {found.accuracy}"
+        raise ValueError(said)
+    shape = re.search(r"_(\d+)x(\d+)x(\d+)$", found.path.stem)
     if shape is None:
         raise ValueError("a name that does not end in the shape of its images")
     images = jax.ShapeDtypeStruct((1, *map(int, shape.groups())), jnp.uint8)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    net = Classifier(count, width=WIDTH)
-    trees.check(judge.params, jax.eval_shape(net.init, key, images), judge.path)
-    return judge._replace(accuracy=accuracy)
+    like = jax.eval_shape(Classifier(found.num_classes, width=WIDTH).init, key, images)
+    trees.check(found.params, like, found.path)
 
 
 @functools.partial(jax.jit, static_argnums=1)

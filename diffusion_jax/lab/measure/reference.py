@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from diffusion_jax.lab.measure.extractors import Extractor, extract
 from diffusion_jax.lab.process import hosts
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.config import Config
-from diffusion_jax.storage import files
+from diffusion_jax.storage import archives, files
 
 KEPT = 10_000
 """Images whose features are kept, at most: for neighbours, precision and KID."""
@@ -118,10 +117,8 @@ def _digest(images: Any) -> str:
 
 def _load(path: Path) -> Reference | None:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            fields = {name: file[name] for name in Reference._fields}
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        found = archives.read_npz(path, lambda _: Reference._fields)
+    except (OSError, archives.ArchiveError):
         return None  # not there, or cut off: computed again
-    fields["images"] = int(fields["images"])
-    fields["halves"] = float(fields["halves"])
-    return Reference(**fields)
+    images, halves = int(found.pop("images")), float(found.pop("halves"))
+    return Reference(**found, images=images, halves=halves)

@@ -43,30 +43,6 @@ _VARIANCES = {
     # The same to rounding; diffusers tells them apart for numerical reasons.
     "fixed_small_log": "small",
 }
-# What a scheduler's configuration means where it says nothing.
-_DEFAULTS: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "trained_betas": None,
-    "variance_type": "fixed_small",
-    "clip_sample": True,
-    "clip_sample_range": 1.0,
-    "prediction_type": "epsilon",
-    "thresholding": False,
-    "rescale_betas_zero_snr": False,
-    "set_alpha_to_one": True,
-    # Only of chains that leave out steps, for which there are our own grids.
-    "timestep_spacing": "leading",
-    "steps_offset": 0,
-    # Only with thresholding.
-    "dynamic_thresholding_ratio": 0.995,
-    "sample_max_value": 1.0,
-    # Of the first releases: chosen steps, which no network has.
-    "timestep_values": None,
-    "tensor_format": "pt",
-}
 # There a threshold has an upper end, which ours does not have: this one cuts nothing.
 _NO_END = float(np.finfo(np.float32).max)
 
@@ -80,37 +56,52 @@ def _one_of(names: Collection[str]) -> _Test:
     return lambda value: isinstance(value, str) and value in names, " or ".join(names)
 
 
+def _only(known: bool | None) -> _Test:
+    return lambda value: value is known, repr(known)
+
+
+def _are_betas(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, list | tuple) and all(map(is_finite, value))
+    )
+
+
 _TRUTH: _Test = (lambda value: isinstance(value, bool), "true or false")
 _NUMBER: _Test = (is_finite, "a finite number")
-_ALLOWED: dict[str, _Test] = {
-    "_class_name": _one_of(SCHEDULERS),
+_FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "_class_name": ("DDPMScheduler", *_one_of(SCHEDULERS)),
     "num_train_timesteps": (
+        1000,
         lambda value: is_whole(value) and FEWEST_STEPS <= value <= MOST_STEPS,
         f"a whole number from {FEWEST_STEPS} to {MOST_STEPS}",
     ),
-    "beta_start": _NUMBER,
-    "beta_end": _NUMBER,
-    "beta_schedule": _one_of(_BETAS),
-    "trained_betas": (
-        lambda value: (
-            value is None
-            or (isinstance(value, list | tuple) and all(map(is_finite, value)))
-        ),
-        "null or a list of finite numbers",
+    "beta_start": (1e-4, *_NUMBER),
+    "beta_end": (0.02, *_NUMBER),
+    "beta_schedule": ("linear", *_one_of(_BETAS)),
+    "trained_betas": (None, _are_betas, "null or a list of finite numbers"),
+    "variance_type": ("fixed_small", *_one_of(_VARIANCES)),
+    "clip_sample": (True, *_TRUTH),
+    "clip_sample_range": (1.0, lambda value: is_finite(value) and value == 1, "1.0"),
+    "prediction_type": ("epsilon", *_one_of(_PREDICTIONS)),
+    "thresholding": (False, *_TRUTH),
+    "rescale_betas_zero_snr": (False, *_only(False)),
+    "set_alpha_to_one": (True, *_only(True)),
+    # Only of chains that leave out steps, for which there are our own grids.
+    "timestep_spacing": ("leading", *_one_of(("leading", "trailing", "linspace"))),
+    "steps_offset": (0, is_whole, "a whole number"),
+    # Only with thresholding.
+    "dynamic_thresholding_ratio": (0.995, *_NUMBER),
+    "sample_max_value": (
+        1.0,
+        lambda value: is_finite(value) or value == np.inf,
+        "a number",
     ),
-    "variance_type": _one_of(_VARIANCES),
-    "clip_sample": _TRUTH,
-    "clip_sample_range": (lambda value: is_finite(value) and value == 1, "1.0"),
-    "prediction_type": _one_of(_PREDICTIONS),
-    "thresholding": _TRUTH,
-    "rescale_betas_zero_snr": (lambda value: value is False, "False"),
-    "set_alpha_to_one": (lambda value: value is True, "True"),
-    "timestep_spacing": _one_of(("leading", "trailing", "linspace")),
-    "steps_offset": (is_whole, "a whole number"),
-    "dynamic_thresholding_ratio": _NUMBER,
-    "sample_max_value": (lambda value: is_finite(value) or value == np.inf, "a number"),
-    "timestep_values": (lambda value: value is None, "None"),
+    # Of the first releases: chosen steps, which no network has.
+    "timestep_values": (None, *_only(None)),
+    "tensor_format": ("pt", lambda _: True, "anything"),
 }
+"""What a field means where a scheduler says nothing of it, and what it may be."""
+_DEFAULTS = {name: default for name, (default, _, _) in _FIELDS.items()}
 # Schedules that are known by their betas alone.
 _BY_BETAS: tuple[ScheduleName, ...] = (
     "linear",
@@ -284,14 +275,14 @@ def _read_scheduler(given: Mapping[str, Any], where: str) -> tuple[Diffusion, Sa
     """Returns what a scheduler says of the diffusion and of sampling."""
     named = {k: v for k, v in given.items() if not k.startswith("_")}
     kind = given.get("_class_name", "DDPMScheduler")
-    values = {"_class_name": kind, **_DEFAULTS, **named}
+    values = {**_DEFAULTS, **named, "_class_name": kind}
     if values["trained_betas"] is not None and isinstance(values["beta_schedule"], str):
         values["beta_schedule"] = "linear"  # nothing is read of it then
-    unfit = [name for name, (fits, _) in _ALLOWED.items() if not fits(values[name])]
+    unfit = [name for name, (_, fits, _) in _FIELDS.items() if not fits(values[name])]
     wrong = [f"{k} {reprlib.repr(v)}" for k, v in named.items() if k not in _DEFAULTS]
     if "_class_name" in unfit:
         wrong = []  # fields of another scheduler are no news
-    wrong += [f"{k} {reprlib.repr(values[k])}, not {_ALLOWED[k][1]}" for k in unfit]
+    wrong += [f"{k} {reprlib.repr(values[k])}, not {_FIELDS[k][2]}" for k in unfit]
     found: Diffusion | str = Diffusion()
     # The tables are as long as it says, which is only now known to be bounded.
     if not {"num_train_timesteps", "trained_betas", "beta_schedule"} & set(unfit):

@@ -2,21 +2,20 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from diffusion_jax.errors import ConfigError
+from diffusion_jax.errors import ConfigError, first_of
 from diffusion_jax.interop import unet_names
 from diffusion_jax.lab.network_files import diffusers_config, model_card, records
 from diffusion_jax.lab.network_files.records import About, Described, Network
 from diffusion_jax.lab.schema import json_fields
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.wiring import build
-from diffusion_jax.storage import tensor_files
+from diffusion_jax.storage import tensor_files, trees
 
 RECORD = "diffusion_jax.json"
 """What a folder for diffusers holds beside: what it has no words for."""
@@ -142,10 +141,9 @@ def check_replaceable(path: Path) -> None:
     there = {str(f.relative_to(path)) for f in path.rglob("*") if not f.is_dir()}
     others = sorted(there - {*_JSON, WEIGHTS, _CARD})
     if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise ConfigError(
             f"{path} must hold only what this command wrote, to be replaced; got "
-            f"{', '.join(others[:3])}{more} too. Move them, or name another place."
+            f"{first_of(others)} too. Move them, or name another place."
         )
 
 
@@ -159,14 +157,10 @@ def is_one(path: Path) -> bool:
         return False
 
 
-@functools.cache
 def shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every tensor of the network, by our own names."""
-    return unet_names.shapes(
-        build.make_network(config),
-        config.data.channels,
-        image_size=config.data.image_size,
-    )
+    made = trees.by_path(build.param_shapes(config)["net"])
+    return {name: leaf.shape for name, leaf in made.items()}
 
 
 def _first(path: Path, *names: str) -> Path:

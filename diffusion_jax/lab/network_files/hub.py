@@ -1,15 +1,13 @@
 """Networks of the Hugging Face hub, fetched into the cache that its own tools share."""
 
-import queue
 import re
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from diffusion_jax.errors import DataError
-from diffusion_jax.storage.download import check_address
+from diffusion_jax.storage.download import check_address, within
 
 PATIENCE = 8.0
 """Seconds until the hub has said what it has, or is taken for out of reach."""
@@ -44,36 +42,39 @@ def fetch(name: str, *, cache: Path | None = None, endpoint: str | None = None) 
         or holds no network of diffusers; an address without encryption, no network, a
         refusal, or huggingface_hub is not installed.
     """
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
-        raise _bad_name(name)
+    if not re.fullmatch(r"(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
+        raise DataError(
+            f"the name of a network on the hub must be owner/name; got {name!r}. Copy "
+            "it from its page, such as google/ddpm-cifar10-32."
+        )
     hub = _package()
     where = endpoint or hub.constants.ENDPOINT
     check_address(where)
+    if not sys.stderr.isatty():
+        hub.utils.disable_progress_bars()  # which do not look at where they are
+    api = hub.HfApi(endpoint=endpoint)
     try:
-        files = _listed(hub, name, endpoint)
+        # By itself the package tries again and again, for minutes.
+        about = within(PATIENCE, lambda: api.model_info(name, timeout=PATIENCE))
+        wanted = _wanted([file.rfilename for file in about.siblings or ()], name)
+        return Path(
+            hub.snapshot_download(
+                name, allow_patterns=wanted, cache_dir=cache, endpoint=endpoint
+            )
+        )
+    except DataError:
+        raise
     except Exception as error:  # of the hub, of its client and of the system
         _refuse_known(hub, error, name, where)
         found = _cached(hub, name, cache)
         if found is None:
-            raise _out_of_reach(name, where, error) from error
+            said = " ".join(str(error).split())[:200].rstrip(".")
+            raise DataError(
+                f"{where} must be within reach to fetch {name}; got "
+                f"{type(error).__name__}: {said}. Check the network and the disk; or "
+                f"fetch it by hand, hf download {name} --local-dir DIR, and give DIR."
+            ) from error
         return found
-    wanted = _wanted(files)
-    if not wanted:
-        raise DataError(
-            f"{name} must hold {_WEIGHTS[0]}{_ENDINGS[0]}, by itself or in unet/; got "
-            f"{', '.join(sorted(files)[:8]) or 'an empty repository'}. Name a "
-            "repository of a network that diffusers saved."
-        )
-    if not sys.stderr.isatty():
-        hub.utils.disable_progress_bars()  # which do not look at where they are
-    try:
-        folder = hub.snapshot_download(
-            name, allow_patterns=wanted, cache_dir=cache, endpoint=endpoint
-        )
-    except Exception as error:
-        _refuse_known(hub, error, name, where)
-        raise _out_of_reach(name, where, error) from error
-    return Path(folder)
 
 
 def _package() -> Any:
@@ -89,68 +90,35 @@ def _package() -> Any:
     return huggingface_hub
 
 
-def _listed(hub: Any, name: str, endpoint: str | None) -> list[str]:
-    """Returns the files of a repository, or raises once `PATIENCE` has passed.
+def _wanted(files: Sequence[str], name: str) -> list[str]:
+    """Returns what to fetch of the files that a repository has.
 
-    Look-ups of names have no timeout of their own and the package tries again and
-    again, so the whole of it runs in a thread that is waited for.
-    """
-    outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def ask() -> None:
-        try:
-            about = hub.HfApi(endpoint=endpoint).model_info(name, timeout=PATIENCE)
-            outcome.put([file.rfilename for file in about.siblings or ()])
-        except Exception as error:  # handed to the caller's thread, and raised there
-            outcome.put(error)
-
-    threading.Thread(target=ask, name="hub", daemon=True).start()
-    try:
-        result = outcome.get(timeout=PATIENCE)
-    except queue.Empty:
-        raise TimeoutError(f"no answer in {PATIENCE:g} s") from None
-    if isinstance(result, Exception):
-        raise result
-    return list(result)
-
-
-def _wanted(files: Sequence[str]) -> list[str]:
-    """Returns what to fetch of the files that there are; none where none has weights.
-
-    >>> _wanted(["config.json", "diffusion_pytorch_model.bin", "logs/events"])
+    >>> _wanted(["config.json", "diffusion_pytorch_model.bin", "logs/events"], "a/b")
     ['config.json', 'diffusion_pytorch_model.bin']
     """
     for ending in _ENDINGS:
         weights = [f"{stem}{ending}" for stem in _WEIGHTS if f"{stem}{ending}" in files]
         if weights:
             return [name for name in _CONFIGS if name in files] + weights
-    return []
+    raise DataError(
+        f"{name} must hold {_WEIGHTS[0]}{_ENDINGS[0]}, by itself or in unet/; got "
+        f"{', '.join(sorted(files)[:8]) or 'an empty repository'}. Name a repository "
+        "of a network that diffusers saved."
+    )
 
 
 def _cached(hub: Any, name: str, cache: Path | None) -> Path | None:
     """Returns the folder of a network that was fetched before, and whole."""
-    for ending in _ENDINGS:
-        weights = [f"{stem}{ending}" for stem in _WEIGHTS]
-        try:
-            folder = hub.snapshot_download(
-                name,
-                allow_patterns=[*_CONFIGS, *weights],
-                cache_dir=cache,
-                local_files_only=True,
-            )
-        except Exception:  # by another name in each version of the package
-            continue
-        if any(Path(folder, file).is_file() for file in weights):
-            return Path(folder)
+    for weights in (f"{stem}{ending}" for ending in _ENDINGS for stem in _WEIGHTS):
+        found = hub.try_to_load_from_cache(name, weights, cache_dir=cache)
+        if isinstance(found, str) and Path(found).with_name("config.json").is_file():
+            return Path(found.removesuffix(weights))
     return None
 
 
 def _refuse_known(hub: Any, error: Exception, name: str, where: str) -> None:
     """Raises the error that says what to do, where the hub has said what is wrong."""
-    errors = hub.utils
-    if isinstance(error, errors.HFValidationError):
-        raise _bad_name(name) from error
-    if isinstance(error, errors.GatedRepoError):
+    if isinstance(error, hub.utils.GatedRepoError):
         raise DataError(
             f"{name} must be open to you; got a refusal, for its owner asks for "
             f"consent first. Give it at {where}/{name}, log in (hf auth login), and "
@@ -163,19 +131,3 @@ def _refuse_known(hub: Any, error: Exception, name: str, where: str) -> None:
             "none of this name, or it is private. Check the name, or log in (hf auth "
             "login)."
         ) from error
-
-
-def _bad_name(name: str) -> DataError:
-    return DataError(
-        f"the name of a network on the hub must be owner/name; got {name!r}. Copy it "
-        "from its page, such as google/ddpm-cifar10-32."
-    )
-
-
-def _out_of_reach(name: str, where: str, error: Exception) -> DataError:
-    said = " ".join(str(error).split())[:200].rstrip(".")
-    return DataError(
-        f"{where} must be within reach to fetch {name}; got {type(error).__name__}: "
-        f"{said}. Check the network and the disk; or fetch it by hand, hf download "
-        f"{name} --local-dir DIR, and give DIR."
-    )

@@ -14,10 +14,9 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from diffusion_jax.errors import ConfigError, DataError
 from diffusion_jax.interop import unet_names
@@ -32,9 +31,7 @@ from diffusion_jax.lab.schema.config import (
     official,
 )
 from diffusion_jax.lab.wiring import build
-from diffusion_jax.storage import tensor_files, tensorflow_checkpoint
-
-PyTree = Any
+from diffusion_jax.storage import tensor_files, tensorflow_checkpoint, trees
 
 FORMAT = "diffusion_jax.network"
 
@@ -133,7 +130,11 @@ def read(found: Found, *, average: bool = True, progress: bool = False) -> Netwo
         params, digest = diffusers_folder.read(found.path, config, progress=progress)
         return Network(config, params, about, digest)
     stored = tensor_files.read(found.path, progress=progress)
-    params = _own_params(config, stored.arrays, found.path)
+    arrays = {name: unet_names.exact(x) for name, x in stored.arrays.items()}
+    like = build.param_shapes(config)
+    wanted = trees.by_path(like, ".")
+    unet_names.check_fits(arrays, wanted, str(found.path))
+    params = jax.tree.unflatten(jax.tree.structure(like), [arrays[n] for n in wanted])
     return Network(config, params, about, stored.sha256)
 
 
@@ -180,11 +181,8 @@ def read_official(
 
 def write_file(path: Path, network: Network) -> str:
     """Returns the SHA-256 of the .safetensors file that now holds a network."""
-    flat = jax.tree_util.tree_leaves_with_path(network.params)
-    arrays = {_name(key): np.asarray(leaf) for key, leaf in flat}
-    return tensor_files.write_safetensors(
-        path, arrays, {FORMAT: json.dumps(records.write(network), sort_keys=True)}
-    )
+    record = json.dumps(records.write(network), sort_keys=True)
+    return trees.write(path, network.params, {FORMAT: record})
 
 
 def _describe(found: Found) -> Described:
@@ -209,18 +207,3 @@ def _official(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Config:
         f"got {len(shapes)} tensors that are none. Name the experiment that it was "
         "trained in: --experiment NAME of experiments.convert."
     )
-
-
-def _own_params(config: Config, arrays: Mapping[str, Any], path: Path) -> PyTree:
-    """Returns the parameters from tensors under our own names."""
-    like = build.param_shapes(config)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
-    shapes = {_name(key): leaf.shape for key, leaf in leaves}
-    names = {name: unet_names.Place(name) for name in shapes}
-    flat = unet_names.matched(arrays, names, shapes, where=str(path))
-    return jax.tree.unflatten(treedef, [flat[name] for name in shapes])
-
-
-def _name(path: Any) -> str:
-    """Returns the name of a leaf, such as "net.conv_in.kernel"."""
-    return jax.tree_util.keystr(path, simple=True, separator=".")

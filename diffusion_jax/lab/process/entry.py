@@ -49,6 +49,7 @@ def guarded(main: Callable[[Sequence[str]], int], *, several: bool = False) -> N
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     expected: tuple[Any, ...] = (errors.ConfigError, CheckpointError, errors.DataError)
+    code, said = BAD_INPUT, ""
     try:
         raise SystemExit(main(join_hosts(sys.argv[1:], several=several)))
     except SystemExit as left:
@@ -58,29 +59,26 @@ def guarded(main: Callable[[Sequence[str]], int], *, several: bool = False) -> N
             joining.leave(BAD_INPUT)
         raise
     except expected as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = BAD_INPUT
+        said = f"error: {error}"
     except (ValueError, ImportError) as error:
         # The library's own: what must hold; what was got; what to do.
         if "; got " not in str(error):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        code = BAD_INPUT
+        said = f"error: {error}"
     except BrokenPipeError:
         # Whoever read what was printed, head for instance, has seen enough.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         code = 1
     except OSError as error:
-        where = error.filename or "a file"
-        print(
-            f"error: {where} must be there and be ours to read or write; got "
-            f"{error.strerror or error}. Check the path, its permissions and the disk.",
-            file=sys.stderr,
+        said = (
+            f"error: {error.filename or 'a file'} must be there and be ours to read or "
+            f"write; got {error.strerror or error}. Check the path, its permissions "
+            "and the disk."
         )
-        code = BAD_INPUT
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
+        code, said = 130, "interrupted"
+    if said:
+        print(said, file=sys.stderr)
     joining.leave(code)
     raise SystemExit(code)
 

@@ -13,7 +13,6 @@ On a machine by itself nothing of this happens, and nothing is asked of the netw
 """
 
 import contextlib
-import importlib.util
 import os
 import re
 import sys
@@ -110,13 +109,13 @@ def decide(given: Mapping[str, str], env: Mapping[str, str]) -> Job | None:
     >>> decide({}, {}), decide({"--hosts": "1"}, {"JAX_COORDINATOR_ADDRESS": "a:1"})
     (None, None)
     """
-    if set(given) == {"--hosts"} and given["--hosts"] in ("1", "auto"):
-        if given["--hosts"] == "1":
-            return None
-        return _found_by_jax(env)
-    if given:
-        return _flagged(given, env)
+    if given == {"--hosts": "1"}:
+        return None
     devices = _own_devices(env)
+    if given == {"--hosts": "auto"}:
+        return Job("--hosts auto", devices=devices)
+    if given:
+        return _flagged(given, devices)
     address = env.get("JAX_COORDINATOR_ADDRESS")
     if address is not None:
         count, index = (
@@ -258,7 +257,7 @@ def _fail(*error: Any) -> None:
     leave(1)
 
 
-def _flagged(given: Mapping[str, str], env: Mapping[str, str]) -> Job | None:
+def _flagged(given: Mapping[str, str], devices: tuple[int, ...] | None) -> Job | None:
     """The job that the flags describe."""
     missing = [name for name in FLAGS if name not in given]
     if missing:
@@ -284,20 +283,7 @@ def _flagged(given: Mapping[str, str], env: Mapping[str, str]) -> Job | None:
         )
     if count == 1:
         return None
-    return Job("--coordinator", address, count, index, _own_devices(env))
-
-
-def _found_by_jax(env: Mapping[str, str]) -> Job:
-    """The job of --hosts auto."""
-    elsewhere = ("OMPI_MCA_orte_hnp_uri", "SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES")
-    pods = "KUBERNETES_SERVICE_HOST" in env and not any(n in env for n in elsewhere)
-    if pods and importlib.util.find_spec("kubernetes") is None:
-        raise ConfigError(
-            "the package kubernetes must be there for --hosts auto in Kubernetes; got "
-            "none. pip install kubernetes, or say it: --coordinator JOB-0.SUBDOMAIN:"
-            "1234 --hosts N --host $JOB_COMPLETION_INDEX."
-        )
-    return Job("--hosts auto", devices=_own_devices(env))
+    return Job("--coordinator", address, count, index, devices)
 
 
 def _own_devices(env: Mapping[str, str]) -> tuple[int, ...] | None:

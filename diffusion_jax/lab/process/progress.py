@@ -40,15 +40,14 @@ class Progress:
         self.since: tuple[int, float] | None = None
         self.rate, self.row = 0.0, Counter(row or {})
         self.held, self.begun = 0.0, time.monotonic()
-        self.bar = None
-        if self.file.isatty():
-            self.bar = tqdm(
-                total=last,
-                initial=begin,
-                file=self.file,
-                dynamic_ncols=True,
-                bar_format="{percentage:3.0f}% |{bar}| step {n:,}/{total:,}{postfix}",
-            )
+        self.bar = tqdm(
+            total=last,
+            initial=begin,
+            file=self.file,
+            disable=not self.file.isatty(),
+            dynamic_ncols=True,
+            bar_format="{percentage:3.0f}% |{bar}| step {n:,}/{total:,}{postfix}",
+        )
 
     def update(self, step: int, loss: float | None, cause: str = "") -> None:
         """Shows that `step` steps are done and what the last loss was.
@@ -72,13 +71,12 @@ class Progress:
         if now - then >= 1.0:
             self.rate = (step - before) * self.images / (now - then)
         self.step = step
-        if self.bar is not None:
-            self.bar.set_postfix_str(self._text(loss), refresh=False)
-            self.bar.update(step - self.bar.n)
-        elif now - self.shown >= SECONDS_BETWEEN_LINES:
+        text = self._text(loss)
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(step - self.bar.n)
+        if self.bar.disable and now - self.shown >= SECONDS_BETWEEN_LINES:
             self.shown = now
-            print(f"step {step:,}/{self.last:,}, {self._text(loss)}", file=self.file)
-            self.file.flush()
+            print(f"step {step:,}/{self.last:,}, {text}", file=self.file, flush=True)
 
     def pause(self) -> None:
         """Leaves what follows, until the next step, out of the speed."""
@@ -100,14 +98,12 @@ class Progress:
 
     def close(self) -> None:
         """Leaves the bar on the screen as it stands."""
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
 
     def _text(self, loss: float | None) -> str:
         text = "skipped" if loss is None else f"loss {loss:.4f}"
         if self.rate:
             left = int((self.last - self.step) * self.images / self.rate)
-            hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
-            clock = f"{hours}:{minutes:02d}" if hours else f"{minutes}"
-            text += f", {self.rate:,.0f} images/s, {clock}:{seconds:02d} left"
+            clock = tqdm.format_interval(left)
+            text += f", {self.rate:,.0f} images/s, {clock} left"
         return text

@@ -120,16 +120,6 @@ def score(config: Config, run: runs.Run, step: int) -> float | None:
     return None if np.isnan(mean) else float(mean)
 
 
-def tensors(params: Any) -> list[str]:
-    """Returns the names of the parameters, in the order of their leaves.
-
-    >>> tensors({"conv": {"kernel": 0.0, "bias": 0.0}})
-    ['conv/bias', 'conv/kernel']
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves]
-
-
 def in_words(causes: Mapping[str, int]) -> str:
     """Returns how many steps were skipped by which cause, the most frequent first.
 

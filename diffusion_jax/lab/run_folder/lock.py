@@ -11,9 +11,8 @@ import errno
 import fcntl
 import os
 import socket
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import jax
@@ -24,7 +23,6 @@ from diffusion_jax.lab.process import hosts
 NAME = ".lock"
 # As `flock` fails where the file system knows no locks.
 UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
-HELD, UNWRITABLE, FINE = 2, 1, 0
 
 _open: set[int] = set()
 """Files that this process holds locks by."""
@@ -48,128 +46,78 @@ def hold(folder: Path) -> Iterator[None]:
       LockedError: another process has it.
       ConfigError: the folder cannot be made, or nothing can be written into it.
     """
-    made: list[Path] = []
-    file: int | None = None
-    error: ConfigError | None = None
     # Asked of JAX itself, this would start its devices: a second process must go
     # before it takes memory of theirs from the first.
     joined = jax.distributed.is_initialized()
-    if not joined or hosts.first():
-        try:
-            made = _make(folder)
-            file = _take(folder / NAME)
-        except ConfigError as raised:
-            error = raised
-    if joined:
-        _agree(folder, error)
-    if error is not None:
-        _leave(folder, file, made)
-        raise error
-    try:
+    error: ConfigError | None = None
+    with ExitStack() as left:
+        if not joined or hosts.first():
+            try:
+                _take(folder, left.callback)
+            except ConfigError as raised:
+                error = raised
+        if joined and hosts.tell(error is not None) and error is None:
+            error = ConfigError(
+                f"{folder} must be a folder that host 0 can write, and that no other "
+                "job trains into; got an error there. Host 0 says which."
+            )
+        if error is not None:
+            raise error
         yield
-    finally:
-        _leave(folder, file, made)
 
 
-def _make(folder: Path) -> list[Path]:
-    """Returns the folders that had to be made, the innermost first."""
-    made = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
+def _take(folder: Path, afterwards: Callable[..., object]) -> None:
+    """Makes a folder and takes its lock, and has both undone afterwards."""
+    path = folder / NAME
+    new = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for each in reversed(new):
+            afterwards(_remove, each)
+        file = _locked(path)
+        if file is None:
+            return
+        _open.add(file)
+        afterwards(_let_go, path, file)
+        os.ftruncate(file, 0)
+        now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+        me = f"process {os.getpid()} on {socket.gethostname()}, since {now}\n"
+        os.pwrite(file, me.encode(), 0)
     except OSError as error:
-        raise _unwritable(folder, error) from error
-    return made
+        raise ConfigError(
+            f"{folder} must be a folder that can be made and written; got "
+            f"{error.strerror} for {error.filename or path}. Mend that, or choose "
+            "another with --output and --name."
+        ) from error
 
 
-def _take(path: Path) -> int | None:
+def _locked(path: Path) -> int | None:
     """Returns the open file that holds the lock; None where there are no locks."""
     while True:
-        try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise _unwritable(path.parent, error) from error
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = _read(file)
-            os.close(file)
-            raise LockedError(
-                f"a run must be trained by one process; got {path.parent} in the hands "
-                f"of {owner}. Wait for its end, stop it, or start another run with "
-                "--name NAME."
-            ) from None
         except OSError as error:
+            owner = os.pread(file, 200, 0).decode(errors="replace").strip()
             os.close(file)
+            if isinstance(error, BlockingIOError):
+                raise LockedError(
+                    f"a run must be trained by one process; got {path.parent} in the "
+                    f"hands of {owner or 'a process that has just taken it'}. Wait for "
+                    "its end, stop it, or start another run with --name NAME."
+                ) from None
             if error.errno not in UNKNOWN:
-                raise _unwritable(path.parent, error) from error
+                raise
             hosts.say(
                 f"note: the file system of {path.parent} has no locks "
                 f"({error.strerror}): nothing keeps a second process from this run"
             )
             return None
-        # Its owner removes the file before it lets go: who waited in between has a lock
+        # Its owner removes the file before it lets go: who came in between has a lock
         # on a file that nobody else will ever find.
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file), os.stat(path)):
-                break
+        if os.fstat(file).st_nlink:
+            return file
         os.close(file)
-    _open.add(file)
-    try:
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"{_me()}\n".encode(), 0)
-    except OSError as error:
-        _let_go(path, file)
-        raise _unwritable(path.parent, error) from error
-    return file
-
-
-def _me() -> str:
-    """Who this process is, in words."""
-    began = datetime.datetime.fromtimestamp(_began()).astimezone()
-    since = began.isoformat(" ", "seconds")
-    return f"process {os.getpid()} on {socket.gethostname()}, started {since}"
-
-
-def _began() -> float:
-    """When this process was started, in seconds since 1970."""
-    try:
-        stat = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        ticks = int(stat[19]) / os.sysconf("SC_CLK_TCK")
-        return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks)
-    except (OSError, AttributeError, ValueError, IndexError):
-        return time.time()  # no Linux: it cannot be long ago
-
-
-def _read(file: int) -> str:
-    """Who holds a lock that this process did not get."""
-    said = os.pread(file, 200, 0).decode(errors="replace").strip()
-    return said or "a process that has just taken it"
-
-
-def _agree(folder: Path, error: ConfigError | None) -> None:
-    """Raises ConfigError on the other hosts where the first one could not go on."""
-    code = HELD if isinstance(error, LockedError) else UNWRITABLE if error else FINE
-    code = hosts.tell(code)
-    if code == FINE or error is not None:
-        return
-    if code == HELD:
-        raise LockedError(
-            f"a run must be trained by one job; got {folder} in the hands of another. "
-            "Host 0 says whose."
-        )
-    raise ConfigError(
-        f"{folder} must be a folder that host 0 can write; got an error there. Host 0 "
-        "says which."
-    )
-
-
-def _leave(folder: Path, file: int | None, made: list[Path]) -> None:
-    """Lets go of the lock, and of folders that nothing was written into."""
-    if file is not None:
-        _let_go(folder / NAME, file)
-    with suppress(OSError):
-        for path in made:
-            path.rmdir()
 
 
 def _let_go(path: Path, file: int) -> None:
@@ -181,12 +129,10 @@ def _let_go(path: Path, file: int) -> None:
     os.close(file)
 
 
-def _unwritable(folder: Path, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"{folder} must be a folder that can be made and written; got "
-        f"{error.strerror} for {error.filename or folder / NAME}. Mend that, or choose "
-        "another with --output and --name."
-    )
+def _remove(folder: Path) -> None:
+    """Removes a folder that nothing was written into."""
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _forget() -> None:

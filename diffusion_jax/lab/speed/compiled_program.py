@@ -7,6 +7,7 @@ on a machine that could not run it.
 
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 BYTES = {"pred": 1, "s4": 1, "u4": 1, "bf16": 2, "c64": 8, "c128": 16}
@@ -39,7 +40,6 @@ _INSTRUCTION = re.compile(
     r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)(.*)"
 )
 _ARRAY = re.compile(r"\b([a-z]+\d+|pred)(?:e\w+)?\[([\d,]*)\]")
-_ARRAY_WITH_LAYOUT = re.compile(r"\b(?:[a-z]+\d+|pred)(?:e\w+)?\[[\d,]*\]")
 _NAME = re.compile(r"%([\w.\-]+)")
 
 
@@ -66,6 +66,11 @@ class _Instruction(NamedTuple):
     rest: str
 
 
+_Body = dict[str, _Instruction]
+_Program = dict[str, _Body]
+"""Instructions by name, of computations by name."""
+
+
 def kernels(text: str) -> list[Kernel]:
     """Returns the kernels of a compiled program.
 
@@ -90,23 +95,27 @@ def kernels(text: str) -> list[Kernel]:
             "text must be that of a compiled module, with an ENTRY; got "
             f"{text[:40]!r}. Give compiled.as_text()."
         )
-    found: list[Kernel] = []
+    return list(_walk(computations, entry, 1))
 
-    def walk(name: str, times: int) -> None:
-        body = computations[name]
-        for label, one in body.items():
-            if one.operation in FREE or one.operation.endswith(("-done", "-update")):
-                continue
-            inner = _called(one)
-            if one.operation in CONTROL:
-                again = times * _trips(one)
-                for each in inner:
-                    walk(each, again)
-                continue
-            found.append(_kernel(label, one, body, computations, inner, times))
 
-    walk(entry, 1)
-    return found
+def _walk(computations: _Program, name: str, times: int) -> Iterator[Kernel]:
+    """Yields the kernels of a computation that runs so many times."""
+    body = computations[name]
+    for label, one in body.items():
+        if one.operation in FREE or one.operation.endswith(("-done", "-update")):
+            continue
+        if one.operation in CONTROL:
+            known = re.search(r'"known_trip_count":\{"n":"(\d+)"', one.rest)
+            for inner in _called(one):
+                yield from _walk(
+                    computations, inner, times * int(known[1] if known else 1)
+                )
+            continue
+        fused = computations[_called(one)[0]] if one.operation == "fusion" else {}
+        source = re.search(r'op_name="([^"]*)"', one.rest)
+        moved = _read(one, body, fused) + _written(one)
+        at = source[1] if source else ""
+        yield Kernel(_kind(one, fused), label, moved, times, at)
 
 
 def size(shape: str) -> int:
@@ -115,30 +124,27 @@ def size(shape: str) -> int:
     >>> size("(bf16[2,3]{1,0}, f32[])")
     16
     """
-    total = 0
+    return sum(each * count for each, count in _arrays(shape))
+
+
+def _arrays(shape: str) -> list[tuple[int, int]]:
+    """Returns the bytes of an element and the number of them, of each array."""
+    found = []
     for kind, dimensions in _ARRAY.findall(shape):
         bits = re.search(r"\d+$", kind)
         each = BYTES.get(kind) or int(bits[0] if bits else 8) // 8
-        total += each * math.prod(int(n) for n in dimensions.split(",") if n)
-    return total
+        found.append((each, math.prod(int(n) for n in dimensions.split(",") if n)))
+    return found
 
 
-def _each(body: dict[str, _Instruction], names: list[str]) -> list[int]:
-    """Returns the bytes of an element of arrays."""
-    shapes = [body[name].shape for name in names]
-    return [size(shape) // max(1, _elements(shape)) for shape in shapes]
+def _cut(whole: str, part: str) -> int:
+    """Returns the bytes that are read of an array to cut a part out of it."""
+    return _arrays(whole)[0][0] * _arrays(part)[0][1]
 
 
-def _elements(shape: str) -> int:
-    return sum(
-        math.prod(int(n) for n in dimensions.split(",") if n)
-        for _, dimensions in _ARRAY.findall(shape)
-    )
-
-
-def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str | None]:
+def _parse(text: str) -> tuple[_Program, str | None]:
     """Returns the instructions of each computation by name, and the entry's name."""
-    computations: dict[str, dict[str, _Instruction]] = {}
+    computations: _Program = {}
     entry, current = None, None
     for line in text.splitlines():
         head = _COMPUTATION.match(line)
@@ -162,72 +168,48 @@ def _called(one: _Instruction) -> list[str]:
     return names
 
 
-def _trips(one: _Instruction) -> int:
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', one.rest)
-    return int(known[1]) if known else 1
+def _read(one: _Instruction, body: _Body, fused: _Body) -> int:
+    """Returns the bytes that an instruction reads, each operand once."""
+    shapes = [body[n].shape if n in body else "" for n in _NAME.findall(one.operands)]
+    if one.operation in CUTS:
+        return _cut(shapes[0], one.shape)
+    return sum(_read_inside(fused, i, shape) for i, shape in enumerate(shapes))
 
 
-def _kernel(
-    label: str,
-    one: _Instruction,
-    body: dict[str, _Instruction],
-    computations: dict[str, dict[str, _Instruction]],
-    inner: list[str],
-    times: int,
-) -> Kernel:
-    names = _NAME.findall(one.operands)
-    reads = [size(body[name].shape) if name in body else 0 for name in names]
-    fused: dict[str, _Instruction] = {}
-    if one.operation == "fusion":
-        fused = computations[inner[0]]
-        reads = [min(full, _read(fused, i, full)) for i, full in enumerate(reads)]
-    elif one.operation in CUTS:
-        reads = [_elements(one.shape) * each for each in _each(body, names[:1])]
-    written = size(one.shape)
-    if one.operation in REPEATS:
-        # What begins a copy is written down with what it copies, and a flag.
-        written = size(_ARRAY_WITH_LAYOUT.findall(one.shape)[1])
-    elif one.operation == "custom-call":
-        written = size(re.sub(r", [su]8\[\d+\]\{0\}\)$", ")", one.shape))  # its scratch
-    source = re.search(r'op_name="([^"]*)"', one.rest)
-    return Kernel(
-        _kind(one, fused),
-        label,
-        sum(reads) + written,
-        times,
-        source[1] if source else "",
-    )
-
-
-def _read(fused: dict[str, _Instruction], index: int, full: int) -> int:
+def _read_inside(fused: _Body, index: int, shape: str) -> int:
     """Returns the bytes that a fusion reads of an operand: less where it is cut."""
-    label = next(
-        (
-            name
-            for name, one in fused.items()
-            if one.operation == "parameter" and one.operands == str(index)
-        ),
-        None,
-    )
-    if label is None:
-        return full
-    total, waiting = 0, [label]
-    each = _each(fused, [label])[0]
+    waiting = [
+        label
+        for label, one in fused.items()
+        if one.operation == "parameter" and one.operands == str(index)
+    ]
+    total = 0 if waiting else size(shape)
     while waiting:
         name = waiting.pop()
-        for other, one in fused.items():
+        for label, one in fused.items():
             if name not in _NAME.findall(one.operands):
                 continue
             if one.operation in ("bitcast", "convert"):
-                waiting.append(other)
+                waiting.append(label)
             elif one.operation in CUTS:
-                total += each * _elements(one.shape)
+                total += _cut(shape, one.shape)
             else:
-                return full
-    return total
+                return size(shape)
+    return min(total, size(shape))
 
 
-def _kind(one: _Instruction, fused: dict[str, _Instruction]) -> str:
+def _written(one: _Instruction) -> int:
+    """Returns the bytes that an instruction writes."""
+    if one.operation in REPEATS:
+        # What begins a copy is written down with what it copies, and a flag.
+        each, count = _arrays(one.shape)[1]
+        return each * count
+    if one.operation == "custom-call":
+        return size(re.sub(r", [su]8\[\d+\]\{0\}\)$", ")", one.shape))  # its scratch
+    return size(one.shape)
+
+
+def _kind(one: _Instruction, fused: _Body) -> str:
     operations = {each.operation for each in fused.values()} or {one.operation}
     target = re.search(r'custom_call_target="([^"]*)"', one.rest)
     called = target[1].lower() if target else ""

@@ -16,6 +16,7 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.network_files import diffusers_config
 from diffusion_jax.lab.network_files.diffusers_config import peers
 from diffusion_jax.lab.schema.config import Config
+from diffusion_jax.lab.speed.measuring import Effort, timed
 
 MODES = ("reduce-overhead", "default")
 """Of torch.compile on a GPU: the faster one counts."""
@@ -35,33 +36,35 @@ def check(config: Config) -> None:
         )
 
 
-def measure(
-    config: Config, what: str, size: int, evaluations: float, timed: Callable[..., Any]
-) -> tuple[Any, str]:
-    """Returns the seconds of a step or chain, and how PyTorch ran it.
+def compare(config: Config, row: dict[str, Any], effort: Effort) -> dict[str, Any]:
+    """Returns what PyTorch takes for the work of a row, and how it was run.
 
     Args:
       config: the configuration; its network must be one of diffusers'.
-      what: "train" or "sample".
-      size: images.
-      evaluations: of the network, that a chain takes.
-      timed: from a function to its clock.
+      row: as of `measuring.row`.
+      effort: how often a training step is timed.
 
     Raises:
       ConfigError: PyTorch or diffusers is missing, or diffusers has no such network.
     """
     torch, _ = peers()
-    make = {"train": _train, "sample": _sample}[what]
+    training = row["what"] == "train"
+    make = _train if training else _sample
+    # One evaluation is as good as a chain, and is timed like a step.
+    times = 1.0 if training else row["evaluations_per_sample"]
     modes = MODES if torch.cuda.is_available() else ("eager",)
-    found = []
-    for mode in modes:
-        once = make(config, size, mode)
-        clock = timed(once)
-        if what == "sample":
-            chain = (seconds * evaluations for seconds in clock[:3])
-            clock = type(clock)(*chain, clock[3])
-        found.append((clock, f"torch {torch.__version__}, {mode}"))
-    return min(found, key=lambda pair: pair[0].median)
+    found = {
+        mode: times * timed(make(config, row["batch"], mode), effort).median
+        for mode in modes
+    }
+    mode = min(found, key=found.__getitem__)
+    ms = 1000 * found[mode]
+    return {
+        "how": f"torch {torch.__version__}, {mode}",
+        "ms": ms,
+        "per_second": row["per_second"] * row["ms"] / ms,
+        "ratio": ms / row["ms"],
+    }
 
 
 def _network(config: Config) -> tuple[Any, Any]:

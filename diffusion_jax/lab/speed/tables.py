@@ -1,25 +1,19 @@
-"""The table of the README in one command, for `experiments.bench --table`.
-
-Training as configured, training with the arithmetic of the authors' code, chains, the
-same by PyTorch if wanted, and then what options of the compiler change: as much of it,
-in this order, as the minutes allow.
-"""
+"""What `experiments.bench` measures, within how long, and the table it prints."""
 
 import dataclasses
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
+import jax
+
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.lab.schema import checks, config, sampling
+from diffusion_jax.lab.schema import config, sampling
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.training import compilation
 
 SIZES = (128, 512)
-"""Batch sizes, where none are given."""
-STEPS = 50
-"""After so many, losses of two programs show whether they compute the same."""
+"""Batch sizes of the table of the README, where none are given."""
 NONE = "none"
 # Of XLA for GPUs; none of them has been tried on these networks. The first is training
 # as it is once more: what the two differ by means nothing. The last may take minutes to
@@ -48,7 +42,14 @@ class Work(NamedTuple):
     form: str
     config: Config
     what: str
+    """Training or chains: "train" or "sample"."""
     batch: int
+    devices: int | None = None
+    """How many to use; all when None."""
+    option: str = NONE
+    """Of the compiler, beside those of the platform; see `told`."""
+    base: str = ""
+    """Name of the row that it is compared with."""
 
     @property
     def name(self) -> str:
@@ -56,7 +57,12 @@ class Work(NamedTuple):
         return f"{self.what} {self.batch}, {self.form}"
 
 
-def works(chosen: Config, sizes: tuple[int, ...]) -> list[Work]:
+def plain(chosen: Config, what: Iterable[str], sizes: Iterable[int]) -> list[Work]:
+    """Returns a row for each size of each kind."""
+    return [Work(CONFIGURED, chosen, kind, size) for kind in what for size in sizes]
+
+
+def of_readme(chosen: Config, sizes: tuple[int, ...]) -> list[Work]:
     """Returns the rows: training at all sizes, the authors' at the first, and chains.
 
     Chains are of the last size. Where their rule would take all T steps, as that of the
@@ -74,29 +80,55 @@ def works(chosen: Config, sizes: tuple[int, ...]) -> list[Work]:
     return [*rows, Work(form, short, "sample", sizes[-1])]
 
 
-def check(options: Any) -> None:
-    """Raises ConfigError for what no table can be made of."""
-    if options.scaling or options.what != type(options).what:
+def options_of_compiler(usual: Work, candidates: Iterable[str]) -> list[Work]:
+    """Returns the row again with each option, one by one."""
+    return [
+        usual._replace(form=f"`{one}`", option=one, base=usual.name)
+        for one in candidates
+    ]
+
+
+def scaling(chosen: Config, sizes: Iterable[int], found: int) -> list[Work]:
+    """Returns rows of training on 1, 2, 4, ... and all of so many devices.
+
+    Strong scaling keeps the batch: the same step, sooner. Weak scaling keeps the share
+    of each device: a larger batch in, at best, the same time.
+    """
+    rows = []
+    for size in sizes:
+        alone = Work("on 1 device", chosen, "train", size, 1)
+        rows.append(alone)
+        for n in counts(found)[1:]:
+            for kind, batch in ("strong", size), ("weak", size * n):
+                form = f"{kind} scaling of {size} on {n} devices"
+                rows.append(Work(form, chosen, "train", batch, n, base=alone.name))
+    return rows
+
+
+def counts(found: int) -> list[int]:
+    """Returns how many devices to measure scaling on: powers of two, and all.
+
+    >>> counts(8), counts(6), counts(1)
+    ([1, 2, 4, 8], [1, 2, 4, 6], [1])
+    """
+    return sorted({found, *(2**n for n in range(found.bit_length()) if 2**n <= found)})
+
+
+def check_scaling(batch_size: int, found: int) -> None:
+    """Raises ConfigError unless every count of devices can share the batch."""
+    if jax.process_count() > 1:
         raise ConfigError(
-            "what and scaling must be left out of a table, which has its own rows; got "
-            f"what {' '.join(options.what)} and scaling {options.scaling}. Measure "
-            "them without --table."
+            "scaling must be measured on one host, which can leave some of its devices "
+            f"idle; got {jax.process_count()} hosts. Run bench on one host, then on "
+            "all, with --batch-sizes in proportion."
         )
-    if options.config.train.parallel == "pmap":
+    wrong = [n for n in counts(found) if batch_size % n]
+    if wrong:
         raise ConfigError(
-            "train.parallel must be mesh or shard_map for a table: pmap takes no "
-            "options of the compiler; got pmap. Change it with --train.parallel mesh."
+            f"batch_sizes must be multiples of {wrong[-1]} for scaling, which measures "
+            f"on {', '.join(map(str, counts(found)))} devices; got {batch_size}. "
+            "Change it with --batch-sizes."
         )
-    if options.out is not None and options.out.suffix == ".md":
-        raise ConfigError(
-            "out must be a file of JSON, beside which a table writes one of Markdown; "
-            f"got {options.out}. Let it end in .json."
-        )
-    for candidate in options.candidates:
-        told(candidate)
-    for work in works(options.config, options.sizes):
-        sized = config.replace(work.config, "train", batch_size=work.batch)
-        checks.validate(sized)
 
 
 def told(candidate: str) -> compilation.Options:
@@ -114,55 +146,6 @@ def told(candidate: str) -> compilation.Options:
             "it as in XLA_FLAGS, without the dashes."
         )
     return {name: {"true": True, "false": False}.get(value, value)}
-
-
-def measure(
-    options: Any,
-    report: dict[str, Any],
-    *,
-    add_row: Callable[[Any, Work], dict[str, Any]],
-    measure_peer: Callable[[Any, dict[str, Any]], dict[str, Any]],
-    train: Callable[[compilation.Options], dict[str, Any]],
-    save: Callable[[], None],
-) -> None:
-    """Fills a report and prints it: rows, the peer, options of the compiler, in turn.
-
-    Args:
-      options: of `experiments.bench`.
-      report: to be filled.
-      add_row: measures a row, and adds it to the report.
-      measure_peer: measures the work of a row by PyTorch.
-      train: from options of the compiler, beside those of the platform, to the figures
-        of training as configured, at the first size.
-      save: writes the report.
-    """
-    rows = works(options.config, options.sizes)
-
-    def of(work: Work) -> Any:
-        given = dataclasses.replace(options, config=work.config)
-        # Chains are long: one at a time.
-        alone = work.what == "sample"
-        return dataclasses.replace(given, steps=1, warmup=1) if alone else given
-
-    def own(work: Work) -> None:
-        add_row(of(work), work)["form"] = work.form
-
-    def peer(work: Work, number: int) -> None:
-        row = report["rows"][number]
-        row["peer"] = attempt(lambda: measure_peer(of(work), row))
-
-    def change(candidate: str) -> None:
-        report["options"].append(tried(candidate, train, report["rows"][0]))
-
-    pieces = [(work.name, partial(own, work)) for work in rows]
-    if options.peer:
-        pieces += [
-            (f"{work.name}, by PyTorch", partial(peer, work, number))
-            for number, work in enumerate(rows)
-        ]
-    pieces += [(name, partial(change, name)) for name in options.candidates]
-    within(options.minutes, pieces, report, save)
-    print(markdown(report), end="")
 
 
 def within(
@@ -197,72 +180,86 @@ def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": "not known to this jaxlib" if unknown else said.split("\n")[0]}
 
 
-def tried(
-    candidate: str, train: Callable[[compilation.Options], dict[str, Any]], usual: Any
+def row(
+    work: Work, found: dict[str, Any], before: list[dict[str, Any]], top: float
 ) -> dict[str, Any]:
-    """Returns what an option of the compiler changes, and prints it.
+    """Returns a row of a report.
 
     Args:
-      candidate: as of `told`.
-      train: from the option to the figures of training with it.
-      usual: those of training without it.
+      work: what was measured.
+      found: its figures, or an "error".
+      before: the rows before, of which one may be the base.
+      top: TFLOP/s of a large matrix product, by one device.
     """
-    row = attempt(lambda: train(told(candidate)))
-    if "error" not in row:
-        row["times_as_fast"] = usual["ms"] / row["ms"]
-        row["loss_change"] = row["loss"] / usual["loss"] - 1
-    row = {"option": candidate, **row}
-    print(f"  {' | '.join(_option(row))}")
-    return row
+    about = {"name": work.name, "form": work.form, "dtype": work.config.net.dtype}
+    made = {**about, "what": work.what, "batch": work.batch, **found}
+    if "error" in found:
+        return made
+    made["share"] = found["tflops"] / found["devices"] / top
+    for base in before:
+        if base["name"] != work.base or "error" in base:
+            continue
+        times = found["per_second"] / base["per_second"]
+        made["times_as_fast"] = times
+        made["efficiency"] = times * base["devices"] / found["devices"]
+    return made
+
+
+def in_words(figures: dict[str, Any]) -> str:
+    """Returns the first that is known of a row, for a person who waits."""
+    if "error" in figures:
+        return str(figures["error"])
+    return f"{figures['per_second']:,.1f} per s, {figures['ms']:,.2f} ms"
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Returns the tables of a report."""
-    head = [
+    """Returns the table of a report, without columns that nothing was measured for."""
+    tops = [f"{name} {top:.3g}" for name, top in report["ceilings_tflops"].items()]
+    parts = [
         f"{report['experiment']} on {report['devices']} x {report['device']}, jax "
-        f"{report['versions']['jax']}, {report['date']}",
+        f"{report['versions']['jax']}, {report['date']}; matrix products, TFLOP/s: "
+        f"{', '.join(tops)}",
         "",
     ]
-    columns = ["what", "batch", "ms", "per second", "TFLOP/s", "share", "PyTorch, ms"]
-    parts = [*head, *_table([*columns, "times"], map(_row, report["rows"]))]
-    if report["options"]:
-        columns = ["option of the compiler", "ms", "times as fast", "loss"]
-        parts += ["", *_table(columns, map(_option, report["options"]))]
+    rows = [cells(row) for row in report["rows"]]
+    columns = [n for n in (rows or [{}])[0] if any(row[n] != "-" for row in rows)]
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[row[name] for name in columns] for row in rows]
+    parts += ["| " + " | ".join(line) + " |" for line in lines]
     if report["left_out"]:
         parts += ["", f"Not tried, for want of time: {'; '.join(report['left_out'])}."]
     return "\n".join(parts) + "\n"
 
 
-def _row(row: dict[str, Any]) -> list[str]:
-    """A training step, or an evaluation of the network in a chain."""
+def cells(row: dict[str, Any]) -> dict[str, str]:
+    """Returns a row of the table: "-" for what is not known, errors in place of ms.
+
+    Milliseconds are of a training step, or of an evaluation of the network in a chain.
+    """
     each = row.get("evaluations_per_sample", 1.0)
     peer = row.get("peer", {})
-    return [
-        f"{'training' if row['what'] == 'train' else 'an evaluation in sampling'}, "
-        f"{row['form']}, {row['dtype']}",
-        f"{row['batch']:,}",
-        f"{row['ms'] / each:,.2f}",
-        f"{row['per_second']:,.0f}",
-        f"{row['tflops']:.3g}",
-        f"{row['share']:.0%}",
-        f"{peer['ms'] / each:,.2f}" if "ms" in peer else peer.get("error", "-"),
-        f"{peer['ratio']:.2f}" if "ratio" in peer else "-",
-    ]
 
+    def of(name: str, form: str, of_row: dict[str, Any] = row, by: float = 1.0) -> str:
+        return format(of_row[name] / by, form) if name in of_row else "-"
 
-def _option(row: dict[str, Any]) -> list[str]:
-    name = f"`{row['option']}`"
-    if "error" in row:
-        return [name, row["error"], "-", "-"]
-    change = row["loss_change"]
-    return [
-        name,
-        f"{row['ms']:,.2f}",
-        f"{row['times_as_fast']:.3f}",
-        f"{change:+.1e}" if change else "the same",
-    ]
-
-
-def _table(columns: list[str], rows: Iterable[list[str]]) -> list[str]:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return ["| " + " | ".join(cells) + " |" for cells in lines]
+    what = "training" if row["what"] == "train" else "an evaluation in sampling"
+    low_to_high = [f"{ms / each:,.2f}" for ms in row.get("ms_range", ())]
+    return {
+        "what": f"{what}, {row['form']}, {row['dtype']}",
+        "batch": f"{row['batch']:,}",
+        "ms": row.get("error") or of("ms", ",.2f", by=each),
+        "range": " to ".join(low_to_high) or "-",
+        "per second": of("per_second", ",.1f"),
+        "times as fast": of("times_as_fast", ".3f"),
+        "efficiency": of("efficiency", ".0%"),
+        "loss": of("loss", ".8g"),
+        "TFLOP/s": of("tflops", ".3g"),
+        "share": of("share", ".1%"),
+        "compile, s": of("compile_s", ".1f"),
+        # A step with fresh batches, in units of one with the same batch.
+        "data x": of("data_x", ".3f"),
+        # In use so far at most, of a device or, on CPU, of the process.
+        "GiB": of("memory_gib", ".2f"),
+        "PyTorch, ms": peer.get("error") or of("ms", ",.2f", peer, each),
+        "times PyTorch": of("ratio", ".2f", peer),
+    }

@@ -1,18 +1,13 @@
 """Devices to compile for, that need not be there."""
 
-import contextlib
 import os
 import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, use_abstract_mesh
 
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.training import parallel
 
 HOST = 8
 """GPUs of a host."""
@@ -38,7 +33,6 @@ class Speed(NamedTuple):
 H200_SPEED = Speed(
     convolutions=740e12, memory=3.1e12, start=2e-6, convolution_start=10e-6
 )
-KIND = "NVIDIA H100 80GB HBM3"
 # What XLA asks of a GPU before it compiles for it; as an H100 of 80 GB answers.
 H100 = """
 gpu_device_info {
@@ -69,30 +63,14 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 class Target(NamedTuple):
-    """Devices in the order of their hosts."""
+    """What to compile for."""
 
     devices: list[Any]
     speed: Speed | None
 
-    def mesh(self, count: int | None = None, fsdp: int = 1) -> Mesh:
-        """Returns the devices as `parallel.make_mesh` arranges those that are there."""
-        if self.speed is None and self.devices == jax.devices():
-            return parallel.make_mesh(count, fsdp)
-        found = np.array(self.devices)
-        if found.size % fsdp:
-            raise ConfigError(
-                f"train.fsdp must divide the {found.size} devices of the target; got "
-                f"{fsdp}. Change one of them."
-            )
-        if fsdp == 1:
-            return Mesh(found, (parallel.AXIS,), axis_types=(AxisType.Auto,))
-        axes = (parallel.AXIS, parallel.FSDP)
-        return Mesh(found.reshape(-1, fsdp), axes, axis_types=(AxisType.Auto,) * 2)
 
-
-@contextlib.contextmanager
-def aim(name: str) -> Iterator[Target]:
-    """Gives the devices of a target, to lower and compile for inside the block.
+def aim(name: str) -> Target:
+    """Returns the devices of a target, to lower and compile for.
 
     Args:
       name: "here"; "h100:8" for so many GPUs, eight a host; or a slice of TPUs, such as
@@ -102,8 +80,7 @@ def aim(name: str) -> Iterator[Target]:
       ConfigError: an unknown target, or one whose compiler is not installed.
     """
     if name == "here":
-        yield Target(jax.devices(), None)
-        return
+        return Target(jax.devices(), None)
     gpus = re.fullmatch(r"h100(?::(\d+))?", name)
     tpus = re.fullmatch(r"v\d+\w*:\d+(x\d+)+", name)
     count = int(gpus[1] or 1) if gpus else 1
@@ -115,46 +92,18 @@ def aim(name: str) -> Iterator[Target]:
     # The compilers come as plugins, which would look for their devices.
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    with _cuda_by_name() if gpus else contextlib.nullcontext():
-        try:
-            if gpus:
-                hosts, each = max(1, count // HOST), min(count, HOST)
-                found = topologies.get_topology_desc(
-                    platform="cuda", target_config=H100, topology=f"1x{hosts}x{each}"
-                )
-            else:
-                found = topologies.get_topology_desc(platform="tpu", topology_name=name)
-        except (RuntimeError, NotImplementedError) as error:
-            extra = "cuda12" if gpus else "tpu"
-            raise ConfigError(
-                f"the compiler for {name} must be installed, and know it; got "
-                f"{str(error).splitlines()[0]}. Say: pip install 'jax[{extra}]'."
-            ) from error
-        # What kernels of Pallas are lowered for is asked of the mesh in use, where
-        # there is no such device.
-        used = use_abstract_mesh(_abstract(KIND)) if gpus else contextlib.nullcontext()
-        with used:
-            yield Target(found.devices, H200_SPEED if gpus else None)
-
-
-def _abstract(kind: str) -> AbstractMesh:
-    """Returns a mesh of one GPU of a kind."""
-    device = AbstractDevice(kind, None, "gpu")
-    auto = (AxisType.Auto,)
-    return AbstractMesh((1,), ("one",), axis_types=auto, abstract_device=device)
-
-
-@contextlib.contextmanager
-def _cuda_by_name() -> Iterator[None]:
-    """Lets "gpu" mean CUDA, where no GPU is there to tell that by."""
-    from jax._src import xla_bridge as bridge
-
-    xla_bridge: Any = bridge
-    usual = xla_bridge.canonicalize_platform
-    xla_bridge.canonicalize_platform = lambda name: (
-        "cuda" if name in ("gpu", "cuda") else usual(name)
-    )
     try:
-        yield
-    finally:
-        xla_bridge.canonicalize_platform = usual
+        if tpus:
+            found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+            return Target(found.devices, None)
+        hosts, each = max(1, count // HOST), min(count, HOST)
+        found = topologies.get_topology_desc(
+            platform="cuda", target_config=H100, topology=f"1x{hosts}x{each}"
+        )
+        return Target(found.devices, H200_SPEED)
+    except (RuntimeError, NotImplementedError) as error:
+        extra = "cuda12" if gpus else "tpu"
+        raise ConfigError(
+            f"the compiler for {name} must be installed, and know it; got "
+            f"{str(error).splitlines()[0]}. Say: pip install 'jax[{extra}]'."
+        ) from error

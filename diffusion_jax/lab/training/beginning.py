@@ -114,17 +114,24 @@ def start(
     return Begun(found.state, found.meta["pending"], found.meta.get("row", {}))
 
 
+def state_like(config: Config, mesh: Any) -> TrainState:
+    """Returns `jax.ShapeDtypeStruct` in place of the arrays of `first_state`."""
+    like = learning.state_shapes(config, packed=True)
+    state: TrainState = jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+        like,
+        parallel.state_sharding(like, mesh),
+    )
+    return state
+
+
 @contextmanager
 def compiling(
     step: parallel.Step, fed: feed.Feed, config: Config, mesh: Any
 ) -> Iterator[None]:
     """Compiles the training step while what is within is done."""
     print("compiling the training step", flush=True)
-    like = learning.state_shapes(config, packed=True)
-    placed = parallel.state_sharding(like, mesh)
-    state = jax.tree.map(
-        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), like, placed
-    )
+    state = state_like(config, mesh)
     with closing(fed.batches(0, 1)) as batches:
         batch = next(batches)
     # XLA leaves Python to others, and the cores that it does not keep busy by itself.

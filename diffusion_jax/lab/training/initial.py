@@ -5,16 +5,16 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.lab.run_folder import history, runs
+from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.config import Config, Net
 from diffusion_jax.lab.schema.facts import HOW, SHAPE, marked
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build
+from diffusion_jax.storage import trees
 
 
 def given(config: Config, *, force: bool = False) -> Config:
@@ -112,7 +112,7 @@ def params(config: Config) -> Any:
             "Leave out these flags: what they say is as it was there."
         )
     found = weights.load(given, source, Weights())[0]
-    leaves = zip(history.tensors(found), jax.tree.leaves(found), strict=True)
+    leaves = trees.by_path(found).items()
     bad = [name for name, leaf in leaves if not np.isfinite(np.asarray(leaf)).all()]
     if bad:  # no step could mend them, nor log
         raise ConfigError(

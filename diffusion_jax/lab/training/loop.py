@@ -18,6 +18,7 @@ from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.training import beginning, initial
 from diffusion_jax.lab.wiring import build, chains, learning
+from diffusion_jax.storage import trees
 from diffusion_jax.training import compilation, determinism, feed, flat, parallel
 from diffusion_jax.training.state import TrainState
 
@@ -163,7 +164,7 @@ def loop(job: Job, begun: beginning.Begun) -> TrainState:
     draw = chains.make_draw(config, sample.count, job.mesh)
     begin, last = int(state.step), min(plan.steps, plan.stop_at or plan.steps)
     shown = Progress(begin, plan.steps, plan.batch_size, hosts.screen(), begun.row)
-    names = history.tensors(jax.eval_shape(flat.unpack_all, state.params))
+    names = list(trees.by_path(jax.eval_shape(flat.unpack_all, state.params)))
     log = history.Log(config, run, shown, begun.pending, names)
     stops = hosts.make_stop(job.signals.numbers)
     waiting: list[tuple[int, Any]] = []

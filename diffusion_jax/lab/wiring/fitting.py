@@ -1,4 +1,4 @@
-"""Small classifiers, trained on four fifths of labelled images, and their files."""
+"""Small classifiers: trained on four fifths of labelled images, and kept in a file."""
 
 import json
 from collections.abc import Callable
@@ -26,59 +26,10 @@ class Fitted(NamedTuple):
     params: Any
     num_classes: int
     accuracy: Any
-    """On the images held out from its training, in [0, 1]: one, or several by time."""
+    """On the images held out from its training, in [0, 1]; by time, of noisy ones."""
     sha256: str
     """Of its file."""
     path: Path
-
-
-def save(path: Path, params: Any, num_classes: int, accuracy: Any) -> None:
-    """Writes a classifier under a temporary name, then renames it."""
-    meta = {"num_classes": str(num_classes), "accuracy": json.dumps(accuracy)}
-    trees.write(path, params, meta)
-
-
-def load(
-    path: Path, check: Callable[[Fitted], Fitted], *, command: str, again: str
-) -> Fitted:
-    """Returns the classifier in a file.
-
-    Args:
-      path: of the file.
-      check: returns what was read, with the accuracy as it is used; raises where it is
-        not what it must be.
-      command: what writes such files.
-      again: how to get another one, a sentence without its beginning and end.
-
-    Raises:
-      ConfigError: there is no such file, or it is damaged or no such classifier.
-    """
-    try:
-        params, meta, digest = trees.read(path)
-        count, accuracy = int(meta["num_classes"]), json_fields.parse(meta["accuracy"])
-        return check(Fitted(params, count, accuracy, digest, path))
-    except DataError as error:
-        raise ConfigError(f"{error} Or {again}.") from error
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{path} must be a classifier that {command} wrote; got {error}. "
-            f"{again[0].upper()}{again[1:]}."
-        ) from error
-
-
-def in_batches(apply: Callable[[np.ndarray, int], Any], images: np.ndarray) -> Any:
-    """Returns what a function gives for images, [N, ...], asked batch by batch.
-
-    Args:
-      apply: of `BATCH` images and the index of the first, to a tree of arrays.
-      images: [N, H, W, C]. The last batch is filled up, so that nothing compiles again.
-    """
-    parts = []
-    for begin in range(0, len(images), BATCH):
-        part = images[begin : begin + BATCH]
-        filled = np.pad(part, ((0, BATCH - len(part)), (0, 0), (0, 0), (0, 0)))
-        parts.append(apply(filled, begin))
-    return jax.tree.map(lambda *all_: np.concatenate(all_)[: len(images)], *parts)
 
 
 def labelled(dataset: datasets.Dataset, hint: str) -> tuple[np.ndarray, np.ndarray]:
@@ -137,3 +88,54 @@ def fit(
         batch = jax.random.fold_in(key, step), images[chosen], labels[chosen]
         params, memory = update(params, memory, *batch)
     return params, held
+
+
+def by_batches(function: Callable[[int, np.ndarray], Any], images: np.ndarray) -> Any:
+    """Returns what a function gives of images, put together on the host.
+
+    Args:
+      function: from the number of the first of `BATCH` images, and these, to arrays of
+        as many rows. The last batch is filled up, so that nothing compiles again.
+      images: uint8, [N, H, W, C].
+    """
+    parts = []
+    for first in range(0, len(images), BATCH):
+        part = images[first : first + BATCH]
+        fill = [(0, BATCH - len(part)), (0, 0), (0, 0), (0, 0)]
+        parts.append(function(first, np.pad(part, fill)))
+    return jax.tree.map(lambda *each: np.concatenate(each)[: len(images)], *parts)
+
+
+def save(path: Path, params: Any, num_classes: int, accuracy: Any) -> None:
+    """Writes a classifier under a temporary name, then renames it."""
+    meta = {"num_classes": str(num_classes), "accuracy": json.dumps(accuracy)}
+    trees.write(path, params, meta)
+
+
+def load(
+    path: Path, check: Callable[[Fitted], None], *, command: str, again: str
+) -> Fitted:
+    """Returns the classifier in a file.
+
+    Args:
+      path: of the file.
+      check: raises where what was read cannot be a classifier of its kind.
+      command: that writes such files.
+      again: what to do where the file is of no use.
+
+    Raises:
+      ConfigError: there is none, or the file is damaged or no classifier of the kind.
+    """
+    try:
+        params, meta, digest = trees.read(path)
+        count, accuracy = int(meta["num_classes"]), json_fields.parse(meta["accuracy"])
+        found = Fitted(params, count, accuracy, digest, path)
+        check(found)
+    except DataError as error:
+        raise ConfigError(f"{error} Or {again}") from error
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} must be a classifier that {command} wrote; got {error}. "
+            f"{again[0].upper()}{again[1:]}"
+        ) from error
+    return found

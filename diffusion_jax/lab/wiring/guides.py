@@ -63,21 +63,23 @@ def log_prob_of(
 
 
 def load(path: Path) -> Fitted:
-    """Returns the classifier in a file.
+    """Returns the classifier in a file, with its accuracy by time.
 
     Raises:
       ConfigError: there is none, or the file is damaged or no classifier of ours.
     """
     command = "train_noisy_classifier"
-    again = f"train it: python -m experiments.{command} {path.parent}"
-    return fitting.load(path, _check, command=command, again=again)
+    again = f"train it: python -m experiments.{command} {path.parent}."
+    found = fitting.load(path, _check, command=command, again=again)
+    return found._replace(accuracy={int(t): a for t, a in found.accuracy.items()})
 
 
-def _check(guide: Fitted) -> Fitted:
-    if guide.params["logits"]["bias"].shape != (guide.num_classes,):
-        raise ValueError(f"{guide.num_classes} classes, and other weights")
-    accuracy = {int(t): float(share) for t, share in guide.accuracy.items()}
-    return guide._replace(accuracy=accuracy)
+def _check(found: Fitted) -> None:
+    """Raises an error where a file holds something else than it says."""
+    for t, accuracy in found.accuracy.items():
+        int(t), float(accuracy)
+    if found.params["logits"]["bias"].shape != (found.num_classes,):
+        raise ValueError(f"{found.num_classes} classes, and other weights")
 
 
 def check(guide: Fitted, config: Config) -> None:
