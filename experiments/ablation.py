@@ -28,8 +28,9 @@ from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.measure import bound, extractors, reference
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema.checks import require_positive, require_seed, validate
+from diffusion_jax.lab.schema.checks import validate
 from diffusion_jax.lab.schema.config import Config, replace
+from diffusion_jax.lab.schema.facts import Count, Seed, at_least
 from diffusion_jax.lab.trained import extras
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.training import loop
@@ -53,20 +54,21 @@ class Options:
     """Whose data, network and optimiser all rows have."""
     rows: tuple[str, ...] = ()
     """Which objectives, such as table2_eps_simple; all when not given."""
-    steps: int = 1500
+    steps: Count = 1500
     """Updates of each."""
-    count: int = 500
+    count: Count = 500
     """Samples of each: few make every distance larger."""
-    bound_images: int = 128
-    """Training images for the bound, of T network evaluations each."""
-    seed: int = 0
+    bound_images: Annotated[int, at_least(2)] = 128
+    """Training images for the bound, of T network evaluations each; one has no
+    standard error."""
+    seed: Seed = 0
     """Of training, samples and the choice of images."""
-    workers: int | None = None
+    workers: Count | None = None
     """Rows at a time: the cores there are on CPU, each row on its own, else 1. On a GPU
     several share its memory: set XLA_PYTHON_CLIENT_PREALLOCATE=false."""
     path: str | None = None
     """Where the data are, when they are not in the usual place."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Images an update; the experiment's when not given."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Type of the activations; the experiment's when not given."""
@@ -77,13 +79,6 @@ class Options:
 def main(argv: Sequence[str]) -> int:
     """Prints the table and writes table, plot and numbers; returns the exit code."""
     options = entry.parse(Options, argv, "ablation", __doc__)
-    require_positive(options, "steps", "count", "workers", "batch_size")
-    require_seed(options.seed)
-    if options.bound_images < 2:
-        raise ConfigError(
-            "bound_images must be at least 2, for there to be a standard error; got "
-            f"{options.bound_images}. Change it with --bound-images."
-        )
     configs, begun = plan(options), time.monotonic()
     folder = Path(options.output) / f"ablation_{options.experiment}"
     folder.mkdir(parents=True, exist_ok=True)

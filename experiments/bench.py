@@ -21,6 +21,7 @@ from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import checks, config
 from diffusion_jax.lab.schema.config import Config
+from diffusion_jax.lab.schema.facts import Count, Positive
 from diffusion_jax.lab.speed import measuring, peer, tables
 from diffusion_jax.lab.training import arguments
 from diffusion_jax.training import parallel
@@ -36,9 +37,9 @@ class Options:
     batch_sizes: tuple[int, ...] | None = None
     """Images a training step, and images a chain; one row each. 64 when not given, and
     128 and 512 of a table."""
-    steps: int = 10
+    steps: Count = 10
     """Training steps that are timed together; chains are one at a time."""
-    repeats: int = 5
+    repeats: Count = 5
     """How often they are: the median counts, and the whole range is shown."""
     scaling: bool = False
     """Whether to train on 1, 2, 4, ... of the devices as well, with the same batch and
@@ -49,7 +50,7 @@ class Options:
     table: bool = False
     """Whether to make the table of the README, on one device: training, also with the
     arithmetic of the authors' code, chains, and options of the compiler."""
-    minutes: float = 8.0
+    minutes: Positive = 8.0
     """How long a table may take: what there is no time for is named."""
     candidates: tuple[str, ...] = tables.CANDIDATES
     """Options of the compiler that a table tries one by one, each NAME=VALUE."""
@@ -113,7 +114,6 @@ def parse(argv: Sequence[str]) -> Options:
         prog="python -m experiments.bench",
         description=__doc__,
     )
-    checks.require_positive(options, "steps", "repeats")
     if min(options.sizes, default=0) < 1:
         raise ConfigError(
             "batch_sizes must be one or more whole numbers above 0; "
@@ -147,10 +147,6 @@ def check_table(options: Options) -> None:
         raise ConfigError(
             "out must be a file of JSON, beside which a table writes one of Markdown; "
             f"got {options.out}. Let it end in .json."
-        )
-    if not options.minutes > 0:
-        raise ConfigError(
-            f"minutes must be above 0; got {options.minutes}. Change it with --minutes."
         )
     for candidate in options.candidates:
         tables.told(candidate)

@@ -24,8 +24,8 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.network_files import diffusers_config, networks
 from diffusion_jax.lab.network_files.diffusers_config import to_diffusers
 from diffusion_jax.lab.process import entry
-from diffusion_jax.lab.schema.checks import require_positive
 from diffusion_jax.lab.schema.config import Config
+from diffusion_jax.lab.schema.facts import Count
 from diffusion_jax.lab.wiring import chains
 from diffusion_jax.training import parallel
 from experiments.configs import EXPERIMENTS
@@ -41,9 +41,9 @@ class Options:
     """A folder of diffusers; a random CIFAR-10 network when not given."""
     sampler: Literal["ddim", "ddpm"] = "ddim"
     """ddim without noise, by so many steps; or ddpm, by all of them."""
-    steps: int = 50
+    steps: Count = 50
     """Of ddim: a divisor of the number of diffusion steps."""
-    count: int = 1
+    count: Count = 1
     """Images."""
     seed: int = 0
     """Of the weights, where they are random, and of the noise."""
@@ -54,7 +54,6 @@ class Options:
 def main(argv: Sequence[str]) -> int:
     """Prints the largest difference of any pixel; returns the exit code."""
     options = entry.parse(Options, argv, "compare_diffusers", __doc__)
-    require_positive(options, "steps", "count")
     with tempfile.TemporaryDirectory() as scratch:
         keep = options.keep or Path(scratch)
         folder = options.folder or build(keep / "diffusers", options.seed)

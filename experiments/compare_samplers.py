@@ -23,13 +23,10 @@ from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.measure import extractors, reference
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema.checks import (
-    require_positive,
-    require_seed,
-    with_sampling,
-)
+from diffusion_jax.lab.schema.checks import with_sampling
 from diffusion_jax.lab.schema.config import Config
-from diffusion_jax.lab.schema.sampling import Sampling
+from diffusion_jax.lab.schema.facts import Count, Seed
+from diffusion_jax.lab.schema.sampling import RULES, Sampling
 from diffusion_jax.lab.trained import extras, opening, weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build, chains
@@ -37,42 +34,26 @@ from diffusion_jax.lab.wiring.chains import Drawable
 from diffusion_jax.training import parallel
 
 
-class Entry(NamedTuple):
-    """A rule of the table."""
+def rows() -> dict[str, Sampling]:
+    """Returns the rows of the table: every rule that takes steps, by itself.
 
-    how: Sampling
-    """The rule and its options, without the steps."""
-    steps: Callable[[int], int]
-    """From a number of evaluations to the steps that take at most so many."""
-    slow: bool = False
-    """Whether it still changes beyond 100 evaluations, so that more are worth it."""
-
-
-def _each(budget: int) -> int:
-    return budget
-
-
-def _twice(budget: int) -> int:
-    """Steps of a rule with two evaluations a step, but one in the last."""
-    return (budget + 1) // 2
+    Or in each of its orders but the first, which is no better than ddim.
+    """
+    found: dict[str, Sampling] = {}
+    for name, rule in RULES.items():
+        if rule.grid is not None and not rule.orders:
+            found[name] = Sampling(name)
+        for order in rule.orders[1:]:
+            found[f"{name} {order}"] = Sampling(name, order=order)
+    # As many as it has by itself leave too few levels to go through.
+    found["langevin"] = Sampling("langevin", moves=2)
+    return found
 
 
-ENTRIES = {
-    "ddpm": Entry(Sampling("ddpm"), _each, slow=True),
-    "ddim": Entry(Sampling("ddim"), _each, slow=True),
-    "heun": Entry(Sampling("heun"), _twice),
-    "edm": Entry(Sampling("edm"), _twice),
-    "dpm_solver_pp 2S": Entry(Sampling("dpm_solver_pp", order="2S"), _twice),
-    "dpm_solver_pp 2M": Entry(Sampling("dpm_solver_pp", order="2M"), _each),
-    "dpm_solver_pp 3M": Entry(Sampling("dpm_solver_pp", order="3M"), _each),
-    "dpm_solver_pp SDE": Entry(Sampling("dpm_solver_pp", order="SDE"), _each),
-    "unipc 2": Entry(Sampling("unipc", order="2"), _each),
-    "unipc 3": Entry(Sampling("unipc", order="3"), _each),
-    "predictor_corrector": Entry(Sampling("predictor_corrector"), _twice, slow=True),
-    "langevin": Entry(
-        Sampling("langevin", moves=2), lambda budget: (budget - 1) // 2, slow=True
-    ),
-}
+TWICE = ("heun", "edm", "dpm_solver_pp 2S", "predictor_corrector")
+"""Rows of two network evaluations a step, but one in the last."""
+SLOW = 50
+"""A rule that by itself takes so many steps still changes beyond 100 evaluations."""
 TOLERANCES = (1e-2, 1e-3, 1e-4)
 
 
@@ -85,13 +66,13 @@ class Options:
     """Network evaluations a sample, for every rule; more than 100 only for the rules
     that still change there, and never more than T steps. ode finds its own number for
     each of three tolerances."""
-    rules: tuple[str, ...] = (*ENTRIES, "ode")
+    rules: tuple[str, ...] = (*rows(), "ode")
     """Which rows of the table to draw."""
-    count: int = 800
+    count: Count = 800
     """Samples for each number: few make every distance larger."""
-    batch_size: int = 200
+    batch_size: Count = 200
     """Images at a time."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the noise: the same for every rule."""
     which: opening.Which = Weights()
     out: Path | None = None
@@ -175,16 +156,15 @@ def main(argv: Sequence[str]) -> int:
 
 def validate(options: Options) -> None:
     """Raises ValueError before anything is drawn."""
-    require_positive(options, "count", "batch_size")
-    require_seed(options.seed)
+    known = (*rows(), "ode")
     if not options.rules:
         raise ConfigError(
-            f"rules must be one or more of {', '.join(ENTRIES)} and ode; got none. "
-            "Leave them out for all."
+            f"rules must be one or more of {', '.join(known)}; got none. Leave them "
+            "out for all."
         )
     for rule in options.rules:
-        if rule not in (*ENTRIES, "ode"):
-            errors.raise_unknown("each of rules", rule, (*ENTRIES, "ode"))
+        if rule not in known:
+            errors.raise_unknown("each of rules", rule, known)
     if not options.evaluations or min(options.evaluations) < 3:
         raise ConfigError(
             "evaluations must be numbers of at least 3, since langevin takes so many; "
@@ -199,19 +179,27 @@ def ways(rule: str, config: Config, options: Options) -> list[tuple[float, Confi
             return []  # draws one at a time, and does not know the turn
         hows = [(value, Sampling("ode", tolerance=value)) for value in TOLERANCES]
         return [(value, with_sampling(config, how)) for value, how in hows]
-    entry, total = ENTRIES[rule], config.diffusion.num_steps
+    how, total = rows()[rule], config.diffusion.num_steps
+    slow = (RULES[rule.split()[0]].steps or total) >= SLOW
+    if config.diffusion.schedule == "learned":
+        # The other grids ask for levels that are known before the weights.
+        how = dataclasses.replace(how, grid="uniform")
     found: list[tuple[float, Config]] = []
     for budget in sorted(set(options.evaluations)):
-        steps = entry.steps(budget)
+        steps = steps_within(budget, rule)
         if rule == "ddpm" and config.diffusion.variance == "learned" and steps < total:
             continue  # that variance is of single steps
-        if steps <= total and (budget <= 100 or entry.slow):
-            how = dataclasses.replace(entry.how, steps=steps)
-            if config.diffusion.schedule == "learned":
-                # The other grids ask for levels that are known before the weights.
-                how = dataclasses.replace(how, grid="uniform")
-            found.append((float(budget), with_sampling(config, how)))
+        if steps <= total and (budget <= 100 or slow):
+            way = with_sampling(config, dataclasses.replace(how, steps=steps))
+            found.append((float(budget), way))
     return found
+
+
+def steps_within(budget: int, rule: str) -> int:
+    """Returns the most steps that a row takes with so many network evaluations."""
+    if rule == "langevin":  # one more at the end
+        return (budget - 1) // 2
+    return (budget + 1) // 2 if rule in TWICE else budget
 
 
 def measure(

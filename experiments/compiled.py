@@ -22,6 +22,7 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.config import Config, replace
+from diffusion_jax.lab.schema.facts import Whole
 from diffusion_jax.lab.speed import arithmetic, compiled_program, targets
 from diffusion_jax.lab.training import arguments, beginning
 from diffusion_jax.lab.wiring import build, learning
@@ -40,7 +41,7 @@ class Options:
     train.batch_size images."""
     target: str = "here"
     """here; h100:N, so many GPUs, eight a host; or a slice of TPUs, such as v5e:4x4."""
-    largest: int = 0
+    largest: Whole = 0
     """How many of the kernels that move most to list."""
     out: Path | None = None
     """JSON file to write."""
@@ -108,11 +109,6 @@ def check(options: Options) -> None:
         raise ConfigError(
             "train.devices must be left out for a target that is not here; got "
             f"{options.config.train.devices}. Say how many with --target h100:8."
-        )
-    if options.largest < 0:
-        raise ConfigError(
-            f"largest must be at least 0; got {options.largest}. It is a number of "
-            "kernels to list."
         )
     for path in (options.out, options.text):
         if path is not None and not path.resolve().parent.is_dir():

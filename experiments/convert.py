@@ -31,7 +31,7 @@ from diffusion_jax.lab.network_files import diffusers_folder, hub, networks, rec
 from diffusion_jax.lab.network_files.records import About, Network
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema import sampling, texts
+from diffusion_jax.lab.schema import json_fields, sampling
 from diffusion_jax.lab.schema.checks import with_data
 from diffusion_jax.lab.schema.config import UNKNOWN, Config
 from diffusion_jax.lab.trained import opening, weights
@@ -255,7 +255,7 @@ def _official(options: Options, path: Path) -> Network:
 def _json(path: Path) -> dict[str, Any]:
     """Returns what an evaluation wrote; nothing where it is damaged."""
     try:
-        values = texts.read(path)
+        values = json_fields.load(path)
     except ValueError:
         return {}
     return values if isinstance(values, dict) else {}

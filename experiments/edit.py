@@ -18,7 +18,7 @@ from diffusion_jax.errors import ConfigError, raise_unknown
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.drawing import draws, edit_options, edits
 from diffusion_jax.lab.process import entry
-from diffusion_jax.lab.schema.checks import require_seed, with_sampling
+from diffusion_jax.lab.schema.checks import of_options, with_sampling
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.trained import extras, opening, weights
 from diffusion_jax.lab.wiring import build
@@ -27,7 +27,8 @@ from diffusion_jax.lab.wiring import build
 def main(argv: Sequence[str]) -> int:
     """Edits as the arguments ask; returns the exit code."""
     name, options = parse(argv)
-    require_seed(options.shared.seed)
+    of_options(options)
+    of_options(options.shared)
     command = next(key for key, (kind, _) in COMMANDS.items() if kind is type(options))
     shared: edit_options.Shared = options.shared
     run, config = opening.opened(name, options, which=shared.which)

@@ -24,8 +24,8 @@ from diffusion_jax.lab.measure import extractors, reference
 from diffusion_jax.lab.process import entry, hosts
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import sampling
-from diffusion_jax.lab.schema.checks import require_positive, require_seed
 from diffusion_jax.lab.schema.config import Config
+from diffusion_jax.lab.schema.facts import MOST_SEED, Count, Seed
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import extras, opening, weights
 from diffusion_jax.lab.trained.weights import Weights
@@ -51,14 +51,14 @@ class Options:
     """Statistics of the real images (.npz with mu and sigma) in place of the data."""
     samples: str | None = None
     """npz:FILE or folder:FOLDER of samples to evaluate in place of the run's own."""
-    count: int | None = None
+    count: Count | None = None
     """Samples; 50,000, but as many as training images where there are fewer."""
-    seeds: int = 1
+    seeds: Count = 1
     """Sets of samples to evaluate, with seeds following each other: the error bar."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the first set."""
     how: opening.How = Sampling()
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images at a time, over all devices."""
     which: opening.Which = Weights()
     data: opening.Data = None
@@ -132,8 +132,12 @@ def kind_of(options: Options) -> str:
 
 def check(options: Options) -> None:
     """Raises ConfigError where options are out of range or do not fit together."""
-    require_positive(options, "count", "seeds", "batch_size")
-    require_seed(options.seed, sets=options.seeds)
+    last = MOST_SEED - (options.seeds - 1)
+    if options.seed > last:
+        raise ConfigError(
+            f"seed must be from 0 to {last} with {options.seeds} seeds; got "
+            f"{options.seed}. Change it with --seed."
+        )
     if options.untrained and options.which != Weights():
         raise ConfigError(
             "untrained must stand alone; got --raw, --average or --step as "

@@ -20,9 +20,9 @@ from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.measure import bound
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema.checks import require_positive, require_seed
 from diffusion_jax.lab.schema.config import Config
-from diffusion_jax.lab.schema.sampling import Variance
+from diffusion_jax.lab.schema.facts import Count, Seed
+from diffusion_jax.lab.schema.sampling import Tolerance, Variance
 from diffusion_jax.lab.trained import extras, opening, weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build
@@ -38,16 +38,16 @@ class Options:
     data: opening.Data = None
     split: Literal["train", "test"] = "train"
     """Images to evaluate: those trained on, or the official test images."""
-    max_images: int | None = None
+    max_images: Count | None = None
     """Evaluate only so many images, drawn at random; the result says so."""
     variance: Variance | None = None
     """Variance of the reverse steps; the configured one when not given. analytic is
     the best there is for the network, estimated from the training images."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images at a time, over all devices."""
-    chunk: int = 1
+    chunk: Count = 1
     """Diffusion steps at a time: more is faster on an accelerator and takes memory."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the noise and of the choice of images."""
     which: opening.Which = Weights()
     rate_distortion: bool = False
@@ -56,17 +56,15 @@ class Options:
     """Whether to evaluate the density of the probability flow instead of the bound."""
     trace: bound.Trace = "rademacher"
     """With --ode: how the divergence is found, by random probes or exactly."""
-    probes: int = 1
+    probes: Count = 1
     """With --ode: random probes an image."""
-    tolerance: float = 1e-5
+    tolerance: Tolerance = 1e-5
     """With --ode: of the solver, relative and absolute."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Prints and writes the bound and its terms; returns the exit code."""
     options = entry.parse(Options, argv, "eval_nll", __doc__)
-    require_positive(options, "max_images", "batch_size", "chunk", "probes")
-    require_seed(options.seed)
     check(options)
     which, data = options.which, options.data
     run, config = opening.opened(options.run, options, which=which, data=data)
@@ -137,11 +135,6 @@ def variance_of(config: Config, options: Options) -> Variance:
 
 def check(options: Options) -> None:
     """Raises ConfigError where options do not fit together."""
-    if not 0 < options.tolerance < 1:
-        raise ConfigError(
-            f"tolerance must be above 0 and below 1; got {options.tolerance}. The "
-            "usual one is 1e-5. Change it with --tolerance."
-        )
     given = {
         "--variance": options.variance is not None,
         "--rate-distortion": options.rate_distortion,

@@ -14,6 +14,7 @@ The exit code is 0 where all three hold and 1 where one does not.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Annotated
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema.checks import require_positive, require_seed
+from diffusion_jax.lab.schema.facts import Count, Seed, at_least
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import extras, opening, weights
 from diffusion_jax.lab.trained.weights import Weights
@@ -38,26 +39,19 @@ class Options:
     """What to measure."""
 
     run: opening.Named = None
-    count: int = 500
-    """Samples to draw."""
+    count: Annotated[int, at_least(100)] = 500
+    """Samples to draw; shares of less than 100 say nothing."""
     which: opening.Which = Weights()
-    splits: int = 4
+    splits: Count = 4
     """Ways to halve the real images; certainty is the mean over them."""
     how: opening.How = Sampling()
-    seed: int = 1
+    seed: Seed = 1
     """Of the samples. The grids made in training are seed 0."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Prints and writes the three answers; returns the exit code."""
     options = entry.parse(Options, argv, "legibility", __doc__)
-    if options.count < 100 or options.splits < 1:
-        raise ConfigError(
-            "count must be at least 100 and splits at least 1; got "
-            f"{options.count} and {options.splits}. Shares of fewer say nothing."
-        )
-    require_positive(options, "count", "splits")
-    require_seed(options.seed)
     parallel.split_cpu()
     which, how = options.which, options.how
     run, config = opening.opened(options.run, options, which=which, how=how)

@@ -14,8 +14,8 @@ from diffusion_jax.lab.drawing import draws, figures
 from diffusion_jax.lab.process import entry, hosts
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import sampling
-from diffusion_jax.lab.schema.checks import require_positive, require_seed
 from diffusion_jax.lab.schema.config import Config
+from diffusion_jax.lab.schema.facts import Count, Seed
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import extras, opening, weights
 from diffusion_jax.lab.trained.weights import Weights
@@ -29,18 +29,18 @@ class Options:
     """What to draw, and where it goes."""
 
     run: opening.Named = None
-    count: int = 64
+    count: Count = 64
     """Images to draw."""
     format: Literal["grid", "png", "npz"] = "grid"
     """One picture of all, one PNG an image, or an array `images` (uint8) in a file."""
     out: Path | None = None
     """File (grid, npz) or folder (png); inside the run's folder when not given."""
-    columns: int | None = None
+    columns: Count | None = None
     """Images a row of a grid; as square as possible when not given."""
     how: opening.How = Sampling()
-    seed: int = 0
+    seed: Seed = 0
     """Of the noise; image i of a seed is the same whatever the count."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images at a time."""
     which: opening.Which = Weights()
     figure: Literal["progressive", "shared", "quality"] | None = None
@@ -54,8 +54,6 @@ class Options:
 def main(argv: Sequence[str]) -> int:
     """Draws what the arguments ask for; returns the exit code."""
     options = entry.parse(Options, argv, "sample", __doc__)
-    require_positive(options, "count", "columns", "batch_size")
-    require_seed(options.seed)
     parallel.split_cpu()  # before JAX looks for devices, as the checks of hosts do
     if options.figure is not None and jax.process_count() > 1:
         raise ConfigError(

@@ -13,8 +13,8 @@ import tyro
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.measure import judges
 from diffusion_jax.lab.process import entry
-from diffusion_jax.lab.schema.checks import require_positive, require_seed
 from diffusion_jax.lab.schema.config import Config
+from diffusion_jax.lab.schema.facts import Count, Seed
 from diffusion_jax.lab.wiring import build
 from experiments.configs import EXPERIMENTS
 
@@ -29,9 +29,9 @@ class Options:
     """Folder of all runs."""
     path: str | None = None
     """Where the data are, when they are not in the usual place."""
-    steps: int = 1500
+    steps: Count = 1500
     """Updates to make."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the initial weights, the held-out images and the order of the others."""
 
 
@@ -43,8 +43,6 @@ def main(argv: Sequence[str]) -> int:
             f"the experiment must be one of {', '.join(EXPERIMENTS)}; got "
             f"{options.experiment!r}. digits needs no files."
         )
-    require_positive(options, "steps")
-    require_seed(options.seed)
     config: Config = EXPERIMENTS[options.experiment].config
     config = dataclasses.replace(
         config,

@@ -18,8 +18,8 @@ from diffusion_jax import gaussian, schedule, timesteps
 from diffusion_jax.data import datasets
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema.checks import require_positive, require_seed
 from diffusion_jax.lab.schema.config import Config
+from diffusion_jax.lab.schema.facts import Count, Seed
 from diffusion_jax.lab.trained import opening, weights
 from diffusion_jax.lab.wiring import build, fitting, guides
 from diffusion_jax.nets.noisy_classifier import NoisyClassifier
@@ -33,9 +33,9 @@ class Options:
     """What to train on."""
 
     run: opening.Named = None
-    steps: int = 1000
+    steps: Count = 1000
     """Updates to make."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the initial weights, the held-out images, the order of the others and the
     noise."""
 
@@ -43,8 +43,6 @@ class Options:
 def main(argv: Sequence[str]) -> int:
     """Trains the classifier anew; returns the exit code."""
     options = entry.parse(Options, argv, "train_noisy_classifier", __doc__)
-    require_positive(options, "steps")
-    require_seed(options.seed)
     run, config = opening.opened(options.run, options)
     dataset = build.load_data(config)
     made = train(config, run, dataset, steps=options.steps, seed=options.seed)

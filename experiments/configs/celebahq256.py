@@ -9,29 +9,18 @@ Time      63 hours on a TPU v3-8 (0.5 million steps at 2.2 a second by the paper
 Expected  samples as in Fig. 1 of the paper, which gives no FID for them
 """
 
-from diffusion_jax.lab.schema.config import (
-    Config,
-    Data,
-    Diffusion,
-    Net,
-    Optimizer,
-    Sample,
-    Train,
-)
+from dataclasses import replace
 
-CONFIG = Config(
+from diffusion_jax.lab.schema.config import Data, Diffusion, Optimizer, Sample, Train
+from experiments.configs import cifar10
+
+CONFIG = replace(
+    cifar10.CONFIG,
     name="celebahq256",
     data=Data(source="folder:data/celebahq256", image_size=256, channels=3, flip=True),
     # The 256x256 networks were trained and sampled with the small variance.
     diffusion=Diffusion(variance="small"),
-    net=Net(
-        channels=128,
-        multipliers=(1, 1, 2, 2, 4, 4),
-        blocks=2,
-        attention=(16,),
-        dropout=0.0,
-        dtype="bfloat16",
-    ),
+    net=replace(cifar10.CONFIG.net, multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0),
     optimizer=Optimizer(learning_rate=2e-5, warmup=5000),
     train=Train(steps=500_000, batch_size=64),
     sample=Sample(every=10_000, count=16),

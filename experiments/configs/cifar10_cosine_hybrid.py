@@ -13,30 +13,17 @@ one head here, not four.
 
 from dataclasses import replace
 
-from diffusion_jax.lab.schema.config import (
-    Config,
-    Data,
-    Diffusion,
-    Optimizer,
-    Sample,
-    Train,
-)
+from diffusion_jax.lab.schema.config import Diffusion, Optimizer, Sample, Train
 from experiments.configs import cifar10
 
-CONFIG = Config(
+CONFIG = replace(
+    cifar10.CONFIG,
     name="cifar10_cosine_hybrid",
-    data=Data(source="cifar10", image_size=32, channels=3, flip=True),
     diffusion=Diffusion(
-        schedule="cosine",
-        num_steps=4000,
-        prediction="eps",
-        loss="hybrid",
-        variance="range",
+        schedule="cosine", num_steps=4000, loss="hybrid", variance="range"
     ),
     net=replace(cifar10.CONFIG.net, blocks=3, attention=(16, 8), dropout=0.3),
-    optimizer=Optimizer(
-        preset="modern", learning_rate=1e-4, warmup=0, ema_decay=(0.9999,)
-    ),
+    optimizer=Optimizer(learning_rate=1e-4, warmup=0),
     train=Train(steps=500_000, batch_size=128),
     sample=Sample(every=10_000, count=64, steps=250),
 )

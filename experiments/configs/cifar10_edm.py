@@ -12,19 +12,12 @@ can be made afterwards.
 
 from dataclasses import replace
 
-from diffusion_jax.lab.schema.config import (
-    Config,
-    Data,
-    Diffusion,
-    Optimizer,
-    Sample,
-    Train,
-)
+from diffusion_jax.lab.schema.config import Diffusion, Optimizer, Sample, Train
 from experiments.configs import cifar10
 
-CONFIG = Config(
+CONFIG = replace(
+    cifar10.CONFIG,
     name="cifar10_edm",
-    data=Data(source="cifar10", image_size=32, channels=3, flip=True),
     diffusion=Diffusion(
         schedule="ve",
         sigma_min=0.002,
@@ -36,7 +29,6 @@ CONFIG = Config(
     ),
     net=replace(cifar10.CONFIG.net, dropout=0.13),
     optimizer=Optimizer(
-        preset="modern",
         learning_rate=1e-3,
         warmup=19_500,
         # Half of the weight is on the last 500,000 images.

@@ -10,26 +10,16 @@ x_t = (1 - t) x0 + t eps; the network predicts eps - x0. Any rule samples from i
 on the uniform grid is Euler's method.
 """
 
-from diffusion_jax.lab.schema.config import (
-    Config,
-    Data,
-    Diffusion,
-    Optimizer,
-    Sample,
-    Train,
-)
+from dataclasses import replace
+
+from diffusion_jax.lab.schema.config import Diffusion, Sample
 from experiments.configs import cifar10
 
-CONFIG = Config(
+CONFIG = replace(
+    cifar10.CONFIG,
     name="cifar10_flow",
-    data=Data(source="cifar10", image_size=32, channels=3, flip=True),
     diffusion=Diffusion(
         schedule="flow", prediction="velocity", loss="velocity", variance="small"
     ),
-    net=cifar10.CONFIG.net,
-    optimizer=Optimizer(
-        preset="modern", learning_rate=2e-4, warmup=5000, ema_decay=(0.9999,)
-    ),
-    train=Train(steps=800_000, batch_size=128),
     sample=Sample(sampler="heun", grid="uniform", steps=50, every=10_000, count=64),
 )

@@ -13,28 +13,17 @@ The network sees fine detail as Fourier features. It is the U-Net of DDPM.
 
 from dataclasses import replace
 
-from diffusion_jax.lab.schema.config import (
-    Config,
-    Data,
-    Diffusion,
-    Optimizer,
-    Sample,
-    Train,
-)
+from diffusion_jax.lab.schema.config import Diffusion, Sample, Train
 from experiments.configs import cifar10
 
-CONFIG = Config(
+CONFIG = replace(
+    cifar10.CONFIG,
     name="cifar10_vdm",
-    data=Data(source="cifar10", image_size=32, channels=3, flip=False),
+    data=replace(cifar10.CONFIG.data, flip=False),
     diffusion=Diffusion(
-        schedule="learned",
-        prediction="eps",
-        loss="vlb",
-        variance="small",
-        spread="low_discrepancy",
+        schedule="learned", loss="vlb", variance="small", spread="low_discrepancy"
     ),
     net=replace(cifar10.CONFIG.net, fourier=(7, 8)),
-    optimizer=Optimizer(preset="modern", learning_rate=2e-4, ema_decay=(0.9999,)),
     train=Train(steps=10_000_000, batch_size=128),
     sample=Sample(every=50_000, count=64),
 )

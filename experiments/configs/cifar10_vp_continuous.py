@@ -9,24 +9,14 @@ The network learns at real times; samples and bounds are made on a chain of 1000
 and by the flow: --sampler ode, and eval_nll --ode.
 """
 
-from diffusion_jax.lab.schema.config import (
-    Config,
-    Data,
-    Diffusion,
-    Optimizer,
-    Sample,
-    Train,
-)
+from dataclasses import replace
+
+from diffusion_jax.lab.schema.config import Diffusion, Train
 from experiments.configs import cifar10
 
-CONFIG = Config(
+CONFIG = replace(
+    cifar10.CONFIG,
     name="cifar10_vp_continuous",
-    data=Data(source="cifar10", image_size=32, channels=3, flip=True),
-    diffusion=Diffusion(schedule="vp", prediction="eps", loss="eps"),
-    net=cifar10.CONFIG.net,
-    optimizer=Optimizer(
-        preset="modern", learning_rate=2e-4, warmup=5000, ema_decay=(0.9999,)
-    ),
+    diffusion=Diffusion(schedule="vp"),
     train=Train(steps=1_300_000, batch_size=128),
-    sample=Sample(every=10_000, count=64),
 )

@@ -78,13 +78,8 @@ def small(name: str, full: Config, base: Config) -> Config:
 
 def family(base: Config) -> dict[str, Config]:
     """Returns every objective on the data of an experiment, with its network."""
-    made = (
-        *(small(name, full, base) for name, full in table2.CONFIGS.items()),
-        *(
-            small(m.CONFIG.name.removeprefix("cifar10_"), m.CONFIG, base)
-            for m in MODULES
-        ),
-    )
+    full = (*table2.CONFIGS.values(), *(module.CONFIG for module in MODULES))
+    made = [small(c.name.removeprefix("cifar10_"), c, base) for c in full]
     return {config.name: config for config in made}
 
 

@@ -349,7 +349,7 @@ def test_every_objective_can_be_drawn_by_every_rule_compared(name):
     config, options = digits_family.CONFIGS[name], compare_samplers.Options()
     rows = {
         rule: compare_samplers.ways(rule, config, options)
-        for rule in (*compare_samplers.ENTRIES, "ode")
+        for rule in (*compare_samplers.rows(), "ode")
     }
     assert len(rows["unipc 2"]) == 5
     assert len(rows["ode"]) == (0 if config.net.classes else 3)

@@ -149,7 +149,8 @@ def test_sizes_beyond_every_network_are_refused_before_any_work(
     monkeypatch.delattr("jax.eval_shape")
     with refuses(got):
         from_diffusers(**fields)
-    with pytest.raises(ValueError, match=r"^w: \S.* must be at most \d+; got ") as said:
+    ends = r"^w: \S.* must be (at most|from \d to) \d+; got "
+    with pytest.raises(ValueError, match=ends) as said:
         from_diffusers(**fields)
     assert "Change it with" not in str(said.value)
 

@@ -2,18 +2,25 @@
 
 import dataclasses
 import json
+import typing
 
+import jax
 import numpy as np
 import pytest
+import rules
 from PIL import Image
 
+from diffusion_jax import samplers
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import sampling
 from diffusion_jax.lab.schema.checks import with_sampling
 from diffusion_jax.lab.schema.sampling import RULES, Sample, Sampling, override, resolve
+from diffusion_jax.lab.trained import extras
+from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build, chains
+from diffusion_jax.training import parallel
 from experiments import compare_samplers, sample
 from experiments.configs import digits
 
@@ -171,12 +178,50 @@ def test_bad_input_is_refused(run, flags, words):
 
 
 def test_every_rule_is_compared():
-    shown = {entry.how.sampler for entry in compare_samplers.ENTRIES.values()} | {"ode"}
-    assert shown == set(sampling.RULES)
-    for entry in compare_samplers.ENTRIES.values():
-        how = dataclasses.replace(entry.how, steps=entry.steps(20))
+    rows = compare_samplers.rows()
+    assert {how.sampler for how in rows.values()} | {"ode"} == set(sampling.RULES)
+    for name, row in rows.items():
+        how = dataclasses.replace(row, steps=compare_samplers.steps_within(20, name))
         config = with_sampling(digits.CONFIG, how)
         assert 18 < chains.count_evaluations(config, chains.Drawable(None)) <= 20
+
+
+def test_a_new_rule_is_a_row_of_the_table(run, tmp_path, monkeypatch):
+    """What configures, draws, counts and compares it goes by that row."""
+
+    def half(denoise, levels, *, eta, churn):
+        assert (eta, churn) == (0.25, 3.0)
+        return samplers.ddim(denoise, levels, eta=eta)
+
+    rule = sampling.Rule(half, {"eta": 0.5, "churn": 3.0}, "quadratic", 4)
+    monkeypatch.setitem(sampling.RULES, "half", rule)
+    config = with_sampling(runs.read_config(run), Sampling("half", eta=0.25))
+    said = "4 steps of half (eta 0.25, churn 3.0, quadratic grid)"
+    assert sampling.describe(chains.describe_sampling(config)) == said
+    assert chains.count_evaluations(config, chains.Drawable(None)) == 4
+    drawable, *_ = extras.load(config, run, Weights())
+    draw = chains.make_draw(config, 8, parallel.make_mesh())
+    same = with_sampling(config, Sampling("ddim", 4, "quadratic", eta=0.25))
+    usual = chains.make_draw(same, 8, parallel.make_mesh())
+    key = jax.random.key(0)
+    np.testing.assert_array_equal(draw(drawable, key), usual(drawable, key))
+    with pytest.raises(ConfigError, match="it is for ddim and half"):
+        with_sampling(config, Sampling("heun", eta=0.5))
+
+    monkeypatch.setitem(rule.options, "eta", 0.25)
+    found = compared(run, tmp_path, "--rules", "half", "--evaluations", "5")
+    assert [(p["rule"], p["evaluations"]) for p in found["points"]] == [("half", 5)]
+
+
+def test_every_rule_by_name_is_held_to_what_all_rules_are():
+    tested = {name.partition("-")[0] for name in rules.RULES}
+    assert tested - {"pc"} | {"predictor_corrector"} == set(sampling.RULES)
+
+
+def test_the_flag_takes_the_names_of_the_table():
+    for cls in (Sample, Sampling):
+        shown = str(typing.get_type_hints(cls)["sampler"])
+        assert str(tuple(sampling.RULES))[1:-1] in shown
 
 
 def test_curves_are_drawn_even_of_nothing():

@@ -57,9 +57,9 @@ COMMANDS = [
     ),
     Breakage(
         "validation-average-decay-of-one",
-        "diffusion_jax/lab/schema/checks.py",
-        '            if not 0 <= value < 1:\n                _fail(f"optimizer',
-        '            if not 0 <= value <= 1:\n                _fail(f"optimizer',
+        "diffusion_jax/lab/schema/facts.py",
+        '"at least 0 and below 1", lambda value: 0 <= value < 1',
+        '"at least 0 and below 1", lambda value: 0 <= value <= 1',
         "tests/lab/test_config.py::test_bad_values_are_named",
     ),
     Breakage(

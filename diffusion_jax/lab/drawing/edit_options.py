@@ -6,63 +6,62 @@ from typing import Annotated, Any
 
 import tyro
 
+from diffusion_jax.lab.schema.facts import Count, Seed, at_least
 from diffusion_jax.lab.schema.sampling import Sampling
+from diffusion_jax.lab.trained import opening
 from diffusion_jax.lab.trained.weights import Weights
 
 
-def _file(name: str) -> Any:
-    return tyro.conf.arg(metavar=name)
+def _file(name: str, said: str = "An image file.") -> Any:
+    return tyro.conf.arg(metavar=name, help=said)
+
+
+_A = Annotated[Path, tyro.conf.Positional, _file("A")]
+_B = Annotated[Path, tyro.conf.Positional, _file("B", "Another.")]
+_Image = Annotated[Path, tyro.conf.Positional, _file("IMAGE")]
+_SHOWN = "Images from A to B, with the reconstructions of both."
+_Ends = Annotated[int, at_least(2), tyro.conf.arg(help=_SHOWN)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
     """What all commands take."""
 
-    how: tyro.conf.OmitArgPrefixes[Sampling] = dataclasses.field(
-        default_factory=Sampling
-    )
-    seed: int = 0
+    how: opening.How = Sampling()
+    seed: Seed = 0
     """Of the noise."""
-    which: tyro.conf.OmitArgPrefixes[Weights] = dataclasses.field(
-        default_factory=Weights
-    )
+    which: opening.Which = Weights()
     out: Path | None = None
     """The picture, FILE.png; edit/COMMAND.png in the run's folder when not given."""
 
 
-With = tyro.conf.OmitArgPrefixes[Shared]
+_Shared = tyro.conf.OmitArgPrefixes[Shared]
 
 
 @dataclasses.dataclass(frozen=True)
 class Interpolate:
     """Images between two, mixed after some diffusion steps (Fig. 8, Ho et al. 2020)."""
 
-    first: Annotated[Path, tyro.conf.Positional, _file("A")]
-    """An image file."""
-    second: Annotated[Path, tyro.conf.Positional, _file("B")]
-    """Another."""
+    first: _A
+    second: _B
     depth: int | None = None
     """Diffusion steps before the mixing, 1 to T; half of T when not given. The more,
     the less is kept of either."""
-    count: int = 9
-    """Images from A to B, with the reconstructions of both."""
-    shared: With = dataclasses.field(default_factory=Shared)
+    count: _Ends = 9
+    shared: _Shared = Shared()
 
 
 @dataclasses.dataclass(frozen=True)
 class CoarseToFine:
     """The same at several depths, one a row (Fig. 9, Ho et al. 2020)."""
 
-    first: Annotated[Path, tyro.conf.Positional, _file("A")]
-    """An image file."""
-    second: Annotated[Path, tyro.conf.Positional, _file("B")]
-    """Another."""
+    first: _A
+    second: _B
     depths: tuple[int, ...] = ()
     """Diffusion steps before the mixing, 0 (of pixels) to T; nine from T down to 0
     when not given."""
-    count: int = 9
-    """Images from A to B, with the reconstructions of both."""
-    shared: With = dataclasses.field(default_factory=Shared)
+    count: _Ends = 9
+    shared: _Shared = Shared()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,52 +71,46 @@ class Slerp:
     Without --steps and --grid, 200 steps of the quadratic grid.
     """
 
-    first: Annotated[Path, tyro.conf.Positional, _file("A")]
-    """An image file."""
-    second: Annotated[Path, tyro.conf.Positional, _file("B")]
-    """Another."""
-    count: int = 9
-    """Images from A to B, with the reconstructions of both."""
-    shared: With = dataclasses.field(default_factory=Shared)
+    first: _A
+    second: _B
+    count: _Ends = 9
+    shared: _Shared = Shared()
 
 
 @dataclasses.dataclass(frozen=True)
 class Inpaint:
     """Draws what is white in a mask; the other pixels stay as they are, to the bit."""
 
-    image: Annotated[Path, tyro.conf.Positional, _file("IMAGE")]
-    """An image file."""
-    mask: Annotated[Path, tyro.conf.Positional, _file("MASK")]
+    image: _Image
+    mask: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MASK")]
     """An image file of the same size: white is repainted, black is kept."""
-    count: int = 8
+    count: Count = 8
     """Ways to draw it."""
     resamples: int = 1
     """How often each stretch of the chain is walked (RePaint): the higher, the better
     the new part fits, and as much slower. Not with rules that have a memory."""
-    jump: int = 10
+    jump: Count = 10
     """Steps to go back for it."""
-    shared: With = dataclasses.field(default_factory=Shared)
+    shared: _Shared = Shared()
 
 
 @dataclasses.dataclass(frozen=True)
 class Colorize:
-    """Draws the colours of an image whose mean over the channels is kept."""
+    """Draws the colours of an image, grey or not: its mean over the channels stays."""
 
-    image: Annotated[Path, tyro.conf.Positional, _file("IMAGE")]
-    """An image file, grey or not."""
-    count: int = 8
+    image: _Image
+    count: Count = 8
     """Ways to draw them."""
-    shared: With = dataclasses.field(default_factory=Shared)
+    shared: _Shared = Shared()
 
 
 @dataclasses.dataclass(frozen=True)
 class Vary:
     """Variations of an image: some diffusion steps, and back again."""
 
-    image: Annotated[Path, tyro.conf.Positional, _file("IMAGE")]
-    """An image file."""
+    image: _Image
     depth: int | None = None
     """Diffusion steps, 1 to T; half of T when not given. The more, the less is kept."""
-    count: int = 8
+    count: Count = 8
     """Variations."""
-    shared: With = dataclasses.field(default_factory=Shared)
+    shared: _Shared = Shared()

@@ -17,7 +17,7 @@ from diffusion_jax.errors import ConfigError, DataError
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.drawing import edit_options
 from diffusion_jax.lab.schema import sampling
-from diffusion_jax.lab.schema.checks import require_positive, with_sampling
+from diffusion_jax.lab.schema.checks import with_sampling
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.wiring import chains
@@ -105,7 +105,6 @@ def slerp(config: Config, options: edit_options.Slerp) -> Draw:
 
 def inpaint(config: Config, options: edit_options.Inpaint) -> Draw:
     """Returns what draws the white part of a mask."""
-    require_positive(options, "count", "jump")
     _check_steps(config)
     image = read(config, options.image, "IMAGE")
     white = read_mask(config, options)
@@ -136,7 +135,6 @@ def inpaint(config: Config, options: edit_options.Inpaint) -> Draw:
 
 def colorize(config: Config, options: edit_options.Colorize) -> Draw:
     """Returns what draws the colours of a grey image."""
-    require_positive(options, "count")
     _check_steps(config)
     if config.data.channels != 3:
         raise ConfigError(
@@ -161,7 +159,6 @@ def colorize(config: Config, options: edit_options.Colorize) -> Draw:
 
 def vary(config: Config, options: edit_options.Vary) -> Draw:
     """Returns what draws variations."""
-    require_positive(options, "count")
     depth = _depth(config, options)
     image = read(config, options.image, "IMAGE")
     grid = chains.make_grid(config)
@@ -236,10 +233,6 @@ def read(config: Config, path: Path, name: str) -> np.ndarray:
 
 def read_pair(config: Config, options: Any) -> tuple[np.ndarray, np.ndarray]:
     """Returns two images to go between; raises ConfigError as `read` does."""
-    if options.count < 2:
-        raise ConfigError(
-            f"count must be at least 2; got {options.count}. Change it with --count."
-        )
     return read(config, options.first, "A"), read(config, options.second, "B")
 
 

@@ -11,14 +11,12 @@ import numpy as np
 import optax
 
 from diffusion_jax.data import datasets
-from diffusion_jax.lab.schema.checks import AT_MOST
-from diffusion_jax.lab.schema.config import Config
+from diffusion_jax.lab.schema.config import MOST_CLASSES, Config
 from diffusion_jax.lab.wiring import fitting
 from diffusion_jax.nets.classifier import Classifier, Features
 from diffusion_jax.storage import trees
 
 WIDTH = 64
-MOST_CLASSES = AT_MOST["net.classes"]
 
 
 def path_of(config: Config) -> Path:

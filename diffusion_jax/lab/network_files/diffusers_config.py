@@ -16,6 +16,8 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.interop import unet_config
 from diffusion_jax.lab.schema import checks
 from diffusion_jax.lab.schema.config import (
+    FEWEST_STEPS,
+    MOST_STEPS,
     UNKNOWN,
     Config,
     Data,
@@ -41,8 +43,6 @@ _VARIANCES = {
     # The same to rounding; diffusers tells them apart for numerical reasons.
     "fixed_small_log": "small",
 }
-_STEPS = "diffusion.num_steps"
-_FEWEST, _MOST = checks.AT_LEAST[_STEPS], checks.AT_MOST[_STEPS]
 # There a threshold has an upper end, which ours does not have: this one cuts nothing.
 _NO_END = float(np.finfo(np.float32).max)
 
@@ -72,8 +72,8 @@ _FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "_class_name": ("DDPMScheduler", *_one_of(SCHEDULERS)),
     "num_train_timesteps": (
         1000,
-        lambda value: is_whole(value) and _FEWEST <= value <= _MOST,
-        f"a whole number from {_FEWEST} to {_MOST}",
+        lambda value: is_whole(value) and FEWEST_STEPS <= value <= MOST_STEPS,
+        f"a whole number from {FEWEST_STEPS} to {MOST_STEPS}",
     ),
     "beta_start": (1e-4, *_NUMBER),
     "beta_end": (0.02, *_NUMBER),

@@ -12,9 +12,8 @@ from diffusion_jax.errors import ConfigError, first_of
 from diffusion_jax.interop import unet_names
 from diffusion_jax.lab.network_files import diffusers_config, model_card, records
 from diffusion_jax.lab.network_files.records import About, Described, Network
-from diffusion_jax.lab.schema import texts
+from diffusion_jax.lab.schema import json_fields
 from diffusion_jax.lab.schema.config import Config
-from diffusion_jax.lab.schema.json_fields import is_whole
 from diffusion_jax.lab.wiring import build
 from diffusion_jax.storage import tensor_files, trees
 
@@ -47,7 +46,7 @@ def describe(path: Path) -> Described:
     )
     # Averages of diffusers' own training say how many updates they have seen.
     step = unet.get("optimization_step")
-    step = step if is_whole(step) and int(step or 0) >= 0 else None
+    step = step if json_fields.is_whole(step) and int(step or 0) >= 0 else None
     words = "released" if step is None else "averaged"
     about = About(words, step, f"the diffusers folder {name}", {}, recipe=False)
     notes = diffusers_config.notes(unet, scheduler)
@@ -153,7 +152,7 @@ def is_one(path: Path) -> bool:
     if (path / "unet" / "config.json").is_file():
         return True
     try:
-        return "diffusion" not in texts.read(path / "config.json")
+        return "diffusion" not in json_fields.load(path / "config.json")
     except (OSError, ValueError, TypeError):
         return False
 
@@ -189,7 +188,7 @@ def _tensors_of(path: Path) -> Path:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        values = texts.read(path)
+        values = json_fields.load(path)
         if not isinstance(values, dict):
             raise ValueError(f"a {type(values).__name__}")
     except ValueError as error:

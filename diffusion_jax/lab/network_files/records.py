@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.lab.schema import checks, texts
+from diffusion_jax.lab.schema import checks, json_fields
 from diffusion_jax.lab.schema.config import Config, from_dict, to_dict
-from diffusion_jax.lab.schema.json_fields import is_whole
 
 PyTree = Any
 
@@ -89,7 +88,7 @@ def read(text: str, where: Path) -> tuple[Config, About]:
       ConfigError: it is damaged, of another version, or of nothing that can be run.
     """
     try:
-        values = texts.parse(text)
+        values = json_fields.parse(text)
         if values["version"] != VERSION:
             raise ConfigError(f"version {values['version']}, not {VERSION}")
         # A field that is not there is younger than the file: what it has by default is
@@ -113,7 +112,7 @@ def _about(values: dict[str, Any]) -> About:
     for score in about.scores.values():
         words += [score["value"], score["of"]]
     step = about.step
-    counted = step is None or (is_whole(step) and step >= 0)
+    counted = step is None or (json_fields.is_whole(step) and step >= 0)
     if not counted or not all(isinstance(word, str) for word in words):
         raise ConfigError(f"{values} of weights")
     return about

@@ -11,6 +11,7 @@ import tyro
 
 from diffusion_jax import errors
 from diffusion_jax.lab.process import joining
+from diffusion_jax.lab.schema import checks
 
 # What a user can mend. Such an error is shown as it is, without a traceback.
 BAD_INPUT = 2
@@ -94,10 +95,13 @@ def parse(
       description: what `--help` says of it.
 
     Raises:
+      ConfigError: a value that is not as its field says.
       SystemExit: `--help`, or a flag that does not exist or has another type.
     """
     prog = f"python -m experiments.{command}"
-    return tyro.cli(options, args=argv, prog=prog, description=description)
+    found = tyro.cli(options, args=argv, prog=prog, description=description)
+    checks.of_options(found)
+    return found
 
 
 def join_hosts(argv: Sequence[str], *, several: bool) -> list[str]:

@@ -18,7 +18,7 @@ import jax
 from diffusion_jax import errors
 from diffusion_jax.lab.network_files import networks
 from diffusion_jax.lab.process import hosts
-from diffusion_jax.lab.schema import checks, config, json_fields, texts
+from diffusion_jax.lab.schema import checks, config, json_fields
 from diffusion_jax.storage import files
 
 Read = TypeVar("Read")
@@ -126,7 +126,7 @@ def read_config(run: Run) -> config.Config:
         found = networks.read_config(run.network)
         return dataclasses.replace(found, output=str(where))
     try:
-        values = texts.read(run.config)
+        values = json_fields.load(run.config)
         loaded: config.Config = config.from_dict(values, partial=True)
         loaded = dataclasses.replace(
             loaded, output=str(where.parent), name=where.name or loaded.name

@@ -1,12 +1,25 @@
 """The configuration of an experiment: frozen dataclasses, to and from JSON."""
 
 import dataclasses
-import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.lab.schema.json_fields import flat, jsonable, read
+from diffusion_jax.lab.schema.facts import (
+    FREE,
+    HOW,
+    SHAPE,
+    Count,
+    Entries,
+    Must,
+    Positive,
+    Seed,
+    Share,
+    Whole,
+    between,
+    marked,
+)
+from diffusion_jax.lab.schema.json_fields import flat, read
 from diffusion_jax.lab.schema.sampling import Sample
 
 ScheduleName = Literal[
@@ -30,6 +43,11 @@ GIVEN = "given:"
 """How the source of images begins that were given in memory; their digest follows."""
 UNKNOWN = "unknown"
 """The source of the data of a network that came without any word of them."""
+# The ends of what a field may be are beyond every serious network, and still traced in
+# seconds. A file from elsewhere may ask for anything, and what it asks for would take
+# all time or memory before any of its weights is looked at.
+FEWEST_STEPS, MOST_STEPS = 2, 1_000_000
+MOST_CLASSES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -39,17 +57,17 @@ class Data:
     source: str = "digits"
     """digits, cifar10, fashion_mnist, mnist, tfds:<name>, folder:<path>, npz:<path> or
     idx:<images>[,<labels>]."""
-    path: str | None = None
+    path: Annotated[str | None, FREE] = None
     """Where the files are, when they are not in the usual place: a folder, or the
     official CIFAR-10 archive."""
-    image_size: int = 8
+    image_size: Annotated[int, between(4, 4096)] = 8
     """Pixels a side. Smaller images are padded with black; those of a folder are
     cropped and resized."""
-    channels: int = 1
+    channels: Annotated[int, Must("1 or 3", lambda n: n in (1, 3)), SHAPE] = 1
     """1 for grey, 3 for RGB."""
     flip: bool = False
     """Whether half of the images are mirrored left to right, at random."""
-    download: bool = True
+    download: Annotated[bool, FREE] = True
     """Whether a missing official archive may be downloaded."""
 
     @property
@@ -66,7 +84,7 @@ class Diffusion:
     """Noise schedule. From vp on they are continuous: the network learns at real times,
     samples and bounds are made on a chain of num_steps. learned is that of VDM, and is
     trained with the network."""
-    num_steps: int = 1000
+    num_steps: Annotated[int, between(FEWEST_STEPS, MOST_STEPS)] = 1000
     """T, diffusion steps."""
     beta_start: float = 1e-4
     """Variance of the first step; of linear, quad and the warm-ups."""
@@ -76,12 +94,12 @@ class Diffusion:
     """Least noise of ve."""
     sigma_max: float = 80.0
     """Most noise of ve."""
-    logsnr_shift: float = 0.0
+    logsnr_shift: Annotated[float, between(-100, 100)] = 0.0
     """Added to the log-SNR at every time: 2 log(64 / image size) for the shifted cosine
     of images larger than 64."""
     prediction: Literal["eps", "x0", "v", "score", "mean", "edm", "velocity"] = "eps"
     """What the network puts out. edm is preconditioned; velocity is eps - x0."""
-    sigma_data: float = 0.5
+    sigma_data: Positive = 0.5
     """Standard deviation of the data, for edm."""
     loss: Literal[
         "eps", "x0", "v", "score", "mean", "edm", "velocity", "vlb", "hybrid"
@@ -103,41 +121,48 @@ class Diffusion:
     schedules); log-normal noise, or logit-normal times (continuous schedules)."""
 
 
+# In float32 2^24 x has no fraction left, and its sine is 0.
+_Octave = Annotated[int, between(0, 23)]
+
+
 @dataclass(frozen=True)
 class Net:
     """The U-Net."""
 
-    channels: int = 128
+    channels: Annotated[int, between(4, 4096), SHAPE] = 128
     """Width of the first level."""
-    multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    multipliers: Annotated[tuple[int, ...], Entries(12), SHAPE] = (1, 2, 2, 2)
     """Width of each level in units of channels; each level halves the resolution."""
-    blocks: int = 2
+    blocks: Annotated[int, between(1, 64), SHAPE] = 2
     """Residual blocks a level."""
-    attention: tuple[int, ...] = (16,)
+    attention: Annotated[tuple[int, ...], Entries(12)] = (16,)
     """Resolutions (pixels a side) with attention; the middle always has one."""
-    dropout: float = 0.1
+    dropout: Share = 0.1
     """Share of activations dropped in training."""
-    groups: int = 32
+    groups: Annotated[Count, SHAPE] = 32
     """Groups of every GroupNorm."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Annotated[Literal["float32", "bfloat16"], HOW] = "float32"
     """Type of the activations. Parameters, statistics, loss, optimizer and averages are
     float32 in any case."""
-    conv: Literal["auto", "xla", "matmul"] = "auto"
+    conv: Annotated[Literal["auto", "xla", "matmul"], HOW, FREE] = "auto"
     """How a convolution is computed; auto is xla, but on CPU matmul where a
     gradient is taken inside a loop."""
-    remat: bool = False
+    remat: Annotated[bool, HOW, FREE] = False
     """Whether to compute activations again instead of storing them."""
-    classes: int = 0
+    classes: Annotated[int, between(0, MOST_CLASSES), SHAPE] = 0
     """Classes to condition on; 0 for none. The data must have as many labels."""
-    label_dropout: float = 0.1
+    label_dropout: Annotated[Share, SHAPE] = 0.1
     """With classes: share of labels left out in training, so that the network can also
     do without, as classifier-free guidance asks of it."""
-    variant: Literal["official", "diffusers"] = "official"
+    variant: Annotated[Literal["official", "diffusers"], SHAPE] = "official"
     """Whose constants: those of the authors' code, or the defaults of diffusers, for
     networks that were trained with them."""
-    fourier: tuple[int, ...] = ()
+    fourier: Annotated[tuple[_Octave, ...], Entries(32), SHAPE] = ()
     """With each n the network also sees sin and cos of 2^n pi x: fine detail, for the
     bound."""
+
+
+_Length = Annotated[float, Must("above 0 and at most 0.28", lambda n: 0 < n <= 0.28)]
 
 
 @dataclass(frozen=True)
@@ -148,26 +173,26 @@ class Optimizer:
     """official: Adam with TensorFlow's epsilon, the gradient of each of `replicas`
     parts of the batch clipped by itself, a moving average without ramp. modern: Adam
     as published, the whole gradient clipped, an average whose decay rises."""
-    learning_rate: float = 2e-4
+    learning_rate: Positive = 2e-4
     """After the warm-up."""
-    warmup: int = 5000
+    warmup: Whole = 5000
     """Steps over which the rate rises from 0."""
     decay: Literal["constant", "cosine"] = "constant"
     """What the rate does after the warm-up: stay, or fall to 0 at the last step."""
-    b2: float = 0.999
+    b2: Share = 0.999
     """Adam's decay of the second moment."""
-    clip_norm: float = 1.0
+    clip_norm: Positive = 1.0
     """Largest global norm of the gradient."""
-    replicas: int = 8
+    replicas: Count = 8
     """Parts of the batch that the official preset clips one by one: the TPU cores of
     the original."""
-    ema_decay: tuple[float, ...] = (0.9999,)
+    ema_decay: tuple[Share, ...] = (0.9999,)
     """Decay of the moving average a step; of several, the first is the one to sample
     from."""
-    ema_lengths: tuple[float, ...] = ()
+    ema_lengths: tuple[_Length, ...] = ()
     """Lengths of power-function averages beside them, as shares of the run: 0.05 0.1,
     say."""
-    ema_snapshots: int = 0
+    ema_snapshots: Whole = 0
     """Steps between two snapshots of the power-function averages, from which an average
     of any length can be made afterwards; 0 for none."""
 
@@ -176,39 +201,39 @@ class Optimizer:
 class Train:
     """The run."""
 
-    steps: int = 800_000
+    steps: Count = 800_000
     """Updates to make in all."""
-    stop_at: int | None = None
+    stop_at: Annotated[Count | None, FREE] = None
     """Step to stop at, with a checkpoint, before the run is complete; the same command
     without this goes on."""
-    batch_size: int = 128
+    batch_size: Annotated[int, between(1, 2**20)] = 128
     """Images a step, over all devices and hosts."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Micro-batches that a batch is cut into, to save memory."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the initial weights, the order of the data and the noise."""
-    parallel: Literal["mesh", "pmap", "shard_map"] = "mesh"
+    parallel: Annotated[Literal["mesh", "pmap", "shard_map"], FREE] = "mesh"
     """How a step is spread over the devices."""
-    devices: int | None = None
+    devices: Annotated[Count | None, FREE] = None
     """How many devices to use; all that there are when not given."""
-    fsdp: int = 1
+    fsdp: Annotated[Count, FREE] = 1
     """Devices that share one copy of parameters, moments and averages; 1 for a copy on
     every device."""
-    input: Literal["auto", "device", "grain", "host"] = "auto"
+    input: Annotated[Literal["auto", "device", "grain", "host"], FREE] = "auto"
     """Where batches come from: images that stay on the device; grain, which prepares
     them in the background; or the host, just before each step. auto is the device
     where the images fit, else grain where it is installed."""
-    log_every: int = 100
+    log_every: Annotated[Count, FREE] = 100
     """Steps between two lines of metrics.jsonl, each the mean since the last."""
-    checkpoint_every: int = 10_000
+    checkpoint_every: Annotated[Count, FREE] = 10_000
     """Steps between two checkpoints; the last step always has one."""
-    keep: int = 3
+    keep: Annotated[Count, FREE] = 3
     """How many of the newest checkpoints stay; so does the one of the lowest loss."""
-    keep_every: int | None = None
+    keep_every: Annotated[Count | None, FREE] = None
     """Checkpoints of steps that are multiples of it stay for good."""
-    max_skipped: int = 20
+    max_skipped: Annotated[Count, FREE] = 20
     """Steps skipped in a row, as not finite, at which the run is given up."""
-    deterministic: bool = False
+    deterministic: Annotated[bool, FREE] = False
     """Whether a GPU computes the same bits in every run, by XLA's flag
     xla_gpu_deterministic_ops: slower, and without autotuning. On a CPU they are the
     same without it."""
@@ -218,9 +243,9 @@ class Train:
 class Config:
     """An experiment."""
 
-    name: str = "digits"
+    name: Annotated[str, FREE] = "digits"
     """Name of the run: everything goes to <output>/<name>."""
-    output: str = "runs"
+    output: Annotated[str, FREE] = "runs"
     """Folder of all runs."""
     init_from: str | None = None
     """Trained weights to start from: a run, .safetensors, or a folder of diffusers.
@@ -231,32 +256,7 @@ class Config:
     net: Net = field(default_factory=Net)
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
-    sample: Sample = field(default_factory=Sample)
-
-
-# Fields that may differ between the run that wrote a checkpoint and the one that goes
-# on from it: they change what is shown or how fast, not what is learned. (train.steps
-# too, unless the learning rate falls towards the last step.)
-MAY_CHANGE = (
-    "name",
-    "output",
-    "data.path",
-    "data.download",
-    "net.conv",
-    "net.remat",
-    "train.stop_at",
-    "train.parallel",
-    "train.devices",
-    "train.fsdp",
-    "train.input",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep",
-    "train.keep_every",
-    "train.max_skipped",
-    "train.deterministic",
-    "sample",
-)
+    sample: Annotated[Sample, FREE] = field(default_factory=Sample)
 
 
 class Experiment(NamedTuple):
@@ -297,7 +297,11 @@ def official(config: Config) -> Config:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Returns the configuration as JSON has it (tuples are lists)."""
-    return typing.cast(dict[str, Any], jsonable(dataclasses.asdict(config)))
+
+    def fields(values: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values}
+
+    return dataclasses.asdict(config, dict_factory=fields)
 
 
 def from_dict(
@@ -318,7 +322,8 @@ def from_dict(
     >>> from_dict({"net": {"blocks": None}}, partial=True)
     Traceback (most recent call last):
     diffusion_jax.errors.ConfigError: each value of Config must be of its field's type;
-    got net.blocks null, not a whole number. Correct the file, or restore it.
+    got net.blocks null, not a whole number. Correct the file, restore it, or read it
+    with the version that wrote it.
     """
     wrong: list[tuple[str, str, str]] = []
     if cls is Config and isinstance(values, dict):
@@ -326,16 +331,10 @@ def from_dict(
     found = read(values, cls, "", partial, wrong)
     if not wrong:
         return found
-    key, must, got = wrong[0]
-    if len(wrong) == 1 and must.startswith("one of "):
-        raise ConfigError(
-            f"{key} must be {must}; got {got}. Read the file with the version that "
-            "wrote it."
-        )
     said = "; ".join(f"{key} {got}, not {must}" for key, must, got in wrong)
     raise ConfigError(
         f"each value of {cls.__name__} must be of its field's type; got {said}. "
-        "Correct the file, or restore it."
+        "Correct the file, restore it, or read it with the version that wrote it."
     )
 
 
@@ -349,16 +348,14 @@ def _present(name: str, section: Any) -> Any:
 
 def differences(old: Config, new: Config) -> list[str]:
     """Returns what differs, of the fields that must not, as 'field: old -> new'."""
-    may: tuple[str, ...] = MAY_CHANGE
-    if new.optimizer.decay == "constant":
-        may += ("train.steps",)
+    free = {*marked(Config, FREE)}
+    if new.optimizer.decay == "constant":  # and does not fall towards the last step
+        free.add("train.steps")
     before, after = flat(to_dict(old)), flat(to_dict(new))
     return [
-        f"{key}: {before.get(key)} -> {after[key]}"
-        for key in after
-        if before.get(key) != after[key]
-        and key not in may
-        and key.split(".")[0] not in may
+        f"{key}: {before[key]} -> {value}"
+        for key, value in after.items()
+        if before[key] != value and not {key, key.split(".")[0]} & free
     ]
 
 

@@ -1,13 +1,58 @@
-"""Values of the fields of dataclasses, as JSON has them: what fits a field."""
+"""JSON that may come from anywhere, and the fields of dataclasses that it describes."""
 
 import dataclasses
 import json
 import math
 import reprlib
 import typing
+from pathlib import Path
 from typing import Any, Literal
 
 from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab.schema.facts import Must
+
+MOST = 2**24
+"""Bytes of a file: thousands of times what a configuration has."""
+
+
+def load(path: Path) -> Any:
+    """Returns what a file of JSON holds.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is damaged or far too large, or as `parse`.
+    """
+    with path.open("rb") as file:
+        content = file.read(MOST + 1)
+    if len(content) > MOST:
+        raise ValueError(f"more than {MOST} bytes")
+    return parse(content.decode("utf-8"))
+
+
+def parse(text: str) -> Any:
+    """Returns what JSON says.
+
+    Raises:
+      ValueError: it is damaged or nested too deeply, or an object has a name twice, of
+        which readers take one or the other.
+
+    >>> parse('{"blocks": 2, "blocks": 3}')
+    Traceback (most recent call last):
+    ValueError: the name 'blocks' twice in one object
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("brackets within brackets, too many") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the name {name!r} twice in one object")
+        found[name] = value
+    return found
 
 
 def read(
@@ -34,13 +79,12 @@ def read(
         wrong.append((where, "an object with fields", _shown(values)))
         return None
     hints = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
+    unknown, missing = sorted(values.keys() - hints), sorted(hints.keys() - values)
     if unknown:
         raise ConfigError(
             f"the fields of {cls.__name__} must be among {', '.join(hints)}; got "
             f"{', '.join(unknown)}. Read the file with the version that wrote it."
         )
-    missing = sorted(set(hints) - set(values))
     if missing and not partial:
         raise ConfigError(
             f"all fields of {cls.__name__} must be there; got none of "
@@ -51,32 +95,17 @@ def read(
         hint, key = hints[name], prefix + name
         if dataclasses.is_dataclass(hint):
             fields[name] = read(value, hint, f"{key}.", partial, wrong)
-        elif not _fits(value, hint):
-            wrong.append((key, _words(hint), _shown(value)))
+            continue
+        must = _of_type(hint)
+        if not must.holds(value):
+            wrong.append((key, must.words, _shown(value)))
+        # JSON has one kind of list, and of number: some write 2.0 as 2.
         elif isinstance(value, list):
             fields[name] = tuple(value)
         else:
-            # JSON has one kind of number, and some write 2.0 as 2.
             whole = hint in (float, float | None) and value is not None
             fields[name] = float(value) if whole else value
     return cls(**fields) if len(wrong) == before else None
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Returns whether a field of this type may have a value of JSON."""
-    parts = typing.get_args(hint)
-    if type(None) in parts:
-        return value is None or _fits(value, parts[0])
-    if typing.get_origin(hint) is Literal:
-        return value in parts
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple):
-            return False
-        hints = parts[:1] * len(value) if parts[1] is ... else parts
-        return len(value) == len(hints) and all(map(_fits, value, hints))
-    if hint is float:
-        return is_finite(value)
-    return is_whole(value) if hint is int else isinstance(value, hint)
 
 
 def is_whole(value: Any) -> bool:
@@ -92,35 +121,44 @@ def is_finite(value: Any) -> bool:
         return False
 
 
-def _words(hint: Any) -> str:
-    """Returns what a field of a type must be.
+_PLAIN = {
+    int: Must("a whole number", is_whole),
+    float: Must("a finite number", is_finite),
+    bool: Must("true or false", lambda value: isinstance(value, bool)),
+    str: Must("text", lambda value: isinstance(value, str)),
+}
 
-    >>> _words(tuple[int, ...]), _words(float | None)
+
+def _of_type(hint: Any) -> Must:
+    """Returns what a value of JSON must be for a field of a type.
+
+    >>> _of_type(tuple[int, ...]).words, _of_type(float | None).words
     ('a list of whole numbers', 'null or a finite number')
     """
     parts = typing.get_args(hint)
-    if type(None) in parts:
-        return f"null or {_words(parts[0])}"
     if typing.get_origin(hint) is Literal:
-        return f"one of {', '.join(parts)}"
-    if typing.get_origin(hint) is tuple:
-        count = "" if parts[1] is ... else f"{len(parts)} "
-        return f"a list of {count}{_words(parts[0]).removeprefix('a ')}s"
-    words = {int: "a whole number", float: "a finite number", bool: "true or false"}
-    return words.get(hint, "text")
+        return Must(f"one of {', '.join(parts)}", lambda value: value in parts)
+    if not parts:
+        return _PLAIN[hint]
+    of = _of_type(parts[0])
+    if type(None) in parts:
+        return Must(f"null or {of.words}", lambda v: v is None or of.holds(v))
+    length = None if parts[1] is ... else len(parts)
+    count = f"{length} " if length else ""
+    return Must(
+        f"a list of {count}{of.words.removeprefix('a ')}s",
+        lambda value: (
+            isinstance(value, list | tuple)
+            and length in (None, len(value))
+            and all(map(of.holds, value))
+        ),
+    )
 
 
 def _shown(value: Any) -> str:
     """Returns a value as JSON has it; of a long one, its ends."""
     plain = value is None or isinstance(value, bool)
     return json.dumps(value) if plain else reprlib.repr(value)
-
-
-def jsonable(value: Any) -> Any:
-    """Returns a value as JSON has it: tuples are lists."""
-    if isinstance(value, dict):
-        return {key: jsonable(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

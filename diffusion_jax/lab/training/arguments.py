@@ -120,6 +120,7 @@ def parse_with(
             "init_from must be left out: the values of weights change nothing here; "
             f"got {found.config.init_from!r}. Say what the network is by its fields."
         )
+    checks.of_options(found)
     checks.validate(found.config)
     return found
 

@@ -1,6 +1,7 @@
 """Training that starts from trained weights: what it takes from them, and what not."""
 
 import dataclasses
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -8,24 +9,12 @@ import numpy as np
 
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema.config import Config
+from diffusion_jax.lab.schema.config import Config, Net
+from diffusion_jax.lab.schema.facts import HOW, SHAPE, marked
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build
 from diffusion_jax.storage import trees
-
-# Fields that say what is computed with the weights.
-_SHAPING = (
-    ("data", "channels"),
-    ("net", "channels"),
-    ("net", "multipliers"),
-    ("net", "blocks"),
-    ("net", "groups"),
-    ("net", "classes"),
-    ("net", "label_dropout"),
-    ("net", "variant"),
-    ("net", "fourier"),
-)
 
 
 def given(config: Config, *, force: bool = False) -> Config:
@@ -61,10 +50,6 @@ def resolved(config: Config, *, force: bool = False) -> Config:
     return dataclasses.replace(config, init_from=known)
 
 
-# Of the network: how it is computed, and not what it is.
-HOW = ("dtype", "conv", "remat")
-
-
 def like(experiment: Config, given: Config) -> Config:
     """Returns an experiment of the same network and diffusion as given weights have.
 
@@ -76,7 +61,7 @@ def like(experiment: Config, given: Config) -> Config:
         image_size=given.data.image_size,
         channels=given.data.channels,
     )
-    how = {name: getattr(experiment.net, name) for name in HOW}
+    how = {name: getattr(experiment.net, name) for name in marked(Net, HOW)}
     steps = experiment.sample.steps
     if steps is not None and steps > given.diffusion.num_steps:
         steps = None
@@ -107,10 +92,9 @@ def params(config: Config) -> Any:
     source = _source(config)
     given = runs.read_config(source)
     wrong = [
-        f"{section}.{name} {old}, not {new}"
-        for section, name in _SHAPING
-        if (old := getattr(getattr(given, section), name))
-        != (new := getattr(getattr(config, section), name))
+        f"{name} {old}, not {new}"
+        for name in marked(Config, SHAPE)
+        if (old := attrgetter(name)(given)) != (new := attrgetter(name)(config))
     ]
     for name, special in (
         ("variance", ("learned", "range")),

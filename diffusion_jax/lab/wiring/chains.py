@@ -14,11 +14,8 @@ from diffusion_jax import (
     gaussian,
     grids,
     guidance,
-    langevin,
-    ode,
     samplers,
     schedule,
-    solvers,
 )
 from diffusion_jax.lab.schema import sampling
 from diffusion_jax.lab.schema.config import Config
@@ -50,16 +47,11 @@ def make_grid(config: Config) -> np.ndarray:
     """Returns the times that a chain goes through, from T to 0."""
     total = config.diffusion.num_steps
     how = sampling.resolve(config.sample, total)
-    if how["sampler"] == "ode":
+    if "grid" not in how:
         # All the way in one stretch, but for the step to data, where noise ends.
         last = 1.0 if build.is_continuous(config) else total
         return np.array([last, last / total, 0])
-    made: Callable[..., np.ndarray] = {
-        "uniform": grids.uniform,
-        "quadratic": grids.quadratic,
-        "logsnr": grids.logsnr,
-        "karras": grids.karras,
-    }[how["grid"]]
+    made: Callable[..., np.ndarray] = getattr(grids, how["grid"])
     return made(known_chain(config), how["steps"])
 
 
@@ -75,7 +67,7 @@ def known_chain(config: Config) -> schedule.Schedule:
 
 def start_std(config: Config) -> float:
     """Returns the standard deviation of the noise that chains start from."""
-    if config.sample.sampler == "ode":
+    if sampling.RULES[config.sample.sampler].grid is None:
         return max(1.0, float(known_chain(config)(config.diffusion.num_steps).sigma))
     return max(1.0, float(known_chain(config)(int(make_grid(config)[0])).sigma))
 
@@ -137,36 +129,15 @@ def make_rule(
     config: Config, denoise: gaussian.Denoiser, levels: schedule.Schedule
 ) -> samplers.Sampler:
     """Returns the sampling rule for any denoiser on `sampling_schedule`."""
-    how = sampling.resolve(config.sample, config.diffusion.num_steps)
-    options = {
-        name: how[name] for name in sampling.RULES[config.sample.sampler].options
-    }
-    match config.sample.sampler:
-        case "ddpm":
-            variance = options["variance"] or config.diffusion.variance
-            return samplers.ddpm(denoise, levels, variance=variance)
-        case "ddim":
-            return samplers.ddim(denoise, levels, **options)
-        case "heun":
-            return solvers.heun(denoise, levels)
-        case "edm":
-            return solvers.edm(denoise, levels, **options)
-        case "dpm_solver_pp":
-            return solvers.dpm_solver_pp(denoise, levels, **options)
-        case "unipc":
-            return solvers.unipc(denoise, levels, order=int(options["order"]))
-        case "predictor_corrector":
-            return langevin.predictor_corrector(denoise, levels, **options)
-        case "langevin":
-            return langevin.langevin(denoise, levels, **options)
-        case "ode":
-            tolerance = options["tolerance"]
-            return ode.ode(denoise, levels, rtol=tolerance, atol=tolerance)
+    rule, how = sampling.RULES[config.sample.sampler], describe_sampling(config)
+    options = {name: how[name] for name in rule.options}
+    made: samplers.Sampler = rule.make(denoise, levels, **options)
+    return made
 
 
 def sampling_schedule(config: Config, params: Any = None) -> schedule.Schedule:
     """Returns the schedule that chains walk: in real time where the rule needs it."""
-    if config.sample.sampler != "ode":
+    if sampling.RULES[config.sample.sampler].grid is not None:
         return build.chain_schedule(config, params)
     made = build.make_schedule(config, params)
     return made if build.is_continuous(config) else continuous.interpolate(made)

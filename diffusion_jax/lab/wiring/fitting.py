@@ -11,7 +11,7 @@ import optax
 
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError, DataError
-from diffusion_jax.lab.schema import texts
+from diffusion_jax.lab.schema import json_fields
 from diffusion_jax.storage import trees
 
 BATCH, RATE, HELD_OUT = 128, 2e-3, 0.2
@@ -128,7 +128,7 @@ def load(
     """
     try:
         params, meta, digest = trees.read(path)
-        count, accuracy = int(meta["num_classes"]), texts.parse(meta["accuracy"])
+        count, accuracy = int(meta["num_classes"]), json_fields.parse(meta["accuracy"])
         found = Fitted(params, count, accuracy, digest, path)
         check(found)
     except DataError as error:

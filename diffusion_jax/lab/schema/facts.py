@@ -1,0 +1,107 @@
+"""What is known of a field, said on the field: `Annotated[int, at_least(1), FREE]`."""
+
+import dataclasses
+import enum
+import operator
+import typing
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, NamedTuple
+
+MOST = 2**31 - 1
+"""Of whole numbers without an end of their own: what a counter on a device can hold."""
+MOST_SEED = 2**32 - 1
+"""JAX reads no more than 32 bits of a seed: beyond, two would be the same."""
+
+
+class Must(NamedTuple):
+    """What a value must be; None, where a field may be that, always is."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+class Entries(NamedTuple):
+    """How many entries a list may have."""
+
+    most: int
+
+
+class Mark(enum.Enum):
+    """What a change of the field changes."""
+
+    FREE = enum.auto()
+    """What is shown or how fast, not what is learned: it may differ between the run
+    that wrote a checkpoint and the one that goes on from it."""
+    SHAPE = enum.auto()
+    """What is computed with the weights: given ones fit no other value."""
+    HOW = enum.auto()
+    """How the network is computed, not what it is."""
+
+
+FREE, SHAPE, HOW = Mark.FREE, Mark.SHAPE, Mark.HOW
+
+
+def at_least(low: float) -> Must:
+    """Returns the fact that a number has a lower end."""
+    return Must(f"at least {low}", lambda value: value >= low)
+
+
+def between(low: float, high: float) -> Must:
+    """Returns the fact that a number has two ends, which it may reach."""
+    return Must(f"from {low} to {high}", lambda value: low <= value <= high)
+
+
+_Held = Must(f"at most {MOST}", lambda value: value <= MOST)
+Whole = Annotated[int, at_least(0), _Held]
+Count = Annotated[int, at_least(1), _Held]
+Seed = Annotated[int, between(0, MOST_SEED)]
+Positive = Annotated[float, Must("above 0", lambda value: value > 0)]
+Share = Annotated[float, Must("at least 0 and below 1", lambda value: 0 <= value < 1)]
+
+
+def fields(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields all fields and sections, as ('section.field', type and facts)."""
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        yield prefix + name, hint
+        kind, _ = _parts(hint)
+        if dataclasses.is_dataclass(kind):
+            yield from fields(kind, f"{prefix}{name}.")
+
+
+def marked(cls: Any, mark: Mark) -> list[str]:
+    """Returns the names of the fields and sections with a mark."""
+    return [name for name, hint in fields(cls) if mark in _parts(hint)[1]]
+
+
+def problems(values: Any) -> Iterator[tuple[str, str, object]]:
+    """Yields the values of a dataclass that are not as their fields say.
+
+    As (field, what it must be, what was got).
+    """
+    for name, hint in fields(type(values)):
+        for must, got in _wrong(operator.attrgetter(name)(values), hint):
+            yield name, must, got
+
+
+def _wrong(value: Any, hint: Any) -> Iterator[tuple[str, object]]:
+    if value is None:
+        return
+    kind, known = _parts(hint)
+    for fact in known:
+        if isinstance(fact, Must) and not fact.holds(value):
+            yield fact.words, value
+        if isinstance(fact, Entries) and len(value) > fact.most:
+            yield f"at most {fact.most} entries", len(value)
+    if isinstance(value, tuple):
+        for entry in value:
+            yield from _wrong(entry, typing.get_args(kind)[0])
+    elif typing.get_args(kind)[1:] == (type(None),):
+        yield from _wrong(value, typing.get_args(kind)[0])
+
+
+def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Returns a type and what is said of it."""
+    if typing.get_origin(hint) is not Annotated:
+        return hint, ()
+    kind, *known = typing.get_args(hint)
+    return kind, tuple(known)
