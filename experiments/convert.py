@@ -30,8 +30,8 @@ from diffusion_jax.interop import inception_weights
 from diffusion_jax.lab.network_files import diffusers_folder, hub, networks, records
 from diffusion_jax.lab.network_files.records import About, Network
 from diffusion_jax.lab.process import entry
-from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema import json_fields, sampling
+from diffusion_jax.lab.run_folder import results, runs
+from diffusion_jax.lab.schema import sampling
 from diffusion_jax.lab.schema.checks import with_data
 from diffusion_jax.lab.schema.config import UNKNOWN, Config
 from diffusion_jax.lab.trained import opening, weights
@@ -207,32 +207,43 @@ def scores(run: runs.Run, digest: str, config: Config) -> dict[str, dict[str, st
       config: of the network.
     """
     found: dict[str, dict[str, str]] = {}
-    for path in sorted((run.folder / "eval").glob("*.json")):
-        result = _json(path)
-        if result.get("weights_sha256") != digest:
-            continue
-        where = "" if result["data"] == config.data.source else result["data"]
-        where = f", {records.public_source(where)}" if where else ""
-        if path.name.startswith("fid"):
-            of = f"{result['count']:,} samples, {sampling.describe(result)}{where}"
-            numbers = {
-                name: (value["mean"], value.get("std"))
-                for name, value in result["numbers"].items()
-                if isinstance(value, dict) and name != "sure"
-            }
-        elif path.name.startswith("nll"):
-            of = f"{result['images']:,} {result['split']} images{where}"
-            name = "bits/dim by the flow"
-            if "variance" in result:
-                name, of = "bits/dim, bound", f"{of}, variance {result['variance']}"
-            numbers = {name: (result["bits_per_dim"], result["standard_error"])}
-        else:
-            continue
-        for name, (mean, error) in numbers.items():
+    for name, result in results.read(run, digest):
+        try:
+            of, numbers = _told(name, result, config)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            continue  # of another version
+        for number, (mean, error) in numbers.items():
             bar = "" if error is None else f" +- {error:.2g}"
-            key = name if name not in found else f"{name} ({path.stem})"
+            same = found.get(number, {"of": of})["of"] == of
+            key = number if same else f"{number} ({of})"
             found[key] = {"value": f"{mean:.4g}{bar}", "of": of}
     return found
+
+
+def _told(
+    name: str, result: dict[str, Any], config: Config
+) -> tuple[str, dict[str, tuple[float, float | None]]]:
+    """Returns what a result is of, and its numbers with their errors.
+
+    Those of commands that measure something else have none.
+    """
+    if not name.startswith(("fid", "nll")):
+        return "", {}
+    where = "" if result["data"] == config.data.source else result["data"]
+    where = f", {records.public_source(where)}" if where else ""
+    if name.startswith("fid"):
+        of = f"{result['count']:,} samples, {sampling.describe(result)}{where}"
+        return of, {
+            number: (value["mean"], value.get("std"))
+            for number, value in result["numbers"].items()
+            if isinstance(value, dict) and number != "sure"
+        }
+    of, number = f"{result['images']:,} {result['split']} images{where}", "bits/dim"
+    if "variance" in result:
+        number, of = f"{number}, bound", f"{of}, variance {result['variance']}"
+    else:
+        number += " by the flow"
+    return of, {number: (result["bits_per_dim"], result["standard_error"])}
 
 
 def _official(options: Options, path: Path) -> Network:
@@ -250,15 +261,6 @@ def _official(options: Options, path: Path) -> Network:
             raise_unknown("experiment", options.experiment, tuple(EXPERIMENTS))
         config = EXPERIMENTS[options.experiment].config
     return networks.read_official(path, config, average=not which.raw, progress=True)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """Returns what an evaluation wrote; nothing where it is damaged."""
-    try:
-        values = json_fields.load(path)
-    except ValueError:
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 if __name__ == "__main__":

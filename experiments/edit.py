@@ -8,6 +8,7 @@ A command writes a picture, with what it was given at the sides, and beside it a
 of the results as single PNGs of the run's own size.
 """
 
+import shlex
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ import tyro
 
 from diffusion_jax.errors import ConfigError, raise_unknown
 from diffusion_jax.evaluation import pictures
-from diffusion_jax.lab.drawing import draws, edit_options, edits
+from diffusion_jax.lab.drawing import edit_options, edits, outputs
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.schema.checks import of_options, with_sampling
 from diffusion_jax.lab.schema.config import Config
@@ -51,16 +52,18 @@ def main(argv: Sequence[str]) -> int:
             f"out must end in .png; got {out}. The single images go to a folder of "
             "that name without the ending."
         )
+    folder = out.with_suffix("")
+    outputs.check_file(out, overwrite=shared.overwrite)
+    outputs.check_folder(folder)
     draw = COMMANDS[command][1](config, options)
     drawable, step, kind = extras.load(config, run, shared.which)
     print(f"{run.folder}: {weights.describe(kind, step)}")
     edited = draw(drawable, jax.random.key(shared.seed))
-    folder = out.with_suffix("")
-    if shared.out is None:
-        for old in folder.glob("[0-9]*.png"):
-            old.unlink()
-    draws.save_each(iter([edited.results]), folder)
-    print(f"{command}: {pictures.save(edits.picture(edited), out)}")
+    typed = shlex.join(["python", "-m", "experiments.edit", *argv])
+    told = weights.describe(kind, step)
+    made = outputs.about(typed, config, drawable, told, shared.seed)
+    outputs.save_each(iter([edited.results]), folder, made)
+    print(f"{command}: {pictures.save(edits.picture(edited), out, made)}")
     print(f"{len(edited.results)} images: {folder}/000000.png and on")
     return 0
 

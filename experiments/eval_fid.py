@@ -22,7 +22,7 @@ from diffusion_jax.evaluation import metrics, moments, pictures
 from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.measure import extractors, reference
 from diffusion_jax.lab.process import entry, hosts
-from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.run_folder import results, runs
 from diffusion_jax.lab.schema import sampling
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.facts import MOST_SEED, Count, Seed
@@ -110,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
     if hosts.first():
         result = summary(extractor, real, scores, about, options, count, config)
         show(result, extractor)
-        runs.write_json(written, result)
+        results.write(run, written.stem, result)
     if "train" in real:
         picture = neighbours(real["train"], dataset, extractor, drawn[-1], options)
         path = out / f"neighbours{kind}.png"

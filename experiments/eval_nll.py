@@ -19,7 +19,7 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.measure import bound
 from diffusion_jax.lab.process import entry
-from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.run_folder import results, runs
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.facts import Count, Seed
 from diffusion_jax.lab.schema.sampling import Tolerance, Variance
@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
             batch_size=size,
             seed=seed,
         )
-        path = out / f"nll_ode_{options.split}.json"
+        name = f"nll_ode_{options.split}"
         result = summary_ode(options, found, about)
         show_ode(run, result)
     else:
@@ -106,10 +106,10 @@ def main(argv: Sequence[str]) -> int:
             chunk=options.chunk,
             seed=seed,
         )
-        path = out / f"nll_{options.split}.json"
+        name = f"nll_{options.split}"
         result = summary(config, options, sums, about)
         show(run, result)
-    runs.write_json(path, result)
+    path = results.write(run, name, result)
     print(f"written: {path}")
     if options.rate_distortion:
         show_rate_distortion(result, out / f"rate_distortion_{options.split}.png")

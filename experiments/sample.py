@@ -1,18 +1,18 @@
 """Draws images from a trained network: `python -m experiments.sample [RUN]`."""
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import pictures
-from diffusion_jax.lab.drawing import draws, figures
+from diffusion_jax.lab.drawing import draws, figures, outputs
 from diffusion_jax.lab.process import entry, hosts
-from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import sampling
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.facts import Count, Seed
@@ -34,12 +34,16 @@ class Options:
     format: Literal["grid", "png", "npz"] = "grid"
     """One picture of all, one PNG an image, or an array `images` (uint8) in a file."""
     out: Path | None = None
-    """File (grid, npz) or folder (png); inside the run's folder when not given."""
+    """File (grid, npz) or folder (png); inside the run's folder when not given, named
+    after what is asked for. What stands there is replaced if it is a drawing too."""
+    overwrite: bool = False
+    """Whether `--out FILE` may replace what is no drawing of this project."""
     columns: Count | None = None
     """Images a row of a grid; as square as possible when not given."""
     how: opening.How = Sampling()
     seed: Seed = 0
-    """Of the noise; image i of a seed is the same whatever the count."""
+    """Of the noise: that of image i is the same whatever the count, and the image too
+    but for rounding, which now and then moves a pixel by one of its 256 values."""
     batch_size: Count = 64
     """Images at a time."""
     which: opening.Which = Weights()
@@ -62,46 +66,50 @@ def main(argv: Sequence[str]) -> int:
         )
     which, how = options.which, options.how
     run, config = opening.opened(options.run, options, which=which, how=how)
+    out = options.out or run.folder / "draw" / default_name(options)
+    check_out(options, out)
     drawable, step, kind = extras.load(config, run, which)
     said = sampling.describe(chains.describe_sampling(config))
     print(f"{run.folder}: {weights.describe(kind, step)}, {said}")
 
+    typed = shlex.join(["python", "-m", "experiments.sample", *argv])
+    told = weights.describe(kind, step)
+    made = outputs.about(typed, config, drawable, told, options.seed)
     if options.figure is not None:
-        return draw_figure(config, drawable, run, options)
+        return draw_figure(config, drawable, out, options, made)
     count, key = options.count, jax.random.key(options.seed)
     batches = draws.in_batches(config, drawable, key, count, options.batch_size)
     if not hosts.first():
         for _ in batches:  # drawn by all, and kept by the first
             pass
         return 0
-    out = options.out or run.folder / "draw" / default_name(options)
     if options.format == "png":
-        draws.save_each(batches, out)
+        outputs.save_each(batches, out, made)
     else:
         drawn = np.concatenate(list(batches))
         if options.format == "npz":
-            draws.save_npz(drawn, out)
+            outputs.save_npz(drawn, out, made)
         else:
-            pictures.save(pictures.grid(drawn, columns=options.columns), out)
+            pictures.save(pictures.grid(drawn, columns=options.columns), out, made)
     print(f"{count} images: {out}")
     if options.format == "grid" and options.strip:
-        path = out.with_name(f"{out.stem}_denoising.png")
         if jax.process_count() > 1:  # the first host draws these alone
             drawable = jax.tree.map(np.asarray, drawable)
         rows, seed = min(8, count), options.seed
         end, seen = figures.chain(config, drawable, count=rows, seed=seed)
-        print(f"denoising: {pictures.save(figures.strip(end, seen.x_t), path)}")
+        strip = pictures.save(figures.strip(end, seen.x_t), strip_of(out), made)
+        print(f"denoising: {strip}")
     return 0
 
 
 def draw_figure(
-    config: Config, drawable: Drawable, run: runs.Run, options: Options
+    config: Config, drawable: Drawable, out: Path, options: Options, made: Any
 ) -> int:
     """Draws a figure of the paper; returns the exit code."""
-    folder, count, seed = run.folder / "draw", options.count, options.seed
+    count, seed = options.count, options.seed
     if options.figure == "quality":
-        figures.quality(config, drawable, folder, count=count, seed=seed)
-        print(f"plot: {folder / 'quality.png'}")
+        figures.quality(config, drawable, out, count=count, seed=seed)
+        print(f"plot: {out}")
         return 0
     rows = min(8, count)
     if options.figure == "shared":
@@ -109,15 +117,31 @@ def draw_figure(
     else:
         end, seen = figures.chain(config, drawable, count=rows, seed=seed)
         picture = figures.strip(end, seen.x0)
-    out = options.out or folder / f"{options.figure}.png"
-    print(f"{options.figure}: {pictures.save(picture, out)}")
+    print(f"{options.figure}: {pictures.save(picture, out, made)}")
     return 0
 
 
 def default_name(options: Options) -> str:
     """Returns the file or folder that a drawing goes to."""
-    name = f"seed{options.seed}_{options.count}"
+    end = outputs.other_than_usual(options.how, options.which)
+    if options.figure is not None:
+        return f"{options.figure}{end}.png"
+    name = f"seed{options.seed}_{options.count}{end}"
     return {"grid": f"{name}.png", "npz": f"{name}.npz", "png": name}[options.format]
+
+
+def strip_of(out: Path) -> Path:
+    """Returns where the strip goes that shows how the first images came about."""
+    return out.with_name(f"{out.stem}_denoising.png")
+
+
+def check_out(options: Options, out: Path) -> None:
+    """Raises ConfigError where something else would be lost."""
+    if options.figure is None and options.format == "png":
+        return outputs.check_folder(out)
+    if options.figure is None and options.format == "grid" and options.strip:
+        outputs.check_file(strip_of(out), overwrite=options.overwrite)
+    return outputs.check_file(out, overwrite=options.overwrite)
 
 
 if __name__ == "__main__":

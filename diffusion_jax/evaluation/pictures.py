@@ -1,5 +1,6 @@
 """Pictures: grids and strips of images, and plots of a run."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from diffusion_jax.storage import files
 
@@ -62,11 +64,29 @@ def grid(
     return Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
 
 
-def save(image: Image.Image, path: str | os.PathLike[str]) -> Path:
-    """Writes a picture under a temporary name, then renames it; returns the path."""
-    path = Path(path)
+SOFTWARE = "diffusion_jax"
+MARK = b"Software\0" + SOFTWARE.encode()
+"""In the first bytes of every picture that `save` writes."""
+
+
+def save(
+    image: Image.Image,
+    path: str | os.PathLike[str],
+    about: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes a picture under a temporary name, then renames it; returns the path.
+
+    Args:
+      image: the picture.
+      path: where the PNG goes.
+      about: how it was made, kept in it as JSON under the keyword Description.
+    """
+    path, said = Path(path), PngInfo()
+    said.add_text("Software", SOFTWARE)
+    if about is not None:
+        said.add_text("Description", json.dumps(about))
     with files.replacing(path) as file:
-        image.save(file, format="PNG")
+        image.save(file, format="PNG", pnginfo=said)
     return path
 
 

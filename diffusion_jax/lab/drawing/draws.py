@@ -16,7 +16,7 @@ from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.wiring import chains
 from diffusion_jax.lab.wiring.chains import Drawable
-from diffusion_jax.storage import files, trees
+from diffusion_jax.storage import trees
 from diffusion_jax.training import parallel
 
 
@@ -55,22 +55,6 @@ def in_batches(
             batch = draw(drawable, key, first)[: count - first]
             bar.update(len(batch))
             yield pictures.to_uint8(batch)
-
-
-def save_each(batches: Iterator[np.ndarray], folder: Path) -> None:
-    """Writes one PNG an image: 000000.png, 000001.png, ..."""
-    index = 0
-    for batch in batches:
-        for image in batch:
-            one = pictures.grid(image[None], side=image.shape[0], gap=0)
-            pictures.save(one, folder / f"{index:06d}.png")
-            index += 1
-
-
-def save_npz(drawn: np.ndarray, path: Path) -> None:
-    """Writes the images under a temporary name, then renames it."""
-    with files.replacing(path) as file:
-        np.savez_compressed(file, images=drawn)
 
 
 def to_disk(

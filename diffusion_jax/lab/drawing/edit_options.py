@@ -33,6 +33,8 @@ class Shared:
     which: opening.Which = Weights()
     out: Path | None = None
     """The picture, FILE.png; edit/COMMAND.png in the run's folder when not given."""
+    overwrite: bool = False
+    """Whether `--out FILE` may replace what is no drawing of this project."""
 
 
 _Shared = tyro.conf.OmitArgPrefixes[Shared]

@@ -103,7 +103,7 @@ def shared(config: Config, drawable: Drawable, *, count: int, seed: int) -> Any:
 def quality(
     config: Config,
     drawable: Drawable,
-    folder: Path,
+    out: Path,
     *,
     count: int,
     seed: int,
@@ -113,7 +113,7 @@ def quality(
     Args:
       config: of the run, with the way to sample.
       drawable: the weights.
-      folder: where quality.json and quality.png go.
+      out: where the plot goes, a PNG; the numbers go beside it, as JSON.
       count: samples; more than the extractor has features.
       seed: of the samples.
 
@@ -142,8 +142,8 @@ def quality(
         title=f"{config.name}: x0 as seen along the chain",
         xlabel="reverse steps taken, of T",
         ylabel=name,
-        path=folder / "quality.png",
+        path=out,
     )
     result = {"count": count, "seed": seed, "extractor": extractor.name, "rows": rows}
-    runs.write_json(folder / "quality.json", result)
+    runs.write_json(out.with_suffix(".json"), result)
     return result

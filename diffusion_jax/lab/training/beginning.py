@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.data import datasets
@@ -16,9 +17,12 @@ from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.config import Config, differences, to_dict
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.training import initial
-from diffusion_jax.lab.wiring import build, learning
+from diffusion_jax.lab.wiring import build, chains, learning
 from diffusion_jax.training import feed, flat, parallel
 from diffusion_jax.training.state import TrainState
+
+MOST_LEFT = 0.01
+"""Of alpha_bar at T, without a word. The paper's is 4e-5."""
 
 
 class Begun(NamedTuple):
@@ -66,6 +70,26 @@ def check_same_run(config: Config, run: runs.Run, *, force: bool = False) -> Non
             f"values for: {'; '.join(changed)}. Give the old values, start another run "
             "with --name NAME, or go on with these by --force."
         )
+
+
+def signal_left(config: Config) -> str:
+    """Returns a note where the schedule ends in less than noise; else nothing.
+
+    Chains begin in noise alone: what is left of the images at T is what they miss.
+    """
+    diffusion = config.diffusion
+    level = chains.known_chain(config)(diffusion.num_steps)
+    left = float(1 / (1 + np.exp(-level.logsnr)))
+    if left < MOST_LEFT:
+        return ""
+    said = (
+        f"note: schedule {diffusion.schedule} leaves {left:.2f} of x_T to the image "
+        f"(alpha_bar) at T = {diffusion.num_steps}, and chains begin in noise alone."
+    )
+    fits = diffusion.beta_end * 1000 / diffusion.num_steps
+    if diffusion.schedule == "linear" and fits < 1:
+        return f"{said} --diffusion.beta-end {fits:.3g} fits (0.02 is of T = 1000)."
+    return f"{said} The schedule cosine ends in noise for every T."
 
 
 def start(

@@ -140,6 +140,8 @@ def describe(
     shape = "x".join(str(n) for n in dataset.images.shape[1:])
     device = mesh.devices.flat[0].device_kind
     step, last = int(state.step), config.train.steps
+    if left := beginning.signal_left(config):
+        print(left)
     print(
         f"{config.name}: {len(dataset.images):,} images of {shape}, {count:,} weights"
     )

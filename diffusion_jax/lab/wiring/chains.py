@@ -17,9 +17,11 @@ from diffusion_jax import (
     samplers,
     schedule,
 )
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.schema import sampling
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.wiring import build, guides
+from diffusion_jax.schedule import PURE_NOISE
 from diffusion_jax.storage import trees
 from diffusion_jax.training import compilation, parallel
 
@@ -44,7 +46,12 @@ class Drawable(NamedTuple):
 
 
 def make_grid(config: Config) -> np.ndarray:
-    """Returns the times that a chain goes through, from T to 0."""
+    """Returns the times that a chain goes through, from T to 0.
+
+    Raises:
+      ConfigError: it begins in pure noise, and the network predicts what says nothing
+        of an image there.
+    """
     total = config.diffusion.num_steps
     how = sampling.resolve(config.sample, total)
     if "grid" not in how:
@@ -52,7 +59,15 @@ def make_grid(config: Config) -> np.ndarray:
         last = 1.0 if build.is_continuous(config) else total
         return np.array([last, last / total, 0])
     made: Callable[..., np.ndarray] = getattr(grids, how["grid"])
-    return made(known_chain(config), how["steps"])
+    levels = known_chain(config)
+    times, predicted = made(levels, how["steps"]), config.diffusion.prediction
+    if predicted in ("eps", "score") and levels(int(times[0])).logsnr < PURE_NOISE:
+        raise ConfigError(
+            f"cannot draw: schedule {config.diffusion.schedule} ends in pure noise, "
+            f"of which the prediction {predicted} says no image. Use the grid logsnr, "
+            "which begins before, or train another prediction, such as v."
+        )
+    return times
 
 
 def known_chain(config: Config) -> schedule.Schedule:

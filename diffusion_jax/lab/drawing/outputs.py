@@ -1,0 +1,128 @@
+"""Drawings in files: what they say of how they were made, and what they replace."""
+
+import dataclasses
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffusion_jax.errors import ConfigError, first_of
+from diffusion_jax.evaluation import pictures
+from diffusion_jax.lab.schema.config import Config
+from diffusion_jax.lab.wiring import chains
+from diffusion_jax.lab.wiring.chains import Drawable
+from diffusion_jax.storage import files
+
+HEAD = 4096
+"""Bytes of a PNG in which it says by what it was made."""
+
+
+def about(
+    command: str, config: Config, drawable: Drawable, words: str, seed: int
+) -> dict[str, Any]:
+    """Returns what a drawing is to say of how it was made, as JSON has it.
+
+    Args:
+      command: what was typed.
+      config: of the run, with the way to sample.
+      drawable: the weights drawn with.
+      words: what the weights are.
+      seed: of the noise.
+    """
+    return {
+        "command": command,
+        "network": config.name,
+        "weights": words,
+        "weights_sha256": drawable.sha256,
+        "seed": seed,
+        **chains.describe_sampling(config),
+    }
+
+
+def other_than_usual(*options: Any) -> str:
+    """Returns the end of a name: what options ask for that is not their default.
+
+    >>> from diffusion_jax.lab.schema.sampling import Sampling
+    >>> other_than_usual(Sampling(sampler="ddim", steps=10)), other_than_usual()
+    ('_ddim_steps10', '')
+    """
+    said = []
+    for group in options:
+        for field in dataclasses.fields(group):
+            value = getattr(group, field.name)
+            if value != field.default:
+                plain = field.name == "sampler"
+                shown = "" if value is True else value
+                said.append(f"_{'' if plain else field.name}{shown}")
+    return re.sub(r"[^\w.+-]+", "-", "".join(said))
+
+
+def check_file(path: Path, *, overwrite: bool) -> None:
+    """Raises ConfigError where a drawing would take the place of something else.
+
+    Args:
+      path: of the drawing.
+      overwrite: whether it may.
+    """
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"cannot write {path}: that is no file. Name another.")
+    if path.is_file() and not overwrite and not _drawn(path):
+        raise ConfigError(
+            f"cannot write {path}: a file is there that is no drawing of this project. "
+            "Name another, or give --overwrite."
+        )
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ConfigError where images of a folder would stand among other things."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"cannot write {folder}: that is no folder. Name another.")
+    others = [path.name for path in _inside(folder) if not _drawn(path)]
+    if others:
+        raise ConfigError(
+            f"cannot write images to {folder}: {first_of(others)} there is not of this "
+            "project. Name an empty folder."
+        )
+
+
+def save_each(batches: Iterator[np.ndarray], folder: Path, made: Any) -> None:
+    """Writes one PNG an image, 000000.png, 000001.png, ..., and no other stays.
+
+    Args:
+      batches: of images, uint8 [B, H, W, C].
+      folder: checked by `check_folder`.
+      made: as of `about`.
+    """
+    for old in _inside(folder):
+        old.unlink()
+    index = 0
+    for batch in batches:
+        for image in batch:
+            one = pictures.grid(image[None], side=image.shape[0], gap=0)
+            pictures.save(one, folder / f"{index:06d}.png", {**made, "image": index})
+            index += 1
+
+
+def save_npz(drawn: np.ndarray, path: Path, made: Any) -> None:
+    """Writes `images`, and as JSON text in `about` how they were made."""
+    with files.replacing(path) as file:
+        np.savez_compressed(file, images=drawn, about=json.dumps(made))
+
+
+def _inside(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _drawn(path: Path) -> bool:
+    """Returns whether a file is a drawing of ours, by what it says itself."""
+    if not path.is_file():
+        return False
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return "about.npy" in archive.namelist()
+    with path.open("rb") as file:
+        return pictures.MARK in file.read(HEAD)
