@@ -192,12 +192,15 @@ def test_a_network_is_fed_real_times():
 
     def network(x, t):
         fed.append(np.asarray(t))
-        return x
+        return x * t[:, None]
 
     x = jnp.ones([2, 3])
     lin = schedule.linear(10)
     for made, t in ((continuous.interpolate(lin), 4.5), (continuous.vp(), 0.25)):
-        gaussian.denoiser(network, made, "eps")(x, t)
+        pred = gaussian.denoiser(network, made, "v")(x, t)
+        level = made(t)
+        x0 = level.alpha - level.sigma * fed[-1][:, None]
+        np.testing.assert_allclose(pred.x0, x * x0, rtol=1e-6)
     np.testing.assert_array_equal(fed, [[3.5, 3.5], [0.25, 0.25]])
 
 

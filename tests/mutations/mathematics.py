@@ -325,7 +325,7 @@ MATHEMATICS = [
         "diffusion_jax/solvers.py",
         "return jnp.asarray(share.clip(None, np.sqrt(2) - 1), jnp.result_type(float))",
         "return jnp.asarray(share, jnp.result_type(float))",
-        "tests/mathematics/test_orders.py::test_many_steps_of_heun_churn_no_more_than_the_limit",
+        "tests/mathematics/test_scheduler_parity.py::test_edm_is_algorithm_2",
     ),
     Breakage(
         "solvers-slope-of-even-steps",
