@@ -124,14 +124,14 @@ def test_a_rademacher_probe_of_a_diagonal_jacobian_is_exact(x64):
 @pytest.mark.parametrize("trace", ["rademacher", "gaussian"])
 def test_an_example_depends_on_its_key_alone(trace):
     """Wherever it is in the batch; and one key is folded with the numbers of all."""
-    denoise, x0 = DATA.denoiser(VP), images()
+    denoise, x0 = DATA.denoiser(VP), images(12)
 
     @jax.jit
     def bits(keys, x0):
         options = {"trace": trace, "probes": 2}
         return likelihood.ode_bits_per_dim(keys, denoise, VP, x0, **options)
 
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(4))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(12))
     whole, turned = bits(keys, x0), bits(keys[::-1], x0[::-1])
     np.testing.assert_allclose(turned.total[::-1], whole.total, rtol=1e-4)
     evaluations = whole.density.evaluations

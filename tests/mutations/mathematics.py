@@ -38,7 +38,7 @@ MATHEMATICS = [
         "diffusion_jax/continuous.py",
         "rise = np.diff(log_alpha)",
         "rise = np.diff(np.asarray(log_alpha, np.float32))",
-        "tests/mathematics/test_continuous.py::test_beta_is_constant_within_a_step",
+        "tests/mathematics/test_sde.py::test_an_interpolated_schedule_has_the_betas_of_its_steps",
     ),
     Breakage(
         "continuous-shift-the-other-way",
