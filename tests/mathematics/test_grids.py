@@ -31,7 +31,7 @@ def hold(times, steps, first, *, whole):
 
 def test_every_number_of_steps_of_a_discrete_schedule():
     for name in ("linear", "cosine", "jsd", "warmup50"):
-        for total in (2, 5, 12):
+        for total in (2, 8):
             made = SCHEDULES[name](total)
             for grid, maker in MAKERS.items():
                 for steps in range(1, total + 1):

@@ -90,7 +90,7 @@ def alone(row: Row) -> Callable[..., Any]:
 
 
 def with_gradient(row: Row, args: Any) -> tuple[Any, Any]:
-    """What the function gives, and the gradient of its total in all real numbers."""
+    """What it gives example by example, and the gradient of the total of that."""
     leaves, tree = jax.tree.flatten(args)
     free = [k for k, leaf in enumerate(leaves) if is_float(leaf) and row.slopes]
 
@@ -99,7 +99,7 @@ def with_gradient(row: Row, args: Any) -> tuple[Any, Any]:
         for k, value in zip(free, values, strict=True):
             # Where there is no noise the log-SNR is infinite: not a number to vary.
             filled[k] = jnp.where(jnp.isfinite(leaves[k]), value, leaves[k])
-        out = row.fn(*jax.tree.unflatten(tree, filled))
+        out = jax.vmap(alone(row))(*jax.tree.unflatten(tree, filled))
         return total(out), out
 
     values = [jnp.where(jnp.isfinite(leaves[k]), leaves[k], 0.0) for k in free]
@@ -108,14 +108,14 @@ def with_gradient(row: Row, args: Any) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=id_of)
-def test_jit_vmap_and_shard_map_equal_eager_and_gradients_are_slopes(row):
+def test_all_ways_equal_eager_and_gradients_are_slopes(row):
     """All in one program, one example a device. Gradients are finite, and slopes."""
     args, others = args_of(row), args_of(row, seed=1)
     expected = row.fn(*args)
     assert all(len(leaf) == B for leaf in jax.tree.leaves(expected))
     spec, traces = PartitionSpec("data"), []
     options = {"in_specs": spec, "out_specs": spec, "check_vma": row.check_vma}
-    mapped = jax.shard_map(jax.vmap(alone(row)), mesh=MESH, **options)
+    mapped = jax.shard_map(row.fn, mesh=MESH, **options)
 
     @jax.jit
     def all_ways(*a):
