@@ -10,7 +10,7 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.measure import bound
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.trained import extras, weights
-from diffusion_jax.lab.wiring import build
+from diffusion_jax.lab.wiring import build, fitting
 from experiments import eval_nll, sample, train, train_noisy_classifier
 
 
@@ -26,6 +26,13 @@ def labelled(folder):
     argv = ["digits_conditional", *SMALL, *flags, "--output", str(folder)]
     assert train.main([*argv, "--optimizer.ema-decay", "0.9"]) == 0
     return runs.Run(folder / "digits_conditional")
+
+
+@pytest.fixture(autouse=True)
+def little_is_looked_at(monkeypatch):
+    """For a variance and for a classifier, whose worth is not judged here."""
+    monkeypatch.setattr(extras, "IMAGES", 128)
+    monkeypatch.setattr(fitting, "BATCH", 32)
 
 
 def draw(run, out, *flags, count=12):

@@ -309,7 +309,7 @@ MATHEMATICS = [
         "diffusion_jax/samplers.py",
         "share = eta**2 * -jnp.expm1(level.logsnr - prev.logsnr)",
         "share = eta * -jnp.expm1(level.logsnr - prev.logsnr)",
-        "tests/mathematics/test_scheduler_parity.py::test_path_is_that_of_diffusers",
+        "tests/mathematics/test_scheduler_parity.py::test_path_is_the_same_whatever_is_predicted",
     ),
     # solvers
     Breakage(
