@@ -1,19 +1,16 @@
 """Closed-form truths in continuous time, in NumPy float64 and in the SDEs' own terms.
 
 `SDES` are the three of Song et al. 2021 as their paper has them, `LEVELS` these and the
-continuous schedules of other papers; `exact_*` is what they do to Gaussian data.
+continuous schedules of other papers.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
+import jax
 import numpy as np
-import scipy.stats
-from mixtures import Mixture
-from oracles import GaussianData, gaussian_image
 
-from diffusion_jax import continuous, gaussian, schedule
-
-__all__ = ["LEVELS", "SDES", "gaussian_image"]
+from diffusion_jax import continuous, schedule
 
 LOW, HIGH = 0.1, 20.0
 SMALL, LARGE = 0.01, 50.0
@@ -117,40 +114,20 @@ LEVELS = {
 }
 
 
-def exact_denoiser(data: GaussianData, made: schedule.Schedule) -> gaussian.Denoiser:
-    """E[x0 | x_t] and E[eps | x_t] at real t."""
-    return Mixture([1.0], [data.mean], [data.cov], data.mean.shape).denoiser(made)
+def numbered(made: Iterable[schedule.Schedule]) -> list[schedule.Timed]:
+    """Each of some schedules over [0, 1], all of them arguments of one program."""
+    ways, back = [], []
+    for one in made:
+        last = continuous.last_time(one)
+        ways.append(lambda t, one=one, last=last: one(last * t))
+        back.append(
+            lambda logsnr, one=one, last=last: continuous.time_of(one, logsnr) / last
+        )
 
+    def level(k: jax.Array, t: jax.Array) -> schedule.NoiseLevel:
+        return jax.lax.switch(k, ways, t)
 
-def exact_flow(
-    data: GaussianData, x: np.ndarray, start: tuple, end: tuple
-) -> np.ndarray:
-    """Where the probability flow takes x from one (alpha, sigma) to another: the same
-    quantile of the marginal."""
-    flat = np.asarray(x, np.float64).reshape(len(x), -1)
-    off = (flat - start[0] * data.mean.ravel()) @ data.basis
-    before, after = (a**2 * data.spread + s**2 for a, s in (start, end))
-    moved = (off * np.sqrt(after / before)) @ data.basis.T
-    return (end[0] * data.mean.ravel() + moved).reshape(np.shape(x))
+    def time(k: jax.Array, logsnr: jax.Array) -> jax.Array:
+        return jax.lax.switch(k, back, logsnr)
 
-
-def exact_logp(data: GaussianData, x: np.ndarray, level: tuple) -> np.ndarray:
-    """Log density of the marginal at (alpha, sigma), nats, [B]."""
-    alpha, sigma = level
-    cov = alpha**2 * data.cov + sigma**2 * np.eye(len(data.cov))
-    mean = alpha * data.mean.ravel()
-    flat = np.asarray(x, np.float64).reshape(len(x), -1)
-    return scipy.stats.multivariate_normal(mean, cov).logpdf(flat)
-
-
-def exact_model_logp(
-    data: GaussianData, x: np.ndarray, start: tuple, end: tuple, std: float
-) -> np.ndarray:
-    """Log density of the flow from the prior N(0, std^2 I), nats, [B].
-
-    The prior is not quite the marginal where the noising ends: their densities differ
-    by about alpha_T x_T . mean, which is 0.01 nats.
-    """
-    far = exact_flow(data, x, start, end)
-    prior = scipy.stats.norm.logpdf(far, 0, std).reshape(len(x), -1).sum(axis=1)
-    return exact_logp(data, x, start) + prior - exact_logp(data, far, end)
+    return [schedule.Timed(level, (k,), inverse=time) for k in range(len(ways))]

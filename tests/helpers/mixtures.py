@@ -7,6 +7,7 @@ as the levels that it gives: discrete or continuous.
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.stats
 
 from diffusion_jax import gaussian, schedule
 
@@ -69,12 +70,26 @@ class Mixture:
         """Where the exact probability flow takes x_t of one component: its quantile."""
         if len(self.weights) != 1:
             raise ValueError("the flow of a mixture has no closed form")
+        x_t = np.asarray(x_t, np.float64)
         alpha, sigma = (float(level.alpha), float(level.sigma))
         off = (x_t.reshape(len(x_t), -1) - alpha * self.means[0]) @ self.basis[0]
         to = float(end.alpha) ** 2 * self.spread[0] + float(end.sigma) ** 2
         scale = np.sqrt(to / (alpha**2 * self.spread[0] + sigma**2))
         out = float(end.alpha) * self.means[0] + (off * scale) @ self.basis[0].T
         return out.reshape(x_t.shape)
+
+    def logp(self, x_t: np.ndarray, level) -> np.ndarray:
+        """Log density of the marginal of one component, nats, [B]."""
+        alpha, sigma = (float(level.alpha), float(level.sigma))
+        cov = alpha**2 * self.cov + sigma**2 * np.eye(len(self.cov))
+        flat = np.asarray(x_t, np.float64).reshape(len(x_t), -1)
+        return scipy.stats.multivariate_normal(alpha * self.mean, cov).logpdf(flat)
+
+    def draw(self, count: int, seed: int = 0) -> jax.Array:
+        """Samples of one component, [count, *shape]."""
+        rng = np.random.default_rng(seed)
+        flat = rng.multivariate_normal(self.means[0], self.covs[0], count)
+        return jnp.asarray(flat.reshape(count, *self.shape))
 
     def shares(self, x: np.ndarray) -> np.ndarray:
         """The share of the samples that lies nearest to each mean, [K]."""
@@ -83,13 +98,18 @@ class Mixture:
         return np.bincount(nearest, minlength=len(self.weights)) / len(x)
 
 
+def normal(mean, cov) -> Mixture:
+    """One component: an image of mean.shape, with `cov` over its pixels."""
+    return Mixture([1.0], [np.ravel(mean)], [cov], np.shape(mean))
+
+
 def one(shape=(2, 2, 1)) -> Mixture:
     """Correlated pixels with a mean: standard deviations from 0.2 to 0.6."""
     rng = np.random.default_rng(0)
     size = int(np.prod(shape))
     root = rng.normal(size=(size, size)) * 0.4 / np.sqrt(size)
-    mean = rng.uniform(-0.6, 0.6, size)
-    return Mixture([1.0], [mean], [root @ root.T + 0.04 * np.eye(size)], shape)
+    mean = rng.uniform(-0.6, 0.6, size).reshape(shape)
+    return normal(mean, root @ root.T + 0.04 * np.eye(size))
 
 
 def two(shape=(2, 2, 1)) -> Mixture:

@@ -3,19 +3,15 @@
 `NumpyDDPM` is written from the paper and from the facts about its authors' code: betas,
 alpha_bar, posterior coefficients. It knows nothing of log-SNR. Time is the paper's, t
 in 1..T (the authors' index is t - 1), and every table has a row for t = 0, the data.
-
-`GaussianData` is a data distribution for which the best possible network is known, and
-`chain_moments` is where ancestral sampling with that network ends up, exactly.
 """
 
-import itertools
 from functools import cache
 
 import numpy as np
 import scipy.special
 from mixtures import Mixture
 
-from diffusion_jax import gaussian, schedule
+from diffusion_jax import schedule
 
 T = 1000
 
@@ -246,52 +242,18 @@ def _rows(a: np.ndarray, x: np.ndarray) -> np.ndarray:
     return a.reshape(a.shape + (1,) * (np.ndim(x) - a.ndim))
 
 
-class GaussianData:
-    """x0 ~ N(mean, cov), an image of shape mean.shape with cov over its d pixels."""
+def ancestral(
+    data: Mixture, ddpm: NumpyDDPM, t: int, s: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Slope [d, d] and offset [d] of E[x_s | x_t] in x_t, for data of one component.
 
-    def __init__(self, mean: np.ndarray, cov: np.ndarray):
-        self.mean = np.asarray(mean, np.float64)
-        self.cov = np.asarray(cov, np.float64)
-        self.spread, self.basis = np.linalg.eigh(self.cov)
-
-    def gain(self, ddpm: NumpyDDPM, t: int) -> np.ndarray:
-        """G_t [d, d] in E[x0 | x_t] = mean + G_t (x_t - alpha_t mean)."""
-        alpha, noise = ddpm.alphas[t], ddpm.noise[t]
-        gain = alpha * self.spread / (alpha**2 * self.spread + noise)
-        return (self.basis * gain) @ self.basis.T
-
-    def denoiser(self, ddpm: NumpyDDPM) -> gaussian.Denoiser:
-        """The best network there is: E[x0 | x_t] and E[eps | x_t]."""
-        with np.errstate(divide="ignore"):
-            logsnr = np.log(ddpm.alphas_bar / ddpm.noise)
-        made = schedule.from_tables(np.log(ddpm.alphas), logsnr)
-        return Mixture([1.0], [self.mean], [self.cov], self.mean.shape).denoiser(made)
-
-
-def gaussian_image() -> GaussianData:
-    """Four correlated pixels with a mean."""
-    root = np.random.default_rng(0).normal(size=(4, 4)) * 0.25
-    mean = np.random.default_rng(1).uniform(-0.7, 0.7, (2, 2, 1))
-    return GaussianData(mean, root @ root.T + 0.01 * np.eye(4))
-
-
-def chain_moments(
-    data: GaussianData, ddpm: NumpyDDPM, grid: np.ndarray, variance: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean [d] and covariance [d, d] of ancestral samples, and their slope [d, d].
-
-    With the exact denoiser each step is affine, x_s = A x_t + b + sqrt(v) z, from
-    x_T ~ N(0, I), so that both moments follow a recursion. The slope is the product of
-    all A: how the sample depends on the starting point.
+    With the best network there is a step of ancestral sampling is affine.
     """
-    mean, cov = np.zeros(len(data.cov)), np.eye(len(data.cov))
-    slope = np.eye(len(data.cov))
-    for t, s in itertools.pairwise(grid):
-        c0, ct = ddpm.coefficients(t, s)
-        gain = data.gain(ddpm, t)
-        step = c0 * gain + ct * np.eye(len(cov))
-        shift = c0 * (data.mean.ravel() - ddpm.alphas[t] * gain @ data.mean.ravel())
-        mean, cov, slope = step @ mean + shift, step @ cov @ step.T, step @ slope
-        if s > 0:
-            cov = cov + ddpm.variance(variance, t, s) * np.eye(len(cov))
-    return mean, cov, slope
+    (c0, ct), alpha = ddpm.coefficients(t, s), ddpm.alphas[t]
+    gain = (
+        alpha
+        * data.cov
+        @ np.linalg.inv(alpha**2 * data.cov + ddpm.noise[t] * np.eye(len(data.cov)))
+    )
+    offset = c0 * (data.mean - alpha * gain @ data.mean)
+    return c0 * gain + ct * np.eye(len(data.cov)), offset

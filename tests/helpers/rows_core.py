@@ -1,352 +1,173 @@
-"""Rows of `test_transforms`: schedules, the Gaussian algebra, losses, samplers."""
+"""Rows of `test_transforms`: the Gaussian algebra, losses, guidance, fields."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from transforms import SHAPE, Row, T, network, wide_network
+from transforms import LINEAR, PAIR, Row, T, denoiser, each, network
 
 from diffusion_jax import (
     analytic,
     continuous,
-    editing,
     gaussian,
-    grids,
-    langevin,
-    likelihood,
+    guidance,
     losses,
-    ode,
-    samplers,
+    prediction,
     schedule,
     sde,
-    solvers,
 )
 
-# Not functions of arrays: they raise and do no more, or are of NumPy, or count.
-NOT_OF_ARRAYS = {
-    "errors.raise_unknown",
-    "likelihood.rate_distortion",
-    "losses.check_values",
-    "samplers.check_grid",
-    "samplers.count_evaluations",
-    "samplers.counted",
-    "samplers.pad",
-    "schedule.check_num_steps",
+VP, VE = continuous.vp(), continuous.ve()
+DENOISERS = {
+    **{kind: denoiser(kind) for kind in ("eps", "score", "edm", "velocity")},
+    "clip": denoiser("x0", clip=True),
+    "learned": denoiser("mean", variance="learned"),
+    "range": denoiser(variance="range"),
+    "attach": analytic.attach(denoiser(), np.linspace(0, 1, T + 1)),
 }
 
 
-def _made(made: Callable) -> Callable:
-    return lambda t: tuple(made(t))
+def _predict(kind: str, y: jax.Array, x: jax.Array, *levels: Any) -> Any:
+    return {
+        "predict": gaussian.predict(kind, y, x, *levels),
+        "target": gaussian.target(kind, y, x, *levels),
+    }
 
 
-def _denoise(kind: str, **options: Any) -> Callable:
-    net = wide_network if "variance" in options else network
-
-    def fn(x: jax.Array, t: jax.Array) -> Any:
-        made = schedule.linear(T)
-        pred = gaussian.denoiser(net, made, kind, **options)(x, t)
-        return tuple(field for field in pred if field is not None)
-
-    return fn
-
-
-def _rule(made: schedule.Schedule, variance: str) -> samplers.Sampler:
-    net = wide_network if variance in ("learned", "range") else network
-    denoise = gaussian.denoiser(net, made, "v", variance=variance)
-    if variance == "analytic":
-        denoise = analytic.attach(denoise, np.linspace(0, 0.5, T + 1))
-    return samplers.ddpm(denoise, made, variance=variance)
-
-
-def _step(variance: str) -> Callable:
-    def fn(keys: jax.Array, x: jax.Array) -> Any:
-        rule = _rule(schedule.linear(T), variance)
-        new = rule.step(keys, x, (), jnp.asarray(9), jnp.asarray(7))
-        return new.x, new.x0
-
-    return fn
-
-
-def _ddim(eta: float) -> Callable:
-    def fn(keys: jax.Array, x: jax.Array) -> Any:
-        made = schedule.linear(T)
-        denoise = gaussian.denoiser(network, made, "v")
-        rule = samplers.ddim(denoise, made, eta=eta)
-        new = rule.step(keys, x, (), jnp.asarray(9), jnp.asarray(7))
-        return new.x, new.x0
-
-    return fn
-
-
-def _two_steps(make: Callable, **options: Any) -> Callable:
-    """Two steps of a rule, so that what it remembers matters."""
-
-    def fn(keys: jax.Array, x: jax.Array) -> Any:
-        made = schedule.linear(T)
-        denoise = gaussian.denoiser(network, made, "v", threshold=0.9)
-        rule = make(denoise, made, **options)
-        memory = rule.init(x, np.array([19, 9, 7]))
-        for t, s in ((19, 9), (9, 7)):
-            new = rule.step(keys, x, memory, jnp.asarray(t), jnp.asarray(s))
-            x, memory = new.x, new.memory
-        return new.x, new.x0
-
-    return fn
-
-
-def _padded(keys: jax.Array, x: jax.Array) -> Any:
-    made = schedule.linear(T)
-    rule = samplers.padded(_rule(made, "small"))
-    grid = jnp.asarray(samplers.pad(grids.uniform(made, 3), 6))
-    new = rule.step(keys, x, (), grid[0], grid[1])
-    return rule.step(keys, new.x, (), grid[4], grid[5]).x
-
-
-def _quadratic(x: jax.Array) -> jax.Array:
-    return x * grids.quadratic(schedule.linear(T), 4)[0]
-
-
-def _sample(x: jax.Array, index: jax.Array) -> jax.Array:
-    made = schedule.linear(T)
-    rule, grid = _rule(made, "large"), grids.uniform(made, 4)
-    key = jax.random.key(3)
-    return samplers.sample(key, rule, grid, x.shape, start=x, first=index[0])
-
-
-def _trajectory(x: jax.Array, index: jax.Array) -> Any:
-    made = schedule.linear(T)
-    rule, grid = _rule(made, "small"), grids.uniform(made, 4)
-    key = jax.random.key(3)
-    end, path = samplers.trajectory(
-        key, rule, grid, x.shape, (0, 3), start=x, first=index[0]
-    )
-    return end, *path.x_t, *path.x0
-
-
-def _with_variances(
-    x0: jax.Array, eps: jax.Array, log: jax.Array
-) -> gaussian.Prediction:
+def _known(x0: jax.Array, eps: jax.Array, log: jax.Array) -> gaussian.Prediction:
     return gaussian.Prediction(x0, eps, log, jax.nn.sigmoid(log), jnp.exp(log))
 
 
-def _p_sample(variance: str) -> Callable:
-    def fn(keys, x0, x, log, level, prev_level):
-        pred = _with_variances(x0, x0, log)
-        return gaussian.p_sample(keys, pred, x, level, prev_level, variance=variance)
-
-    return fn
+def _variances(kind: str, keys, x0, x, log, *levels) -> Any:
+    pred, small = _known(x0, x0, log), jnp.full_like(log, -4.0)
+    of = prediction.log_variance(kind, pred, *levels, log_small=small)
+    return of, gaussian.p_sample(keys, pred, x, *levels, variance=kind)
 
 
-def _vlb(variance: str) -> Callable:
-    def fn(x0, x, y, log, t):
-        pred = _with_variances(x0 + 0.05 * y, x0, log)
-        return losses.vlb(pred, x0, x, schedule.linear(T), t, variance=variance)
-
-    return fn
-
-
-def _bound(keys: jax.Array, x0: jax.Array) -> Any:
-    made = schedule.linear(4)
-    denoise = gaussian.denoiser(network, made, "v")
-    bits = likelihood.bound(keys, denoise, made, x0, chunk=3)
-    return bits.total, bits.prior, bits.terms.T, bits.mse.T
+def _algebra(keys, x0, x, level, prev_level) -> Any:
+    return {
+        "q_sample": gaussian.q_sample(x0, x, level),
+        "q_posterior": gaussian.q_posterior(x0, x, level, prev_level),
+        "small": gaussian.reverse_variance("small", level, prev_level),
+        "large": gaussian.reverse_variance("large", level, prev_level),
+        "normal": gaussian.normal(keys, (len(keys), 3)),
+    }
 
 
-VP, REAL = continuous.vp(), continuous.interpolate(schedule.linear(T))
-SOLVE = {"rtol": 1e-8, "atol": 1e-8}
+def _vlb(variance: str, x0, x, y, log, t) -> Any:
+    pred = _known(x0 + 0.05 * y, x0, log)
+    return losses.vlb(pred, x0, x, LINEAR, t, variance=variance)
 
 
-def _coefficients(u: jax.Array) -> Any:
-    return tuple(sde.coefficients(VP, u))
+def _other_losses(x0, x, y, log, t, u, level) -> Any:
+    # The x0 predicted is fixed in the bound, which finite differences would not know.
+    fixed, both = jnp.full_like(x0, 0.3), gaussian.Prediction(y, y)
+    hybrid, wide = (
+        gaussian.Prediction(fixed, y, log),
+        schedule.NoiseLevel(-0.1 * u, 2 + 8 * u),
+    )
+    return {
+        "hybrid": losses.hybrid(hybrid, x0, x, x0, LINEAR, t, variance="learned"),
+        "weighted": losses.weighted(both, x, level, jax.nn.sigmoid),
+        "diffusion": losses.diffusion(both, x, u),
+        "reconstruction": losses.reconstruction(x0, x0 + 0.1 * x, wide),
+        "prior": losses.prior(x0, level),
+        "normal_kl": losses.normal_kl(x, log, y, log),
+        "tanh": losses.decoder(x0, y, log),
+        "exact": losses.decoder(x0, y, log, exact=True),
+    }
 
 
-def _score(y: jax.Array, level: schedule.NoiseLevel) -> jax.Array:
-    return sde.score(gaussian.Prediction(y, y), level)
+def _simple(space: str, x0, x, y, *levels) -> jax.Array:
+    return losses.simple(gaussian.Prediction(y, x), x0, x, *levels, space=space)
 
 
-def _field(make: Callable) -> Callable:
-    return make(gaussian.denoiser(network, VP, "v"), VP)
+def _fields(x, y, u, level) -> Any:
+    denoise = denoiser(made=VP)
+    return {
+        "coefficients": sde.coefficients(VP, u),
+        "score": sde.score(gaussian.Prediction(y, y), level),
+        "reverse_drift": sde.reverse_drift(denoise, VP)(x, u),
+        "flow": sde.flow(denoise, VP)(x, u),
+        "prior_logp": sde.prior_logp(x, level),
+        "edm of ve": denoiser("edm", VE)(x, u),
+    }
 
 
-def _ode(keys: jax.Array, x: jax.Array) -> Any:
-    rule = ode.ode(gaussian.denoiser(network, VP, "v"), VP, **SOLVE)
-    new = rule.step(keys, x, (), jnp.asarray(0.6), jnp.asarray(0.3))
-    return new.x, new.x0
+def _labelled(x: jax.Array, t: jax.Array, label: jax.Array) -> jax.Array:
+    return network(x, t) * jnp.cos(label)[:, None, None, None]
 
 
-def _ode_bits(keys: jax.Array, x0: jax.Array) -> Any:
-    denoise, options = gaussian.denoiser(network, VP, "v"), {"start": 0.2, **SOLVE}
-    bits = likelihood.ode_bits_per_dim(keys, denoise, VP, x0, probes=2, **options)
-    return bits.total, bits.density.prior, bits.density.divergence
+def _guided(x, t, index, u) -> Any:
+    def free(active: Any) -> Any:
+        apply = guidance.classifier_free(
+            _labelled, index, 7, scale=0.1 * index + 2, active=active
+        )
+        return gaussian.denoiser(apply, LINEAR, "v")(x, t)
+
+    def log_prob(x_t: jax.Array, t: jax.Array) -> jax.Array:
+        return jnp.cos(x_t * network(x_t, t)).sum(axis=(1, 2, 3))
+
+    def by_classifier(clip: bool) -> Any:
+        plain, options = denoiser(), {"scale": u, "clip": clip}
+        return guidance.classifier(plain, log_prob, LINEAR, **options)(x, t)
+
+    interval = guidance.within(LINEAR, 0.1, 0.3)
+    return free(None), free(interval), by_classifier(False), by_classifier(True)
 
 
-def _vary(keys: jax.Array, x0: jax.Array) -> jax.Array:
-    made = schedule.linear(T)
-    grid = grids.uniform(made, 4)
-    return editing.vary(keys, _rule(made, "small"), made, grid, x0, 12)
+def _x0_variance(keys: jax.Array, x0: jax.Array, log: jax.Array) -> Any:
+    """Of each example by itself, since a table has no batch."""
+    made = schedule.linear(2)
+    table = jax.vmap(
+        lambda key, one: analytic.x0_variance(
+            key[None], denoiser(made=made), made, one[None]
+        )
+    )(keys, x0)
+    rows = jnp.exp(log).reshape(len(log), 4) * 0.01
+    return table, jax.vmap(lambda row: analytic.bounded(row, schedule.linear(3)))(rows)
 
 
-def _interpolate(keys: jax.Array, x0: jax.Array, x: jax.Array) -> jax.Array:
-    made = schedule.linear(T)
-    rule, grid = _rule(made, "small"), grids.uniform(made, 4)
-    return editing.interpolate(keys, rule, made, grid, x0, x, 12, [0.2, 0.7])
-
-
-def _encode(x0: jax.Array) -> jax.Array:
-    made = schedule.linear(T)
-    rule = samplers.ddim(gaussian.denoiser(network, made, "v"), made)
-    return editing.encode(rule, grids.uniform(made, 4), x0)
-
-
-def _inpaint(keys: jax.Array, x0: jax.Array) -> jax.Array:
-    made = schedule.linear(T)
-    mask = np.arange(4).reshape(1, *SHAPE) < 2
-    rule = editing.inpaint(_rule(made, "small"), made, x0, mask)
-    grid = editing.repaint_grid(grids.uniform(made, 4), 2, 2)
-    return samplers.sample(keys, rule, grid, x0.shape)
-
-
-def _colorize(keys: jax.Array, x0: jax.Array) -> jax.Array:
-    made = schedule.linear(T)
-    rule = editing.colorize(_rule(made, "small"), made, x0)
-    return samplers.sample(keys, rule, grids.uniform(made, 4), (len(x0), 2, 2, 3))
-
-
-def _simple(space: str) -> Callable:
-    def fn(x0, x, y, level, prev_level):
-        pred = gaussian.Prediction(y, x)
-        return losses.simple(pred, x0, x, level, prev_level, space=space)
-
-    return fn
-
-
-PAIR = "level prev_level"
 ROWS = [
-    *(
-        Row(f"schedule.{name}", _made(getattr(schedule, name)(T)), "t")
-        for name in ("linear", "quad", "const", "jsd", "warmup", "cosine")
-    ),
-    Row("schedule.from_betas", _made(schedule.from_betas([0.1] * T)), "t"),
-    Row("continuous.vp", _made(continuous.vp()), "u"),
-    Row("continuous.sub_vp", _made(continuous.sub_vp()), "u"),
-    Row("continuous.ve", _made(continuous.ve()), "u"),
-    Row("continuous.discretize", _made(continuous.discretize(continuous.vp(), T)), "t"),
-    Row("continuous.interpolate", lambda u: tuple(REAL(T * u)), "u"),
-    Row("continuous.time_of", lambda u: continuous.time_of(REAL, 6 * u - 3), "u"),
-    Row("continuous.last_time", lambda u: u * continuous.last_time(REAL), "u"),
-    Row("continuous.counts_steps", lambda u: u * continuous.counts_steps(REAL), "u"),
-    Row("schedule.is_discrete", lambda u: u * schedule.is_discrete(REAL), "u"),
-    Row("schedule.timed", lambda u: u * schedule.timed(REAL).last, "u"),
     Row(
-        "schedule.from_tables schedule.tables",
-        _made(schedule.from_tables(*schedule.tables(schedule.linear(T)))),
-        "t",
+        "gaussian.q_sample gaussian.q_posterior gaussian.reverse_variance "
+        "gaussian.normal",
+        _algebra,
+        f"keys x0 x {PAIR}",
     ),
     Row(
-        "schedule.num_steps", lambda u: u * schedule.num_steps(schedule.linear(T)), "u"
+        "gaussian.predict gaussian.target",
+        each(_predict, gaussian.KINDS),
+        f"x0 x {PAIR}",
     ),
-    Row("gaussian.q_sample", gaussian.q_sample, "x0 x level"),
-    Row("gaussian.q_posterior", gaussian.q_posterior, f"x0 x {PAIR}"),
-    *(
-        Row(
-            "gaussian.predict",
-            lambda *a, kind=kind: gaussian.predict(kind, *a)[:2],
-            f"y x {PAIR}",
-            kind,
-        )
-        for kind in gaussian.KINDS
-    ),
-    *(
-        Row(
-            "gaussian.target",
-            lambda *a, kind=kind: gaussian.target(kind, *a),
-            f"x0 x {PAIR}",
-            kind,
-        )
-        for kind in gaussian.KINDS
-    ),
-    *(
-        Row(
-            "gaussian.reverse_variance",
-            lambda *a, kind=kind: gaussian.reverse_variance(kind, *a),
-            PAIR,
-            kind,
-        )
-        for kind in ("small", "large")
-    ),
-    *(
-        Row("gaussian.p_sample", _p_sample(kind), f"keys x0 x log {PAIR}", kind)
-        for kind in gaussian.VARIANCES
-    ),
-    Row("gaussian.denoiser", _denoise("eps"), "x t", "eps"),
-    Row("gaussian.denoiser", _denoise("x0", clip=True), "x t", "clip"),
-    Row("gaussian.denoiser", _denoise("mean", variance="learned"), "x t", "learned"),
-    Row("gaussian.normal", lambda keys: gaussian.normal(keys, (len(keys), 3)), "keys"),
-    *(
-        Row("losses.simple", _simple(space), f"x0 x y {PAIR}", space)
-        for space in gaussian.KINDS
-    ),
-    *(
-        Row("losses.vlb", _vlb(variance), "x0 x y log t", variance)
-        for variance in gaussian.VARIANCES
-    ),
-    Row("losses.prior", losses.prior, "x0 level"),
-    Row("losses.normal_kl", losses.normal_kl, "x log y log"),
-    Row("losses.decoder", losses.decoder, "x0 y log", "tanh"),
     Row(
-        "losses.decoder",
-        lambda *a: losses.decoder(*a, exact=True),
-        "x0 y log",
-        "exact",
+        "gaussian.p_sample prediction.log_variance",
+        each(_variances, gaussian.VARIANCES),
+        f"keys x0 x log {PAIR}",
     ),
-    *(
-        Row("samplers.ddpm", _step(variance), "keys x", variance)
-        for variance in gaussian.VARIANCES
-    ),
-    Row("likelihood.bound", _bound, "keys x0"),
     Row(
-        "likelihood.ode_bits_per_dim likelihood.log_density",
-        _ode_bits,
-        "keys x0",
-        check_vma=False,
+        "gaussian.denoiser analytic.attach",
+        lambda x, t: {name: denoise(x, t) for name, denoise in DENOISERS.items()},
+        "x t",
     ),
-    Row("sde.coefficients", _coefficients, "u"),
-    Row("sde.score", _score, "y level"),
-    Row("sde.reverse_drift", _field(sde.reverse_drift), "x u"),
-    Row("sde.flow", _field(sde.flow), "x u"),
-    Row("sde.prior_logp", sde.prior_logp, "x level"),
-    Row("ode.ode ode.follow ode.integrate", _ode, "keys x", check_vma=False),
-    *(Row("samplers.ddim", _ddim(eta), "keys x", str(eta)) for eta in (0.0, 0.5)),
-    Row("solvers.heun", _two_steps(solvers.heun), "keys x"),
-    Row("solvers.edm", _two_steps(solvers.edm, churn=1.0), "keys x"),
-    *(
-        Row(
-            "solvers.dpm_solver_pp solvers.phi",
-            _two_steps(solvers.dpm_solver_pp, order=order),
-            "keys x",
-            order,
-        )
-        for order in ("2S", "3M", "SDE")
-    ),
-    Row("solvers.unipc", _two_steps(solvers.unipc, order=3), "keys x"),
+    Row("losses.simple", each(_simple, gaussian.KINDS), f"x0 x y {PAIR}"),
+    Row("losses.vlb", each(_vlb, gaussian.VARIANCES), "x0 x y log t"),
     Row(
-        "langevin.predictor_corrector",
-        _two_steps(langevin.predictor_corrector),
-        "keys x",
+        "losses.hybrid losses.weighted losses.diffusion losses.reconstruction "
+        "losses.prior losses.normal_kl losses.decoder",
+        _other_losses,
+        "x0 x y log t u level",
     ),
-    Row("langevin.langevin", _two_steps(langevin.langevin, moves=2), "keys x"),
-    Row("samplers.padded", _padded, "keys x"),
-    Row("editing.vary editing.below", _vary, "keys x0"),
-    Row("editing.interpolate", _interpolate, "keys x0 x"),
-    Row("editing.encode", _encode, "x0"),
-    Row("editing.slerp", editing.slerp, "x y u"),
-    Row("editing.inpaint editing.constrain editing.repaint_grid", _inpaint, "keys x0"),
-    Row("editing.colorize", _colorize, "keys x0"),
-    Row("grids.quadratic", _quadratic, "x"),
-    Row("grids.logsnr", lambda x: x * grids.logsnr(REAL, 4)[2], "x"),
-    Row("grids.karras", lambda x: x * grids.karras(REAL, 4)[2], "x"),
-    Row("samplers.sample samplers.forgetful grids.uniform", _sample, "x index"),
-    Row("samplers.trajectory", _trajectory, "x index"),
+    Row(
+        "sde.coefficients sde.score sde.reverse_drift sde.flow sde.prior_logp",
+        _fields,
+        "x y u level",
+    ),
+    Row(
+        "guidance.classifier_free guidance.within guidance.classifier",
+        _guided,
+        "x t index u",
+    ),
+    Row("analytic.x0_variance analytic.bounded", _x0_variance, "keys x0 log"),
 ]

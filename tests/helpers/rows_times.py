@@ -1,26 +1,42 @@
-"""Rows of `test_transforms`: how times are drawn, and how losses are weighted."""
+"""Rows of `test_transforms`: times drawn and spaced, and how losses are weighted."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from transforms import B, Row, T
+from rows_schedules import REAL
+from transforms import LINEAR, B, Row, T, each
 
-from diffusion_jax import continuous, schedule, timesteps, weightings
+from diffusion_jax import continuous, grids, timesteps, weightings
 
-KEY = jax.random.key(5)
-VP, REAL = continuous.vp(), continuous.interpolate(schedule.linear(T))
+KEY, VP = jax.random.key(5), continuous.vp()
 SHARES = np.arange(1, T + 1) / (T * (T + 1) / 2)
+WEIGHTINGS = ("simple", "min_snr", "p2", "sigmoid", "edm", "x0", "v", "velocity")
 
 
-def _spread(make: Callable) -> Callable:
-    return lambda index: make(KEY, index % B, B)
+def _drawn(index: jax.Array) -> Any:
+    u = timesteps.uniform(KEY, index)
+    return {
+        "uniform": u,
+        "low_discrepancy": timesteps.low_discrepancy(KEY, index % B, B),
+        "antithetic": timesteps.antithetic(KEY, index % B, B),
+        "steps": timesteps.steps(u, T),
+        "log_normal": timesteps.log_normal(u, VP),
+    }
 
 
-def _drawn(index: jax.Array) -> jax.Array:
-    return timesteps.uniform(KEY, index)
+def _of_numbers(u: jax.Array) -> Any:
+    return {
+        "times": timesteps.times(u),
+        "logit_normal": timesteps.logit_normal(u),
+        "importance": timesteps.importance(u, SHARES),
+        "slope, vp": weightings.slope(VP, u),
+        "slope, steps": weightings.slope(REAL, T * u),
+        "quadratic": u * grids.quadratic(LINEAR, 4)[0],
+        "logsnr": u * grids.logsnr(REAL, 4)[2],
+        "karras": u * grids.karras(REAL, 4)[2],
+    }
 
 
 def _recorded(t: jax.Array, index: jax.Array) -> Any:
@@ -32,38 +48,30 @@ def _recorded(t: jax.Array, index: jax.Array) -> Any:
         past = timesteps.record(past, jnp.stack([t, t % T + 1]), loss)
         return *past, timesteps.probabilities(past)
 
-    return jax.vmap(one)(t, index)
-
-
-def _weight(make: Callable) -> Callable:
-    return lambda level: make()(level.logsnr)
+    return jax.vmap(one)(t, index), weightings.slope(LINEAR, t)
 
 
 ROWS = [
-    Row("timesteps.uniform", _drawn, "index"),
-    Row("timesteps.low_discrepancy", _spread(timesteps.low_discrepancy), "index"),
-    Row("timesteps.antithetic", _spread(timesteps.antithetic), "index"),
-    Row("timesteps.steps", lambda index: timesteps.steps(_drawn(index), T), "index"),
-    Row("timesteps.times", timesteps.times, "u"),
     Row(
-        "timesteps.log_normal",
-        lambda index: timesteps.log_normal(_drawn(index), VP),
+        "timesteps.uniform timesteps.low_discrepancy timesteps.antithetic "
+        "timesteps.steps timesteps.log_normal",
+        _drawn,
         "index",
     ),
-    Row("timesteps.logit_normal", timesteps.logit_normal, "u"),
-    Row("timesteps.importance", lambda u: timesteps.importance(u, SHARES), "u"),
+    Row(
+        "timesteps.times timesteps.logit_normal timesteps.importance weightings.slope "
+        "grids.quadratic grids.logsnr grids.karras",
+        _of_numbers,
+        "u",
+    ),
     Row(
         "timesteps.record timesteps.history timesteps.probabilities",
         _recorded,
         "t index",
     ),
-    *(
-        Row(f"weightings.{name}", _weight(getattr(weightings, name)), "level")
-        for name in ("simple", "min_snr", "p2", "sigmoid", "edm", "x0", "v", "velocity")
-    ),
-    Row("weightings.slope", lambda u: weightings.slope(VP, u), "u", "vp"),
-    Row("weightings.slope", lambda u: weightings.slope(REAL, T * u), "u", "steps"),
     Row(
-        "weightings.slope", lambda t: weightings.slope(schedule.linear(T), t), "t", "t"
+        " ".join(f"weightings.{name}" for name in WEIGHTINGS),
+        each(lambda name, level: getattr(weightings, name)()(level.logsnr), WEIGHTINGS),
+        "level",
     ),
 ]

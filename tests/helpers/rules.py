@@ -4,6 +4,7 @@ A new rule is a row here and is held to all of them.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -37,61 +38,44 @@ class Rule(NamedTuple):
     """Images of a size that it is made for."""
 
 
+def _pp(order: str) -> Callable:
+    return partial(solvers.dpm_solver_pp, order=order)
+
+
 RULES = {
-    "ddpm-small": Rule(
-        lambda d, s: samplers.ddpm(d, s, variance="small"), 250, flow=False
-    ),
-    "ddpm-large": Rule(lambda d, s: samplers.ddpm(d, s), 250, flow=False),
+    "ddpm-small": Rule(partial(samplers.ddpm, variance="small"), 250, flow=False),
+    "ddpm-large": Rule(samplers.ddpm, 250, flow=False),
     "ddim": Rule(samplers.ddim, 250, order=1),
-    "ddim-half": Rule(lambda d, s: samplers.ddim(d, s, eta=0.5), 250, flow=False),
-    "ddim-full": Rule(lambda d, s: samplers.ddim(d, s, eta=1.0), 250, flow=False),
+    "ddim-half": Rule(partial(samplers.ddim, eta=0.5), 250, flow=False),
+    "ddim-full": Rule(partial(samplers.ddim, eta=1.0), 250, flow=False),
     "heun": Rule(solvers.heun, grid=grids.karras, order=2),
-    "edm": Rule(
-        lambda d, s: solvers.edm(d, s, churn=20.0), 120, grid=grids.karras, flow=False
-    ),
-    "dpm_solver_pp-1": Rule(
-        lambda d, s: solvers.dpm_solver_pp(d, s, order="1"), 250, order=1
-    ),
-    "dpm_solver_pp-2S": Rule(
-        lambda d, s: solvers.dpm_solver_pp(d, s, order="2S"), grid=grids.logsnr, order=2
-    ),
+    "edm": Rule(partial(solvers.edm, churn=20.0), 120, grid=grids.karras, flow=False),
+    "dpm_solver_pp-1": Rule(_pp("1"), 250, order=1),
+    "dpm_solver_pp-2S": Rule(_pp("2S"), grid=grids.logsnr, order=2),
     "dpm_solver_pp-2M": Rule(solvers.dpm_solver_pp, grid=grids.logsnr, order=2),
-    "dpm_solver_pp-3M": Rule(
-        lambda d, s: solvers.dpm_solver_pp(d, s, order="3M"), grid=grids.logsnr, order=3
-    ),
-    "dpm_solver_pp-SDE": Rule(
-        lambda d, s: solvers.dpm_solver_pp(d, s, order="SDE"),
-        grid=grids.logsnr,
-        flow=False,
-    ),
+    "dpm_solver_pp-3M": Rule(_pp("3M"), grid=grids.logsnr, order=3),
+    "dpm_solver_pp-SDE": Rule(_pp("SDE"), grid=grids.logsnr, flow=False),
     # The corrector raises the order of the predictor by one.
-    "unipc-1": Rule(
-        lambda d, s: solvers.unipc(d, s, order=1), grid=grids.logsnr, order=2
-    ),
+    "unipc-1": Rule(partial(solvers.unipc, order=1), grid=grids.logsnr, order=2),
     "unipc-2": Rule(solvers.unipc, grid=grids.logsnr, order=3),
-    "unipc-3": Rule(
-        lambda d, s: solvers.unipc(d, s, order=3), grid=grids.logsnr, order=4
-    ),
+    "unipc-3": Rule(partial(solvers.unipc, order=3), grid=grids.logsnr, order=4),
     "pc-reverse": Rule(
-        lambda d, s: langevin.predictor_corrector(d, s, snr=0.1),
-        300,
-        flow=False,
-        shape=(8, 8, 1),
+        partial(langevin.predictor_corrector, snr=0.1), 300, flow=False, shape=(8, 8, 1)
     ),
     "pc-ancestral": Rule(
-        lambda d, s: langevin.predictor_corrector(d, s, predictor="ancestral", snr=0.1),
+        partial(langevin.predictor_corrector, predictor="ancestral", snr=0.1),
         250,
         flow=False,
         shape=(8, 8, 1),
     ),
     "langevin": Rule(
-        lambda d, s: langevin.langevin(d, s, moves=30, step_size=0.1),
+        partial(langevin.langevin, moves=30, step_size=0.1),
         100,
         grid=grids.logsnr,
         flow=False,
         excess=0.026,
     ),
-    "ode": Rule(lambda d, s: ode.ode(d, s, rtol=1e-4, atol=1e-4), grid=_stretch),
+    "ode": Rule(partial(ode.ode, rtol=1e-4, atol=1e-4), grid=_stretch),
 }
 
 MADE = {

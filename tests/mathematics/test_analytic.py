@@ -25,18 +25,11 @@ def round_data(shape=(2, 2, 1)):
     return mixtures.Mixture([1.0], [np.zeros(size)], [TAU**2 * np.eye(size)], shape)
 
 
-def drawn(data, count, seed=0):
-    flat = np.random.default_rng(seed).multivariate_normal(
-        data.means[0], data.covs[0], count
-    )
-    return jnp.asarray(flat.reshape(count, *data.shape))
-
-
 @pytest.mark.parametrize("estimator", analytic.ESTIMATORS)
 def test_table_is_the_posterior_variance(estimator, x64):
     """trace(Cov[x0 | x_t]) / d for correlated pixels, within five standard errors."""
     made, data, count = schedule.from_betas(BETAS), mixtures.one(), 4000
-    x0 = drawn(data, count)
+    x0 = data.draw(count)
     got = analytic.x0_variance(
         KEY, data.denoiser(made), made, x0, estimator=estimator, chunk=5
     )
@@ -60,7 +53,7 @@ def test_table_is_the_posterior_variance(estimator, x64):
 def test_batches_and_chunks_do_not_matter(x64):
     """Means over halves average to the whole, whatever is evaluated together."""
     made, data = schedule.from_betas(BETAS), mixtures.one()
-    denoise, x0, keys = data.denoiser(made), drawn(data, 6), jax.random.split(KEY, 6)
+    denoise, x0, keys = data.denoiser(made), data.draw(6), jax.random.split(KEY, 6)
 
     def table(rows, **options):
         return analytic.x0_variance(keys[rows], denoise, made, x0[rows], **options)
@@ -109,9 +102,9 @@ def test_error_is_the_best_for_an_imperfect_mean(x64):
     # E (x0 - x0_hat / 2)^2 = Var[x0 | x_t] + 1/4 Var[x0_hat].
     expected = (truth + 0.25 * (TAU**2 - truth))[1:]
     error, score = (
-        analytic.x0_variance(KEY, halved, made, drawn(data, 4000, 1), estimator=name)[
-            1:
-        ]
+        analytic.x0_variance(
+            KEY, halved, made, data.draw(4000, seed=1), estimator=name
+        )[1:]
         for name in ("error", "score")
     )
     np.testing.assert_allclose(error, expected, rtol=0.05)

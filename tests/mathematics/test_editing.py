@@ -4,32 +4,26 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import mixtures
 import numpy as np
 import pytest
-from oracles import GaussianData, NumpyDDPM, T
+from oracles import T, ancestral, oracle
 
 from diffusion_jax import continuous, editing, gaussian, grids, samplers, schedule
 
 SHAPE = (2, 2, 1)
-LINEAR = NumpyDDPM.named("linear")
-LIN = schedule.linear()
+LINEAR, LIN = oracle("linear"), schedule.linear()
 KEY = jax.random.key(0)
 # Four pixels of variance 1 and correlation 3/4: two of them say much of the others.
-DATA = GaussianData(
+DATA = mixtures.normal(
     np.array([0.3, -0.2, 0.1, -0.4]).reshape(SHAPE), 0.25 * np.eye(4) + 0.75
 )
-DENOISE = DATA.denoiser(LINEAR)
+DENOISE = DATA.denoiser(LIN)
 DDPM = samplers.ddpm(DENOISE, LIN, variance="small")
 DDIM = samplers.ddim(DENOISE, LIN)
 
-IMAGE = jnp.asarray(DATA.mean + np.array([1.2, 0.8, 0, 0]).reshape(SHAPE))[None]
+IMAGE = jnp.asarray((DATA.mean + np.array([1.2, 0.8, 0, 0])).reshape(1, *SHAPE))
 MASK = np.array([True, True, False, False]).reshape(1, *SHAPE)
-
-
-def images(count, seed=1):
-    rng = np.random.default_rng(seed)
-    flat = rng.multivariate_normal(DATA.mean.ravel(), DATA.cov, count)
-    return jnp.asarray(flat.reshape(count, *SHAPE))
 
 
 def flat(x):
@@ -42,8 +36,8 @@ def conditional():
     slope = DATA.cov[np.ix_(free, known)] @ np.linalg.inv(
         DATA.cov[np.ix_(known, known)]
     )
-    off = flat(IMAGE)[0, known] - DATA.mean.ravel()[known]
-    mean = DATA.mean.ravel()[free] + slope @ off
+    off = flat(IMAGE)[0, known] - DATA.mean[known]
+    mean = DATA.mean[free] + slope @ off
     return mean, DATA.cov[np.ix_(free, free)] - slope @ DATA.cov[np.ix_(known, free)]
 
 
@@ -56,11 +50,8 @@ def constrained_moments(grid):
             beta = LINEAR.beta(np.asarray(s), np.asarray(t))
             mean, cov = np.sqrt(1 - beta) * mean, (1 - beta) * cov + beta * np.eye(4)
             continue
-        c0, ct = LINEAR.coefficients(t, s)
-        gain = DATA.gain(LINEAR, t)
-        step = c0 * gain + ct * np.eye(4)
-        data_mean = DATA.mean.ravel()
-        mean = step @ mean + c0 * (data_mean - LINEAR.alphas[t] * gain @ data_mean)
+        step, offset = ancestral(DATA, LINEAR, t, s)
+        mean = step @ mean + offset
         cov = step @ cov @ step.T + LINEAR.variance("small", t, s) * np.eye(4)
         mean = np.where(known, LINEAR.alphas[s] * flat(IMAGE)[0], mean)
         cov = np.where(known[:, None] | known, 0, cov)
@@ -99,7 +90,7 @@ def test_resampling_brings_inpainting_to_the_conditional_mean():
 
 @pytest.mark.parametrize(("rule", "resamples"), [(DDPM, 3), (DDIM, 1)])
 def test_known_pixels_come_out_to_the_bit(rule, resamples):
-    image = images(7).astype(jnp.float32)
+    image = DATA.draw(7).astype(jnp.float32)
     mask = np.random.default_rng(0).random((7, *SHAPE)) < 0.5
     grid = editing.repaint_grid(grids.quadratic(LIN, 20), 4, resamples)
     painted = editing.inpaint(rule, LIN, image, mask)
@@ -174,8 +165,8 @@ def test_trajectory_shows_what_was_seen_last_on_a_step_up():
 def test_colours_are_drawn_and_the_grey_mean_is_kept():
     """Given the mean of three channels, the conditional Gaussian has that mean."""
     corner = np.array([[1, 0.6, 0.3], [0.6, 1, 0.5], [0.3, 0.5, 1.2]])
-    data = GaussianData(np.array([0.2, -0.1, 0.4]).reshape(1, 1, 3), corner)
-    rule = samplers.ddpm(data.denoiser(LINEAR), LIN, variance="small")
+    data = mixtures.normal(np.array([0.2, -0.1, 0.4]).reshape(1, 1, 3), corner)
+    rule = samplers.ddpm(data.denoiser(LIN), LIN, variance="small")
     grey = jnp.full([1, 1, 1, 1], -0.5)
     painted = editing.colorize(rule, LIN, grey)
     exact = 0.2, -0.1, 0.4
@@ -199,7 +190,7 @@ def test_colours_are_drawn_and_the_grey_mean_is_kept():
 
 
 def test_encoding_returns_with_order_one(x64):
-    x0 = images(8)
+    x0 = DATA.draw(8, seed=1)
     counts, errors = np.array([50, 100, 200, 400]), []
     for count in counts:
         grid = grids.quadratic(LIN, count)
@@ -215,10 +206,8 @@ def test_encoding_returns_with_order_one(x64):
     back = samplers.sample(KEY, DDIM, part, x0.shape, start=back)
     np.testing.assert_allclose(back[:4], x0[:4], atol=0.01)
     # What the latent is: the quantile of each image, to the same order.
-    spread = np.sqrt(DATA.spread)
-    off = (flat(x0) - DATA.mean.ravel()) @ DATA.basis
-    quantile = (off / spread) @ DATA.basis.T
-    np.testing.assert_allclose(flat(latent), quantile, atol=0.03)
+    quantile = DATA.flow(x0, LIN(0), LIN(T))
+    np.testing.assert_allclose(latent, quantile, atol=0.03)
 
 
 def test_slerp_keeps_length_and_ends(x64):
@@ -251,7 +240,7 @@ def test_slerp_of_parallel_vectors_is_a_straight_line(precision):
 
 def test_interpolation_ends_mirrors_and_mixes():
     grid = grids.uniform(LIN, 20)
-    a, b = images(3).astype(jnp.float32), images(3, seed=2).astype(jnp.float32)
+    a, b = DATA.draw(3).astype(jnp.float32), DATA.draw(3, seed=2).astype(jnp.float32)
     fractions = np.linspace(0, 1, 5)
     for t in (500, T):
         x = editing.interpolate(KEY, DDPM, LIN, grid, a, b, t, fractions)
@@ -273,7 +262,7 @@ def test_interpolation_ends_mirrors_and_mixes():
 
 def test_both_ends_are_noised_with_one_noise():
     """The paper's words, step by step: noise both, mix at t, walk down."""
-    a, b = images(1).astype(jnp.float32), images(1, seed=2).astype(jnp.float32)
+    a, b = DATA.draw(1).astype(jnp.float32), DATA.draw(1, seed=2).astype(jnp.float32)
     grid = grids.uniform(LIN, 10)
     keys = jax.random.split(jax.random.key(7), 1)
     eps = gaussian.normal(jax.vmap(jax.random.fold_in, (0, None))(keys, 0), a.shape)
@@ -286,7 +275,7 @@ def test_both_ends_are_noised_with_one_noise():
 
 def test_a_depth_may_be_an_argument_under_jit():
     """A rule without noise draws the same, in or between the times of the grid."""
-    grid, x0 = grids.uniform(LIN, 20), images(2).astype(jnp.float32)
+    grid, x0 = grids.uniform(LIN, 20), DATA.draw(2).astype(jnp.float32)
     traces = []
 
     @jax.jit

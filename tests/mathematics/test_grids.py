@@ -31,7 +31,7 @@ def hold(times, steps, first, *, whole):
 
 def test_every_number_of_steps_of_a_discrete_schedule():
     for name in ("linear", "cosine", "jsd", "warmup50"):
-        for total in (2, 5, 12):
+        for total in (2, 8):
             made = SCHEDULES[name](total)
             for grid, maker in MAKERS.items():
                 for steps in range(1, total + 1):
@@ -67,10 +67,6 @@ def test_quadratic_grid_follows_its_square():
     np.testing.assert_allclose(grid, 1000 * (np.arange(21) / 20) ** 2, atol=0.5)
     real = grids.quadratic(continuous.vp(), 20)[::-1]
     np.testing.assert_allclose(real, (np.arange(21) / 20) ** 2, rtol=1e-12)
-    for total in (1, 7, 100, 1000):
-        made = schedule.linear(total)
-        for steps in {1, min(2, total), total // 2 or 1, total - 1 or 1, total}:
-            hold(grids.quadratic(made, steps), steps, total, whole=True)
 
 
 def _logsnr(made, t):

@@ -8,7 +8,7 @@ import mixtures
 import numpy as np
 import pytest
 
-from diffusion_jax import continuous, gaussian, grids, guidance, samplers, schedule
+from diffusion_jax import continuous, gaussian, guidance, schedule
 
 pytestmark = pytest.mark.optimised
 
@@ -103,28 +103,6 @@ def test_scale_1_is_conditional_to_the_last_bit_and_scale_0_unconditional(precis
     rtol = 1e-5 if precision == "float32" else 1e-13
     none = plain(x, t, jnp.full_like(label, NONE))
     np.testing.assert_allclose(out(0.0), none, rtol=rtol)
-
-
-# Samples.
-
-
-@jax.jit
-def drawn(label, scale):
-    sampler, shape = samplers.ddpm(free(label, scale=scale), COSINE), (1500, *SHAPE)
-    return samplers.sample(jax.random.key(0), sampler, grids.uniform(COSINE), shape)
-
-
-def test_samples_have_the_label_asked_for():
-    label = jnp.zeros(1500, int)
-    for scale in (1.0, 3.0):
-        assert BOTH.shares(np.asarray(drawn(label, scale)))[0] > 0.999
-    flat = np.asarray(drawn(label, 1.0)).reshape(1500, -1)
-    np.testing.assert_allclose(flat.mean(axis=0), BOTH.means[0], atol=0.05)
-    mixed = np.asarray(drawn(jnp.arange(1500) % 3, 1.0))
-    assert BOTH.shares(mixed[0::3])[0] > 0.999
-    assert BOTH.shares(mixed[1::3])[1] > 0.999
-    # Without a label, as often as in the data.
-    assert abs(BOTH.shares(mixed[2::3])[0] - 0.25) < 0.1
 
 
 # The interval.

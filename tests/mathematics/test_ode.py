@@ -1,27 +1,28 @@
 """The adaptive solver against exact flows, and what it costs."""
 
 import builtins
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
+import mixtures
 import numpy as np
 import pytest
-from continuous_oracles import SDES, exact_denoiser, exact_flow, gaussian_image
+from continuous_oracles import SDES, numbered
 from jax.sharding import AxisType, PartitionSpec
 
 from diffusion_jax import continuous, ode, samplers, schedule, sde
 
 pytestmark = pytest.mark.optimised
 
-DATA = gaussian_image()
+DATA = mixtures.one()
 KEY = jax.random.key(0)
 TOLERANCES = {"rtol": 1e-5, "atol": 1e-5}
-ENDS = {
-    **{name: (truth.schedule, 1.0, 1e-3) for name, truth in SDES.items()},
-    "linear": (continuous.interpolate(schedule.linear()), 1000.0, 1.0),
-    "cosine": (continuous.interpolate(schedule.cosine()), 1000.0, 1.0),
-}
+STEPS = {name: getattr(schedule, name)() for name in ("linear", "cosine")}
+REAL = {name: continuous.interpolate(made) for name, made in STEPS.items()}
+MADE = {**{name: truth.schedule for name, truth in SDES.items()}, **REAL}
+NUMBERED = dict(zip(MADE, numbered(MADE.values()), strict=True))
+LAST = 1e-3
 
 
 def start(count=8, std=1.0, seed=2):
@@ -29,53 +30,50 @@ def start(count=8, std=1.0, seed=2):
     return jnp.asarray(std * numbers, float)
 
 
-def level(made, t):
-    return float(made(t).alpha), float(made(t).sigma)
+@cache
+def follow(tolerance):
+    @jax.jit
+    def run(made, x):
+        field = sde.flow(DATA.denoiser(made), made)
+        options = {"rtol": tolerance, "atol": tolerance}
+        return ode.follow(field, made, x, 1.0, LAST, **options)
+
+    return run
 
 
-def follow(name, x, **options):
-    made, first, last = ENDS[name]
-    field = sde.flow(exact_denoiser(DATA, made), made)
-    return jax.jit(lambda x: ode.follow(field, made, x, first, last, **options))(x)
+def errors(name, tolerance=1e-5):
+    made = NUMBERED[name]
+    high, low = made(1.0), made(LAST)
+    x = start(std=float(high.sigma))
+    solved = follow(tolerance)(made, x)
+    return np.abs(solved.x - DATA.flow(x, high, low)).max(), solved
 
 
-def errors(name, **options):
-    made, first, last = ENDS[name]
-    x = start(std=level(made, first)[1])
-    truth = exact_flow(DATA, x, level(made, first), level(made, last))
-    solved = follow(name, x, **options)
-    return np.abs(solved.x - truth).max(), solved
+def test_ends_where_the_exact_flow_does(x64):
+    for name in MADE:
+        error, solved = errors(name)
+        assert error < 10 * 1e-5, name
+        assert 60 < solved.evaluations.min() <= solved.evaluations.max() < 200, name
+        assert solved.x.dtype == jnp.float64
 
 
-@pytest.mark.parametrize("name", ENDS)
-def test_ends_where_the_exact_flow_does(name, x64):
-    error, solved = errors(name, **TOLERANCES)
-    assert error < 10 * 1e-5
-    assert 60 < solved.evaluations.min() <= solved.evaluations.max() < 200
-    assert solved.x.dtype == jnp.float64
+def test_single_precision_is_enough_for_the_usual_tolerance():
+    for name in ("ve", "linear"):
+        error, solved = errors(name)
+        assert error < 10 * 1e-5, name
+        assert solved.x.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("name", ["ve", "linear"])
-def test_single_precision_is_enough_for_the_usual_tolerance(name):
-    error, solved = errors(name, **TOLERANCES)
-    assert error < 10 * 1e-5
-    assert solved.x.dtype == jnp.float32
-
-
-@pytest.mark.parametrize("name", ["linear"])
-def test_a_tighter_tolerance_is_more_exact_and_costs_more(name, x64):
+def test_a_tighter_tolerance_is_more_exact_and_costs_more(x64):
     """A step of a method of fifth order has an error in h^5 or h^6: its solution's, or
     that of the fourth-order one beside it. The number of steps grows accordingly."""
-    found = [errors(name, rtol=tol, atol=tol) for tol in (1e-3, 1e-6, 1e-9)]
-    size = np.array([error for error, _ in found])
-    assert np.all(size[1:] < 0.01 * size[:-1]), size
-    cost = np.array([solved.evaluations.mean() for _, solved in found])
-    order = np.log(1e3) / np.log(cost[2] / cost[1])
-    assert 4.5 < order < 7, cost
+    (loose, one), (tight, other) = (errors("linear", tol) for tol in (1e-5, 1e-8))
+    assert tight < 0.01 * loose
+    ratio = other.evaluations.mean() / one.evaluations.mean()
+    assert 4.5 < np.log(1e3) / np.log(ratio) < 7
 
 
-@pytest.mark.parametrize(("t0", "t1"), [(0.0, 2.0), (2.0, 0.0), (1.0, 1.0)])
-def test_any_state_in_both_directions_of_time(t0, t1, precision):
+def test_any_state_in_both_directions_of_time(precision):
     """x' = cos(t) x and y' = t: x = x0 exp(sin t1 - sin t0)."""
     state = {"x": start(3), "y": jnp.arange(3.0)}
 
@@ -84,14 +82,16 @@ def test_any_state_in_both_directions_of_time(t0, t1, precision):
         rate = jnp.cos(t).reshape(-1, 1, 1, 1) * state["x"]
         return {"x": rate, "y": t}
 
-    end, evaluations = ode.integrate(field, state, t0, t1, rtol=1e-6, atol=1e-6)
-    close = {"rtol": 1e-5, "atol": 1e-6}
-    scale = np.exp(np.sin(t1) - np.sin(t0))
-    np.testing.assert_allclose(end["x"], scale * state["x"], **close)
-    shift = (t1**2 - t0**2) / 2
-    np.testing.assert_allclose(end["y"], state["y"] + shift, **close)
-    assert end["x"].dtype == end["y"].dtype == precision
-    assert np.all((evaluations > 0) == (t0 != t1))
+    solve = jax.jit(partial(ode.integrate, field, rtol=1e-6, atol=1e-6))
+    for t0, t1 in ((0.0, 2.0), (2.0, 0.0), (1.0, 1.0)):
+        end, evaluations = solve(state, t0, t1)
+        close = {"rtol": 1e-5, "atol": 1e-6}
+        scale = np.exp(np.sin(t1) - np.sin(t0))
+        np.testing.assert_allclose(end["x"], scale * state["x"], **close)
+        shift = (t1**2 - t0**2) / 2
+        np.testing.assert_allclose(end["y"], state["y"] + shift, **close)
+        assert end["x"].dtype == end["y"].dtype == precision
+        assert np.all((evaluations > 0) == (t0 != t1))
 
 
 def test_evaluations_are_counted(x64):
@@ -115,90 +115,70 @@ def test_each_example_has_its_own_steps(x64):
     def field(x, t, rate):
         return -rate[:, None] * x * jnp.cos(t)[:, None]
 
+    @jax.jit
     def run(rates):
         x = jnp.ones([len(rates), 3])
         return ode.integrate(field, x, 0.0, 1.0, rates, **TOLERANCES)
 
-    end, evaluations = jax.jit(run)(rates)
+    end, evaluations = run(rates)
     assert np.all(np.diff(evaluations) > 0)
     for i in range(4):
-        alone = jax.jit(run)(rates[i : i + 1])
+        alone = run(rates[i : i + 1])
         np.testing.assert_allclose(alone.x[0], end[i], rtol=1e-12)
         assert alone.evaluations[0] == evaluations[i]
 
 
-@pytest.mark.parametrize("name", ["linear"])
-def test_an_example_does_not_depend_on_its_batch(name, x64):
-    x = start(6)
-    whole, evaluations = follow(name, x, **TOLERANCES)
-    assert len(set(evaluations.tolist())) > 1
-    for i in (0, 3, 5):
-        alone = follow(name, x[i : i + 1], **TOLERANCES)
-        # In float32 a rounding may decide whether a step is taken, by the processor.
-        np.testing.assert_allclose(alone.x[0], whole[i], rtol=1e-9)
+@cache
+def draw(name):
+    """Draws along any grid of at most four times, as one program."""
+    made = STEPS.get(name, MADE[name])
+    rule = samplers.padded(ode.ode(DATA.denoiser(MADE[name]), made, **TOLERANCES))
+    run = jax.jit(lambda grid, x: samplers.sample(KEY, rule, grid, x.shape, start=x))
+    return lambda grid, x: run(jnp.asarray(samplers.pad(np.array(grid), 4)), x)
 
 
-RULES = {
-    "vp": (continuous.vp(), [1.0, 0.4, 1e-3, 0.0], 1.0),
-    "ve": (continuous.ve(), [1.0, 0.4, 0.0], 50.0),
-    "linear": (schedule.linear(), [1000, 500, 1, 0], 1.0),
-}
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_samples_end_in_the_exact_flow(name, x64):
-    made, grid, std = RULES[name]
-    real = continuous.interpolate(made) if name == "linear" else made
-    rule = ode.ode(exact_denoiser(DATA, real), made, **TOLERANCES)
-    x = start(std=std)
-    grid = np.array(grid)
-    found = samplers.sample(KEY, rule, grid, x.shape, start=x)
-    before = level(real, grid[0])
-    truth = exact_flow(DATA, x, before, level(real, grid[-1]))
+@pytest.mark.parametrize(
+    ("name", "grid", "std"),
+    [("ve", [1.0, 0.4, 0.0], 50.0), ("linear", [1000, 500, 1, 0], 1.0)],
+)
+def test_samples_end_in_the_exact_flow(name, grid, std, x64):
+    made, x = MADE[name], start(std=std)
+    found = draw(name)(grid, x)
+    ends = [made(float(t)) for t in grid]
     # The last step, where the flow is singular, is DDIM's: one of order one.
-    assert np.abs(found - truth).max() < (1e-4 if name == "ve" else 1e-3)
+    error = np.abs(found - DATA.flow(x, ends[0], ends[-1])).max()
+    assert error < (1e-4 if name == "ve" else 1e-3)
     if name != "ve":
-        near = samplers.sample(KEY, rule, grid[:-1], x.shape, start=x)
-        truth = exact_flow(DATA, x, before, level(real, grid[-2]))
-        assert np.abs(near - truth).max() < 1e-4
-        last = samplers.ddim(exact_denoiser(DATA, real), real)
-        jump = samplers.sample(
-            KEY, last, grid[-2:].astype(float), x.shape, start=jnp.asarray(near)
-        )
-        np.testing.assert_allclose(jump, found, rtol=1e-9, atol=1e-12)
+        near = draw(name)(grid[:-1], x)
+        assert np.abs(near - DATA.flow(x, ends[0], ends[-2])).max() < 1e-4
+        seen = DATA.denoiser(made)(near, jnp.asarray(float(grid[-2]))).x0
+        np.testing.assert_allclose(found, seen, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["linear"])
-def test_encoding_and_decoding_gives_the_data_back(name, x64):
-    made, grid, _ = RULES[name]
-    real = continuous.interpolate(made) if name == "linear" else made
-    rule = ode.ode(exact_denoiser(DATA, real), made, **TOLERANCES)
-    x0 = start(std=0.5)
-    down = np.array(grid)[:-1]
-    noise = samplers.sample(KEY, rule, down[::-1].copy(), x0.shape, start=x0)
-    truth = exact_flow(DATA, x0, level(real, down[-1]), level(real, down[0]))
-    assert np.abs(noise - truth).max() < 5e-4
-    again = samplers.sample(KEY, rule, down, x0.shape, start=noise)
-    np.testing.assert_allclose(again, x0, atol=2e-4)
+def test_encoding_and_decoding_gives_the_data_back(x64):
+    made, run, x0 = MADE["linear"], draw("linear"), start(std=0.5)
+    down = [1000, 500, 1]
+    noise = run(down[::-1], x0)
+    assert np.abs(noise - DATA.flow(x0, made(1.0), made(1000.0))).max() < 5e-4
+    np.testing.assert_allclose(run(down, noise), x0, atol=2e-4)
     # From data themselves the first step is DDIM's, at time 0.
-    rising = np.array(grid)[::-1].copy()
-    encoded = samplers.sample(KEY, rule, rising, x0.shape, start=x0)
+    encoded = run([0, *down[::-1]], x0)
     assert np.all(np.isfinite(encoded))
     assert 0 < np.abs(encoded - noise).max() < 0.1
 
 
 def test_x0_of_a_trajectory_is_what_the_network_saw(x64):
     made = continuous.vp()
-    denoise = exact_denoiser(DATA, made)
+    denoise = DATA.denoiser(made)
     rule, x = ode.ode(denoise, made), start(3)
     grid = np.array([1.0, 0.5, 1e-3, 0.0])
     end, path = samplers.trajectory(KEY, rule, grid, x.shape, (0, 1, 2), start=x)
     for k in range(3):
         seen = denoise(path.x_t[k], jnp.asarray(grid[k])).x0
         np.testing.assert_allclose(path.x0[k], seen, rtol=1e-9)
-    np.testing.assert_array_equal(
-        end, samplers.sample(KEY, rule, grid, x.shape, start=x)
-    )
+        flow = DATA.flow(x, made(1.0), made(grid[k]))
+        np.testing.assert_allclose(path.x_t[k], flow, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(end, path.x0[2], rtol=1e-9, atol=1e-12)
 
 
 def test_nothing_is_evaluated_needlessly():
@@ -207,17 +187,18 @@ def test_nothing_is_evaluated_needlessly():
 
     def denoise(x, t):
         jax.debug.callback(lambda _: calls.append(1), t.ravel())
-        return exact_denoiser(DATA, made)(x, t)
+        return DATA.denoiser(made)(x, t)
 
     rule, x = ode.ode(denoise, made, **TOLERANCES), start(1)
-    samplers.sample(KEY, rule, np.array([1.0, 0.0]), x.shape, start=x)
+    run = jax.jit(lambda grid: samplers.sample(KEY, rule, grid, x.shape, start=x))
+    jax.block_until_ready(run(jnp.array([1.0, 0.0])))
     jax.effects_barrier()
     # A callback keeps alive the prediction that a Step records; two in all.
     assert len(calls) == 2
     calls.clear()
-    samplers.sample(KEY, rule, np.array([1.0, 1e-3]), x.shape, start=x)
+    jax.block_until_ready(run(jnp.array([1.0, 1e-3])))
     jax.effects_barrier()
-    field = sde.flow(exact_denoiser(DATA, made), made)
+    field = sde.flow(DATA.denoiser(made), made)
     solved = ode.follow(field, made, x, 1.0, 1e-3, **TOLERANCES)
     assert len(calls) == solved.evaluations[0] + 1
 
@@ -231,7 +212,7 @@ def test_the_limit_of_steps_is_never_silent(refuses):
     end, _ = jax.jit(lambda x: limited(x, 0.0, 1.0, rates))(x)
     np.testing.assert_array_equal(np.isnan(end), [[0, 0], [1, 1], [0, 0]])
     made = continuous.vp()
-    rule = ode.ode(exact_denoiser(DATA, made), made, max_steps=3)
+    rule = ode.ode(DATA.denoiser(made), made, max_steps=3)
     x = start(2)
     out = samplers.sample(KEY, rule, np.array([1.0, 1e-3]), x.shape, start=x)
     assert np.all(np.isnan(out))
@@ -253,31 +234,11 @@ def test_gradients_reach_state_and_parameters(x64):
 
     def end(x, k):
         field = lambda x, t: -k * x  # noqa: E731
-        options = {"rtol": 1e-9, "atol": 1e-9}
-        return jax.jit(lambda x: ode.integrate(field, x, 0.0, 1.0, **options).x.sum())(
-            x
-        )
+        return ode.integrate(field, x, 0.0, 1.0, rtol=1e-9, atol=1e-9).x.sum()
 
-    by_x, by_k = jax.grad(end, (0, 1))(2 * jnp.ones([1, 1]), 0.7)
+    by_x, by_k = jax.jit(jax.grad(end, (0, 1)))(2 * jnp.ones([1, 1]), 0.7)
     np.testing.assert_allclose(by_x, [[np.exp(-0.7)]], rtol=1e-7)
     np.testing.assert_allclose(by_k, -2 * np.exp(-0.7), rtol=1e-7)
-
-
-def test_second_call_compiles_nothing():
-    traces, counts, made = [], [], continuous.vp()
-
-    def denoise(x, t):
-        traces.append(1)
-        return exact_denoiser(DATA, made)(x, t)
-
-    rule = ode.ode(denoise, made)
-    for seed in (0, 1, 2):
-        samplers.sample(
-            jax.random.key(seed), rule, np.array([1.0, 1e-3, 0.0]), (2, 2, 2, 1)
-        )
-        counts.append(len(traces))
-    assert counts == [counts[0]] * 3
-    assert counts[0] > 0
 
 
 def test_without_diffrax_the_extra_is_named(monkeypatch):
@@ -307,6 +268,6 @@ def test_bad_options_are_refused(options, got, refuses):
 @pytest.mark.parametrize("grid", [[1.0, 2.0, 0.5], [1.5, 0.5]])
 def test_a_grid_that_it_cannot_walk_is_refused(grid, refuses):
     made = continuous.vp()
-    rule = ode.ode(exact_denoiser(DATA, made), made)
+    rule = ode.ode(DATA.denoiser(made), made)
     with refuses("2. " if len(grid) == 3 else "1.5"):
         samplers.sample(KEY, rule, np.array(grid), (1, 2, 2, 1))

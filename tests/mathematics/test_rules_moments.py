@@ -48,7 +48,7 @@ def drawn(name, schedule_name):
     return data, np.asarray(x, np.float64)
 
 
-# A rule sees levels, not where they are from: two schedules for all rules, an exploding
+# A rule sees levels, not where they are from: one schedule for all rules, an exploding
 # one for one rule of each function, and all for one that adds noise and one of several
 # steps.
 ALL = ("ddim-full", "dpm_solver_pp-2M")
@@ -61,7 +61,6 @@ PAIRS = [
     for schedule_name in MADE
     if schedule_name == "linear"
     or name in ALL
-    or (schedule_name == "cosine" and name != "langevin")
     or (schedule_name == "ve" and name in EXPLODING)
     or (schedule_name == "jsd" and name in ENDLESS)
 ]

@@ -1,61 +1,18 @@
-"""Ancestral sampling against the exact moments of its chain on Gaussian data."""
+"""The loop of all rules, mostly along the chain of ancestral sampling."""
 
 import jax
 import jax.numpy as jnp
+import mixtures
 import numpy as np
-import pytest
-from oracles import NumpyDDPM, T, chain_moments, gaussian_image
+from oracles import T
 
 from diffusion_jax import gaussian, grids, samplers, schedule
 
 SHAPE = (2, 2, 1)
-LINEAR = NumpyDDPM.named("linear")
 KEY = jax.random.key(0)
-
-
-DATA = gaussian_image()  # variances from 0.03 to 0.5
-DENOISE = DATA.denoiser(LINEAR)
-LIN = schedule.linear()
+DATA, LIN = mixtures.one(), schedule.linear()
+DENOISE = DATA.denoiser(LIN)
 EVEN = np.arange(T, -1, -20)
-GRIDS = EVEN, np.array([1000, 990, 900, 700, 450, 200, 90, 30, 5, 1, 0])
-
-
-def hold_moments(samples, mean, cov):
-    """Five standard errors of the mean and of the covariance of a Gaussian."""
-    flat = np.asarray(samples, np.float64).reshape(len(samples), -1)
-    variance = np.diag(cov)
-    mean_error = np.sqrt(variance / len(flat))
-    cov_error = np.sqrt((np.outer(variance, variance) + cov**2) / len(flat))
-    np.testing.assert_array_less(abs(flat.mean(0) - mean), 5 * mean_error)
-    np.testing.assert_array_less(abs(np.cov(flat.T) - cov), 5 * cov_error)
-
-
-@pytest.mark.parametrize(("grid", "variance"), [(0, "large"), (1, "small")])
-def test_moments_of_ancestral_samples(grid, variance):
-    """Mean and covariance of the discretised chain, exact but for Monte Carlo."""
-    grid, rule = GRIDS[grid], samplers.ddpm(DENOISE, LIN, variance=variance)
-    samples = samplers.sample(KEY, rule, grid, (100_000, *SHAPE))
-    mean, cov, _ = chain_moments(DATA, LINEAR, grid, variance)
-    hold_moments(samples, mean, cov)
-    # What the bounds can see: small is not large.
-    other = "small" if variance == "large" else "large"
-    mean, cov, _ = chain_moments(DATA, LINEAR, grid, other)
-    with pytest.raises(AssertionError):
-        hold_moments(samples, mean, cov)
-
-
-def test_slope_of_the_chain_is_exact(x64):
-    """d sample / d start is the product of the steps' matrices: no Monte Carlo."""
-    rule, shape = samplers.ddpm(DENOISE, LIN, variance="small"), (1, *SHAPE)
-
-    def end(start, grid):
-        start = start.reshape(shape)
-        return samplers.sample(KEY, rule, grid, shape, start=start).ravel()
-
-    for grid in GRIDS:
-        slope = jax.jacfwd(end)(jnp.zeros(4), grid)
-        expected = chain_moments(DATA, LINEAR, grid, "small")[2]
-        np.testing.assert_allclose(slope, expected, rtol=1e-8, atol=1e-12)
 
 
 def countdown():

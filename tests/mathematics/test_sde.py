@@ -2,16 +2,17 @@
 
 import jax
 import jax.numpy as jnp
+import mixtures
 import numpy as np
 import pytest
 import scipy.stats
-from continuous_oracles import LEVELS, SDES, exact_denoiser, gaussian_image
+from continuous_oracles import LEVELS, SDES
 from oracles import SCHEDULES, betas_of
 
 from diffusion_jax import continuous, schedule, sde
 
 TIMES = np.array([1e-5, 1e-3, 0.1, 0.25, 0.4999, 0.5, 0.75, 0.9, 1.0])
-DATA = gaussian_image()
+DATA = mixtures.one()
 
 
 def test_coefficients_are_those_of_the_papers(precision):
@@ -63,13 +64,13 @@ def test_both_equations_move_the_exact_marginals(name, x64):
         made = continuous.interpolate(schedule.linear(10))
     else:
         made = LEVELS[name].schedule
-    denoise, h = exact_denoiser(DATA, made), 1e-6
+    denoise, h = DATA.denoiser(made), 1e-6
     fields = [jax.jit(make(denoise, made)) for make in (sde.flow, sde.reverse_drift)]
 
     def marginal(time):
         level = made(time)
         alpha, sigma = np.asarray(level.alpha), np.asarray(level.sigma)
-        return alpha * DATA.mean.ravel(), alpha**2 * DATA.cov + sigma**2 * np.eye(4)
+        return alpha * DATA.mean, alpha**2 * DATA.cov + sigma**2 * np.eye(4)
 
     for t in (0.15, 0.5, 0.85):
         t = 10 * t + 0.2 if name == "linear" else t

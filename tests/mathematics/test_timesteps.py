@@ -1,9 +1,4 @@
-"""How times are drawn: their shares, their cuts, and the variance that they leave.
-
-The variances are those of Gaussian data and the best network there is, for which the
-loss at each t is a weighted sum of squares of normal numbers: its first two moments
-are known, and so is the variance of the mean over a batch, for each way to draw t.
-"""
+"""How times are drawn: their shares, their cuts, and what is remembered of losses."""
 
 from collections import deque
 
@@ -15,7 +10,7 @@ import scipy.special
 import scipy.stats
 from oracles import T, oracle
 
-from diffusion_jax import continuous, gaussian, losses, schedule, timesteps
+from diffusion_jax import continuous, schedule, timesteps
 
 BATCH, KEYS = 16, 10_000
 TOP = np.float32(1 - 2.0**-24)  # the largest float32 below 1
@@ -283,138 +278,6 @@ def test_importance_in_float32():
         # The weight undoes a share within 3e-7 of p.
         undone = 1 / (len(p) * weight)
         np.testing.assert_allclose(undone, p[t - 1], rtol=1e-5, atol=3e-7, err_msg=kind)
-
-
-# The variance of the loss of a batch. Four pixels of zero mean and these variances.
-SPREAD = np.array([1.0, 0.1, 0.01, 0.001])
-TRUTH = oracle("linear")
-
-
-def error_variance(t):
-    """Of each pixel's eps given x_t, [..., 4]: that of the best network's error."""
-    signal = TRUTH.alphas_bar[t][..., None] * SPREAD
-    return signal / (signal + TRUTH.noise[t][..., None])
-
-
-def moments(scale):
-    """Mean and variance of scale_t mean(error^2) for t = 1..T, each [T]."""
-    each = error_variance(np.arange(1, T + 1))
-    mean, variance = each.mean(axis=1), 2 * (each**2).sum(axis=1) / 16
-    return scale * mean, scale**2 * variance
-
-
-def bound_scale():
-    """What mean(eps error^2) has before it in L_{t-1}, in bits (Eqs. 7 and 8)."""
-    t = np.arange(2, T + 1)
-    c0, _ = TRUTH.coefficients(t)
-    off = c0**2 * TRUTH.noise[t] / TRUTH.alphas_bar[t]
-    scale = 0.5 * off / TRUTH.variance("small", t) / np.log(2)
-    return np.concatenate([[scale[0]], scale])  # L_0 stands aside: see _losses
-
-
-@jax.jit
-def _losses(key, t):
-    """L_simple and the term of the bound for one example of each t, both [N].
-
-    The term of t = 1 is the decoder's, of other moments: t = 2 is in its place.
-    """
-    made, t_bound = schedule.linear(), jnp.maximum(t, 2)
-    x0_key, eps_key = jax.random.split(key)
-    x0 = jax.random.normal(x0_key, (len(t), 4)) * jnp.sqrt(jnp.asarray(SPREAD))[None]
-    eps = jax.random.normal(eps_key, x0.shape)
-
-    def predict(t):
-        level = made(t)
-        x_t = gaussian.q_sample(x0, eps, level)
-        level = level.like(x_t)
-        variance = level.alpha**2 * SPREAD[None] + level.sigma**2
-        return x_t, gaussian.predict("eps", level.sigma / variance * x_t, x_t, made(t))
-
-    _, pred = predict(t)
-    simple = losses.simple(pred, x0, eps, made(t))
-    x_t, pred = predict(t_bound)
-    bound = losses.vlb(pred, x0, x_t, made, t_bound, variance="small")
-    return simple, bound
-
-
-def measured(estimates):
-    """The variance of batch means, and the standard error of that variance."""
-    off = estimates.mean(axis=1) - estimates.mean()
-    variance = np.mean(off**2)
-    return variance, np.sqrt((np.mean(off**4) - variance**2) / len(off))
-
-
-def spread_variance(values, weights, grid=4096):
-    """Of the mean of values_t over a batch of low discrepancy, t by its shares.
-
-    Over all u_0, by its closed form: an integral over one cell of length 1 / B.
-    """
-    u = (np.arange(grid) + 0.5) / grid / BATCH
-    u = u[:, None] + np.arange(BATCH) / BATCH
-    index = np.searchsorted(np.cumsum(weights), u * (1 - 1e-12), side="right")
-    return np.var(values[np.minimum(index, len(values) - 1)].mean(axis=1))
-
-
-def agree(got, expected):
-    variance, error = got
-    assert error < 0.1 * variance
-    assert abs(variance - expected) < 5 * error, (variance, expected, error)
-
-
-def test_variance_of_the_simple_loss(x64):
-    """uniform > antithetic > low discrepancy, each as its theory has it."""
-    mean, variance = moments(np.ones(T))
-    assert (np.diff(mean) < 0).all()  # monotone in t
-    within, between = variance.mean(), np.var(mean)
-    opposite = np.mean((mean - mean.mean()) * (mean - mean.mean())[::-1])
-    expected = {
-        "uniform": (within + between) / BATCH,
-        "antithetic": (within + between + opposite) / BATCH,
-        "low_discrepancy": within / BATCH + spread_variance(mean, np.full(T, 1 / T)),
-    }
-    got = {}
-    for name in SPREADS:
-        t = timesteps.steps(many(name), T)
-        loss, _ = _losses(jax.random.key(1), t.ravel())
-        loss = np.asarray(loss).reshape(t.shape)
-        assert abs(loss.mean() / mean.mean() - 1) < 0.02
-        got[name] = measured(loss)
-        print(f"{name}: {got[name][0]:.3e} expected {expected[name]:.3e}")
-        agree(got[name], expected[name])
-    for one, other in (("uniform", "antithetic"), ("antithetic", "low_discrepancy")):
-        apart = expected[one] - expected[other]
-        assert apart > 0
-        assert got[one][0] - got[other][0] > 0.5 * apart
-
-
-def test_variance_of_the_bound(x64):
-    """uniform > importance > importance of low discrepancy, each by its theory.
-
-    For independent draws from p: (sum_t E[L_t^2] / (T^2 p_t) - L^2) / B, which is
-    least for p_t proportional to sqrt(E[L_t^2]).
-    """
-    mean, variance = moments(bound_scale())
-    second, expected, got = variance + mean**2, {}, {}
-    for name, shape, spread in (
-        ("uniform", np.ones(T), "uniform"),
-        ("importance", np.sqrt(second), "uniform"),
-        ("both", np.sqrt(second), "low_discrepancy"),
-    ):
-        p = shape / shape.sum()
-        weight, u = 1 / (T * p), many(spread)
-        theory = ((p * weight**2 * second).sum() - mean.mean() ** 2) / BATCH
-        if spread == "low_discrepancy":
-            theory = (p * weight**2 * variance).sum() / BATCH
-            theory += spread_variance(weight * mean, p)
-        t, weights = timesteps.importance(u.ravel(), jnp.asarray(p))
-        _, loss = _losses(jax.random.key(2), t)
-        loss = np.asarray(weights * loss).reshape(u.shape)
-        expected[name], got[name] = theory, measured(loss)
-        print(f"{name}: {got[name][0]:.3e} expected {theory:.3e}")
-        assert abs(loss.mean() - mean.mean()) < 5 * np.sqrt(theory / KEYS)
-        agree(got[name], theory)
-    assert expected["uniform"] > expected["importance"] > expected["both"]
-    assert got["uniform"][0] > got["importance"][0]
 
 
 KEY, ZERO = jax.random.key(0), np.zeros(1)

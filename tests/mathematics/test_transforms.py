@@ -33,9 +33,9 @@ FILES = [
 ]
 ROWS = [row for file in FILES for row in file.ROWS]
 NOT_OF_ARRAYS = set().union(*(getattr(f, "NOT_OF_ARRAYS", set()) for f in FILES))
+MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 PMAPPED = {"gaussian.q_sample", "gaussian.p_sample", "losses.simple", "samplers.sample"}
 BY_PMAP = [next(row for row in ROWS if name in row.covers) for name in sorted(PMAPPED)]
-rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
 pytestmark = pytest.mark.usefixtures("x64")
 
 
@@ -44,15 +44,26 @@ def args_of(row: Row, seed: int = 0) -> list[Any]:
     return [found[name] for name in row.inputs.split()]
 
 
+def id_of(row: Row) -> str:
+    return row.covers.split()[0]
+
+
 def same(actual: Any, expected: Any, rtol: float = 1e-10) -> None:
-    one, other = jax.tree.leaves(actual), jax.tree.leaves(expected)
-    for a, b in zip(one, other, strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-10)
+    one, other = map(jax.tree.leaves_with_path, (actual, expected))
+    for (path, a), (_, b) in zip(one, other, strict=True):
+        where = jax.tree_util.keystr(path)
+        assert a.dtype == b.dtype, where
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-10, err_msg=where)
 
 
 def is_float(leaf: jax.Array) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def total(tree: Any) -> jax.Array:
+    """One number that everything in a result has a share in."""
+    found = [leaf for leaf in jax.tree.leaves(tree) if is_float(leaf)]
+    return sum((jnp.sin(leaf).sum() for leaf in found), jnp.zeros(()))
 
 
 def test_every_public_function_has_a_row():
@@ -68,37 +79,6 @@ def test_every_public_function_has_a_row():
     assert covered == public - NOT_OF_ARRAYS
 
 
-@rows
-def test_jit_vmap_and_shard_map_equal_eager(row):
-    args, others = args_of(row), args_of(row, seed=1)
-    expected = row.fn(*args)
-    assert all(len(leaf) == B for leaf in jax.tree.leaves(expected))
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    spec = PartitionSpec("data")
-    options = {"in_specs": spec, "out_specs": spec, "check_vma": row.check_vma}
-    mapped = jax.shard_map(row.fn, mesh=mesh, **options)
-    traces = []
-
-    @jax.jit
-    def all_ways(*a):
-        traces.append(1)
-        return row.fn(*a), jax.vmap(alone(row))(*a), mapped(*a)
-
-    for made in all_ways(*args):
-        same(made, expected)
-    first, *more = all_ways(*others)
-    for made in more:
-        same(made, first)
-    assert len(traces) == 1, "the second call traced again"
-
-
-# JAX makes pmap of jit and shard_map: of each kind of function one will do.
-@pytest.mark.parametrize("row", BY_PMAP, ids=lambda row: row.id)
-def test_pmap_equals_eager(row):
-    args = args_of(row)
-    same(jax.pmap(alone(row))(*args), row.fn(*args))
-
-
 def alone(row: Row) -> Callable[..., Any]:
     """The function of one example, without the first axis."""
 
@@ -109,35 +89,72 @@ def alone(row: Row) -> Callable[..., Any]:
     return one
 
 
-@rows
-def test_gradients(row):
-    """Finite, and those of finite differences."""
-    args = args_of(row)
+def with_gradient(row: Row, args: Any) -> tuple[Any, Any]:
+    """What it gives example by example, and the gradient of the total of that."""
     leaves, tree = jax.tree.flatten(args)
-    free = [k for k, leaf in enumerate(leaves) if is_float(leaf)]
-    # Where there is no noise the log-SNR is infinite: not a number to vary.
-    finite = {k: jnp.isfinite(leaves[k]) for k in free}
+    free = [k for k, leaf in enumerate(leaves) if is_float(leaf) and row.slopes]
 
-    def total(values):
+    def run(values):
         filled = list(leaves)
         for k, value in zip(free, values, strict=True):
-            filled[k] = jnp.where(finite[k], value, leaves[k])
-        out = jax.tree.leaves(row.fn(*jax.tree.unflatten(tree, filled)))
-        return sum(jnp.sin(leaf).sum() for leaf in out if is_float(leaf))
+            # Where there is no noise the log-SNR is infinite: not a number to vary.
+            filled[k] = jnp.where(jnp.isfinite(leaves[k]), value, leaves[k])
+        out = jax.vmap(alone(row))(*jax.tree.unflatten(tree, filled))
+        return total(out), out
 
-    if not free:
-        pytest.skip("a function of integers or keys alone")
-    values = [jnp.where(finite[k], leaves[k], 0.0) for k in free]
-    both = jax.jit(jax.value_and_grad(total))
-    _, grads = both(values)
-    assert all(np.all(np.isfinite(grad)) for grad in grads)
-    # Along one direction, central differences are good to 1e-7 of the gradient's size.
+    values = [jnp.where(jnp.isfinite(leaves[k]), leaves[k], 0.0) for k in free]
+    (_, out), slopes = jax.value_and_grad(run, has_aux=True)(values)
+    return out, slopes
+
+
+@pytest.mark.parametrize("row", ROWS, ids=id_of)
+def test_all_ways_equal_eager_and_gradients_are_slopes(row):
+    """All in one program, one example a device. Gradients are finite, and slopes."""
+    args, others = args_of(row), args_of(row, seed=1)
+    expected = row.fn(*args)
+    assert all(len(leaf) == B for leaf in jax.tree.leaves(expected))
+    spec, traces = PartitionSpec("data"), []
+    options = {"in_specs": spec, "out_specs": spec, "check_vma": row.check_vma}
+    mapped = jax.shard_map(row.fn, mesh=MESH, **options)
+
+    @jax.jit
+    def all_ways(*a):
+        traces.append(1)
+        out, slopes = with_gradient(row, a)
+        return slopes, out, mapped(*a)
+
+    slopes, *ways = all_ways(*args)
+    for made in ways:
+        same(made, expected)
+    same(*all_ways(*others)[1:])
+    hold_slopes(lambda a: total(all_ways(*a)[1]), args, slopes)
+    assert len(traces) == 1, "another call traced again"
+
+
+def hold_slopes(fn: Callable, args: Any, slopes: Any) -> None:
+    """Along one direction, central differences are good to 1e-7 of the size."""
+    if not slopes:
+        return
+    assert all(np.all(np.isfinite(slope)) for slope in slopes)
     rng, step = np.random.default_rng(0), 1e-6
-    way = [jnp.asarray(rng.normal(size=value.shape)) for value in values]
-    ahead, behind = (
-        both([a + h * b for a, b in zip(values, way, strict=True)])[0]
-        for h in (step, -step)
-    )
-    slope = sum(jnp.vdot(a, b) for a, b in zip(grads, way, strict=True))
-    size = sum(jnp.vdot(abs(a), abs(b)) for a, b in zip(grads, way, strict=True))
+    leaves, tree = jax.tree.flatten(args)
+    way = [rng.normal(size=leaf.shape) if is_float(leaf) else None for leaf in leaves]
+
+    def moved(h):
+        return [
+            leaf if b is None else leaf + h * b
+            for leaf, b in zip(leaves, way, strict=True)
+        ]
+
+    ahead, behind = (fn(jax.tree.unflatten(tree, moved(h))) for h in (step, -step))
+    pairs = list(zip(slopes, (b for b in way if b is not None), strict=True))
+    slope = sum(np.vdot(a, b) for a, b in pairs)
+    size = sum(np.vdot(abs(a), abs(b)) for a, b in pairs)
     assert abs((ahead - behind) / (2 * step) - slope) < 1e-6 * (1 + size)
+
+
+# JAX makes pmap of jit and shard_map: of each kind of function one will do.
+@pytest.mark.parametrize("row", BY_PMAP, ids=id_of)
+def test_pmap_equals_eager(row):
+    args = args_of(row)
+    same(jax.pmap(alone(row))(*args), row.fn(*args))

@@ -75,31 +75,6 @@ def test_step_to_data(x64):
     np.testing.assert_allclose(got["analytic"], np.log(known), rtol=1e-10)
 
 
-def test_theorem_1_of_analytic_dpm(x64):
-    """lambda^2 + (sqrt(b_t / a) - sqrt(b_s - lambda^2))^2 (1 - b_t Gamma_t).
-
-    b is 1 - alpha_bar and a = alpha_bar_t / alpha_bar_s; Gamma_t is the mean square of
-    the score, E||eps||^2 / (d b_t).
-    """
-    truth, made = oracle("cosine"), SCHEDULES["cosine"]()
-    for t, s in ((TIMES[1:], TIMES[:-1]), JUMPS):
-        b_t, b_s = truth.noise[t], truth.noise[s]
-        a = truth.alphas_bar[t] / truth.alphas_bar[s]
-        square = np.random.default_rng(0).uniform(0, 1, len(t))  # of eps
-        gamma = square / b_t
-        lam = b_s * truth.beta(t, s) / b_t
-        root = np.sqrt(b_t / a) - np.sqrt(b_s - lam)
-        expected = lam + root**2 * (1 - b_t * gamma)
-        known = b_t / truth.alphas_bar[t] * (1 - square)
-        x = jnp.zeros([len(t), 1])
-        pred = gaussian.Prediction(x, x, x0_variance=jnp.asarray(known)[:, None])
-        got = prediction.log_variance("analytic", pred, made(t), made(s))
-        # The root is a difference of near numbers where a step is small.
-        lost = 1e-14 * (np.sqrt(b_t / a) / root) * known / b_t
-        error = np.abs(np.exp(got[:, 0]) / expected - 1)
-        np.testing.assert_array_less(error, 1e-9 + lost)
-
-
 def test_last_step_has_no_noise_and_no_nan(precision):
     """Whatever the fields are, also 0 and far outside, forward and backward."""
     lin, x = schedule.linear(), jnp.asarray(draw(0, 4, 3))

@@ -105,21 +105,10 @@ NEEDS_TIMES = {
     "karras": lambda s, k: grids.karras(s, 3),
     "shifted": lambda s, k: continuous.shifted(s, 0.5)(times_of(k)),
 }
+RANGE = gaussian.Prediction(X, X, fraction=X)
 WHOLE = {
     "hybrid": lambda s, k: losses.hybrid(
-        gaussian.denoiser(
-            lambda x, t: jnp.concatenate([x, x], -1),
-            s,
-            "eps",
-            variance="range",
-            time_shift=1,
-        )(X, times_of(k)),
-        X,
-        X,
-        X,
-        s,
-        times_of(k),
-        variance="range",
+        RANGE, X, X, X, s, times_of(k), variance="range"
     ),
     "bound": lambda s, k: likelihood.bound(KEY, denoiser(s, time_shift=1), s, X),
     "interpolate": lambda s, k: continuous.interpolate(s)(3.5),
@@ -155,10 +144,11 @@ def hold(uses, known, others):
             )
 
 
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("name", ["linear", "vp", "interpolated"])
 def test_a_wrapped_schedule_gives_the_same_numbers(name):
     known = MADE[name]
-    hold(NEEDS_LEVELS.values(), known, [wrap(known) for wrap in WRAPPERS.values()])
+    wrapped = [WRAPPERS[way](known) for way in ("jit", "vmap")]
+    hold(NEEDS_LEVELS.values(), known, wrapped)
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -176,7 +166,9 @@ def test_the_cures_of_the_refusal_work():
     discrete = schedule.from_tables(*jax.jit(MADE["linear"])(np.arange(T + 1)))
     real = schedule.Timed(jax.jit(MADE["vp"]))
     for known, told in ((MADE["linear"], discrete), (MADE["vp"], real)):
-        hold(uses_of(known).values(), known, [told])
+        # A density is solved as "ode" is, and takes long to compile.
+        uses = [use for name, use in uses_of(known).items() if name != "density"]
+        hold(uses, known, [told])
 
 
 def test_parameters_of_an_own_schedule_have_gradients():

@@ -38,7 +38,7 @@ MATHEMATICS = [
         "diffusion_jax/continuous.py",
         "rise = np.diff(log_alpha)",
         "rise = np.diff(np.asarray(log_alpha, np.float32))",
-        "tests/mathematics/test_continuous.py::test_beta_is_constant_within_a_step",
+        "tests/mathematics/test_sde.py::test_an_interpolated_schedule_has_the_betas_of_its_steps",
     ),
     Breakage(
         "continuous-shift-the-other-way",
@@ -106,7 +106,7 @@ MATHEMATICS = [
         "diffusion_jax/prediction.py",
         "total = prev_level.sigma**2 * gone + c0**2 * known",
         "total = prev_level.sigma**2 * gone + c0 * known",
-        "tests/mathematics/test_variances.py::test_theorem_1_of_analytic_dpm",
+        "tests/mathematics/test_variances.py::test_every_kind_over_any_jump",
     ),
     Breakage(
         "prediction-range-turned-round",
@@ -201,14 +201,14 @@ MATHEMATICS = [
         "diffusion_jax/losses.py",
         "return _mean(jnp.square(guess - truth))",
         "return _mean(jnp.square(jax.lax.stop_gradient(guess) - truth))",
-        "tests/mathematics/test_transforms.py::test_gradients",
+        "tests/mathematics/test_transforms.py::test_all_ways_equal_eager_and_gradients_are_slopes",
     ),
     Breakage(
         "losses-simple-of-the-whole-batch",
         "diffusion_jax/losses.py",
         "return _mean(jnp.square(guess - truth))",
         "return _mean(jnp.square(guess - guess.mean(0, keepdims=True) - truth))",
-        "tests/mathematics/test_transforms.py::test_jit_vmap_and_shard_map_equal_eager",
+        "tests/mathematics/test_transforms.py::test_all_ways_equal_eager_and_gradients_are_slopes",
     ),
     Breakage(
         "losses-hybrid-without-T",
@@ -309,7 +309,7 @@ MATHEMATICS = [
         "diffusion_jax/samplers.py",
         "share = eta**2 * -jnp.expm1(level.logsnr - prev.logsnr)",
         "share = eta * -jnp.expm1(level.logsnr - prev.logsnr)",
-        "tests/mathematics/test_ddim.py::test_some_noise_gives_the_data_too",
+        "tests/mathematics/test_scheduler_parity.py::test_path_is_the_same_whatever_is_predicted",
     ),
     # solvers
     Breakage(
@@ -325,7 +325,7 @@ MATHEMATICS = [
         "diffusion_jax/solvers.py",
         "return jnp.asarray(share.clip(None, np.sqrt(2) - 1), jnp.result_type(float))",
         "return jnp.asarray(share, jnp.result_type(float))",
-        "tests/mathematics/test_orders.py::test_many_steps_of_heun_churn_no_more_than_the_limit",
+        "tests/mathematics/test_scheduler_parity.py::test_edm_is_algorithm_2",
     ),
     Breakage(
         "solvers-slope-of-even-steps",
