@@ -240,14 +240,14 @@ TRAINING = [
         "diffusion_jax/evaluation/metrics.py",
         "return (kernel.sum() - np.trace(kernel)) / (count * (count - 1))",
         "return kernel.sum() / (count * count)",
-        "tests/evaluation/test_kid.py::test_kid_is_unbiased",
+        "tests/evaluation/test_metrics.py::test_kid_is_unbiased",
     ),
     Breakage(
         "metrics-second-power",
         "diffusion_jax/evaluation/metrics.py",
         "return k * k * k",
         "return k * k",
-        "tests/evaluation/test_kid.py",
+        "tests/evaluation/test_metrics.py",
     ),
     Breakage(
         "metrics-own-neighbour",
@@ -255,7 +255,7 @@ TRAINING = [
         "            if rows == columns:\n"
         "                np.fill_diagonal(distance, np.inf)\n",
         "",
-        "tests/evaluation/test_precision_recall.py::test_manifold_is_that_of_loops",
+        "tests/evaluation/test_metrics.py::test_manifold_is_that_of_loops",
     ),
     Breakage(
         "metrics-root-of-rounding",
