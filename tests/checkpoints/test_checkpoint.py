@@ -1,5 +1,7 @@
 """Checkpoints come back as they were, or say why not."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,35 +50,35 @@ def test_state_comes_back_on_any_number_of_devices(tmp_path, devices):
     assert restored["w"].sharding.num_devices == devices
 
 
-def trained(devices, fsdp, folder=None, *, steps=0):
-    """A state on some devices, from a checkpoint where one is given, and its loss."""
+@functools.cache
+def made(devices, fsdp):
+    """A first state, where its leaves are put, and the step of training."""
     params = {"w": jnp.ones([32, 64]) / 10, "b": jnp.zeros(64)}
     optimizer = optax.adam(1e-2)
     first = state.init(jax.random.key(0), params, optimizer)
     mesh = parallel.make_mesh(devices, fsdp)
-    placed = parallel.state_sharding(first, mesh)
 
     def loss(params, batch, key):
         out = batch @ params["w"] + params["b"][None]
         # Short sums: their order, which is the devices', moves the last bit alone.
         return ((out - 0.5) ** 2).mean(axis=1).mean()
 
-    make = state.make_step(
-        parallel.gathered(loss, mesh),
-        optimizer,
-        averages=[averages.exponential(0.9)],
+    step = state.make_step(
+        parallel.gathered(loss, mesh), optimizer, averages=[averages.exponential(0.9)]
     )
-    step = parallel.data_parallel(make, mesh)
-    now = jax.device_put(first, placed)
-    if folder is not None:
-        with checkpoint.open_folder(folder, read_only=True) as folder:
-            like = jax.eval_shape(lambda: first)
-            now, *_ = checkpoint.restore(folder, like, placed)
+    placed = parallel.state_sharding(first, mesh)
+    return first, placed, parallel.data_parallel(step, mesh)
+
+
+def trained(mesh, steps, now=None):
+    """The state after some steps, from another if one is given, and its loss."""
+    first, placed, step = made(*mesh)
+    if now is None:
+        now = jax.device_put(jax.tree.map(jnp.copy, first), placed)
     rows = np.random.default_rng(1).normal(size=(8, 32)).astype(np.float32)
-    metrics = {"loss": jnp.nan}
     for _ in range(steps):
         now, metrics = step(now, rows)
-    return now, placed, float(metrics["loss"])
+    return now, float(metrics["loss"])
 
 
 @pytest.mark.parametrize(
@@ -90,19 +92,26 @@ def trained(devices, fsdp, folder=None, *, steps=0):
     ids=str,
 )
 def test_training_goes_on_from_any_mesh_on_any_other(tmp_path, wrote, reads):
-    now, _, _ = trained(*wrote, steps=3)
+    now, _ = trained(wrote, 3)
     with checkpoint.open_folder(tmp_path / "c") as folder:
         checkpoint.save(folder, 3, now, {})
         checkpoint.wait(folder)
-    _, _, expected = trained(*wrote, steps=4)
+    _, expected = trained(wrote, 4)
     for mesh in reads:
-        restored, placed, _ = trained(*mesh, tmp_path / "c")
-        assert_same(restored, now)
-        assert jax.tree.map(lambda x: x.sharding, restored) == placed
-        cut = [not x.is_fully_replicated for x in jax.tree.leaves(restored.params)]
+        first, placed, _ = made(*mesh)
+        like = jax.eval_shape(lambda first=first: first)
+        with checkpoint.open_folder(tmp_path / "c", read_only=True) as folder:
+            found = checkpoint.restore(folder, like, placed).state
+        assert_same(found, now)
+        assert jax.tree.map(lambda x: x.sharding, found) == placed
+        cut = [not x.is_fully_replicated for x in jax.tree.leaves(found.params)]
         assert any(cut) == (mesh[1] > 1)
-        _, _, loss = trained(*mesh, tmp_path / "c", steps=1)
+        _, loss = trained(mesh, 1, found)
         np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+
+def restored(folder, like, step=None):
+    return checkpoint.restore(folder, jax.eval_shape(lambda: like), on(1), step).state
 
 
 def test_newest_is_restored_and_old_ones_go(tmp_path):
@@ -110,12 +119,10 @@ def test_newest_is_restored_and_old_ones_go(tmp_path):
         for step in (1, 2, 3):
             checkpoint.save(folder, step, {"w": jnp.full(2, float(step))}, {})
         checkpoint.wait(folder)
-        like = {"w": jax.ShapeDtypeStruct((2,), jnp.float32)}
-        restored, *_ = checkpoint.restore(folder, like, on(1))
-        assert restored["w"].tolist() == [3.0, 3.0]
+        like = {"w": jnp.zeros(2)}
+        assert restored(folder, like)["w"].tolist() == [3.0, 3.0]
         assert folder.steps() == [2, 3]
-        older, *_ = checkpoint.restore(folder, like, on(1), 2)
-        assert older["w"].tolist() == [2.0, 2.0]
+        assert restored(folder, like, 2)["w"].tolist() == [2.0, 2.0]
 
 
 def test_saved_values_are_those_of_the_moment(tmp_path):
@@ -127,44 +134,18 @@ def test_saved_values_are_those_of_the_moment(tmp_path):
         for _ in range(5):
             x = bump(x)
         checkpoint.wait(folder)
-        like = {"x": jax.ShapeDtypeStruct((1000,), jnp.float32)}
-        restored, *_ = checkpoint.restore(folder, like, on(1))
-    assert float(jnp.abs(restored["x"]).max()) == 0.0
+        found = restored(folder, {"x": jnp.zeros(1000)})
+    assert float(jnp.abs(found["x"]).max()) == 0.0
 
 
-def test_saving_a_step_again_leaves_it_alone(tmp_path):
+def test_a_step_is_saved_once_and_none_before_the_latest(tmp_path):
     with checkpoint.open_folder(tmp_path) as folder:
-        checkpoint.save(folder, 1, {"x": jnp.zeros(2)}, {})
-        checkpoint.save(folder, 1, {"x": jnp.ones(2)}, {})
+        for value in (0.0, 1.0):
+            checkpoint.save(folder, 5, {"x": jnp.full(2, value)}, {})
         checkpoint.wait(folder)
-        like = {"x": jax.ShapeDtypeStruct((2,), jnp.float32)}
-        restored, *_ = checkpoint.restore(folder, like, on(1))
-    assert restored["x"].tolist() == [0.0, 0.0]
-
-
-def test_an_older_step_than_the_latest_is_refused(tmp_path):
-    with checkpoint.open_folder(tmp_path) as folder:
-        checkpoint.save(folder, 5, {"x": jnp.zeros(2)}, {})
-        checkpoint.wait(folder)
+        assert restored(folder, {"x": jnp.zeros(2)})["x"].tolist() == [0.0, 0.0]
         with pytest.raises(checkpoint.CheckpointError, match=r"must be newer.*got 5"):
             checkpoint.save(folder, 4, {"x": jnp.zeros(2)}, {})
-
-
-@pytest.mark.parametrize(
-    "like",
-    [
-        {"x": jax.ShapeDtypeStruct((3,), jnp.float32)},
-        {"y": jax.ShapeDtypeStruct((2,), jnp.float32)},
-        {"x": jax.ShapeDtypeStruct((2,), jnp.bfloat16)},
-    ],
-    ids=["shape", "name", "dtype"],
-)
-def test_what_does_not_fit_is_refused(tmp_path, like):
-    with checkpoint.open_folder(tmp_path) as folder:
-        checkpoint.save(folder, 1, {"x": jnp.ones(2)}, {})
-        checkpoint.wait(folder)
-        with pytest.raises(checkpoint.CheckpointError, match="must fit the network"):
-            checkpoint.restore(folder, like, on(1))
 
 
 def test_missing_folder_and_missing_step_are_named(tmp_path):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from processes import no_file_beyond
 
 from diffusion_jax.checkpoints import checkpoint, manifest, orbax_files
 from diffusion_jax.lab.run_folder import runs
@@ -188,15 +189,15 @@ def test_all_that_does_not_fit_is_listed(folder):
     like["more"] = like.pop("count")
     with (
         checkpoint.open_folder(folder, read_only=True) as opened,
-        pytest.raises(checkpoint.CheckpointError) as caught,
+        pytest.raises(checkpoint.CheckpointError, match="must fit the net") as caught,
     ):
         checkpoint.restore(opened, like, on())
-    for said in (
+    said = (
         "got 4 of 7 leaves that do not: count: int32[] for nothing; more: nothing for "
         "int32[]; params/half: bfloat16[5] for float32[5]; "
-        "params/w: float32[40,8] for float32[40,9]. Use",
-    ):
-        assert said in str(caught.value)
+        "params/w: float32[40,8] for float32[40,9]. Use"
+    )
+    assert said in str(caught.value)
 
 
 def test_newest_best_and_every_kth_stay(tmp_path):
@@ -226,16 +227,15 @@ def test_parts_of_devices_are_vouched_for_each(tmp_path):
         )
 
 
+BIG = {"w": np.random.default_rng(0).random(2**18)}
+
+
 def test_a_failing_disk_is_named_and_the_last_one_stays(folder):
-    resource = pytest.importorskip("resource")
-    big = {**state(3), "params": {"w": np.random.default_rng(0).random(2**18)}}
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
-    try:
-        with pytest.raises(checkpoint.CheckpointError, match="must be written whole"):
-            save(folder, 3, big)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with (
+        no_file_beyond(2**16),
+        pytest.raises(checkpoint.CheckpointError, match="must be written whole"),
+    ):
+        save(folder, 3, {**state(3), "params": BIG})
     assert outcome(folder) == 2
     save(folder, 3, state(3))
     assert outcome(folder) == 3
@@ -270,19 +270,17 @@ def test_the_list_says_what_each_is_good_for(folder, capsys, monkeypatch):
     assert checkpoints.main([run.folder.name]) == 0
 
 
-@pytest.mark.parametrize(
-    ("read", "why"),
-    [
-        (lambda x: x.view(np.int32), "another type in params/w"),
-        (lambda x: x[..., None], "another shape in params/w"),
-        (lambda x: x.reshape(-1), "another shape in params/w"),
-    ],
-)
-def test_equal_bytes_of_another_type_or_shape_are_not_the_same(folder, read, why):
+def test_equal_bytes_of_another_type_or_shape_are_not_the_same(folder):
     about, arrays = orbax_files.read(folder / "2")
-    arrays["params/w"] = read(arrays["params/w"])
-    with pytest.raises(manifest.UnverifiedError, match=why):
-        manifest.check(about.leaves, arrays)
+    w = arrays["params/w"]
+    for other, what in (
+        (w.view(np.int32), "type"),
+        (w[..., None], "shape"),
+        (w.reshape(-1), "shape"),
+    ):
+        said = f"another {what} in params/w"
+        with pytest.raises(manifest.UnverifiedError, match=said):
+            manifest.check(about.leaves, {**arrays, "params/w": other})
 
 
 def test_what_cannot_be_read_now_is_not_taken_for_damaged(folder, monkeypatch):
@@ -311,26 +309,19 @@ def test_one_that_is_deleted_meanwhile_is_no_damage(folder):
 
 
 def test_a_failed_save_is_known_before_the_next(folder):
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    big = {"w": np.random.default_rng(0).random(2**18)}
-
     def save_and_look():
         with checkpoint.open_folder(folder) as opened:
             checkpoint.check(opened)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
-            checkpoint.save(opened, 3, big, {})
+            checkpoint.save(opened, 3, BIG, {})
             until = time.monotonic() + 30
             while time.monotonic() < until:
                 checkpoint.check(opened)
                 time.sleep(0.01)
             pytest.fail("nothing was said of it")
 
-    try:
-        with pytest.raises(checkpoint.CheckpointError, match="got File too large"):
-            save_and_look()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = "got File too large"
+    with no_file_beyond(2**16), pytest.raises(checkpoint.CheckpointError, match=said):
+        save_and_look()
 
 
 def test_all_is_on_the_disk_before_it_has_its_name(folder, monkeypatch):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import socket
 import sys
 import time
 from pathlib import Path
 
+import nonsense
 import numpy as np
 import pytest
-from PIL import Image
+from image_data import greys, png
 
 from diffusion_jax.data import datasets, image_files, prepared_tfds
 from diffusion_jax.errors import DataError
@@ -19,19 +19,7 @@ from diffusion_jax.errors import DataError
 @pytest.fixture(autouse=True)
 def empty_machine(tmp_path, monkeypatch):
     """No prepared data set of this machine's reaches a test."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
-
-
-def greys(images) -> list[int]:
-    return images[np.arange(len(images))][:, 0, 0, 0].tolist()
-
-
-def png(array: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(array).save(file, "PNG")
-    return file.getvalue()
+    nonsense.alone(monkeypatch, tmp_path)
 
 
 def prepare(folder: Path, name: str, features: dict, examples: list[dict]) -> None:
@@ -64,33 +52,31 @@ def prepare(folder: Path, name: str, features: dict, examples: list[dict]) -> No
 def tfds_dir(tmp_path_factory):
     tfds = pytest.importorskip("tensorflow_datasets")
     folder = tmp_path_factory.mktemp("tfds")
-    images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones(
-        (1, 8, 8, 3), np.uint8
-    )
+    images = np.full((6, 8, 8, 3), np.arange(6)[:, None, None, None], np.uint8)
+    image, tensor = tfds.features.Image, tfds.features.Tensor
     label = tfds.features.ClassLabel(num_classes=10)
-    png_examples = [{"image": png(image), "label": i} for i, image in enumerate(images)]
     prepare(
         folder,
         "toy_png",
-        {"image": tfds.features.Image(shape=(8, 8, 3)), "label": label},
-        png_examples,
+        {"image": image(shape=(8, 8, 3)), "label": label},
+        [{"image": png(image), "label": i} for i, image in enumerate(images)],
     )
     prepare(
         folder,
         "toy_tensor",
-        {"image": tfds.features.Tensor(shape=(8, 8, 3), dtype=np.uint8)},
+        {"image": tensor(shape=(8, 8, 3), dtype=np.uint8)},
         [{"image": image} for image in images],
     )
     prepare(
         folder,
         "toy_sizes",
-        {"image": tfds.features.Image(shape=(None, None, 3))},
+        {"image": image(shape=(None, None, 3))},
         [{"image": png(np.full((9, 9 + i, 3), i, np.uint8))} for i in range(6)],
     )
     prepare(
         folder,
         "toy_sound",
-        {"sound": tfds.features.Tensor(shape=(4,), dtype=np.float32)},
+        {"sound": tensor(shape=(4,), dtype=np.float32)},
         [{"sound": np.zeros(4, np.float32)}] * 3,
     )
     return folder
@@ -158,7 +144,7 @@ def test_tfds_refuses_at_once(tfds_dir, monkeypatch, name, split, message):
 
 
 def test_tfds_folder(tmp_path, monkeypatch):
-    assert prepared_tfds.tfds_folder() == tmp_path / "home" / "tensorflow_datasets"
+    assert prepared_tfds.tfds_folder() == tmp_path / "nowhere" / "tensorflow_datasets"
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     assert prepared_tfds.tfds_folder() == tmp_path
     assert prepared_tfds.tfds_folder("elsewhere") == Path("elsewhere")

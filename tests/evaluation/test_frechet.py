@@ -145,32 +145,16 @@ def test_frechet_of_statistics_summed_in_float32():
 # What is refused.
 
 GAUSSIAN = (np.zeros(2), np.eye(2))
-BAD_CALLS = {
-    "a mean of another length": (
-        lambda: metrics.frechet_distance(*GAUSSIAN, np.zeros(3), np.eye(2)),
-        "[3] and [2, 2]",
-    ),
-    "two extractors": (
-        lambda: metrics.frechet_distance(*GAUSSIAN, np.zeros(3), np.eye(3)),
-        "2 and 3",
-    ),
-    "a matrix that is not symmetric": (
-        lambda: metrics.frechet_distance(*GAUSSIAN, GAUSSIAN[0], [[1, 1], [0, 1]]),
-        "1 apart",
-    ),
-    "no covariance": (
-        lambda: metrics.frechet_distance(*GAUSSIAN, GAUSSIAN[0], [[1, 2], [2, 1]]),
-        "-1",
-    ),
-    "infinite moments": (
-        lambda: metrics.frechet_distance(*GAUSSIAN, [0, np.inf], np.eye(2)),
-        "some that are not",
-    ),
-}
+REFUSED = [
+    ((np.zeros(3), np.eye(2)), "[3] and [2, 2]"),
+    ((np.zeros(3), np.eye(3)), "2 and 3"),
+    ((GAUSSIAN[0], [[1, 1], [0, 1]]), "1 apart"),
+    ((GAUSSIAN[0], [[1, 2], [2, 1]]), "-1"),
+    (([0, np.inf], np.eye(2)), "some that are not"),
+]
 
 
-@pytest.mark.parametrize("case", BAD_CALLS)
-def test_bad_input_is_refused_with_advice(case, refuses):
-    call, got = BAD_CALLS[case]
-    with refuses(got):
-        call()
+def test_bad_input_is_refused_with_advice(refuses):
+    for other, got in REFUSED:
+        with refuses(got):
+            metrics.frechet_distance(*GAUSSIAN, *other)

@@ -1,6 +1,9 @@
 """What a step is made of, for the devices of this machine and for others."""
 
+import contextlib
+import io
 import json
+import shlex
 from pathlib import Path
 
 import jax
@@ -12,19 +15,10 @@ from diffusion_jax.lab.wiring import learning
 from experiments import compiled
 from experiments.configs import EXPERIMENTS
 
-SMALL = [
-    "--net.channels",
-    "8",
-    "--net.multipliers",
-    "1",
-    "--net.blocks",
-    "1",
-    "--net.attention",
-    "--net.groups",
-    "4",
-    "--train.batch-size",
-    "16",
-]
+SMALL = shlex.split(
+    "--net.channels 8 --net.multipliers 1 --net.blocks 1 --net.attention "
+    "--net.groups 4 --train.batch-size 16"
+)
 
 
 def run(tmp_path, *flags):
@@ -33,37 +27,46 @@ def run(tmp_path, *flags):
     return json.loads(out.read_text())
 
 
-def test_a_step_is_counted_and_shown(tmp_path, capsys):
-    text = tmp_path / "step.hlo"
-    found = run(tmp_path, "--text", str(text), "--largest", "2")
-    assert text.read_text().startswith("HloModule")
-    printed = capsys.readouterr().out
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What a step is made of, what a chain's evaluation is, what was shown of one."""
+    folder = tmp_path_factory.mktemp("found")
+    more = ["--text", str(folder / "step.hlo"), "--largest", "2"]
+    screen = io.StringIO()
+    with contextlib.redirect_stdout(screen):
+        step = run(folder, *more)
+    assert (folder / "step.hlo").read_text().startswith("HloModule")
+    return step, run(folder, "--what", "sample"), screen.getvalue()
+
+
+def test_a_step_is_counted_and_shown(found):
+    step, _, printed = found
     assert "digits, train, batch 16 on 8 x cpu, float32; compiled in" in printed
-    kernels = f"{sum(found['kernels'].values()):,}"
+    kernels = f"{sum(step['kernels'].values()):,}"
     assert any(line.split()[:2] == ["all", kernels] for line in printed.splitlines())
     assert sum(" MB  " in line for line in printed.splitlines()) == 2
     # Eight devices tell each other the gradient, and hold the state each.
-    assert found["kernels"]["collective"] >= 1
-    parsed = compiled.arguments.parse(["digits", *SMALL], EXPERIMENTS, prog="test")
-    state = learning.state_shapes(parsed)
-    size = sum(
-        x.size * x.dtype.itemsize for x in jax.tree.leaves(state._replace(key=()))
-    )
-    assert size <= found["memory"]["arguments"] <= 1.1 * size + 10_000
-    assert "model" not in found  # of devices whose speed is not known
+    assert step["kernels"]["collective"] >= 1
+    size = size_of_state()
+    assert size <= step["memory"]["arguments"] <= 1.1 * size + 10_000
+    assert "model" not in step  # of devices whose speed is not known
+
+
+def size_of_state(*flags):
+    argv = ["digits", *SMALL, *flags]
+    parsed = compiled.arguments.parse(argv, EXPERIMENTS, prog="test")
+    state = learning.state_shapes(parsed)._replace(key=())
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
 def test_devices_that_share_a_state_hold_less(tmp_path):
-    whole, cut = (run(tmp_path, "--net.channels", "32", *f) for f in ((), SHARED))
-    held = cut["memory"]["arguments"] / whole["memory"]["arguments"]
-    assert 1 / 8 < held < 1 / 4
+    wide = ["--net.channels", "32"]
+    cut = run(tmp_path, *wide, "--train.fsdp", "8")
+    assert 1 / 8 < cut["memory"]["arguments"] / size_of_state(*wide) < 1 / 4
 
 
-SHARED = ("--train.fsdp", "8")
-
-
-def test_an_evaluation_of_the_network_is_less_than_a_third_of_a_step(tmp_path):
-    step, one = run(tmp_path), run(tmp_path, "--what", "sample")
+def test_an_evaluation_of_the_network_is_less_than_a_third_of_a_step(found):
+    step, one, _ = found
     assert 0.3 < one["flops"] / step["flops"] < 0.36
     assert sum(one["kernels"].values()) < sum(step["kernels"].values())
 
@@ -74,11 +77,9 @@ def test_steps_of_each_device_are_compiled_too(strategy, tmp_path):
     assert found["kernels"]["collective"] >= 1
 
 
-def test_parameters_are_cast_once_before_a_chain(tmp_path):
-    wide, half = (
-        run(tmp_path, "--what", "sample", "--net.dtype", dtype)
-        for dtype in ("float32", "bfloat16")
-    )
+def test_parameters_are_cast_once_before_a_chain(found, tmp_path):
+    _, wide, _ = found
+    half = run(tmp_path, "--what", "sample", "--net.dtype", "bfloat16")
     assert half["memory"]["arguments"] < 0.75 * wide["memory"]["arguments"]
 
 
@@ -125,28 +126,22 @@ def test_operations_of_convolutions_are_told_apart():
     assert found["convolution_flops"] == 2 * 16 * 64 * weights < found["flops"]
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--target", "moon"], "target must be here, h100:8 or.*; got 'moon'"),
-        (
-            ["--target", "h100", "--train.devices", "2"],
-            "train.devices must be left out",
-        ),
-        (["--largest", "-1"], "largest must be at least 0; got -1"),
-        (["--out", "/nowhere/x"], "the folder of /nowhere/x must be there; got none"),
-        (["--init-from", "x"], "init_from must be left out.*; got 'x'"),
-        (["--target", "h100:12"], "target must be.*a host; got 'h100:12'"),
-        (["--train.fsdp", "3"], "fsdp must divide.*; got 3"),
-        (
-            ["--train.batch-size", "12"],
-            "must be a multiple of the number of devices, 8",
-        ),
-    ],
-)
-def test_what_cannot_be_compiled_for_is_refused(flags, message):
-    with pytest.raises(ValueError, match=message):
-        compiled.main(["digits", *SMALL, *flags])
+REFUSED = {
+    "--target moon": "target must be here, h100:8 or.*; got 'moon'",
+    "--target h100 --train.devices 2": "train.devices must be left out",
+    "--largest -1": "largest must be at least 0; got -1",
+    "--out /nowhere/x": "the folder of /nowhere/x must be there; got none",
+    "--init-from x": "init_from must be left out.*; got 'x'",
+    "--target h100:12": "target must be.*a host; got 'h100:12'",
+    "--train.fsdp 3": "fsdp must divide.*; got 3",
+    "--train.batch-size 12": "must be a multiple of the number of devices, 8",
+}
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_what_cannot_be_compiled_for_is_refused(flags):
+    with pytest.raises(ValueError, match=REFUSED[flags]):
+        compiled.main(["digits", *SMALL, *flags.split()])
 
 
 def test_a_compiler_that_is_not_there_is_named(monkeypatch):

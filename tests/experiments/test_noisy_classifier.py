@@ -109,7 +109,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(run):
-    assert train_noisy_classifier.main([str(run.folder), "--steps", "120"]) == 0
+    assert train_noisy_classifier.main([str(run.folder), "--steps", "50"]) == 0
     return guides.load(guides.path_of(run.folder))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from graph_writer import OTHERS, constant
+from small_networks import same
 
 from diffusion_jax.errors import ConfigError, DataError
 from diffusion_jax.interop import inception_weights
@@ -37,12 +38,6 @@ def flat(variables):
     """Tensors by the names of this library."""
     leaves = jax.tree_util.tree_leaves_with_path(variables)
     return {"/".join(key.key for key in path[1:]): leaf for path, leaf in leaves}
-
-
-def assert_same(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 LEAVES = {
@@ -80,7 +75,7 @@ def test_graph_is_read(graph_file, variables):
     weights = inception_weights.load(graph_file)
     assert weights.format == "graphdef"
     assert weights.sha256 == hashlib.sha256(graph_file.read_bytes()).hexdigest()
-    assert_same(weights.variables, variables)
+    same(weights.variables, variables)
 
 
 def test_archive_of_the_graph_is_read(graph_file, variables, tmp_path):
@@ -91,7 +86,7 @@ def test_archive_of_the_graph_is_read(graph_file, variables, tmp_path):
         archive.add(graph_file, "classify_image_graph_def.pb")
     weights = inception_weights.load(path)
     assert weights.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert_same(weights.variables, variables)
+    same(weights.variables, variables)
 
 
 def test_scales_of_a_graph_are_ones_where_it_has_none(graph, variables, tmp_path):
@@ -100,16 +95,19 @@ def test_scales_of_a_graph_are_ones_where_it_has_none(graph, variables, tmp_path
     ones = jax.tree_util.tree_map_with_path(
         lambda at, x: np.ones_like(x) if at[-1].key == "scale" else x, variables
     )
-    assert_same(inception_weights.load(path).variables, ones)
+    same(inception_weights.load(path).variables, ones)
 
 
 # What cannot be taken.
 
 
-def load(path, content, refuses, got):
+def load(path, content, refuses, *all_said):
     path.write_bytes(content)
-    with refuses(got):
+    with pytest.raises(ValueError) as caught:
         inception_weights.load(path)
+    for got in all_said:
+        with refuses(got):
+            raise caught.value
 
 
 def test_all_that_is_wrong_with_a_graph_is_said_at_once(graph, tmp_path, refuses):
@@ -121,13 +119,13 @@ def test_all_that_is_wrong_with_a_graph_is_said_at_once(graph, tmp_path, refuses
     ):
         nodes[name] = constant(name, array)
     content = b"".join(nodes.values())
-    for got in (
+    all_said = (
         "mixed_10/tower/mixed/conv_1/conv2d_params: nothing for float32[3,1,384,384]",
         "softmax/biases: nothing for float32[1008]",
         "conv/conv2d_params: float32[3,3,1,2] for float32[3,3,3,32]",
         "conv_1/batchnorm/beta: values that are not finite",
-    ):
-        load(tmp_path / "a.pb", content, refuses, got)
+    )
+    load(tmp_path / "a.pb", content, refuses, *all_said)
 
 
 def test_all_that_is_wrong_with_safetensors_is_said_at_once(
@@ -140,14 +138,14 @@ def test_all_that_is_wrong_with_safetensors_is_said_at_once(
     tensors["conv/bias"] = tensors["conv/bias"].astype(np.float16)
     tensors["conv_1/var"] = -tensors["conv_1/var"]
     content = safetensors.numpy.save(tensors)
-    for got in (
+    all_said = (
         "mixed/tower/conv/kernel: nothing for float32[1,1,192,48]",
         "mixed/tower/conv/weight: float32[1,1,192,48] for nothing",
         "softmax/kernel: float32[1008,2048] for float32[2048,1008]",
         "conv/bias: float16[32] for float32[32]",
         "conv_1/var: some below 0",
-    ):
-        load(tmp_path / "a.safetensors", content, refuses, got)
+    )
+    load(tmp_path / "a.safetensors", content, refuses, *all_said)
     load(tmp_path / "a.safetensors", content[:-9], refuses, "SafetensorError")
 
 
@@ -167,36 +165,26 @@ def test_pickle_is_refused_and_not_run(tmp_path, name, head, protocol):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(
-    ("content", "got"),
-    [
+def test_other_files_are_refused(tmp_path, refuses):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("LICENSE"), io.BytesIO())
+    path = tmp_path / "a.pb"
+    for content, got in (
         (b"", "begins with b''"),
         (b"<html>no such file", "<html>"),
         (b"\x1f\x8b\x08\x00 cut off", "Error"),
         (b"PK\x03\x04 an npz file", "begins with b'PK"),
-    ],
-)
-def test_other_files_are_refused(tmp_path, refuses, content, got):
-    load(tmp_path / "a.pb", content, refuses, got)
-
-
-def test_archive_without_the_graph_is_refused(tmp_path, refuses):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        archive.addfile(tarfile.TarInfo("LICENSE"), io.BytesIO())
-    load(tmp_path / "a.tgz", buffer.getvalue(), refuses, "an archive without it")
-
-
-def test_missing_file_is_named(tmp_path, refuses):
-    with refuses(str(tmp_path / "a.pb")):
-        inception_weights.load(tmp_path / "a.pb")
-
-
-def test_huge_file_is_not_read(tmp_path, refuses):
-    path = tmp_path / "a.pb"
+        (buffer.getvalue(), "an archive without it"),
+    ):
+        load(path, content, refuses, got)
+    # A huge one is not read.
     with path.open("wb") as file:
         file.truncate(2**40)
     with refuses(str(2**40)):
+        inception_weights.load(path)
+    path.unlink()
+    with refuses(str(path)):
         inception_weights.load(path)
 
 
@@ -217,7 +205,7 @@ def test_saved_file_holds_the_same(variables, tmp_path):
     digest = inception_weights.save(variables, path)
     weights = inception_weights.load(path)
     assert (weights.sha256, weights.format) == (digest, "safetensors")
-    assert_same(weights.variables, variables)
+    same(weights.variables, variables)
     assert inception_weights.save(weights.variables, path) == digest
     assert [p.name for p in path.parent.iterdir()] == ["a.safetensors"]
 
@@ -237,7 +225,7 @@ def test_command_converts(graph_file, variables, tmp_path, capsys):
         assert hashlib.sha256(path.read_bytes()).hexdigest() in printed
     assert "graphdef" in printed
     assert "23,850,960 parameters" in printed
-    assert_same(inception_weights.load(out).variables, variables)
+    same(inception_weights.load(out).variables, variables)
     for wrong in ("a.pkl", "folder"):
         with pytest.raises(ConfigError, match=r"OUT must end in \.safetensors"):
             convert.main([str(graph_file), str(tmp_path / wrong), "--inception"])

@@ -89,13 +89,6 @@ def assert_same_bits(one, other):
 # Names.
 
 
-@BOTH
-def test_every_tensor_has_a_name_of_its_own(table, name):
-    names = names_of(table, name)
-    assert names.keys() == shapes(name).keys()
-    assert len({place.name for place in names.values()}) == len(names)
-
-
 # All variables below "model/" of the authors' network SMALL, and their shapes.
 RES = "norm1/beta norm1/gamma conv1/W conv1/b temb_proj/W temb_proj/b norm2/beta "
 RES += "norm2/gamma conv2/W conv2/b"
@@ -179,18 +172,16 @@ def test_old_names_of_attentions_are_understood():
 
 
 @BOTH
-def test_import_after_export_is_the_identity(table, name):
-    found = exported(table, name)
-    for tensor in found.values():
-        assert tensor.flags.c_contiguous
-    assert_same_bits(read(found, table, name), parameters(name))
-
-
-@BOTH
-def test_export_after_import_is_the_identity(table, name):
-    found = exported(table, name)
-    again = unet_names.to_tensors(read(found, table, name), names_of(table, name))
-    assert_same_bits(again, found)
+def test_export_and_import_are_inverse_to_each_other(table, name):
+    """To the bit, and every tensor has a name of its own."""
+    names, found = names_of(table, name), exported(table, name)
+    assert names.keys() == shapes(name).keys()
+    assert set(found) == {place.name for place in names.values()}
+    assert len(found) == len(names)
+    assert all(tensor.flags.c_contiguous for tensor in found.values())
+    params = read(found, table, name)
+    assert_same_bits(params, parameters(name))
+    assert_same_bits(unet_names.to_tensors(params, names), found)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
@@ -400,27 +391,27 @@ def test_all_that_we_lack_is_named_each_by_itself_and_at_once(refuses):
             raise caught.value
 
 
-@pytest.mark.parametrize(
-    ("fields", "got"),
-    [
-        ({"up_block_types": ["UpBlock2D", "AttnUpBlock2D"]}, "elsewhere than down"),
-        ({"up_block_types": ["UpBlock2D", "UpBlock2D"]}, "elsewhere than down_block"),
-        ({"down_block_types": ["DownBlock2D"] * 2}, "elsewhere than down_block_types"),
-        ({"down_block_types": ["DownBlock2D"] * 3}, "a level"),
-        ({"up_block_types": ["UpBlock2D"]}, "a level"),
-        ({"block_out_channels": [8, 16, 16]}, "a level"),
-    ],
-    ids=str,
-)
-def test_both_ways_have_a_kind_a_level_with_the_same_attention(fields, got, refuses):
-    with refuses(got):
-        unet_config.read_config(config(**fields), where="a file")
+ELSEWHERE, KIND = "elsewhere than down_block_types", "a level"
+LEVELS = [
+    ({"up_block_types": ["UpBlock2D", "AttnUpBlock2D"]}, ELSEWHERE),
+    ({"up_block_types": ["UpBlock2D", "UpBlock2D"]}, ELSEWHERE),
+    ({"down_block_types": ["DownBlock2D"] * 2}, ELSEWHERE),
+    ({"down_block_types": ["DownBlock2D"] * 3}, KIND),
+    ({"up_block_types": ["UpBlock2D"]}, KIND),
+    ({"block_out_channels": [8, 16, 16]}, KIND),
+]
 
 
-@pytest.mark.parametrize("kind", ["UNet2DConditionModel", "DDPMPipeline", None, 3])
-def test_another_class_is_refused(kind, refuses):
-    with refuses(f"the class {kind!r}"):
-        unet_config.read_config(config(_class_name=kind), where="a file")
+def test_both_ways_have_a_kind_a_level_with_the_same_attention(refuses):
+    for fields, got in LEVELS:
+        with refuses(got):
+            unet_config.read_config(config(**fields), where="a file")
+
+
+def test_another_class_is_refused(refuses):
+    for kind in ("UNet2DConditionModel", "DDPMPipeline", None, 3):
+        with refuses(f"the class {kind!r}"):
+            unet_config.read_config(config(_class_name=kind), where="a file")
     nameless = {key: value for key, value in config().items() if key[0] != "_"}
     with refuses("the class None"):
         unet_config.read_config(nameless, where="a file")

@@ -173,27 +173,21 @@ def test_snapshots_are_due_where_asked_for():
     assert not weights.due(config_of(lengths=()), 10)
 
 
-@pytest.mark.parametrize(
-    ("options", "config", "got"),
-    [
-        ({"average": 0.5}, {}, "0.5. Choose one of these."),
-        ({"average": 0.0}, {}, "0. Choose one of these."),
-        (
-            {"average": 0.08},
-            {"lengths": ()},
-            "0.08. Choose one of these, or train with --optimizer.ema-lengths",
-        ),
-        ({"average": 0.99, "raw": True}, {}, "--average 0.99 as well"),
-    ],
-)
-def test_average_that_is_not_there_is_refused(trained, refuses, options, config, got):
-    with refuses(got):
-        weights.load(config_of(**config), trained, Weights(**options))
-
-
-def test_refusal_lists_what_there_is(trained):
+def test_average_that_is_not_there_is_refused(trained, refuses):
     with pytest.raises(ConfigError, match=r"0\.9, 0\.99, a length of at most 0\.28;"):
         weights.load(config_of(), trained, Weights(average=0.5))
+    of_these = "Choose one of these"
+    for options, config, got in (
+        ({"average": 0.5}, {}, f"0.5. {of_these}."),
+        ({"average": 0.0}, {}, f"0. {of_these}."),
+        (
+            *({"average": 0.08}, {"lengths": ()}),
+            f"0.08. {of_these}, or train with --optimizer.ema-lengths",
+        ),
+        ({"average": 0.99, "raw": True}, {}, "--average 0.99 as well"),
+    ):
+        with refuses(got):
+            weights.load(config_of(**config), trained, Weights(**options))
 
 
 def test_too_few_snapshots_are_refused(refuses, path, tmp_path):

@@ -23,14 +23,14 @@ NETWORKS = [
         "diffusion_jax/nets/blocks.py",
         "before = 1 if self.strides == 1 else self.before",
         "before = 1",
-        "tests/nets/test_unet_blocks.py::test_stride_2_pads_only_below_and_right",
+        "tests/nets/test_unet_blocks.py::test_changes_of_size_equal_numpy",
     ),
     Breakage(
         "blocks-epsilon-of-others",
         "diffusion_jax/nets/blocks.py",
         '"official": Variant(1e-6, 1, False, 0, None)',
         '"official": Variant(1e-5, 1, False, 0, None)',
-        "tests/nets/test_unet_blocks.py::test_group_norm_epsilon_is_1e_6",
+        "tests/nets/test_unet_parity.py::test_group_norm_epsilon_is_1e_6",
     ),
     Breakage(
         "norm-gradient-of-the-mean",
@@ -72,7 +72,7 @@ NETWORKS = [
         "diffusion_jax/nets/embeddings.py",
         "np.arange(half) / (half - shift))",
         "np.arange(half) / half)",
-        "tests/nets/test_unet_blocks.py::test_slowest_frequency_is_1e_4",
+        "tests/nets/test_unet_blocks.py::test_time_embedding_equals_numpy",
     ),
     Breakage(
         "embeddings-half-turns-dropped",

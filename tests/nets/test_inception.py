@@ -141,19 +141,14 @@ def test_preprocess_scales_grey_and_floats_alike(preprocessing, ends):
     np.testing.assert_allclose((made[0].min(), made[0].max()), ends, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("x", "options", "got"),
-    [
-        (np.zeros((2, 8, 8, 2), np.uint8), {}, "(2, 8, 8, 2)"),
-        (np.zeros((8, 8, 3), np.uint8), {}, "(8, 8, 3)"),
-        (np.zeros((0, 8, 8, 3), np.uint8), {}, "(0, 8, 8, 3)"),
-        (np.zeros((2, 8, 8, 3), np.int32), {}, "int32"),
-        (np.zeros((2, 8, 8, 3), np.uint8), {"preprocessing": "clean"}, "'clean'"),
-    ],
-)
-def test_other_images_are_refused(refuses, x, options, got):
-    with refuses(got):
-        inception.preprocess(x, **options)
+def test_other_images_are_refused(refuses):
+    for shape in ((2, 8, 8, 2), (8, 8, 3), (0, 8, 8, 3)):
+        with refuses(str(shape)):
+            inception.preprocess(np.zeros(shape, np.uint8))
+    with refuses("int32"):
+        inception.preprocess(np.zeros((2, 8, 8, 3), np.int32))
+    with refuses("'clean'"):
+        inception.preprocess(np.zeros((2, 8, 8, 3), np.uint8), preprocessing="clean")
 
 
 # Blocks, against loops.

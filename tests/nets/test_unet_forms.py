@@ -1,4 +1,4 @@
-"""How the U-Net computes: casts, dropout, derivatives, and old configurations."""
+"""How the U-Net computes: casts, dropout, and old configurations."""
 
 import functools
 import itertools
@@ -9,9 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from small_unets import by_shape, name_of, normal, parameters, quick_jit, shapes
+from small_unets import (
+    ONE_LEVEL,
+    by_shape,
+    name_of,
+    normal,
+    parameters,
+    quick_jit,
+    shapes,
+)
 
-from diffusion_jax.lab.measure import bound
 from diffusion_jax.lab.schema.config import (
     Config,
     Data,
@@ -24,19 +31,7 @@ from diffusion_jax.lab.wiring import build, chains
 from diffusion_jax.nets import dropout, unet
 from diffusion_jax.training import parallel
 
-SMALLEST = unet.UNet(
-    channels=8, multipliers=(1,), attention=(), groups=4, blocks=1, dropout=0.2
-)
-LABEL = np.array([2, 0])
-
-
-def inputs(net, size):
-    label = LABEL if net.num_classes else None
-    return normal(2, size, size, 3), np.array([3, 700]), label
-
-
-def random_parameters(net, size):
-    return parameters(net, *inputs(net, size))
+INPUTS = normal(2, 8, 8, 3), np.array([3, 700])
 
 
 def operations(jaxpr):
@@ -53,8 +48,8 @@ def operations(jaxpr):
 
 def test_skip_connections_are_joined_by_what_reads_them_alone():
     """By the normalisation, in its own passes; no convolution reads what is joined."""
-    params = {"params": shapes(SMALLEST, 8)}
-    jaxpr = jax.make_jaxpr(SMALLEST.apply)(params, *inputs(SMALLEST, 8)[:2])
+    params = {"params": shapes(ONE_LEVEL, 8)}
+    jaxpr = jax.make_jaxpr(ONE_LEVEL.apply)(params, *INPUTS)
     reads = [
         eqn.invars[0].aval.shape
         for eqn in operations(jaxpr)
@@ -70,10 +65,10 @@ def test_skip_connections_are_joined_by_what_reads_them_alone():
 
 
 def test_cast_parameters_give_the_same_bits():
-    net = SMALLEST.clone(dtype=jnp.bfloat16, num_classes=3)
-    x, t, label = inputs(net, 8)
-    params = random_parameters(net, 8)
-    run = quick_jit(lambda params: net.apply({"params": params}, x, t, label))
+    net = ONE_LEVEL.clone(dtype=jnp.bfloat16, num_classes=3)
+    given = *INPUTS, np.array([2, 0])
+    params = parameters(net, *given)
+    run = quick_jit(lambda params: net.apply({"params": params}, *given))
     cast = unet.cast(params, net.dtype)
     np.testing.assert_array_equal(run(cast), run(params))
     kept = {
@@ -192,34 +187,23 @@ def test_dropout_on_many_devices_is_that_on_one():
 
 
 def test_network_drops_in_training_alone_and_by_its_key():
-    net = SMALLEST.clone(dropout=0.5)
-    x, t, _ = inputs(net, 8)
-    params = {"params": parameters(net, x, t)}
+    net = ONE_LEVEL.clone(dropout=0.5)
+    params = {"params": parameters(net, *INPUTS)}
 
     def apply(key):
-        return net.apply(params, x, t, train=True, rngs={"dropout": key})
+        return net.apply(params, *INPUTS, train=True, rngs={"dropout": key})
 
     run = quick_jit(apply)
     a, b, c = (run(jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(a, b)
     assert np.abs(a - c).max() > 0.01
-    text = str(jax.make_jaxpr(functools.partial(net.apply, params))(x, t))
+    text = str(jax.make_jaxpr(functools.partial(net.apply, params))(*INPUTS))
     assert "random" not in text
     with pytest.raises(flax.errors.InvalidRngError, match="dropout"):
-        jax.eval_shape(functools.partial(net.apply, params, x, t, train=True))
+        jax.eval_shape(functools.partial(net.apply, params, *INPUTS, train=True))
 
 
-# Derivatives, and configurations of earlier versions.
-
-
-def test_the_flow_is_evaluated_by_the_network_of_training():
-    drawable = chains.Drawable(build.param_shapes(TINY))
-    evaluate = bound.make_ode(TINY)
-    batch = {
-        "i": jax.ShapeDtypeStruct((2,), jnp.int32),
-        "x": jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.uint8),
-    }
-    assert jax.eval_shape(evaluate, drawable, batch).total.shape == (2,)
+# Configurations of earlier versions.
 
 
 def test_fields_of_earlier_versions_are_left_out():

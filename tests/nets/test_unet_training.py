@@ -65,34 +65,23 @@ def check_uniform(kernel, scale):
     assert abs(kernel.mean()) < 5.0 * deviation / np.sqrt(n)
 
 
-def test_last_layers_start_near_zero_but_not_at_zero(initial):
-    kernels = {name: value for name, value in initial.items() if is_near_zero(name)}
+def test_initial_values_are_those_of_the_paper(initial):
+    """Uniform with scale 1; last layers near zero but not at it; biases 0, scales 1."""
+    kernels = {name for name in initial if name.endswith("kernel")}
+    last = set(filter(is_near_zero, initial))
     # 1 + 2 + 2 residual blocks, 1 + 1 + 2 attention blocks, the end.
-    assert len(kernels) == 5 + 4 + 1
-    for kernel in kernels.values():
-        assert np.count_nonzero(kernel) > 0.999 * kernel.size
-        check_uniform(kernel.astype(np.float64), 1e-10)
-
-
-def test_other_kernels_start_uniform_with_scale_1(initial):
-    kernels = {
-        name: value
-        for name, value in initial.items()
-        if name.endswith("kernel") and not is_near_zero(name)
-    }
-    assert {"conv_in/kernel", "time1/kernel", "up0_block0/shortcut/kernel"} <= set(
-        kernels
-    )
-    for kernel in kernels.values():
-        check_uniform(kernel.astype(np.float64), 1.0)
-
-
-def test_biases_start_at_0_and_scales_at_1(initial):
+    assert len(last) == 5 + 4 + 1
+    others = {"conv_in/kernel", "time1/kernel", "up0_block0/shortcut/kernel"}
+    assert others <= kernels - last
     for name, value in initial.items():
-        if name.endswith("bias"):
-            assert not value.any()
-        if name.endswith("scale"):
-            assert (value == 1.0).all()
+        if name in last:
+            assert np.count_nonzero(value) > 0.999 * value.size
+            check_uniform(value.astype(np.float64), 1e-10)
+        elif name in kernels:
+            check_uniform(value.astype(np.float64), 1.0)
+        else:
+            assert name.endswith(("bias", "scale"))
+            assert (value == float(name.endswith("scale"))).all()
 
 
 # Gradients.

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_networks import same
 
 from diffusion_jax.training import averages, flat, state
 
@@ -17,17 +18,11 @@ TREE = {
 TREE = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), TREE)
 
 
-def assert_equal(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y)
-
-
 def test_a_tree_comes_back_to_the_bit():
     packed = flat.pack(TREE)
     assert packed.vector.shape == (3 * 3 * 2 * 5 + 5 + 1 + 20,)
-    assert_equal(flat.unpack(packed), TREE)
-    assert_equal(jax.jit(lambda tree: flat.unpack(flat.pack(tree)))(TREE), TREE)
+    same(flat.unpack(packed), TREE)
+    same(jax.jit(lambda tree: flat.unpack(flat.pack(tree)))(TREE), TREE)
 
 
 @pytest.mark.parametrize("multiple", [2, 8, 116, 1000])
@@ -35,7 +30,7 @@ def test_a_vector_is_filled_up_with_zeros_to_be_cut(multiple):
     packed, size = flat.pack(TREE, multiple), 116
     assert packed.vector.shape == (-(-size // multiple) * multiple,)
     assert not packed.vector[size:].any()
-    assert_equal(flat.unpack(packed), TREE)
+    same(flat.unpack(packed), TREE)
     grad = jax.grad(flat.of_tree(lambda tree: tree["scalar"]))(packed)
     assert grad.vector.shape == packed.vector.shape
     assert float(grad.vector.sum()) == 1
@@ -122,7 +117,7 @@ def test_a_tree_in_a_tuple_in_a_state_is_found_and_others_are_left():
     packed = flat.pack_all(inside, TREE)
     assert [type(x) for x in (packed["a"][0], packed["b"][0])] == [flat.Flat] * 2
     np.testing.assert_array_equal(packed["a"][1], jnp.ones(3))
-    assert_equal(flat.unpack_all(packed), inside)
+    same(flat.unpack_all(packed), inside)
 
 
 def test_what_is_printed_of_a_vector_is_short():

@@ -3,6 +3,7 @@
 from collections import Counter
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from diffusion_jax.lab.schema import config
 from diffusion_jax.lab.wiring import build, chains, learning
+from diffusion_jax.nets import fresh
 from diffusion_jax.training import averages, parallel, state
 
 TINY = config.Config(
@@ -25,17 +27,30 @@ TINY = config.Config(
 )
 
 
+class Small(nn.Module):
+    """In place of the U-Net where all around it is looked at: it is soon compiled."""
+
+    @nn.compact
+    def __call__(self, x, t, label=None, train=False):
+        h = nn.Conv(8, (3, 3), kernel_init=fresh.kernel())(x)
+        h = nn.silu(h + jnp.sin(t / 100)[:, None, None, None])
+        return nn.Conv(x.shape[-1], (3, 3), kernel_init=fresh.kernel())(h)
+
+
+@pytest.fixture
+def small_network(monkeypatch):
+    """Makes programs of `Small`, and keeps none of them for others."""
+    monkeypatch.setattr(build, "make_network", lambda config, **_: Small())
+    monkeypatch.setattr(learning, "make_step", learning.make_step.__wrapped__)
+    monkeypatch.setattr(chains, "make_draw", chains.make_draw.__wrapped__)
+
+
 @pytest.fixture(scope="module")
 def batches():
     rng = np.random.default_rng(0)
     position = np.arange(16, dtype=np.int32)
-    return [
-        {
-            "image": rng.integers(0, 256, (16, 8, 8, 1), dtype=np.uint8),
-            "position": position,
-        }
-        for _ in range(10)
-    ]
+    images = rng.integers(0, 256, (10, 16, 8, 8, 1), dtype=np.uint8)
+    return [{"image": image, "position": position} for image in images]
 
 
 def train(strategy, devices, batches, cfg=TINY, fsdp=1):
@@ -72,7 +87,7 @@ def gradient(batches):
     return loss_fn, params, jax.jit(jax.grad(loss_fn))(params, batch, key)
 
 
-@pytest.mark.parametrize("strategy", parallel.STRATEGIES)
+@pytest.mark.parametrize("strategy", ["pmap", "shard_map"])
 def test_every_strategy_gives_the_gradient_of_one_device(strategy, batches, gradient):
     # Plain gradient descent with rate 1, so that what moved is the gradient itself.
     (loss_fn, params, truth), mesh = gradient, parallel.make_mesh(8)
@@ -82,7 +97,7 @@ def test_every_strategy_gives_the_gradient_of_one_device(strategy, batches, grad
         optimizer,
         averages=[averages.exponential(0.5)],
         clip_norm=None,
-        axis_name=None if strategy == "mesh" else parallel.AXIS,
+        axis_name=parallel.AXIS,
     )
     start = state.init(jax.random.key(1), params, optimizer)
     start = jax.device_put(start, parallel.replicated(mesh))
@@ -93,15 +108,10 @@ def test_every_strategy_gives_the_gradient_of_one_device(strategy, batches, grad
     assert max(np.abs(x).max() for x in jax.tree.leaves(truth)) > 1e-2
 
 
-@pytest.mark.parametrize(
-    ("strategy", "devices", "fsdp"),
-    [("mesh", 2, 1), ("mesh", 8, 4), ("pmap", 8, 1)],
-)
-def test_ten_steps_agree_with_those_of_one_device(
-    strategy, devices, fsdp, batches, one_device
-):
+@pytest.mark.parametrize(("devices", "fsdp"), [(2, 1), (8, 4)])
+def test_ten_steps_agree_with_those_of_one_device(devices, fsdp, batches, one_device):
     one, losses_one = one_device
-    many, losses_many = train(strategy, devices, batches, fsdp=fsdp)
+    many, losses_many = train("mesh", devices, batches, fsdp=fsdp)
     np.testing.assert_allclose(losses_many, losses_one, rtol=1e-5)
     assert_close(many.params, one.params, 1e-5)
     assert_close(many.ema_params, one.ema_params, 1e-5)
@@ -129,6 +139,7 @@ def test_noise_is_bit_identical_on_one_two_and_eight_devices(batches):
     np.testing.assert_array_equal(bits({}, alone, jax.random.key(3))[0], drawn[0][5])
 
 
+@pytest.mark.usefixtures("small_network")
 def test_official_clipping_is_the_same_by_pmap_and_by_parts_of_the_batch(batches):
     # One device cuts a batch by every eighth example, eight devices cut it into runs
     # of neighbours: ordered so that the parts are the same, both clip the same.
@@ -148,11 +159,13 @@ OBJECTIVES = {
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.usefixtures("small_network")
 def test_what_a_loss_remembers_and_learns_is_the_same_on_eight_devices(name, batches):
     cfg = config.replace(TINY, "diffusion", **OBJECTIVES[name])
     # Enough for every time to have been seen ten times, so that the memory is used.
     one, losses_one = train("mesh", 1, batches[:6], cfg)
-    for strategy in ("mesh", "shard_map"):  # which pmap is made of
+    # Of shard_map pmap is made; without it, all is left to the compiler.
+    for strategy in ("shard_map", "mesh")[: 2 if name == "importance" else 1]:
         many, losses_many = train(strategy, 8, batches[:6], cfg)
         np.testing.assert_allclose(losses_many, losses_one, rtol=1e-4)
         assert_close(many.params, one.params, 1e-4)
@@ -162,6 +175,7 @@ def test_what_a_loss_remembers_and_learns_is_the_same_on_eight_devices(name, bat
         assert int(one.memory.counts.min()) >= 10
 
 
+@pytest.mark.usefixtures("small_network")
 def test_samples_do_not_depend_on_devices_or_batch():
     params = build.init_params(TINY, jax.random.key(0))
     params = chains.Drawable(jax.tree.map(lambda x: x + 0.02, params))
@@ -211,10 +225,7 @@ def test_each_device_holds_its_part_of_the_state_and_no_more(devices, fsdp):
     now = jax.device_put(start, parallel.state_sharding(start, mesh))
     for _ in range(2):  # the second takes what the first gave
         now, _ = run(now, rows)
-        for part, copies in (
-            ((now.params, now.opt_state), 3),
-            (now.averages, 1),
-        ):
+        for part, copies in (((now.params, now.opt_state), 3), (now.averages, 1)):
             total = sum(x.nbytes for x in jax.tree.leaves(part))
             expected = copies * large / fsdp + total - copies * large
             assert set(held(part).values()) == {expected}
@@ -314,31 +325,24 @@ def test_second_call_compiles_nothing(batches):
         assert calls == 1, strategy
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: parallel.make_mesh(9), "devices must be in 1..8.*; got 9"),
-        (
-            lambda: parallel.make_mesh(6, 4),
-            "fsdp must divide the number of devices, 6; got 4. Give one of 1, 2, 3, 6",
-        ),
-        (lambda: parallel.make_mesh(6, 0), "fsdp must divide.*; got 0"),
-        (
-            lambda: parallel.data_parallel(
-                None, parallel.make_mesh(8, 2), strategy="pmap"
-            ),
-            "strategy must be 'mesh' where.*; got 'pmap' with fsdp 2",
-        ),
-        (
-            lambda: parallel.data_parallel(None, parallel.make_mesh(1), strategy="ddp"),
-            "strategy must be one of mesh, pmap, shard_map; got 'ddp'",
-        ),
-        (
-            lambda: parallel.check_batch_size(10, 8),
-            "must be a multiple of the number of devices, 8; got 10.*8 and 16",
-        ),
-    ],
-)
-def test_bad_input_is_named(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
+def cut_in(mesh, strategy):
+    return parallel.data_parallel(None, parallel.make_mesh(*mesh), strategy=strategy)
+
+
+REFUSED = [
+    (lambda: parallel.make_mesh(9), "devices must be in 1..8.*; got 9"),
+    (lambda: parallel.make_mesh(6, 4), "devices, 6; got 4. Give one of 1, 2, 3, 6"),
+    (lambda: parallel.make_mesh(6, 0), "fsdp must divide.*; got 0"),
+    (lambda: cut_in((8, 2), "pmap"), "must be 'mesh' where.*; got 'pmap' with fsdp 2"),
+    (lambda: cut_in((1,), "ddp"), "one of mesh, pmap, shard_map; got 'ddp'"),
+    (
+        lambda: parallel.check_batch_size(10, 8),
+        "must be a multiple of the number of devices, 8; got 10.*8 and 16",
+    ),
+]
+
+
+def test_bad_input_is_named():
+    for call, message in REFUSED:
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -22,6 +22,7 @@ def batch_of(*rows):
 
 
 def run(loss_fn, optimizer, batches, w=(0.0, 0.0), **options):
+    options.setdefault("averages", [LAST])
     count, memory = len(options["averages"]), options.pop("memory", ())
     step = jax.jit(state.make_step(loss_fn, optimizer, **options))
     params = {"w": jnp.array(w)}
@@ -40,8 +41,8 @@ def test_gradient_is_clipped_by_its_global_norm():
         ([3.0, 4.0], [0.6, 0.8], 5.0),
         ([0.3, 0.4], [0.3, 0.4], 0.5),  # not scaled up
     ):
-        batches, options = [batch_of(row, row)], {"averages": [LAST], "clip_norm": 1.0}
-        now, (metrics,) = run(quadratic, optax.sgd(1.0), batches, **options)
+        batches = [batch_of(row, row)]
+        now, (metrics,) = run(quadratic, optax.sgd(1.0), batches, clip_norm=1.0)
         np.testing.assert_allclose(now.params["w"], moved, rtol=1e-6)
         np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-6)
         np.testing.assert_allclose(metrics["loss"], norm**2 / 2, rtol=1e-6)
@@ -53,16 +54,16 @@ def test_official_clipping_clips_each_part_and_then_averages():
     batch = batch_of(*[[3.0, 4.0], [0.3, 0.4]] * 2)
     each = {"clip_each": True, "accumulate": 2}
     for options, expected in ((each, [0.45, 0.6]), ({}, [0.6, 0.8])):
-        now, _ = run(quadratic, optax.sgd(1.0), [batch], averages=[LAST], **options)
+        now, _ = run(quadratic, optax.sgd(1.0), [batch], **options)
         np.testing.assert_allclose(now.params["w"], expected, rtol=1e-6)
 
 
 def test_accumulated_gradient_is_that_of_the_whole_batch():
     batches = [batch_of(*np.random.default_rng(0).normal(size=(8, 2)))] * 3
-    options = {"averages": [LAST], "clip_norm": None}
-    whole, a = run(quadratic, optax.adam(0.1), batches, **options)
+    how = quadratic, optax.adam(0.1), batches
+    whole, a = run(*how, clip_norm=None)
     for parts in (2, 8):
-        cut, b = run(quadratic, optax.adam(0.1), batches, accumulate=parts, **options)
+        cut, b = run(*how, accumulate=parts, clip_norm=None)
         np.testing.assert_allclose(cut.params["w"], whole.params["w"], rtol=1e-5)
         np.testing.assert_allclose(b[-1]["loss"], a[-1]["loss"], rtol=1e-6)
 
@@ -90,7 +91,7 @@ def test_key_is_folded_with_the_step_and_never_changes():
     def noisy(params, batch, key):
         return params["w"].sum() * 0 + jax.random.normal(key)
 
-    now, seen = run(noisy, optax.sgd(0.1), [batch_of([0.0, 0.0])] * 3, averages=[LAST])
+    now, seen = run(noisy, optax.sgd(0.1), [batch_of([0.0, 0.0])] * 3)
     key = jax.random.key(0)
     expected = [jax.random.normal(jax.random.fold_in(key, n)) for n in range(3)]
     np.testing.assert_array_equal([m["loss"] for m in seen], expected)
@@ -143,13 +144,13 @@ def test_several_averages_are_those_of_one_each():
 
 
 def test_a_loss_is_looked_at_where_its_gradient_is_finite():
-    options = {"averages": [LAST], "clip_norm": None}
     for bad in (np.nan, np.inf, -np.inf):
 
         def loss(params, batch, key, bad=bad):
             return quadratic(params, batch, key) + bad
 
-        now, (metrics,) = run(loss, optax.sgd(1.0), [batch_of([1.0, 2.0])], **options)
+        batches = [batch_of([1.0, 2.0])]
+        now, (metrics,) = run(loss, optax.sgd(1.0), batches, clip_norm=None)
         assert np.isfinite(metrics["grad_norm"])
         assert state.CAUSES[int(metrics["cause"])] == "loss"
         np.testing.assert_array_equal(now.params["w"], [0.0, 0.0])
@@ -166,15 +167,9 @@ def test_a_loss_remembers_what_it_saw_of_the_whole_batch_in_order(parts):
 
     rows = np.arange(8, dtype=np.float32).reshape(4, 2)
     memory = {"count": jnp.zeros(()), "x": jnp.zeros((4, 2)), "each": jnp.zeros(4)}
-    options = {"averages": [LAST], "clip_norm": None, "accumulate": parts}
-    now, seen = run(
-        loss,
-        optax.sgd(0.1),
-        [batch_of(*rows)] * 2,
-        memory=memory,
-        remember=remember,
-        **options,
-    )
+    options = {"clip_norm": None, "accumulate": parts, "memory": memory}
+    batches = [batch_of(*rows)] * 2
+    now, seen = run(loss, optax.sgd(0.1), batches, remember=remember, **options)
     np.testing.assert_array_equal(now.memory["x"], rows)
     assert float(now.memory["count"]) == 2
     # The second step's loss knew of the first: it counts twice.
@@ -262,17 +257,11 @@ def test_a_single_example_gone_wrong_skips_the_step_on_every_device(spread):
 
 def test_an_optimizer_that_divides_by_nothing_is_noticed():
     # Adam without epsilon, and a gradient of 0: 0 / 0.
-    optimizer = optax.adam(0.1, eps=0.0)
-    now, (metrics,) = run(quadratic, optimizer, [batch_of([1.0, 0.0])], averages=[LAST])
+    how = quadratic, optax.adam(0.1, eps=0.0), [batch_of([1.0, 0.0])]
+    now, (metrics,) = run(*how)
     assert state.CAUSES[int(metrics["cause"])] == "update"
     np.testing.assert_array_equal(now.params["w"], [0.0, 0.0])
-    unchecked, _ = run(
-        quadratic,
-        optimizer,
-        [batch_of([1.0, 0.0])],
-        averages=[LAST],
-        check_update=False,
-    )
+    unchecked, _ = run(*how, check_update=False)
     assert np.isnan(unchecked.params["w"]).any()
 
 
@@ -283,7 +272,6 @@ def test_a_part_whose_norm_overflows_is_no_part_of_norm_zero():
         lambda params, batch, key: (params["w"][None] * batch["x"]).sum(-1).mean(),
         optax.sgd(1.0),
         [batch_of(*rows)],
-        averages=[LAST],
         clip_each=True,
         accumulate=2,
     )
