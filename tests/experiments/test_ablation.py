@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import continuous, gaussian, schedule
-from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.schema import config
 from diffusion_jax.lab.wiring import build, chains
 from experiments import ablation
