@@ -29,9 +29,10 @@ from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.wiring import chains, learning
 
 jax.jit(lambda: 0)()  # now the flags have been read
-FLAGS = os.environ["XLA_FLAGS"]
 # What tests start compiles as it does for users.
-os.environ["XLA_FLAGS"] = FLAGS.replace(" --xla_cpu_use_fusion_emitters=false", "")
+os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(
+    " --xla_cpu_use_fusion_emitters=false", ""
+)
 
 MAPS = Path("/proc/self/maps")
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "jax"
@@ -94,17 +95,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
     return small_run.copied(shared / "trained", tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture
-def same_compiler() -> dict[str, str]:
-    """The environment in which a process of its own makes the programs of tests."""
-    return {
-        **os.environ,
-        "XLA_FLAGS": FLAGS,
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
-    }
 
 
 @pytest.fixture(autouse=True)

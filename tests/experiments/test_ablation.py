@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import continuous, gaussian, schedule
-from diffusion_jax.lab.wiring import build, chains, learning
+from diffusion_jax.lab.schema import config
+from diffusion_jax.lab.wiring import build, chains
 from experiments import ablation
 
 SMALL = shlex.split(
@@ -27,23 +28,20 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Rows with a network as small as there is, and a short chain."""
-    from dataclasses import replace
-
+    """Rows with a network as small as there is, a short chain, and few draws."""
+    monkeypatch.setattr(ablation, "DRAWS", 1)
     planned = ablation.plan
 
+    def small(made):
+        made = config.replace(
+            made, "net", channels=8, multipliers=(1,), blocks=1, attention=()
+        )
+        made = config.replace(made, "diffusion", num_steps=20)
+        made = config.replace(made, "train", batch_size=8, devices=1)
+        return config.replace(made, "sample", steps=4, count=4)
+
     def plan(options):
-        return {
-            row: replace(
-                config,
-                net=replace(
-                    config.net, channels=8, multipliers=(1,), blocks=1, attention=()
-                ),
-                diffusion=replace(config.diffusion, num_steps=20),
-                sample=replace(config.sample, steps=4, count=4),
-            )
-            for row, config in planned(options).items()
-        }
+        return {row: small(made) for row, made in planned(options).items()}
 
     monkeypatch.setattr(ablation, "plan", plan)
 
@@ -92,9 +90,9 @@ def test_a_network_that_says_nothing_errs_by_the_variance_of_the_noise(monkeypat
 
     monkeypatch.setattr(chains, "given_labels", silent)
     options = ablation.Options(rows=("edm",), steps=16)
-    config = ablation.plan(options)["edm"]
-    drawable = chains.Drawable(learning.init_state(config).params)
-    error = ablation.l_simple(config, drawable, build.load_data(config), options)
+    edm = ablation.plan(options)["edm"]
+    drawable = chains.Drawable({})
+    error = ablation.l_simple(edm, drawable, build.load_data(edm), options)
     np.testing.assert_allclose(error, 1, atol=0.01)
 
 

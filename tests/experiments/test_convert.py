@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import itertools
-import shlex
 import sys
 
 import jax
@@ -88,14 +87,11 @@ def test_a_run_goes_round_all_formats_and_draws_the_same(run, tmp_path, capsys):
         np.testing.assert_array_equal(picture, pictures[0])
 
 
-def test_what_is_drawn_goes_beside_the_file(file, capsys):
+def test_what_is_drawn_goes_beside_the_file_and_meets_nothing(file, tmp_path, capsys):
     assert sample.main([str(file), *QUICK, "--no-strip"]) == 0
     folder = file.with_name("given.safetensors.drawn")
     assert (folder / "draw" / "seed0_2.png").is_file()
     assert f"{folder}: averaged weights of step 12" in capsys.readouterr().out
-
-
-def test_what_is_drawn_never_meets_a_run_or_a_network(file, tmp_path):
     for name in ("a.b.safetensors", "plain"):
         path = file.rename(file.with_name(name))
         assert runs.find(str(path)).folder == tmp_path / f"{name}.drawn"
@@ -202,8 +198,7 @@ def test_a_checkpoint_needs_tensorflow(command, tmp_path, refuses, monkeypatch):
         convert.main([str(source), str(out), "--step", "3"])
 
 
-@pytest.mark.parametrize("raw", [False, True])
-def test_a_checkpoint_has_two_sets_of_weights(raw, tmp_path, monkeypatch):
+def test_a_checkpoint_has_two_sets_of_weights(tmp_path, monkeypatch):
     asked = []
 
     def read(found, *, average):
@@ -212,14 +207,9 @@ def test_a_checkpoint_has_two_sets_of_weights(raw, tmp_path, monkeypatch):
 
     monkeypatch.setattr(networks, "read", read)
     found = networks.Found(tmp_path / "model.ckpt-7", "official")
-    weights.load(config_of(), runs.Run(tmp_path, found), Weights(raw=raw))
-    assert asked == [not raw]
-
-
-@pytest.mark.parametrize("out", ["a.bin", "a.pt", "a.npz"])
-def test_a_format_that_is_not_written_is_refused(out, file, tmp_path, refuses):
-    with refuses(out):
-        convert.main([str(file), str(tmp_path / out)])
+    for raw in (False, True):
+        weights.load(config_of(), runs.Run(tmp_path, found), Weights(raw=raw))
+    assert asked == [True, False]
 
 
 def test_what_is_there_is_replaced_only_when_asked_for(file, tmp_path, refuses):
@@ -253,7 +243,7 @@ def test_what_is_there_is_replaced_only_when_asked_for(file, tmp_path, refuses):
         )
 
 
-def test_one_set_of_weights_leaves_no_choice(file, tmp_path, refuses):
+def test_one_set_of_weights_in_its_formats_leaves_no_choice(file, tmp_path, refuses):
     out = str(tmp_path / "out.safetensors")
     for flag in ("--raw", "--step 0", "--average 0.99"):
         with refuses(flag):
@@ -265,6 +255,9 @@ def test_one_set_of_weights_leaves_no_choice(file, tmp_path, refuses):
     with refuses("'cifr10'"):
         convert.main([str(file), out, "--data", "cifr10"])
     assert not (tmp_path / "out.safetensors").exists()
+    for name in ("a.bin", "a.pt", "a.npz"):  # formats that are not written
+        with refuses(name):
+            convert.main([str(file), str(tmp_path / name)])
 
 
 def test_data_that_nobody_named_are_asked_for(file, tmp_path, refuses):
@@ -324,29 +317,22 @@ def test_pictures_are_drawn_as_the_weights_ask_for(tmp_path):
     assert found.steps is None  # those of the experiment are more than there are
 
 
-@pytest.mark.parametrize(
-    ("flags", "got"),
-    [
-        (["--net.channels", "16"], "net.channels 8, not 16"),
-        (["--net.groups", "8"], "net.groups 4, not 8"),
-        (["--net.variant", "diffusers"], "net.variant official, not diffusers"),
-        (["--net.attention", "8"], "net.attention (4,), not (8,)"),
-        (
-            ["--net.blocks", "2", "--net.classes", "10"],
-            "net.blocks 1, not 2; net.classes 0, not 10",
-        ),
-        (
-            shlex.split(
-                "--diffusion.variance range --diffusion.loss hybrid "
-                "--diffusion.prediction eps"
-            ),
-            "diffusion.variance small, not range",
-        ),
-    ],
-)
-def test_another_network_is_refused(flags, got, file, refuses):
-    config = parsed("--init-from", str(file), *flags)
-    with refuses(got):
+OTHERS = {
+    "--net.channels 16": "net.channels 8, not 16",
+    "--net.groups 8": "net.groups 4, not 8",
+    "--net.variant diffusers": "net.variant official, not diffusers",
+    "--net.attention 8": "net.attention (4,), not (8,)",
+    "--net.blocks 2 --net.classes 10": "net.blocks 1, not 2; net.classes 0, not 10",
+    "--diffusion.variance range --diffusion.loss hybrid --diffusion.prediction eps": (
+        "diffusion.variance small, not range"
+    ),
+}
+
+
+@pytest.mark.parametrize("flags", OTHERS)
+def test_another_network_is_refused(flags, file, refuses):
+    config = parsed("--init-from", str(file), *flags.split())
+    with refuses(OTHERS[flags]):
         initial.params(config)
 
 

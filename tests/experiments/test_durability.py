@@ -1,6 +1,5 @@
-"""What a run is made of: two runs are equal to the bit, and nothing can be left out."""
+"""What a run is made of: nothing can be left out, and other devices make the same."""
 
-import hashlib
 import json
 import os
 import pathlib
@@ -12,32 +11,12 @@ import jax
 import numpy as np
 import pytest
 from processes import ROOT, no_file_beyond
-from test_train import SMALL, run_train
+from small_run import digests, restored, state_digests, train_small
 
 from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.wiring import learning
-from diffusion_jax.training import determinism, parallel
-
-
-def restored(run):
-    config = runs.read_config(run)
-    like = learning.state_shapes(config)
-    one = parallel.replicated(parallel.make_mesh(1))
-    with checkpoint.open_folder(run.checkpoints, read_only=True) as folder:
-        return checkpoint.restore(folder, like, one)
-
-
-def digests(run):
-    """sha256 of each part of the last state, and of the log."""
-    state = restored(run).state
-    state = state._replace(key=jax.random.key_data(state.key))
-    found = {"log": hashlib.sha256(run.metrics.read_bytes())}
-    for name, part in state._asdict().items():
-        found[name] = hashlib.sha256()
-        for leaf in jax.tree.leaves(part):
-            found[name].update(np.asarray(leaf).tobytes())
-    return {name: one.hexdigest() for name, one in found.items()}
+from diffusion_jax.training import determinism
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +30,7 @@ UNTIL = ("--train.stop-at", "11")
 
 @pytest.fixture(scope="module")
 def half(folder):
-    return run_train(folder, "half", "--train.stop-at", "7")[1]
+    return train_small(folder, "half", "--train.stop-at", "7")
 
 
 def copy_of(run, name):
@@ -61,30 +40,14 @@ def copy_of(run, name):
 
 @pytest.fixture(scope="module")
 def whole(folder):
-    return run_train(folder, "whole", *UNTIL)[1]
-
-
-def test_a_fresh_process_is_equal_to_the_bit(folder, whole, same_compiler):
-    command = [sys.executable, "-m", "experiments.train", "digits", *SMALL, *UNTIL]
-    done = subprocess.run(
-        [*command, "--output", str(folder), "--name", "fresh"],
-        env=same_compiler,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = digests(runs.Run(folder / "fresh"))
-    assert found == digests(whole)
-    assert len(found) == 7
+    return train_small(folder, "whole", *UNTIL)
 
 
 def test_a_run_that_moves_between_devices_is_the_same_within_1e_5(folder, whole, half):
     moved = copy_of(half, "moved")
     for devices, until in ((8, 9), (1, 11)):
         flags = ("--train.stop-at", str(until), "--train.devices", str(devices))
-        assert run_train(folder, "moved", *flags)[0] == 0
+        train_small(folder, "moved", *flags)
     one, other = restored(whole).state, restored(moved).state
     assert int(one.step) == int(other.step) == 11
     for name in ("params", "averages", "opt_state"):
@@ -118,8 +81,7 @@ LEFT_OUT = {
 @pytest.mark.parametrize("part", LEFT_OUT)
 def test_a_checkpoint_without_a_part_would_not_go_unnoticed(part, folder, whole, half):
     run = copy_of(half, f"without_{part}")
-    found = restored(half)
-    state, meta = found.state, found.meta
+    state, meta, step, _ = restored(half)
     if part == "pending":
         meta = {**meta, "pending": []}
     elif part != "nothing":
@@ -129,18 +91,19 @@ def test_a_checkpoint_without_a_part_would_not_go_unnoticed(part, folder, whole,
         state = state._replace(**{part: getattr(first, part)})
     shutil.rmtree(run.checkpoints)
     with checkpoint.open_folder(run.checkpoints) as store:
-        checkpoint.save(store, found.step, state, meta)
-    assert run_train(folder, run.folder.name, *UNTIL)[0] == 0
+        checkpoint.save(store, step, state, meta)
+    train_small(folder, run.folder.name, *UNTIL)
     ended, right = digests(run), digests(whole)
+    assert len(right) == 7
     assert {name for name in right if ended[name] != right[name]} == LEFT_OUT[part]
 
 
 def test_a_disk_that_fills_during_a_run_costs_nothing_but_time(folder, whole, half):
     run = copy_of(half, "full")
-    before = digests(run)
+    before = state_digests(run)
     # Enough for every small file, too little for a checkpoint's.
     with no_file_beyond(20_000), pytest.raises(checkpoint.CheckpointError) as caught:
-        run_train(folder, "full", *UNTIL)
+        train_small(folder, "full", *UNTIL)
     assert str(run.checkpoints) in str(caught.value)
     assert "File too large" in str(caught.value)
     real = runs.append_line
@@ -151,11 +114,10 @@ def test_a_disk_that_fills_during_a_run_costs_nothing_but_time(folder, whole, ha
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "append_line", append)
         with pytest.raises(OSError, match="No space left on device") as other:
-            run_train(folder, "full", *UNTIL)
+            train_small(folder, "full", *UNTIL)
     assert other.value.filename == "/dev/full"
-    state = {name: digest for name, digest in before.items() if name != "log"}
-    assert state.items() <= digests(run).items()
-    assert run_train(folder, "full", *UNTIL)[0] == 0
+    assert state_digests(run) == before
+    train_small(folder, "full", *UNTIL)
     assert digests(run) == digests(whole)
     assert not [path for path in run.folder.rglob("*") if "tmp" in path.name]
 

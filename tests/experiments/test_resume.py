@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from test_train import SMALL
+from small_run import SMALL, train_small
 
 from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.lab.run_folder import runs
@@ -17,10 +17,7 @@ EVERY = ["--train.checkpoint-every", "4", "--train.keep", "9"]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    output = tmp_path_factory.mktemp("runs")
-    argv = ["digits", *SMALL, *EVERY, "--output", str(output), "--name", "whole"]
-    assert train.main(argv) == 0
-    return runs.Run(output / "whole")
+    return train_small(tmp_path_factory.mktemp("runs"), "whole", *EVERY)
 
 
 @pytest.fixture
@@ -101,8 +98,11 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_again(damaged):
 
 
 def test_other_values_are_refused_unless_forced(damaged, capsys):
-    with pytest.raises(ValueError, match=r"train.seed: 0 -> 1. Give .* by --force\."):
+    before = damaged.config.read_bytes()
+    said = r"train.seed: 0 -> 1. Give .*--name NAME.* by --force\."
+    with pytest.raises(ValueError, match=said):
         train.main(flags(damaged, "--train.seed", "1"))
+    assert damaged.config.read_bytes() == before
     assert train.main(flags(damaged, "--train.seed", "1", "--force")) == 0
     assert (
         "with other values than before: train.seed: 0 -> 1" in capsys.readouterr().err

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -15,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from small_run import hurt
+from processes import wait_for
+from small_run import SMALL, digests, hurt, restored, state_digests, train_small
 
 from diffusion_jax import errors
 from diffusion_jax.checkpoints import checkpoint
@@ -25,50 +25,19 @@ from diffusion_jax.lab.wiring import learning
 from diffusion_jax.training import parallel
 from experiments import eval_fid, sample, train
 
-# As small as a network gets; the cosine decay makes the learning rate depend on the
-# step, which a run that is continued must get right.
-SMALL = shlex.split(  # flags as a person types them
-    """--net.channels 8 --net.multipliers 1 --net.blocks 1 --net.attention
---net.groups 4 --net.dropout 0.1 --train.batch-size 8 --train.steps 12
---optimizer.warmup 2 --diffusion.num-steps 20 --sample.steps 4 --sample.count 4
---train.log-every 5 --sample.every 12 --train.checkpoint-every 100
---train.devices 1"""
-)
+
+@pytest.fixture
+def whole(trained):
+    return trained
 
 
-# Of a process of its own, which is to come to its steps soon and to say so.
-QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONUNBUFFERED": "1"}
-
-
-def run_train(folder, name, *flags):
-    argv = ["digits", *SMALL, "--output", str(folder), "--name", name, *flags]
-    return train.main(argv), runs.Run(folder / name)
-
-
-def final_state(run):
-    config = runs.read_config(run)
-    like = learning.state_shapes(config)
-    sharding = parallel.replicated(parallel.make_mesh())
-    with checkpoint.open_folder(run.checkpoints, read_only=True) as manager:
-        state, *_ = checkpoint.restore(manager, like, sharding)
-    leaves = jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))
-    return [np.asarray(leaf).tobytes() for leaf in leaves], int(state.step)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module")
-def whole(folder):
-    code, run = run_train(folder, "whole")
-    assert code == 0
-    return run
+@pytest.fixture
+def folder(whole):
+    return whole.folder.parent
 
 
 def test_a_run_leaves_what_a_person_wants(whole):
-    lines = [json.loads(line) for line in whole.metrics.open()]
+    lines = runs.read_lines(whole.metrics)
     assert [line["step"] for line in lines] == [5, 10]
     assert all(np.isfinite([line["loss"], line["grad_norm"]]).all() for line in lines)
     grid = Image.open(whole.samples / "step_00000012.png")
@@ -78,33 +47,31 @@ def test_a_run_leaves_what_a_person_wants(whole):
     assert json.loads(whole.config.read_text())["train"]["steps"] == 12
 
 
-@pytest.mark.parametrize("stop", [5, 7])
-def test_a_run_in_two_parts_is_bitwise_the_whole_run(folder, whole, stop, capsys):
-    name = f"parts{stop}"
-    code, run = run_train(folder, name, "--train.stop-at", str(stop))
-    assert code == 0
-    assert "without --train.stop-at the same command goes on" in capsys.readouterr().out
-    assert final_state(run)[1] == stop
-    code, run = run_train(folder, name)
-    assert code == 0
-    assert f"going on from step {stop} of 12" in capsys.readouterr().out
-    assert final_state(run) == final_state(whole)
-    assert run.metrics.read_bytes() == whole.metrics.read_bytes()
+def test_a_run_in_parts_is_bitwise_the_whole_run(folder, whole, capsys):
+    """Stopped where a line is due and where none is, and gone through a crash."""
+    for stop in (5, 7):
+        run = train_small(folder, "parts", "--train.stop-at", str(stop))
+        said = capsys.readouterr().out
+        assert "without --train.stop-at the same command goes on" in said
+        assert checkpoint.steps(run.checkpoints)[-1] == stop
+    assert "going on from step 5 of 12" in said
+    # As after a crash between two checkpoints: metrics beyond the last one.
+    with run.metrics.open("a") as file:
+        file.write('{"step": 10, "loss": 9.0, "grad_norm": 9.0}\n{"step": 1')
+    # As an earlier version wrote it, with fields that are gone.
+    written = json.loads(run.config.read_text())
+    written["net"] |= {"fuse": ["norm"], "kernels": "xla", "dropout_bits": "threefry"}
+    written["optimizer"]["flat"] = False
+    run.config.write_text(json.dumps(written))
+    train_small(folder, "parts")
+    assert "going on from step 7 of 12" in capsys.readouterr().out
+    assert digests(run) == digests(whole)
     grid = "step_00000012.png"
     assert (run.samples / grid).read_bytes() == (whole.samples / grid).read_bytes()
 
 
-def test_lines_after_the_checkpoint_are_written_once(folder, whole):
-    # As after a crash between two checkpoints: metrics beyond the last one.
-    _, run = run_train(folder, "crashed", "--train.stop-at", "7")
-    with run.metrics.open("a") as file:
-        file.write('{"step": 10, "loss": 9.0, "grad_norm": 9.0}\n{"step": 1')
-    run_train(folder, "crashed")
-    assert run.metrics.read_bytes() == whole.metrics.read_bytes()
-
-
 def test_lines_are_on_the_disk_before_the_checkpoint_that_follows_them(
-    folder, whole, monkeypatch
+    folder, monkeypatch
 ):
     order, save = [], checkpoint.save
 
@@ -114,53 +81,44 @@ def test_lines_are_on_the_disk_before_the_checkpoint_that_follows_them(
 
     monkeypatch.setattr(runs, "to_disk", lambda run: order.append(run.folder.name))
     monkeypatch.setattr(checkpoint, "save", saved)
-    run_train(folder, "ordered", "--train.stop-at", "7")
+    train_small(folder, "ordered", "--train.stop-at", "7")
     assert order == ["ordered", "checkpoint"]
 
 
 def test_a_complete_run_is_left_alone(folder, whole, capsys):
-    before = whole.metrics.read_bytes(), final_state(whole)
-    code, _ = run_train(folder, "whole")
-    assert code == 0
+    before = digests(whole)
+    train_small(folder, whole.folder.name)
     assert "the run is complete at step 12" in capsys.readouterr().out
-    assert (whole.metrics.read_bytes(), final_state(whole)) == before
-
-
-def test_another_configuration_is_refused_and_named(folder, whole):
-    before = whole.config.read_bytes()
-    with pytest.raises(ConfigError, match=r"train.seed: 0 -> 1.*--name NAME"):
-        run_train(folder, "whole", "--train.seed", "1")
-    assert whole.config.read_bytes() == before
-
-
-def test_another_seed_is_another_run(folder, whole):
-    _, other = run_train(folder, "seed1", "--train.seed", "1")
-    assert other.metrics.read_bytes() != whole.metrics.read_bytes()
+    assert digests(whole) == before
 
 
 DIVERGING = ("--optimizer.learning-rate", "1e30", "--optimizer.warmup", "0")
 
 
 def test_a_run_without_a_finite_loss_is_given_up(folder):
-    said = "got none in the last 20"
+    said = "got none in the last 9"
     with pytest.raises(errors.DivergedError, match=said) as caught:
-        run_train(folder, "diverged", *DIVERGING, "--train.steps", "40")
+        train_small(folder, "diverged", *DIVERGING, "--train.max-skipped", "9")
     assert "lower --optimizer.learning-rate" in str(caught.value)
 
 
+def finite(state):
+    leaves = jax.tree.leaves((state.params, state.averages, state.opt_state))
+    return all(np.isfinite(leaf).all() for leaf in leaves)
+
+
 def test_steps_without_a_finite_loss_are_skipped_and_counted(folder, capsys):
-    code, run = run_train(folder, "skips", *DIVERGING)
-    assert code == 0
-    lines = [json.loads(line) for line in run.metrics.open()]
+    run = train_small(folder, "skips", *DIVERGING)
+    lines = runs.read_lines(run.metrics)
     assert [line["skipped"] for line in lines] == [4, 5]
     none = {"loss": None, "grad_norm": None}
     assert lines[1] == {"step": 10, **none, "skipped": 5, "causes": {"loss": 5}}
     said = "9 steps were skipped; what was not finite: loss 9"
     assert said in capsys.readouterr().out
-    leaves, step = final_state(run)
+    state, _, step, _ = restored(run)
     assert step == 12
     # What was saved are the weights of the last finite step.
-    assert all(np.isfinite(np.frombuffer(leaf, np.float32)).all() for leaf in leaves)
+    assert finite(state)
 
 
 @contextlib.contextmanager
@@ -196,9 +154,8 @@ def broken(*, loss, gradient):
 
 def test_what_was_not_finite_is_logged_and_counted_beyond_a_stop(folder, capsys):
     with broken(loss=[2, 3], gradient=list(range(6, 30))):
-        code, run = run_train(folder, "broken", "--train.stop-at", "11")
-        assert code == 0
-        lines = [json.loads(line) for line in run.metrics.open()]
+        run = train_small(folder, "broken", "--train.stop-at", "11")
+        lines = runs.read_lines(run.metrics)
         assert [line["causes"] for line in lines] == [{"loss": 2}, {"gradient": 4}]
         assert [line["skipped"] for line in lines] == [2, 4]
         assert np.isfinite([line["loss"] for line in lines]).all()
@@ -206,7 +163,8 @@ def test_what_was_not_finite_is_logged_and_counted_beyond_a_stop(folder, capsys)
         flags = ("--train.max-skipped", "5", "--name", "row", "--output", str(folder))
         argv = ["digits", *SMALL, *flags]
         assert train.command([*argv, "--train.stop-at", "9"]) == 0
-        kept = final_state(runs.Run(folder / "row"))
+        run = runs.Run(folder / "row")
+        kept = state_digests(run)
         for _ in range(2):  # the same command ends alike
             capsys.readouterr()
             assert train.command(argv) == 3
@@ -214,80 +172,61 @@ def test_what_was_not_finite_is_logged_and_counted_beyond_a_stop(folder, capsys)
             assert "error: batch, loss, gradient and update must be finite at" in said
             words = "none in the last 5, up to step 11: not finite were gradient 5, at"
             assert f"{words} step 11 first the gradient of net/conv_out/kernel." in said
-            assert final_state(runs.Run(folder / "row")) == kept
-    leaves, step = kept
+            assert state_digests(run) == kept
+    state, _, step, _ = restored(run)
     assert step == 9
-    assert all(np.isfinite(np.frombuffer(leaf, np.float32)).all() for leaf in leaves)
+    assert finite(state)
 
 
-def test_a_run_of_an_earlier_version_goes_on(folder, whole, capsys):
-    """Its configuration has fields that are gone, of forms of the same network."""
-    code, run = run_train(folder, "earlier", "--train.stop-at", "7")
-    assert code == 0
-    written = json.loads(run.config.read_text())
-    written["net"] |= {"fuse": ["norm"], "kernels": "xla", "dropout_bits": "threefry"}
-    written["optimizer"]["flat"] = False
-    run.config.write_text(json.dumps(written))
-    assert run_train(folder, "earlier")[0] == 0
-    assert "going on from step 7 of 12" in capsys.readouterr().out
-    assert final_state(run) == final_state(whole)
-
-
-def test_a_signal_before_the_first_step_leaves_nothing_in_the_way(folder):
+def test_signals_end_it_and_the_run_goes_on(tmp_path):
     command = [sys.executable, "-m", "experiments.train", "digits", *SMALL]
-    command += ["--output", str(folder), "--name", "early"]
-    env = {**os.environ, **QUICK}
-    process = subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command += ["--output", str(tmp_path), "--train.steps", "100000"]
+    # To come to its steps soon, and to say so.
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONUNBUFFERED": "1"}
+
+    def started(*flags):
+        return subprocess.Popen(
+            [*command, *flags],
+            env={**os.environ, **quick, "XLA_FLAGS": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def stopped(process, number):
+        begun = time.monotonic()
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 128 + number, output
+        assert time.monotonic() - begun < 30
+        assert "Traceback" not in output
+        return output
+
+    # Before the first step it leaves at once, and nothing in the way.
+    process = started()
     for line in process.stdout:
         if "starting at step 0" in line:
             break
-    begun = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 143, err
-    assert time.monotonic() - begun < 30
-    assert "first step" not in out
-    assert "Traceback" not in err
-    assert "leaving at once; the same command goes on from what" in err
-    code, _ = run_train(folder, "early", "--train.stop-at", "1")
-    assert code == 0
-
-
-def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on(tmp_path):
-    command = [sys.executable, "-m", "experiments.train", "digits", *SMALL]
-    command += ["--output", str(tmp_path), "--train.steps", "100000"]
-    env = {**os.environ, **QUICK, "XLA_FLAGS": ""}
-    process = subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    metrics = tmp_path / "digits" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.stat().st_size):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    begun = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT, output
-    assert time.monotonic() - begun < 30
+    output = stopped(process, signal.SIGTERM)
+    assert "first step" not in output
+    assert "leaving at once; the same command goes on from what" in output
+    # After it, with a checkpoint.
+    process, run = started(), runs.Run(tmp_path / "digits")
+    wait_for(lambda: runs.read_lines(run.metrics), process)
+    output = stopped(process, signal.SIGINT)
     assert "the same command goes on from here" in output
-    assert "Traceback" not in output
-    _, step = final_state(runs.Run(tmp_path / "digits"))
-    lines = [json.loads(line) for line in metrics.open()]
+    step = restored(run).step
     assert step >= 5
-    assert [line["step"] for line in lines] == list(range(5, step + 1, 5))
-    made = re.search(r"first step after .* s \((\d+) programs? compiled", output)
-    # Keys, numbers of a few lengths, state and step, and what devices have to be told.
-    assert made, output
-    assert 1 <= int(made[1]) <= 16
-    assert "compiling the training step\n" in output[: made.start()]
-    again = [*command, "--train.stop-at", str(step + 1)]
-    output = subprocess.check_output(
-        again, env=env, stderr=subprocess.STDOUT, text=True
+    assert [line["step"] for line in runs.read_lines(run.metrics)] == list(
+        range(5, step + 1, 5)
     )
+    made = re.search(r"first step after .* s \((.* compiled.*)\)", output)
+    # Keys, numbers of a few lengths, state and step, and what devices have to be told;
+    # of which the first process may have left some.
+    assert made, output
+    assert 1 <= sum(map(int, re.findall(r"\d+", made[1]))) <= 16
+    assert "compiling the training step\n" in output[: made.start()]
+    output, _ = started("--train.stop-at", str(step + 1)).communicate(timeout=120)
     # All but what makes vectors of a state that was read.
     assert re.search(r"\(1 program compiled, [1-9]\d* from the cache\)", output)
     assert re.search(r"checkpoints held the run up for \d+\.\d s", output)
@@ -347,18 +286,20 @@ def test_samples_come_as_grid_strip_and_single_files(whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("flags", "message"),
     [
-        (["nowhere"], "RUN must be a folder that training wrote, or .*got 'nowhere'"),
-        (["--count", "0"], "count must be at least 1; got 0"),
+        ("nowhere", "RUN must be a folder that training wrote, or .*got 'nowhere'"),
+        ("RUN --count 0", "count must be at least 1; got 0"),
+        ("RUN --step 5", r"got steps \[12\]"),
     ],
 )
-def test_bad_requests_for_samples_are_named(argv, message):
-    with pytest.raises(ConfigError, match=message):
+def test_bad_requests_for_samples_are_named(flags, message, whole):
+    argv = flags.replace("RUN", str(whole.folder)).split()
+    with pytest.raises((ConfigError, checkpoint.CheckpointError), match=message):
         sample.main(argv)
 
 
-def test_the_newest_run_with_a_checkpoint_is_found(folder, whole, tmp_path):
+def test_the_newest_run_with_a_checkpoint_is_found(folder, whole):
     started = folder / "started"
     started.mkdir()
     (started / "config.json").write_bytes(whole.config.read_bytes())
@@ -366,30 +307,6 @@ def test_the_newest_run_with_a_checkpoint_is_found(folder, whole, tmp_path):
     assert found.folder != started
     assert runs.has_checkpoint(found)
     # What was started and never saved may be started again otherwise.
-    code, _ = run_train(folder, "started", "--train.seed", "3")
-    assert code == 0
-
-
-@pytest.mark.parametrize(
-    "flags",
-    ["--train.devices 99", "--output /dev/null/x", "--name x --train.devices 3"],
-)
-def test_mistakes_end_in_one_line(flags, tmp_path):
-    command = [sys.executable, "-m", "experiments.train", "digits", "--output"]
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    done = subprocess.run(
-        [*command, str(tmp_path), *flags.split()],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env=env,
-    )
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stderr.startswith("error: ")
-
-
-def test_a_step_that_is_not_there_is_named(whole):
-    with pytest.raises(checkpoint.CheckpointError, match=r"got steps \[12\]"):
-        sample.main([str(whole.folder), "--step", "5"])
+    other = train_small(folder, "started", "--train.seed", "3")
+    # Another seed is another run.
+    assert other.metrics.read_bytes() != whole.metrics.read_bytes()

@@ -6,11 +6,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+QUICK = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    "PYTHONPATH": str(ROOT),
+    "PYTHONUNBUFFERED": "1",
+}
+"""Environment of a process that compiles as the tests around do: little, and once."""
 LONGEST = 240
 """Seconds that any of them may take before it is killed."""
 
@@ -30,20 +39,12 @@ def started(
     devices: int = 1,
     places: Sequence[Path] = (ROOT, ROOT),
 ) -> Iterator[list[subprocess.Popen]]:
-    """Starts `python COMMAND --coordinator ... --host I` for each I, and ends them.
-
-    Compiled as the tests around are: with few optimisations.
-    """
+    """Starts `python COMMAND --coordinator ... --host I` for each I, and ends them."""
     where = ["--coordinator", f"127.0.0.1:{free_port()}", "--hosts", str(hosts)]
     env = {
         **os.environ,
-        "JAX_PLATFORMS": "cpu",
+        **QUICK,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
-        "PYTHONPATH": str(ROOT),
-        "PYTHONUNBUFFERED": "1",
     }
     processes = [
         subprocess.Popen(
@@ -62,6 +63,16 @@ def started(
         for process in processes:
             process.kill()
             process.communicate()
+
+
+def wait_for(seen: Callable[[], object], *at_work: subprocess.Popen) -> None:
+    """Waits until something is seen, of processes that must not end before."""
+    until = time.monotonic() + LONGEST
+    while not seen():
+        ended = [p.communicate() for p in at_work if p.poll() is not None]
+        assert not ended, ended
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 def ended(processes: Sequence[subprocess.Popen]) -> list[tuple[int, str, str]]:

@@ -1,10 +1,12 @@
 """One small trained run of the digits and its classifier, for all who look at one.
 
-And programs that runs of one configuration share: to trace one takes seconds.
+What runs leave, in a form that can be compared. And programs that runs of one
+configuration share: to trace one takes seconds.
 """
 
 import fcntl
 import functools
+import hashlib
 import shlex
 import shutil
 from collections.abc import Callable
@@ -16,19 +18,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.data import datasets
 from diffusion_jax.lab.measure import judges
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import config
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.wiring import build, chains, learning
+from diffusion_jax.training import parallel
 from experiments import train
 
+# Learning rate and dropout depend on the step, which a run that goes on must get right.
 SMALL = shlex.split(  # flags as a person types them
     """--net.channels 8 --net.multipliers 1 --net.blocks 1 --net.attention
---net.groups 4 --train.batch-size 8 --optimizer.warmup 2 --diffusion.num-steps 20
---sample.steps 4 --sample.count 4 --train.steps 12 --train.log-every 4
---sample.every 12 --train.devices 1 --optimizer.ema-snapshots 0"""
+--net.groups 4 --net.dropout 0.1 --train.batch-size 8 --optimizer.warmup 2
+--diffusion.num-steps 20 --sample.steps 4 --sample.count 4 --train.steps 12
+--train.log-every 5 --sample.every 12 --train.devices 1 --optimizer.ema-snapshots 0"""
 )
 
 
@@ -49,6 +54,38 @@ def copied(made: Path, folder: Path) -> runs.Run:
             (made / "done").touch()
     shutil.copytree(made, folder, dirs_exist_ok=True)
     return runs.Run(folder / "digits")
+
+
+def train_small(folder: Path, name: str, *flags: str) -> runs.Run:
+    """Trains the small network in a folder of runs."""
+    where = ["--output", str(folder), "--name", name]
+    assert train.main(["digits", *SMALL, *where, *flags]) == 0
+    return runs.Run(folder / name)
+
+
+def restored(run: runs.Run) -> checkpoint.Restored:
+    """Returns the newest checkpoint of a run."""
+    like = learning.state_shapes(runs.read_config(run))
+    one = parallel.replicated(parallel.make_mesh(1))
+    with checkpoint.open_folder(run.checkpoints, read_only=True) as folder:
+        return checkpoint.restore(folder, like, one)
+
+
+def state_digests(run: runs.Run) -> dict[str, str]:
+    """Returns the sha256 of each part of the last state of a run."""
+    state = restored(run).state
+    state = state._replace(key=jax.random.key_data(state.key))
+    parts = {
+        name: b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(part))
+        for name, part in state._asdict().items()
+    }
+    return {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
+
+
+def digests(run: runs.Run) -> dict[str, str]:
+    """Returns those of the state, and that of the log."""
+    log = hashlib.sha256(run.metrics.read_bytes()).hexdigest()
+    return {"log": log, **state_digests(run)}
 
 
 def share_steps(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,7 +126,14 @@ def share_draws(make: Callable[..., Any]) -> Callable[..., Any]:
 
 def _alike(chosen: Config, **sections: Any) -> Config:
     """Returns the configuration without what no program depends on."""
-    train = replace(chosen.train, stop_at=None, log_every=1, checkpoint_every=1, keep=1)
+    train = replace(
+        chosen.train,
+        stop_at=None,
+        log_every=1,
+        checkpoint_every=1,
+        keep=1,
+        max_skipped=1,
+    )
     source = replace(chosen.data, source="digits", path=None)
     told = {"name": "", "output": "", "init_from": None, "data": source, "train": train}
     return replace(chosen, **(told | sections))

@@ -5,6 +5,7 @@ Hosts are processes on this machine: see processes.py.
 
 import json
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 import processes
 import pytest
+import small_run
 
 from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.data import datasets
@@ -20,18 +22,9 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.measure import judges
 from diffusion_jax.lab.process import entry, hosts, joining
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.wiring import learning
-from diffusion_jax.training import parallel
 from experiments import eval_fid, sample, train
 
-SMALL = shlex.split(  # flags as a person types them
-    """--net.channels 8 --net.multipliers 1 --net.blocks 1 --net.attention
---net.groups 4 --net.dropout 0.1 --train.batch-size 8 --train.steps 12
---optimizer.warmup 2 --diffusion.num-steps 20 --sample.steps 4 --sample.count 4
---optimizer.decay constant
---train.log-every 5 --sample.every 12 --train.checkpoint-every 100"""
-)
-TWO = ["--train.devices", "2"]
+TWO = ["--train.devices", "2", "--optimizer.decay", "constant"]
 
 
 @pytest.fixture(scope="module")
@@ -40,21 +33,17 @@ def folder(tmp_path_factory):
 
 
 def arguments_of(folder, name, *flags):
-    return ["digits", *SMALL, "--output", str(folder), "--name", name, *flags]
+    where = ["--output", str(folder), "--name", name]
+    return ["digits", *small_run.SMALL, *TWO, *where, *flags]
 
 
 def here(folder, name, *flags):
     """Trains in this process, on two of its devices."""
-    assert train.main(arguments_of(folder, name, *TWO, *flags)) == 0
-    return runs.Run(folder / name)
+    return small_run.train_small(folder, name, *TWO, *flags)
 
 
 def final_state(run):
-    config = runs.read_config(run)
-    like = learning.state_shapes(config)
-    with checkpoint.open_folder(run.checkpoints, read_only=True) as manager:
-        one = parallel.replicated(parallel.make_mesh(1))
-        state, meta, *_ = checkpoint.restore(manager, like, one)
+    state, meta, *_ = small_run.restored(run)
     return jax.device_get(state._replace(key=jax.random.key_data(state.key))), meta
 
 
@@ -84,12 +73,13 @@ def assert_same_numbers(state, other):
 
 
 def lines_of(run):
-    return [json.loads(line) for line in run.metrics.open()]
+    return runs.read_lines(run.metrics)
 
 
 def printed(output):
-    """What a command printed: the library that connects CPUs does so too."""
-    return [line for line in output.splitlines() if not line.startswith("[Gloo]")]
+    """What a command printed, but for the library that connects CPUs."""
+    foreign = "[Gloo]", "connected to"
+    return [s for s in output.splitlines() if not any(word in s for word in foreign)]
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +92,7 @@ def test_what_one_host_began_two_go_on_with_until_one_gets_a_signal(folder):
     run = here(folder, "begun", *endless, "--train.stop-at", "7")
     command = ["-m", "experiments.train", *arguments_of(folder, "begun", *endless)]
     with processes.started(command) as both:
-        until = time.monotonic() + processes.LONGEST
-        while len(lines_of(run)) < 2:
-            assert [process.poll() for process in both] == [None, None]
-            assert time.monotonic() < until
-            time.sleep(0.1)
+        processes.wait_for(lambda: len(lines_of(run)) >= 2, *both)
         both[1].send_signal(signal.SIGTERM)
         results = processes.ended(both)
     assert [code for code, _, _ in results] == [128 + signal.SIGTERM] * 2, results
@@ -129,47 +115,56 @@ def test_what_one_host_began_two_go_on_with_until_one_gets_a_signal(folder):
     assert int(final_state(run)[0].step) == step + 1
 
 
-def test_two_hosts_draw_as_one(whole, tmp_path):
-    flags = [str(whole.folder), "--count", "6", "--batch-size", "4", "--format", "npz"]
-    assert sample.main([*flags, "--out", str(tmp_path / "one.npz")]) == 0
-    command = ["-m", "experiments.sample", *flags, "--out", str(tmp_path / "two.npz")]
-    results = processes.run(command)
-    assert [code for code, _, _ in results] == [0, 0], results
-    one, two = (np.load(tmp_path / name)["images"] for name in ("one.npz", "two.npz"))
-    assert one.std() > 10
-    assert np.abs(one.astype(int) - two).max() <= 1
-    assert (one != two).mean() < 0.02
+# Two commands in one pair of processes: to come so far takes most of the time.
+DRAW_AND_JUDGE = """
+import shlex
+from diffusion_jax.lab.process import entry
+from experiments import eval_fid, sample
+
+def both(argv):
+    drawing, judging = map(shlex.split, argv)
+    return sample.main(drawing) or eval_fid.main(judging)
+
+entry.guarded(both, several=True)
+"""
 
 
-def test_two_hosts_evaluate_as_one(whole):
-    config = runs.read_config(whole)
-    judges.train(config, datasets.load("digits"), steps=100)
-    flags = ["--count", "90", "--steps", "3", "--batch-size", "15"]
-    assert eval_fid.main([str(whole.folder), *flags]) == 0
-    one = json.loads((whole.folder / "eval" / "fid.json").read_text())
-    drawn = [np.load(p).astype(int) for p in whole.folder.rglob("samples/*.npy")]
+def test_two_hosts_draw_and_evaluate_as_one(whole, tmp_path):
+    judges.train(runs.read_config(whole), datasets.load("digits"), steps=100)
+    run, out = str(whole.folder), str(tmp_path / "drawn.npz")
+    drawing = [run, *shlex.split("--count 6 --batch-size 4 --format npz --out"), out]
+    judging = [run, *shlex.split("--count 90 --steps 3 --batch-size 15")]
     cache = whole.folder.parent / ".cache" / "reference"
-    for old in (*whole.folder.rglob("eval/samples/*"), *cache.iterdir()):
-        old.unlink()
-    (whole.folder / "eval" / "fid.json").unlink()
-    command = ["-m", "experiments.eval_fid", str(whole.folder), *flags]
-    results = processes.run(command, devices=2)
-    assert [code for code, _, _ in results] == [0, 0], results
-    assert "fd_digits_classifier vs train" in results[0][1]
-    assert printed(results[1][1]) == []
-    two = json.loads((whole.folder / "eval" / "fid.json").read_text())
-    again = [np.load(p).astype(int) for p in whole.folder.rglob("samples/*.npy")]
-    assert np.abs(again[0] - drawn[0]).max() <= 1
+
+    def results():
+        (drawn,) = whole.folder.rglob("samples/*.npy")
+        found = json.loads((whole.folder / "eval" / "fid.json").read_text())
+        assert list(cache.iterdir())
+        return np.load(out)["images"].astype(int), np.load(drawn).astype(int), found
+
+    assert sample.main(drawing) == eval_fid.main(judging) == 0
+    images, drawn, one = results()
+    for made in (whole.folder / "eval", cache):
+        shutil.rmtree(made)
+    (tmp_path / "drawn.npz").unlink()
+    command = ["-c", DRAW_AND_JUDGE, shlex.join(drawing), shlex.join(judging)]
+    ended = processes.run(command, devices=2)
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert "fd_digits_classifier vs train" in ended[0][1]
+    assert printed(ended[1][1]) == []
+    images_of_two, drawn_by_two, two = results()
+    assert images.std() > 10
+    assert np.abs(images - images_of_two).max() <= 1
+    assert (images != images_of_two).mean() < 0.02
+    assert np.abs(drawn - drawn_by_two).max() <= 1
     for name, number in one["numbers"].items():
         if name == "class_shares":
             np.testing.assert_allclose(two["numbers"][name], number, atol=1e-4)
         else:
-            assert two["numbers"][name]["mean"] == pytest.approx(
-                number["mean"], rel=1e-4
-            )
+            mean = pytest.approx(number["mean"], rel=1e-4)
+            assert two["numbers"][name]["mean"] == mean
     halves = "half_of_train_against_the_other_half"
     assert two[halves] == pytest.approx(one[halves], rel=1e-4)
-    assert list(cache.iterdir())
 
 
 # The command of training, where a host that is silent for seconds counts as dead.
@@ -186,11 +181,7 @@ def test_a_killed_host_ends_the_other_and_the_run_goes_on(folder, whole):
     flags = arguments_of(folder, "killed", *more)
     run = runs.Run(folder / "killed")
     with processes.started(["-c", WATCHFUL, *flags]) as both:
-        until = time.monotonic() + processes.LONGEST
-        while not (run.metrics.exists() and run.metrics.stat().st_size):
-            assert [process.poll() for process in both] == [None, None]
-            assert time.monotonic() < until
-            time.sleep(0.02)
+        processes.wait_for(lambda: lines_of(run), *both)
         both[1].kill()
         killed = time.monotonic()
         [(code, _, errors)] = processes.ended(both[:1])

@@ -42,7 +42,5 @@ def test_it_was_killed_at_work_and_lost_little(runs):
 
 def test_a_killed_run_ends_as_the_undisturbed_one(runs):
     killed, _, whole = runs
-    trainings.same_state(killed, whole)
-    trainings.same_files(killed, whole)
-    trainings.every_step(killed, STEPS)
+    trainings.same_end(killed, whole, STEPS)
     kills.nothing_left(killed)

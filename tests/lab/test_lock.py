@@ -1,5 +1,6 @@
 """One process a run, and a folder that can be written, before anything is compiled."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import pytest
@@ -25,22 +27,30 @@ import os, sys, time
 from pathlib import Path
 from diffusion_jax.lab.run_folder import lock
 with lock.hold(Path(sys.argv[1])):
-    {body}
-    print("held", flush=True)
+    if os.fork():
+        print("held", flush=True)
     time.sleep(60)
 """
 
 
-def holder(folder, body="pass"):
-    """A process that holds the lock; it has it when this returns."""
+@contextlib.contextmanager
+def holder(folder):
+    """A process that holds the lock, and its child; it has it when this begins."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD.format(body=body), str(folder)],
+        [sys.executable, "-c", HOLD, str(folder)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
     )
     assert process.stdout.readline() == "held\n"
-    return process
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    child = int(children.read_text())
+    try:
+        yield process, child
+    finally:
+        process.kill()
+        process.wait()
+        os.kill(child, signal.SIGKILL)
 
 
 def refused(folder, match):
@@ -49,41 +59,40 @@ def refused(folder, match):
     return str(caught.value)
 
 
-def test_a_second_process_is_told_whose_the_run_is_until_that_dies(tmp_path):
-    run = tmp_path / "run"
-    owner = holder(run)
-    said = refused(run, f"got {run} in the hands of process {owner.pid} on ")
-    assert os.uname().nodename in said
-    assert time.strftime("since %Y-") in said
-    assert "--name NAME" in said
-    owner.kill()
-    owner.wait()
-    assert (run / lock.NAME).exists()
-    with lock.hold(run):
-        assert f"process {os.getpid()} on" in (run / lock.NAME).read_text()
-    assert not (run / lock.NAME).exists()
-    assert run.exists()
+@pytest.fixture
+def nothing_compiled(monkeypatch):
+    """The command must end before it makes a step, and soon."""
+
+    def fail(*_):
+        raise AssertionError("it got as far as making a step")
+
+    monkeypatch.setattr(learning, "make_step", fail)
+    monkeypatch.setattr(learning, "state_shapes", fail)
+    begun = time.process_time()
+    yield
+    assert time.process_time() - begun < 5
 
 
-def test_a_child_of_a_dead_owner_holds_nothing(tmp_path):
-    body = "child = os.fork()\n    if not child: time.sleep(60)\n    print(child)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD.format(body=body), str(tmp_path)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    child = int(process.stdout.readline())
-    try:
-        assert process.stdout.readline() == "held\n"
-        refused(tmp_path, "in the hands of")
-        process.kill()
-        process.wait()
-        os.kill(child, 0)  # it lives
-        with lock.hold(tmp_path):
-            pass
-    finally:
-        os.kill(child, signal.SIGKILL)
+def test_a_second_process_is_told_whose_the_run_is_until_that_dies(
+    tmp_path, nothing_compiled
+):
+    run = tmp_path / "digits"
+    with holder(run) as (owner, child):
+        said = refused(run, f"got {run} in the hands of process {owner.pid} on ")
+        assert os.uname().nodename in said
+        assert time.strftime("since %Y-") in said
+        assert "--name NAME" in said
+        with pytest.raises(lock.LockedError, match=f"process {owner.pid} on"):
+            train.main(["digits", "--output", str(tmp_path)])
+        assert sorted(path.name for path in tmp_path.rglob("*")) == [".lock", "digits"]
+        owner.kill()
+        owner.wait()
+        assert (run / lock.NAME).exists()
+        os.kill(child, 0)  # it lives, and holds nothing
+        with lock.hold(run):
+            assert f"process {os.getpid()} on" in (run / lock.NAME).read_text()
+        assert not (run / lock.NAME).exists()
+        assert run.exists()
 
 
 def test_within_a_process_too_a_run_is_trained_once_at_a_time(tmp_path):
@@ -126,29 +135,6 @@ def test_the_other_hosts_end_as_the_first(tmp_path, monkeypatch):
     monkeypatch.setattr(hosts, "tell", lambda mine: 1)
     refused(tmp_path / "run", "Host 0 says which")
     assert not (tmp_path / "run").exists()
-
-
-@pytest.fixture
-def nothing_compiled(monkeypatch):
-    """The command must end before it makes a step, and soon."""
-
-    def fail(*_):
-        raise AssertionError("it got as far as making a step")
-
-    monkeypatch.setattr(learning, "make_step", fail)
-    monkeypatch.setattr(learning, "state_shapes", fail)
-    begun = time.process_time()
-    yield
-    assert time.process_time() - begun < 5
-
-
-def test_the_command_is_refused_before_it_compiles(tmp_path, nothing_compiled):
-    owner = holder(tmp_path / "digits")
-    with pytest.raises(lock.LockedError, match=f"process {owner.pid} on"):
-        train.main(["digits", "--output", str(tmp_path)])
-    owner.kill()
-    owner.wait()
-    assert sorted(path.name for path in tmp_path.rglob("*")) == [".lock", "digits"]
 
 
 @pytest.mark.parametrize("where", ["file", "file/below", "digits"])
@@ -209,11 +195,10 @@ def test_a_disk_without_room_for_a_checkpoint_is_named(tmp_path, monkeypatch):
 
 
 def test_a_run_that_was_moved_leaves_the_lock_of_another_alone(tmp_path):
-    run = tmp_path / "run"
-    with lock.hold(run):
-        run.rename(tmp_path / "moved")
-        owner = holder(run)  # of a new run in the old place
-    assert (run / lock.NAME).exists()
-    refused(run, f"in the hands of process {owner.pid} on ")
-    owner.kill()
-    owner.wait()
+    run, first = tmp_path / "run", contextlib.ExitStack()
+    first.enter_context(lock.hold(run))
+    run.rename(tmp_path / "moved")
+    with lock.hold(run):  # of a new run in the old place
+        first.close()
+        assert (run / lock.NAME).exists()
+        refused(run, "in the hands of process")

@@ -6,11 +6,11 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 from small_run import SMALL
 
@@ -20,12 +20,10 @@ from diffusion_jax.lab.process import stopping
 from diffusion_jax.lab.schema.config import replace
 from diffusion_jax.lab.training import arguments, loop
 from diffusion_jax.lab.wiring import build
-from experiments import convert, eval_nll, sample, train
+from experiments import convert, eval_nll, sample
 from experiments.configs import EXPERIMENTS
 
-ROOT = Path(__file__).resolve().parents[2]
 KEY = jax.random.key(3)
-LOUD = ("--diffusion.num-steps", "20", "--train.checkpoint-every", "100")
 
 
 @pytest.fixture(scope="module")
@@ -122,19 +120,15 @@ def config_of(*flags: str) -> lab.Config:
     return arguments.parse(["digits", *SMALL, *flags], EXPERIMENTS, prog="train")
 
 
-def test_training_on_given_images_is_that_of_the_command(tmp_path, capsys):
+def test_training_on_given_images_is_that_of_the_command(digits, tmp_path, capsys):
     known = datasets.load("digits")
-    assert train.main(["digits", *SMALL, "--output", str(tmp_path), *LOUD]) == 0
-    expected = lab.load(tmp_path / "digits")
-    config = dataclasses.replace(
-        config_of(*LOUD), output=str(tmp_path), name="given images"
-    )
+    config = dataclasses.replace(config_of(), output=str(tmp_path), name="given images")
     half = lab.train(replace(config, "train", stop_at=7), images=known.images)
     assert half.step == 7
     found = lab.train(config, images=known.images[..., 0])
     assert found.step == 12
     assert "going on from step 7 of 12" in capsys.readouterr().out
-    jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
+    jax.tree.map(np.testing.assert_array_equal, found.params, digits.params)
     # The file says which images they were, and others are refused.
     with pytest.raises(ValueError, match=r"data\.source.*force=True"):
         lab.train(config, images=known.images[::-1])
@@ -233,7 +227,7 @@ def test_the_face_is_small_and_loads_nothing():
 
 
 def test_the_lines_of_the_readme_run(trained, tmp_path, monkeypatch):
-    text = (ROOT / "README.md").read_text()
+    text = (processes.ROOT / "README.md").read_text()
     [lines] = [b for b in text.split("```")[1::2] if "lab.load" in b]
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "digits").symlink_to(trained.folder)
@@ -247,7 +241,9 @@ def test_the_lines_of_the_readme_run(trained, tmp_path, monkeypatch):
     assert scope["own"].step == 12
 
 
-def test_the_notebook_of_the_docs_runs(trained, tmp_path):
+def test_the_notebook_of_the_docs_runs(trained, tmp_path, monkeypatch):
+    for name, value in processes.QUICK.items():
+        monkeypatch.setenv(name, value)
     nbclient, nbformat = (
         pytest.importorskip("nbclient"),
         pytest.importorskip("nbformat"),
@@ -255,7 +251,7 @@ def test_the_notebook_of_the_docs_runs(trained, tmp_path):
     folder = tmp_path / "runs"
     folder.mkdir()
     (folder / "digits").symlink_to(trained.folder)
-    book = nbformat.read(ROOT / "docs" / "notebook.ipynb", as_version=4)
+    book = nbformat.read(processes.ROOT / "docs" / "notebook.ipynb", as_version=4)
     nbclient.NotebookClient(
         book, timeout=240, resources={"metadata": {"path": tmp_path}}
     ).execute()

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from processes import ROOT
+from processes import ROOT, wait_for
 
 from diffusion_jax.lab.process import stopping
 
@@ -37,11 +37,11 @@ def started(body, folder):
     )
 
 
-def wait_for(path):
-    until = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < until
-        time.sleep(0.01)
+def busy(body, folder):
+    """A process that is within a call after the body."""
+    process = started(f"{body}; busy('now')", folder)
+    wait_for((folder / "now").exists, process)
+    return process
 
 
 def end_of(process):
@@ -52,10 +52,18 @@ def end_of(process):
     return process.returncode, out, err
 
 
-@pytest.mark.parametrize("number", stopping.KINDS)
-def test_a_signal_during_preparations_ends_the_process_within_a_call(number, tmp_path):
-    process = started("busy('preparing')", tmp_path)
-    wait_for(tmp_path / "preparing")
+@pytest.mark.parametrize(
+    ("when", "number"),
+    [
+        *(("pass", kind) for kind in stopping.KINDS),  # during preparations
+        # After the last checkpoint.
+        ("signals.note(); signals.done()", signal.SIGINT),
+    ],
+)
+def test_a_signal_outside_of_the_loop_ends_the_process_within_a_call(
+    when, number, tmp_path
+):
+    process = busy(when, tmp_path)
     process.send_signal(number)
     code, _, err = end_of(process)
     assert code == 128 + number
@@ -67,8 +75,7 @@ def test_a_signal_during_preparations_ends_the_process_within_a_call(number, tmp
 )
 def test_a_second_signal_of_either_kind_ends_it_within_a_call(pair, tmp_path):
     first, second = (getattr(signal, name) for name in pair)
-    process = started("signals.note(); busy('saving')", tmp_path)
-    wait_for(tmp_path / "saving")
+    process = busy("signals.note()", tmp_path)
     process.send_signal(first)
     time.sleep(0.2)
     assert process.poll() is None
@@ -86,13 +93,6 @@ def test_a_first_signal_is_noted_and_no_more(tmp_path):
     signals.done()"""
     code, out, _ = end_of(started(body, tmp_path))
     assert (code, out) == (0, "the end [15]\n")
-
-
-def test_after_the_last_checkpoint_one_ends_it_again(tmp_path):
-    process = started("signals.note(); signals.done(); busy('plots')", tmp_path)
-    wait_for(tmp_path / "plots")
-    process.send_signal(signal.SIGINT)
-    assert end_of(process)[0] == 130
 
 
 def test_a_forked_child_dies_of_its_signals_alone(tmp_path):

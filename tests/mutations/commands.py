@@ -67,14 +67,14 @@ COMMANDS = [
         "diffusion_jax/lab/training/beginning.py",
         "            runs.cut_lines(path, found.step)\n",
         "            pass\n",
-        "tests/experiments/test_train.py::test_lines_after_the_checkpoint_are_written_once",
+        "tests/experiments/test_train.py::test_a_run_in_parts_is_bitwise_the_whole_run",
     ),
     Breakage(
         "train-pending-losses-forgotten",
         "diffusion_jax/lab/training/loop.py",
         '{"pending": [*log.pending], ',
         '{"pending": [], ',
-        "tests/experiments/test_train.py::test_a_run_in_two_parts_is_bitwise_the_whole_run",
+        "tests/experiments/test_train.py::test_a_run_in_parts_is_bitwise_the_whole_run",
     ),
     Breakage(
         "train-lines-not-on-the-disk",
@@ -145,7 +145,7 @@ COMMANDS = [
         "diffusion_jax/lab/run_folder/runs.py",
         'if line["step"] <= last_step',
         'if line["step"] < last_step',
-        "tests/experiments/test_train.py::test_a_run_in_two_parts_is_bitwise_the_whole_run",
+        "tests/experiments/test_train.py::test_a_run_in_parts_is_bitwise_the_whole_run",
     ),
     Breakage(
         "arguments-training-unchecked",

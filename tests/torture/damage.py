@@ -31,11 +31,9 @@ def cases(folder: Path, seed: int) -> Iterator[Outcome]:
     """Yields the outcomes."""
     rng = random.Random(seed)
     sample = made(folder / "whole")
-    files = sorted(
-        path.relative_to(sample.folder)
-        for path in (sample.folder / str(NEWEST)).rglob("*")
-        if path.is_file()
-    )
+    newest = sample.folder / str(NEWEST)
+    found = (path for path in newest.rglob("*") if path.is_file())
+    files = sorted(path.relative_to(sample.folder) for path in found)
     sizes = {path: (sample.folder / path).stat().st_size for path in files}
     bits = [flipped(path, at) for path, at in chosen(sizes, rng)]
     cuts = [
@@ -46,7 +44,7 @@ def cases(folder: Path, seed: int) -> Iterator[Outcome]:
     ]
     removals = [removed(path) for path in files]
     folders = sorted({path.parent for path in files if len(path.parts) > 2})
-    gone = [removed_folder(path) for path in folders]
+    gone = [removed(path) for path in folders]
     grown = [lengthened(path) for path in files]
     swapped = [replaced(path) for path in files]
     for name, damages in (
@@ -56,17 +54,21 @@ def cases(folder: Path, seed: int) -> Iterator[Outcome]:
         (f"{len(gone)} folders removed", gone),
         (f"{len(grown)} files with bytes after their end", grown),
         (f"{len(swapped)} files replaced by those of the step before", swapped),
-        ("the newest folder empty", [emptied]),
-        ("a newer folder, empty", [newer]),
-        ("a file in the place of the newest folder", [file_in_place]),
+        ("the newest folder empty", [EMPTIED]),
+        ("a newer folder, empty", [NEWER]),
+        ("a file in the place of the newest folder", [FILE_IN_PLACE]),
     ):
         yield outcome(name, lambda damages=damages: all_seen(sample, damages))
     yield outcome("what an interrupted save left is removed", lambda: stale(sample))
     yield outcome("both damaged: refused", lambda: none_left(sample))
 
 
-Damage = Callable[[Path], str]
-"""Does it to a copy of the folder; returns what it was."""
+class Damage(NamedTuple):
+    """Something that happens to a folder of checkpoints."""
+
+    what: str
+    do: Callable[[Path], object]
+    """To the folder, or a copy of it."""
 
 
 def chosen(sizes: dict[Path, int], rng: random.Random) -> list[tuple[Path, int]]:
@@ -80,78 +82,63 @@ def chosen(sizes: dict[Path, int], rng: random.Random) -> list[tuple[Path, int]]
     return [(path, rng.randrange(8 * sizes[path])) for path in (*each, *rest)]
 
 
-def flipped(path: Path, bit: int) -> Damage:
-    def damage(folder: Path) -> str:
-        data = bytearray((folder / path).read_bytes())
-        data[bit // 8] ^= 1 << (bit % 8)
-        (folder / path).write_bytes(data)
-        return f"bit {bit} of {path}"
+def rewritten(path: Path, what: str, change: Callable[[bytes], bytes]) -> Damage:
+    """A file of other bytes."""
 
-    return damage
+    def do(folder: Path) -> None:
+        (folder / path).write_bytes(change((folder / path).read_bytes()))
+
+    return Damage(f"{path} {what}", do)
+
+
+def flipped(path: Path, bit: int) -> Damage:
+    def change(data: bytes) -> bytes:
+        at, one = bit // 8, 1 << (bit % 8)
+        return data[:at] + bytes([data[at] ^ one]) + data[at + 1 :]
+
+    return rewritten(path, f"with bit {bit} flipped", change)
 
 
 def cut(path: Path, length: int) -> Damage:
-    def damage(folder: Path) -> str:
-        (folder / path).write_bytes((folder / path).read_bytes()[:length])
-        return f"{path} cut to {length} bytes"
-
-    return damage
-
-
-def removed(path: Path) -> Damage:
-    def damage(folder: Path) -> str:
-        (folder / path).unlink()
-        return f"{path} removed"
-
-    return damage
-
-
-def removed_folder(path: Path) -> Damage:
-    def damage(folder: Path) -> str:
-        shutil.rmtree(folder / path)
-        return f"{path}/ removed"
-
-    return damage
+    return rewritten(path, f"cut to {length} bytes", lambda data: data[:length])
 
 
 def lengthened(path: Path) -> Damage:
-    def damage(folder: Path) -> str:
-        with (folder / path).open("ab") as file:
-            file.write(b"\0" * 100)
-        return f"{path} lengthened"
+    return rewritten(path, "lengthened", lambda data: data + bytes(100))
 
-    return damage
+
+def removed(path: Path) -> Damage:
+    def do(folder: Path) -> None:
+        gone = folder / path
+        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+
+    return Damage(f"{path} removed", do)
 
 
 def replaced(path: Path) -> Damage:
     """The same file of the step before; what has its name, where none is the same."""
 
-    def damage(folder: Path) -> str:
+    def do(folder: Path) -> None:
         older = folder / str(BEFORE) / Path(*path.parts[1:])
-        if older.exists():
-            shutil.copyfile(older, folder / path)
-        else:
-            (folder / path).write_bytes(b"of something else")
-        return f"{path} replaced"
+        data = older.read_bytes() if older.exists() else b"of something else"
+        (folder / path).write_bytes(data)
 
-    return damage
+    return Damage(f"{path} replaced", do)
 
 
-def emptied(folder: Path) -> str:
+def _emptied(folder: Path) -> None:
     shutil.rmtree(folder / str(NEWEST))
     (folder / str(NEWEST)).mkdir()
-    return "empty"
 
 
-def newer(folder: Path) -> str:
-    (folder / str(NEWEST + 1)).mkdir()
-    return "a newer one, empty"
-
-
-def file_in_place(folder: Path) -> str:
+def _file_in_place(folder: Path) -> None:
     shutil.rmtree(folder / str(NEWEST))
     (folder / str(NEWEST)).write_text("in the way")
-    return "a file"
+
+
+EMPTIED = Damage("empty", _emptied)
+NEWER = Damage("a newer one, empty", lambda folder: (folder / str(NEWEST + 1)).mkdir())
+FILE_IN_PLACE = Damage("a file", _file_in_place)
 
 
 def made(folder: Path) -> Sample:
@@ -215,7 +202,8 @@ def all_seen(sample: Sample, damages: list[Damage]) -> str:
     for damage in damages:
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(sample.folder, work)
-        what = damage(work)
+        damage.do(work)
+        what = damage.what
         found = restored(sample, work, strict=False)
         check(
             raw(found.state) == sample.states[found.step],
@@ -228,9 +216,9 @@ def all_seen(sample: Sample, damages: list[Damage]) -> str:
             continue
         seen += 1
         reported = [skipped for skipped in found.skipped if skipped.step >= NEWEST]
-        whole = found.step == (NEWEST if damage is newer else BEFORE)
+        whole = found.step == (NEWEST if damage is NEWER else BEFORE)
         check(whole, f"{what}: step {found.step} restored")
-        if damage is not file_in_place:  # which is no checkpoint
+        if damage is not FILE_IN_PLACE:  # which is no checkpoint
             check(reported and reported[0].why, f"{what}: nothing said of it")
         elif not reported:
             continue
@@ -274,7 +262,8 @@ def none_left(sample: Sample) -> str:
     for step in (BEFORE, NEWEST):
         for path in (work / str(step)).rglob("*"):
             if path.is_file() and path.stat().st_size:
-                flipped(path.relative_to(work), 8 * (path.stat().st_size // 2))(work)
+                half = 8 * (path.stat().st_size // 2)
+                flipped(path.relative_to(work), half).do(work)
     try:
         found = restored(sample, work, strict=False)
     except CheckpointError as error:

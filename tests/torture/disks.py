@@ -32,13 +32,7 @@ def cases(folder: Path, seed: int) -> Iterator[Outcome]:
     del seed
     cache, flags = folder / "cache", ["--train.steps", STEPS]
     whole = folder / "whole" / "digits"
-    yield outcome(
-        f"undisturbed run of {STEPS} steps",
-        lambda: (
-            trainings.finish(whole, *flags, log=folder / "whole.log", cache=cache)
-            and None
-        ),
-    )
+    yield trainings.undisturbed(whole, STEPS, cache=cache)
 
     def survives(name: str, trouble: Break, *, disk: bool, lost: bool = False) -> str:
         where = folder / name
@@ -54,7 +48,7 @@ def cases(folder: Path, seed: int) -> Iterator[Outcome]:
             try:
                 code = trainings.ended(training)
                 if code == 0 and lost:  # what it needs was in memory: written again
-                    equal(run, whole)
+                    trainings.same_end(run, whole, STEPS)
                     return "went on to an equal end"
                 said = trainings.refused(training, where)
                 if (run / "config.json").exists() and not lost:
@@ -65,7 +59,7 @@ def cases(folder: Path, seed: int) -> Iterator[Outcome]:
             trainings.finish(run, *flags, log=log, cache=cache)
             again = trainings.begun_at(log)
             check(lost or again, "begun again at step 0")
-            equal(run, whole)
+            trainings.same_end(run, whole, STEPS)
         return f"{said!r}, then on from step {again} to an equal end"
 
     yield outcome(
@@ -113,7 +107,7 @@ def cases(folder: Path, seed: int) -> Iterator[Outcome]:
             filled.unlink()
             run, log = where / "digits", folder / "full_start.2.log"
             trainings.finish(run, *flags, log=log, cache=cache)
-            equal(run, whole)
+            trainings.same_end(run, whole, STEPS)
         return said
 
     def a_file_in_the_place() -> str:
@@ -130,7 +124,7 @@ def cases(folder: Path, seed: int) -> Iterator[Outcome]:
             log = folder / "programs.log"
             trainings.finish(run, *flags, log=log, cache=where)
             filled.unlink()
-        equal(run, whole)
+        trainings.same_end(run, whole, STEPS)
         return "trained to an equal end"
 
     yield outcome("disk read-only from the start", read_only_from_the_start)
@@ -147,13 +141,6 @@ def midway(training: Training) -> moments.Moment:
         return bool(steps) and steps[-1] >= 3 * trainings.EVERY
 
     return moment
-
-
-def equal(run: Path, whole: Path) -> None:
-    """Checks that a run ended as the undisturbed one."""
-    trainings.same_state(run, whole)
-    trainings.same_files(run, whole)
-    trainings.every_step(run, STEPS)
 
 
 @contextlib.contextmanager

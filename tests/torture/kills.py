@@ -87,10 +87,7 @@ def cases(folder: Path, seed: int) -> Iterator[Outcome]:
     rng = random.Random(seed)
     whole, run = folder / "whole" / "digits", folder / "killed" / "digits"
     flags = ["--train.steps", STEPS]
-    yield outcome(
-        f"undisturbed run of {STEPS} steps",
-        lambda: trainings.finish(whole, *flags, log=folder / "whole.log") and None,
-    )
+    yield trainings.undisturbed(whole, STEPS)
     first = [aim for aim in AIMS if aim is at_compilation]
     others = [aim for aim in AIMS if aim is not at_compilation]
     rng.shuffle(others)
@@ -105,9 +102,7 @@ def cases(folder: Path, seed: int) -> Iterator[Outcome]:
         )
         yield result._replace(seconds=killed.seconds)
     yield outcome(f"{len(kills)} kills hit all kinds of moments", lambda: kinds(kills))
-    yield outcome("killed run: final state", lambda: trainings.same_state(run, whole))
-    yield outcome("killed run: files", lambda: trainings.same_files(run, whole))
-    yield outcome("killed run: log", lambda: trainings.every_step(run, STEPS))
+    yield outcome("killed run", lambda: trainings.same_end(run, whole, STEPS))
     yield outcome("killed run: nothing left over", lambda: nothing_left(run))
     yield from evaluations(folder, run, rng)
 

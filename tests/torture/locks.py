@@ -20,13 +20,7 @@ def cases(folder: Path, seed: int) -> Iterator[Outcome]:
     rng = random.Random(seed)
     cache, flags = folder / "cache", ["--train.steps", STEPS]
     run, whole = folder / "both" / "digits", folder / "whole" / "digits"
-    yield outcome(
-        f"undisturbed run of {STEPS} steps",
-        lambda: (
-            trainings.finish(whole, *flags, log=folder / "whole.log", cache=cache)
-            and None
-        ),
-    )
+    yield trainings.undisturbed(whole, STEPS, cache=cache)
 
     def refused(number: int) -> str:
         logs = [folder / f"{name}{number}.log" for name in ("owner", "second")]
@@ -66,8 +60,6 @@ def cases(folder: Path, seed: int) -> Iterator[Outcome]:
 
     def last() -> str:
         trainings.finish(run, *flags, log=folder / "last.log", cache=cache)
-        trainings.same_state(run, whole)
-        trainings.same_files(run, whole)
-        return trainings.every_step(run, STEPS)
+        return trainings.same_end(run, whole, STEPS)
 
     yield outcome("after its owner's death the run goes on to an equal end", last)

@@ -22,7 +22,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 def cases(folder: Path, seed: int) -> Iterator[Outcome]:
     """Yields the outcomes: one a signal, and those of the run that came of it."""
     rng = random.Random(seed)
-    cache, flags = folder / "cache", ["--train.steps", STEPS]
+    flags = ["--train.steps", STEPS]
     run, whole = folder / "stopped" / "digits", folder / "whole" / "digits"
     plans = [
         *[("the start", moments.started, rng.uniform(0.2, 3)) for _ in range(4)],
@@ -56,16 +56,8 @@ def cases(folder: Path, seed: int) -> Iterator[Outcome]:
         "the run goes on to its end",
         lambda: trainings.finish(run, *flags, log=folder / "end.log") and None,
     )
-    yield outcome(
-        f"undisturbed run of {STEPS} steps",
-        lambda: (
-            trainings.finish(whole, *flags, log=folder / "whole.log", cache=cache)
-            and None
-        ),
-    )
-    yield outcome("stopped run: final state", lambda: trainings.same_state(run, whole))
-    yield outcome("stopped run: files", lambda: trainings.same_files(run, whole))
-    yield outcome("stopped run: log", lambda: trainings.every_step(run, STEPS))
+    yield trainings.undisturbed(whole, STEPS, cache=folder / "cache")
+    yield outcome("stopped run", lambda: trainings.same_end(run, whole, STEPS))
 
 
 def compiling(training: Training) -> moments.Moment:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .cases import FailedError, check
+from .cases import FailedError, Outcome, check, outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY, GRID_EVERY, KEEP = 40, 60, 2
@@ -132,6 +132,16 @@ def finish(run: Path, *flags: object, log: Path, **options: Any) -> str:
     code = ended(training)
     check(code == 0, f"exit code {code}, {last_words(log)}")
     return text(log)
+
+
+def undisturbed(run: Path, steps: int, **options: Any) -> Outcome:
+    """Returns the outcome of a run that others are compared with."""
+    log = run.parent.with_suffix(".log")
+
+    def train() -> None:
+        finish(run, "--train.steps", steps, log=log, **options)
+
+    return outcome(f"undisturbed run of {steps} steps", train)
 
 
 def kill(training: Training) -> None:
@@ -254,6 +264,12 @@ def same_files(run: Path, other: Path) -> str:
     for mine, theirs in pairs:
         check(mine.read_bytes() == theirs.read_bytes(), f"{mine.name} differs")
     return f"metrics.jsonl, {grids[0].name}"
+
+
+def same_end(run: Path, whole: Path, steps: int) -> str:
+    """Checks that a run ended as another one, to the bit, and has every step once."""
+    found = same_state(run, whole), same_files(run, whole), every_step(run, steps)
+    return ", ".join(found)
 
 
 def every_step(run: Path, last: int) -> str:
