@@ -150,21 +150,22 @@ def langevin(
             return x, pred.x0
 
         x, x0 = jax.lax.fori_loop(0, moves, move, (x_t, jnp.zeros_like(x_t)))
-        # Of pure noise only the noise is there to be kept, at its new size.
-        scale = jnp.where(
-            level.logsnr < PURE_NOISE,
-            prev.sigma / level.sigma,
-            jnp.exp(prev.log_alpha - level.log_alpha),
-        )
         x_s = jax.lax.cond(
             prev.sigma > 0,
-            lambda x: scale * x,
+            lambda x: _scale(level, prev) * x,
             lambda x: prev.alpha * denoise(x, t).x0,
             x,
         )
         return Step(x_s, memory, x0)
 
     return Sampler(forgetful(schedule), step)
+
+
+def _scale(level: NoiseLevel, prev: NoiseLevel) -> jax.Array:
+    """From a level to the next: that of the data, or of noise where that is all."""
+    of_noise = prev.sigma / level.sigma
+    of_data = jnp.exp(prev.log_alpha - level.log_alpha)
+    return jnp.where(level.logsnr < PURE_NOISE, of_noise, of_data)
 
 
 def _move(

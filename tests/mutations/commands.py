@@ -177,9 +177,9 @@ COMMANDS = [
     ),
     Breakage(
         "convert-scores-of-other-weights",
-        "experiments/convert.py",
-        'if result.get("weights_sha256") != digest:',
-        'if "weights_sha256" not in result:',
+        "diffusion_jax/lab/run_folder/results.py",
+        'if v.get("weights_sha256") == digest',
+        'if "weights_sha256" in v',
         "tests/experiments/test_convert.py::test_scores_go_with_the_weights_that_they_are_of",
     ),
     Breakage(

@@ -1,0 +1,92 @@
+"""Drawings say how they were made, and take the place of nothing else."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab.drawing import outputs
+from diffusion_jax.lab.run_folder import results
+from experiments import sample
+
+FEW = ("--count", "3", "--no-strip")
+
+
+def draw(run, *flags):
+    assert sample.main([str(run.folder), *FEW, *flags]) == 0
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_ways_to_draw_do_not_meet_and_say_what_they_are(trained):
+    draw(trained)
+    draw(trained, "--sampler", "ddim", "--steps", "2")
+    draw(trained, "--raw", "--format", "npz")
+    folder = trained.folder / "draw"
+    assert names(folder) == [
+        "seed0_3.png",
+        "seed0_3_ddim_steps2.png",
+        "seed0_3_raw.npz",
+    ]
+    about = []
+    for name in names(folder)[:2]:
+        with Image.open(folder / name) as picture:
+            about.append(json.loads(picture.text["Description"]))
+    with np.load(folder / "seed0_3_raw.npz") as file:
+        about.append(json.loads(str(file["about"])))
+        assert file["images"].shape == (3, 8, 8, 1)
+    assert [a["sampler"] for a in about] == ["ddpm", "ddim", "ddpm"]
+    assert about[1]["command"].endswith("--count 3 --no-strip --sampler ddim --steps 2")
+    digests = [a["weights_sha256"] for a in about]
+    assert digests[0] == digests[1] != digests[2]
+    assert [a["seed"] for a in about] == [0, 0, 0]
+
+
+def test_a_smaller_set_leaves_none_of_the_larger(trained, tmp_path):
+    out = ("--format", "png", "--out", str(tmp_path / "set"), "--sampler", "ddim")
+    draw(trained, *out)
+    assert sample.main([str(trained.folder), "--count", "2", *out]) == 0
+    assert names(tmp_path / "set") == ["000000.png", "000001.png"]
+
+
+@pytest.mark.parametrize("kind", ["grid", "npz", "png"])
+def test_what_is_no_drawing_stays(kind, trained, tmp_path, monkeypatch):
+    """And is named before anything compiles."""
+    mine = tmp_path / "precious.txt"
+    mine.write_text("keep")
+    out = tmp_path if kind == "png" else mine
+    flags = [str(trained.folder), *FEW, "--format", kind, "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "jit", None)
+        with pytest.raises(ConfigError, match=r"cannot write .*precious\.txt"):
+            sample.main(flags)
+    assert mine.read_text() == "keep"
+    if kind != "png":
+        assert sample.main([*flags, "--overwrite", "--sampler", "ddim"]) == 0
+        assert outputs.check_file(mine, overwrite=False) is None  # it is one now
+
+
+def test_no_file_at_all_is_not_replaced(tmp_path):
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="that is no file"):
+            outputs.check_file(tmp_path, overwrite=overwrite)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="that is no folder"):
+        outputs.check_folder(tmp_path / "file")
+
+
+def test_results_add_up_and_those_of_other_weights_are_left_out(trained):
+    for value, digest in ((1.0, "a"), (2.0, "b"), (3.0, "a")):
+        results.write(trained, "fid", {"mean": value, "weights_sha256": digest})
+    folder = trained.folder / "eval"
+    (folder / "samplers.json").write_text('{"rows": []}')
+    (folder / "list.json").write_text("[1]")
+    with (folder / results.ALL).open("a") as file:
+        file.write('{"cut o')
+    found = [(name, values["mean"]) for name, values in results.read(trained, "a")]
+    assert found == [("fid", 3.0), ("fid", 1.0), ("fid", 3.0)]
