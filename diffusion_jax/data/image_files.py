@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +22,10 @@ from tqdm import tqdm
 
 from diffusion_jax.errors import DataError, first_of
 
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+IMAGE_ENDINGS = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif"),
+    *(".tiff", ".avif", ".jp2", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
+)
 
 # Files handed to the threads at a time: bounds the decoded images that wait.
 _CHUNK = 256
@@ -309,6 +313,9 @@ def read_folder(
 def image_files(folder: Path) -> list[Path]:
     """Returns the paths of a folder's images, in order.
 
+    Links to nothing are among them, to be named with what cannot be read. What else
+    is there is warned of, by ending.
+
     Raises:
       DataError: no folder, or no images in it.
     """
@@ -317,19 +324,24 @@ def image_files(folder: Path) -> list[Path]:
             f"a folder of images must exist; got {folder}, which is no folder. "
             "Check the path."
         )
-    files = [
+    seen = [
         file
         for file in folder.rglob("*")
-        if file.suffix.lower() in IMAGE_ENDINGS
-        and not any(p.startswith(".") for p in file.relative_to(folder).parts)
-        and file.is_file()
+        if not any(p.startswith(".") for p in file.relative_to(folder).parts)
+        and not file.is_dir()
     ]
+    files = [file for file in seen if file.suffix.lower() in IMAGE_ENDINGS]
+    others = Counter(file.suffix.lower() or "no ending" for file in seen)
+    others -= Counter(dict.fromkeys(IMAGE_ENDINGS, len(seen)))
     if not files:
         raise DataError(
             f"a folder of images must hold files ending in "
             f"{', '.join(IMAGE_ENDINGS)}; got none under {folder}. Check the path, "
             "or convert the images."
         )
+    if others:
+        counted = ", ".join(f"{n} of {ending}" for ending, n in others.most_common())
+        warnings.warn(f"left out files that are no images: {counted}", stacklevel=3)
     # Not by Path, which sorts differently on systems that ignore case.
     return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
 

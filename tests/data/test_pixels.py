@@ -133,10 +133,14 @@ def test_folder_is_sorted_recursive_and_leaves_out_the_rest(tmp_path, memory_lim
     names = ["B.png", "a/x.png", "a/y/z.png", "a0.png", "b.png"]
     fill(tmp_path, names)
     fill(tmp_path, [".hidden.png", ".thumbs/a.png"])
-    (tmp_path / "notes.txt").write_text("no image")
+    for name in ("notes.txt", "more.txt", "LICENSE", ".hidden"):
+        (tmp_path / name).write_text("no image")
     (tmp_path / "folder.png").mkdir()
-    source = f"folder:{tmp_path}"
-    images = datasets.load(source, image_size=8, memory_limit=memory_limit).images
+    source, said = f"folder:{tmp_path}", r"no images: 2 of \.txt, 1 of no ending$"
+    with pytest.warns(UserWarning, match=said):
+        images = datasets.load(source, image_size=8, memory_limit=memory_limit).images
+    for name in ("notes.txt", "more.txt", "LICENSE"):
+        (tmp_path / name).unlink()
     assert isinstance(images, image_files.LazyImages) == (memory_limit == 100)
     assert greys(images) == [0, 1, 2, 3, 4]
     assert images.shape == (5, 8, 8, 3)
@@ -144,6 +148,23 @@ def test_folder_is_sorted_recursive_and_leaves_out_the_rest(tmp_path, memory_lim
     batch = datasets.batch_at(dataset, np.array([3, 1, 3]))
     assert batch["image"].shape == (3, 8, 8, 3)
     assert batch["image"][:, 0, 0, 0].tolist() == [3, 1, 3]
+
+
+def test_folder_knows_images_by_many_endings(tmp_path):
+    red = Image.new("RGB", (8, 8), "red")
+    kinds = {"jfif": "JPEG", "jpe": "JPEG", "pnm": "PPM", "ppm": "PPM"}
+    for ending in ("png", "tif", "tiff", "tga", "bmp", *kinds):
+        red.save(tmp_path / f"a.{ending}", kinds.get(ending))
+    images = datasets.load(f"folder:{tmp_path}", image_size=8).images
+    assert len(images) == 9
+    assert (abs(images.astype(int) - [255, 0, 0]) <= 2).all()
+
+
+def test_folder_names_a_link_to_nothing(tmp_path):
+    fill(tmp_path, ["a.png"])
+    (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(DataError, match=r"got 1 of 2 .*b\.png \(FileNotFoundError"):
+        datasets.load(f"folder:{tmp_path}", image_size=8)
 
 
 def spoil(folder: Path, num: int = 12) -> None:

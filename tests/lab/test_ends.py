@@ -1,0 +1,42 @@
+"""Schedules that end before noise, or in nothing else: said, or refused where drawn."""
+
+import dataclasses
+
+import pytest
+
+from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab.schema.config import replace
+from diffusion_jax.lab.training import beginning
+from diffusion_jax.lab.wiring import chains
+from experiments.configs import EXPERIMENTS
+
+
+def ending(schedule, **fields):
+    config = EXPERIMENTS["digits"].config
+    return replace(config, "diffusion", schedule=schedule, **fields)
+
+
+def test_a_schedule_that_ends_before_noise_says_what_fits():
+    said = beginning.signal_left(ending("linear", num_steps=50))
+    assert "linear leaves 0.60 of x_T" in said
+    assert "T = 50," in said
+    assert said.endswith("--diffusion.beta-end 0.4 fits (0.02 is of T = 1000).")
+    assert not beginning.signal_left(ending("linear", num_steps=50, beta_end=0.4))
+    assert "cosine" in beginning.signal_left(ending("quad", num_steps=50))
+
+
+def test_no_experiment_ends_before_noise():
+    for name, experiment in EXPERIMENTS.items():
+        assert not beginning.signal_left(experiment.config), name
+
+
+@pytest.mark.parametrize("prediction", ["eps", "score"])
+def test_pure_noise_is_not_drawn_from_by_what_says_nothing_of_it(prediction):
+    config = ending("jsd", prediction=prediction, loss="eps", num_steps=100)
+    config = dataclasses.replace(
+        config, sample=dataclasses.replace(config.sample, steps=10)
+    )
+    with pytest.raises(ConfigError, match=r"jsd ends in pure noise.*logsnr"):
+        chains.make_grid(config)
+    assert chains.make_grid(replace(config, "sample", grid="logsnr"))[0] < 100
+    assert chains.make_grid(replace(config, "diffusion", prediction="v"))[0] == 100
