@@ -348,7 +348,7 @@ def colorize(
       grey: [B, ..., 1], the mean over the channels and not a weighted luma; or an image
         whose mean is taken.
     """
-    mean = grey.mean(-1, keepdims=True)
+    mean = real_data(grey).mean(-1, keepdims=True)
 
     def combine(y: jax.Array, x: jax.Array) -> jax.Array:
         return x + (y - x).mean(-1, keepdims=True)

@@ -328,7 +328,7 @@ def image_files(folder: Path) -> list[Path]:
         file
         for file in folder.rglob("*")
         if not any(p.startswith(".") for p in file.relative_to(folder).parts)
-        and not file.is_dir()
+        and (file.is_file() or (file.is_symlink() and not file.exists()))
     ]
     files = [file for file in seen if file.suffix.lower() in IMAGE_ENDINGS]
     others = Counter(file.suffix.lower() or "no ending" for file in seen)

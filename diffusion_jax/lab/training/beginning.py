@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from diffusion_jax import schedule
 from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
@@ -78,8 +79,8 @@ def signal_left(config: Config) -> str:
     Chains begin in noise alone: what is left of the images at T is what they miss.
     """
     diffusion = config.diffusion
-    level = chains.known_chain(config)(diffusion.num_steps)
-    left = float(1 / (1 + np.exp(-level.logsnr)))
+    logsnr = np.asarray(schedule.tables(chains.known_chain(config))[1], np.float64)
+    left = 1 / (1 + np.exp(-logsnr[-1]))
     if left < MOST_LEFT:
         return ""
     said = (

@@ -61,7 +61,8 @@ def make_grid(config: Config) -> np.ndarray:
     made: Callable[..., np.ndarray] = getattr(grids, how["grid"])
     levels = known_chain(config)
     times, predicted = made(levels, how["steps"]), config.diffusion.prediction
-    if predicted in ("eps", "score") and levels(int(times[0])).logsnr < PURE_NOISE:
+    first = np.asarray(schedule.tables(levels)[1])[int(times[0])]
+    if predicted in ("eps", "score") and first < PURE_NOISE:
         raise ConfigError(
             f"cannot draw: schedule {config.diffusion.schedule} ends in pure noise, "
             f"of which the prediction {predicted} says no image. Use the grid logsnr, "
