@@ -69,6 +69,8 @@ class Data:
     """Whether half of the images are mirrored left to right, at random."""
     download: Annotated[bool, FREE] = True
     """Whether a missing official archive may be downloaded."""
+    skip_unreadable: bool = False
+    """Whether the files of a folder that cannot be read are left out, and counted."""
 
     @property
     def shape(self) -> tuple[int, int, int]:

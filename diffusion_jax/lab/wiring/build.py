@@ -20,6 +20,15 @@ Apply = Callable[..., jax.Array]
 FIRST_LOGSNR = (-5.0, 13.3)
 
 
+HERE = {
+    "data_dir": "data_dir is --data.path here.",
+    "skip_unreadable=True": "skip_unreadable=True is --data.skip-unreadable here.",
+    "image_size": "image_size is --data.image-size here.",
+    "fit=": "fit='crop' is what becomes of the files of a folder:PATH here.",
+}
+"""What arguments of the functions that load data are as flags."""
+
+
 def make_schedule(config: Config, params: Any = None) -> schedule.Schedule:
     """Returns the noise schedule that the network learns on.
 
@@ -199,10 +208,11 @@ def load_data(config: Config, *, split: str = "train") -> datasets.Dataset:
             image_size=d.image_size,
             channels=d.channels,
             download=d.download,
+            skip_unreadable=d.skip_unreadable,
         )
     except errors.DataError as error:
-        hint = "\ndata_dir is --data.path here." if "data_dir" in str(error) else ""
-        raise errors.DataError(f"{error}{hint}") from error
+        hints = [said for word, said in HERE.items() if word in str(error)]
+        raise errors.DataError("\n".join([str(error), *hints])) from error
     shape = dataset.images.shape[1:]
     if shape != d.shape:
         raise ConfigError(
