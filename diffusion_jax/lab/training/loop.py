@@ -98,6 +98,7 @@ def _train(
     beginning.check_hosts(config, run)
     beginning.check_same_run(config, run, force=force)
     parallel.persistent_cache(Path(config.output).resolve() / ".cache")
+    chains.make_grid(config)  # which may be refused, and had better be now
     mesh = parallel.make_mesh(config.train.devices, config.train.fsdp)
     parallel.check_batch_size(config.train.batch_size, mesh.size)
     dataset = build.load_data(config) if dataset is None else dataset
