@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import traverse_util
 
 from diffusion_jax.errors import DataError, first_of
 from diffusion_jax.storage import tensor_files
@@ -114,6 +113,8 @@ def read(path: Path) -> Stored:
     Raises:
       DataError: there is no such file, or it is damaged or no tree.
     """
+    from flax import traverse_util  # a fifth of a second, which `--help` need not wait
+
     found = tensor_files.read(path)
     # With its dot, a name comes right before the names of what is below it.
     names = itertools.pairwise(sorted(f"{name}." for name in found.arrays))

@@ -47,6 +47,7 @@ def test_commands_load_what_is_slow_only_where_they_use_it():
     assert len(COMMANDS) >= 15
     assert "jax" in loaded
     assert not loaded & set(SLOW.split())
+    assert "flax" not in loaded_by("import experiments.train")
 
 
 def test_modules_are_there_by_name():
