@@ -279,11 +279,7 @@ def constrain(
     def up(
         keys: jax.Array, x_t: jax.Array, memory: Any, t: jax.Array, s: jax.Array
     ) -> samplers.Step:
-        level, next_level = schedule(t).like(x_t), schedule(s).like(x_t)
-        kept = jnp.exp(next_level.log_alpha - level.log_alpha)
-        share = -jnp.expm1(next_level.logsnr - level.logsnr)
-        noise = gaussian.normal(keys, x_t.shape)
-        x_s = kept * x_t + next_level.sigma * jnp.sqrt(share) * noise
+        x_s = gaussian.q_step(keys, x_t, schedule(t), schedule(s))
         return samplers.Step(x_s, memory, memory[1])
 
     def step(

@@ -79,6 +79,36 @@ def q_posterior(
     return c0 * x0 + ct * x_t, variance
 
 
+def q_step(
+    key: jax.Array,
+    x_s: jax.Array,
+    level: NoiseLevel,
+    next_level: NoiseLevel,
+    *,
+    noise: float = 1.0,
+) -> jax.Array:
+    """Returns x_t drawn from q(x_t | x_s), the forward process (Eq. 2, Ho et al. 2020).
+
+    x_t = a x_s + b z with a = alpha_t / alpha_s and b^2 = sigma_t^2 - a^2 sigma_s^2.
+
+    Args:
+      key: one key, or a key an example, [B].
+      x_s: data at s, [B, ...].
+      level: noise level at s, [B] or scalar.
+      next_level: that at t, noisier, [B] or scalar.
+      noise: standard deviation of z.
+
+    >>> from diffusion_jax import schedule
+    >>> lin, x = schedule.linear(), jnp.ones([1, 2])
+    >>> print(q_step(jax.random.key(0), x, lin(0), lin(1000), noise=0.0).round(5))
+    [[0.00635 0.00635]]
+    """
+    level, next_level = level.like(x_s), next_level.like(x_s)
+    kept = jnp.exp(next_level.log_alpha - level.log_alpha)
+    added = next_level.sigma * jnp.sqrt(-jnp.expm1(next_level.logsnr - level.logsnr))
+    return kept * x_s + noise * added * normal(key, x_s.shape)
+
+
 def predict(
     kind: str,
     output: jax.Array,

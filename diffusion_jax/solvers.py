@@ -115,7 +115,7 @@ def edm(
         inside = (low <= ratio) & (ratio <= high)
         # Rounding to whole steps, or to the last one, never takes noise away.
         up = jnp.where(inside, jnp.maximum(raised, t).astype(t.dtype), t)
-        x_up = _raised(keys, x_t, level, schedule(up), noise)
+        x_up = gaussian.q_step(keys, x_t, level, schedule(up), noise=noise)
         x_s, x0 = _trapezoid(denoise, schedule, x_up, up, s)
         return Step(x_s, gamma, x0)
 
@@ -298,15 +298,6 @@ def _jump(level: NoiseLevel, prev: NoiseLevel) -> tuple[jax.Array, jax.Array]:
     ended = jnp.isinf(prev.logsnr)
     h = 0.5 * (prev.logsnr - level.logsnr)
     return jnp.where(ended, 1.0, h), ended
-
-
-def _raised(
-    keys: jax.Array, x: jax.Array, level: NoiseLevel, above: NoiseLevel, size: float
-) -> jax.Array:
-    """X at a noisier level, with noise of a given size in place of 1."""
-    added = above.sigma * jnp.sqrt(-jnp.expm1(above.logsnr - level.logsnr))
-    scale = jnp.exp(above.log_alpha - level.log_alpha)
-    return scale * x + size * added * gaussian.normal(keys, x.shape)
 
 
 def _trapezoid(

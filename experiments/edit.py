@@ -8,7 +8,6 @@ A command writes a picture, with what it was given at the sides, and beside it a
 of the results as single PNGs of the run's own size.
 """
 
-import shlex
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -57,11 +56,10 @@ def main(argv: Sequence[str]) -> int:
     outputs.check_folder(folder)
     draw = COMMANDS[command][1](config, options)
     drawable, step, kind = extras.load(config, run, shared.which)
-    print(f"{run.folder}: {weights.describe(kind, step)}")
-    edited = draw(drawable, jax.random.key(shared.seed))
-    typed = shlex.join(["python", "-m", "experiments.edit", *argv])
     told = weights.describe(kind, step)
-    made = outputs.about(typed, config, drawable, told, shared.seed)
+    print(f"{run.folder}: {told}")
+    edited = draw(drawable, jax.random.key(shared.seed))
+    made = outputs.about("edit", argv, config, drawable, told, shared.seed)
     outputs.save_each(iter([edited.results]), folder, made)
     print(f"{command}: {pictures.save(edits.picture(edited), out, made)}")
     print(f"{len(edited.results)} images: {folder}/000000.png and on")

@@ -1,7 +1,6 @@
 """Draws images from a trained network: `python -m experiments.sample [RUN]`."""
 
 import dataclasses
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -70,11 +69,10 @@ def main(argv: Sequence[str]) -> int:
     check_out(options, out)
     drawable, step, kind = extras.load(config, run, which)
     said = sampling.describe(chains.describe_sampling(config))
-    print(f"{run.folder}: {weights.describe(kind, step)}, {said}")
-
-    typed = shlex.join(["python", "-m", "experiments.sample", *argv])
     told = weights.describe(kind, step)
-    made = outputs.about(typed, config, drawable, told, options.seed)
+    print(f"{run.folder}: {told}, {said}")
+
+    made = outputs.about("sample", argv, config, drawable, told, options.seed)
     if options.figure is not None:
         return draw_figure(config, drawable, out, options, made)
     count, key = options.count, jax.random.key(options.seed)
@@ -141,6 +139,8 @@ def check_out(options: Options, out: Path) -> None:
         return outputs.check_folder(out)
     if options.figure is None and options.format == "grid" and options.strip:
         outputs.check_file(strip_of(out), overwrite=options.overwrite)
+    if options.figure == "quality" and not out.exists():  # no numbers of its own yet
+        outputs.check_file(out.with_suffix(".json"), overwrite=options.overwrite)
     return outputs.check_file(out, overwrite=options.overwrite)
 
 

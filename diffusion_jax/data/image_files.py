@@ -331,8 +331,11 @@ def image_files(folder: Path) -> list[Path]:
         and (file.is_file() or (file.is_symlink() and not file.exists()))
     ]
     files = [file for file in seen if file.suffix.lower() in IMAGE_ENDINGS]
-    others = Counter(file.suffix.lower() or "no ending" for file in seen)
-    others -= Counter(dict.fromkeys(IMAGE_ENDINGS, len(seen)))
+    others = Counter(
+        file.suffix.lower() or "no ending"
+        for file in seen
+        if file.suffix.lower() not in IMAGE_ENDINGS
+    )
     if not files:
         raise DataError(
             f"a folder of images must hold files ending in "

@@ -205,7 +205,7 @@ def test_what_cannot_be_read_is_left_out_where_the_flag_says_so(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     config = EXPERIMENTS["digits"].config
     config = replace(config, "data", source=f"folder:{tmp_path}")
-    with pytest.raises(DataError, match=r"bad\.png.*\n.* --data\.skip-unreadable here"):
+    with pytest.raises(DataError, match=r"bad\.png.*\n.* --data\.skip-unreadable"):
         build.load_data(config)
     skips = replace(config, "data", skip_unreadable=True)
     with pytest.warns(UserWarning, match=r"left out unreadable images; got 1 of 4"):

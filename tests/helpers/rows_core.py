@@ -48,6 +48,7 @@ def _variances(kind: str, keys, x0, x, log, *levels) -> Any:
 def _algebra(keys, x0, x, level, prev_level) -> Any:
     return {
         "q_sample": gaussian.q_sample(x0, x, level),
+        "q_step": gaussian.q_step(keys, x, prev_level, level, noise=1.1),
         "q_posterior": gaussian.q_posterior(x0, x, level, prev_level),
         "small": gaussian.reverse_variance("small", level, prev_level),
         "large": gaussian.reverse_variance("large", level, prev_level),
@@ -132,7 +133,7 @@ def _x0_variance(keys: jax.Array, x0: jax.Array, log: jax.Array) -> Any:
 ROWS = [
     Row(
         "gaussian.q_sample gaussian.q_posterior gaussian.reverse_variance "
-        "gaussian.normal",
+        "gaussian.normal gaussian.q_step",
         _algebra,
         f"keys x0 x {PAIR}",
     ),

@@ -54,6 +54,29 @@ def test_a_smaller_set_leaves_none_of_the_larger(trained, tmp_path):
     assert names(tmp_path / "set") == ["000000.png", "000001.png"]
 
 
+def test_other_drawings_stay_where_a_set_goes(trained, tmp_path):
+    """A grid of ours, and what is of nobody under the name of an image."""
+    draw(trained, "--out", str(tmp_path / "grid.png"), "--sampler", "ddim")
+    before = (tmp_path / "grid.png").read_bytes()
+    for folder, name in ((tmp_path, r"grid\.png"), (trained.samples, "step_0")):
+        with pytest.raises(ConfigError, match=f"there is {name}"):
+            draw(trained, "--format", "png", "--out", str(folder))
+    (tmp_path / "grid.png").rename(tmp_path / "mine.png")
+    (tmp_path / "mine.png").rename(tmp_path / "000000.png")  # its mark says ours
+    (tmp_path / "000001.png").write_bytes(b"not of ours")
+    with pytest.raises(ConfigError, match=r"there is 000001\.png"):
+        outputs.check_folder(tmp_path)
+    assert (tmp_path / "000000.png").read_bytes() == before
+
+
+def test_numbers_beside_a_figure_replace_no_others(trained, tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    flags = ("--figure", "quality", "--out", str(tmp_path / "x.png"))
+    with pytest.raises(ConfigError, match=r"cannot write .*x\.json"):
+        draw(trained, *flags)
+    assert (tmp_path / "x.json").read_text() == "{}"
+
+
 @pytest.mark.parametrize("kind", ["grid", "npz", "png"])
 def test_what_is_no_drawing_stays(kind, trained, tmp_path, monkeypatch):
     """And is named before anything compiles."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import SCHEDULES, T, draw, oracle, wide
+from oracles import SCHEDULES, T, betas_of, draw, oracle, wide
 
 from diffusion_jax import gaussian, prediction, schedule
 
@@ -117,6 +117,18 @@ def test_equation_3_x0_from_eps(precision):
         bound = BOUND[precision] * (1.5 if precision == "float32" else 1)
         got = computed(name, precision)["x0"][:last]
         within(got, expected, bound, terms / wide(truth.alphas[t]), name)
+
+
+def test_equation_2_of_the_paper_a_step_of_the_forward_process(x64):
+    """sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) z, at every step of a schedule."""
+    keys = jax.random.split(jax.random.key(5), T)
+    z = np.asarray(gaussian.normal(keys, X0.shape))
+    for name in ("linear", "cosine", "jsd"):
+        made, beta = SCHEDULES[name](), wide(betas_of(name))
+        got = gaussian.q_step(keys, jnp.asarray(X0), made(TIMES - 1), made(TIMES))
+        np.testing.assert_allclose(
+            got, np.sqrt(1 - beta) * X0 + np.sqrt(beta) * z, 1e-7, 1e-9
+        )
 
 
 def test_pure_noise_says_nothing_of_x0(precision):

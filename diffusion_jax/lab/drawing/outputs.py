@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import re
+import shlex
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,25 @@ HEAD = 4096
 
 
 def about(
-    command: str, config: Config, drawable: Drawable, words: str, seed: int
+    command: str,
+    argv: Sequence[str],
+    config: Config,
+    drawable: Drawable,
+    words: str,
+    seed: int,
 ) -> dict[str, Any]:
     """Returns what a drawing is to say of how it was made, as JSON has it.
 
     Args:
-      command: what was typed.
+      command: of `experiments`.
+      argv: what was typed after it.
       config: of the run, with the way to sample.
       drawable: the weights drawn with.
       words: what the weights are.
       seed: of the noise.
     """
     return {
-        "command": command,
+        "command": shlex.join(["python", "-m", f"experiments.{command}", *argv]),
         "network": config.name,
         "weights": words,
         "weights_sha256": drawable.sha256,
@@ -81,11 +88,12 @@ def check_folder(folder: Path) -> None:
     """Raises ConfigError where images of a folder would stand among other things."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"cannot write {folder}: that is no folder. Name another.")
-    others = [path.name for path in _inside(folder) if not _drawn(path)]
+    set_ = _set_of(folder)
+    others = sorted(path.name for path in folder.glob("*") if path not in set_)
     if others:
         raise ConfigError(
-            f"cannot write images to {folder}: {first_of(others)} there is not of this "
-            "project. Name an empty folder."
+            f"cannot write images to {folder}: there is {first_of(others)}, which is "
+            "no part of an earlier set of images. Name an empty folder."
         )
 
 
@@ -97,7 +105,7 @@ def save_each(batches: Iterator[np.ndarray], folder: Path, made: Any) -> None:
       folder: checked by `check_folder`.
       made: as of `about`.
     """
-    for old in _inside(folder):
+    for old in _set_of(folder):
         old.unlink()
     index = 0
     for batch in batches:
@@ -113,8 +121,9 @@ def save_npz(drawn: np.ndarray, path: Path, made: Any) -> None:
         np.savez_compressed(file, images=drawn, about=json.dumps(made))
 
 
-def _inside(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []
+def _set_of(folder: Path) -> list[Path]:
+    """Returns what `save_each` wrote into a folder."""
+    return [path for path in folder.glob("[0-9]" * 6 + ".png") if _drawn(path)]
 
 
 def _drawn(path: Path) -> bool:

@@ -1,10 +1,10 @@
 """What was measured of a run: the newest result of a kind, and a line for every one."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema import json_fields
 
 ALL = "results.jsonl"
 """All results there ever were, each with its `name`, the oldest first."""
@@ -41,7 +41,7 @@ def read(run: runs.Run, digest: str) -> list[tuple[str, dict[str, Any]]]:
 
 def _parsed(text: str) -> dict[str, Any]:
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
+        values = json_fields.parse(text)
+    except ValueError:
         return {}
     return values if isinstance(values, dict) else {}

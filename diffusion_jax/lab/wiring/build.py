@@ -20,13 +20,13 @@ Apply = Callable[..., jax.Array]
 FIRST_LOGSNR = (-5.0, 13.3)
 
 
-HERE = {
-    "data_dir": "data_dir is --data.path here.",
-    "skip_unreadable=True": "skip_unreadable=True is --data.skip-unreadable here.",
-    "image_size": "image_size is --data.image-size here.",
-    "fit=": "fit='crop' is what becomes of the files of a folder:PATH here.",
+IN_TRAINING = {
+    "data_dir": "data_dir is --data.path",
+    "skip_unreadable=True": "skip_unreadable=True is --data.skip-unreadable",
+    "image_size": "image_size is --data.image-size",
+    "fit=": "fit='crop' is what becomes of the files of a folder:PATH",
 }
-"""What arguments of the functions that load data are as flags."""
+"""What arguments of the functions that load data are as flags of training."""
 
 
 def make_schedule(config: Config, params: Any = None) -> schedule.Schedule:
@@ -211,8 +211,9 @@ def load_data(config: Config, *, split: str = "train") -> datasets.Dataset:
             skip_unreadable=d.skip_unreadable,
         )
     except errors.DataError as error:
-        hints = [said for word, said in HERE.items() if word in str(error)]
-        raise errors.DataError("\n".join([str(error), *hints])) from error
+        hints = [said for word, said in IN_TRAINING.items() if word in str(error)]
+        more = f"\nIn training {'; '.join(hints)}." if hints else ""
+        raise errors.DataError(f"{error}{more}") from error
     shape = dataset.images.shape[1:]
     if shape != d.shape:
         raise ConfigError(
