@@ -341,3 +341,15 @@ def test_file_tells_rules_apart(paths):
     clipped = paths["ddim 0: clip"][-1]
     assert 0.02 < np.mean(np.abs(clipped) == 1) < 0.5
     assert np.abs(paths["ddim 0: 20"][-1]).max() > 1.2
+
+
+def test_churn_beyond_the_end_step_by_step(x64):
+    """Outside of a trace times beyond 1 are refused where they are not asked for so."""
+    ve, start = continuous.ve(sigma_min=0.002, sigma_max=80.0), jnp.zeros((4000, 1))
+    keys = jax.random.split(KEY, len(start))
+    denoise = gaussian.denoiser(lambda x, t: 0 * x, ve, "eps")
+    rule = solvers.edm(denoise, ve, churn=10.0)
+    memory = rule.init(start, np.array([1.0, 0.97]))
+    end = rule.step(keys, start, memory, jnp.asarray(1.0), jnp.asarray(0.97)).x
+    gamma = np.sqrt(2) - 1
+    assert end.std() == pytest.approx(80 * np.sqrt((1 + gamma) ** 2 - 1), rel=0.04)
