@@ -2,7 +2,7 @@
 
 Compiles the training step, or one evaluation of the network, and counts kernels, the
 bytes they move, what devices tell each other, and the memory it takes: for the devices
-that are here, or for others that need not be (--target h100:8, or v5e:4x4). Nothing is
+that are here, or for others that need not be (--target h200:8, or v5e:4x4). Nothing is
 run, and nothing here is a measured time.
 """
 
@@ -40,7 +40,8 @@ class Options:
     """A training step, or an evaluation of the network as chains make it; of
     train.batch_size images."""
     target: str = "here"
-    """here; h100:N, so many GPUs, eight a host; or a slice of TPUs, such as v5e:4x4."""
+    """here; h100:N or h200:N, so many GPUs, eight a host; or a slice of TPUs, such as
+    v5e:4x4."""
     largest: Whole = 0
     """How many of the kernels that move most to list."""
     out: Path | None = None

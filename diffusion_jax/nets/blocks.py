@@ -14,9 +14,18 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax.nets import dropout, fresh, norm
+from diffusion_jax.nets.convolutions import (
+    by_taps,
+    convolved,
+    doubled,
+    patches,
+    repeated,
+)
 from diffusion_jax.nets.products import attend, product
 
 Dtype = Any
+FEW = 4
+"""Channels at most of which a GPU convolves faster by a product of neighbourhoods."""
 
 
 class Activation(NamedTuple):
@@ -130,22 +139,27 @@ class Conv(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.channels,), jnp.float32)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        # Sizes are even, so that "SAME" is one row and column all around, and with
-        # stride 2 only below and to the right.
         before = 1 if self.strides == 1 else self.before
         if self.method == "matmul":
             rows = kernel.reshape(-1, self.channels)
-            return _patches(x, self.strides, before) @ rows, bias
+            return patches(x, self.strides, before) @ rows, bias
         if self.method == "taps":
-            return _by_taps(x, kernel), bias
-        y = jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (self.strides, self.strides),
-            ((before, 1), (before, 1)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        return y, bias
+            return by_taps(x, kernel), bias
+        if self.method == "doubled":
+            return doubled(x, kernel), bias
+        steps, edges = (self.strides,) * 2, ((before, 1),) * 2
+
+        def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            return convolved(x, kernel, edges, window_strides=steps)
+
+        if x.shape[-1] > FEW:
+            return plain(x, kernel), bias
+
+        def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            rows = kernel.reshape(-1, self.channels)
+            return patches(x, self.strides, before) @ rows
+
+        return jax.lax.platform_dependent(x, kernel, cpu=plain, default=product), bias
 
 
 class ResBlock(nn.Module):
@@ -311,8 +325,10 @@ class Upsample(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> Activation:
         """Returns [B, 2H, 2W, C]."""
-        x = x.repeat(2, axis=1).repeat(2, axis=2)
-        return start(*Conv(x.shape[-1], self.conv, self.dtype, name="conv")(x))
+        method = "doubled" if self.conv == "xla" else self.conv
+        if method != "doubled":
+            x = repeated(x)
+        return start(*Conv(x.shape[-1], method, self.dtype, name="conv")(x))
 
 
 def _attended(q: jax.Array, k: jax.Array, v: jax.Array, count: int) -> jax.Array:
@@ -331,35 +347,3 @@ def _attended(q: jax.Array, k: jax.Array, v: jax.Array, count: int) -> jax.Array
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     """Returns the product of parameters, in full float32: it is small."""
     return jnp.matmul(a, b, precision="highest")
-
-
-def _by_taps(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Returns a convolution to few channels, in float32: a product, then nine shifts.
-
-    What a pixel gives to each of its neighbours is one product of all pixels, summed
-    and left in float32. A convolution would read x nine times for a few channels.
-    """
-    _, height, width, _ = x.shape
-    rows = kernel.transpose(2, 0, 1, 3).reshape(x.shape[-1], -1)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    given = jax.lax.dot_general(
-        x, rows, (((3,), (0,)), ((), ())), preferred_element_type=wide
-    )
-    given = given.reshape(*x.shape[:3], 3, 3, -1)
-    given = jnp.pad(given, ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0), (0, 0)))
-    taps = [
-        given[:, i : i + height, j : j + width, i, j]
-        for i in range(3)
-        for j in range(3)
-    ]
-    return sum(taps[1:], taps[0])
-
-
-def _patches(x: jax.Array, strides: int, before: int) -> jax.Array:
-    """Returns the 3x3 neighbourhood of every output pixel, [B, H', W', 9 C]."""
-    _, height, width, _ = x.shape
-    x = jnp.pad(x, ((0, 0), (before, 1), (before, 1), (0, 0)))
-    height, width = height + before - 1, width + before - 1
-    rows, columns = (slice(0, n, strides) for n in (height, width))
-    shifted = (x[:, i : i + height, j : j + width] for i in range(3) for j in range(3))
-    return jnp.concatenate([y[:, rows, columns] for y in shifted], axis=-1)

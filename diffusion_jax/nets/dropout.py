@@ -1,9 +1,11 @@
 """Dropout's mask: 16 random bits a value, and one bit to keep."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from jax.extend.random import threefry2x32_p
 
 
 def mask(
@@ -41,12 +43,19 @@ def mask(
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _mask(key: jax.Array, shape: tuple[int, ...], kept: int) -> jax.Array:
     size = *shape[:-1], -(-shape[-1] // 8)
+    place = jnp.arange(math.prod(size), dtype=jnp.uint32).reshape(size)
     packed = jnp.zeros(size, jnp.uint8)
-    drawn = jax.random.bits(key, (*size, 4), jnp.uint32)
-    for pair, words in enumerate(drawn[..., i] for i in range(4)):
-        for half, bits in enumerate((words & 0xFFFF, words >> 16)):
-            chosen = (bits < kept).astype(jnp.uint8)
-            packed |= chosen << (2 * pair + half)
+    for drawing in range(2):
+        # Both words that a place is turned into, of which `jax.random.bits` gives one.
+        words = threefry2x32_p.bind(
+            *jax.random.bits(key, (2,), jnp.uint32),
+            place,
+            jnp.full_like(place, drawing),
+        )
+        for n, word in enumerate(words):
+            for half, bits in enumerate((word & 0xFFFF, word >> 16)):
+                chosen = (bits < kept).astype(jnp.uint8)
+                packed |= chosen << (4 * drawing + 2 * n + half)
     # A barrier, or each value of a byte would draw all of its words.
     return jax.lax.optimization_barrier(packed)
 

@@ -12,7 +12,7 @@ float32.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from diffusion_jax.nets import dropout
 
 Parts = tuple[jax.Array, ...]
+SOME, ALL = 128, 1024
+"""Pixels that a GPU adds up first, of what is computed for it and of what is read."""
 
 
 def group_norm(
@@ -98,12 +100,20 @@ class Kept(NamedTuple):
     """What the backward pass needs."""
 
     given: Inputs
-    mean: jax.Array
-    """Of each channel's group, less the channel's shift, [B, C]."""
+    line: "Line"
     rstd: jax.Array
     """1 / sqrt(variance + epsilon) of each channel's group, [B, C]."""
     off: jax.Array
     """How far each channel's own mean is from that of its group, [B, C]."""
+
+
+class Line(NamedTuple):
+    """What is normalised, y, as a line in x: (x - mean) slope + bias; [B, C] each."""
+
+    mean: jax.Array
+    """Of each channel's group, less the channel's shift."""
+    slope: jax.Array
+    bias: jax.Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -116,10 +126,9 @@ def _group_norm(how: Constants, given: Inputs) -> jax.Array:
 def _forward(how: Constants, given: Inputs) -> tuple[jax.Array, Kept]:
     kept = _statistics(how, given)
     x = _joined(given.parts)
-    vectors = given.scale[None], given.bias[None]
-    _, y = _normalised(_wide(x), kept.mean, kept.rstd, *vectors)
+    _, y = _normalised(_wide(x), kept.line)
     y = jax.nn.silu(y) if how.silu else y
-    return _dropped(y, _mask(given), how.keep).astype(x.dtype), kept
+    return _dropped(y, _mask(given, 0), how.keep).astype(x.dtype), kept
 
 
 def _statistics(how: Constants, given: Inputs) -> Kept:
@@ -136,7 +145,11 @@ def _statistics(how: Constants, given: Inputs) -> Kept:
     apart = own - start
     between, spread = _of_groups((apart, variance + jnp.square(apart)), size)
     rstd = jax.lax.rsqrt(spread - jnp.square(between) + how.epsilon)
-    return Kept(given, start + between - shift, rstd, apart - between)
+    mean, slope = start + between - shift, rstd * given.scale[None]
+    bias = jnp.broadcast_to(given.bias[None], slope.shape)
+    # A barrier, or a pass over an activation would take each apart into what it is of.
+    line = Line(*jax.lax.optimization_barrier((mean, slope, bias)))
+    return Kept(given, line, rstd, apart - between)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -149,36 +162,34 @@ def _backward(how: Constants, kept: Kept, gradient: jax.Array) -> tuple[Inputs]:
     by bias and scale. That by the shift is the sum of the first over the pixels, which
     takes no pass of its own: the mean of u is known.
     """
-    given, scale, bias = kept.given, kept.given.scale, kept.given.bias
+    given, scale, rstd = kept.given, kept.given.scale, kept.rstd
     size, pixels = len(scale) // how.groups, _pixels(given.parts)
 
-    def at_y(y: jax.Array, g: jax.Array, sigmoid: Callable[..., jax.Array]) -> Any:
+    def at_y(y: jax.Array, g: jax.Array, time: int) -> Any:
         if not how.silu:
             return g
-        s = sigmoid(y)
+        y = _again(y, time)
+        s = jax.nn.sigmoid(y)
         return g * s * (1 + y * (1 - s))
 
-    # d is computed in both passes, by two expressions: what is equal a compiler would
-    # compute once and write for the other, in float32.
-    g = _dropped(_wide(gradient), _mask(given), how.keep)
-    vectors = kept.mean, kept.rstd, scale[None], bias[None]
-    u, y = _normalised(_wide(_joined(given.parts)), *vectors)
-    d = at_y(y, g, jax.nn.sigmoid)
-    of_d, of_du = jax.lax.optimization_barrier(_sums(d, d * u))
-    a = kept.rstd * scale[None]
+    first, second, third = (
+        _dropped(_wide(gradient), _mask(given, time), how.keep) for time in (1, 2, 3)
+    )
+    z, y = _normalised(_wide(_joined(given.parts)), kept.line)
+    sums = _sums(at_y(y, first, 1), at_y(y, second, 2) * z, SOME)
+    of_d, of_dz = jax.lax.optimization_barrier(sums)
+    of_du = rstd * of_dz
     groups = _of_groups((of_d * scale[None], of_du * scale[None]), size)
-    p, q = (kept.rstd / pixels * mean for mean in groups)
+    p, q = (rstd / pixels * mean for mean in groups)
     # Part by part: what goes back to each is read by others.
-    cut = [_cut(v, given.parts) for v in (g, a, p, q, *vectors)]
+    cut = [_cut(v, given.parts) for v in (third, p, rstd * q, *kept.line)]
     of_parts = []
-    for x, g_i, *apq, mean, rstd, scale_i, bias_i in zip(
-        given.parts, *cut, strict=True
-    ):
-        u, y = _normalised(_wide(x), mean, rstd, scale_i, bias_i)
-        a_i, p_i, q_i = map(_like, apq)
-        of_x = a_i * at_y(y, g_i, _sigmoid) - p_i - u * q_i
+    for x, g_i, *pq, mean, slope, bias in zip(given.parts, *cut, strict=True):
+        z, y = _normalised(_wide(x), Line(mean, slope, bias))
+        p_i, q_i = map(_like, pq)
+        of_x = _like(slope) * at_y(y, g_i, 3) - p_i - z * q_i
         of_parts.append(of_x.astype(x.dtype))
-    of_shift = a * of_d - pixels * (p + q * kept.off * kept.rstd)
+    of_shift = kept.line.slope * of_d - pixels * (p + q * kept.off * rstd)
     of_scale, of_bias, of_all = (
         total.astype(scale.dtype) for total in _reduced((of_du, of_d, of_shift), 0)
     )
@@ -191,22 +202,47 @@ def _backward(how: Constants, kept: Kept, gradient: jax.Array) -> tuple[Inputs]:
 _group_norm.defvjp(_forward, _backward)
 
 
-@jax.custom_jvp
-def _sums(one: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _again(x: jax.Array, time: int) -> jax.Array:
+    """Returns x, which a compiler for GPUs does not know to be x.
+
+    What is computed of it is computed again: of what is equal XLA computes one, and
+    writes it in float32 for all who read it. Where both end up in one kernel, the next
+    compiler finds them equal, and computes one. A CPU has caches, and no gain.
+
+    Args:
+      x: an array.
+      time: a number of its own for each copy.
+    """
+
+    def other(x: jax.Array) -> jax.Array:
+        words = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+        turned = jax.lax.bitcast_convert_type(x, words) ^ time
+        return jax.lax.bitcast_convert_type(turned ^ time, x.dtype)
+
+    return jax.lax.platform_dependent(x, cpu=lambda x: x, default=other)
+
+
+@_again.defjvp
+def _again_jvp(time: int, primals: Any, tangents: Any) -> Any:
+    return _again(*primals, time), tangents[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _sums(one: jax.Array, other: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
     """Returns the sums of two activations over the pixels, [B, C] each.
 
-    Both from one pass, over some of the pixels first: at once XLA for GPUs writes an
-    operand in float32, and for two sums apart it reads twice.
+    Both from one pass, over so many of the pixels first.
     """
     # A CPU adds one by one: the fewer at a time, the fewer roundings.
-    few, many = (functools.partial(_in_rows, most=most) for most in (16, 128))
+    few, many = (functools.partial(_in_rows, most=n) for n in (16, most))
     return jax.lax.platform_dependent(one, other, cpu=few, default=many)
 
 
 @_sums.defjvp
-def _sums_jvp(primals: Any, tangents: Any) -> Any:
+def _sums_jvp(most: int, primals: Any, tangents: Any) -> Any:
     # For second derivatives: JAX has none of a reduction of two arrays.
-    return _sums(*primals), tuple(x.sum((1, 2)) for x in tangents)
+    return _sums(*primals, most), tuple(x.sum((1, 2)) for x in tangents)
 
 
 def _in_rows(
@@ -235,7 +271,9 @@ def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     pixels = _pixels((x,))
     middle = _wide(x[:, x.shape[1] // 2, x.shape[2] // 2])
     centred = _wide(x) - middle[:, None, None]
-    first, second = (total / pixels for total in _sums(centred, jnp.square(centred)))
+    first, second = (
+        total / pixels for total in _sums(centred, jnp.square(centred), ALL)
+    )
     return middle + first, jnp.maximum(second - jnp.square(first), 0)
 
 
@@ -248,33 +286,19 @@ def _pixels(parts: Sequence[jax.Array]) -> int:
     return parts[0].shape[1] * parts[0].shape[2]
 
 
-def _sigmoid(y: jax.Array) -> jax.Array:
-    """Returns the logistic function; but for CPUs by an expression of its own.
-
-    Those have caches, and no gain from computing it twice.
-    """
-
-    def other(y: jax.Array) -> jax.Array:
-        return 0.5 + 0.5 * jnp.tanh(0.5 * y)
-
-    return jax.lax.platform_dependent(y, cpu=jax.nn.sigmoid, default=other)
+def _normalised(x: jax.Array, line: Line) -> tuple[jax.Array, jax.Array]:
+    """Returns x - mean, and y."""
+    # Not x slope + b with b = bias - mean slope: the difference of two large numbers
+    # where the mean is large. A pass over x costs the same.
+    z = x - _like(line.mean)
+    return z, z * _like(line.slope) + _like(line.bias)
 
 
-def _normalised(
-    x: jax.Array, mean: jax.Array, rstd: jax.Array, scale: jax.Array, bias: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Returns u = (x + shift - mean) / deviation, and u scale + bias."""
-    # Not x a + b with b = bias - mean a: the difference of two large numbers where the
-    # mean is large. A pass over x costs the same.
-    u = (x - _like(mean)) * _like(rstd)
-    return u, u * _like(scale) + _like(bias)
-
-
-def _mask(given: Inputs) -> jax.Array | None:
+def _mask(given: Inputs, time: int) -> jax.Array | None:
     """Returns what dropout keeps, True or False; None without dropout."""
     if given.mask is None:
         return None
-    return dropout.unpacked(given.mask, len(given.scale))
+    return dropout.unpacked(_again(given.mask, time), len(given.scale))
 
 
 def _dropped(x: jax.Array, mask: jax.Array | None, keep: float) -> jax.Array:

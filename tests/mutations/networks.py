@@ -35,9 +35,23 @@ NETWORKS = [
     Breakage(
         "norm-gradient-of-the-mean",
         "diffusion_jax/nets/norm.py",
-        "of_x = a_i * at_y(y, g_i, _sigmoid) - p_i - u * q_i",
-        "of_x = a_i * at_y(y, g_i, _sigmoid) - u * q_i",
+        "of_x = _like(slope) * at_y(y, g_i, 3) - p_i - z * q_i",
+        "of_x = _like(slope) * at_y(y, g_i, 3) - z * q_i",
         "tests/nets/test_norm.py::test_value_and_gradient_equal_numpy",
+    ),
+    Breakage(
+        "norm-what-is-hidden-is-changed",
+        "diffusion_jax/nets/norm.py",
+        "bitcast_convert_type(turned ^ time, x.dtype)",
+        "bitcast_convert_type(turned, x.dtype)",
+        "tests/nets/test_norm.py::test_every_gradient_is_that_of_the_plain_form",
+    ),
+    Breakage(
+        "convolutions-corners-turned",
+        "diffusion_jax/nets/convolutions.py",
+        "made[:, i : i + height, j : j + width, i, j]",
+        "made[:, i : i + height, j : j + width, j, i]",
+        "tests/nets/test_unet_blocks.py::test_doubling_is_repetition_and_a_convolution",
     ),
     Breakage(
         "norm-large-means-cancel",
@@ -63,8 +77,8 @@ NETWORKS = [
     Breakage(
         "dropout-bits-used-twice",
         "diffusion_jax/nets/dropout.py",
-        "(words & 0xFFFF, words >> 16)",
-        "(words & 0xFFFF, words & 0xFFFF)",
+        "(word & 0xFFFF, word >> 16)",
+        "(word & 0xFFFF, word & 0xFFFF)",
         "tests/nets/test_unet_forms.py",
     ),
     Breakage(

@@ -102,6 +102,7 @@ def test_value_and_gradient_equal_numpy(name, silu, form):
         *((name, (16, 16)) for name in ("one", "two")),
     ],
 )
+@pytest.mark.usefixtures("forms_of")
 def test_every_gradient_is_that_of_the_plain_form(name, side):
     parts, scale, bias, gradient = given(PARTS[name], side)
     shift, of_images = normal(len(scale), seed=6), 3 * normal(2, len(scale), seed=5)
@@ -127,6 +128,7 @@ def test_every_gradient_is_that_of_the_plain_form(name, side):
         assert np.abs(a).max() > 0.01
 
 
+@pytest.mark.usefixtures("forms_of")
 def test_second_derivatives_are_those_of_the_plain_form():
     parts, scale, bias, gradient = given((8,))
 

@@ -16,7 +16,7 @@ from small_unets import (
     quick_jit,
 )
 
-from diffusion_jax.nets import blocks, dropout, embeddings, products
+from diffusion_jax.nets import blocks, convolutions, dropout, embeddings, products
 
 
 def res_block(**options):
@@ -206,6 +206,41 @@ def test_changes_of_size_equal_numpy(way, conv):
     params = parameters(block, x)
     found = apply(block, params, x).whole()
     assert_close(found, getattr(numpy_unet, way)(double(params), x))
+
+
+@pytest.mark.usefixtures("forms_of")
+@pytest.mark.parametrize("side", [4, 16])
+def test_doubling_is_repetition_and_a_convolution(side):
+    """Value and gradients, of few pixels and of many."""
+    x, kernel = normal(1, side, side + 2, 3), normal(3, 3, 3, 2, seed=1)
+    of_y = normal(1, 2 * side, 2 * side + 4, 2, seed=2)
+
+    def plainly(x, kernel):
+        wide = x.repeat(2, axis=1).repeat(2, axis=2)
+        names = ("NHWC", "HWIO", "NHWC")
+        conv = jax.lax.conv_general_dilated
+        return conv(wide, kernel, (1, 1), "SAME", dimension_numbers=names)
+
+    def run(form, *args):
+        out, back = jax.vjp(form, *args)
+        return out, *back(jnp.asarray(of_y))
+
+    run = quick_jit(run, static_argnums=0)
+    found, expected = (
+        run(form, jnp.asarray(x), jnp.asarray(kernel))
+        for form in (convolutions.doubled, plainly)
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, 2e-5)
+
+
+@pytest.mark.usefixtures("forms_of")
+def test_few_channels_are_convolved_as_many():
+    x = normal(2, 4, 6, 3)
+    conv = blocks.Conv(5, "xla", jnp.float32)
+    params = parameters(conv, x)
+    y, bias = apply(conv, params, x)
+    assert_close(y + bias[None, None, None], numpy_unet.conv3x3(double(params), x))
 
 
 def test_the_gradient_of_a_kernel_is_summed_in_float32():

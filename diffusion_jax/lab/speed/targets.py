@@ -33,9 +33,10 @@ class Speed(NamedTuple):
 H200_SPEED = Speed(
     convolutions=740e12, memory=3.1e12, start=2e-6, convolution_start=10e-6
 )
-# What XLA asks of a GPU before it compiles for it; as an H100 of 80 GB answers.
-H100 = """
-gpu_device_info {
+# What XLA asks of a GPU before it compiles for it; as one answers. On the bandwidth of
+# its memory depends what is fused.
+GPU = """
+gpu_device_info {{
   threads_per_block_limit: 1024
   threads_per_warp: 32
   shared_memory_per_block: 49152
@@ -46,20 +47,34 @@ gpu_device_info {
   block_dim_limit_x: 2147483647
   block_dim_limit_y: 65535
   block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
+  memory_bandwidth: {bandwidth}
+  l2_cache_size: {cache}
   clock_rate_ghz: 1.98
-  device_memory_size: 84929347584
+  device_memory_size: {memory}
   shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
+  cuda_compute_capability {{ major: 9 }}
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536
-}
+}}
 platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 8 }
-runtime_version { major: 12 minor: 8 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info {{ major: 9 minor: 8 }}
+runtime_version {{ major: 12 minor: 8 patch: 0 }}
+device_description_str: "{name}"
 """
+GPUS = {
+    "h100": GPU.format(
+        bandwidth=3352320000000,
+        cache=52428800,
+        memory=84929347584,
+        name="NVIDIA H100 80GB HBM3",
+    ),
+    "h200": GPU.format(
+        bandwidth=4814400000000,
+        cache=62914560,
+        memory=150754820096,
+        name="NVIDIA H200",
+    ),
+}
 
 
 class Target(NamedTuple):
@@ -73,20 +88,20 @@ def aim(name: str) -> Target:
     """Returns the devices of a target, to lower and compile for.
 
     Args:
-      name: "here"; "h100:8" for so many GPUs, eight a host; or a slice of TPUs, such as
-        "v5e:4x4".
+      name: "here"; "h100:8" or "h200:8" for so many GPUs, eight a host; or a slice of
+        TPUs, such as "v5e:4x4".
 
     Raises:
       ConfigError: an unknown target, or one whose compiler is not installed.
     """
     if name == "here":
         return Target(jax.devices(), None)
-    gpus = re.fullmatch(r"h100(?::(\d+))?", name)
+    gpus = re.fullmatch(r"(h[12]00)(?::(\d+))?", name)
     tpus = re.fullmatch(r"v\d+\w*:\d+(x\d+)+", name)
-    count = int(gpus[1] or 1) if gpus else 1
+    count = int(gpus[2] or 1) if gpus else 1
     if (gpus is None and tpus is None) or (count > HOST and count % HOST) or not count:
         raise ConfigError(
-            "target must be here, h100:8 or, of TPUs, v5e:4x4, with GPUs eight "
+            "target must be here, h100:8, h200:8 or, of TPUs, v5e:4x4, with GPUs eight "
             f"a host; got {name!r}. The number is that of the devices."
         )
     # The compilers come as plugins, which would look for their devices.
@@ -97,8 +112,9 @@ def aim(name: str) -> Target:
             found = topologies.get_topology_desc(platform="tpu", topology_name=name)
             return Target(found.devices, None)
         hosts, each = max(1, count // HOST), min(count, HOST)
+        assert gpus is not None
         found = topologies.get_topology_desc(
-            platform="cuda", target_config=H100, topology=f"1x{hosts}x{each}"
+            platform="cuda", target_config=GPUS[gpus[1]], topology=f"1x{hosts}x{each}"
         )
         return Target(found.devices, H200_SPEED)
     except (RuntimeError, NotImplementedError) as error:
