@@ -50,9 +50,10 @@ def files(tmp_path_factory):
 
 def edited(run, command, *args, out=None):
     """The picture, and the single images, [N, H, W]."""
-    out = out or run.folder / "edit" / f"{command}.png"
+    argv = [command, *map(str, args)]
+    out = out or run.folder / "edit" / edit.default_name(command, edit.parse(argv)[1])
     name = run.folder if run.network is None else run.network.path
-    assert edit.main([str(name), command, *map(str, args)]) == 0
+    assert edit.main([str(name), *argv]) == 0
     return Image.open(out), single(out)
 
 
@@ -65,7 +66,8 @@ def test_interpolation_goes_from_one_image_to_the_other(run, files, capsys):
     args = files / "a.png", files / "b.png", "--depth", "1", "--count", "5"
     picture, results = edited(run, "interpolate", *args)
     shown = capsys.readouterr().out
-    assert str(run.folder / "edit" / "interpolate.png") in shown
+    name = "interpolate_files0-a_files0-b_depth1_count5_seed0.png"
+    assert str(run.folder / "edit" / name) in shown
     assert "averaged weights of step 12" in shown
     assert picture.size == (5 * CELL + 4 + 2 * BESIDE, 72)
     a, b = (np.asarray(Image.open(path), int) for path in args[:2])

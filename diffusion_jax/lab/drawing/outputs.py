@@ -53,6 +53,9 @@ def about(
 def other_than_usual(*options: Any) -> str:
     """Returns the end of a name: what options ask for that is not their default.
 
+    Of a file that they name it has the last folder too: sets of images have the same
+    names. Options within options are left out.
+
     >>> from diffusion_jax.lab.schema.sampling import Sampling
     >>> other_than_usual(Sampling(sampler="ddim", steps=10)), other_than_usual()
     ('_ddim_steps10', '')
@@ -61,10 +64,16 @@ def other_than_usual(*options: Any) -> str:
     for group in options:
         for field in dataclasses.fields(group):
             value = getattr(group, field.name)
-            if value != field.default:
-                plain = field.name == "sampler"
-                shown = "" if value is True else value
-                said.append(f"_{'' if plain else field.name}{shown}")
+            if value == field.default or dataclasses.is_dataclass(value):
+                continue
+            if isinstance(value, Path):
+                said.append("_" + "-".join(filter(None, [value.parent.name, value.stem])))
+                continue
+            if isinstance(value, tuple):
+                value = "-".join(map(str, value))
+            plain = field.name == "sampler"
+            shown = "" if value is True else value
+            said.append(f"_{'' if plain else field.name}{shown}")
     return re.sub(r"[^\w.+-]+", "-", "".join(said))
 
 
