@@ -165,7 +165,7 @@ def loop(job: Job, begun: beginning.Begun) -> TrainState:
     config, run, plan, sample = job.config, job.run, job.config.train, job.config.sample
     state = begun.state
     draw = chains.make_draw(config, sample.count, job.mesh)
-    begin, last = int(state.step), min(plan.steps, plan.stop_at or plan.steps)
+    begin, last = int(state.step), beginning.end_of(config)
     shown = Progress(begin, plan.steps, plan.batch_size, hosts.screen(), begun.row)
     names = list(trees.by_path(jax.eval_shape(flat.unpack_all, state.params)))
     log = history.Log(config, run, shown, begun.pending, names)
