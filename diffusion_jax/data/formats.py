@@ -345,7 +345,7 @@ def read_npz(
 
     Args:
       path: an .npz file. The images are its array `images`, else `arr_0`, else its
-        only array: uint8, [N, H, W, C] or [N, H, W]. `labels` is optional.
+        only array, as `as_images` takes them. `labels` is optional.
 
     Raises:
       DataError: no such file, no such array, or one of another type or shape.
@@ -380,14 +380,68 @@ def read_npz(
 
 
 def as_images(images: np.ndarray, what: str | os.PathLike[str]) -> np.ndarray:
-    """Returns images as [N, H, W, C], having checked type and number of axes."""
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape:
+    """Returns images as uint8 [N, H, W, C], where it is plain what they are.
+
+    Args:
+      images: [N, H, W, C], [N, H, W], or [N, C, H, W] where C is 1 or 3 and W neither.
+        Of another type than uint8: whole numbers in 0..255; or floats in [0, 1], or in
+        [-1, 1] with some below 0, which are rounded to nearest, with a warning.
+      what: the name of the images, for errors.
+
+    Raises:
+      DataError: they are none of these.
+
+    >>> as_images(np.zeros([2, 3, 8, 8], np.uint8), "x.npz").shape
+    (2, 8, 8, 3)
+    """
+    if images.ndim not in (3, 4):
         raise DataError(
-            f"images in {what} must be uint8 of shape [N, H, W, C] or [N, H, W]; got "
-            f"{images.dtype} of shape {images.shape}. Convert them first, for "
-            "instance with np.clip(np.round(images), 0, 255).astype(np.uint8)."
+            f"images in {what} must have 3 or 4 axes, [N, H, W] or [N, H, W, C]; got "
+            f"shape {images.shape}. Give them that shape: np.reshape."
         )
-    return images if images.ndim == 4 else images[..., np.newaxis]
+    if 0 in images.shape:
+        raise DataError(
+            f"{what} must hold at least one image; got shape {images.shape}. Save "
+            "those that it was to hold."
+        )
+    if images.ndim == 3:
+        images = images[..., np.newaxis]
+    elif images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
+        images = np.ascontiguousarray(np.moveaxis(images, 1, 3))
+    return images if images.dtype == np.uint8 else _as_uint8(images, what)
+
+
+def _as_uint8(images: np.ndarray, what: str | os.PathLike[str]) -> np.ndarray:
+    """Returns images of another type as uint8, where their scale is plain."""
+    floats, got, scale = images.dtype.kind == "f", f"{images.dtype}", None
+    low = high = math.nan
+    if images.dtype.kind in "fiu":
+        low, high = float(images.min()), float(images.max())
+        got += f" from {low:g} to {high:g}"
+    if floats and 0 <= low < 0.5 and high <= 1:
+        scale, shift, said = 255.0, 0.0, "[0, 1]"
+    elif floats and -1 <= low < 0 and high <= 1:
+        scale, shift, said = 127.5, 127.5, "[-1, 1]"
+    elif low >= 0 and 1 < high <= 255 and all(_whole(part) for part in images):
+        return images.astype(np.uint8)
+    if scale is None:
+        raise DataError(
+            f"images in {what} must be uint8, whole numbers in 0..255, or floats in "
+            f"[0, 1] or [-1, 1]; got {got}. Convert them first, for instance with "
+            "np.clip(np.round(images), 0, 255).astype(np.uint8)."
+        )
+    warnings.warn(
+        f"images in {what} are {images.dtype} in {said}: rounded to 0..255",
+        stacklevel=3,
+    )
+    rounded = np.empty(images.shape, np.uint8)
+    for one, image in zip(rounded, images, strict=True):
+        one[...] = np.rint(image.astype(np.float32) * scale + shift)
+    return rounded
+
+
+def _whole(values: np.ndarray) -> bool:
+    return bool((values == np.rint(values)).all())
 
 
 def as_labels(

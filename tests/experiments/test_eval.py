@@ -82,6 +82,27 @@ def test_the_training_images_are_at_distance_zero_from_themselves(
     assert numbers["precision"]["mean"] < 0.2
 
 
+def test_what_few_samples_allow_is_measured(run, tmp_path, capsys, monkeypatch):
+    few = functools.partial(eval_fid.metrics.kid, subsets=2)
+    monkeypatch.setattr(eval_fid.metrics, "kid", few)
+    shares = {"class_shares", "sure"}
+    precision = {"precision", "recall", "density", "coverage"}
+    kernel, distance = "kd_digits_classifier", "fd_digits_classifier"
+    for count, numbers, left in (
+        (64, {f"{kernel} vs train", *precision}, {distance}),
+        (3, {f"{kernel} vs train"}, {distance, eval_fid.PRECISION}),
+    ):
+        np.savez(tmp_path / "few.npz", digits_images().images[:count])
+        flags = ["--samples", f"npz:{tmp_path / 'few.npz'}"]
+        result = evaluate(run, *flags, name="fid_given.json")
+        assert result["numbers"].keys() == numbers | shares
+        assert result["left_out"].keys() == left
+        said = "takes 65 or more, as digits_classifier has 64 features"
+        assert f"left out for want of samples: {distance} {said}" in (
+            capsys.readouterr().out
+        )
+
+
 def test_a_network_in_a_file_has_the_numbers_of_its_run(run, tmp_path):
     file = tmp_path / "a.safetensors"
     # It names other data, which are not there; the command line does.
@@ -229,7 +250,7 @@ def test_reference_statistics_are_cached_by_what_made_them(run, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--count 64", "count must be above 64, the number of features.*got 64"),
+        ("--count 1", "samples must be enough .*got 1: fd_digits_class.* takes 65 or"),
         ("--seeds 0", "seeds must be at least 1; got 0"),
         ("--untrained --raw", "untrained must stand alone"),
         ("--steps 0", "sample.steps must be at least 1; got 0"),

@@ -24,7 +24,8 @@ IN_TRAINING = {
     "data_dir": "data_dir is --data.path",
     "skip_unreadable=True": "skip_unreadable=True is --data.skip-unreadable",
     "image_size": "image_size is --data.image-size",
-    "fit=": "fit='crop' is what becomes of the files of a folder:PATH",
+    "channels=": "channels is --data.channels",
+    "fit=": "there is no flag for fit: crop them yourself, or give a folder:PATH",
 }
 """What arguments of the functions that load data are as flags of training."""
 
@@ -235,9 +236,12 @@ def check_labels(config: Config, dataset: datasets.Dataset) -> None:
             f"the images of {config.data.source} must have labels for net.classes = "
             f"{classes}; got none. Give labelled data, or --net.classes 0."
         )
-    most = int(dataset.labels.max())
-    if int(dataset.labels.min()) < 0 or most >= classes:
+    least, most = int(dataset.labels.min()), int(dataset.labels.max())
+    if least < 0 or most >= classes:
+        mend = (
+            "Leave out the images" if least < 0 else f"Set --net.classes to {most + 1}"
+        )
         raise ConfigError(
             f"labels must be in 0..{classes - 1}, for net.classes = {classes}; got "
-            f"some up to {most}. Set --net.classes to {most + 1}."
+            f"{least}..{most}. {mend}."
         )
