@@ -94,6 +94,19 @@ def signal_left(config: Config) -> str:
     return f"{said} The schedule cosine ends in noise for every T."
 
 
+def few_images(config: Config, images: int) -> str:
+    """Returns a note where there are fewer images than a batch has; else nothing."""
+    size = config.train.batch_size
+    if images >= size:
+        return ""
+    what = f"{images:,} images are" if images > 1 else "one image is"
+    return (
+        f"note: {what} fewer than a batch of {size:,} (train.batch_size): each step "
+        f"sees every image about {size / images:.3g} times, and the network will learn "
+        "them by heart. Give more images, or a smaller batch."
+    )
+
+
 def start(
     config: Config,
     run: runs.Run,

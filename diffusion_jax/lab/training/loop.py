@@ -103,6 +103,8 @@ def _train(
     parallel.check_batch_size(config.train.batch_size, mesh.size)
     dataset = build.load_data(config) if dataset is None else dataset
     hosts.check_same("the images", f"{dataset.images.shape}")
+    if note := beginning.few_images(config, len(dataset.images)):
+        hosts.say(note)
     fed = beginning.feed_of(config, dataset, mesh)
     hosts.check_same("the input", fed.source)
     step, plan = learning.make_step(config, mesh, fed.stored), config.train
