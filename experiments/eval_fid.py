@@ -138,8 +138,8 @@ def check(options: Options) -> None:
         )
     if options.untrained and options.which != Weights():
         raise ConfigError(
-            "untrained must stand alone; got --raw, --average or --step as "
-            "well. Evaluate one set of weights at a time."
+            f"untrained must stand alone; got {weights.flags(options.which)} as well. "
+            "Evaluate one set of weights at a time."
         )
 
 

@@ -253,7 +253,7 @@ def finish(job: Job, state: TrainState) -> int:
     step, again = int(state.step), "the same command goes on from here"
     logged = runs.read_lines(run.metrics)
     lines = [line for line in logged if line.get("loss") is not None]
-    plot: object = "none, with no line in metrics.jsonl; see --train.log-every"
+    plot: object = "none, with no line in metrics.jsonl; see train.log_every"
     if lines and hosts.first():
         plot = pictures.curve(
             [line["step"] for line in lines],
@@ -266,7 +266,7 @@ def finish(job: Job, state: TrainState) -> int:
         print(f"stopped at step {step:,}; {again}")
         return stopping.CODE + requested[0]
     if step < config.train.steps:
-        print(f"stopped at step {step:,} as asked; without --train.stop-at {again}")
+        print(f"stopped at step {step:,}, train.stop_at; without that {again}")
         return 0
     skipped = history.skipped(run)
     if skipped:
