@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from diffusion_jax.data import arrays
 from diffusion_jax.errors import DataError
 from diffusion_jax.storage import archives
 
@@ -345,7 +346,7 @@ def read_npz(
 
     Args:
       path: an .npz file. The images are its array `images`, else `arr_0`, else its
-        only array, as `as_images` takes them. `labels` is optional.
+        only array, as `arrays.as_uint8` and `as_images` take them; `labels` optional.
 
     Raises:
       DataError: no such file, no such array, or one of another type or shape.
@@ -364,7 +365,7 @@ def read_npz(
         return [keys[0], *(name for name in names if name == "labels")]
 
     try:
-        arrays = archives.read_npz(path, choose)
+        found = archives.read_npz(path, choose)
     except FileNotFoundError:
         raise DataError(
             f"an npz file must exist; got {path}, which does not. Check the path."
@@ -374,90 +375,10 @@ def read_npz(
             f"{path} must be an npz file of plain arrays; got {error}. "
             "Save it with np.savez(path, images=images), images being uint8."
         ) from error
-    labels = arrays.pop("labels", None)
-    (images,) = arrays.values()
-    return as_images(images, path), as_labels(labels, len(images), path)
-
-
-def as_images(images: np.ndarray, what: str | os.PathLike[str]) -> np.ndarray:
-    """Returns images as uint8 [N, H, W, C], where it is plain what they are.
-
-    Args:
-      images: [N, H, W, C], [N, H, W], or [N, C, H, W] where C is 1 or 3 and W neither.
-        Of another type than uint8: whole numbers in 0..255; or floats in [0, 1], or in
-        [-1, 1] with some below 0, which are rounded to nearest, with a warning.
-      what: the name of the images, for errors.
-
-    Raises:
-      DataError: they are none of these.
-
-    >>> as_images(np.zeros([2, 3, 8, 8], np.uint8), "x.npz").shape
-    (2, 8, 8, 3)
-    """
-    if images.ndim not in (3, 4):
-        raise DataError(
-            f"images in {what} must have 3 or 4 axes, [N, H, W] or [N, H, W, C]; got "
-            f"shape {images.shape}. Give them that shape: np.reshape."
-        )
-    if 0 in images.shape:
-        raise DataError(
-            f"{what} must hold at least one image; got shape {images.shape}. Save "
-            "those that it was to hold."
-        )
-    if images.ndim == 3:
-        images = images[..., np.newaxis]
-    elif images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
-        images = np.ascontiguousarray(np.moveaxis(images, 1, 3))
-    return images if images.dtype == np.uint8 else _as_uint8(images, what)
-
-
-def _as_uint8(images: np.ndarray, what: str | os.PathLike[str]) -> np.ndarray:
-    """Returns images of another type as uint8, where their scale is plain."""
-    floats, got, scale = images.dtype.kind == "f", f"{images.dtype}", None
-    low = high = math.nan
-    if images.dtype.kind in "fiu":
-        low, high = float(images.min()), float(images.max())
-        got += f" from {low:g} to {high:g}"
-    if floats and 0 <= low < 0.5 and high <= 1:
-        scale, shift, said = 255.0, 0.0, "[0, 1]"
-    elif floats and -1 <= low < 0 and high <= 1:
-        scale, shift, said = 127.5, 127.5, "[-1, 1]"
-    elif low >= 0 and 1 < high <= 255 and all(_whole(part) for part in images):
-        return images.astype(np.uint8)
-    if scale is None:
-        raise DataError(
-            f"images in {what} must be uint8, whole numbers in 0..255, or floats in "
-            f"[0, 1] or [-1, 1]; got {got}. Convert them first, for instance with "
-            "np.clip(np.round(images), 0, 255).astype(np.uint8)."
-        )
-    warnings.warn(
-        f"images in {what} are {images.dtype} in {said}: rounded to 0..255",
-        stacklevel=3,
-    )
-    rounded = np.empty(images.shape, np.uint8)
-    for one, image in zip(rounded, images, strict=True):
-        one[...] = np.rint(image.astype(np.float32) * scale + shift)
-    return rounded
-
-
-def _whole(values: np.ndarray) -> bool:
-    return bool((values == np.rint(values)).all())
-
-
-def as_labels(
-    labels: np.ndarray | None, num_images: int, what: str | os.PathLike[str]
-) -> np.ndarray | None:
-    """Returns labels as int32 [N], having checked that there is one an image."""
-    if labels is None:
-        return None
-    fits = labels.dtype.kind in "iu" and labels.shape == (num_images,)
-    if not fits or labels.min() < -(2**31) or labels.max() >= 2**31:
-        raise DataError(
-            f"labels in {what} must be {num_images} whole numbers below 2**31, one an "
-            f"image; got {labels.dtype} of shape {labels.shape}. Save them as int32, "
-            "or leave them out."
-        )
-    return labels.astype(np.int32)
+    labels = found.pop("labels", None)
+    (images,) = found.values()
+    images = arrays.as_images(arrays.as_uint8(images, path), path)
+    return images, arrays.as_labels(labels, len(images), path)
 
 
 def _describe(error: BaseException) -> str:
