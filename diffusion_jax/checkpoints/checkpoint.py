@@ -111,7 +111,7 @@ def open_folder(
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policy,
         async_options=ocp.options.AsyncOptions(
-            post_finalization_callback=functools.partial(orbax_files.to_disk, path)
+            post_finalization_callback=functools.partial(orbax_files.finish, path)
         ),
         read_only=read_only,
         create=not read_only,

@@ -8,6 +8,7 @@ import pytest
 from small_run import SMALL, train_small
 
 from diffusion_jax.checkpoints import checkpoint
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.network_files import records
 from diffusion_jax.lab.run_folder import changes, runs
 from diffusion_jax.lab.schema.config import replace, to_dict
@@ -159,6 +160,11 @@ def test_changes_that_made_no_step_are_forgotten(tmp_path):
         found = runs.read_lines(run.changes)
         assert {x["step"]: x["changed"]["train.seed"] for x in found} == lines
         assert runs.read_config(run).train.seed == seed
+    for line in ('{"step": 3}', '{"step": 3, "changed": {"a.b": [0, 1], "c": 2}}'):
+        run.changes.write_text(line + "\n")
+        for read in (changes.before, lambda run, *_: changes.in_words(run, 9)):
+            with pytest.raises(ConfigError, match=r"cannot read .*changes\.jsonl"):
+                read(run, seeds[0], 0)
 
 
 def test_force_does_not_make_another_network_fit(damaged):

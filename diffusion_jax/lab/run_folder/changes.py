@@ -13,8 +13,6 @@ from diffusion_jax.lab.network_files.records import public_source
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.config import Config, changed, from_dict, to_dict
 
-Line = dict[str, Any]
-
 
 def record(run: runs.Run, config: Config, step: int) -> None:
     """Writes that a run goes on from a step, and with which configuration.
@@ -29,12 +27,13 @@ def record(run: runs.Run, config: Config, step: int) -> None:
     lines = runs.read_lines(run.changes)
     kept = [line for line in lines if line["step"] < step]
     try:
-        found = changed(before(run, runs.read_config(run), step), config)
+        known = runs.read_config(run)
     except ConfigError:  # it is damaged, or gone
-        kept.append({"step": step, "changed": None})
+        found = None
     else:
-        if found:
-            kept.append({"step": step, "changed": found})
+        found = changed(before(run, known, step), config)
+    if found is None or found:
+        kept.append({"step": step, "changed": found})
     if json.dumps(kept) != json.dumps(lines):
         runs.write_lines(run.changes, kept)
     runs.write_json(run.config, to_dict(config))
@@ -52,25 +51,36 @@ def before(run: runs.Run, config: Config, step: int) -> Config:
       ConfigError: changes.jsonl is damaged.
     """
     values = to_dict(config)
-    for line in reversed(runs.read_lines(run.changes)):
-        if line["step"] < step or not line.get("changed"):
-            continue
-        for key, (old, _) in line["changed"].items():
-            section, _, name = key.rpartition(".")
-            (values[section] if section else values)[name] = old
-    restored: Config = from_dict(values)
+    try:
+        for line in reversed(runs.read_lines(run.changes)):
+            if line["step"] >= step and line["changed"] is not None:
+                for key, (old, _) in line["changed"].items():
+                    section, _, name = key.rpartition(".")
+                    (values[section] if section else values)[name] = old
+        restored: Config = from_dict(values)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(run, error) from error
     return restored
 
 
 def in_words(run: runs.Run, step: int) -> tuple[str, ...]:
     """Returns the changes that were made before a step, a few words each."""
-    return tuple(
-        _words(line) for line in runs.read_lines(run.changes) if line["step"] < step
+    lines = [line for line in runs.read_lines(run.changes) if line["step"] < step]
+    try:
+        return tuple(_words(line) for line in lines)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(run, error) from error
+
+
+def _damaged(run: runs.Run, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"cannot read {run.changes}: {error!r}. Restore it, or delete it: then what "
+        "was changed is not known."
     )
 
 
-def _words(line: Line) -> str:
-    if line.get("changed") is None:
+def _words(line: dict[str, Any]) -> str:
+    if line["changed"] is None:
         return f"before step {line['step']:,}: what held was lost"
     fields = (
         f"{key} from {_public(key, old)} to {_public(key, new)}"
