@@ -111,7 +111,7 @@ def open_folder(
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policy,
         async_options=ocp.options.AsyncOptions(
-            post_finalization_callback=functools.partial(orbax_files.finish, path)
+            post_finalization_callback=functools.partial(orbax_files.to_disk, path)
         ),
         read_only=read_only,
         create=not read_only,
@@ -170,6 +170,7 @@ def save(
         )
     if step in folder.steps():
         return
+    orbax_files.give_back()  # what the last save took
     leaves = trees.by_path(state)
     arrays = {
         path: _of_one_device(manifest.stored(leaf)) for path, leaf in leaves.items()

@@ -85,11 +85,12 @@ def _whatever_is_damaged(leaves: Iterable[str]) -> Iterator[None]:
         sys.unraisablehook = hook
 
 
-def finish(folder: Path) -> None:
-    """Does what is left to do in the background, before a checkpoint has its name."""
-    to_disk(folder)
-    # glibc keeps what was freed between what is held, for each thread: memory would
-    # grow by 30 KB a save. Other libraries have no such function, and keep less.
+def give_back() -> None:
+    """Gives memory that was freed back to the system.
+
+    glibc keeps what lies between what is held, for each thread: a process would grow by
+    30 KB a save. Other libraries have no such function, and keep less.
+    """
     with suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

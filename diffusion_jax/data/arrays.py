@@ -30,8 +30,8 @@ def as_images(images: np.ndarray, what: str | os.PathLike[str]) -> np.ndarray:
         )
     if 0 in images.shape:
         raise DataError(
-            f"{what} must hold at least one image; got shape {images.shape}. Save "
-            "those that it was to hold."
+            f"{what} must hold at least one image; got shape {images.shape}. Save it "
+            "again, with images."
         )
     if images.dtype != np.uint8:
         raise DataError(

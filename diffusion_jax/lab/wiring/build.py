@@ -240,7 +240,10 @@ def check_labels(config: Config, dataset: datasets.Dataset) -> None:
     least, most = int(dataset.labels.min()), int(dataset.labels.max())
     if least < 0 or most >= classes:
         mend = f"In training, set --net.classes to {most + 1}"
-        mend = "Leave out the images without a class" if least < 0 else mend
+        if least < 0:
+            mend = (
+                "Leave out what has no class, or, in training, set --net.classes to 0"
+            )
         raise ConfigError(
             f"labels must be in 0..{classes - 1}, for net.classes = {classes}; got "
             f"{least}..{most}. {mend}."
