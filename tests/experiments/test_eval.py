@@ -425,5 +425,7 @@ def test_inception_is_used_where_its_weights_are(run, tmp_path, monkeypatch):
     seen = net.apply(variables, dataset.images[:3])
     np.testing.assert_allclose(features, seen[0], rtol=1e-5)
     np.testing.assert_allclose(logits, seen[1], rtol=1e-5)
-    with pytest.raises(ConfigError, match="count must be above 2048"):
-        eval_fid.main([str(run.folder), "--weights", str(path), "--count", "2048"])
+    few = eval_fid.left_out(made, 2048, eval_fid.Options(), 1797)
+    assert few == {"FID@2048": "takes 2,049 or more, as inception has 2,048 features"}
+    assert "Inception score" in eval_fid.left_out(made, 9, eval_fid.Options(), 1797)
+    assert not eval_fid.left_out(made, 2049, eval_fid.Options(), 1797)
