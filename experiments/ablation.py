@@ -29,7 +29,7 @@ from diffusion_jax.lab.measure import bound, extractors, reference
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.checks import validate
-from diffusion_jax.lab.schema.config import Config, replace
+from diffusion_jax.lab.schema.config import Config, changed, replace
 from diffusion_jax.lab.schema.facts import Count, Seed, at_least
 from diffusion_jax.lab.trained import extras
 from diffusion_jax.lab.trained.weights import Weights
@@ -230,6 +230,11 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
     What training says goes to <row>/log.txt.
     """
     run = runs.of(config)
+    if runs.has_checkpoint(run) and (other := changed(runs.read_config(run), config)):
+        raise ConfigError(
+            f"cannot go on with {run.folder}: it was trained with other values of "
+            f"{', '.join(other)}. Give another --output."
+        )
     run.folder.mkdir(parents=True, exist_ok=True)
     diverged = None
     with _logged(run):

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.lab.process import entry
+from diffusion_jax.lab.process import entry, replaceable
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import checks, config
 from diffusion_jax.lab.schema.config import Config
@@ -56,6 +56,8 @@ class Options:
     """Options of the compiler that a table tries one by one, each NAME=VALUE."""
     out: Path | None = None
     """JSON file to write, after every row; of a table also one of Markdown."""
+    overwrite: bool = False
+    """Whether a file may be replaced that this command did not write."""
     config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=Config
     )
@@ -79,6 +81,7 @@ def main(argv: Sequence[str]) -> int:
         if options.scaling:
             tables.check_scaling(size, mesh.size)
     report: dict[str, Any] = {
+        "command": replaceable.typed("bench", argv),
         "device": mesh.devices.flat[0].device_kind,
         "devices": mesh.size,
         "experiment": options.config.name,
@@ -127,6 +130,12 @@ def parse(argv: Sequence[str]) -> Options:
         peer.check(options.config)
     if options.table:
         check_table(options)
+    if options.out is not None:
+        mark, over = replaceable.report_of("bench"), options.overwrite
+        replaceable.check_file(options.out, mark, overwrite=over)
+        if options.table:
+            table = options.out.with_suffix(".md")
+            replaceable.check_file(table, tables.MARK.encode(), overwrite=over)
     return options
 
 

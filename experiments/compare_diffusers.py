@@ -21,9 +21,13 @@ import tyro
 from tqdm import tqdm
 
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.lab.network_files import diffusers_config, networks
+from diffusion_jax.lab.network_files import (
+    diffusers_config,
+    diffusers_folder,
+    networks,
+)
 from diffusion_jax.lab.network_files.diffusers_config import to_diffusers
-from diffusion_jax.lab.process import entry
+from diffusion_jax.lab.process import entry, replaceable
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.facts import Count
 from diffusion_jax.lab.wiring import chains
@@ -49,6 +53,8 @@ class Options:
     """Of the weights, where they are random, and of the noise."""
     keep: Path | None = None
     """Folder to leave the random network and its conversion in."""
+    overwrite: bool = False
+    """Whether a file may be replaced that this command did not write."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -56,8 +62,12 @@ def main(argv: Sequence[str]) -> int:
     options = entry.parse(Options, argv, "compare_diffusers", __doc__)
     with tempfile.TemporaryDirectory() as scratch:
         keep = options.keep or Path(scratch)
-        folder = options.folder or build(keep / "diffusers", options.seed)
         file = keep / "converted.safetensors"
+        mark = networks.FORMAT.encode()
+        replaceable.check_file(file, mark, overwrite=options.overwrite)
+        if options.folder is None:
+            diffusers_folder.check_replaceable(keep / "diffusers")
+        folder = options.folder or build(keep / "diffusers", options.seed)
         compare(folder, file, options)
     return 0
 

@@ -21,7 +21,7 @@ from diffusion_jax import errors, samplers
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.measure import extractors, reference
-from diffusion_jax.lab.process import entry
+from diffusion_jax.lab.process import entry, replaceable
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.checks import with_sampling
 from diffusion_jax.lab.schema.config import Config
@@ -50,6 +50,7 @@ def rows() -> dict[str, Sampling]:
     return found
 
 
+NAME = "compare_samplers"
 TWICE = ("heun", "edm", "dpm_solver_pp 2S", "predictor_corrector")
 """Rows of two network evaluations a step, but one in the last."""
 SLOW = 50
@@ -77,6 +78,8 @@ class Options:
     which: opening.Which = Weights()
     out: Path | None = None
     """Folder of samplers.json and samplers.png; <run>/eval when not given."""
+    overwrite: bool = False
+    """Whether a file may be replaced that this command did not write."""
 
 
 class Point(NamedTuple):
@@ -97,10 +100,16 @@ class Point(NamedTuple):
 
 def main(argv: Sequence[str]) -> int:
     """Prints the table and writes table, plot and numbers; returns the exit code."""
-    options = entry.parse(Options, argv, "compare_samplers", __doc__)
+    options = entry.parse(Options, argv, NAME, __doc__)
     parallel.split_cpu()
     validate(options)
     run, config = opening.opened(options.run, options, which=options.which)
+    out = options.out or run.folder / "eval"
+    path, plot = out / "samplers.json", out / "samplers.png"
+    if options.out is not None:
+        over = options.overwrite
+        replaceable.check_file(path, replaceable.report_of(NAME), overwrite=over)
+        replaceable.check_file(plot, pictures.MARK, overwrite=over)
     dataset = build.load_data(config)
     extractor = extractors.choose("classifier", config, dataset)
     extractors.check_count(extractor, options.count)
@@ -111,7 +120,6 @@ def main(argv: Sequence[str]) -> int:
     def distance(drawn: np.ndarray) -> float:
         return reference.distance_of(real, drawn, extractor, batch_size=size)
 
-    out = options.out or run.folder / "eval"
     about: dict[str, Any] = {
         "distance": extractor.distance(options.count),
         "count": options.count,
@@ -123,9 +131,7 @@ def main(argv: Sequence[str]) -> int:
         ),
         "versions": runs.versions(),
     }
-    path = out / "samplers.json"
-    known = runs.recalled(path, about, lambda points: [Point(**p) for p in points])
-    known = known or []
+    known = runs.recalled(path, about, kept_points) or []
     print(
         f"{run.folder}, {weights.describe(kind, step)}: {about['distance']} of "
         f"{options.count:,} samples; in brackets evaluations, where they are others"
@@ -137,8 +143,8 @@ def main(argv: Sequence[str]) -> int:
         row = list(measure(rule, config, drawable, options, distance, known))
         points += row
         kept = points + [point for point in known if point not in points]
-        written = {**about, "points": [point._asdict() for point in kept]}
-        runs.write_json(path, written)
+        told = {"command": replaceable.typed(NAME, argv), **about}
+        runs.write_json(path, {**told, "points": [p._asdict() for p in kept]})
         print(line(rule, row, budgets), flush=True)
     print(f"written: {path}")
     picture = pictures.curves(
@@ -150,8 +156,13 @@ def main(argv: Sequence[str]) -> int:
         xlabel="network evaluations a sample",
         ylabel=about["distance"],
     )
-    print(f"plot: {pictures.save(picture, out / 'samplers.png')}")
+    print(f"plot: {pictures.save(picture, plot)}")
     return 0
+
+
+def kept_points(points: list[dict[str, Any]], command: str = "") -> list[Point]:
+    """Returns the points of an earlier table, whatever command made it."""
+    return [Point(**point) for point in points]
 
 
 def validate(options: Options) -> None:

@@ -19,7 +19,7 @@ import tyro
 from jax.sharding import Mesh
 
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.lab.process import entry
+from diffusion_jax.lab.process import entry, replaceable
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.config import Config, replace
 from diffusion_jax.lab.schema.facts import Whole
@@ -48,6 +48,8 @@ class Options:
     """JSON file to write."""
     text: Path | None = None
     """File to write the compiled program to."""
+    overwrite: bool = False
+    """Whether a file may be replaced that this command did not write."""
     config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=Config
     )
@@ -98,7 +100,11 @@ def main(argv: Sequence[str]) -> int:
     if options.text is not None:
         options.text.write_text(text)
     if options.out is not None:
-        about = {"target": options.target, "versions": runs.versions()}
+        about = {
+            "command": replaceable.typed("compiled", argv),
+            "target": options.target,
+            "versions": runs.versions(),
+        }
         runs.write_json(options.out, {**about, **found})
         print(f"written: {options.out}")
     return 0
@@ -111,12 +117,16 @@ def check(options: Options) -> None:
             "train.devices must be left out for a target that is not here; got "
             f"{options.config.train.devices}. Say how many with --target h100:8."
         )
-    for path in (options.out, options.text):
-        if path is not None and not path.resolve().parent.is_dir():
+    report = replaceable.report_of("compiled")
+    for path, mark in ((options.out, report), (options.text, b"HloModule")):
+        if path is None:
+            continue
+        if not path.resolve().parent.is_dir():
             raise ConfigError(
                 f"the folder of {path} must be there; got none. Make it, or write "
                 "elsewhere."
             )
+        replaceable.check_file(path, mark, overwrite=options.overwrite)
 
 
 def training(chosen: Config, mesh: Mesh) -> tuple[Any, dict[str, int]]:

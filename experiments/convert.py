@@ -30,7 +30,7 @@ from diffusion_jax.interop import inception_weights
 from diffusion_jax.lab.network_files import diffusers_folder, hub, networks, records
 from diffusion_jax.lab.network_files.records import About, Network
 from diffusion_jax.lab.process import entry
-from diffusion_jax.lab.run_folder import results, runs
+from diffusion_jax.lab.run_folder import changes, results, runs
 from diffusion_jax.lab.schema import sampling
 from diffusion_jax.lab.schema.checks import with_data
 from diffusion_jax.lab.schema.config import UNKNOWN, Config
@@ -105,8 +105,8 @@ def check_out(options: Options) -> None:
     there = out.exists() or out.is_symlink()
     if there and not options.overwrite:
         raise ConfigError(
-            f"nothing must be at {out}; got a {'folder' if out.is_dir() else 'file'} "
-            "there. Name another place, or give --overwrite."
+            f"cannot write {out}: a {'folder' if out.is_dir() else 'file'} is there. "
+            "Name another place, or give --overwrite."
         )
     if not is_file(out):
         diffusers_folder.check_replaceable(out)
@@ -193,6 +193,9 @@ def of_run(run: runs.Run, which: Weights) -> Network:
     if config.init_from is not None:
         origin += f", fine-tuned from {Path(config.init_from).name}"
     about = About(words, step, origin, {}, recipe=True)
+    if step is not None:
+        config = changes.before(run, config, step)
+        about = about._replace(changes=changes.in_words(run, step))
     return Network(config, params, about, trees.digest(params))
 
 

@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
             "sampler must be one that walks steps, for a run in continuous time; got "
             "ode. Use --sampler ddim."
         )
-    out = shared.out or run.folder / "edit" / f"{command}.png"
+    out = shared.out or run.folder / "edit" / default_name(command, options)
     if out.suffix.lower() != ".png":
         raise ConfigError(
             f"out must end in .png; got {out}. The single images go to a folder of "
@@ -64,6 +64,14 @@ def main(argv: Sequence[str]) -> int:
     print(f"{command}: {pictures.save(edits.picture(edited), out, made)}")
     print(f"{len(edited.results)} images: {folder}/000000.png and on")
     return 0
+
+
+def default_name(command: str, options: Any) -> str:
+    """Returns the file that a picture goes to, by all that decides what is in it."""
+    shared: edit_options.Shared = options.shared
+    asked = outputs.other_than_usual(options)
+    how = outputs.other_than_usual(shared.how, shared.which)
+    return f"{command}{asked}_seed{shared.seed}{how}.png"
 
 
 def parse(argv: Sequence[str]) -> tuple[str | None, Any]:

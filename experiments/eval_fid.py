@@ -7,7 +7,7 @@ fd_<data>_classifier and is no FID, where they are not.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,8 @@ from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.training import initial
 from diffusion_jax.lab.wiring import build, chains, learning
 from diffusion_jax.training import parallel
+
+PRECISION, INCEPTION = "precision, recall, density, coverage", "Inception score"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +88,7 @@ def main(argv: Sequence[str]) -> int:
     hosts.check_same("the extractor", extractor.details["sha256"])
     count = len(given) if given is not None else options.count
     count = count or min(50_000, len(dataset.images))
-    extractors.check_count(
-        extractor,
-        count,
-        why=": fewer samples have no covariance to compare",
-        more="Give more samples, or --extractor classifier.",
-    )
+    few = left_out(extractor, count, options, len(dataset.images))
     if known is not None:
         check_reference(known, options, extractor)
     print(
@@ -103,12 +100,13 @@ def main(argv: Sequence[str]) -> int:
         drawn, about = draw(run, config, options, count)
     # All hosts extract features together; the first one has them, and does the rest.
     real = known or references(config, dataset, extractor, options)
-    scores = [score(extractor, real, fake, options) for fake in drawn]
+    scores = [score(extractor, real, fake, options, few) for fake in drawn]
     out = run.folder / "eval"
     kind = kind_of(options)
     written = out / f"fid{kind}.json"
     if hosts.first():
         result = summary(extractor, real, scores, about, options, count, config)
+        result["left_out"] = few
         show(result, extractor)
         results.write(run, written.stem, result)
     if "train" in real:
@@ -140,8 +138,8 @@ def check(options: Options) -> None:
         )
     if options.untrained and options.which != Weights():
         raise ConfigError(
-            "untrained must stand alone; got --raw, --average or --step as "
-            "well. Evaluate one set of weights at a time."
+            f"untrained must stand alone; got {weights.flags(options.which)} as well. "
+            "Evaluate one set of weights at a time."
         )
 
 
@@ -259,11 +257,55 @@ def draw(
     }
 
 
+def left_out(
+    extractor: extractors.Extractor, count: int, options: Options, images: int
+) -> dict[str, str]:
+    """Returns the numbers for which there are too few samples, and why; says so too.
+
+    Args:
+      extractor: of the features.
+      count: samples.
+      options: whether they are compared with images, or with statistics alone.
+      images: to compare with.
+
+    Raises:
+      ConfigError: there are too few for any.
+    """
+    distance, both = extractor.distance(count), min(count, images)
+    least = {distance: (extractor.dimension + 1, count)}
+    if options.reference is None:
+        least |= {kernel_distance(extractor): (2, both), PRECISION: (4, both)}
+    if extractor.name == "inception":
+        least[INCEPTION] = (10, count)
+    few = {
+        name: f"takes {fewest:,} or more"
+        for name, (fewest, got) in least.items()
+        if got < fewest
+    }
+    if distance in few:
+        few[distance] += f", as {extractor.name} has {extractor.dimension:,} features"
+    said = "; ".join(f"{name} {why}" for name, why in few.items())
+    if len(few) == len(least):
+        raise ConfigError(
+            f"samples must be enough for one number; got {count}: {said}. Give more, "
+            "with --count where they are drawn."
+        )
+    if few and hosts.first():
+        print(f"note: left out for want of samples: {said}")
+    return few
+
+
+def kernel_distance(extractor: extractors.Extractor) -> str:
+    """Returns what the kernel distance is called."""
+    return "KID" if extractor.name == "inception" else f"kd_{extractor.name}"
+
+
 def score(
     extractor: extractors.Extractor,
     real: dict[str, reference.Reference],
     fake: np.ndarray,
     options: Options,
+    few: Collection[str],
 ) -> dict[str, Any]:
     """Returns the numbers of one set of samples; none on a host but the first."""
     features, logits = extractors.extract(
@@ -271,19 +313,21 @@ def score(
     )
     if not hosts.first():
         return {}
-    name = extractor.distance(len(fake))
-    found: dict[str, Any] = {
-        f"{name} vs {split}": reference.distance(known, features)
-        for split, known in real.items()
-    }
+    name, kernel = extractor.distance(len(fake)), kernel_distance(extractor)
+    found: dict[str, Any] = {}
+    if name not in few:
+        for split, known in real.items():
+            found[f"{name} vs {split}"] = reference.distance(known, features)
     if "train" in real:
         kept, part = real["train"].features, features[: reference.KEPT]
         size = min(1000, len(part), len(kept))
-        prefix = "KID" if extractor.name == "inception" else f"kd_{extractor.name}"
-        found[f"{prefix} vs train"], _ = metrics.kid(kept, part, subset_size=size)
-        found |= metrics.precision_recall(kept, part)._asdict()
+        if kernel not in few:
+            found[f"{kernel} vs train"], _ = metrics.kid(kept, part, subset_size=size)
+        if PRECISION not in few:
+            found |= metrics.precision_recall(kept, part)._asdict()
     if extractor.name == "inception":
-        found["Inception score"], _ = metrics.inception_score(logits, seed=2020)
+        if INCEPTION not in few:
+            found[INCEPTION], _ = metrics.inception_score(logits, seed=2020)
     else:
         shares = np.asarray(jax.nn.softmax(logits.astype(np.float64), axis=-1))
         found["class_shares"] = shares.mean(axis=0).tolist()

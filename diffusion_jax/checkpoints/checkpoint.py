@@ -95,6 +95,9 @@ def open_folder(
     """
     import orbax.checkpoint as ocp  # as in `stored.read`
 
+    from diffusion_jax.checkpoints import handlers
+
+    handlers.stop_leaks()
     path = Path(directory).resolve()
     if read_only and not path.is_dir():
         raise CheckpointError(
@@ -167,6 +170,7 @@ def save(
         )
     if step in folder.steps():
         return
+    orbax_files.give_back()  # what the last save took
     leaves = trees.by_path(state)
     arrays = {
         path: _of_one_device(manifest.stored(leaf)) for path, leaf in leaves.items()
@@ -234,10 +238,15 @@ def restore(
       CheckpointError: there is none, none verifies, or it does not fit `like`.
     """
     known, skipped = folder.steps()[::-1], []
-    if not known or step not in (None, *known):
+    if not known:
         raise CheckpointError(
-            f"a checkpoint must be in {folder.path}; got steps "
-            f"{known[::-1]}. Train first, or give another run."
+            f"a checkpoint must be in {folder.path}; got none. Train first, or give "
+            "another run."
+        )
+    if step not in (None, *known):
+        raise CheckpointError(
+            f"step must be one of {known[::-1]}, those in {folder.path}; got {step}. "
+            "Give one of them, or leave it out for the newest."
         )
     if isinstance(sharding, jax.sharding.Sharding):
         one = sharding

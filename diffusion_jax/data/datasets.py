@@ -203,7 +203,8 @@ def _fit(
     if channels not in (None, images.shape[-1]):
         raise DataError(
             f"channels must be the images' own {images.shape[-1]} for {source}; got "
-            f"{channels}. Leave it out: only a folder's images are converted."
+            f"{channels}. Give channels={images.shape[-1]}: only a folder's images are "
+            "converted."
         )
     fit_image, fitted = fitter(images.shape[1:], image_size, fit, source)
     if fitted == images.shape[1:] or isinstance(images, LazyImages):

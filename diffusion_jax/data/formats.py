@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from diffusion_jax.data import arrays
 from diffusion_jax.errors import DataError
 from diffusion_jax.storage import archives
 
@@ -345,7 +346,7 @@ def read_npz(
 
     Args:
       path: an .npz file. The images are its array `images`, else `arr_0`, else its
-        only array: uint8, [N, H, W, C] or [N, H, W]. `labels` is optional.
+        only array, as `arrays.as_uint8` and `as_images` take them; `labels` optional.
 
     Raises:
       DataError: no such file, no such array, or one of another type or shape.
@@ -364,7 +365,7 @@ def read_npz(
         return [keys[0], *(name for name in names if name == "labels")]
 
     try:
-        arrays = archives.read_npz(path, choose)
+        found = archives.read_npz(path, choose)
     except FileNotFoundError:
         raise DataError(
             f"an npz file must exist; got {path}, which does not. Check the path."
@@ -374,36 +375,10 @@ def read_npz(
             f"{path} must be an npz file of plain arrays; got {error}. "
             "Save it with np.savez(path, images=images), images being uint8."
         ) from error
-    labels = arrays.pop("labels", None)
-    (images,) = arrays.values()
-    return as_images(images, path), as_labels(labels, len(images), path)
-
-
-def as_images(images: np.ndarray, what: str | os.PathLike[str]) -> np.ndarray:
-    """Returns images as [N, H, W, C], having checked type and number of axes."""
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape:
-        raise DataError(
-            f"images in {what} must be uint8 of shape [N, H, W, C] or [N, H, W]; got "
-            f"{images.dtype} of shape {images.shape}. Convert them first, for "
-            "instance with np.clip(np.round(images), 0, 255).astype(np.uint8)."
-        )
-    return images if images.ndim == 4 else images[..., np.newaxis]
-
-
-def as_labels(
-    labels: np.ndarray | None, num_images: int, what: str | os.PathLike[str]
-) -> np.ndarray | None:
-    """Returns labels as int32 [N], having checked that there is one an image."""
-    if labels is None:
-        return None
-    fits = labels.dtype.kind in "iu" and labels.shape == (num_images,)
-    if not fits or labels.min() < -(2**31) or labels.max() >= 2**31:
-        raise DataError(
-            f"labels in {what} must be {num_images} whole numbers below 2**31, one an "
-            f"image; got {labels.dtype} of shape {labels.shape}. Save them as int32, "
-            "or leave them out."
-        )
-    return labels.astype(np.int32)
+    labels = found.pop("labels", None)
+    (images,) = found.values()
+    images = arrays.as_images(arrays.as_uint8(images, path), path)
+    return images, arrays.as_labels(labels, len(images), path)
 
 
 def _describe(error: BaseException) -> str:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from diffusion_jax.data.arrays import as_images, as_labels
 from diffusion_jax.data.formats import (
     CIFAR10_ARCHIVES,
-    as_images,
-    as_labels,
     find_cifar10,
     read_cifar10,
     read_idx,

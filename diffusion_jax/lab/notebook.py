@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 
 from diffusion_jax import gaussian
 from diffusion_jax import schedule as schedules
-from diffusion_jax.data import datasets, formats
+from diffusion_jax.data import arrays, datasets
 from diffusion_jax.errors import ConfigError, raise_unknown
 from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.measure import bound
@@ -324,10 +324,10 @@ def _given(config: Config, dataset: datasets.Dataset) -> Any:
 
 
 def _dataset(images: ArrayLike, labels: ArrayLike | None) -> datasets.Dataset:
-    found = formats.as_images(np.asarray(images), "the call")
+    found = arrays.as_images(np.asarray(images), "the call")
     known = None if labels is None else np.asarray(labels)
     return datasets.Dataset(
-        found, formats.as_labels(known, len(found), "the call"), "given"
+        found, arrays.as_labels(known, len(found), "the call"), "given"
     )
 
 

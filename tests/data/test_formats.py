@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import os
@@ -267,8 +268,12 @@ GOOD = np.zeros((3, 5, 4), np.uint8)
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"images": GOOD.astype(np.float32)}, "float32 of shape"),
-        ({"images": GOOD[0]}, r"uint8 of shape \(5, 4\)"),
+        ({"images": GOOD + np.float32(1.5)}, "got float32 from 1.5 to 1.5. Convert"),
+        ({"images": np.full((1, 4, 4), np.float16(0.7))}, "float16 from 0.7"),  # scale?
+        ({"images": GOOD + np.float16(np.nan)}, "float16 from nan"),
+        ({"images": np.ones((3, 5, 4), int)}, "int64 from 1 to 1"),
+        ({"images": GOOD.astype("M8[s]")}, "got datetime64"),
+        ({"images": GOOD[0]}, r"3 or 4 axes.*got shape \(5, 4\)"),
         ({"images": GOOD[:0]}, r"\(0, 5, 4\)"),
         ({"a": GOOD, "b": GOOD}, "got a, b"),
         ({"images": GOOD.astype(object)}, "plain arrays"),
@@ -281,6 +286,27 @@ def test_npz_of_other_content(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(DataError, match=message):
         formats.read_npz(tmp_path / "a.npz")
+
+
+def test_other_types_and_orders_of_axes_are_read_where_they_are_plain(tmp_path):
+    pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(4, 8, 8, 3)
+    for images, warns in (
+        (pixels.transpose(0, 3, 1, 2), False),
+        (pixels.astype(np.int64), False),
+        (pixels.astype(np.float16), False),  # whole numbers up to 255
+        ((pixels / 255).astype(np.float16), True),
+        ((pixels / 127.5 - 1).astype(np.float32).transpose(0, 3, 1, 2), True),
+    ):
+        np.savez(tmp_path / "a.npz", images)
+        with pytest.warns(match="rounded to") if warns else contextlib.nullcontext():
+            found, _ = formats.read_npz(tmp_path / "a.npz")
+        np.testing.assert_array_equal(found, pixels)
+        assert found.dtype == np.uint8
+    # Three pixels wide it may be either.
+    np.savez(tmp_path / "a.npz", pixels[:, :3])
+    np.testing.assert_array_equal(
+        formats.read_npz(tmp_path / "a.npz")[0], pixels[:, :3]
+    )
 
 
 def test_npz_of_other_files(tmp_path):

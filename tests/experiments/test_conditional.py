@@ -153,5 +153,8 @@ def test_wrong_guidance_is_named(trained, tmp_path, flags, words):
 
 def test_labels_must_fit_the_network(folder):
     argv = ["digits", *SMALL, "--output", str(folder), "--name", "few"]
-    with pytest.raises(ConfigError, match=r"labels must be in 0..4.*some up to 9"):
+    with pytest.raises(
+        ConfigError,
+        match=r"labels must be in 0..4.*got 0..9. In .*, set --net.classes to 10",
+    ):
         train.main([*argv, "--net.classes", "5"])

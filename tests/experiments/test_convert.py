@@ -218,7 +218,7 @@ def test_what_is_there_is_replaced_only_when_asked_for(file, tmp_path, refuses):
         out = tmp_path / name
         assert convert.main([str(file), str(out)]) == 0
         before = sorted(tmp_path.rglob("*"))
-        with refuses("there"):
+        with pytest.raises(ValueError, match=r"is there\. Name another place, or give"):
             convert.main([str(file), str(out)])
         assert convert.main([str(file), str(out), "--overwrite"]) == 0
         assert sorted(tmp_path.rglob("*")) == before

@@ -50,9 +50,10 @@ def files(tmp_path_factory):
 
 def edited(run, command, *args, out=None):
     """The picture, and the single images, [N, H, W]."""
-    out = out or run.folder / "edit" / f"{command}.png"
+    argv = [command, *map(str, args)]
+    out = out or run.folder / "edit" / edit.default_name(command, edit.parse(argv)[1])
     name = run.folder if run.network is None else run.network.path
-    assert edit.main([str(name), command, *map(str, args)]) == 0
+    assert edit.main([str(name), *argv]) == 0
     return Image.open(out), single(out)
 
 
@@ -65,7 +66,8 @@ def test_interpolation_goes_from_one_image_to_the_other(run, files, capsys):
     args = files / "a.png", files / "b.png", "--depth", "1", "--count", "5"
     picture, results = edited(run, "interpolate", *args)
     shown = capsys.readouterr().out
-    assert str(run.folder / "edit" / "interpolate.png") in shown
+    name = "interpolate_files0-a_files0-b_depth1_count5_seed0.png"
+    assert str(run.folder / "edit" / name) in shown
     assert "averaged weights of step 12" in shown
     assert picture.size == (5 * CELL + 4 + 2 * BESIDE, 72)
     a, b = (np.asarray(Image.open(path), int) for path in args[:2])
@@ -177,7 +179,7 @@ BAD = {
     "interpolate a.png b.png --depth 21": r"depth must be in 1..20.*; got 21\.",
     "interpolate a.png b.png --depth 0": r"depth must be in 1..20.*; got 0\.",
     "interpolate a.png b.png --count 1": r"count must be at least 2; got 1\.",
-    "interpolate a.png b.png --step 5": r"got steps \[12\]",
+    "interpolate a.png b.png --step 5": r"one of \[12\].*; got 5\.",
     "interpolate a.png b.png --eta 0.5": "sample.eta must be left out with",
     "coarse-to-fine a.png b.png --depths 5 -1": r"depth must be in 0..20.*got -1",
     "slerp a.png b.png --sampler ddpm": "slerp must draw by ddim .*; got .* ddpm",

@@ -82,6 +82,27 @@ def test_the_training_images_are_at_distance_zero_from_themselves(
     assert numbers["precision"]["mean"] < 0.2
 
 
+def test_what_few_samples_allow_is_measured(run, tmp_path, capsys, monkeypatch):
+    few = functools.partial(eval_fid.metrics.kid, subsets=2)
+    monkeypatch.setattr(eval_fid.metrics, "kid", few)
+    shares = {"class_shares", "sure"}
+    precision = {"precision", "recall", "density", "coverage"}
+    kernel, distance = "kd_digits_classifier", "fd_digits_classifier"
+    for count, numbers, left in (
+        (64, {f"{kernel} vs train", *precision}, {distance}),
+        (3, {f"{kernel} vs train"}, {distance, eval_fid.PRECISION}),
+    ):
+        np.savez(tmp_path / "few.npz", digits_images().images[:count])
+        flags = ["--samples", f"npz:{tmp_path / 'few.npz'}"]
+        result = evaluate(run, *flags, name="fid_given.json")
+        assert result["numbers"].keys() == numbers | shares
+        assert result["left_out"].keys() == left
+        said = "takes 65 or more, as digits_classifier has 64 features"
+        assert f"left out for want of samples: {distance} {said}" in (
+            capsys.readouterr().out
+        )
+
+
 def test_a_network_in_a_file_has_the_numbers_of_its_run(run, tmp_path):
     file = tmp_path / "a.safetensors"
     # It names other data, which are not there; the command line does.
@@ -229,7 +250,7 @@ def test_reference_statistics_are_cached_by_what_made_them(run, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--count 64", "count must be above 64, the number of features.*got 64"),
+        ("--count 1", "samples must be enough .*got 1: fd_digits_class.* takes 65 or"),
         ("--seeds 0", "seeds must be at least 1; got 0"),
         ("--untrained --raw", "untrained must stand alone"),
         ("--steps 0", "sample.steps must be at least 1; got 0"),
@@ -238,7 +259,7 @@ def test_reference_statistics_are_cached_by_what_made_them(run, monkeypatch):
         ("--samples pictures", "samples must be npz:FILE or folder:FOLDER; got"),
         ("--samples folder:/nowhere", "nowhere"),
         ("--weights /nowhere.pb", "path must name the Inception weights"),
-        ("--step 5", r"got steps \[12\]"),
+        ("--step 5", r"one of \[12\].*; got 5\."),
     ],
 )
 def test_bad_requests_are_named_before_anything_is_drawn(run, flags, message):
@@ -404,5 +425,7 @@ def test_inception_is_used_where_its_weights_are(run, tmp_path, monkeypatch):
     seen = net.apply(variables, dataset.images[:3])
     np.testing.assert_allclose(features, seen[0], rtol=1e-5)
     np.testing.assert_allclose(logits, seen[1], rtol=1e-5)
-    with pytest.raises(ConfigError, match="count must be above 2048"):
-        eval_fid.main([str(run.folder), "--weights", str(path), "--count", "2048"])
+    few = eval_fid.left_out(made, 2048, eval_fid.Options(), 1797)
+    assert few == {"FID@2048": "takes 2,049 or more, as inception has 2,048 features"}
+    assert "Inception score" in eval_fid.left_out(made, 9, eval_fid.Options(), 1797)
+    assert not eval_fid.left_out(made, 2049, eval_fid.Options(), 1797)

@@ -1,15 +1,20 @@
 """A run goes on from the newest checkpoint that verifies, or says why not."""
 
 import json
+import re
 import shutil
 
 import pytest
 from small_run import SMALL, train_small
 
 from diffusion_jax.checkpoints import checkpoint
-from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab.network_files import records
+from diffusion_jax.lab.run_folder import changes, runs
+from diffusion_jax.lab.schema.config import replace, to_dict
+from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.training import arguments
-from experiments import sample, train
+from experiments import convert, sample, train
 from experiments.configs import EXPERIMENTS
 
 EVERY = ["--train.checkpoint-every", "4", "--train.keep", "9"]
@@ -104,10 +109,62 @@ def test_other_values_are_refused_unless_forced(damaged, capsys):
         train.main(flags(damaged, "--train.seed", "1"))
     assert damaged.config.read_bytes() == before
     assert train.main(flags(damaged, "--train.seed", "1", "--force")) == 0
-    assert (
-        "with other values than before: train.seed: 0 -> 1" in capsys.readouterr().err
+    assert "other values than before: train.seed: 0 -> 1" in capsys.readouterr().err
+    # More steps need no force, and a rate that falls to the last of them jumps.
+    longer = flags(damaged, "--train.seed", "1", "--train.steps", "14")
+    assert train.main(longer) == 0
+    said = (
+        r"falls to 0 at the last step, which was 12 and is 14: at step 12 .* from 0 to"
     )
-    assert json.loads(damaged.config.read_text())["train"]["seed"] == 1
+    assert re.search(said, capsys.readouterr().err)
+    made = runs.read_config(damaged)
+    assert (made.train.seed, made.train.steps) == (1, 14)
+    # Where no step is made nothing is said to have been made otherwise.
+    before = damaged.config.read_bytes()
+    fewer = flags(damaged, "--train.steps", "6", "--train.batch-size", "4", "--force")
+    assert train.main(fewer) == 0
+    assert "no step is left to make" in capsys.readouterr().err
+    assert damaged.config.read_bytes() == before
+    told = {
+        12: ("after step 4: train.seed from 0 to 1",),
+        14: (
+            "after step 4: train.seed from 0 to 1",
+            "after step 12: train.steps from 12 to 14",
+        ),
+    }
+    for step, words in told.items():
+        found = convert.of_run(damaged, Weights(step=step))
+        assert found.about.changes == words
+        assert (found.config.train.steps, found.config.train.seed) == (step, 1)
+        assert records.read(json.dumps(records.write(found)), damaged.config)[1] == (
+            found.about
+        )
+    assert changes.before(damaged, made, 4).train.seed == 0
+
+
+def test_changes_that_made_no_step_are_forgotten(tmp_path):
+    """As where a run is killed before its next checkpoint, or goes on from an older."""
+    run = runs.Run(tmp_path / "run")
+    seeds = [replace(EXPERIMENTS["digits"].config, "train", seed=n) for n in range(4)]
+    runs.write_json(run.config, to_dict(seeds[0]))
+    for seed, step, lines in (
+        (1, 8, {8: [0, 1]}),
+        (2, 8, {8: [0, 2]}),
+        (0, 8, {}),
+        (1, 8, {8: [0, 1]}),
+        (2, 9, {8: [0, 1], 9: [1, 2]}),
+        (3, 6, {6: [0, 3]}),
+        (3, 9, {6: [0, 3]}),
+    ):
+        changes.record(run, seeds[seed], step)
+        found = runs.read_lines(run.changes)
+        assert {x["step"]: x["changed"]["train.seed"] for x in found} == lines
+        assert runs.read_config(run).train.seed == seed
+    for line in ('{"step": 3}', '{"step": 3, "changed": {"a.b": [0, 1], "c": 2}}'):
+        run.changes.write_text(line + "\n")
+        for read in (changes.before, lambda run, *_: changes.in_words(run, 9)):
+            with pytest.raises(ConfigError, match=r"cannot read .*changes\.jsonl"):
+                read(run, seeds[0], 0)
 
 
 def test_force_does_not_make_another_network_fit(damaged):
@@ -122,7 +179,7 @@ def test_a_run_that_lost_its_configuration_is_not_taken_for_another(damaged):
     with pytest.raises(ValueError, match=r"config.json is not there. Give"):
         train.main(flags(damaged))
     assert train.main(flags(damaged, "--force")) == 0
-    assert damaged.config.exists()
+    assert changes.in_words(damaged, 12) == ("before step 4: what held was lost",)
     damaged.config.write_text("{")
     with pytest.raises(ValueError, match=r"must hold the configuration of a run"):
         train.main(flags(damaged))

@@ -35,7 +35,9 @@ def test_the_card_says_what_it_is(tmp_path):
     config = small("digits_conditional")
     network = network_of(config)
     scores = {"fd vs train": {"value": "1.8", "of": "1,797 samples"}}
-    network = network._replace(about=ABOUT._replace(scores=scores))
+    changes = ("after step 8: train.batch_size from 16 to 32",)
+    about = ABOUT._replace(scores=scores, changes=changes)
+    network = network._replace(about=about)
     digest = diffusers_folder.write(tmp_path / "out", network)
     text = (tmp_path / "out" / "README.md").read_text()
     count = sum(leaf.size for leaf in jax.tree.leaves(network.params))
@@ -49,6 +51,7 @@ def test_the_card_says_what_it_is(tmp_path):
         "8x8, grey",
         "| data | digits |",
         "10, and a last row for none",
+        "| changed under way | after step 8: train.batch_size from 16 to 32 |",
     ):
         assert said in text, said
     assert unet_config.CLASS in text

@@ -222,7 +222,8 @@ def test_what_may_differ_when_a_run_goes_on():
     ]
     digits = EXPERIMENTS["digits"].config
     longer = config.replace(digits, "train", steps=9000)
-    assert config.differences(digits, longer) == ["train.steps: 5000 -> 9000"]
+    assert config.differences(digits, longer) == []
+    assert config.changed(digits, longer) == {"train.steps": (5000, 9000)}
 
 
 def test_what_a_change_of_a_field_changes_is_said_of_each():

@@ -1,13 +1,16 @@
-"""Schedules that end before noise, or in nothing else: said, or refused where drawn."""
+"""Schedules that end before noise, or in nothing else, and data that end too soon."""
 
 import dataclasses
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.schema.config import replace
 from diffusion_jax.lab.training import beginning
-from diffusion_jax.lab.wiring import chains
+from diffusion_jax.lab.wiring import chains, learning
+from experiments import train
 from experiments.configs import EXPERIMENTS
 
 
@@ -28,6 +31,29 @@ def test_a_schedule_that_ends_before_noise_says_what_fits():
 def test_no_experiment_ends_before_noise():
     for name, experiment in EXPERIMENTS.items():
         assert not beginning.signal_left(experiment.config), name
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (1, "one image is fewer than a batch of 5 (train.batch_size): each step sees "),
+        (2, "2 images are fewer than a batch of 5 (train.batch_size): each step sees "),
+        (5, ""),
+    ],
+)
+def test_fewer_images_than_a_batch_are_said_before_anything_compiles(
+    images, said, tmp_path, monkeypatch, capsys
+):
+    for number in range(images):
+        pixels = np.full((8, 8, 3), number, np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    monkeypatch.setattr(learning, "make_step", None)
+    flags = ["--output", str(tmp_path / "runs"), "--data.channels", "3"]
+    flags += ["--train.batch-size", "5", "--train.devices", "1"]
+    with pytest.raises(TypeError):
+        train.main(["digits", "--data.source", f"folder:{tmp_path}", *flags])
+    assert said in (shown := capsys.readouterr().err)
+    assert ("note: " in shown) == bool(said)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "score"])

@@ -1,16 +1,20 @@
 """Drawings say how they were made, and take the place of nothing else."""
 
+import importlib
 import json
+import typing
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+import experiments
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.lab.drawing import outputs
+from diffusion_jax.lab.drawing import edit_options, outputs
 from diffusion_jax.lab.run_folder import results
-from experiments import sample
+from experiments import edit, sample
 
 FEW = ("--count", "3", "--no-strip")
 
@@ -77,21 +81,69 @@ def test_numbers_beside_a_figure_replace_no_others(trained, tmp_path):
     assert (tmp_path / "x.json").read_text() == "{}"
 
 
-@pytest.mark.parametrize("kind", ["grid", "npz", "png"])
-def test_what_is_no_drawing_stays(kind, trained, tmp_path, monkeypatch):
+# By command: what it is given to write precious files, RUN for one that is trained.
+WRITTEN = {
+    "sample RUN --no-strip --out f": "f",
+    "sample RUN --out f.png": "f_denoising.png",
+    "sample RUN --format npz --out f": "f",
+    "sample RUN --figure quality --out f.png": "f.json",
+    "edit RUN vary /nowhere --out f.png": "f.png",
+    "bench digits --out f": "f",
+    "bench digits --table --out f.json": "f.md",
+    "compiled digits --out f": "f",
+    "compiled digits --text f": "f",
+    "convert RUN f.safetensors": "f.safetensors",
+    "compare_samplers RUN --out .": "samplers.json",
+    "compare_samplers RUN --out . --evaluations 9": "samplers.png",
+    "compare_diffusers --keep .": "converted.safetensors",
+}
+# Other paths that commands take: what they read, or a folder that is theirs alone.
+READ = {"reference", "folder", "image", "mask", "first", "second"}
+
+
+@pytest.mark.parametrize("line", WRITTEN)
+def test_what_a_command_did_not_write_stays(line, trained, tmp_path, monkeypatch):
     """And is named before anything compiles."""
-    mine = tmp_path / "precious.txt"
-    mine.write_text("keep")
-    out = tmp_path if kind == "png" else mine
-    flags = [str(trained.folder), *FEW, "--format", kind, "--out", str(out)]
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / WRITTEN[line]
+    mine.write_text("precious")
+    name, *flags = line.replace("RUN", str(trained.folder)).split()
     with monkeypatch.context() as patch:
         patch.setattr(jax, "jit", None)
-        with pytest.raises(ConfigError, match=r"cannot write .*precious\.txt"):
-            sample.main(flags)
-    assert mine.read_text() == "keep"
-    if kind != "png":
-        assert sample.main([*flags, "--overwrite", "--sampler", "ddim"]) == 0
-        assert outputs.check_file(mine, overwrite=False) is None  # it is one now
+        with pytest.raises(ConfigError, match=r"cannot write .*or give --overwrite"):
+            importlib.import_module(f"experiments.{name}").main(flags)
+    assert [mine] == list(tmp_path.iterdir())
+    assert mine.read_text() == "precious"
+
+
+def test_every_path_that_a_command_takes_is_one_of_these():
+    kinds = [("edit", kind) for kind, _ in edit.COMMANDS.values()]
+    kinds.append(("edit", edit_options.Shared))
+    for file in Path(experiments.__file__).parent.glob("[!_]*.py"):
+        module = importlib.import_module(f"experiments.{file.stem}")
+        if hasattr(module, "Options"):
+            kinds.append((file.stem, module.Options))
+    found = {
+        (command, name)
+        for command, kind in kinds
+        for name, hint in typing.get_type_hints(kind).items()
+        if Path in (hint, *typing.get_args(hint)) and name not in READ
+    }
+    flags = {
+        (line.split()[0], f)
+        for line in WRITTEN
+        for f in ("out", "text", "keep")
+        if f"--{f} " in line
+    }
+    assert found == flags | {("convert", "out")}
+
+
+@pytest.mark.parametrize("kind", ["grid", "npz"])
+def test_a_drawing_takes_any_place_when_told_to(kind, trained, tmp_path):
+    mine = tmp_path / "precious.txt"
+    mine.write_text("keep")
+    draw(trained, "--format", kind, "--out", str(mine), "--overwrite", "--sampler=ddim")
+    assert outputs.check_file(mine, overwrite=False) is None  # it is one now
 
 
 def test_no_file_at_all_is_not_replaced(tmp_path):

@@ -143,8 +143,8 @@ COMMANDS = [
     Breakage(
         "runs-line-of-the-checkpoint-cut",
         "diffusion_jax/lab/run_folder/runs.py",
-        'if line["step"] <= last_step',
-        'if line["step"] < last_step',
+        'if x["step"] <= last_step',
+        'if x["step"] < last_step',
         "tests/experiments/test_train.py::test_a_run_in_parts_is_bitwise_the_whole_run",
     ),
     Breakage(

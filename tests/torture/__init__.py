@@ -23,7 +23,7 @@ class Case(NamedTuple):
 PRIVATE = "TORTURE_MOUNTS_ARE_PRIVATE"
 """Set in the environment where what is mounted is gone with the case."""
 CASES = {
-    "soak-steps": Case("soak:steps", "20,000 steps of digits: memory, files", 2000),
+    "soak-steps": Case("soak:steps", "20,000 steps, and 500 pictures: memory", 3000),
     "kill": Case("kills:cases", "kill -9 at 30 moments, training and evaluation"),
     "signal": Case("signals:cases", "SIGTERM and SIGINT at any moment, and twice"),
     "disk": Case(

@@ -32,7 +32,8 @@ class Shared:
     """Of the noise."""
     which: opening.Which = Weights()
     out: Path | None = None
-    """The picture, FILE.png; edit/COMMAND.png in the run's folder when not given."""
+    """The picture, FILE.png; in edit/ of the run's folder when not given, named after
+    what is asked for. What stands there is replaced if it is a drawing too."""
     overwrite: bool = False
     """Whether `--out FILE` may replace what is no drawing of this project."""
 

@@ -122,7 +122,7 @@ def quality(
     """
     dataset = build.load_data(config)
     extractor = extractors.choose("auto", config, dataset)
-    extractors.check_count(extractor, count, more="Draw more with --count.")
+    extractors.check_count(extractor, count)
     real = reference.of(config, dataset.images, "train", extractor, batch_size=64)
     grid = chains.make_grid(config)
     end, seen = chain(config, drawable, count=count, seed=seed, frames=13)

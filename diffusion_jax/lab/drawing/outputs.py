@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import re
-import shlex
-import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +11,14 @@ import numpy as np
 
 from diffusion_jax.errors import ConfigError, first_of
 from diffusion_jax.evaluation import pictures
+from diffusion_jax.lab.process import replaceable
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.wiring import chains
 from diffusion_jax.lab.wiring.chains import Drawable
 from diffusion_jax.storage import files
 
-HEAD = 4096
-"""Bytes of a PNG in which it says by what it was made."""
+MARKS = pictures.MARK, b"about.npy"
+"""By which a drawing is known: a PNG, or an npz."""
 
 
 def about(
@@ -41,7 +40,7 @@ def about(
       seed: of the noise.
     """
     return {
-        "command": shlex.join(["python", "-m", f"experiments.{command}", *argv]),
+        "command": replaceable.typed(command, argv),
         "network": config.name,
         "weights": words,
         "weights_sha256": drawable.sha256,
@@ -53,6 +52,9 @@ def about(
 def other_than_usual(*options: Any) -> str:
     """Returns the end of a name: what options ask for that is not their default.
 
+    Of a file that they name it has the last folder too: sets of images have the same
+    names. Options within options are left out.
+
     >>> from diffusion_jax.lab.schema.sampling import Sampling
     >>> other_than_usual(Sampling(sampler="ddim", steps=10)), other_than_usual()
     ('_ddim_steps10', '')
@@ -61,10 +63,18 @@ def other_than_usual(*options: Any) -> str:
     for group in options:
         for field in dataclasses.fields(group):
             value = getattr(group, field.name)
-            if value != field.default:
-                plain = field.name == "sampler"
-                shown = "" if value is True else value
-                said.append(f"_{'' if plain else field.name}{shown}")
+            if value == field.default or dataclasses.is_dataclass(value):
+                continue
+            if isinstance(value, Path):
+                said.append(
+                    "_" + "-".join(filter(None, [value.parent.name, value.stem]))
+                )
+                continue
+            if isinstance(value, tuple):
+                value = "-".join(map(str, value))
+            plain = field.name == "sampler"
+            shown = "" if value is True else value
+            said.append(f"_{'' if plain else field.name}{shown}")
     return re.sub(r"[^\w.+-]+", "-", "".join(said))
 
 
@@ -75,13 +85,7 @@ def check_file(path: Path, *, overwrite: bool) -> None:
       path: of the drawing.
       overwrite: whether it may.
     """
-    if path.exists() and not path.is_file():
-        raise ConfigError(f"cannot write {path}: that is no file. Name another.")
-    if path.is_file() and not overwrite and not _drawn(path):
-        raise ConfigError(
-            f"cannot write {path}: a file is there that is no drawing of this project. "
-            "Name another, or give --overwrite."
-        )
+    replaceable.check_file(path, *MARKS, overwrite=overwrite)
 
 
 def check_folder(folder: Path) -> None:
@@ -118,20 +122,10 @@ def save_each(batches: Iterator[np.ndarray], folder: Path, made: Any) -> None:
 def save_npz(drawn: np.ndarray, path: Path, made: Any) -> None:
     """Writes `images`, and as JSON text in `about` how they were made."""
     with files.replacing(path) as file:
-        np.savez_compressed(file, images=drawn, about=json.dumps(made))
+        np.savez_compressed(file, about=json.dumps(made), images=drawn)
 
 
 def _set_of(folder: Path) -> list[Path]:
     """Returns what `save_each` wrote into a folder."""
-    return [path for path in folder.glob("[0-9]" * 6 + ".png") if _drawn(path)]
-
-
-def _drawn(path: Path) -> bool:
-    """Returns whether a file is a drawing of ours, by what it says itself."""
-    if not path.is_file():
-        return False
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            return "about.npy" in archive.namelist()
-    with path.open("rb") as file:
-        return pictures.MARK in file.read(HEAD)
+    found = folder.glob("[0-9]" * 6 + ".png")
+    return [p for p in found if p.is_file() and replaceable.has(p, *MARKS)]

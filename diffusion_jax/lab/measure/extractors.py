@@ -128,14 +128,12 @@ def _classifier(config: Config, dataset: datasets.Dataset) -> Extractor:
     return Extractor(name, judges.WIDTH, apply, details)
 
 
-def check_count(
-    extractor: Extractor, count: int, *, why: str = "", more: str = "Give more samples."
-) -> None:
+def check_count(extractor: Extractor, count: int) -> None:
     """Raises ConfigError where there are too few samples for the features."""
     if count <= extractor.dimension:
         raise ConfigError(
             f"count must be above {extractor.dimension}, the number of features of "
-            f"{extractor.name}{why}; got {count}. {more}"
+            f"{extractor.name}; got {count}. Give more with --count."
         )
 
 

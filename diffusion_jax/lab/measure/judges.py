@@ -35,7 +35,10 @@ def train(
     Raises:
       ConfigError: the images have no labels, or do not fit in memory.
     """
-    hint = "Give Inception weights instead: --weights FILE or --download."
+    hint = (
+        "Measure by Inception instead: experiments.eval_fid with --weights FILE or "
+        "--download."
+    )
     images, labels = fitting.labelled(dataset, hint)
     path = path_of(config)
     print(f"training a classifier of {config.data.source}: {path}")

@@ -16,32 +16,7 @@ def write(config: Config, about: About, name: str, digest: str, count: int) -> s
       digest: SHA-256 of the file of weights.
       count: how many weights there are.
     """
-    data, d, net = config.data, config.diffusion, config.net
-    step = "" if about.step is None else f" of step {about.step:,}"
-    colours = {1: "grey", 3: "RGB"}[data.channels]
-    rows = {
-        "images": f"{data.image_size}x{data.image_size}, {colours}",
-        "data": (
-            "not stated by whoever trained it"
-            if data.source == UNKNOWN
-            else public_source(data.source)
-        ),
-        "weights": f"{about.weights}{step}, float32",
-        "origin": about.origin,
-        "SHA-256": f"`{digest}`",
-        "network": _network(config, count),
-        "diffusion": f"T = {d.num_steps:,}, {d.schedule} schedule"
-        + (f" from {d.beta_start:g} to {d.beta_end:g}" if _has_ends(config) else ""),
-        "predicts": {"eps": "the noise", "x0": "the image"}.get(d.prediction, "v"),
-        "reverse variance": config.sample.variance or d.variance,
-        "x0 clipped": "yes" if config.sample.clip else "no",
-    }
-    if net.classes:
-        rows["classes"] = f"{net.classes}" + (
-            ", and a last row for none" if net.label_dropout else ""
-        )
-    if about.recipe:
-        rows["training"] = _training(config)
+    net, rows = config.net, _rows(config, about, digest, count)
     table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items())
     tag = "unconditional-image-generation"
     head = "" if net.classes else f"pipeline_tag: {tag}\n"
@@ -76,6 +51,39 @@ It draws images like those it was trained on, with what is wrong or one-sided in
 `diffusion_jax.json` holds the whole configuration, from which diffusion_jax reads the
 folder back as it was.
 """
+
+
+def _rows(config: Config, about: About, digest: str, count: int) -> dict[str, str]:
+    """Returns the first table of the card: what the network is, and how it came."""
+    data, d, net = config.data, config.diffusion, config.net
+    step = "" if about.step is None else f" of step {about.step:,}"
+    colours = {1: "grey", 3: "RGB"}[data.channels]
+    rows = {
+        "images": f"{data.image_size}x{data.image_size}, {colours}",
+        "data": (
+            "not stated by whoever trained it"
+            if data.source == UNKNOWN
+            else public_source(data.source)
+        ),
+        "weights": f"{about.weights}{step}, float32",
+        "origin": about.origin,
+        "SHA-256": f"`{digest}`",
+        "network": _network(config, count),
+        "diffusion": f"T = {d.num_steps:,}, {d.schedule} schedule"
+        + (f" from {d.beta_start:g} to {d.beta_end:g}" if _has_ends(config) else ""),
+        "predicts": {"eps": "the noise", "x0": "the image"}.get(d.prediction, "v"),
+        "reverse variance": config.sample.variance or d.variance,
+        "x0 clipped": "yes" if config.sample.clip else "no",
+    }
+    if net.classes:
+        rows["classes"] = f"{net.classes}" + (
+            ", and a last row for none" if net.label_dropout else ""
+        )
+    if about.recipe:
+        rows["training"] = _training(config)
+    if about.changes:
+        rows["changed under way"] = "; ".join(about.changes)
+    return rows
 
 
 def _has_ends(config: Config) -> bool:

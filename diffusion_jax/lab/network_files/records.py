@@ -27,6 +27,8 @@ class About(NamedTuple):
     recipe: bool
     """Whether the configuration is also that of the training that made them, and not
     only that of the network and its diffusion."""
+    changes: tuple[str, ...] = ()
+    """Of the recipe: what was changed while they were made, in words."""
 
 
 class Network(NamedTuple):
@@ -108,7 +110,8 @@ def read(text: str, where: Path) -> tuple[Config, About]:
 def _about(values: dict[str, Any]) -> About:
     """Returns what was written of weights, or raises where it is something else."""
     about = About(**values)
-    words = [about.weights, about.origin]
+    about = about._replace(changes=tuple(about.changes))
+    words = [about.weights, about.origin, *about.changes]
     for score in about.scores.values():
         words += [score["value"], score["of"]]
     step = about.step

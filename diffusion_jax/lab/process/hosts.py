@@ -97,7 +97,7 @@ def check_shared(folder: Path) -> None:
         raise ConfigError(
             f"{folder.resolve()} must be on a disk that all hosts share; got nothing "
             f"on host {blind} of what host 0 wrote there. Give a folder on a shared "
-            "disk, by its whole path: --output /shared/runs, or RUN in it."
+            "disk, by its whole path: RUN, or in training --output /shared/runs."
         )
 
 

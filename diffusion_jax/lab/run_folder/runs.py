@@ -37,6 +37,11 @@ class Run(NamedTuple):
         return self.folder / "config.json"
 
     @property
+    def changes(self) -> Path:
+        """Returns where it is what of the configuration was changed, if anything."""
+        return self.folder / "changes.jsonl"
+
+    @property
     def metrics(self) -> Path:
         """Returns where the metrics are: one line each train.log_every steps."""
         return self.folder / "metrics.jsonl"
@@ -233,10 +238,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def cut_lines(path: Path, last_step: int) -> None:
     """Drops the lines after a step: those that a resumed run will write again."""
-    kept: Iterable[dict[str, Any]] = (
-        line for line in read_lines(path) if line["step"] <= last_step
-    )
-    _write(path, "".join(json.dumps(line) + "\n" for line in kept))
+    write_lines(path, (x for x in read_lines(path) if x["step"] <= last_step))
+
+
+def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Writes a file of lines anew, as `write_json`."""
+    _write(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def to_disk(run: Run) -> None:

@@ -350,15 +350,24 @@ def _present(name: str, section: Any) -> Any:
 
 def differences(old: Config, new: Config) -> list[str]:
     """Returns what differs, of the fields that must not, as 'field: old -> new'."""
+    return [
+        f"{key}: {before} -> {after}"
+        for key, (before, after) in changed(old, new).items()
+        if key != "train.steps"
+    ]
+
+
+def changed(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Returns what decides what is trained and differs, old and new, as JSON has it."""
     free = {*marked(Config, FREE)}
     if new.optimizer.decay == "constant":  # and does not fall towards the last step
         free.add("train.steps")
     before, after = flat(to_dict(old)), flat(to_dict(new))
-    return [
-        f"{key}: {before[key]} -> {value}"
+    return {
+        key: (before[key], value)
         for key, value in after.items()
         if before[key] != value and not {key, key.split(".")[0]} & free
-    ]
+    }
 
 
 def micro_batches(config: Config) -> int:

@@ -212,13 +212,16 @@ def in_words(figures: dict[str, Any]) -> str:
     return f"{figures['per_second']:,.1f} per s, {figures['ms']:,.2f} ms"
 
 
+MARK = "; matrix products, TFLOP/s: "
+"""In the first line of a table, by which it is known."""
+
+
 def markdown(report: dict[str, Any]) -> str:
     """Returns the table of a report, without columns that nothing was measured for."""
     tops = [f"{name} {top:.3g}" for name, top in report["ceilings_tflops"].items()]
     parts = [
         f"{report['experiment']} on {report['devices']} x {report['device']}, jax "
-        f"{report['versions']['jax']}, {report['date']}; matrix products, TFLOP/s: "
-        f"{', '.join(tops)}",
+        f"{report['versions']['jax']}, {report['date']}{MARK}{', '.join(tops)}",
         "",
     ]
     rows = [cells(row) for row in report["rows"]]

@@ -1,5 +1,6 @@
 """How a run begins, or goes on (resume): what to go on from, and the step compiled."""
 
+import dataclasses
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -14,7 +15,7 @@ from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.process import hosts
-from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.run_folder import changes, runs
 from diffusion_jax.lab.schema.config import Config, differences, to_dict
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.training import initial
@@ -64,7 +65,7 @@ def check_same_run(config: Config, run: runs.Run, *, force: bool = False) -> Non
                 raise
             changed = [f"{run.config} is damaged"]
     if changed and force:
-        hosts.say(f"going on with other values than before: {'; '.join(changed)}")
+        hosts.say(f"other values than before: {'; '.join(changed)}")
     elif changed:
         raise ConfigError(
             f"the configuration must be that of the run in {run.folder}; got other "
@@ -93,6 +94,19 @@ def signal_left(config: Config) -> str:
     return f"{said} The schedule cosine ends in noise for every T."
 
 
+def few_images(config: Config, images: int) -> str:
+    """Returns a note where there are fewer images than a batch has; else nothing."""
+    size = config.train.batch_size
+    if images >= size:
+        return ""
+    what = f"{images:,} images are" if images > 1 else "one image is"
+    return (
+        f"note: {what} fewer than a batch of {size:,} (train.batch_size): each step "
+        f"sees every image about {size / images:.3g} times, and the network will learn "
+        "them by heart. Give more images, or a smaller batch."
+    )
+
+
 def start(
     config: Config,
     run: runs.Run,
@@ -119,6 +133,7 @@ def start(
         params = initial.params(config) if params is None else params
         state = first_state(config, mesh, params)
         if hosts.first():
+            run.changes.unlink(missing_ok=True)
             runs.write_json(run.config, to_dict(config))
             for path in (run.metrics, run.speed):
                 with runs.naming(path):
@@ -135,8 +150,39 @@ def start(
         for path in (run.metrics, run.speed):
             runs.cut_lines(path, found.step)
         weights.cut_snapshots(run, found.step)
-        runs.write_json(run.config, to_dict(config))
+        record(config, run, found.step)
     return Begun(found.state, found.meta["pending"], found.meta.get("row", {}))
+
+
+def end_of(config: Config) -> int:
+    """Returns the step after which training ends, or stops."""
+    plan = config.train
+    return min(plan.steps, plan.stop_at or plan.steps)
+
+
+def record(config: Config, run: runs.Run, step: int) -> None:
+    """Writes with what a run goes on from a step; says what that means.
+
+    Where no step is left to make the run stays what it was trained with.
+    """
+    try:
+        known = runs.read_config(run)
+    except ConfigError:  # let through by force
+        return changes.record(run, config, step)
+    if step >= end_of(config):
+        name, output = config.name, config.output  # where it is now
+        if dataclasses.replace(known, name=name, output=output) != config:
+            hosts.say("no step is left to make: the run's configuration stays as it is")
+        return None
+    ends = known.train.steps, config.train.steps
+    if known.optimizer.decay == config.optimizer.decay == "cosine" and len({*ends}) > 1:
+        was, now = (float(learning.rate(c)(step)) for c in (known, config))
+        hosts.say(
+            "note: the learning rate falls to 0 at the last step, which was "
+            f"{ends[0]:,} and is {ends[1]:,}: at step {step:,} it goes from {was:.3g} "
+            f"to {now:.3g}"
+        )
+    return changes.record(run, config, step)
 
 
 def state_like(config: Config, mesh: Any) -> TrainState:

@@ -103,6 +103,8 @@ def _train(
     parallel.check_batch_size(config.train.batch_size, mesh.size)
     dataset = build.load_data(config) if dataset is None else dataset
     hosts.check_same("the images", f"{dataset.images.shape}")
+    if note := beginning.few_images(config, len(dataset.images)):
+        hosts.say(note)
     fed = beginning.feed_of(config, dataset, mesh)
     hosts.check_same("the input", fed.source)
     step, plan = learning.make_step(config, mesh, fed.stored), config.train
@@ -165,7 +167,7 @@ def loop(job: Job, begun: beginning.Begun) -> TrainState:
     config, run, plan, sample = job.config, job.run, job.config.train, job.config.sample
     state = begun.state
     draw = chains.make_draw(config, sample.count, job.mesh)
-    begin, last = int(state.step), min(plan.steps, plan.stop_at or plan.steps)
+    begin, last = int(state.step), beginning.end_of(config)
     shown = Progress(begin, plan.steps, plan.batch_size, hosts.screen(), begun.row)
     names = list(trees.by_path(jax.eval_shape(flat.unpack_all, state.params)))
     log = history.Log(config, run, shown, begun.pending, names)
@@ -251,7 +253,7 @@ def finish(job: Job, state: TrainState) -> int:
     step, again = int(state.step), "the same command goes on from here"
     logged = runs.read_lines(run.metrics)
     lines = [line for line in logged if line.get("loss") is not None]
-    plot: object = "none, with no line in metrics.jsonl; see --train.log-every"
+    plot: object = "none, with no line in metrics.jsonl; see train.log_every"
     if lines and hosts.first():
         plot = pictures.curve(
             [line["step"] for line in lines],
@@ -264,7 +266,7 @@ def finish(job: Job, state: TrainState) -> int:
         print(f"stopped at step {step:,}; {again}")
         return stopping.CODE + requested[0]
     if step < config.train.steps:
-        print(f"stopped at step {step:,} as asked; without --train.stop-at {again}")
+        print(f"stopped at step {step:,}, train.stop_at; without that {again}")
         return 0
     skipped = history.skipped(run)
     if skipped:

@@ -21,10 +21,11 @@ FIRST_LOGSNR = (-5.0, 13.3)
 
 
 IN_TRAINING = {
-    "data_dir": "data_dir is --data.path",
-    "skip_unreadable=True": "skip_unreadable=True is --data.skip-unreadable",
-    "image_size": "image_size is --data.image-size",
-    "fit=": "fit='crop' is what becomes of the files of a folder:PATH",
+    "data_dir": "In training data_dir is --data.path.",
+    "skip_unreadable=True": "In training that is --data.skip-unreadable.",
+    "image_size": "In training image_size is --data.image-size.",
+    "channels=": "In training channels is --data.channels.",
+    "fit=": "No flag gives fit: crop them yourself, or give them as a folder:PATH.",
 }
 """What arguments of the functions that load data are as flags of training."""
 
@@ -212,14 +213,14 @@ def load_data(config: Config, *, split: str = "train") -> datasets.Dataset:
         )
     except errors.DataError as error:
         hints = [said for word, said in IN_TRAINING.items() if word in str(error)]
-        more = f"\nIn training {'; '.join(hints)}." if hints else ""
+        more = f"\n{' '.join(hints)}" if hints else ""
         raise errors.DataError(f"{error}{more}") from error
     shape = dataset.images.shape[1:]
     if shape != d.shape:
         raise ConfigError(
             f"the images of {d.source} must be {d.image_size}x{d.image_size} with "
-            f"{d.channels} channels; got {shape}. Set --data.image-size and "
-            "--data.channels to what the images are."
+            f"{d.channels} channels; got {shape}. Give such images, or, in training, "
+            "set --data.image-size and --data.channels to what they are."
         )
     check_labels(config, dataset)
     return dataset
@@ -233,11 +234,17 @@ def check_labels(config: Config, dataset: datasets.Dataset) -> None:
     if dataset.labels is None:
         raise ConfigError(
             f"the images of {config.data.source} must have labels for net.classes = "
-            f"{classes}; got none. Give labelled data, or --net.classes 0."
+            f"{classes}; got none. Give labelled data, or, in training, --net.classes "
+            "0."
         )
-    most = int(dataset.labels.max())
-    if int(dataset.labels.min()) < 0 or most >= classes:
+    least, most = int(dataset.labels.min()), int(dataset.labels.max())
+    if least < 0 or most >= classes:
+        mend = f"In training, set --net.classes to {most + 1}"
+        if least < 0:
+            mend = (
+                "Leave out what has no class, or, in training, set --net.classes to 0"
+            )
         raise ConfigError(
             f"labels must be in 0..{classes - 1}, for net.classes = {classes}; got "
-            f"some up to {most}. Set --net.classes to {most + 1}."
+            f"{least}..{most}. {mend}."
         )

@@ -29,13 +29,16 @@ EPSILON = 1e-8
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Returns Adam in the form that the preset names."""
     o = config.optimizer
-    decay_steps = config.train.steps if o.decay == "cosine" else None
-    rate = state.learning_rate(
-        o.learning_rate, warmup=o.warmup, decay_steps=decay_steps
-    )
     if o.preset == "official":
-        return state.tf_adam(rate, b2=o.b2, eps=EPSILON)
-    return optax.adam(rate, b2=o.b2, eps=EPSILON)
+        return state.tf_adam(rate(config), b2=o.b2, eps=EPSILON)
+    return optax.adam(rate(config), b2=o.b2, eps=EPSILON)
+
+
+def rate(config: Config) -> optax.Schedule:
+    """Returns the learning rate as a function of the step."""
+    o = config.optimizer
+    steps = config.train.steps if o.decay == "cosine" else None
+    return state.learning_rate(o.learning_rate, warmup=o.warmup, decay_steps=steps)
 
 
 def may_overflow(config: Config) -> bool:

@@ -1,0 +1,105 @@
+"""Arrays as images and labels: which types, orders of axes and scales are plain."""
+
+import math
+import os
+import warnings
+
+import numpy as np
+
+from diffusion_jax.errors import DataError
+
+
+def as_images(images: np.ndarray, what: str | os.PathLike[str]) -> np.ndarray:
+    """Returns images as [N, H, W, C], having checked type and axes.
+
+    Args:
+      images: uint8, [N, H, W, C], [N, H, W], or [N, C, H, W] where C is 1 or 3 and W
+        neither.
+      what: the name of the images, for errors.
+
+    Raises:
+      DataError: they are none of these.
+
+    >>> as_images(np.zeros([2, 3, 8, 8], np.uint8), "x.npz").shape
+    (2, 8, 8, 3)
+    """
+    if images.ndim not in (3, 4):
+        raise DataError(
+            f"images in {what} must have 3 or 4 axes, [N, H, W] or [N, H, W, C]; got "
+            f"shape {images.shape}. Give them that shape: np.reshape."
+        )
+    if 0 in images.shape:
+        raise DataError(
+            f"{what} must hold at least one image; got shape {images.shape}. Save it "
+            "again, with images."
+        )
+    if images.dtype != np.uint8:
+        raise DataError(
+            f"images in {what} must be uint8; got {images.dtype}. Convert them first, "
+            "for instance with np.clip(np.round(images), 0, 255).astype(np.uint8)."
+        )
+    if images.ndim == 3:
+        images = images[..., np.newaxis]
+    elif images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
+        return np.ascontiguousarray(np.moveaxis(images, 1, 3))
+    return images
+
+
+def as_uint8(images: np.ndarray, what: str | os.PathLike[str]) -> np.ndarray:
+    """Returns images of any type as uint8, where their scale is plain.
+
+    Args:
+      images: uint8; whole numbers in 0..255, some above 1; or floats in [0, 1], or in
+        [-1, 1] with some below 0, which are rounded to nearest, with a warning.
+      what: the name of the images, for errors.
+
+    Raises:
+      DataError: they are none of these.
+    """
+    if images.dtype == np.uint8 or images.ndim < 3 or not images.size:
+        return images  # `as_images` says what is wrong, if anything
+    floats, got, scale = images.dtype.kind == "f", f"{images.dtype}", None
+    low = high = math.nan
+    if images.dtype.kind in "fiu":
+        low, high = float(images.min()), float(images.max())
+        got += f" from {low:g} to {high:g}"
+    if floats and 0 <= low < 0.5 and high <= 1:
+        scale, shift, said = 255.0, 0.0, "[0, 1]"
+    elif floats and -1 <= low < 0 and high <= 1:
+        scale, shift, said = 127.5, 127.5, "[-1, 1]"
+    elif low >= 0 and 1 < high <= 255 and all(_whole(part) for part in images):
+        return images.astype(np.uint8)
+    if scale is None:
+        raise DataError(
+            f"images in {what} must be uint8, whole numbers in 0..255, or floats in "
+            f"[0, 1] or [-1, 1]; got {got}. Convert them first, for instance with "
+            "np.clip(np.round(images), 0, 255).astype(np.uint8)."
+        )
+    warnings.warn(
+        f"images in {what} are {images.dtype} in {said}: rounded to 0..255",
+        stacklevel=3,
+    )
+    rounded = np.empty(images.shape, np.uint8)
+    for one, image in zip(rounded, images, strict=True):
+        one[...] = np.rint(image.astype(np.float32) * scale + shift)
+    return rounded
+
+
+def as_labels(
+    labels: np.ndarray | None, num_images: int, what: str | os.PathLike[str]
+) -> np.ndarray | None:
+    """Returns labels as int32 [N], having checked that there is one an image."""
+    if labels is None:
+        return None
+    fits = labels.dtype.kind in "iu" and labels.shape == (num_images,)
+    if not fits or labels.min() < -(2**31) or labels.max() >= 2**31:
+        raise DataError(
+            f"labels in {what} must be {num_images} whole numbers below 2**31, one an "
+            f"image; got {labels.dtype} of shape {labels.shape}. Save them as int32, "
+            "or leave them out."
+        )
+    return labels.astype(np.int32)
+
+
+def _whole(values: np.ndarray) -> bool:
+    return bool((values == np.rint(values)).all())

@@ -1,0 +1,48 @@
+"""Files that a flag names: only what the command writes itself may be replaced."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusion_jax.errors import ConfigError
+
+HEAD = 4096
+"""Bytes of a file in which it says what it is."""
+
+
+def typed(command: str, argv: Sequence[str]) -> str:
+    """Returns what was typed, for a file to say by what it was made.
+
+    >>> typed("sample", ["digits", "--out", "a b.png"])
+    "python -m experiments.sample digits --out 'a b.png'"
+    """
+    return shlex.join(["python", "-m", f"experiments.{command}", *argv])
+
+
+def report_of(command: str) -> bytes:
+    """Returns the mark of a JSON file with `typed` as its first entry, `command`."""
+    return f'"command": "{typed(command, [])}'.encode()
+
+
+def check_file(path: Path, *marks: bytes, overwrite: bool) -> None:
+    """Raises ConfigError where something else would be replaced.
+
+    Args:
+      path: of the file to be written.
+      marks: of what may be replaced, see `has`.
+      overwrite: whether any file may.
+    """
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"cannot write {path}: that is no file. Name another.")
+    if path.is_file() and not overwrite and not has(path, *marks):
+        raise ConfigError(
+            f"cannot write {path}: a file is there that this command did not write. "
+            "Name another, or give --overwrite."
+        )
+
+
+def has(path: Path, *marks: bytes) -> bool:
+    """Returns whether a file begins with bytes among which one of the marks is."""
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    return any(mark in head for mark in marks)
