@@ -367,8 +367,6 @@ def neighbours(
     The first row of three are samples, the second their neighbours in pixels, the third
     those in features. None on a host but the first.
     """
-    from sklearn.neighbors import NearestNeighbors  # takes longer to load than JAX
-
     shown = np.asarray(fake[:columns])
     features, _ = extractors.extract(
         extractor, shown, batch_size=options.batch_size, label="neighbours"
@@ -381,9 +379,7 @@ def neighbours(
         (candidates.reshape(len(candidates), -1), shown.reshape(len(shown), -1)),
         (real.features, features),
     ):
-        index = NearestNeighbors(n_neighbors=1).fit(among.astype(np.float32))
-        nearest = index.kneighbors(of.astype(np.float32), return_distance=False)[:, 0]
-        rows.append(candidates[nearest])
+        rows.append(candidates[metrics.nearest(of, among)])
     return pictures.grid(np.concatenate(rows), columns=len(shown))
 
 

@@ -19,7 +19,7 @@ from typing import Annotated
 import jax
 import numpy as np
 
-from diffusion_jax.errors import ConfigError
+from diffusion_jax.errors import ConfigError, needs
 from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
@@ -52,6 +52,7 @@ class Options:
 def main(argv: Sequence[str]) -> int:
     """Prints and writes the three answers; returns the exit code."""
     options = entry.parse(Options, argv, "legibility", __doc__)
+    needs("sklearn", "tell whether samples can be read", "digits")
     parallel.split_cpu()
     which, how = options.which, options.how
     run, config = opening.opened(options.run, options, which=which, how=how)
