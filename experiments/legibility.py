@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     parallel.split_cpu()
     which, how = options.which, options.how
     run, config = opening.opened(options.run, options, which=which, how=how)
-    dataset = build.load_data(config)
+    dataset = build.load_data(config, labelled=True)
     if dataset.labels is None or not isinstance(dataset.images, np.ndarray):
         raise ConfigError(
             "the run must have been trained on labelled images that fit in memory; got "

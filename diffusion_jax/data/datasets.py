@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from diffusion_jax.data import image_files, image_folders
 from diffusion_jax.data.formats import read_npz
-from diffusion_jax.data.image_files import LazyImages, fitter, read_folder
+from diffusion_jax.data.image_files import LazyImages, fitter
 from diffusion_jax.data.prepared_tfds import read_tfds
 from diffusion_jax.data.sources import cifar10, digits, idx, mnist
 from diffusion_jax.errors import DataError
@@ -56,11 +57,13 @@ class Dataset(NamedTuple):
         has `shape`, `len` and indexing by an array of integers.
       labels: int32 [N], or None.
       name: the source, as it was given to `load`.
+      classes: what the labels 0, 1, ... stand for; empty where nobody says it.
     """
 
     images: np.ndarray | LazyImages
     labels: np.ndarray | None
     name: str
+    classes: tuple[str, ...] = ()
 
 
 def load(
@@ -73,6 +76,7 @@ def load(
     channels: int | None = None,
     download: bool = True,
     skip_unreadable: bool = False,
+    labelled: bool = False,
     memory_limit: int = 2**31,
     progress: bool = True,
 ) -> Dataset:
@@ -95,6 +99,8 @@ def load(
       channels: folder only: 3 (RGB, the default) or 1 (grey).
       download: cifar10 only: whether it may be fetched from the network.
       skip_unreadable: folder only: leave out broken files, with a warning.
+      labelled: folder only: whether each image must have a label: what `dataset.json`
+        says of it, else its place among the subfolders. Others have theirs anyway.
       memory_limit: bytes; folders and tfds beyond it are read batch by batch.
       progress: show bars on standard error, where that is a terminal.
 
@@ -108,6 +114,7 @@ def load(
     _check_arguments(source, kind, split, data_dir)
     images: np.ndarray | LazyImages
     labels: np.ndarray | None = None
+    classes: tuple[str, ...] = ()
     if kind == "digits":
         images, labels = digits()
     elif kind == "cifar10":
@@ -125,19 +132,25 @@ def load(
             progress=progress,
         )
     elif kind == "folder":
-        images = read_folder(
-            Path(argument).expanduser(),
-            _folder_size(argument, image_size, fit, channels),
+        size = _folder_size(argument, image_size, fit, channels)
+        files = image_folders.find(Path(argument).expanduser())
+        if labelled:  # what is wrong with them is said before any image is read
+            labels, classes = files.labels()
+        images, kept = image_files.read(
+            files,
+            size,
             channels=channels or 3,
             skip_unreadable=skip_unreadable,
             memory_limit=memory_limit,
             progress=progress,
         )
+        labels = None if labels is None else labels[kept]
     elif kind == "npz":
         images, labels = read_npz(Path(argument).expanduser())
     else:
         images, labels = idx(argument)
-    return Dataset(_fit(images, image_size, fit, channels, source), labels, source)
+    images = _fit(images, image_size, fit, channels, source)
+    return Dataset(images, labels, source, classes)
 
 
 def check_source(source: str) -> None:

@@ -10,7 +10,7 @@ import jax
 
 from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.data import datasets
-from diffusion_jax.errors import MissingError
+from diffusion_jax.errors import MissingError, first_of
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.process import hosts, stopping
 from diffusion_jax.lab.process.progress import Progress
@@ -147,6 +147,9 @@ def describe(
     print(
         f"{config.name}: {len(dataset.images):,} images of {shape}, {count:,} weights"
     )
+    if dataset.classes:
+        each = [f"{place} {name}" for place, name in enumerate(dataset.classes)]
+        print(f"classes: {first_of(each, 20)}")
     strategy = config.train.parallel
     print(f"{mesh.size} x {device}, strategy {strategy}; all in {run.folder}/")
     print(f"input: {feed.describe(fed)}")
