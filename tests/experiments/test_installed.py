@@ -11,7 +11,7 @@ import pytest
 import diffusion_jax
 import experiments.__main__ as entry_point
 from diffusion_jax import ode
-from diffusion_jax.data import datasets
+from diffusion_jax.data import datasets, parquet
 from diffusion_jax.errors import MissingError
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.network_files import diffusers_config, hub
@@ -33,6 +33,7 @@ EXTRAS = {
         lambda: compare_samplers.main([]),
         lambda: eval_nll.main(["--rate-distortion"]),
     ],
+    "pyarrow: parquet": [lambda: parquet.find("a.parquet")],
     "diffrax: ode": [
         lambda: ode.integrate(lambda x, t: -x, jnp.ones([1, 1]), 0.0, 1.0)
     ],

@@ -22,7 +22,7 @@ ROOT = Path(experiments.__file__).parent
 COMMANDS = sorted(path.stem for path in ROOT.glob("[a-z]*.py"))
 SLOW = (
     "orbax tensorstore sklearn scipy matplotlib tensorflow tensorflow_datasets "
-    "diffrax grain torch huggingface_hub"
+    "diffrax grain torch huggingface_hub pyarrow"
 )
 
 SMALL = Config(
