@@ -235,9 +235,11 @@ def restore(
     """
     known, skipped = folder.steps()[::-1], []
     if not known or step not in (None, *known):
+        which = "" if step is None else f" of step {step}"
+        advice = "Name one of these" if known else "Train first"
         raise CheckpointError(
-            f"a checkpoint must be in {folder.path}; got steps "
-            f"{known[::-1]}. Train first, or give another run."
+            f"a checkpoint{which} must be in {folder.path}; got steps "
+            f"{known[::-1]}. {advice}, or give another run."
         )
     if isinstance(sharding, jax.sharding.Sharding):
         one = sharding

@@ -381,13 +381,41 @@ def read_npz(
 
 def as_images(images: np.ndarray, what: str | os.PathLike[str]) -> np.ndarray:
     """Returns images as [N, H, W, C], having checked type and number of axes."""
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape:
-        raise DataError(
-            f"images in {what} must be uint8 of shape [N, H, W, C] or [N, H, W]; got "
-            f"{images.dtype} of shape {images.shape}. Convert them first, for "
-            "instance with np.clip(np.round(images), 0, 255).astype(np.uint8)."
+    if images.dtype == np.uint8 and images.ndim in (3, 4) and images.size:
+        return images if images.ndim == 4 else images[..., np.newaxis]
+    got = f"{images.dtype} of shape {images.shape}"
+    if not images.size:
+        advice = "Give one image or more."
+    elif images.dtype == np.uint8:
+        advice = "Put them along a first axis; a single image is images[None]."
+    elif images.dtype.kind in "biuf":
+        low, high = float(images.min()), float(images.max())  # NaN, if one is
+        got += f", from {low:g} to {high:g}"
+        advice = _to_uint8(low, high)
+    else:
+        advice = "Give an array of numbers."
+    raise DataError(
+        f"images in {what} must be uint8 of shape [N, H, W, C] or [N, H, W]; got "
+        f"{got}. {advice}"
+    )
+
+
+def _to_uint8(low: float, high: float) -> str:
+    """Returns how images with values in a range, or NaN, become uint8."""
+    if not math.isfinite(low + high):
+        return "Find out where they stopped being finite."
+    if 0 <= low <= high <= 1:
+        return (
+            "If they are scaled to [0, 1]: np.round(images * 255.0).astype(np.uint8)."
         )
-    return images if images.ndim == 4 else images[..., np.newaxis]
+    if -1 <= low <= high <= 1:
+        return (
+            "If they are scaled to [-1, 1]: "
+            "np.round((images + 1) * 127.5).astype(np.uint8)."
+        )
+    if 0 <= low <= high <= 255:
+        return "Convert them: np.round(images).astype(np.uint8)."
+    return "Scale them to 0..255, then np.round(images).astype(np.uint8)."
 
 
 def as_labels(
@@ -400,8 +428,8 @@ def as_labels(
     if not fits or labels.min() < -(2**31) or labels.max() >= 2**31:
         raise DataError(
             f"labels in {what} must be {num_images} whole numbers below 2**31, one an "
-            f"image; got {labels.dtype} of shape {labels.shape}. Save them as int32, "
-            "or leave them out."
+            f"image; got {labels.dtype} of shape {labels.shape}. Make them int32, "
+            "those of names by np.unique(names, return_inverse=True)[1]."
         )
     return labels.astype(np.int32)
 

@@ -241,8 +241,8 @@ def check_labels(config: Config, dataset: datasets.Dataset) -> None:
         return
     if dataset.labels is None:
         raise ConfigError(
-            f"the images of {config.data.source} must have labels for net.classes = "
-            f"{classes}; got none. Give labelled data, or --net.classes 0."
+            f"{dataset.name} must have labels for net.classes = {classes}; got none. "
+            "Give labelled data, or --net.classes 0."
         )
     if dataset.classes and len(dataset.classes) != classes:
         raise ConfigError(
@@ -250,8 +250,13 @@ def check_labels(config: Config, dataset: datasets.Dataset) -> None:
             f"{config.data.source}: {first_of(dataset.classes, 10)}; got {classes}. "
             f"Set --net.classes to {len(dataset.classes)}, or name another folder."
         )
-    most = int(dataset.labels.max())
-    if int(dataset.labels.min()) < 0 or most >= classes:
+    least, most = int(dataset.labels.min()), int(dataset.labels.max())
+    if least < 0:
+        raise ConfigError(
+            f"labels must be in 0..{classes - 1}, for net.classes = {classes}; got "
+            f"{least}. Leave images without a class out, or count classes from 0."
+        )
+    if most >= classes:
         raise ConfigError(
             f"labels must be in 0..{classes - 1}, for net.classes = {classes}; got "
             f"some up to {most}. Set --net.classes to {most + 1}."
