@@ -38,6 +38,8 @@ from typing import TYPE_CHECKING
 
 from diffusion_jax._on_demand import on_demand
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from diffusion_jax import (
         analytic,

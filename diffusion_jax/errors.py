@@ -2,10 +2,35 @@
 
 import difflib
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 
 class DataError(ValueError):
     """Data cannot be had as asked: the message says what must hold, was got, to do."""
+
+
+class MissingError(ImportError):
+    """A package is not installed that only some of what is here needs."""
+
+
+def needs(package: str, to: str, extra: str) -> None:
+    """Raises MissingError where a package is not installed; imports nothing.
+
+    Args:
+      package: its name, as it is imported.
+      to: what it is needed for, a verb first.
+      extra: of this project, which brings it.
+
+    >>> needs("nowhere", "draw a plot", "plots")
+    Traceback (most recent call last):
+    diffusion_jax.errors.MissingError: cannot draw a plot: nowhere is missing. Install
+    it with pip install 'diffusion-jax[plots]'.
+    """
+    if find_spec(package) is None:
+        raise MissingError(
+            f"cannot {to}: {package} is missing. Install it with "
+            f"pip install 'diffusion-jax[{extra}]'."
+        )
 
 
 def raise_unknown(what: str, got: object, allowed: tuple[str, ...]) -> None:

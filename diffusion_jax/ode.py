@@ -3,8 +3,8 @@
 `integrate` solves any field, one step size for each example, inside XLA: under `jit`,
 `vmap`, `grad` and `pmap`. (`jax.shard_map` needs check_vma=False, since the solver's
 loops begin with constants.) `ode` makes a sampling rule of it. The solver is diffrax's,
-installed by `pip install .[ode]`: Tsitouras' method of order 5 with an embedded one of
-order 4, the steps chosen from the difference of the two.
+installed by `pip install 'diffusion-jax[ode]'`: Tsitouras' method of order 5 with an
+embedded one of order 4, the steps chosen from the difference of the two.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from diffusion_jax import continuous, gaussian, samplers, sde
+from diffusion_jax.errors import needs
 from diffusion_jax.schedule import Schedule, is_discrete, real_data
 
 # Stages of a step, the last of which is the first of the next one.
@@ -64,7 +65,7 @@ def integrate(
       max_steps: the most steps that an example may take, refused ones counted.
 
     Raises:
-      ImportError: diffrax is not installed.
+      MissingError: diffrax is not installed.
       ValueError: a tolerance or max_steps that is not positive; or an example hit
         max_steps and this is known. Under a trace its state is nan.
 
@@ -232,13 +233,9 @@ def _check(rtol: float, atol: float, max_steps: int) -> None:
 
 
 def _diffrax() -> ModuleType:
-    try:
-        import diffrax
-    except ImportError as error:
-        raise ImportError(
-            "diffrax must be installed to solve the probability flow; got "
-            f"{error}. Install it: pip install .[ode]"
-        ) from error
+    needs("diffrax", "solve the probability flow", "ode")
+    import diffrax
+
     return diffrax
 
 

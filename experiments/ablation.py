@@ -79,6 +79,7 @@ class Options:
 def main(argv: Sequence[str]) -> int:
     """Prints the table and writes table, plot and numbers; returns the exit code."""
     options = entry.parse(Options, argv, "ablation", __doc__)
+    pictures.check_plots()
     configs, begun = plan(options), time.monotonic()
     folder = Path(options.output) / f"ablation_{options.experiment}"
     folder.mkdir(parents=True, exist_ok=True)

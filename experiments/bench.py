@@ -114,7 +114,7 @@ def parse(argv: Sequence[str]) -> Options:
         Options,
         argv,
         EXPERIMENTS,
-        prog="python -m experiments.bench",
+        prog=entry.typed("bench"),
         description=__doc__,
     )
     if min(options.sizes, default=0) < 1:

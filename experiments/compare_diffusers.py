@@ -3,7 +3,7 @@
 Without FOLDER it lets diffusers build the CIFAR-10 network with random weights, saves
 it as diffusers does, converts it, draws with both from the same noise, and prints by
 how much the images differ. With FOLDER it does so with a network of your own. It needs
-PyTorch and diffusers: `pip install .[peers]`.
+PyTorch and diffusers: `pip install 'diffusion-jax[peers]'`.
 """
 
 import dataclasses

@@ -101,6 +101,7 @@ class Point(NamedTuple):
 def main(argv: Sequence[str]) -> int:
     """Prints the table and writes table, plot and numbers; returns the exit code."""
     options = entry.parse(Options, argv, NAME, __doc__)
+    pictures.check_plots()
     parallel.split_cpu()
     validate(options)
     run, config = opening.opened(options.run, options, which=options.which)

@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         Options,
         argv,
         EXPERIMENTS,
-        prog="python -m experiments.compiled",
+        prog=entry.typed("compiled"),
         description=__doc__,
     )
     chosen = options.config

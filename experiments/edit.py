@@ -95,7 +95,7 @@ def parse(argv: Sequence[str]) -> tuple[str | None, Any]:
     union: Any = kinds[0]
     for other in kinds[1:]:
         union = union | other
-    prog = "python -m experiments.edit [RUN]"
+    prog = f"{entry.typed('edit')} [RUN]"
     return name, tyro.cli(union, args=rest, prog=prog, description=__doc__)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from diffusion_jax import errors
-from diffusion_jax.data import datasets, image_files
+from diffusion_jax.data import datasets, image_folders
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import metrics, moments, pictures
 from diffusion_jax.lab.drawing import draws
@@ -168,19 +168,20 @@ def load_samples(options: Options, config: Config) -> np.ndarray | None:
     return np.asarray(found.images[np.arange(len(found.images))])
 
 
-def check_sizes(folder: Path, size: int) -> None:
+def check_sizes(where: Path, size: int) -> None:
     """Raises ConfigError for an image of another size: nothing is resized unasked."""
-    for path in image_files.image_files(folder):
+    files = image_folders.find(where)
+    for place, name in enumerate(files.names):
         try:
-            with Image.open(path) as image:
+            with Image.open(files.open(place)) as image:
                 own = image.size
         except Exception:  # of any kind: reading it will say what it is
             continue
         if own != (size, size):
             raise ConfigError(
                 f"samples must be {size}x{size} like the images of the run; got "
-                f"{own[0]}x{own[1]} in {path}. Resize them yourself, and say how: it "
-                "moves the number."
+                f"{own[0]}x{own[1]} in {where / name}. Resize them yourself, and say "
+                "how: it moves the number."
             )
 
 
@@ -411,8 +412,6 @@ def neighbours(
     The first row of three are samples, the second their neighbours in pixels, the third
     those in features. None on a host but the first.
     """
-    from sklearn.neighbors import NearestNeighbors  # takes longer to load than JAX
-
     shown = np.asarray(fake[:columns])
     features, _ = extractors.extract(
         extractor, shown, batch_size=options.batch_size, label="neighbours"
@@ -425,9 +424,7 @@ def neighbours(
         (candidates.reshape(len(candidates), -1), shown.reshape(len(shown), -1)),
         (real.features, features),
     ):
-        index = NearestNeighbors(n_neighbors=1).fit(among.astype(np.float32))
-        nearest = index.kneighbors(of.astype(np.float32), return_distance=False)[:, 0]
-        rows.append(candidates[nearest])
+        rows.append(candidates[metrics.nearest(of, among)])
     return pictures.grid(np.concatenate(rows), columns=len(shown))
 
 

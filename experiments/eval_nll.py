@@ -66,6 +66,8 @@ def main(argv: Sequence[str]) -> int:
     """Prints and writes the bound and its terms; returns the exit code."""
     options = entry.parse(Options, argv, "eval_nll", __doc__)
     check(options)
+    if options.rate_distortion:
+        pictures.check_plots()
     which, data = options.which, options.data
     run, config = opening.opened(options.run, options, which=which, data=data)
     dataset = build.load_data(config, split=options.split)

@@ -19,7 +19,7 @@ from typing import Annotated
 import jax
 import numpy as np
 
-from diffusion_jax.errors import ConfigError
+from diffusion_jax.errors import ConfigError, needs
 from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
@@ -52,10 +52,11 @@ class Options:
 def main(argv: Sequence[str]) -> int:
     """Prints and writes the three answers; returns the exit code."""
     options = entry.parse(Options, argv, "legibility", __doc__)
+    needs("sklearn", "tell whether samples can be read", "digits")
     parallel.split_cpu()
     which, how = options.which, options.how
     run, config = opening.opened(options.run, options, which=which, how=how)
-    dataset = build.load_data(config)
+    dataset = build.load_data(config, labelled=True)
     if dataset.labels is None or not isinstance(dataset.images, np.ndarray):
         raise ConfigError(
             "the run must have been trained on labelled images that fit in memory; got "

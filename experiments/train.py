@@ -30,9 +30,7 @@ DIVERGED = 3
 
 def main(argv: Sequence[str]) -> int:
     """Trains as the arguments say; returns the exit code."""
-    given = arguments.parse_training(
-        argv, EXPERIMENTS, prog="python -m experiments.train"
-    )
+    given = arguments.parse_training(argv, EXPERIMENTS, prog=entry.typed("train"))
     # Loads Flax and Optax, which no mistake in the arguments should wait for.
     from diffusion_jax.lab.training import loop
 

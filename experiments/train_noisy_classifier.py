@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     """Trains the classifier anew; returns the exit code."""
     options = entry.parse(Options, argv, "train_noisy_classifier", __doc__)
     run, config = opening.opened(options.run, options)
-    dataset = build.load_data(config)
+    dataset = build.load_data(config, labelled=True)
     made = train(config, run, dataset, steps=options.steps, seed=options.seed)
     print(f"guesses among {made.num_classes} classes, on held-out images:")
     for t, accuracy in made.accuracy.items():

@@ -34,10 +34,11 @@ def as_images(images: np.ndarray, what: str | os.PathLike[str]) -> np.ndarray:
             "again, with images."
         )
     if images.dtype != np.uint8:
-        raise DataError(
-            f"images in {what} must be uint8; got {images.dtype}. Convert them first, "
-            "for instance with np.clip(np.round(images), 0, 255).astype(np.uint8)."
-        )
+        got, advice = f"{images.dtype}", "Give an array of numbers."
+        if images.dtype.kind in "biuf":
+            low, high = float(images.min()), float(images.max())  # NaN, if one is
+            got, advice = f"{got}, from {low:g} to {high:g}", _to_uint8(low, high)
+        raise DataError(f"images in {what} must be uint8; got {got}. {advice}")
     if images.ndim == 3:
         images = images[..., np.newaxis]
     elif images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
@@ -95,10 +96,28 @@ def as_labels(
     if not fits or labels.min() < -(2**31) or labels.max() >= 2**31:
         raise DataError(
             f"labels in {what} must be {num_images} whole numbers below 2**31, one an "
-            f"image; got {labels.dtype} of shape {labels.shape}. Save them as int32, "
-            "or leave them out."
+            f"image; got {labels.dtype} of shape {labels.shape}. Make them int32, "
+            "those of names by np.unique(names, return_inverse=True)[1]."
         )
     return labels.astype(np.int32)
+
+
+def _to_uint8(low: float, high: float) -> str:
+    """Returns how images with values in a range, or NaN, become uint8."""
+    if not math.isfinite(low + high):
+        return "Find out where they stopped being finite."
+    if 0 <= low <= high <= 1:
+        return (
+            "If they are scaled to [0, 1]: np.round(images * 255.0).astype(np.uint8)."
+        )
+    if -1 <= low <= high <= 1:
+        return (
+            "If they are scaled to [-1, 1]: "
+            "np.round((images + 1) * 127.5).astype(np.uint8)."
+        )
+    if 0 <= low <= high <= 255:
+        return "Convert them: np.round(images).astype(np.uint8)."
+    return "Scale them to 0..255, then np.round(images).astype(np.uint8)."
 
 
 def _whole(values: np.ndarray) -> bool:

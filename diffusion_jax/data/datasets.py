@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from diffusion_jax.data import image_files, image_folders, parquet
 from diffusion_jax.data.formats import read_npz
-from diffusion_jax.data.image_files import LazyImages, fitter, read_folder
+from diffusion_jax.data.image_files import LazyImages, fitter
 from diffusion_jax.data.prepared_tfds import read_tfds
 from diffusion_jax.data.sources import cifar10, digits, idx, mnist
 from diffusion_jax.errors import DataError
@@ -43,6 +44,7 @@ SOURCES = (
     "fashion_mnist",
     "tfds:<name>",
     "folder:<path>",
+    "hf:<path>[,<column of labels>]",
     "npz:<path>",
     "idx:<images file>[,<labels file>]",
 )
@@ -56,11 +58,13 @@ class Dataset(NamedTuple):
         has `shape`, `len` and indexing by an array of integers.
       labels: int32 [N], or None.
       name: the source, as it was given to `load`.
+      classes: what the labels 0, 1, ... stand for; empty where nobody says it.
     """
 
     images: np.ndarray | LazyImages
     labels: np.ndarray | None
     name: str
+    classes: tuple[str, ...] = ()
 
 
 def load(
@@ -73,6 +77,7 @@ def load(
     channels: int | None = None,
     download: bool = True,
     skip_unreadable: bool = False,
+    labelled: bool = False,
     memory_limit: int = 2**31,
     progress: bool = True,
 ) -> Dataset:
@@ -84,17 +89,21 @@ def load(
         tensorflow-datasets has prepared, else in the cache folder
         (`XDG_CACHE_HOME` or `~/.cache`)/diffusion_jax, else downloaded into it.
       split: "train" or "test"; for "tfds:" any split expression, such as
-        "train[:10%]". Folders, npz and idx files, and digits are all "train".
+        "train[:10%]"; for "hf:" the files so named. Folders, npz and idx files, and
+        digits are all "train".
       data_dir: for cifar10 the official archive, or a folder that holds it, what was
         extracted from it, or what tensorflow-datasets prepared; for mnist and
         fashion_mnist the folder of IDX files; for tfds its folder of prepared data.
-      image_size: pixels a side; None keeps the images' own. A folder needs it.
+      image_size: pixels a side; None keeps the images' own. A folder and hf need it.
       fit: how images of another size become `image_size`: "pad" (the default) puts
-        smaller ones on black; "crop" (always for a folder) cuts the middle square
-        and resamples it.
-      channels: folder only: 3 (RGB, the default) or 1 (grey).
+        smaller ones on black; "crop" (always for a folder and hf) cuts the middle
+        square and resamples it.
+      channels: folder and hf only: 3 (RGB, the default) or 1 (grey).
       download: cifar10 only: whether it may be fetched from the network.
-      skip_unreadable: folder only: leave out broken files, with a warning.
+      skip_unreadable: folder and hf only: leave out broken files, with a warning.
+      labelled: folder and hf only: whether each image must have a label: of a folder
+        what `dataset.json` says, else the place of its subfolder; of hf the column.
+        Others have theirs anyway.
       memory_limit: bytes; folders and tfds beyond it are read batch by batch.
       progress: show bars on standard error, where that is a terminal.
 
@@ -108,6 +117,7 @@ def load(
     _check_arguments(source, kind, split, data_dir)
     images: np.ndarray | LazyImages
     labels: np.ndarray | None = None
+    classes: tuple[str, ...] = ()
     if kind == "digits":
         images, labels = digits()
     elif kind == "cifar10":
@@ -124,20 +134,29 @@ def load(
             memory_limit=memory_limit,
             progress=progress,
         )
-    elif kind == "folder":
-        images = read_folder(
-            Path(argument).expanduser(),
-            _folder_size(argument, image_size, fit, channels),
+    elif kind in ("folder", "hf"):
+        size = _folder_size(argument, image_size, fit, channels)
+        if kind == "folder":
+            files = image_folders.find(Path(argument).expanduser())
+        else:
+            files = parquet.find(argument, split)
+        if labelled:  # what is wrong with them is said before any image is read
+            labels, classes = files.labels()
+        images, kept = image_files.read(
+            files,
+            size,
             channels=channels or 3,
             skip_unreadable=skip_unreadable,
             memory_limit=memory_limit,
             progress=progress,
         )
+        labels = None if labels is None else labels[kept]
     elif kind == "npz":
         images, labels = read_npz(Path(argument).expanduser())
     else:
         images, labels = idx(argument)
-    return Dataset(_fit(images, image_size, fit, channels, source), labels, source)
+    images = _fit(images, image_size, fit, channels, source)
+    return Dataset(images, labels, source, classes)
 
 
 def check_source(source: str) -> None:
@@ -166,12 +185,15 @@ def _check_arguments(
             f"split of {kind} must be 'train': it has no official test split; got "
             f"{split!r}. Give 'train', or hold images out by index."
         )
-    if kind in ("cifar10", "mnist", "fashion_mnist") and split not in ("train", "test"):
+    if kind in ("cifar10", "mnist", "fashion_mnist", "hf") and split not in (
+        "train",
+        "test",
+    ):
         raise DataError(
             f"split of {kind} must be 'train' or 'test'; got {split!r}. "
             "Give one of the two, or select by index."
         )
-    if kind in ("digits", "folder", "npz", "idx") and data_dir is not None:
+    if kind in ("digits", "folder", "hf", "npz", "idx") and data_dir is not None:
         raise DataError(
             f"data_dir must not be given for {kind}; got {os.fspath(data_dir)!r}. "
             "Put the path in the source, after the colon."
@@ -184,7 +206,7 @@ def _folder_size(
     """Returns the image size of a folder, having checked what goes with it."""
     if image_size is None or fit == "pad" or channels not in (None, 1, 3):
         raise DataError(
-            "a folder must be loaded with image_size, fit='crop' (or none) and "
+            "image files must be loaded with image_size, fit='crop' (or none) and "
             f"channels 1 or 3; got image_size={image_size}, fit={fit!r}, "
             f"channels={channels} for {argument}. Give for instance image_size=64."
         )

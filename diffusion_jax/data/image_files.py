@@ -1,4 +1,4 @@
-"""Images as uint8 pixels: made square, decoded from files, read from a folder.
+"""Images as uint8 pixels: made square, decoded from files, all of a set read.
 
 What does not fit in memory is a `LazyImages`, which decodes the images that are asked
 for, in threads; it is indexed like the array that it stands for.
@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from diffusion_jax.data.image_folders import Files
 from diffusion_jax.errors import DataError, first_of
-
-IMAGE_ENDINGS = (
-    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif"),
-    *(".tiff", ".avif", ".jp2", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
-)
 
 # Files handed to the threads at a time: bounds the decoded images that wait.
 _CHUNK = 256
@@ -188,19 +183,26 @@ def read_image(path: str | Path, size: int, channels: int = 3) -> np.ndarray:
     Raises:
       DataError: the file cannot be read; the message names it.
     """
+    return _read(str(path), lambda: Path(path), size, channels)
+
+
+def _read(
+    name: str, opened: Callable[[], Path | BinaryIO], size: int, channels: int
+) -> np.ndarray:
+    """Returns `read_image` of what an image file is opened as."""
     try:
-        return _decode(path, size, channels)[0]
+        return _decode(opened(), size, channels)[0]
     # Decoders fail in many ways on damaged files; each becomes the one typed error.
     except Exception as error:
         raise DataError(
-            f"every image must be readable; got {path} ({_reason(error)}). "
+            f"every image must be readable; got {name} ({_reason(error)}). "
             "Remove or repair it, or load with skip_unreadable=True."
         ) from error
 
 
-def _decode(path: str | Path, size: int, channels: int) -> tuple[np.ndarray, int]:
+def _decode(file: Path | BinaryIO, size: int, channels: int) -> tuple[np.ndarray, int]:
     """Returns `(pixels uint8 [size, size, channels], the original's shorter side)`."""
-    with Image.open(path) as opened:
+    with Image.open(file) as opened:
         _check_bomb(opened)
         _check_transparent(opened)
         image = _middle(ImageOps.exif_transpose(opened))
@@ -208,9 +210,9 @@ def _decode(path: str | Path, size: int, channels: int) -> tuple[np.ndarray, int
     return _pixels(_resize(image, size)), min(image.size)
 
 
-def _probe(path: str | Path) -> tuple[None, int]:
+def _probe(file: Path | BinaryIO) -> tuple[None, int]:
     """Returns `(None, the shorter side)`, from the file's header alone."""
-    with Image.open(path) as image:
+    with Image.open(file) as image:
         _check_bomb(image)
         return None, min(image.size)
 
@@ -255,23 +257,23 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
     return image.convert("RGB" if channels == 3 else "L")
 
 
-def read_folder(
-    folder: str | Path,
+def read(
+    files: Files,
     image_size: int,
     *,
     channels: int = 3,
     skip_unreadable: bool = False,
     memory_limit: int = 2**31,
     progress: bool = True,
-) -> np.ndarray | LazyImages:
-    """Returns the images under a folder, uint8 [N, image_size, image_size, channels].
+) -> tuple[np.ndarray | LazyImages, list[int]]:
+    """Returns images, uint8 [N, image_size, image_size, channels], and which they are.
 
-    In the order of their paths, so the same on every machine; hidden files are left
-    out. Within `memory_limit` every file is decoded now. Beyond it only headers are
-    looked at and files are decoded as they are asked for.
+    The second are their places among the files: all, unless some are left out. Within
+    `memory_limit` every file is decoded now. Beyond it only headers are looked at and
+    files are decoded as they are asked for.
 
     Args:
-      folder: searched with all its subfolders for `IMAGE_ENDINGS`.
+      files: what to read.
       image_size: pixels a side.
       channels: 3 (RGB) or 1 (grey).
       skip_unreadable: leave out files that cannot be decoded, with a warning; every
@@ -280,99 +282,62 @@ def read_folder(
       progress: show a bar on standard error, where that is a terminal.
 
     Raises:
-      DataError: no folder, no images, or unreadable ones (the first ten are named).
+      DataError: unreadable ones (the first ten are named).
     """
-    folder = Path(folder)
-    files = image_files(folder)
     shape = (image_size, image_size, channels)
     decode = partial(_decode, size=image_size, channels=channels)
-    lazy = len(files) * int(np.prod(shape)) > memory_limit
+    total = len(files.names)
+    lazy = total * int(np.prod(shape)) > memory_limit
     look = _probe if lazy and not skip_unreadable else decode
-    images = np.empty((0 if lazy else len(files), *shape), np.uint8)
-    kept: list[Path] = []
+    images = np.empty((0 if lazy else total, *shape), np.uint8)
+    kept: list[int] = []
     unreadable: list[str] = []
     small = 0
-    outcomes = _in_threads(look, files, f"reading {folder}", progress)
-    for file, outcome in zip(files, outcomes, strict=True):
+    for place, outcome in enumerate(_in_threads(look, files, progress)):
         if isinstance(outcome, Exception):
-            unreadable.append(f"{file.relative_to(folder)} ({_reason(outcome)})")
+            unreadable.append(f"{files.names[place]} ({_reason(outcome)})")
             continue
         pixels, side = outcome
         small += side < image_size
         if not lazy:
             images[len(kept)] = pixels
-        kept.append(file)
-    _report(folder, unreadable, len(files), small, image_size, skip_unreadable)
+        kept.append(place)
+    _report(files.where, unreadable, total, small, image_size, skip_unreadable)
     if not lazy:
-        return images[: len(kept)]
-    return LazyImages(
-        lambda i: read_image(kept[i], image_size, channels), (len(kept), *shape)
-    )
+        return images[: len(kept)], kept
 
+    def one(i: int) -> np.ndarray:
+        name = f"{files.names[kept[i]]} of {files.where}"
+        return _read(name, partial(files.open, kept[i]), image_size, channels)
 
-def image_files(folder: Path) -> list[Path]:
-    """Returns the paths of a folder's images, in order.
-
-    Links to nothing are among them, to be named with what cannot be read. What else
-    is there is warned of, by ending.
-
-    Raises:
-      DataError: no folder, or no images in it.
-    """
-    if not folder.is_dir():
-        raise DataError(
-            f"a folder of images must exist; got {folder}, which is no folder. "
-            "Check the path."
-        )
-    seen = [
-        file
-        for file in folder.rglob("*")
-        if not any(p.startswith(".") for p in file.relative_to(folder).parts)
-        and (file.is_file() or (file.is_symlink() and not file.exists()))
-    ]
-    files = [file for file in seen if file.suffix.lower() in IMAGE_ENDINGS]
-    others = Counter(
-        file.suffix.lower() or "no ending"
-        for file in seen
-        if file.suffix.lower() not in IMAGE_ENDINGS
-    )
-    if not files:
-        raise DataError(
-            f"a folder of images must hold files ending in "
-            f"{', '.join(IMAGE_ENDINGS)}; got none under {folder}. Check the path, "
-            "or convert the images."
-        )
-    if others:
-        counted = ", ".join(f"{n} of {ending}" for ending, n in others.most_common())
-        warnings.warn(f"left out files that are no images: {counted}", stacklevel=3)
-    # Not by Path, which sorts differently on systems that ignore case.
-    return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
+    return LazyImages(one, (len(kept), *shape)), kept
 
 
 def _in_threads(
-    function: Callable[[Path], Any], files: list[Path], title: str, progress: bool
+    function: Callable[[Path | BinaryIO], Any], files: Files, progress: bool
 ) -> Iterator[Any]:
     """Yields, in order, the function's value of each file or what it raised."""
 
-    def attempt(file: Path) -> Any:
+    def attempt(place: int) -> Any:
         try:
-            return function(file)
+            return function(files.open(place))
         except Exception as error:  # collected, to name every bad file at once
             return error
 
+    total, title = len(files.names), f"reading {files.where}"
     disable = None if progress else True
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=len(files), desc=title, unit=" images", disable=disable) as bar,
+        tqdm(total=total, desc=title, unit=" images", disable=disable) as bar,
     ):
-        for start in range(0, len(files), _CHUNK):
-            for outcome in pool.map(attempt, files[start : start + _CHUNK]):
+        for start in range(0, total, _CHUNK):
+            for outcome in pool.map(attempt, range(start, min(start + _CHUNK, total))):
                 bar.update()
                 yield outcome
 
 
 def _report(
-    folder: Path,
+    where: Path,
     unreadable: list[str],
     total: int,
     small: int,
@@ -382,7 +347,7 @@ def _report(
     """Raises or warns of unreadable images, and warns of ones that were enlarged."""
     if unreadable:
         named = first_of(unreadable, _NAMED_AT_MOST)
-        message = f"got {len(unreadable)} of {total} in {folder} that are not: {named}"
+        message = f"got {len(unreadable)} of {total} in {where} that are not: {named}"
         if not skip_unreadable or len(unreadable) == total:
             raise DataError(
                 f"every image must be readable; {message}. Remove or repair them, "
@@ -391,7 +356,7 @@ def _report(
         warnings.warn(f"left out unreadable images; {message}", stacklevel=3)
     if small:
         warnings.warn(
-            f"{small} of {total} images in {folder} are smaller than {image_size} "
+            f"{small} of {total} images in {where} are smaller than {image_size} "
             "pixels and were enlarged, which blurs them",
             stacklevel=3,
         )

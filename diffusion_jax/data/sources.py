@@ -17,7 +17,7 @@ from diffusion_jax.data.formats import (
 )
 from diffusion_jax.data.image_files import LazyImages
 from diffusion_jax.data.prepared_tfds import read_tfds, tfds_folder
-from diffusion_jax.errors import DataError
+from diffusion_jax.errors import DataError, needs
 from diffusion_jax.storage import download as downloading
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -30,6 +30,7 @@ FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
     """Returns scikit-learn's digits, whose 17 grey levels are spread over 0..255."""
+    needs("sklearn", "read the digits", "digits")
     # Its file, found without importing it: that alone takes longer than a second.
     spec = find_spec("sklearn")
     package = Path(spec.origin if spec and spec.origin else "sklearn")

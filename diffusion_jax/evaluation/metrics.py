@@ -222,6 +222,28 @@ def precision_recall(
     )
 
 
+def nearest(points: np.ndarray, among: np.ndarray, *, batch: int = 1024) -> np.ndarray:
+    """Returns which of some vectors is nearest to each point, int [N].
+
+    Args:
+      points: [N, D], of any type; N * batch distances are in memory at a time.
+      among: [M, D]. Of equally near ones the first counts.
+      batch: vectors in a block.
+
+    >>> nearest(np.array([[0.9], [5.0]]), np.array([[0], [1], [2], [2]])).tolist()
+    [1, 2]
+    """
+    origin = among.mean(axis=0, dtype=np.float64)
+    best, found = np.full(len(points), np.inf), np.zeros(len(points), np.int64)
+    for rows, block in _blocks(among, origin, batch):
+        distance = _squared_distances(points - origin, block)
+        place = distance.argmin(axis=1)
+        least = distance[np.arange(len(points)), place]
+        found = np.where(least < best, rows.start + place, found)
+        best = np.minimum(best, least)
+    return found
+
+
 def _root(covariance: np.ndarray, name: str) -> np.ndarray:
     """Returns R [D, rank] with R R^T the covariance."""
     values, vectors = np.linalg.eigh(covariance)

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from diffusion_jax.errors import needs
 from diffusion_jax.storage import files
 
 
@@ -211,8 +212,14 @@ def rate_distortion(
     return _render(figure)
 
 
+def check_plots() -> None:
+    """Raises MissingError where there is nothing to draw plots with."""
+    needs("matplotlib", "draw a plot", "plots")
+
+
 def _figure(count: int) -> tuple[Any, list[Any]]:
     """Returns a figure with so many plots side by side."""
+    check_plots()
     # Imported here because it takes a second, which `--help` should not.
     from matplotlib.figure import Figure
 

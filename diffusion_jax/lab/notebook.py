@@ -7,29 +7,25 @@
 
 import dataclasses
 import functools
-import hashlib
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
 from diffusion_jax import gaussian
 from diffusion_jax import schedule as schedules
-from diffusion_jax.data import arrays, datasets
-from diffusion_jax.errors import ConfigError, raise_unknown
+from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab import given
 from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.measure import bound
 from diffusion_jax.lab.network_files import hub
 from diffusion_jax.lab.process import entry, stopping
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema import checks, json_fields
-from diffusion_jax.lab.schema.config import GIVEN, Config, Net
+from diffusion_jax.lab.schema import checks
+from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.sampling import Sampling, Variance
 from diffusion_jax.lab.trained import extras, opening, weights
 from diffusion_jax.lab.trained.weights import Weights
@@ -81,18 +77,15 @@ class Trained:
         Raises:
           ConfigError: no such option, a value that does not fit, or no key.
         """
-        _check_key(key)
-        for name, value in (("count", count), ("batch_size", batch_size)):
-            if not json_fields.is_whole(value) or value < 1:
-                raise ConfigError(
-                    f"{name} must be a whole number above 0; got {value!r}. Give the "
-                    "number of images."
-                )
-        with _in_python():
-            config = checks.with_sampling(self.config, _sampling(how))
-        drawable = extras.complete(config, self.run, self.params)
-        parts = draws.in_batches(config, drawable, key, count, batch_size)
-        return np.concatenate(list(parts))
+        given.check_key(key)
+        count = given.whole("count", count)
+        batch_size = given.whole("batch_size", batch_size)
+        with given.in_python():
+            chosen = given.options(how, Sampling)
+            config = checks.with_sampling(self.config, chosen)
+            drawable = extras.complete(config, self.run, self.params)
+            parts = draws.in_batches(config, drawable, key, count, batch_size)
+            return np.concatenate(list(parts))
 
     def denoise(
         self, x_t: jax.Array, t: ArrayLike, *, label: ArrayLike | None = None
@@ -111,12 +104,10 @@ class Trained:
         Raises:
           ConfigError: images of another shape, or a label without classes.
         """
-        _check_shape(self.config, np.shape(x_t)[1:], "x_t")
+        noisy, times = given.noisy(self.config, x_t, t)
         self.schedule(t)  # a t that is known is checked here: under jit it is not
-        each = _labels(self.config.net, label, len(x_t))
-        return _denoise(
-            self.config, self.params, jnp.asarray(x_t), jnp.asarray(t), each
-        )
+        each = given.label_of(self.config.net, label, len(noisy))
+        return _denoise(self.config, self.params, noisy, times, each)
 
     def bits_per_dim(
         self,
@@ -142,20 +133,23 @@ class Trained:
         Raises:
           ConfigError, DataError: images or labels that do not fit.
         """
-        dataset = _dataset(images, labels)
-        _check_shape(self.config, dataset.images.shape[1:], "images")
-        build.check_labels(self.config, dataset)
+        dataset = given.dataset(images, labels, self.config)
+        given.check_shape(self.config, dataset.images.shape[1:], "images")
         used = variance or self.config.diffusion.variance
-        drawable = extras.complete(self.config, self.run, self.params, variance=used)
-        sums = bound.evaluate(
-            self.config,
-            drawable,
-            dataset,
-            np.arange(len(dataset.images)),
-            variance=variance,
-            batch_size=batch_size,
-            seed=seed,
-        )
+        with given.in_python():
+            build.check_labels(self.config, dataset)
+            drawable = extras.complete(
+                self.config, self.run, self.params, variance=used
+            )
+            sums = bound.evaluate(
+                self.config,
+                drawable,
+                dataset,
+                np.arange(len(dataset.images)),
+                variance=variance,
+                batch_size=given.whole("batch_size", batch_size),
+                seed=given.whole("seed", seed, least=0),
+            )
         return np.asarray(sums.totals)
 
 
@@ -184,12 +178,18 @@ def load(
       ValueError: a damaged file.
     """
     entry.quiet()
-    path = None if where is None else str(where)
-    if download:
-        path = str(hub.fetch(path or ""))
-    which = Weights(average=average, raw=raw, step=step)
-    run, config = opening.opened(path, which, which=which)
-    params, found, kind = weights.load(config, run, which)
+    if not isinstance(where, str | os.PathLike | None):
+        raise ConfigError(
+            f"where must be a path or a name; got a {type(where).__name__}. Give that "
+            "of a run, of a .safetensors file or of a folder of diffusers."
+        )
+    path = None if where is None else os.fspath(where)
+    which = given.options({"average": average, "raw": raw, "step": step}, Weights)
+    with given.in_python():
+        if download:
+            path = str(hub.fetch(path or ""))
+        run, config = opening.opened(path, which, which=which)
+        params, found, kind = weights.load(config, run, which)
     return Trained(config, params, found, kind, run)
 
 
@@ -212,7 +212,7 @@ def train(
         to begin with: dataclasses.replace(trained.config, name="mine").
       images: uint8 [N, H, W, C] or [N, H, W], square, in place of those that
         config.data names; its size and channels are then theirs.
-      labels: whole numbers, [N]; needed where config.net.classes is not 0.
+      labels: whole numbers, [N]; where config.net.classes is not 0, and only there.
       strict, force: as the flags of the command.
 
     Raises:
@@ -220,17 +220,19 @@ def train(
       DataError: images that do not fit.
       DivergedError: the run was given up.
     """
-    dataset = None
+    config, dataset = given.config_of(config), None
     if images is not None:
-        dataset = _dataset(images, labels)
-        config = dataclasses.replace(config, data=_given(config, dataset))
-        build.check_labels(config, dataset)
+        dataset = given.dataset(images, labels, config)
+        data = given.data_of(config, dataset.images, images, dataset.labels)
+        config = dataclasses.replace(config, data=data)
+        with given.in_python():
+            build.check_labels(config, dataset)
     elif labels is not None:
         raise ConfigError(
             "labels must come with images; got labels alone. Give both, or neither."
         )
     entry.quiet()
-    with _in_python():
+    with given.in_python():
         config = initial.resolved(config, force=force)
         checks.validate(config)
         checks.of_training(config)
@@ -251,101 +253,3 @@ def _denoise(
     levels, clip = build.chain_schedule(config, params), config.sample.clip
     drawable = chains.Drawable(params)
     return chains.given_labels(config, drawable, levels, label, clip=clip)(x_t, t)
-
-
-@contextmanager
-def _in_python() -> Iterator[None]:
-    """Names arguments in the words of errors that name a command's flags."""
-    try:
-        yield
-    except ConfigError as error:
-        said = str(error).replace("with --name NAME", "by another name in config")
-        said = said.replace("by --force", "by force=True")
-        said = re.sub(
-            r"Change it with --([\w.-]+)\.$",
-            lambda found: f"Change it: {found[1].replace('-', '_')}=...",
-            said,
-        )
-        error.args = (said,)
-        raise
-
-
-def _labels(net: Net, label: ArrayLike | None, count: int) -> jax.Array | None:
-    """Returns the classes that a network is told, [count]; None where it has none."""
-    if label is None and net.classes and not net.label_dropout:
-        raise ConfigError(
-            f"label must be given, in 0..{net.classes - 1}; got none, which this "
-            "network was never told. Give one for all, or one an image."
-        )
-    if label is not None and not net.classes:
-        raise ConfigError(
-            "label must be left out with a network without classes; got "
-            f"{label!r}. Train one with net.classes."
-        )
-    if not net.classes:
-        return None
-    known = jnp.asarray(net.classes if label is None else label)  # the last row: none
-    return jnp.broadcast_to(known, (count,))
-
-
-def _sampling(how: dict[str, Any]) -> Sampling:
-    """Returns the way to sample that options describe, each of its field's type."""
-    names = tuple(field.name for field in dataclasses.fields(Sampling))
-    for name in how:
-        if name not in names:
-            raise_unknown("the option", name, names)
-    wrong: list[tuple[str, str, str]] = []
-    read = json_fields.read(how, Sampling, "", partial=True, wrong=wrong)
-    if wrong:
-        name, must, got = wrong[0]
-        raise ConfigError(f"{name} must be {must}; got {got}. Change it: {name}=...")
-    found: Sampling = read
-    return found
-
-
-def _given(config: Config, dataset: datasets.Dataset) -> Any:
-    """Returns the fields of data for images that were given in memory."""
-    height, width, channels = dataset.images.shape[1:]
-    if height != width or channels not in (1, 3):
-        raise ConfigError(
-            "images must be square, with 1 or 3 channels; got "
-            f"{height}x{width} with {channels}. Crop or pad them."
-        )
-    digest = hashlib.sha256(np.ascontiguousarray(dataset.images).tobytes())
-    if dataset.labels is not None:
-        digest.update(dataset.labels.tobytes())
-    return dataclasses.replace(
-        config.data,
-        source=f"{GIVEN}{digest.hexdigest()[:16]}",
-        path=None,
-        image_size=height,
-        channels=channels,
-    )
-
-
-def _dataset(images: ArrayLike, labels: ArrayLike | None) -> datasets.Dataset:
-    found = arrays.as_images(np.asarray(images), "the call")
-    known = None if labels is None else np.asarray(labels)
-    return datasets.Dataset(
-        found, arrays.as_labels(known, len(found), "the call"), "given"
-    )
-
-
-def _check_key(key: Any) -> None:
-    if not (
-        isinstance(key, jax.Array)
-        and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        and key.ndim == 0
-    ):
-        raise ConfigError(
-            f"key must be one key of jax.random; got {key!r}. Give jax.random.key(0)."
-        )
-
-
-def _check_shape(config: Config, shape: tuple[int, ...], name: str) -> None:
-    if tuple(shape) != config.data.shape:
-        raise ConfigError(
-            f"{name} must be of shape [N, {', '.join(map(str, config.data.shape))}], "
-            f"what the network was trained on; got [N, {', '.join(map(str, shape))}]. "
-            "Resize them, or load another network."
-        )

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_jax.errors import DataError, first_of
+from diffusion_jax.errors import DataError, first_of, needs
 
 # The last bytes of the table of a TensorFlow checkpoint, its .index.
 _TABLE_MAGIC = bytes.fromhex("57fb808b247547db")
@@ -119,15 +119,9 @@ def _tensorflow(prefix: Path) -> Any:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # Nothing is computed with it; it tells of this one whatever its level.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    try:
-        import tensorflow
-    except ImportError:
-        raise DataError(
-            f"TensorFlow must be installed to read the checkpoint {prefix}; got no "
-            "module named tensorflow. Install it: pip install .[tensorflow]; or "
-            "convert the checkpoint once on a machine that has it: "
-            "python -m experiments.convert."
-        ) from None
+    needs("tensorflow", f"read the checkpoint {prefix}", "tensorflow")
+    import tensorflow
+
     with contextlib.suppress(RuntimeError):  # in use already
         tensorflow.config.set_visible_devices([], "GPU")
     return tensorflow

@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax.data import datasets
 from diffusion_jax.data.image_files import LazyImages
+from diffusion_jax.errors import needs
 from diffusion_jax.training import parallel
 
 Batch = dict[str, Any]
@@ -77,7 +78,7 @@ def make(
 
     Raises:
       ValueError: the images cannot be on the device.
-      ImportError: grain is asked for and not there.
+      MissingError: grain is asked for and not there.
     """
     source = choose(source, dataset, mesh)
     batch_of = partial(batch_at, dataset, labels, seed, batch_size)
@@ -113,11 +114,8 @@ def choose(source: Source, dataset: datasets.Dataset, mesh: Mesh) -> Source:
             f"images on the device must be in memory, at most {allowed / 2**20:.3g} "
             f"MiB; got {got}. Let the input be grain or host."
         )
-    if source == "grain" and not installed:
-        raise ImportError(
-            "the input grain must have the grain library; got none. Install it with: "
-            "pip install 'grain>=0.2.15'."
-        )
+    if source == "grain":
+        needs("grain", "prepare batches in the background", "grain")
     if source == "auto":
         return "device" if fits else "grain" if installed else "host"
     return source

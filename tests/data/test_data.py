@@ -206,10 +206,11 @@ def test_digits():
         ("digits", {"image_size": 8.0}, "image_size must be a whole number"),
         ("digits", {"image_size": 16, "fit": "stretch"}, "fit must be"),
         ("digits", {"channels": 3}, "channels must be the images' own 1"),
-        ("folder:x", {}, "a folder must be loaded with image_size"),
+        ("folder:x", {}, "image files must be loaded with image_size"),
         ("folder:x", {"image_size": 8, "fit": "pad"}, "fit='pad'"),
         ("folder:x", {"image_size": 8, "channels": 4}, "channels=4"),
         ("folder:x", {"image_size": -8}, "image_size must be a whole number"),
+        ("hf:x", {"split": "all"}, "split of hf must be 'train' or 'test'"),
         ("mnist", {}, "mnist must have train-images-idx3-ubyte.*no data_dir"),
     ],
 )

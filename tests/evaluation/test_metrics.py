@@ -281,3 +281,13 @@ def test_bad_input_is_refused_with_advice(refuses):
     for call, got in REFUSED:
         with refuses(got):
             call()
+
+
+def test_the_nearest_is_that_of_all_pairs():
+    rng = np.random.default_rng(0)
+    points, among = rng.normal(100, 1, (7, 3)), rng.normal(100, 1, (50, 3))
+    among[40:] = among[:10]  # of equals the first
+    expected = np.square(points[:, None] - among).sum(-1).argmin(1)
+    for batch in (8, 1024):
+        found = metrics.nearest(points, among, batch=batch)
+        np.testing.assert_array_equal(found, expected)

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffusion_jax.data import image_files
+from diffusion_jax.data import image_files, image_folders
 from diffusion_jax.errors import DataError
 from diffusion_jax.lab.schema.config import replace
 from diffusion_jax.lab.wiring import build
@@ -85,12 +85,17 @@ NONSENSE = {
 }
 
 
+def whole_folder(folder, size, channels=3):
+    """All images of a folder."""
+    return image_files.read(image_folders.find(folder), size, channels=channels)[0]
+
+
 @pytest.mark.parametrize("name", NONSENSE)
 def test_images_are_refused(name, tmp_path):
     path = tmp_path / "bad.png"
     for read, place in (
         (image_files.read_image, path),
-        (image_files.read_folder, tmp_path),
+        (whole_folder, tmp_path),
     ):
         grey = functools.partial(read, channels=1)
         nonsense.refuse_file(lambda at, r=grey: r(at, 8), NONSENSE[name], path, place)
@@ -99,7 +104,7 @@ def test_images_are_refused(name, tmp_path):
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to(path)])
 def test_what_is_no_file_is_no_image(make, tmp_path):
     make(tmp_path / "a.png")
-    nonsense.refuse(lambda _: image_files.read_folder(tmp_path, 8), [], tmp_path)
+    nonsense.refuse(lambda _: whole_folder(tmp_path, 8), [], tmp_path)
 
 
 @nonsense.PROFILE
@@ -194,7 +199,7 @@ def test_unusual_images_are_read_right(name, tmp_path):
     path.write_bytes(content)
     found = image_files.read_image(path, 8).astype(int)
     assert np.abs(found - right).max() <= 1, (found[..., 0], right[..., 0])
-    (folded,) = image_files.read_folder(tmp_path, 8)
+    (folded,) = whole_folder(tmp_path, 8)
     np.testing.assert_array_equal(folded, found)
 
 

@@ -5,7 +5,6 @@ import http.server
 import json
 import re
 import socket
-import sys
 import threading
 import time
 
@@ -220,9 +219,3 @@ def test_silence_is_given_up(server, tmp_path, refuses, monkeypatch, silent):
     with refuses("Check the network"):
         hub.fetch("me/silent", cache=tmp_path, endpoint=server.address)
     assert time.monotonic() - began < 5
-
-
-def test_package_that_is_missing_is_named(monkeypatch, refuses):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with refuses("pip install .[hub]"):
-        hub.fetch("me/alone")

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import processes
 import pytest
+from PIL import Image
 from small_run import SMALL
 
 from diffusion_jax import gaussian, lab
+from diffusion_jax.checkpoints.checkpoint import CheckpointError
 from diffusion_jax.data import datasets
 from diffusion_jax.lab.process import stopping
 from diffusion_jax.lab.schema.config import replace
@@ -92,6 +94,14 @@ def test_a_label_is_told_and_none_is_the_last_row(digits, refuses):
         x0 = gaussian.predict("v", net.apply(*given), x_t, loaded.schedule(9)).x0
         found = loaded.denoise(x_t, 9, label=label).x0
         np.testing.assert_allclose(found, jnp.clip(x0, -1, 1), atol=1e-4)
+    both = jnp.array([2, 0])
+    jitted = jax.jit(lambda x: loaded.denoise(x, 9, label=both).x0)
+    np.testing.assert_allclose(
+        jitted(x_t), loaded.denoise(x_t, 9, label=both).x0, atol=1e-4
+    )
+    for wrong in (3, -1, [0, 1, 2], 1.0, [0, 9]):
+        with refuses(str(wrong)):
+            loaded.denoise(x_t, 9, label=wrong)
     never = replace(config, "net", label_dropout=0.0)
     with refuses("none, which this network was never told"):
         dataclasses.replace(loaded, config=never).denoise(x_t, 9)
@@ -109,6 +119,8 @@ def test_any_kind_of_weights_and_network_is_loaded(digits, trained, tmp_path):
     assert jax.tree.all(
         jax.tree.map(lambda a, b: a.shape == b.shape, last.params, digits.params)
     )
+    with pytest.raises(CheckpointError, match=r"of step 3 must .*got steps \[12\]"):
+        lab.load(trained.folder, step=3)
     for out in (tmp_path / "net.safetensors", tmp_path / "folder"):
         assert convert.main([str(trained.folder), str(out)]) == 0
         found = lab.load(out)
@@ -136,8 +148,8 @@ def test_training_on_given_images_is_that_of_the_command(digits, tmp_path, capsy
         eval_nll.main([str(tmp_path / "given images")])
 
 
-X = np.zeros((4, 8, 8, 1), np.uint8)
-MISTAKES = {
+X = np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1)
+SAMPLING = {
     "got 'samplr'": lambda d: d.sample(KEY, 2, samplr="ddim"),
     "got 'ddimm'": lambda d: d.sample(KEY, 2, sampler="ddimm"),
     "got '5'": lambda d: d.sample(KEY, 2, steps="5"),
@@ -146,19 +158,38 @@ MISTAKES = {
     "got 7": lambda d: d.sample(7, 2),
     "got 0": lambda d: d.sample(KEY, 0),
     "got 2.5": lambda d: d.sample(KEY, 2.5),
+    "got True": lambda d: d.sample(KEY, True),
     "got [N, 4, 8, 1]": lambda d: d.denoise(X[:, :4] / 255.0, 5),
+    "got [N, 8, 8]": lambda d: d.denoise(X[..., 0] / 255.0, 5),
+    "got uint8": lambda d: d.denoise(X, 5),
+    "got shape (3,)": lambda d: d.denoise(X / 255.0, [1, 2, 3]),
     "got 1": lambda d: d.denoise(X / 255.0, 5, label=1),
     "got float64": lambda d: d.bits_per_dim(X / 255.0),
     "got [N, 8, 8, 3]": lambda d: d.bits_per_dim(np.repeat(X, 3, -1)),
-    "got 6x8 with 1": lambda d: lab.train(config_of(), images=X[:, :6]),
-    "got int64 of shape (3,)": lambda d: lab.train(
-        config_of(), images=X, labels=np.zeros(3, int)
-    ),
+    "got 4": lambda d: d.bits_per_dim(X, labels=[0, 1, 2, 0]),
+    "got -1": lambda d: d.bits_per_dim(X, seed=-1),
+}
+TRAINING = {
+    "got a dict": lambda d: lab.train({}, images=X),
     "got labels alone": lambda d: lab.train(config_of(), labels=[1]),
     "got none": lambda d: lab.train(config_of("--net.classes", "3"), images=X),
     "got 0.": lambda d: lab.train(replace(config_of(), "train", steps=0)),
-    "got 'nowhere'": lambda d: lab.load("nowhere"),
+    "got '2'": lambda d: lab.train(replace(config_of(), "train", steps="2")),
+    "got None": lambda d: lab.train(dataclasses.replace(config_of(), name=None)),
+    "got 'a/b'": lambda d: lab.train(
+        dataclasses.replace(config_of(), name="a/b"), images=X
+    ),
 }
+LOADING = {
+    "got 'nowhere'": lambda d: lab.load("nowhere"),
+    "got a Trained": lambda d: lab.load(d),
+    "by: download=True": lambda d: lab.load("owner/name"),
+    "got '12'": lambda d: lab.load(d.run.folder, step="12"),
+    "got 'yes'": lambda d: lab.load(d.run.folder, raw="yes"),
+    "got 0.5. ": lambda d: lab.load(d.run.folder, average=0.5),
+    "got 'last'": lambda d: lab.load(d.run.folder, average="last"),
+}
+MISTAKES = {**SAMPLING, **TRAINING, **LOADING}
 
 
 @pytest.mark.parametrize("got", MISTAKES)
@@ -170,10 +201,97 @@ def test_mistakes_are_named_as_python_writes_them(got, digits, refuses, monkeypa
     assert sorted(digits.run.folder.rglob("*")) == before
 
 
-def test_hints_name_no_flags(digits):
-    for call in ("got '5'", "got 0.5", "got 3", "got 0."):
+GREY, COLOURS = X[..., 0], np.repeat(X, 3, axis=-1)
+IMAGES = {
+    "grey": GREY,
+    "a list": list(X),
+    "of Pillow": [Image.fromarray(each) for each in GREY],
+    "of JAX": jnp.asarray(X),
+    "three grey ones": list(GREY[:3]),
+}
+NO_IMAGES = {
+    "from 0 to 1. If they are scaled to [0, 1]: np.round(images * 255.0)": X / 255,
+    "from -1 to 1. If they are scaled to [-1, 1]": X / 127.5 - 1,
+    "from 0 to 255. Convert them: np.round(images).astype": jnp.asarray(X, float),
+    "int64 of shape (4, 8, 8, 1), from 0 to 255. Convert": X.astype(int),
+    "from -7 to 2. Scale them to 0..255": X / 255 * 9 - 7,
+    "from nan to nan. Find out": np.where(X > 9, np.nan, X),
+    "bool of shape (4, 8, 8, 1), from 0 to 1. If": X > 9,
+    "all of 0 and 1. Of masks give images * 255": X % 2,
+    "shape (0, 8, 8, 1). Give one image or more": X[:0],
+    "shape (8, 8). Put them along a first axis": GREY[0],
+    "8x3 with 1. Of a single image give images[None]": COLOURS[0],
+    "(3, 8, 8), which is three grey ones, or one in colours": GREY[:3],
+    "3x8 with 8. With channels first: images.transpose(0": COLOURS.swapaxes(1, 3),
+    "8x8 with 4. Of RGBA take": np.repeat(X, 4, axis=-1),
+    "6x8 with 1. Crop": X[:, :6],
+    "a list of several shapes. Make": [X[0], X[1, :5]],
+    "'mine'. Files are named": "mine",
+    "<U1 of shape (1,). Give an array of numbers": ["a"],
+    "a Dataset. Give its parts": datasets.Dataset(X, None, ""),
+}
+NO_LABELS = {
+    "float64 of shape (4,). Make them int32": [0.0, 1.0, 2.0, 0.0],
+    "<U1 of shape (4,). Make them int32": list("abca"),
+    "shape (4, 3). Of one-hot rows take np.argmax": np.eye(3)[[0, 1, 2, 0]],
+    "shape (4, 1). Give labels[:, 0]": [[0], [1], [2], [0]],
+    "shape (2,). Give as many": [0, 1],
+    "shape (). Give as many": 1,
+    "-1. Leave images": [0, 1, -1, 2],
+    "some up to 3. Set net.classes to 4": [0, 1, 2, 3],
+    "none. Give labelled": None,
+}
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """What training is begun with, in place of which nothing is done."""
+
+    def note(config, *, dataset, **_):
+        found.update(config=config, dataset=dataset)
+        raise KeyboardInterrupt
+
+    found = {}
+    monkeypatch.setattr(loop, "train", note)
+    return found
+
+
+def test_images_and_values_of_many_kinds_are_the_same(begun, tmp_path):
+    config = config_of("--net.classes", "3")
+    config = dataclasses.replace(config, output=tmp_path)  # a path is as good as text
+    config = replace(config, "train", steps=np.int64(12))
+    for name, images in IMAGES.items():
+        for labels in ([0, 1, 2, 0], np.uint8([0, 1, 2, 0]), jnp.array([0, 1, 2, 0])):
+            with pytest.raises(KeyboardInterrupt):
+                lab.train(config, images=images, labels=labels[: len(images)])
+            found, count = begun["dataset"], len(images)
+            np.testing.assert_array_equal(found.images, X[:count], name)
+            assert found.images.dtype == np.uint8
+            assert found.labels.tolist() == [0, 1, 2, 0][:count]
+            assert found.labels.dtype == np.int32
+    assert begun["config"].output == str(tmp_path)
+    assert type(begun["config"].train.steps) is int
+
+
+@pytest.mark.parametrize("got", NO_IMAGES)
+def test_images_that_could_be_another_thing_are_refused(got, begun, refuses):
+    with refuses(got):
+        lab.train(config_of(), images=NO_IMAGES[got])
+
+
+@pytest.mark.parametrize("got", NO_LABELS)
+def test_labels_that_are_no_classes_are_refused(got, begun, refuses):
+    with refuses(got):
+        lab.train(config_of("--net.classes", "3"), images=X, labels=NO_LABELS[got])
+    with refuses("4. Leave them out, or say how many classes there are"):
+        lab.train(config_of(), images=X, labels=[0, 1, 2, 0])
+
+
+def test_hints_name_no_flags(digits, monkeypatch):
+    monkeypatch.chdir(digits.run.folder)
+    for call in MISTAKES.values():
         with pytest.raises(ValueError) as error:
-            MISTAKES[call](digits)
+            call(digits)
         assert "--" not in str(error.value)
 
 

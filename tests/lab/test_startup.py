@@ -22,7 +22,7 @@ ROOT = Path(experiments.__file__).parent
 COMMANDS = sorted(path.stem for path in ROOT.glob("[a-z]*.py"))
 SLOW = (
     "orbax tensorstore sklearn scipy matplotlib tensorflow tensorflow_datasets "
-    "diffrax grain torch huggingface_hub"
+    "diffrax grain torch huggingface_hub pyarrow"
 )
 
 SMALL = Config(
@@ -38,7 +38,9 @@ def loaded_by(code):
 
 
 def test_the_package_alone_loads_nothing():
-    assert not {"jax", "numpy", "flax"} & loaded_by("import diffusion_jax")
+    assert not {"jax", "numpy", "flax"} & loaded_by(
+        "import diffusion_jax, experiments.__main__"
+    )
 
 
 def test_commands_load_what_is_slow_only_where_they_use_it():

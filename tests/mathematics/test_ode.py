@@ -1,6 +1,5 @@
 """The adaptive solver against exact flows, and what it costs."""
 
-import builtins
 from functools import cache, partial
 
 import jax
@@ -239,19 +238,6 @@ def test_gradients_reach_state_and_parameters(x64):
     by_x, by_k = jax.jit(jax.grad(end, (0, 1)))(2 * jnp.ones([1, 1]), 0.7)
     np.testing.assert_allclose(by_x, [[np.exp(-0.7)]], rtol=1e-7)
     np.testing.assert_allclose(by_k, -2 * np.exp(-0.7), rtol=1e-7)
-
-
-def test_without_diffrax_the_extra_is_named(monkeypatch):
-    real = builtins.__import__
-
-    def broken(name, *args, **options):
-        if name == "diffrax":
-            raise ImportError("No module named 'diffrax'")
-        return real(name, *args, **options)
-
-    monkeypatch.setattr(builtins, "__import__", broken)
-    with pytest.raises(ImportError, match=r"must .*; got No module.*\[ode\]"):
-        ode.integrate(lambda x, t: -x, jnp.ones([1, 1]), 0.0, 1.0)
 
 
 @pytest.mark.parametrize(

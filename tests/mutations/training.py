@@ -214,6 +214,27 @@ TRAINING = [
         "tests/data/test_pixels.py::test_folder_exif_orientation",
     ),
     Breakage(
+        "folders-labels-of-all-files",
+        "diffusion_jax/data/datasets.py",
+        "labels = None if labels is None else labels[kept]",
+        "labels = None if labels is None else labels[: len(kept)]",
+        "tests/data/test_folders.py::test_labels_are_of_the_images_that_are_left",
+    ),
+    Breakage(
+        "folders-the-inner-folder-is-the-class",
+        "diffusion_jax/data/image_folders.py",
+        'folders = [name.partition("/")[0] for name in names]',
+        'folders = [name.rpartition("/")[0] for name in names]',
+        "tests/data/test_folders.py::test_a_subfolder_is_a_class",
+    ),
+    Breakage(
+        "parquet-a-shard-may-be-missing",
+        "diffusion_jax/data/parquet.py",
+        "    _check_whole(where, shards)\n    return shards\n",
+        "    return shards\n",
+        "tests/data/test_parquet.py::test_what_is_missing_or_ambiguous_is_refused",
+    ),
+    Breakage(
         "prepared-lazy-ones-do-not-fit",
         "diffusion_jax/data/prepared_tfds.py",
         'return lambda i: fit_image(source[i]["image"])',

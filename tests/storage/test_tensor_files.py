@@ -17,7 +17,7 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion_jax.errors import DataError
+from diffusion_jax.errors import DataError, MissingError
 from diffusion_jax.storage import tensor_files, trees
 
 rng = np.random.default_rng(0)
@@ -230,7 +230,7 @@ def test_checkpoint_is_known_by_each_of_its_names(tmp_path, refuses, monkeypatch
     (tmp_path / DATA).write_bytes(bytes(8))
     for name in (INDEX, DATA, "model.ckpt-7"):
         assert tensor_files.kind_of(tmp_path / name) == "tensorflow"
-        with refuses("python -m experiments.convert"):
+        with pytest.raises(MissingError, match="tensorflow is missing"):
             tensor_files.read(tmp_path / name)
     (tmp_path / "a.index").write_bytes(WHOLE)
     assert tensor_files.kind_of(tmp_path / "a.index") == "safetensors"

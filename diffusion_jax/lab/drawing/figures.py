@@ -120,6 +120,7 @@ def quality(
     Raises:
       ConfigError: too few samples.
     """
+    pictures.check_plots()
     dataset = build.load_data(config)
     extractor = extractors.choose("auto", config, dataset)
     extractors.check_count(extractor, count)

@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from diffusion_jax import schedule
-from diffusion_jax.errors import ConfigError
+from diffusion_jax.errors import ConfigError, needs
 from diffusion_jax.interop import unet_config
 from diffusion_jax.lab.schema import checks
 from diffusion_jax.lab.schema.config import (
@@ -376,12 +376,9 @@ def betas_of(config: Config) -> np.ndarray:
 
 def peers() -> tuple[Any, Any]:
     """Returns torch and diffusers, where they are installed."""
-    try:
-        import diffusers
-        import torch
-    except ImportError as error:
-        raise ConfigError(
-            f"PyTorch and diffusers must be installed; got {error}. Install them: pip "
-            "install .[peers]"
-        ) from None
+    for package in ("torch", "diffusers"):
+        needs(package, "compare with diffusers", "peers")
+    import diffusers
+    import torch
+
     return torch, diffusers

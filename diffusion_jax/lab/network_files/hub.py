@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion_jax.errors import DataError
+from diffusion_jax.errors import DataError, needs
 from diffusion_jax.storage.download import check_address, within
 
 PATIENCE = 8.0
@@ -78,15 +78,10 @@ def fetch(name: str, *, cache: Path | None = None, endpoint: str | None = None) 
 
 
 def _package() -> Any:
-    try:
-        import huggingface_hub.constants
-        import huggingface_hub.utils
-    except ImportError:
-        raise DataError(
-            "huggingface_hub must be installed to fetch a network by its name; got no "
-            "module named huggingface_hub. Install it, pip install .[hub], or fetch "
-            "the network by hand and give its folder."
-        ) from None
+    needs("huggingface_hub", "fetch a network by its name", "hub")
+    import huggingface_hub.constants
+    import huggingface_hub.utils
+
     return huggingface_hub
 
 

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -48,7 +49,10 @@ def guarded(main: Callable[[Sequence[str]], int], *, several: bool = False) -> N
         # A path may be no text in any encoding, and is shown all the same.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    expected: tuple[Any, ...] = (errors.ConfigError, CheckpointError, errors.DataError)
+    expected: tuple[Any, ...] = (
+        *(errors.ConfigError, errors.DataError, errors.MissingError),
+        CheckpointError,
+    )
     code, said = BAD_INPUT, ""
     try:
         raise SystemExit(main(join_hosts(sys.argv[1:], several=several)))
@@ -60,7 +64,7 @@ def guarded(main: Callable[[Sequence[str]], int], *, several: bool = False) -> N
         raise
     except expected as error:
         said = f"error: {error}"
-    except (ValueError, ImportError) as error:
+    except ValueError as error:
         # The library's own: what must hold; what was got; what to do.
         if "; got " not in str(error):
             raise
@@ -98,10 +102,24 @@ def parse(
       ConfigError: a value that is not as its field says.
       SystemExit: `--help`, or a flag that does not exist or has another type.
     """
-    prog = f"python -m experiments.{command}"
-    found = tyro.cli(options, args=argv, prog=prog, description=description)
+    found = tyro.cli(options, args=argv, prog=typed(command), description=description)
     checks.of_options(found)
     return found
+
+
+def typed(command: str) -> str:
+    """Returns how a command was called, for its `--help`.
+
+    Args:
+      command: its name in `experiments`.
+
+    >>> typed("train")
+    'python -m experiments.train'
+    """
+    script = "diffusion-jax"
+    if any(Path(word).stem == script for word in sys.orig_argv[:2]):
+        return f"{script} {command}"
+    return f"python -m experiments.{command}"
 
 
 def join_hosts(argv: Sequence[str], *, several: bool) -> list[str]:

@@ -237,5 +237,5 @@ def with_sampling(config: Config, given: Sampling) -> Config:
 
 
 def _fail(key: str, must: str, got: object) -> typing.NoReturn:
-    flags = key.replace("_", "-")
-    raise ConfigError(f"{key} must be {must}; got {got}. Change it with --{flags}.")
+    flag = key.split()[0].replace("_", "-")  # of several fields the first
+    raise ConfigError(f"{key} must be {must}; got {got}. Change it with --{flag}.")

@@ -55,7 +55,9 @@ class Data:
     """What to learn from."""
 
     source: str = "digits"
-    """digits, cifar10, fashion_mnist, mnist, tfds:<name>, folder:<path>, npz:<path> or
+    """digits, cifar10, fashion_mnist, mnist, tfds:<name>, folder:<path> (a folder or a
+    zip; with net.classes a subfolder is a class, unless dataset.json says them),
+    hf:<path>[,<column of labels>] (Parquet files), npz:<path> or
     idx:<images>[,<labels>]."""
     path: Annotated[str | None, FREE] = None
     """Where the files are, when they are not in the usual place: a folder, or the

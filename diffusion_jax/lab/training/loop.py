@@ -10,6 +10,7 @@ import jax
 
 from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.data import datasets
+from diffusion_jax.errors import MissingError, first_of
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.process import hosts, stopping
 from diffusion_jax.lab.process.progress import Progress
@@ -148,6 +149,9 @@ def describe(
     print(
         f"{config.name}: {len(dataset.images):,} images of {shape}, {count:,} weights"
     )
+    if dataset.classes:
+        each = [f"{place} {name}" for place, name in enumerate(dataset.classes)]
+        print(f"classes: {first_of(each, 20)}")
     strategy = config.train.parallel
     print(f"{mesh.size} x {device}, strategy {strategy}; all in {run.folder}/")
     print(f"input: {feed.describe(fed)}")
@@ -246,6 +250,20 @@ def grid_path(run: runs.Run, step: int) -> Path:
     return run.samples / f"step_{step:08d}.png"
 
 
+def draw_loss(config: Config, run: runs.Run, lines: list[dict[str, Any]]) -> object:
+    """Returns where the plot of the loss is; or why there is none."""
+    try:
+        return pictures.curve(
+            [line["step"] for line in lines],
+            [line["loss"] for line in lines],
+            title=f"{config.name}: training loss",
+            ylabel=f"loss ({config.diffusion.loss})",
+            path=run.folder / "loss.png",
+        )
+    except MissingError as error:  # which no run should end on
+        return f"none: {error}"
+
+
 def finish(job: Job, state: TrainState) -> int:
     """Draws the loss, says where everything is, and returns the exit code."""
     config, run, requested = job.config, job.run, job.signals.numbers
@@ -255,13 +273,7 @@ def finish(job: Job, state: TrainState) -> int:
     lines = [line for line in logged if line.get("loss") is not None]
     plot: object = "none, with no line in metrics.jsonl; see train.log_every"
     if lines and hosts.first():
-        plot = pictures.curve(
-            [line["step"] for line in lines],
-            [line["loss"] for line in lines],
-            title=f"{config.name}: training loss",
-            ylabel=f"loss ({config.diffusion.loss})",
-            path=run.folder / "loss.png",
-        )
+        plot = draw_loss(config, run, lines)
     if requested and step < config.train.steps:
         print(f"stopped at step {step:,}; {again}")
         return stopping.CODE + requested[0]

@@ -9,7 +9,7 @@ import numpy as np
 
 from diffusion_jax import continuous, errors, gaussian, learned, schedule
 from diffusion_jax.data import datasets
-from diffusion_jax.errors import ConfigError
+from diffusion_jax.errors import ConfigError, first_of
 from diffusion_jax.lab.schema.config import CONTINUOUS, GIVEN, UNKNOWN, Config
 from diffusion_jax.nets import fresh, unet
 from diffusion_jax.nets.unet import UNet
@@ -26,6 +26,7 @@ IN_TRAINING = {
     "image_size": "In training image_size is --data.image-size.",
     "channels=": "In training channels is --data.channels.",
     "fit=": "No flag gives fit: crop them yourself, or give them as a folder:PATH.",
+    "do without labels": "In training --net.classes 0 does without labels.",
 }
 """What arguments of the functions that load data are as flags of training."""
 
@@ -181,8 +182,15 @@ def _init_schedule(key: jax.Array) -> learned.Params:
     return learned.init(key, logsnr_min=low, logsnr_max=high)
 
 
-def load_data(config: Config, *, split: str = "train") -> datasets.Dataset:
-    """Returns the images of a split, "train" or "test".
+def load_data(
+    config: Config, *, split: str = "train", labelled: bool = False
+) -> datasets.Dataset:
+    """Returns the images of a split.
+
+    Args:
+      config: the configuration.
+      split: "train" or "test".
+      labelled: whether their labels are needed though the network is not told them.
 
     Raises:
       ConfigError: they do not have the configured size or channels, or nobody said
@@ -210,6 +218,7 @@ def load_data(config: Config, *, split: str = "train") -> datasets.Dataset:
             channels=d.channels,
             download=d.download,
             skip_unreadable=d.skip_unreadable,
+            labelled=labelled or config.net.classes > 0,
         )
     except errors.DataError as error:
         hints = [said for word, said in IN_TRAINING.items() if word in str(error)]
@@ -233,9 +242,15 @@ def check_labels(config: Config, dataset: datasets.Dataset) -> None:
         return
     if dataset.labels is None:
         raise ConfigError(
-            f"the images of {config.data.source} must have labels for net.classes = "
-            f"{classes}; got none. Give labelled data, or, in training, --net.classes "
-            "0."
+            f"{dataset.name} must have labels for net.classes = {classes}; got none. "
+            "Give labelled data, or, in training, --net.classes 0."
+        )
+    if dataset.classes and len(dataset.classes) != classes:
+        raise ConfigError(
+            f"net.classes must be {len(dataset.classes)}, the classes in "
+            f"{config.data.source}: {first_of(dataset.classes, 10)}; got {classes}. In "
+            f"training, set --net.classes to {len(dataset.classes)}, or name another "
+            "folder."
         )
     least, most = int(dataset.labels.min()), int(dataset.labels.max())
     if least < 0 or most >= classes:

@@ -69,7 +69,8 @@ def load(path: Path) -> Fitted:
       ConfigError: there is none, or the file is damaged or no classifier of ours.
     """
     command = "train_noisy_classifier"
-    again = f"train it: python -m experiments.{command} {path.parent}."
+    of = str(path.parent).removesuffix(".drawn")  # beside a network in a file
+    again = f"train it: python -m experiments.{command} {of}."
     found = fitting.load(path, _check, command=command, again=again)
     return found._replace(accuracy={int(t): a for t, a in found.accuracy.items()})
 
