@@ -210,8 +210,8 @@ def train(
     Args:
       config: the configuration; that of another run, with another name, is a good one
         to begin with: dataclasses.replace(trained.config, name="mine").
-      images: uint8 [N, H, W, C] or [N, H, W], square, in place of those that
-        config.data names; its size and channels are then theirs.
+      images: uint8 [N, H, W, C] or [N, H, W], in place of those that config.data
+        names; its size and channels are then theirs.
       labels: whole numbers, [N]; needed where config.net.classes is not 0.
       strict, force: as the flags of the command.
 
@@ -306,10 +306,10 @@ def _sampling(how: dict[str, Any]) -> Sampling:
 def _given(config: Config, dataset: datasets.Dataset) -> Any:
     """Returns the fields of data for images that were given in memory."""
     height, width, channels = dataset.images.shape[1:]
-    if height != width or channels not in (1, 3):
+    if channels not in (1, 3):
         raise ConfigError(
-            "images must be square, with 1 or 3 channels; got "
-            f"{height}x{width} with {channels}. Crop or pad them."
+            f"images must have 1 or 3 channels; got {channels}. Convert them to grey "
+            "or RGB."
         )
     digest = hashlib.sha256(np.ascontiguousarray(dataset.images).tobytes())
     if dataset.labels is not None:
@@ -318,7 +318,7 @@ def _given(config: Config, dataset: datasets.Dataset) -> Any:
         config.data,
         source=f"{GIVEN}{digest.hexdigest()[:16]}",
         path=None,
-        image_size=height,
+        image_size=(height, width),
         channels=channels,
     )
 

@@ -204,6 +204,7 @@ def test_digits():
         ("digits", {"image_size": 4}, "at least .*; got image_size=4 for 8x8.*Give 8"),
         ("digits", {"image_size": 0}, "image_size must be a whole number"),
         ("digits", {"image_size": 8.0}, "image_size must be a whole number"),
+        ("digits", {"image_size": (8, 8, 1)}, r"height and width; got \(8, 8, 1\)"),
         ("digits", {"image_size": 16, "fit": "stretch"}, "fit must be"),
         ("digits", {"channels": 3}, "channels must be the images' own 1"),
         ("folder:x", {}, "a folder must be loaded with image_size"),
@@ -346,8 +347,11 @@ def test_idx_and_npz_sources(tmp_path):
     npz = datasets.load(f"npz:{tmp_path / 'a.npz'}", image_size=8)
     np.testing.assert_array_equal(npz.images[:, 1:7, 1:7, 0], images)
     np.savez(tmp_path / "wide.npz", images=images[:, :4])
-    with pytest.raises(DataError, match="must be square to be padded; got 4x6"):
-        datasets.load(f"npz:{tmp_path / 'wide.npz'}", image_size=8)
+    wide = datasets.load(f"npz:{tmp_path / 'wide.npz'}", image_size=(4, 8))
+    np.testing.assert_array_equal(wide.images[:, :, 1:7, 0], images[:, :4])
+    assert wide.images.shape[1:] == (4, 8, 1)
+    with pytest.raises(DataError, match=r"\(8, 5\) for 4x6 images .*Give 4 6 or more"):
+        datasets.load(f"npz:{tmp_path / 'wide.npz'}", image_size=(8, 5))
 
 
 def test_errors_and_arguments_are_documented():

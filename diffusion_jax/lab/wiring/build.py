@@ -217,7 +217,7 @@ def load_data(config: Config, *, split: str = "train") -> datasets.Dataset:
     shape = dataset.images.shape[1:]
     if shape != d.shape:
         raise ConfigError(
-            f"the images of {d.source} must be {d.image_size}x{d.image_size} with "
+            f"the images of {d.source} must be {d.shape[0]}x{d.shape[1]} with "
             f"{d.channels} channels; got {shape}. Set --data.image-size and "
             "--data.channels to what the images are."
         )
