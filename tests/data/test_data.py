@@ -232,6 +232,9 @@ def test_crop_shrinks_what_padding_refuses():
     assert small.shape == (1797, 4, 4, 1)
     own = datasets.load("digits").images.astype(float)
     assert abs(small.mean() - own.mean()) < 5
+    wide = datasets.load("digits", image_size=(2, 4), fit="crop").images[..., 0]
+    means = own[:, 2:6].reshape(-1, 2, 2, 4, 2).mean(axis=(2, 4))
+    assert abs(wide - means).mean() < 12
 
 
 @pytest.mark.filterwarnings("ignore:each batch of the official CIFAR-10")

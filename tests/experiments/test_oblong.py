@@ -24,7 +24,7 @@ def wide(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wide")
     images = np.random.default_rng(0).integers(0, 256, (24, H, W, 1), np.uint8)
     np.savez(folder / "images.npz", images=images)
-    flags = "--name wide --train.steps 2 --optimizer.warmup 1 --sample.every 2"
+    flags = "--name wide --train.steps 2 --optimizer.warmup 1 --sample.count 2"
     config = arguments.parse(["digits", *SMALL, *flags.split()], EXPERIMENTS, prog="")
     config = dataclasses.replace(config, output=str(folder))
     return lab.train(config, images=images), images
@@ -34,8 +34,8 @@ def test_samples_have_the_height_and_width_of_the_data(wide, tmp_path):
     found, _ = wide
     assert found.config.data.image_size == (H, W)
     with Image.open(found.run.folder / "samples" / "step_00000002.png") as grid:
-        # Two rows of two, each image four times its size, with gaps of 4.
-        assert grid.size == (2 * (4 * W + 4) + 4, 2 * (4 * H + 4) + 4)
+        # One above the other, each four times its size, with gaps of 4.
+        assert grid.size == (4 * W + 8, 2 * (4 * H + 4) + 4)
     args = [str(found.run.folder), "--count", "3", "--format", "png", "--out"]
     assert sample.main([*args, str(tmp_path / "out")]) == 0
     drawn = [np.asarray(Image.open(path)) for path in sorted(tmp_path.rglob("*.png"))]
