@@ -108,7 +108,7 @@ def compare(folder: Path, file: Path, options: Options) -> None:
     ended = time.monotonic()
     off = np.abs(ours - theirs)
     print(
-        f"{options.count} x {config.data.image_size}x{config.data.image_size}, "
+        f"{options.count} x {config.data.shape[0]}x{config.data.shape[1]}, "
         f"{config.sample.steps} steps of {options.sampler}: here "
         f"{between - began:.0f} s with compilation, diffusers {ended - between:.0f} s"
     )
@@ -148,16 +148,16 @@ def draw_there(folder: Path, config: Config, options: Options) -> np.ndarray:
         pipeline.scheduler.config, timestep_spacing="trailing"
     )
     scheduler.set_timesteps(config.sample.steps)
-    side = config.data.image_size
     keys = jax.vmap(jax.random.fold_in, (None, 0))(
         jax.random.key(options.seed), np.arange(options.count)
     )
 
     @jax.jit
     def drawn(fold: jax.Array) -> jax.Array:
-        shape = (side, side, config.data.channels)
         noise = jax.vmap(
-            lambda key: jax.random.normal(jax.random.fold_in(key, fold), shape)
+            lambda key: jax.random.normal(
+                jax.random.fold_in(key, fold), config.data.shape
+            )
         )(keys)
         return noise.transpose(0, 3, 1, 2)
 

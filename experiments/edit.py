@@ -2,7 +2,7 @@
 
 RUN is a run's folder or name, before the command; the newest in runs/ when not given.
 The image files may be anything that Pillow reads; one of another size than the run's
-is cropped to its middle square and resized, as the files of a data folder are.
+is cut to the shape of the run's images and resized, as the files of a data folder are.
 
 A command writes a picture, with what it was given at the sides, and beside it a folder
 of the results as single PNGs of the run's own size.

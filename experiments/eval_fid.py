@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from diffusion_jax import errors
-from diffusion_jax.data import datasets, image_folders
+from diffusion_jax.data import datasets, image_files, image_folders
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import metrics, moments, pictures
 from diffusion_jax.lab.drawing import draws
@@ -152,34 +152,35 @@ def load_samples(options: Options, config: Config) -> np.ndarray | None:
             f"samples must be npz:FILE or folder:FOLDER; got {options.samples!r}. "
             "Write which of the two it is in front of the path."
         )
-    size, channels = config.data.image_size, config.data.channels
+    height, width, channels = config.data.shape
+    size = height, width
     kind, _, where = options.samples.partition(":")
     if kind == "folder":
         check_sizes(Path(where).expanduser(), size)
         found = datasets.load(options.samples, image_size=size, channels=channels)
     else:
         found = datasets.load(options.samples)
-    if found.images.shape[1:] != (size, size, channels):
+    if found.images.shape[1:] != config.data.shape:
         raise ConfigError(
-            f"samples must be {size}x{size} with {channels} channels, like the images "
-            f"of the run; got {found.images.shape[1:]} in {options.samples}. Resize "
-            "them yourself, and say how: it moves the number."
+            f"samples must be {height}x{width} with {channels} channels, like the "
+            f"images of the run; got {found.images.shape[1:]} in {options.samples}. "
+            "Resize them yourself, and say how: it moves the number."
         )
     return np.asarray(found.images[np.arange(len(found.images))])
 
 
-def check_sizes(where: Path, size: int) -> None:
+def check_sizes(where: Path, size: tuple[int, int]) -> None:
     """Raises ConfigError for an image of another size: nothing is resized unasked."""
     files = image_folders.find(where)
     for place, name in enumerate(files.names):
         try:
             with Image.open(files.open(place)) as image:
-                own = image.size
+                own = image_files.upright_size(image)
         except Exception:  # of any kind: reading it will say what it is
             continue
-        if own != (size, size):
+        if own != size:
             raise ConfigError(
-                f"samples must be {size}x{size} like the images of the run; got "
+                f"samples must be {size[0]}x{size[1]} like the images of the run; got "
                 f"{own[0]}x{own[1]} in {where / name}. Resize them yourself, and say "
                 "how: it moves the number."
             )

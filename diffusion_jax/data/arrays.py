@@ -23,25 +23,22 @@ def as_images(images: np.ndarray, what: str | os.PathLike[str]) -> np.ndarray:
     >>> as_images(np.zeros([2, 3, 8, 8], np.uint8), "x.npz").shape
     (2, 8, 8, 3)
     """
-    if images.ndim not in (3, 4):
-        raise DataError(
-            f"images in {what} must have 3 or 4 axes, [N, H, W] or [N, H, W, C]; got "
-            f"shape {images.shape}. Give them that shape: np.reshape."
-        )
-    if 0 in images.shape:
-        raise DataError(
-            f"{what} must hold at least one image; got shape {images.shape}. Save it "
-            "again, with images."
-        )
-    if images.dtype != np.uint8:
-        got, advice = f"{images.dtype}", "Give an array of numbers."
-        if images.dtype.kind in "biuf":
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
+        got, advice = f"{images.dtype} of shape {images.shape}", "Give numbers."
+        if not images.size:
+            advice = "Give one image or more."
+        elif images.dtype == np.uint8:
+            advice = "Put them along a first axis; a single image is images[None]."
+        elif images.dtype.kind in "biuf":
             low, high = float(images.min()), float(images.max())  # NaN, if one is
             got, advice = f"{got}, from {low:g} to {high:g}", _to_uint8(low, high)
-        raise DataError(f"images in {what} must be uint8; got {got}. {advice}")
+        raise DataError(
+            f"images in {what} must be uint8 of shape [N, H, W, C] or [N, H, W]; got "
+            f"{got}. {advice}"
+        )
     if images.ndim == 3:
-        images = images[..., np.newaxis]
-    elif images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
+        return images[..., np.newaxis]
+    if images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
         return np.ascontiguousarray(np.moveaxis(images, 1, 3))
     return images
 

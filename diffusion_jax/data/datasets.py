@@ -22,8 +22,9 @@ import numpy as np
 
 from diffusion_jax.data import image_files, image_folders, parquet
 from diffusion_jax.data.formats import read_npz
-from diffusion_jax.data.image_files import LazyImages, fitter
+from diffusion_jax.data.image_files import LazyImages
 from diffusion_jax.data.prepared_tfds import read_tfds
+from diffusion_jax.data.sizes import Size, fitter
 from diffusion_jax.data.sources import cifar10, digits, idx, mnist
 from diffusion_jax.errors import DataError
 
@@ -72,7 +73,7 @@ def load(
     *,
     split: str = "train",
     data_dir: str | os.PathLike[str] | None = None,
-    image_size: int | None = None,
+    image_size: Size | None = None,
     fit: str | None = None,
     channels: int | None = None,
     download: bool = True,
@@ -94,10 +95,11 @@ def load(
       data_dir: for cifar10 the official archive, or a folder that holds it, what was
         extracted from it, or what tensorflow-datasets prepared; for mnist and
         fashion_mnist the folder of IDX files; for tfds its folder of prepared data.
-      image_size: pixels a side; None keeps the images' own. A folder and hf need it.
+      image_size: pixels a side, or height and width; None keeps the images' own. A
+         folder and hf need it.
       fit: how images of another size become `image_size`: "pad" (the default) puts
-        smaller ones on black; "crop" (always for a folder and hf) cuts the middle
-        square and resamples it.
+        smaller ones on black; "crop" (always for a folder and hf) cuts the largest
+        rectangle of that shape from the middle and resamples it.
       channels: folder and hf only: 3 (RGB, the default) or 1 (grey).
       download: cifar10 only: whether it may be fetched from the network.
       skip_unreadable: folder and hf only: leave out broken files, with a warning.
@@ -201,8 +203,8 @@ def _check_arguments(
 
 
 def _folder_size(
-    argument: str, image_size: int | None, fit: str | None, channels: int | None
-) -> int:
+    argument: str, image_size: Size | None, fit: str | None, channels: int | None
+) -> Size:
     """Returns the image size of a folder, having checked what goes with it."""
     if image_size is None or fit == "pad" or channels not in (None, 1, 3):
         raise DataError(
@@ -216,7 +218,7 @@ def _folder_size(
 
 def _fit(
     images: np.ndarray | LazyImages,
-    image_size: int | None,
+    image_size: Size | None,
     fit: str | None,
     channels: int | None,
     source: str,

@@ -1,4 +1,4 @@
-"""Images as uint8 pixels: made square, decoded from files, all of a set read.
+"""Images as uint8 pixels: decoded from files, all of a set read.
 
 What does not fit in memory is a `LazyImages`, which decodes the images that are asked
 for, in threads; it is indexed like the array that it stands for.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from diffusion_jax.data.image_folders import Files
+from diffusion_jax.data.sizes import Size, largest, middle, pixels, resized, sides
 from diffusion_jax.errors import DataError, first_of
 
 # Files handed to the threads at a time: bounds the decoded images that wait.
@@ -61,123 +62,15 @@ class LazyImages:
         return out.reshape(indices.shape + self.shape[1:])
 
 
-def fitter(
-    shape: Sequence[int | None], image_size: int | None, fit: str | None, what: str
-) -> tuple[Callable[[np.ndarray], np.ndarray], tuple[int, int, int]]:
-    """Returns `(function of images [..., H, W, C], their new (H, W, C))`.
+def read_image(path: str | Path, size: Size, channels: int = 3) -> np.ndarray:
+    """Returns a file's image as uint8 [H, W, channels].
 
-    Args:
-      shape: the images' own (H, W, C); H and W are None where they differ.
-      image_size: the side wanted, in pixels; None keeps the images as they are.
-      fit: "pad" (or None) centres images in a black square, "crop" cuts the largest
-        square from the middle and resamples it.
-      what: the name of the images, for errors.
-
-    Raises:
-      DataError: they cannot become that size in that way.
-    """
-    height, width, channels = shape
-    own = f"{height}x{width}" if height and width else "differently sized"
-    if fit not in (None, "pad", "crop"):
-        raise DataError(
-            f"fit must be 'pad' or 'crop'; got {fit!r}. Give 'pad' for a black "
-            "border, 'crop' to cut and resample."
-        )
-    if image_size is not None and not (isinstance(image_size, int) and image_size > 0):
-        raise DataError(
-            f"image_size must be a whole number of pixels, 1 or more; got "
-            f"{image_size!r}. Give for instance 32."
-        )
-    if image_size is None and height and width:
-        return _same, (height, width, channels or 1)
-    if image_size is None:
-        raise DataError(
-            f"image_size must be given for images of different sizes; got none for "
-            f"{what}. Give image_size, and fit='crop'."
-        )
-    square = (image_size, image_size, channels or 1)
-    if (height, width) == square[:2]:
-        return _same, square
-    if fit == "crop":
-        return partial(crop, size=image_size), square
-    if not height or height != width:
-        raise DataError(
-            f"images must be square to be padded; got {own} images in {what}. "
-            "Give fit='crop' to cut a square from the middle and resample it."
-        )
-    if image_size < height:
-        raise DataError(
-            f"image_size must be at least the images' own size; got image_size="
-            f"{image_size} for {own} images in {what}. Give {height} or more, or "
-            "fit='crop' to shrink them."
-        )
-    return partial(pad, size=image_size), square
-
-
-def _same(images: np.ndarray) -> np.ndarray:
-    return images
-
-
-def pad(images: np.ndarray, size: int) -> np.ndarray:
-    """Returns images [..., size, size, C], black around those given in the middle.
-
-    An odd difference puts the larger border at the bottom and right.
-
-    >>> pad(np.ones((1, 2, 2, 1), np.uint8), 4)[0, :, :, 0].tolist()
-    [[0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
-    """
-    borders = [(0, 0)] * (images.ndim - 3)
-    for own in images.shape[-3:-1]:
-        borders.append(((size - own) // 2, size - own - (size - own) // 2))
-    return np.pad(images, [*borders, (0, 0)])
-
-
-def crop(images: np.ndarray, size: int) -> np.ndarray:
-    """Returns uint8 images [..., size, size, C]: the middle square, resampled."""
-    if images.ndim > 3:
-        return np.stack([crop(image, size) for image in images])
-    if images.shape[-1] not in (1, 3):
-        raise DataError(
-            f"images must have 1 or 3 channels to be resampled; got "
-            f"{images.shape[-1]}. Convert them first."
-        )
-    image = Image.fromarray(images[..., 0] if images.shape[-1] == 1 else images)
-    return _pixels(_resize(_middle(image), size))
-
-
-def _middle(image: Image.Image) -> Image.Image:
-    """Returns the largest square from the middle, at whole pixels."""
-    side = min(image.size)
-    left, top = ((own - side) // 2 for own in image.size)
-    return image.crop((left, top, left + side, top + side))
-
-
-def _resize(image: Image.Image, size: int) -> Image.Image:
-    """Returns the image at size x size, filtered over all the pixels it covers.
-
-    Bicubic: Pillow widens the filter as it shrinks, so nothing aliases; Lanczos
-    rings more at hard edges, and the statistics FID compares with are made with
-    this filter (Parmar et al. 2022).
-    """
-    if image.size == (size, size):
-        return image
-    return image.resize((size, size), Image.Resampling.BICUBIC)
-
-
-def _pixels(image: Image.Image) -> np.ndarray:
-    array = np.array(image, np.uint8)
-    return array if array.ndim == 3 else array[..., np.newaxis]
-
-
-def read_image(path: str | Path, size: int, channels: int = 3) -> np.ndarray:
-    """Returns a file's image as uint8 [size, size, channels].
-
-    Turned upright as its EXIF orientation says, cut to the middle square, laid on
-    white where transparent, scaled to 8 bits if it has 16, then resampled.
+    Turned upright as its EXIF orientation says, cut to the middle as `crop` does, laid
+    on white where transparent, scaled to 8 bits if it has 16, then resampled.
 
     Args:
       path: anything Pillow reads; of an animation, the first frame.
-      size: pixels a side.
+      size: H and W.
       channels: 3 (RGB) or 1 (grey, ITU-R 601 luma).
 
     Raises:
@@ -187,11 +80,11 @@ def read_image(path: str | Path, size: int, channels: int = 3) -> np.ndarray:
 
 
 def _read(
-    name: str, opened: Callable[[], Path | BinaryIO], size: int, channels: int
+    name: str, opened: Callable[[], Path | BinaryIO], size: Size, channels: int
 ) -> np.ndarray:
     """Returns `read_image` of what an image file is opened as."""
     try:
-        return _decode(opened(), size, channels)[0]
+        return _decode(opened(), sides(size), channels)[0]
     # Decoders fail in many ways on damaged files; each becomes the one typed error.
     except Exception as error:
         raise DataError(
@@ -200,21 +93,32 @@ def _read(
         ) from error
 
 
-def _decode(file: Path | BinaryIO, size: int, channels: int) -> tuple[np.ndarray, int]:
-    """Returns `(pixels uint8 [size, size, channels], the original's shorter side)`."""
+def _decode(
+    file: Path | BinaryIO, size: tuple[int, int], channels: int
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Returns `(pixels uint8 [H, W, channels], the original's height and width)`."""
     with Image.open(file) as opened:
         _check_bomb(opened)
         _check_transparent(opened)
-        image = _middle(ImageOps.exif_transpose(opened))
+        upright = ImageOps.exif_transpose(opened)
+        image = middle(upright, size)
     image = _convert(image, channels)
-    return _pixels(_resize(image, size)), min(image.size)
+    return pixels(resized(image, size)), (upright.height, upright.width)
 
 
-def _probe(file: Path | BinaryIO) -> tuple[None, int]:
-    """Returns `(None, the shorter side)`, from the file's header alone."""
+def _probe(file: Path | BinaryIO) -> tuple[None, tuple[int, int]]:
+    """Returns `(None, height and width)`, from the file's header alone."""
     with Image.open(file) as image:
         _check_bomb(image)
-        return None, min(image.size)
+        return None, upright_size(image)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Returns height and width of an image, turned as its header's EXIF says."""
+    # That of a PNG would decode the whole image, in case more follows.
+    exif = Image.Image.getexif(image)
+    turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def _check_bomb(image: Image.Image) -> None:
@@ -259,14 +163,14 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
 
 def read(
     files: Files,
-    image_size: int,
+    image_size: Size,
     *,
     channels: int = 3,
     skip_unreadable: bool = False,
     memory_limit: int = 2**31,
     progress: bool = True,
 ) -> tuple[np.ndarray | LazyImages, list[int]]:
-    """Returns images, uint8 [N, image_size, image_size, channels], and which they are.
+    """Returns images, uint8 [N, H, W, channels], and which they are.
 
     The second are their places among the files: all, unless some are left out. Within
     `memory_limit` every file is decoded now. Beyond it only headers are looked at and
@@ -274,7 +178,7 @@ def read(
 
     Args:
       files: what to read.
-      image_size: pixels a side.
+      image_size: H and W; of another shape the middle is taken, as `crop` does.
       channels: 3 (RGB) or 1 (grey).
       skip_unreadable: leave out files that cannot be decoded, with a warning; every
         file is then decoded once now, even beyond `memory_limit`.
@@ -284,31 +188,33 @@ def read(
     Raises:
       DataError: unreadable ones (the first ten are named).
     """
-    shape = (image_size, image_size, channels)
-    decode = partial(_decode, size=image_size, channels=channels)
+    size = sides(image_size)
+    shape = (*size, channels)
+    decode = partial(_decode, size=size, channels=channels)
     total = len(files.names)
     lazy = total * int(np.prod(shape)) > memory_limit
     look = _probe if lazy and not skip_unreadable else decode
     images = np.empty((0 if lazy else total, *shape), np.uint8)
     kept: list[int] = []
     unreadable: list[str] = []
-    small = 0
+    own: list[tuple[int, int]] = []
     for place, outcome in enumerate(_in_threads(look, files, progress)):
         if isinstance(outcome, Exception):
             unreadable.append(f"{files.names[place]} ({_reason(outcome)})")
             continue
-        pixels, side = outcome
-        small += side < image_size
+        image, upright = outcome
         if not lazy:
-            images[len(kept)] = pixels
+            images[len(kept)] = image
         kept.append(place)
-    _report(files.where, unreadable, total, small, image_size, skip_unreadable)
+        own.append(upright)
+    _report_unreadable(files.where, unreadable, total, skip_unreadable)
+    _report_changed(files.where, own, size)
     if not lazy:
         return images[: len(kept)], kept
 
     def one(i: int) -> np.ndarray:
         name = f"{files.names[kept[i]]} of {files.where}"
-        return _read(name, partial(files.open, kept[i]), image_size, channels)
+        return _read(name, partial(files.open, kept[i]), size, channels)
 
     return LazyImages(one, (len(kept), *shape)), kept
 
@@ -336,28 +242,41 @@ def _in_threads(
                 yield outcome
 
 
-def _report(
-    where: Path,
-    unreadable: list[str],
-    total: int,
-    small: int,
-    image_size: int,
-    skip_unreadable: bool,
+def _report_unreadable(
+    folder: Path, unreadable: list[str], total: int, skip: bool
 ) -> None:
-    """Raises or warns of unreadable images, and warns of ones that were enlarged."""
-    if unreadable:
-        named = first_of(unreadable, _NAMED_AT_MOST)
-        message = f"got {len(unreadable)} of {total} in {where} that are not: {named}"
-        if not skip_unreadable or len(unreadable) == total:
-            raise DataError(
-                f"every image must be readable; {message}. Remove or repair them, "
-                "or give skip_unreadable=True to leave them out."
-            )
-        warnings.warn(f"left out unreadable images; {message}", stacklevel=3)
+    """Raises or warns of unreadable images."""
+    if not unreadable:
+        return
+    named = first_of(unreadable, _NAMED_AT_MOST)
+    message = f"got {len(unreadable)} of {total} in {folder} that are not: {named}"
+    if not skip or len(unreadable) == total:
+        raise DataError(
+            f"every image must be readable; {message}. Remove or repair them, "
+            "or give skip_unreadable=True to leave them out."
+        )
+    warnings.warn(f"left out unreadable images; {message}", stacklevel=3)
+
+
+def _report_changed(
+    folder: Path, own: list[tuple[int, int]], size: tuple[int, int]
+) -> None:
+    """Warns of images, given by height and width, that were cut or enlarged."""
+    kept = [largest(one, size) for one in own]
+    lost = [1 - h * w / (a * b) for (h, w), (a, b) in zip(kept, own, strict=True)]
+    cut = sum(share > 0 for share in lost)
+    if cut:
+        warnings.warn(
+            f"{cut} of {len(own)} images in {folder} are of another shape than "
+            f"{size[0]}x{size[1]}, and lost what is beside their middle, up to "
+            f"{max(lost):.1%} of an image",
+            stacklevel=3,
+        )
+    small = sum(h < size[0] or w < size[1] for h, w in kept)
     if small:
         warnings.warn(
-            f"{small} of {total} images in {where} are smaller than {image_size} "
-            "pixels and were enlarged, which blurs them",
+            f"{small} of {len(own)} images in {folder} are smaller than "
+            f"{size[0]}x{size[1]} pixels and were enlarged, which blurs them",
             stacklevel=3,
         )
 

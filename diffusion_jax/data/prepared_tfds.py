@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from diffusion_jax.data.image_files import LazyImages, fitter
+from diffusion_jax.data.image_files import LazyImages
+from diffusion_jax.data.sizes import Size, fitter
 from diffusion_jax.errors import DataError
 
 
@@ -40,7 +41,7 @@ def read_tfds(
     split: str = "train",
     *,
     data_dir: str | os.PathLike[str] | None = None,
-    image_size: int | None = None,
+    image_size: Size | None = None,
     fit: str | None = None,
     memory_limit: int = 2**31,
     progress: bool = True,
@@ -52,7 +53,7 @@ def read_tfds(
         have a uint8 feature `image`; an integer feature `label` is read if there.
       split: any split expression: "train", "test[:10%]".
       data_dir: see `tfds_folder`.
-      image_size: see `pixels.fitter`, also for `fit`.
+      image_size: see `sizes.fitter`, also for `fit`.
       memory_limit: bytes of images to hold in memory; more are read as asked for.
       progress: show a bar on standard error, where that is a terminal.
 

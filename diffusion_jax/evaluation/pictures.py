@@ -50,7 +50,7 @@ def grid(
             f"{images.dtype} {images.shape}. to_uint8 makes them from [-1, 1]."
         )
     count, height, width, channels = images.shape
-    columns = min(columns or int(np.ceil(np.sqrt(count))), count)
+    columns = min(columns or int(np.ceil(np.sqrt(count * height / width))), count)
     rows = -(-count // columns)
     factor = max(1, round(side / max(height, width)))
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)

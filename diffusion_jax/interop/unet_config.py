@@ -9,6 +9,8 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from diffusion_jax.nets.blocks import VARIANTS, Variant
 from diffusion_jax.nets.unet import UNet
 
@@ -74,8 +76,8 @@ class Architecture(NamedTuple):
     """A network and the images that it is for."""
 
     net: UNet
-    image_size: int
-    """Pixels a side."""
+    image_size: int | tuple[int, int]
+    """Pixels a side; height and width where they differ."""
     channels: int
     """Of an image."""
 
@@ -121,7 +123,7 @@ def read_config(config: Mapping[str, Any], *, where: str) -> Architecture:
         for name in _FIXED
         if values[name] != _DEFAULTS[name]
     ]
-    size = _side(values["sample_size"])
+    size = _size(values["sample_size"])
     wrong += _wrong_kinds(values) or _wrong_shape(values, size)
     variant = _variant(values)
     if variant is None:
@@ -132,29 +134,35 @@ def read_config(config: Mapping[str, Any], *, where: str) -> Architecture:
             "Such a network cannot be converted: train one without these."
         )
     widths = values["block_out_channels"]
-    assert variant is not None  # or it would be among what is wrong
+    # Or they would be among what is wrong.
+    assert variant is not None
+    assert size is not None
     attended = [kind.endswith(_ATTENTION[0]) for kind in values["down_block_types"]]
     net = UNet(
         out_channels=values["out_channels"],
         channels=widths[0],
         multipliers=tuple(width // widths[0] for width in widths),
         blocks=values["layers_per_block"],
-        attention=tuple(size // 2**i for i, there in enumerate(attended) if there),
+        attention=tuple(min(size) // 2**i for i, on in enumerate(attended) if on),
         dropout=values["dropout"],
         groups=values["norm_num_groups"],
         num_classes=values["num_class_embeds"] or 0,
         variant=variant,
     )
-    return Architecture(net, size, values["in_channels"])
+    height, width = size
+    each = height if height == width else size
+    return Architecture(net, each, values["in_channels"])
 
 
-def write_config(net: UNet, channels: int, *, image_size: int) -> dict[str, Any]:
+def write_config(
+    net: UNet, channels: int, *, image_size: int | tuple[int, int]
+) -> dict[str, Any]:
     """Returns the configuration of the UNet2DModel that computes what a network does.
 
     Args:
       net: the network.
       channels: of its images.
-      image_size: pixels a side.
+      image_size: pixels a side, or height and width.
 
     Raises:
       ValueError: the network has a part that UNet2DModel lacks.
@@ -169,7 +177,9 @@ def write_config(net: UNet, channels: int, *, image_size: int) -> dict[str, Any]
             f"a network must be made of what {CLASS} has; got {'; '.join(lacking)}. "
             "Keep it as .safetensors of our own."
         )
-    there = [image_size // 2**i in net.attention for i in range(len(net.multipliers))]
+    height, width = np.broadcast_to(image_size, 2).tolist()
+    side, levels = min(height, width), range(len(net.multipliers))
+    there = [side // 2**i in net.attention for i in levels]
     down, up = (
         [pair[1] if attended else pair[0] for attended in there]
         for pair in zip(_PLAIN, _ATTENTION, strict=True)
@@ -179,7 +189,7 @@ def write_config(net: UNet, channels: int, *, image_size: int) -> dict[str, Any]
         "_diffusers_version": VERSION,
         **_DEFAULTS,
         **_constants(VARIANTS[net.variant]),
-        "sample_size": image_size,
+        "sample_size": height if height == width else [height, width],
         "in_channels": channels,
         "out_channels": net.out_channels,
         "block_out_channels": [net.channels * m for m in net.multipliers],
@@ -196,11 +206,12 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _side(size: Any) -> int:
-    """Returns the pixels a side of square images; 0 where they are not."""
+def _size(size: Any) -> tuple[int, int] | None:
+    """Returns height and width of images; None where they are not known."""
     sides = size if isinstance(size, list | tuple) else [size]
-    square = len(sides) in (1, 2) and sides[0] == sides[-1]
-    return sides[0] if square and _is_count(sides[0]) else 0
+    if len(sides) not in (1, 2) or not all(map(_is_count, sides)):
+        return None
+    return sides[0], sides[-1]
 
 
 def _wrong_kinds(values: Mapping[str, Any]) -> list[str]:
@@ -229,14 +240,14 @@ def _wrong_kinds(values: Mapping[str, Any]) -> list[str]:
     return wrong
 
 
-def _wrong_shape(values: Mapping[str, Any], size: int) -> list[str]:
+def _wrong_shape(values: Mapping[str, Any], size: tuple[int, int] | None) -> list[str]:
     """Returns what of widths, blocks and sizes our network cannot have."""
     widths, channels = values["block_out_channels"], values["in_channels"]
-    wrong = []
-    if not size or size % 2 ** (len(widths) - 1):
+    wrong, factor = [], 2 ** (len(widths) - 1)
+    if size is None or any(side % factor for side in size):
         wrong.append(
-            f"sample_size {values['sample_size']!r}, not one number that is a multiple "
-            f"of {2 ** (len(widths) - 1)}"
+            f"sample_size {values['sample_size']!r}, not one number, or height and "
+            f"width, that are multiples of {factor}"
         )
     if any(width % widths[0] for width in widths):
         wrong.append(f"block_out_channels {list(widths)}, not multiples of the first")

@@ -60,20 +60,24 @@ _BEFORE = {
 }
 
 
-def shapes(net: UNet, channels: int, *, image_size: int) -> dict[str, tuple[int, ...]]:
+def shapes(
+    net: UNet, channels: int, *, image_size: int | tuple[int, int]
+) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every tensor of a network, by our own names.
 
     Args:
       net: the network.
       channels: of its images.
-      image_size: pixels a side, which decides where there is attention.
+      image_size: pixels a side, or height and width; which decides where there is
+        attention.
 
     >>> from diffusion_jax.nets.unet import UNet
     >>> found = shapes(UNet(), 3, image_size=32)
     >>> len(found), found["down1_block0/shortcut/kernel"]
     (328, (128, 256))
     """
-    x = jax.ShapeDtypeStruct((1, image_size, image_size, channels), jnp.float32)
+    sides = np.broadcast_to(image_size, 2).tolist()
+    x = jax.ShapeDtypeStruct((1, *sides, channels), jnp.float32)
     t = jax.ShapeDtypeStruct((1,), jnp.float32)
     label = jax.ShapeDtypeStruct((1,), jnp.int32) if net.num_classes else None
     made = trees.by_path(fresh.shapes(net, x, t, label))

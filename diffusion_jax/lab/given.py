@@ -185,7 +185,7 @@ def data_of(config: Config, images: Any, given: Any, labels: Any) -> Data:
       labels: int32 [N] or None.
 
     Raises:
-      ConfigError: they are not square, or of so many channels, or nobody can tell.
+      ConfigError: they have another number of channels, or nobody can tell.
     """
     count, height, width, channels = images.shape
     three_axes = np.ndim(given) == 3
@@ -195,17 +195,16 @@ def data_of(config: Config, images: Any, given: Any, labels: Any) -> Data:
             "ones, or one in colours with its channels first. Give images[..., None], "
             "or images.transpose(1, 2, 0)[None]."
         )
-    if height != width or channels not in (1, 3):
-        advice = "Crop or pad them."
-        if height in (1, 3) and width == channels:
-            advice = "With channels first: images.transpose(0, 2, 3, 1)."
-        elif three_axes and width in (1, 3, 4):
+    single = three_axes and width in (1, 3, 4) and not isinstance(given, list | tuple)
+    if single or channels not in (1, 3):
+        advice = "Convert them to grey or RGB."
+        if single:
             advice = "Of a single image give images[None]."
         elif channels == 4:
             advice = "Of RGBA take images[..., :3]."
         raise ConfigError(
-            "images must be square, with 1 or 3 channels; got "
-            f"{height}x{width} with {channels}. {advice}"
+            f"images must have 1 or 3 channels; got {height}x{width} with {channels}. "
+            f"{advice}"
         )
     if images.max() <= 1:
         raise ConfigError(
@@ -219,7 +218,7 @@ def data_of(config: Config, images: Any, given: Any, labels: Any) -> Data:
         config.data,
         source=f"{GIVEN}{digest.hexdigest()[:16]}",
         path=None,
-        image_size=height,
+        image_size=(height, width),
         channels=channels,
     )
 

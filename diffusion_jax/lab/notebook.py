@@ -210,8 +210,8 @@ def train(
     Args:
       config: the configuration; that of another run, with another name, is a good one
         to begin with: dataclasses.replace(trained.config, name="mine").
-      images: uint8 [N, H, W, C] or [N, H, W], square, in place of those that
-        config.data names; its size and channels are then theirs.
+      images: uint8 [N, H, W, C] or [N, H, W], in place of those that config.data
+        names; its size and channels are then theirs.
       labels: whole numbers, [N]; where config.net.classes is not 0, and only there.
       strict, force: as the flags of the command.
 

@@ -50,7 +50,7 @@ class Classifier(nn.Module):
         x = images.astype(jnp.float32) / 127.5 - 1
         channels = self.channels
         x = nn.relu(nn.Conv(channels, (3, 3), precision="highest")(x))
-        while x.shape[1] > 4:
+        while max(x.shape[1:3]) > 4:
             channels = min(2 * channels, 128)
             conv = nn.Conv(channels, (3, 3), strides=2, precision="highest")
             x = nn.relu(conv(x))

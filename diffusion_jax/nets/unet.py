@@ -53,8 +53,8 @@ class UNet(nn.Module):
     blocks: int = 2
     """Residual blocks a level on the way down; the way up has one more."""
     attention: Sequence[int] = (16,)
-    """Resolutions (pixels a side) with attention after each block; the middle always
-    has one."""
+    """Resolutions (pixels of a level's shorter side) with attention after each block;
+    the middle always has one."""
     dropout: float = 0.1
     """Share of activations dropped in training."""
     groups: int = 32
@@ -88,7 +88,7 @@ class UNet(nn.Module):
         """Returns the network's output, [B, H, W, out_channels], in float32.
 
         Args:
-          x: noisy images, [B, H, W, C]; H = W, a multiple of 2^(levels - 1).
+          x: noisy images, [B, H, W, C]; H and W multiples of 2^(levels - 1).
           t: times as the network counts them, [B].
           label: classes in 0..num_classes-1, [B], where num_classes > 0. Another one
             raises when it is known, and gives nan when it is traced.
@@ -101,7 +101,7 @@ class UNet(nn.Module):
         block, attend = ResBlock, Attention
         if self.remat:
             block, attend = nn.remat(ResBlock), nn.remat(Attention)
-        plan, options = list(self._plan(x.shape[1])), (self.dtype, self.variant)
+        plan, options = list(self._plan(min(x.shape[1:3]))), (self.dtype, self.variant)
         blocks = [
             block(width, self.groups, self.dropout, self.conv, *options, name=name)
             for name, width, _ in plan
@@ -165,7 +165,11 @@ class UNet(nn.Module):
         return y + bias[None, None, None]
 
     def _plan(self, side: int) -> Iterator[tuple[str, int, str | None]]:
-        """Yields name, width and attention, if it has one, of each residual block."""
+        """Yields name, width and attention, if it has one, of each residual block.
+
+        Args:
+          side: of the images, the shorter one.
+        """
         widths = [self.channels * multiplier for multiplier in self.multipliers]
 
         def level(name: str, i: int) -> tuple[str, int, str | None]:
@@ -248,9 +252,9 @@ def cast(params: Any, dtype: Dtype) -> Any:
 def check(net: UNet, x: jax.Array, t: jax.Array, label: jax.Array | None) -> None:
     """Raises ValueError where an input does not fit the network."""
     factor = 2 ** (len(net.multipliers) - 1)
-    if x.ndim != 4 or x.shape[1] != x.shape[2] or x.shape[1] % factor:
+    if x.ndim != 4 or x.shape[1] % factor or x.shape[2] % factor:
         raise ValueError(
-            f"x must have shape [B, H, W, C] with H = W a multiple of {factor} (there "
+            f"x must have shape [B, H, W, C] with H and W multiples of {factor} (there "
             f"are {len(net.multipliers)} levels); got {x.shape}. Resize or pad the "
             "images, or give the network fewer levels."
         )

@@ -204,6 +204,7 @@ def test_digits():
         ("digits", {"image_size": 4}, "at least .*; got image_size=4 for 8x8.*Give 8"),
         ("digits", {"image_size": 0}, "image_size must be a whole number"),
         ("digits", {"image_size": 8.0}, "image_size must be a whole number"),
+        ("digits", {"image_size": (8, 8, 1)}, r"height and width; got \(8, 8, 1\)"),
         ("digits", {"image_size": 16, "fit": "stretch"}, "fit must be"),
         ("digits", {"channels": 3}, "channels must be the images' own 1"),
         ("folder:x", {}, "image files must be loaded with image_size"),
@@ -232,6 +233,9 @@ def test_crop_shrinks_what_padding_refuses():
     assert small.shape == (1797, 4, 4, 1)
     own = datasets.load("digits").images.astype(float)
     assert abs(small.mean() - own.mean()) < 5
+    wide = datasets.load("digits", image_size=(2, 4), fit="crop").images[..., 0]
+    means = own[:, 2:6].reshape(-1, 2, 2, 4, 2).mean(axis=(2, 4))
+    assert abs(wide - means).mean() < 12
 
 
 @pytest.mark.filterwarnings("ignore:each batch of the official CIFAR-10")
@@ -347,8 +351,11 @@ def test_idx_and_npz_sources(tmp_path):
     npz = datasets.load(f"npz:{tmp_path / 'a.npz'}", image_size=8)
     np.testing.assert_array_equal(npz.images[:, 1:7, 1:7, 0], images)
     np.savez(tmp_path / "wide.npz", images=images[:, :4])
-    with pytest.raises(DataError, match="must be square to be padded; got 4x6"):
-        datasets.load(f"npz:{tmp_path / 'wide.npz'}", image_size=8)
+    wide = datasets.load(f"npz:{tmp_path / 'wide.npz'}", image_size=(4, 8))
+    np.testing.assert_array_equal(wide.images[:, :, 1:7, 0], images[:, :4])
+    assert wide.images.shape[1:] == (4, 8, 1)
+    with pytest.raises(DataError, match=r"\(8, 5\) for 4x6 images .*Give 4 6 or more"):
+        datasets.load(f"npz:{tmp_path / 'wide.npz'}", image_size=(8, 5))
 
 
 def test_errors_and_arguments_are_documented():

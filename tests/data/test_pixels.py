@@ -1,7 +1,9 @@
-"""Image files of every kind, from a folder, made square and 8 bits deep."""
+"""Image files of every kind, from a folder, made of one size and 8 bits deep."""
 
 from __future__ import annotations
 
+import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +57,6 @@ BECOMES = {
     "grey holes": saved(of(np.dstack([GREY, ALPHA]), "LA"), np.where(LEFT, THREE, 255)),
     "holes of a palette": saved(palette(), np.where(LEFT, [10, 20, 30], 255)),
     "a fifth of black": saved(of(np.full((8, 8, 4), [0, 0, 0, 51], np.uint8)), 204),
-    "middle of a wide one": saved(of(WIDE), RGB),
-    "middle of a high one": saved(of(WIDE.swapaxes(0, 1)), RGB.swapaxes(0, 1)),
     "first of an animation": saved(
         *(Image.new("RGB", (8, 8), "red"), [255, 0, 0], "gif"),
         save_all=True,
@@ -106,6 +106,42 @@ def test_folder_exif_orientation(tmp_path):
         exif[0x0112] = orientation
         of(stored).save(tmp_path / "a.png", exif=exif)
         np.testing.assert_array_equal(load_one(tmp_path), RGB, str(orientation))
+
+
+# 8x13 as it is seen, and the part of it that has the shape of a size.
+CUT = {
+    8: RGB,
+    (8, 10): WIDE[:, 1:11],
+    (6, 13): WIDE[1:7],
+    (8, 13): WIDE,
+}
+
+
+@pytest.mark.parametrize("memory_limit", [2**31, 0])
+@pytest.mark.parametrize("kind", ["wide", "high", "turned"])
+@pytest.mark.parametrize("size", CUT)
+def test_folder_of_another_shape_keeps_the_middle_and_says_so(
+    tmp_path, kind, size, memory_limit
+):
+    """Of images that are high, and of ones that are seen otherwise than stored."""
+    seen, exif = CUT[size], Image.Exif()
+    if kind == "turned":
+        exif[0x0112] = 6
+        of(np.rot90(WIDE)).save(tmp_path / "a.png", exif=exif)
+    elif kind == "high":
+        of(WIDE.swapaxes(0, 1)).save(tmp_path / "a.png")
+        seen, size = seen.swapaxes(0, 1), size if size == 8 else size[::-1]
+    else:
+        of(WIDE).save(tmp_path / "a.png")
+    options = {"image_size": size, "memory_limit": memory_limit}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        images = datasets.load(f"folder:{tmp_path}", **options).images
+    np.testing.assert_array_equal(images[np.arange(1)], seen[None])
+    lost = 1 - seen.size / WIDE.size
+    words = f"of another shape than .* middle, up to {lost:.1%} of an image"
+    found = [bool(re.search(words, str(one.message))) for one in said]
+    assert found == [True] * (lost > 0)
 
 
 def test_folder_shrinks_without_aliasing(tmp_path):

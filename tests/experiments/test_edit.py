@@ -170,7 +170,7 @@ def test_variations_differ_and_repeat_from_a_file_too(run, files, tmp_path):
 
 def test_a_file_of_another_size_is_made_to_fit(run, files, capsys):
     edited(run, "vary", files / "large.png", "--count", "2")
-    assert "16x20, its middle square made 8x8" in capsys.readouterr().out
+    assert "20x16, its middle made 8x8" in capsys.readouterr().out
 
 
 BAD = {
@@ -184,7 +184,7 @@ BAD = {
     "coarse-to-fine a.png b.png --depths 5 -1": r"depth must be in 0..20.*got -1",
     "slerp a.png b.png --sampler ddpm": "slerp must draw by ddim .*; got .* ddpm",
     "slerp a.png b.png --eta 0.5": "slerp must draw by ddim .*; got .* 0.5",
-    "inpaint a.png large.png": "MASK must have the size .* 8x8; got 16x20",
+    "inpaint a.png large.png": "MASK must have the size .* 8x8; got 20x16",
     "inpaint a.png black.png": "MASK must have white pixels.*; got none",
     "inpaint a.png lower.png --resamples 0": r"resamples at least 1; got 10 and 0",
     "inpaint a.png lower.png --resamples 2": r"jump must be in 1..3.*; got 10 and",

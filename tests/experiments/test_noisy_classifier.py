@@ -13,6 +13,7 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.config import to_dict
 from diffusion_jax.lab.wiring import guides
+from diffusion_jax.nets.classifier import Classifier
 from diffusion_jax.nets.noisy_classifier import NoisyClassifier
 from experiments import train_noisy_classifier
 from experiments.configs import digits
@@ -43,8 +44,12 @@ def test_any_size_of_image(shape):
     out, variables = jax.eval_shape(net.init_with_output, jax.random.key(0), x, t)
     assert (out.shape, out.dtype) == ((2, 7), jnp.float32)
     downs = [name for name in variables["params"] if name.startswith("down")]
-    # Halved until neither side is above 4.
-    assert len(downs) == {8: 1, 32: 3, 9: 2}[max(shape[1:3])]
+    # Halved until neither side is above 4; so does the classifier of clean images.
+    halved = {8: 1, 32: 3, 9: 2}[max(shape[1:3])]
+    assert len(downs) == halved
+    images = jax.ShapeDtypeStruct(shape, jnp.uint8)
+    judge = jax.eval_shape(Classifier(7).init, jax.random.key(0), images)["params"]
+    assert len([name for name in judge if name.startswith("Conv")]) == 1 + halved
 
 
 def test_examples_are_computed_on_their_own_and_time_matters():

@@ -112,7 +112,7 @@ def unet(
       channels: width of the first level.
       levels: number of levels.
       blocks: residual blocks a level on the way down.
-      attention_at: pixels a side with attention.
+      attention_at: pixels of the shorter side with attention.
       groups: groups of every normalisation.
       trace: a dict that is filled with the output of every block, or None.
     """
@@ -129,7 +129,7 @@ def unet(
 
     def level(h, name):
         h = keep(name, res_block(p[name], h, time, groups))
-        if h.shape[1] in attention_at:
+        if min(h.shape[1:3]) in attention_at:
             name = f"{name}_attention"
             h = keep(name, attention(p[name], h, groups))
         return h

@@ -52,5 +52,6 @@ EXPORTED = {
     "learned range": small("digits_cosine_hybrid"),
     "variant": small(variant="diffusers"),
     "no attention": small(attention=()),
+    "wide": replace(small(), "data", image_size=(8, 16)),
     "betas": replace(small(), "diffusion", schedule="warmup10", prediction="eps"),
 }

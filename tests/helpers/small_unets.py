@@ -123,7 +123,8 @@ def record(function, params, *args):
 @functools.cache
 def shapes(net, size, channels=3):
     """Shapes of the parameters; nothing is allocated."""
-    images = jax.ShapeDtypeStruct((2, size, size, channels), jnp.float32)
+    sides = np.broadcast_to(size, 2).tolist()
+    images = jax.ShapeDtypeStruct((2, *sides, channels), jnp.float32)
     times = jax.ShapeDtypeStruct((2,), jnp.int32)
     label = times if net.num_classes else None
     return jax.eval_shape(net.init, jax.random.key(0), images, times, label)["params"]

@@ -26,6 +26,8 @@ NETS = {
         SMALL.clone(out_channels=1, attention=(14,), dropout=0.0), 28, 1
     ),
     "labels": Architecture(SMALL.clone(num_classes=5), 8, 3),
+    "wide": Architecture(SMALL, (8, 16), 3),
+    "high": Architecture(SMALL, (24, 8), 3),
     "variant": Architecture(SMALL.clone(variant="diffusers"), 8, 3),
 }
 TABLES = {
@@ -353,7 +355,8 @@ UNSUPPORTED = [
     {"block_out_channels": [8, 12]},
     {"down_block_types": ["DownBlock2D", "SkipDownBlock2D"]},
     {"up_block_types": ["SkipUpBlock2D", "UpBlock2D"]},
-    {"sample_size": [8, 16]},
+    {"sample_size": [8, 15]},
+    {"sample_size": [7, 16]},
     {"sample_size": 7},
 ]
 

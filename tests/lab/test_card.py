@@ -32,7 +32,7 @@ def test_a_card_is_in_order_whatever_the_names(tmp_path):
 
 
 def test_the_card_says_what_it_is(tmp_path):
-    config = small("digits_conditional")
+    config = replace(small("digits_conditional"), "data", image_size=(8, 16))
     network = network_of(config)
     scores = {"fd vs train": {"value": "1.8", "of": "1,797 samples"}}
     changes = ("after step 8: train.batch_size from 16 to 32",)
@@ -48,7 +48,8 @@ def test_the_card_says_what_it_is(tmp_path):
         digest,
         "| fd vs train | 1.8 | 1,797 samples |",
         "class_labels",
-        "8x8, grey",
+        "8x16, grey",
+        "attention at 4x8 and in the middle",
         "| data | digits |",
         "10, and a last row for none",
         "| changed under way | after step 8: train.batch_size from 16 to 32 |",

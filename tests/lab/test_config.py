@@ -147,7 +147,10 @@ BAD = {
     "--diffusion.logsnr-shift 1e30": "from -100 to 100; got 1e",
     "--train.seed 4294967296": "from 0 to 4294967295; got 4294967296",
     "--train.batch-size 1048577": "from 1 to 1048576; got 1048577",
-    "--data.image-size 8192": "data.image_size must be from 4 to 4096; got 8192",
+    "--data.image-size 8192": "height and width, from 4 to 4096; got 8192",
+    "--data.image-size 8 2": r"height and width, from 4 to 4096; got \(8, 2\)",
+    "--data.image-size 8 9": r"data.image_size must be a multiple of 2.*; got \(8, 9\)",
+    "--data.image-size 8 16 --net.attention 16": r"resolutions \[4, 8\]; got 16",
     "--diffusion.num-steps 1000001": "num_steps must be from 2 to 1000000; got 1000001",
     "--net.channels 8192": "net.channels must be from 4 to 4096; got 8192",
     "--net.multipliers 1 8192": "net.multipliers must be at most 65536; got 1310",
@@ -226,6 +229,25 @@ def test_what_may_differ_when_a_run_goes_on():
     assert config.changed(digits, longer) == {"train.steps": (5000, 9000)}
 
 
+@pytest.mark.parametrize(
+    ("flag", "size", "shape"),
+    [
+        ("16", 16, (16, 16, 1)),
+        ("16 16", 16, (16, 16, 1)),
+        ("8 16", (8, 16), (8, 16, 1)),
+        ("24 16", (24, 16), (24, 16, 1)),
+    ],
+)
+def test_a_size_is_a_side_or_height_and_width(flag, size, shape):
+    """Read back it is the same; that of a square is one number, as it always was."""
+    flags = f"--data.image-size {flag} --net.attention 8".split()
+    chosen = arguments.parse(["digits", *flags], EXPERIMENTS, prog="train")
+    assert (chosen.data.image_size, chosen.data.shape) == (size, shape)
+    written = json.loads(json.dumps(config.to_dict(chosen)))
+    assert written["data"]["image_size"] == (size if size == 16 else list(size))
+    assert config.from_dict(written) == chosen
+
+
 def test_what_a_change_of_a_field_changes_is_said_of_each():
     """One mark too many lets a run go on, or start, with what it cannot have."""
     train = "stop_at parallel devices fsdp input log_every checkpoint_every keep"
@@ -272,9 +294,11 @@ HINTS = dict(hints())
 def of(hint):
     """The type of a field, or of the entries of its list, without None."""
     parts = [part for part in typing.get_args(hint) if part is not type(None)]
-    if typing.get_origin(hint) is tuple or type(None) in typing.get_args(hint):
-        return of(parts[0])
-    return hint
+    return (
+        of(parts[0])
+        if parts and typing.get_origin(hint) is not typing.Literal
+        else hint
+    )
 
 
 def test_a_word_that_no_number_or_name_is_is_refused(capsys):
@@ -330,6 +354,10 @@ WRONG = {
     tuple[float, float] | None: (
         "null or a list of 2 finite numbers",
         ["ab", 1.0, {}, [], [1.0], [1.0, 2.0, 3.0], [1.0, None], [1.0, math.inf]],
+    ),
+    int | tuple[int, int]: (
+        "a whole number or a list of 2 whole numbers",
+        [None, 2.5, "8", True, [], [8], [8, 8, 3], [8, 1.5], [8, None], {}],
     ),
     config.Net: ("an object with fields", [None, 5, "x", [], True]),
 }

@@ -222,12 +222,11 @@ NO_IMAGES = {
     "shape (8, 8). Put them along a first axis": GREY[0],
     "8x3 with 1. Of a single image give images[None]": COLOURS[0],
     "(3, 8, 8), which is three grey ones, or one in colours": GREY[:3],
-    "3x8 with 8. With channels first: images.transpose(0": COLOURS.swapaxes(1, 3),
     "8x8 with 4. Of RGBA take": np.repeat(X, 4, axis=-1),
-    "6x8 with 1. Crop": X[:, :6],
+    "8x8 with 2. Convert them": np.repeat(X, 2, axis=-1),
     "a list of several shapes. Make": [X[0], X[1, :5]],
     "'mine'. Files are named": "mine",
-    "<U1 of shape (1,). Give an array of numbers": ["a"],
+    "<U1 of shape (1,). Give numbers": ["a"],
     "a Dataset. Give its parts": datasets.Dataset(X, None, ""),
 }
 NO_LABELS = {

@@ -209,8 +209,8 @@ TRAINING = [
     Breakage(
         "pixels-as-the-camera-was-held",
         "diffusion_jax/data/image_files.py",
-        "image = _middle(ImageOps.exif_transpose(opened))",
-        "image = _middle(opened)",
+        "upright = ImageOps.exif_transpose(opened)",
+        "upright = opened",
         "tests/data/test_pixels.py::test_folder_exif_orientation",
     ),
     Breakage(

@@ -23,7 +23,8 @@ from small_unets import (
 
 from diffusion_jax.nets import embeddings, unet
 
-# All that is unusual: three levels, odd width, grey, labels, learned variance.
+# All that is unusual: high images, three levels, odd width, grey, labels, learned
+# variance.
 UNUSUAL = unet.UNet(
     channels=9,
     multipliers=(1, 2, 1),
@@ -46,7 +47,7 @@ def two_levels():
 @pytest.fixture(scope="session")
 def unusual():
     """(params, x, t, jitted apply) of the second network."""
-    x, t = normal(2, 16, 16, 1), np.array([0, 512])
+    x, t = normal(2, 24, 16, 1), np.array([0, 512])
     params = parameters(UNUSUAL, x, t, np.array([0, 0]))
     run = quick_jit(lambda p, x, t, label: UNUSUAL.apply({"params": p}, x, t, label))
     return params, x, t, run
@@ -86,6 +87,14 @@ def test_unusual_network_equals_numpy(unusual):
     label = np.array([2, 0])
     expected = truth(UNUSUAL, params, x, t, label)
     assert_close(run(params, x, t, label), expected)
+
+
+def test_network_of_wide_images_equals_numpy():
+    net = TWO_LEVELS.clone(attention=(4,), blocks=1, conv="matmul")
+    x, t = normal(2, 8, 16, 3), np.array([3, 999])
+    params = parameters(net, x, t)
+    run = quick_jit(lambda params: net.apply({"params": params}, x, t))
+    assert_close(run(params), truth(net, params, x, t))
 
 
 def test_every_image_is_computed_on_its_own(unusual):

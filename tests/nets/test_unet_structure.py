@@ -44,9 +44,19 @@ def test_every_group_norm_is_this_one_with_32_groups():
 
 
 @pytest.mark.parametrize(
-    ("resolutions", "levels"), [((), ()), ((16,), (0,)), ((8, 4), (1, 2)), ((5,), ())]
+    ("size", "resolutions", "levels"),
+    [
+        (16, (), ()),
+        (16, (16,), (0,)),
+        (16, (8, 4), (1, 2)),
+        (16, (5,), ()),
+        ((16, 24), (16, 4), (0, 2)),
+        ((24, 16), (8,), (1,)),
+        ((24, 16), (24, 12, 6), ()),
+    ],
 )
-def test_attention_is_by_resolution_and_always_in_the_middle(resolutions, levels):
+def test_attention_is_by_resolution_and_always_in_the_middle(size, resolutions, levels):
+    """That of a level is its shorter side."""
     net = unet.UNet(
         channels=8, multipliers=(1, 1, 1), attention=resolutions, groups=4, blocks=2
     )
@@ -54,7 +64,7 @@ def test_attention_is_by_resolution_and_always_in_the_middle(resolutions, levels
     for i in levels:
         expected |= {f"down{i}_block{j}_attention" for j in range(2)}
         expected |= {f"up{i}_block{j}_attention" for j in range(3)}
-    assert {name for name in names(net, 16) if "attention" in name} == expected
+    assert {name for name in names(net, size) if "attention" in name} == expected
 
 
 def test_every_residual_block_drops_at_the_rate_of_the_network():
@@ -113,11 +123,12 @@ def test_fourier_features_widen_the_first_convolution_alone():
 # Wrong input.
 
 IMAGES = (2, 16, 16, 3)
-SIZES = "H = W a multiple of 8"
+SIZES = "H and W multiples of 8"
 WRONG = {
     "size 12": ({}, (2, 12, 12, 3), None, SIZES, "(2, 12, 12, 3)", "Resize or pad"),
     "odd size": ({}, (2, 7, 7, 3), None, SIZES, "(2, 7, 7, 3)", "pad"),
-    "not square": ({}, (2, 16, 32, 3), None, "H = W", "(2, 16, 32, 3)", "Resize"),
+    "high 12": ({}, (2, 12, 16, 3), None, SIZES, "(2, 12, 16, 3)", "Resize"),
+    "wide 12": ({}, (2, 16, 12, 3), None, SIZES, "(2, 16, 12, 3)", "Resize"),
     "no batch": ({}, (16, 16, 3), None, "[B, H, W, C]", "(16, 16, 3)", "Resize"),
     "groups": ({"channels": 48}, IMAGES, None, "groups=32", "48", "Change channels"),
     "convolution": ({"conv": "fft"}, IMAGES, None, "'xla' or 'matmul'", "'fft'", "Lea"),

@@ -55,7 +55,7 @@ def test_a_pipeline_opens_and_computes_the_same(config, tmp_path, complaints):
         pipeline.scheduler.betas.numpy(), diffusers_config.betas_of(config), rtol=2e-5
     )
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(2, 8, 8, config.data.channels)).astype(np.float32)
+    x = rng.normal(size=(2, *config.data.shape)).astype(np.float32)
     t, label = np.array([3, 900]), np.array([0, 9])
     labels = config.net.classes > 0
     more = {"class_labels": torch.tensor(label)} if labels else {}
@@ -70,12 +70,14 @@ def test_a_pipeline_opens_and_computes_the_same(config, tmp_path, complaints):
     assert np.abs(here - there).max() < 1e-4 * np.abs(there).max()
 
 
-def test_a_pipeline_draws(tmp_path):
-    diffusers_folder.write(tmp_path / "out", network_of(small()))
+@pytest.mark.parametrize("size", [8, (8, 16)])
+def test_a_pipeline_draws(tmp_path, size):
+    config = replace(small(), "data", image_size=size)
+    diffusers_folder.write(tmp_path / "out", network_of(config))
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out")
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(batch_size=2, num_inference_steps=4, output_type="np").images
-    assert images.shape == (2, 8, 8, 1)
+    assert images.shape == (2, *config.data.shape)
 
 
 def test_what_diffusers_saves_again_is_read_back(tmp_path):
@@ -89,9 +91,12 @@ def test_what_diffusers_saves_again_is_read_back(tmp_path):
     assert found.config.diffusion == network.config.diffusion
 
 
-@pytest.mark.parametrize("flags", [["--steps", "50"], ["--sampler", "ddpm"]])
-def test_both_draw_the_same_images(flags, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("size", "flags"), [((8, 16), ["--steps", "50"]), (8, ["--sampler", "ddpm"])]
+)
+def test_both_draw_the_same_images(size, flags, tmp_path, capsys):
     config = replace(small(), "diffusion", schedule="linear", prediction="eps")
+    config = replace(config, "data", image_size=size)
     diffusers_folder.write(tmp_path / "out", network_of(config))
     assert compare_diffusers.main([str(tmp_path / "out"), "--count", "2", *flags]) == 0
     shown = capsys.readouterr().out

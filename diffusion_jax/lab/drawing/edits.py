@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from diffusion_jax import editing, samplers
 from diffusion_jax.data import image_files
+from diffusion_jax.data.sizes import largest
 from diffusion_jax.errors import ConfigError, DataError
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.drawing import edit_options
@@ -212,22 +213,23 @@ def read(config: Config, path: Path, name: str) -> np.ndarray:
     Raises:
       ConfigError: it is not there, or not an image.
     """
-    size, channels = config.data.image_size, config.data.channels
+    height, width, channels = config.data.shape
     if not path.is_file():
         raise ConfigError(
             f"{name} must be an image file; got {path}, which is not there or no file. "
             "Check the path."
         )
     try:
-        image = image_files.read_image(path, size, channels)
+        image = image_files.read_image(path, (height, width), channels)
     except DataError as error:
         raise ConfigError(
             f"{name} must be an image that Pillow reads; got {path} "
             f"({error.__cause__}). Convert it to PNG, say."
         ) from error
     own = _own_size(path)
-    if own != (size, size):
-        print(f"{path}: {own[0]}x{own[1]}, its middle square made {size}x{size}")
+    if own != (height, width):
+        cut = "" if largest(own, (height, width)) == own else ", its middle"
+        print(f"{path}: {own[0]}x{own[1]}{cut} made {height}x{width}")
     return image[None]
 
 
@@ -293,9 +295,10 @@ def picture(edited: Edited) -> Image.Image:
 
 
 def _own_size(path: Path) -> tuple[int, int]:
-    """Returns width and height of an image as it is shown, turned upright."""
+    """Returns height and width of an image as it is shown, turned upright."""
     with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).size
+        width, height = ImageOps.exif_transpose(image).size
+        return height, width
 
 
 def deterministic(config: Config, how: Sampling) -> Config:

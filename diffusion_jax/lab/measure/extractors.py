@@ -71,7 +71,7 @@ def choose(
         kind = "classifier"
         if weights or download:
             kind = "inception"
-        elif config.data.image_size >= 32:
+        elif min(config.data.shape[:2]) >= 32:
             try:
                 inception_weights.find()
                 kind = "inception"

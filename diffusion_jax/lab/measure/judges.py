@@ -22,9 +22,8 @@ WIDTH = 64
 def path_of(config: Config) -> Path:
     """Returns where the classifier of a configuration's data goes."""
     name = "".join(c if c.isalnum() else "_" for c in config.data.source)
-    size, channels = config.data.image_size, config.data.channels
-    folder = Path(config.output) / ".classifiers"
-    return folder / f"{name}_{size}x{size}x{channels}.safetensors"
+    shape = "x".join(map(str, config.data.shape))
+    return Path(config.output) / ".classifiers" / f"{name}_{shape}.safetensors"
 
 
 def train(

@@ -59,7 +59,7 @@ def _rows(config: Config, about: About, digest: str, count: int) -> dict[str, st
     step = "" if about.step is None else f" of step {about.step:,}"
     colours = {1: "grey", 3: "RGB"}[data.channels]
     rows = {
-        "images": f"{data.image_size}x{data.image_size}, {colours}",
+        "images": f"{data.shape[0]}x{data.shape[1]}, {colours}",
         "data": (
             "not stated by whoever trained it"
             if data.source == UNKNOWN
@@ -93,7 +93,9 @@ def _has_ends(config: Config) -> bool:
 def _network(config: Config, count: int) -> str:
     net = config.net
     widths = ", ".join(str(net.channels * m) for m in net.multipliers)
-    seen = " and ".join(f"{side}x{side}" for side in net.attention)
+    height, width, _ = config.data.shape
+    factors = [min(height, width) // side for side in net.attention]
+    seen = " and ".join(f"{height // n}x{width // n}" for n in factors)
     where = f" at {seen} and" if seen else ""
     return (
         f"U-Net of {count:,} weights; widths {widths}; {net.blocks} blocks a level; "

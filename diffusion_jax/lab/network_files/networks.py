@@ -36,9 +36,9 @@ from diffusion_jax.storage import tensor_files, tensorflow_checkpoint, trees
 FORMAT = "diffusion_jax.network"
 
 
-def _of_authors(image_size: int, diffusion: Diffusion, net: Net) -> Config:
+def _of_authors(side: int, diffusion: Diffusion, net: Net) -> Config:
     """Returns one of the authors' networks as it was trained and drawn from."""
-    data = Data(source=UNKNOWN, image_size=image_size, channels=3)
+    data = Data(source=UNKNOWN, image_size=side, channels=3)
     return official(Config(data=data, diffusion=diffusion, net=net))
 
 

@@ -66,7 +66,7 @@ def _network(config: Config) -> Problems:
     data, diffusion, net = config.data, config.diffusion, config.net
     levels = len(net.multipliers)
     factor = 2 ** (levels - 1)
-    if not levels or data.image_size % factor:
+    if not levels or any(side % factor for side in data.shape[:2]):
         must = f"a multiple of {factor}, since there are {levels} levels"
         yield "data.image_size", must
     for width in (net.channels * multiplier for multiplier in net.multipliers):
@@ -77,7 +77,7 @@ def _network(config: Config) -> Problems:
             yield of_what, f"at most {MOST_WIDTH}", width
     if net.variant == "diffusers" and net.channels % 8:
         yield "net.channels", "a multiple of 8 in the variant diffusers"
-    sides = {data.image_size // 2**i for i in range(levels)}
+    sides = {min(data.shape[:2]) // 2**i for i in range(levels)}
     for side in net.attention:
         if side not in sides:
             yield "net.attention", f"among the resolutions {sorted(sides)}", side

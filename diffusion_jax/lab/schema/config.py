@@ -50,6 +50,14 @@ FEWEST_STEPS, MOST_STEPS = 2, 1_000_000
 MOST_CLASSES = 1_000_000
 
 
+def _are_sides(size: int | tuple[int, ...]) -> bool:
+    sides = size if isinstance(size, tuple) else (size, size)
+    return len(sides) == 2 and all(4 <= side <= 4096 for side in sides)
+
+
+_SIDES = Must("one side or height and width, from 4 to 4096", _are_sides)
+
+
 @dataclass(frozen=True)
 class Data:
     """What to learn from."""
@@ -62,9 +70,9 @@ class Data:
     path: Annotated[str | None, FREE] = None
     """Where the files are, when they are not in the usual place: a folder, or the
     official CIFAR-10 archive."""
-    image_size: Annotated[int, between(4, 4096)] = 8
-    """Pixels a side. Smaller images are padded with black; those of a folder are
-    cropped and resized."""
+    image_size: Annotated[int | tuple[int, int], _SIDES] = 8
+    """Pixels a side; or two numbers, height and width. Smaller images are padded with
+    black; those of a folder are cut to that shape and resized."""
     channels: Annotated[int, Must("1 or 3", lambda n: n in (1, 3)), SHAPE] = 1
     """1 for grey, 3 for RGB."""
     flip: bool = False
@@ -74,10 +82,18 @@ class Data:
     skip_unreadable: bool = False
     """Whether the files of a folder that cannot be read are left out, and counted."""
 
+    def __post_init__(self) -> None:
+        """Spells square sizes in one way, so that equal ones compare so."""
+        size = self.image_size
+        if isinstance(size, tuple) and len(size) == 2 and size[0] == size[1]:
+            object.__setattr__(self, "image_size", size[0])
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """Returns height, width and channels of an image."""
-        return self.image_size, self.image_size, self.channels
+        size = self.image_size
+        height, width = size if isinstance(size, tuple) else (size, size)
+        return height, width, self.channels
 
 
 @dataclass(frozen=True)
@@ -140,7 +156,8 @@ class Net:
     blocks: Annotated[int, between(1, 64), SHAPE] = 2
     """Residual blocks a level."""
     attention: Annotated[tuple[int, ...], Entries(12)] = (16,)
-    """Resolutions (pixels a side) with attention; the middle always has one."""
+    """Resolutions (pixels of the shorter side) with attention; the middle always has
+    one."""
     dropout: Share = 0.1
     """Share of activations dropped in training."""
     groups: Annotated[Count, SHAPE] = 32

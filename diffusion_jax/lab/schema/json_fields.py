@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import reprlib
+import types
 import typing
 from pathlib import Path
 from typing import Any, Literal
@@ -134,6 +135,8 @@ def _of_type(hint: Any) -> Must:
 
     >>> _of_type(tuple[int, ...]).words, _of_type(float | None).words
     ('a list of whole numbers', 'null or a finite number')
+    >>> _of_type(int | tuple[int, int]).words
+    'a whole number or a list of 2 whole numbers'
     """
     parts = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
@@ -143,6 +146,10 @@ def _of_type(hint: Any) -> Must:
     of = _of_type(parts[0])
     if type(None) in parts:
         return Must(f"null or {of.words}", lambda v: v is None or of.holds(v))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        other = _of_type(parts[1])
+        words = f"{of.words} or {other.words}"
+        return Must(words, lambda value: of.holds(value) or other.holds(value))
     length = None if parts[1] is ... else len(parts)
     count = f"{length} " if length else ""
     return Must(

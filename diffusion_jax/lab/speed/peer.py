@@ -94,7 +94,7 @@ def _train(config: Config, size: int, mode: str) -> Callable[[], Any]:
     o = config.optimizer
     adam = torch.optim.Adam(params, lr=o.learning_rate, fused=device.type == "cuda")
     d = config.data
-    shape = (size, d.channels, d.image_size, d.image_size)
+    shape = (size, d.channels, *d.shape[:2])
     images = torch.randint(0, 256, shape, device=device, dtype=torch.uint8)
     images = images.contiguous(memory_format=torch.channels_last)
     betas = diffusers_config.betas_of(config)
@@ -134,7 +134,7 @@ def _sample(config: Config, size: int, mode: str) -> Callable[[], Any]:
     half = config.net.dtype == "bfloat16"
     net = net.eval().to(torch.bfloat16 if half else torch.float32)
     d = config.data
-    shape = (size, d.channels, d.image_size, d.image_size)
+    shape = (size, d.channels, *d.shape[:2])
     x = torch.randn(shape, device=device, dtype=net.dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     t = torch.full((size,), config.diffusion.num_steps // 2, device=device)

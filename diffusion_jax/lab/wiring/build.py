@@ -227,7 +227,7 @@ def load_data(
     shape = dataset.images.shape[1:]
     if shape != d.shape:
         raise ConfigError(
-            f"the images of {d.source} must be {d.image_size}x{d.image_size} with "
+            f"the images of {d.source} must be {d.shape[0]}x{d.shape[1]} with "
             f"{d.channels} channels; got {shape}. Give such images, or, in training, "
             "set --data.image-size and --data.channels to what they are."
         )
