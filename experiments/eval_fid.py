@@ -350,7 +350,7 @@ def show(result: dict[str, Any], extractor: extractors.Extractor) -> None:
     which = weights.describe(result["weights"], result["training_step"])
     print(
         f"{result['count']:,} samples, seeds {result['seeds']}, {which}, {how} "
-        f"({result['evaluations_per_sample']:.0f} evaluations), rounded to uint8"
+        f"({result['evaluations_per_sample']:.0f} evaluations, NFE), rounded to uint8"
     )
 
 

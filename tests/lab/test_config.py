@@ -208,6 +208,8 @@ def test_help_explains_every_field(capsys):
             flag = f"--{key.replace('_', '-')}"
             assert flag in shown or flag.replace(".", ".no-") in shown
     assert "Steps over which the rate rises from 0" in shown
+    for word in ("(resume)", "(sampler, scheduler)", "(NFE)", "(CFG)", "(EMA)"):
+        assert word in shown
 
 
 def test_what_may_differ_when_a_run_goes_on():

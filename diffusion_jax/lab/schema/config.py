@@ -155,7 +155,7 @@ class Net:
     """Classes to condition on; 0 for none. The data must have as many labels."""
     label_dropout: Annotated[Share, SHAPE] = 0.1
     """With classes: share of labels left out in training, so that the network can also
-    do without, as classifier-free guidance asks of it."""
+    do without, as classifier-free guidance (CFG) asks of it."""
     variant: Annotated[Literal["official", "diffusers"], SHAPE] = "official"
     """Whose constants: those of the authors' code, or the defaults of diffusers, for
     networks that were trained with them."""
@@ -169,7 +169,7 @@ _Length = Annotated[float, Must("above 0 and at most 0.28", lambda n: 0 < n <= 0
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Adam, and the average of the weights."""
+    """Adam, and the average of the weights (EMA)."""
 
     preset: Literal["official", "modern"] = "modern"
     """official: Adam with TensorFlow's epsilon, the gradient of each of `replicas`
@@ -189,8 +189,8 @@ class Optimizer:
     """Parts of the batch that the official preset clips one by one: the TPU cores of
     the original."""
     ema_decay: tuple[Share, ...] = (0.9999,)
-    """Decay of the moving average a step; of several, the first is the one to sample
-    from."""
+    """Decay of the moving average (EMA) a step; of several, the first is the one to
+    sample from."""
     ema_lengths: tuple[_Length, ...] = ()
     """Lengths of power-function averages beside them, as shares of the run: 0.05 0.1,
     say."""
@@ -207,7 +207,7 @@ class Train:
     """Updates to make in all."""
     stop_at: Annotated[Count | None, FREE] = None
     """Step to stop at, with a checkpoint, before the run is complete; the same command
-    without this goes on."""
+    without this goes on (resumes)."""
     batch_size: Annotated[int, between(1, 2**20)] = 128
     """Images a step, over all devices and hosts."""
     accumulate: Count = 1

@@ -20,8 +20,8 @@ class Training:
     """What is to be trained, and how to take what is there already."""
 
     strict: bool = False
-    """Refuse to go on where the newest checkpoint is damaged, instead of going on from
-    the newest that verifies."""
+    """Refuse to go on (resume) where the newest checkpoint is damaged, instead of going
+    on from the newest that verifies."""
     force: bool = False
     """Go on with other values than the run was begun with. What the network and the
     optimizer are made of must still fit the checkpoint."""
@@ -66,7 +66,8 @@ def parse_training(
             prog=f"{prog} {name}",
             # Indented, a table keeps its lines.
             description=f"{textwrap.indent(inspect.cleandoc(experiment.doc), '  ')}\n\n"
-            f"Other experiments, to be named before the first flag: {others}.",
+            f"Other experiments, to be named before the first flag: {others}.\n\n"
+            "The same command again goes on where the run stopped (resume).",
         )
 
     base = experiment.config
