@@ -311,7 +311,10 @@ def summary(
         if len(values) > 1:
             numbers[name]["std"] = float(values.std(ddof=1))
     halves = real["train"].halves if "train" in real else float("nan")
-    named = {split: f"{known.images:,} {split} images" for split, known in real.items()}
+    named = {
+        split: errors.counted(known.images, f"{split} image")
+        for split, known in real.items()
+    }
     if options.reference is not None:
         named = {"reference": str(options.reference)}
     return {
@@ -384,7 +387,9 @@ def neighbours(
         index = NearestNeighbors(n_neighbors=1).fit(among.astype(np.float32))
         nearest = index.kneighbors(of.astype(np.float32), return_distance=False)[:, 0]
         rows.append(candidates[nearest])
-    return pictures.grid(np.concatenate(rows), columns=len(shown))
+    picture = pictures.grid(np.concatenate(rows), columns=len(shown))
+    left = ("sample", "nearest in pixels", "nearest in features")
+    return pictures.labelled(picture, left=left)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,10 @@ def test_the_number_has_its_protocol_beside_it(run, capsys):
         assert result[name] == expected, name
     assert abs(sum(result["numbers"]["class_shares"]) - 1) < 1e-6
     picture = Image.open(run.folder / "eval" / "neighbours.png")
-    assert picture.size == (12 * 68 + 4, 3 * 68 + 4)
+    assert picture.height == 3 * 68 + 4
+    cells = np.asarray(picture)[:, -12 * 68 - 4 :]
+    drawn = np.load(next((run.folder / "eval" / "samples").glob("*.npy")))
+    np.testing.assert_array_equal(cells[4:68:8, 4:68:8], drawn[0, ..., 0])
 
 
 def test_the_training_images_are_at_distance_zero_from_themselves(
@@ -280,7 +283,7 @@ def test_bits_of_the_probability_flow_are_reported(run, capsys):
     assert f"{result['bits_per_dim']:.4f} +- {result['standard_error']:.4f}" in shown
     assert f"{result['evaluations_per_image']:.1f} evaluations" in shown
     assert "tolerance 0.001" in shown
-    assert "2 gaussian probe(s)" in shown
+    assert "2 gaussian probes" in shown
     for name, expected in {
         "images": 5,
         "subset": True,
@@ -321,7 +324,9 @@ def test_figures_of_the_paper(run, figure, size, tmp_path):
     argv = [str(run.folder), "--figure", figure, "--out", str(out)]
     assert sample.main(argv) == 0
     columns, rows = size
-    assert Image.open(out).size == (columns * 68 + 4, rows * 68 + 4)
+    picture = Image.open(out)  # with words at the left of some
+    assert picture.height == 18 + rows * 68 + 4
+    assert (picture.width == columns * 68 + 4) == (figure == "progressive")
 
 
 def test_quality_of_x0_along_the_chain(run):

@@ -87,7 +87,7 @@ def _network(config: Config) -> Problems:
 
 
 def _optimizer(config: Config) -> Problems:
-    train, optimizer = config.train, config.optimizer
+    optimizer = config.optimizer
     if not optimizer.ema_decay:
         yield "optimizer.ema_decay", "at least one decay", "none"
     tracked = (*optimizer.ema_decay, *optimizer.ema_lengths)
@@ -95,8 +95,6 @@ def _optimizer(config: Config) -> Problems:
         yield "optimizer.ema_decay", "different from each other and lengths", tracked
     if optimizer.ema_snapshots and not optimizer.ema_lengths:
         yield "optimizer.ema_lengths", "given, for there to be snapshots", "none"
-    if optimizer.decay == "cosine" and optimizer.warmup >= train.steps:
-        yield "optimizer.warmup", f"below train.steps = {train.steps}"
 
 
 def _batches(config: Config) -> Problems:

@@ -1,6 +1,7 @@
 """The configuration of an experiment: frozen dataclasses, to and from JSON."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -178,7 +179,7 @@ class Optimizer:
     learning_rate: Positive = 2e-4
     """After the warm-up."""
     warmup: Whole = 5000
-    """Steps over which the rate rises from 0."""
+    """Steps over which the rate rises from 0; at most a quarter of the run."""
     decay: Literal["constant", "cosine"] = "constant"
     """What the rate does after the warm-up: stay, or fall to 0 at the last step."""
     b2: Share = 0.999
@@ -205,6 +206,8 @@ class Train:
 
     steps: Count = 800_000
     """Updates to make in all."""
+    epochs: Annotated[Positive | None, FREE] = None
+    """In place of steps: how often every image is seen."""
     stop_at: Annotated[Count | None, FREE] = None
     """Step to stop at, with a checkpoint, before the run is complete; the same command
     without this goes on (resumes)."""
@@ -281,6 +284,28 @@ def replace(config: Config, section: str, **fields: Any) -> Config:
     """
     changed = dataclasses.replace(getattr(config, section), **fields)
     return dataclasses.replace(config, **{section: changed})
+
+
+def warmup(config: Config) -> int:
+    """Returns the steps of the warm-up: those asked for, or a quarter of a short run.
+
+    >>> warmup(Config()), warmup(replace(Config(), "train", steps=400))
+    (5000, 100)
+    """
+    return min(config.optimizer.warmup, config.train.steps // 4)
+
+
+def with_epochs(config: Config, images: int) -> Config:
+    """Returns the configuration with the steps in which its epochs see all images.
+
+    >>> with_epochs(replace(Config(), "train", epochs=2.5), 1000).train.steps
+    20
+    """
+    plan = config.train
+    if plan.epochs is None:
+        return config
+    steps = max(1, math.ceil(plan.epochs * images / plan.batch_size))
+    return replace(config, "train", steps=steps)
 
 
 def official(config: Config) -> Config:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
 import diffusion_jax
+from diffusion_jax.errors import counted
 from diffusion_jax.lab.schema.facts import (
     Count,
     Must,
@@ -206,7 +207,7 @@ def describe(found: dict[str, Any]) -> str:
     if "grid" not in found:
         return f"{rule} ({', '.join(said)})"
     said.append(f"{found['grid']} grid")
-    return f"{found['steps']} steps of {rule} ({', '.join(said)})"
+    return f"{counted(found['steps'], 'step')} of {rule} ({', '.join(said)})"
 
 
 def problems(sample: Sample) -> Iterator[tuple[str, str]]:

@@ -75,6 +75,17 @@ def parse_training(
     if given.official:  # flags of its fields still count
         base = config.official(base)
         given = read(base)
+    own = given.config.data.source.startswith(("folder:", "npz:", "idx:"))
+    if own and given.config.data.source != base.data.source:
+        # That half may be mirrored is known of the experiment's own: letters may not.
+        given = read(config.replace(base, "data", flip=False))
+        print(inherited(name, base, given.config))
+        base = config.replace(base, "data", flip=False)
+    if given.config.train.epochs and given.config.train.steps != base.train.steps:
+        raise errors.ConfigError(
+            "train.steps must be left out with train.epochs, which decides it; got "
+            f"{given.config.train.steps}. Change it with --train.epochs alone."
+        )
     # Loads Flax and Optax: not for --help, nor for a flag that does not exist.
     from diffusion_jax.lab.training import initial
 
@@ -86,6 +97,17 @@ def parse_training(
     checks.validate(chosen)
     checks.of_training(chosen)
     return dataclasses.replace(given, config=chosen)
+
+
+def inherited(name: str, base: config.Config, given: config.Config) -> str:
+    """Returns in words what one's own images have of an experiment, and what not."""
+    shape, ending = "x".join(map(str, given.data.shape)), ""
+    if given.data.flip:
+        shape += ", mirrored"
+    elif base.data.flip:
+        ending = f"; not mirrored, as those of {name} are: that is --data.flip"
+    of = f"network and training of {name}"
+    return f"your own images, as those of {name} {shape}, with the {of}{ending}"
 
 
 def parse_with(

@@ -10,11 +10,13 @@ import jax
 
 from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.data import datasets
+from diffusion_jax.errors import counted
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.process import hosts, stopping
 from diffusion_jax.lab.process.progress import Progress
 from diffusion_jax.lab.run_folder import history, lock, runs
-from diffusion_jax.lab.schema.config import Config
+from diffusion_jax.lab.schema import checks
+from diffusion_jax.lab.schema.config import Config, warmup, with_epochs
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.training import beginning, initial
 from diffusion_jax.lab.wiring import build, chains, learning
@@ -95,6 +97,10 @@ def _train(
     dataset: datasets.Dataset | None,
 ) -> int:
     """As `train`, in a folder that is this process's alone."""
+    if config.train.epochs is not None:
+        dataset = build.load_data(config) if dataset is None else dataset
+        config = with_epochs(config, len(dataset.images))
+        checks.validate(config)
     beginning.check_hosts(config, run)
     beginning.check_same_run(config, run, force=force)
     parallel.persistent_cache(Path(config.output).resolve() / ".cache")
@@ -113,6 +119,7 @@ def _train(
     if newest < plan.steps:
         runs.check_room(run, learning.state_shapes(config), len(steps), plan.keep)
         busy = beginning.compiling(step, fed, config, mesh)
+    describe(config, run, mesh, dataset, fed)
     with ExitStack() as left:
         with busy:
             folder = checkpoint.open_folder(
@@ -120,7 +127,7 @@ def _train(
             )
             manager = left.enter_context(folder)
             begun = beginning.start(config, run, mesh, manager, params, strict=strict)
-        describe(config, run, mesh, dataset, fed, begun.state)
+        describe_start(config, int(begun.state.step), len(dataset.images))
         begun = begun._replace(state=learning.as_trained(config, begun.state, mesh))
         job = Job(config, run, mesh, fed, step, manager, signals, started, before)
         state = loop(job, begun)
@@ -133,26 +140,34 @@ def describe(
     mesh: Any,
     dataset: datasets.Dataset,
     fed: feed.Feed,
-    state: TrainState,
 ) -> None:
-    """Prints what is going to happen."""
-    weights_of = jax.eval_shape(flat.unpack_all, state.params)
-    count = sum(x.size for x in jax.tree.leaves(weights_of))
+    """Prints what is going to be trained, on what, and where it goes."""
+    count = sum(x.size for x in jax.tree.leaves(learning.state_shapes(config).params))
     shape = "x".join(str(n) for n in dataset.images.shape[1:])
     device = mesh.devices.flat[0].device_kind
-    step, last = int(state.step), config.train.steps
     if left := beginning.signal_left(config):
         print(left)
     print(
-        f"{config.name}: {len(dataset.images):,} images of {shape}, {count:,} weights"
+        f"{config.name}: {counted(len(dataset.images), 'image')} of {shape}, "
+        f"{counted(count, 'weight')}"
     )
     strategy = config.train.parallel
     print(f"{mesh.size} x {device}, strategy {strategy}; all in {run.folder}/")
     print(f"input: {feed.describe(fed)}")
+
+
+def describe_start(config: Config, step: int, images: int) -> None:
+    """Prints from where training goes on, or that there is nothing left to do."""
+    last, rises = config.train.steps, warmup(config)
     if step >= last:
         print(f"the run is complete at step {step:,}")
-    else:
-        print(f"{'going on from' if step else 'starting at'} step {step:,} of {last:,}")
+        return
+    begins = "going on from" if step else "starting at"
+    epochs = last * config.train.batch_size / images
+    if rises < config.optimizer.warmup:
+        asked = config.optimizer.warmup
+        print(f"a short run: its warm-up is {counted(rises, 'step')}, not {asked:,}")
+    print(f"{begins} step {step:,} of {last:,}, {epochs:.3g} epochs in all", flush=True)
 
 
 def loop(job: Job, begun: beginning.Begun) -> TrainState:
@@ -204,6 +219,7 @@ def loop(job: Job, begun: beginning.Begun) -> TrainState:
                         mean = history.score(config, run, step + 1)
                         checkpoint.save(job.manager, step + 1, whole, meta, score=mean)
                 if draws:
+                    shown.doing(f"drawing {counted(sample.count, 'sample')}")
                     write_grid(config, run, draw, whole)
                 del whole
                 shown.pause()
@@ -214,7 +230,7 @@ def loop(job: Job, begun: beginning.Begun) -> TrainState:
     job.signals.done()
     shown.close()
     if last > begin:
-        print(f"checkpoints held the run up for {shown.held_up_for()}")
+        print(f"time spent on checkpoints: {shown.held_up_for()}")
     return state
 
 
@@ -235,7 +251,8 @@ def write_grid(config: Config, run: runs.Run, draw: Any, state: TrainState) -> N
     key = jax.random.key(config.train.seed)
     drawn = draw(chains.Drawable(parallel.whole(state.ema_params)), key)
     if hosts.first():
-        grid = pictures.grid(pictures.to_uint8(drawn))
+        classes = chains.count_classes(config)
+        grid = pictures.by_class(pictures.to_uint8(drawn), classes)
         pictures.save(grid, grid_path(run, int(state.step)))
 
 
@@ -268,8 +285,11 @@ def finish(job: Job, state: TrainState) -> int:
         return 0
     skipped = history.skipped(run)
     if skipped:
-        count = f"{skipped.total():,} steps were skipped"
-        print(f"{count}; what was not finite: {history.in_words(skipped)}")
+        were = "was" if skipped.total() == 1 else "were"
+        count = counted(skipped.total(), "step")
+        print(
+            f"{count} {were} skipped; what was not finite: {history.in_words(skipped)}"
+        )
     minutes, left = divmod(round(seconds), 60)
     print(
         f"done: step {step:,}, {minutes} min {left} s since the start of this command"
