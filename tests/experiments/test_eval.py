@@ -8,18 +8,22 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from small_run import train_small
 
 from diffusion_jax import errors
+from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.interop import inception_weights
 from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.measure import judges, reference
-from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.run_folder import results, runs
 from diffusion_jax.lab.schema.checks import with_sampling
+from diffusion_jax.lab.schema.config import replace
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import extras
 from diffusion_jax.lab.trained.weights import Weights
+from diffusion_jax.lab.training import measuring
 from diffusion_jax.nets import inception
 from experiments import convert, eval_fid, eval_nll, sample
 
@@ -411,3 +415,27 @@ def test_inception_is_used_where_its_weights_are(run, tmp_path, monkeypatch):
     np.testing.assert_allclose(logits, seen[1], rtol=1e-5)
     with pytest.raises(ConfigError, match="count must be above 2048"):
         eval_fid.main([str(run.folder), "--weights", str(path), "--count", "2048"])
+
+
+def test_a_run_measures_itself_as_eval_fid_does(run, monkeypatch):
+    real = measuring.measure
+
+    def measure(*given):
+        return real(*given) * (1e-3 if given[-1] == 6 else 1)
+
+    monkeypatch.setattr(measuring, "measure", measure)
+    flags = "--train.checkpoint-every 6 --train.keep 1 --train.measure-every 6"
+    flags += " --train.measure-count 70"
+    own = train_small(run.folder.parent, "measured", *flags.split())
+    found = results.in_training(own)
+    assert sorted(found) == [6, 12]
+    numbers = evaluate(own, "--count", "70")["numbers"]
+    (number,) = (v["mean"] for k, v in numbers.items() if k.startswith("fd_"))
+    assert found[12] == pytest.approx(number, rel=1e-2)
+    assert checkpoint.steps(own.checkpoints) == [6, 12]  # the best, and the newest
+    chosen = runs.read_config(own)
+    assert measuring.scores(chosen, own, [3, 6]) == {3: None, 6: found[6]}
+    chosen = replace(chosen, "train", measure_every=None)
+    logged = runs.read_lines(own.metrics)[0]["loss"]
+    assert measuring.scores(chosen, own, [6]) == {6: pytest.approx(logged)}
+    assert measuring.scores(chosen, run, [12]) == {}

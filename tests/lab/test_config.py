@@ -112,6 +112,7 @@ BAD = {
     "--optimizer.ema-decay 1": "optimizer.ema_decay must be at least 0",
     "--optimizer.learning-rate 0": "must be above 0; got 0",
     "--optimizer.clip-norm nan": "must be above 0; got nan",
+    "--train.measure-every 7": "a multiple of train.checkpoint_every, 1000; got 7",
     "--train.epochs 2 --train.steps 9": "must be left out with train.epochs.*; got 9",
     "--optimizer.preset official --train.batch-size 20": "a multiple of 8; got 20",
     "--optimizer.preset official --train.accumulate 2": "train.accumulate must be 1",
@@ -258,7 +259,7 @@ def test_what_may_differ_when_a_run_goes_on():
 def test_what_a_change_of_a_field_changes_is_said_of_each():
     """One mark too many lets a run go on, or start, with what it cannot have."""
     train = "stop_at parallel devices fsdp input log_every checkpoint_every keep"
-    train += " keep_every max_skipped deterministic epochs"
+    train += " keep_every max_skipped deterministic epochs measure_every measure_count"
     others = "name output data.path data.download net.conv net.remat sample"
     free = [*others.split(), *(f"train.{name}" for name in train.split())]
     shape = "channels multipliers blocks groups classes label_dropout variant fourier"

@@ -152,7 +152,7 @@ def extract(
     features, logits = [], []
     starts = range(0, len(images), batch_size)
     quiet = None if hosts.first() else True
-    for begin in tqdm(starts, desc=label, unit="batch", disable=quiet):
+    for begin in tqdm(starts, desc=label, unit="batch", disable=quiet, leave=False):
         end = min(begin + batch_size, len(images))
         batch = np.asarray(images[np.arange(begin, end)])
         short = batch_size - len(batch)

@@ -82,6 +82,10 @@ class Progress:
                 f"step {step:,}/{self.last:,}, {self.text}", file=self.file, flush=True
             )
 
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        tqdm.write(text)
+
     def pause(self) -> None:
         """Leaves what follows, until the next step, out of the speed."""
         self.since = None

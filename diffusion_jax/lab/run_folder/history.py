@@ -127,9 +127,8 @@ def score(config: Config, run: runs.Run, step: int) -> float | None:
     losses = [line.get("loss") for line in lines if since < line["step"] <= step]
     known = [loss for loss in losses if loss is not None]
     # All hosts have the first one's, to the bit.
-    mean = np.float32(np.mean(known) if known else np.nan)
-    mean = np.int32(hosts.tell(int(mean.view(np.int32)))).view(np.float32)
-    return None if np.isnan(mean) else float(mean)
+    mean = hosts.tell_number(np.mean(known) if known else np.nan)
+    return None if np.isnan(mean) else mean
 
 
 def in_words(causes: Mapping[str, int]) -> str:

@@ -57,9 +57,10 @@ def _run(config: Config) -> Problems:
     length = len(config.name.encode("utf-8", "surrogatepass"))
     if length > 200:  # of the 255 of a file system: some go to endings of our own
         yield "name", "at most 200 bytes long", length
-    if train.keep_every and train.keep_every % train.checkpoint_every:
-        must = f"a multiple of train.checkpoint_every, {train.checkpoint_every}"
-        yield "train.keep_every", must
+    for name in ("keep_every", "measure_every"):
+        if (getattr(train, name) or 0) % train.checkpoint_every:
+            must = f"a multiple of train.checkpoint_every, {train.checkpoint_every}"
+            yield f"train.{name}", must
 
 
 def _network(config: Config) -> Problems:

@@ -233,9 +233,16 @@ class Train:
     checkpoint_every: Annotated[Count, FREE] = 10_000
     """Steps between two checkpoints; the last step always has one."""
     keep: Annotated[Count, FREE] = 3
-    """How many of the newest checkpoints stay; so does the one of the lowest loss."""
+    """How many of the newest checkpoints stay; so does the one of the lowest loss, or
+    distance where that is measured."""
     keep_every: Annotated[Count | None, FREE] = None
     """Checkpoints of steps that are multiples of it stay for good."""
+    measure_every: Annotated[Count | None, FREE] = None
+    """Steps between two measurements of how far samples are from the images (FID, or
+    the distance by a classifier, as eval_fid says); a multiple of checkpoint_every.
+    Results go to eval/results.jsonl, and the checkpoint of the lowest stays."""
+    measure_count: Annotated[Count, FREE] = 2500
+    """Samples of each measurement; more than the extractor has features."""
     max_skipped: Annotated[Count, FREE] = 20
     """Steps skipped in a row, as not finite, at which the run is given up."""
     deterministic: Annotated[bool, FREE] = False

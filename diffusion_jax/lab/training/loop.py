@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.data import datasets
@@ -14,11 +15,11 @@ from diffusion_jax.errors import counted
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.process import hosts, stopping
 from diffusion_jax.lab.process.progress import Progress
-from diffusion_jax.lab.run_folder import history, lock, runs
+from diffusion_jax.lab.run_folder import history, lock, results, runs
 from diffusion_jax.lab.schema import checks
 from diffusion_jax.lab.schema.config import Config, warmup, with_epochs
 from diffusion_jax.lab.trained import weights
-from diffusion_jax.lab.training import beginning, initial
+from diffusion_jax.lab.training import beginning, initial, measuring
 from diffusion_jax.lab.wiring import build, chains, learning
 from diffusion_jax.storage import trees
 from diffusion_jax.training import compilation, determinism, feed, flat, parallel
@@ -34,6 +35,8 @@ class Job(NamedTuple):
     feed: feed.Feed
     step: parallel.Step
     manager: Any
+    ruler: measuring.Ruler | None
+    """What it is measured with meanwhile, if it is."""
     signals: stopping.Requests
     """The signals that asked for the end."""
     started: float
@@ -116,6 +119,7 @@ def _train(
     newest = hosts.tell(max(steps, default=-1))
     params = initial.params(config) if newest < 0 else None
     busy: AbstractContextManager[None] = nullcontext()
+    ruler = measuring.make(config, dataset) if newest < plan.steps else None
     if newest < plan.steps:
         runs.check_room(run, learning.state_shapes(config), len(steps), plan.keep)
         busy = beginning.compiling(step, fed, config, mesh)
@@ -126,10 +130,13 @@ def _train(
                 run.checkpoints, keep=plan.keep, keep_every=plan.keep_every
             )
             manager = left.enter_context(folder)
+            manager.keep.scores |= measuring.scores(config, run, steps)
             begun = beginning.start(config, run, mesh, manager, params, strict=strict)
         describe_start(config, int(begun.state.step), len(dataset.images))
         begun = begun._replace(state=learning.as_trained(config, begun.state, mesh))
-        job = Job(config, run, mesh, fed, step, manager, signals, started, before)
+        job = Job(
+            config, run, mesh, fed, step, manager, ruler, signals, started, before
+        )
         state = loop(job, begun)
     return finish(job, state)
 
@@ -213,11 +220,8 @@ def loop(job: Job, begun: beginning.Begun) -> TrainState:
                     whole = learning.as_stored(state, job.mesh)
                     if snaps:  # before the checkpoint: a run would go on without them
                         weights.save_snapshots(run, config, whole)
-                    if saves:
-                        meta = {"pending": [*log.pending], "row": dict(shown.row)}
-                        runs.to_disk(run)
-                        mean = history.score(config, run, step + 1)
-                        checkpoint.save(job.manager, step + 1, whole, meta, score=mean)
+                if saves:
+                    save(job, log, whole, score_of(job, shown, draw, whole))
                 if draws:
                     shown.doing(f"drawing {counted(sample.count, 'sample')}")
                     write_grid(config, run, draw, whole)
@@ -232,6 +236,33 @@ def loop(job: Job, begun: beginning.Begun) -> TrainState:
     if last > begin:
         print(f"time spent on checkpoints: {shown.held_up_for()}")
     return state
+
+
+def save(job: Job, log: history.Log, state: TrainState, score: float | None) -> None:
+    """Writes a checkpoint in the background, after what was logged before it."""
+    with log.shown.held_up():
+        meta = {"pending": [*log.pending], "row": dict(log.shown.row)}
+        runs.to_disk(job.run)
+        checkpoint.save(job.manager, int(state.step), state, meta, score=score)
+
+
+def score_of(job: Job, shown: Progress, draw: Any, state: TrainState) -> float | None:
+    """Returns by what the checkpoint of a state is compared with others.
+
+    The distance of samples, where the run is measured at this step; where it never is,
+    the logged loss.
+    """
+    config, run, step = job.config, job.run, int(state.step)
+    if job.ruler is None:
+        return history.score(config, run, step)
+    if not measuring.due(config, step):
+        return None
+    shown.doing(f"measuring {counted(config.train.measure_count, 'sample')}")
+    drawable = chains.Drawable(parallel.whole(state.ema_params))
+    value = measuring.measure(job.ruler, config, run, draw, drawable, step)
+    if hosts.first():
+        shown.say(f"step {step:,}: {job.ruler.name} {value:.4g}")
+    return value if np.isfinite(value) else None
 
 
 def describe_first(job: Job) -> None:
@@ -298,5 +329,10 @@ def finish(job: Job, state: TrainState) -> int:
     print(f"  loss         {plot}")
     print(f"  metrics      {run.metrics}")
     print(f"  checkpoints  {run.checkpoints}/")
+    if job.ruler is not None:
+        found = results.in_training(run)
+        best = min(found, key=lambda at: found[at])
+        said = f"{found[step]:.4g} now, {found[best]:.4g} at step {best:,}"
+        print(f"  {job.ruler.name:<12} {said}, the lowest, whose checkpoint stays")
     print(f"more samples: python -m experiments.sample {run.folder}")
     return 0
