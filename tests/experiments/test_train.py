@@ -21,7 +21,8 @@ from diffusion_jax import errors
 from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.wiring import learning
+from diffusion_jax.lab.training import beginning, measuring
+from diffusion_jax.lab.wiring import build, learning
 from diffusion_jax.training import parallel
 from experiments import eval_fid, sample, train
 
@@ -89,6 +90,28 @@ def test_lines_are_on_the_disk_before_the_checkpoint_that_follows_them(
     monkeypatch.setattr(checkpoint, "save", saved)
     train_small(folder, "ordered", "--train.stop-at", "7")
     assert order == ["ordered", "checkpoint"]
+
+
+def test_held_out_images_are_measured_and_never_trained_on(folder, monkeypatch):
+    seen = []
+    real = beginning.feed_of
+
+    def feed_of(config, dataset, mesh):
+        seen.append(dataset)
+        return real(config, dataset, mesh)
+
+    monkeypatch.setattr(beginning, "feed_of", feed_of)
+    run = train_small(
+        folder, "held", "--data.hold-out", "0.1", "--train.log-every", "4"
+    )
+    config = runs.read_config(run)
+    held = build.load_data(config, split="test")
+    assert len(held.images) == 180
+    assert len(seen[0].images) + 180 == 1797
+    state, mesh = restored(run).state, parallel.make_mesh(1)
+    loss = measuring.held_out_loss(config, mesh, held)
+    wanted = float(loss(learning.as_trained(config, state, mesh).params))
+    assert runs.read_lines(run.metrics)[-1]["held_out_loss"] == pytest.approx(wanted)
 
 
 def test_a_complete_run_is_left_alone(folder, whole, capsys):

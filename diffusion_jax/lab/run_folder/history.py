@@ -3,7 +3,8 @@
 <run>/metrics.jsonl has, by step, the mean "loss" and "grad_norm" of the steps since the
 line before that were not skipped; "loss_by_time", the loss of the examples in each
 quarter of the times, from little noise to much; the "learning_rate" of the last of
-these steps; how many were "skipped", and where some were, how many by each of their
+these steps; the "held_out_loss" of the last step, where images are held out; how many
+were "skipped", and where some were, how many by each of their
 "causes": what was not finite. It is the same, to the byte, for two equal runs; what
 differs, the speed, is in <run>/speed.jsonl.
 """
@@ -56,8 +57,8 @@ def record(log: Log, step: int, metrics: dict[str, jax.Array]) -> None:
         pending.append({"skipped": 1.0, "cause": cause})
     else:
         shown.update(step, values["loss"])
-        kept = ("loss", "grad_norm", "skipped", "learning_rate", "quarters")
-        pending.append({name: values[name] for name in kept if name in values})
+        dropped = ("cause", "tensor")
+        pending.append({k: v for k, v in values.items() if k not in dropped})
     if shown.row.total() >= config.train.max_skipped:
         at = int(values["tensor"]) if cause == "gradient" else -1
         first = f", at step {step} first the gradient of {names[at]}" if at >= 0 else ""
@@ -104,6 +105,8 @@ def summary(step: int, pending: list[dict[str, Any]]) -> dict[str, Any]:
         pairs = zip(sums.tolist(), counts.tolist(), strict=True)
         each = [s / n if n else None for s, n in pairs]
         line |= {"loss_by_time": each, "learning_rate": known[-1]["learning_rate"]}
+    if "held_out_loss" in pending[-1]:
+        line["held_out_loss"] = pending[-1]["held_out_loss"]
     causes = Counter(p["cause"] for p in pending if p["skipped"])
     return line | ({"causes": dict(sorted(causes.items()))} if causes else {})
 

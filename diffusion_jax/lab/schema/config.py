@@ -68,6 +68,9 @@ class Data:
     """1 for grey, 3 for RGB."""
     flip: bool = False
     """Whether half of the images are mirrored left to right, at random."""
+    hold_out: Share = 0.0
+    """Share of the images that training never sees, always the same ones: their loss is
+    in metrics.jsonl, and other commands take them for the test images."""
     download: Annotated[bool, FREE] = True
     """Whether a missing official archive may be downloaded."""
     skip_unreadable: bool = False

@@ -37,6 +37,8 @@ class Job(NamedTuple):
     manager: Any
     ruler: measuring.Ruler | None
     """What it is measured with meanwhile, if it is."""
+    held_out_loss: Callable[[Any], jax.Array] | None
+    """From parameters to the loss of the held-out images, if there are any."""
     signals: stopping.Requests
     """The signals that asked for the end."""
     started: float
@@ -100,9 +102,10 @@ def _train(
     dataset: datasets.Dataset | None,
 ) -> int:
     """As `train`, in a folder that is this process's alone."""
+    parts = None
     if config.train.epochs is not None:
-        dataset = build.load_data(config) if dataset is None else dataset
-        config = with_epochs(config, len(dataset.images))
+        parts = build.load_parts(config, dataset)
+        config = with_epochs(config, len(parts[0].images))
         checks.validate(config)
     beginning.check_hosts(config, run)
     beginning.check_same_run(config, run, force=force)
@@ -110,7 +113,7 @@ def _train(
     chains.make_grid(config)  # which may be refused, and had better be now
     mesh = parallel.make_mesh(config.train.devices, config.train.fsdp)
     parallel.check_batch_size(config.train.batch_size, mesh.size)
-    dataset = build.load_data(config) if dataset is None else dataset
+    dataset, held = parts or build.load_parts(config, dataset)
     hosts.check_same("the images", f"{dataset.images.shape}")
     fed = beginning.feed_of(config, dataset, mesh)
     hosts.check_same("the input", fed.source)
@@ -123,7 +126,7 @@ def _train(
     if newest < plan.steps:
         runs.check_room(run, learning.state_shapes(config), len(steps), plan.keep)
         busy = beginning.compiling(step, fed, config, mesh)
-    describe(config, run, mesh, dataset, fed)
+    describe(config, run, mesh, dataset, fed, held)
     with ExitStack() as left:
         with busy:
             folder = checkpoint.open_folder(
@@ -134,8 +137,9 @@ def _train(
             begun = beginning.start(config, run, mesh, manager, params, strict=strict)
         describe_start(config, int(begun.state.step), len(dataset.images))
         begun = begun._replace(state=learning.as_trained(config, begun.state, mesh))
+        loss = None if held is None else measuring.held_out_loss(config, mesh, held)
         job = Job(
-            config, run, mesh, fed, step, manager, ruler, signals, started, before
+            config, run, mesh, fed, step, manager, ruler, loss, signals, started, before
         )
         state = loop(job, begun)
     return finish(job, state)
@@ -147,6 +151,7 @@ def describe(
     mesh: Any,
     dataset: datasets.Dataset,
     fed: feed.Feed,
+    held: datasets.Dataset | None,
 ) -> None:
     """Prints what is going to be trained, on what, and where it goes."""
     count = sum(x.size for x in jax.tree.leaves(learning.state_shapes(config).params))
@@ -157,6 +162,7 @@ def describe(
     print(
         f"{config.name}: {counted(len(dataset.images), 'image')} of {shape}, "
         f"{counted(count, 'weight')}"
+        f"{'' if held is None else f'; {len(held.images):,} more are held out'}"
     )
     strategy = config.train.parallel
     print(f"{mesh.size} x {device}, strategy {strategy}; all in {run.folder}/")
@@ -204,6 +210,8 @@ def loop(job: Job, begun: beginning.Begun) -> TrainState:
                 jax.block_until_ready(metrics)
                 describe_first(job)
                 job.signals.note()
+            if job.held_out_loss and (step + 1) % plan.log_every == 0:
+                metrics["held_out_loss"] = job.held_out_loss(state.params)
             waiting.append((step + 1, metrics))
             stop = stops(step + 1, step + 1 == last)
             saves = stop or (step + 1) % plan.checkpoint_every == 0

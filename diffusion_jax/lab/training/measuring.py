@@ -1,11 +1,12 @@
-"""Training that measures as it goes: how far its samples are from the images.
+"""Training that measures as it goes: the loss of held-out images, and distances.
 
-The distance is that of `eval_fid` with as many samples: from the same noise,
-by the same extractor, with the averaged weights.
+The distance of samples from the images is that of `eval_fid` with as many samples: from
+the same noise, by the same extractor, with the averaged weights.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,9 +17,10 @@ from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.measure import extractors, reference
 from diffusion_jax.lab.process import hosts
 from diffusion_jax.lab.run_folder import history, results, runs
-from diffusion_jax.lab.schema.config import Config
-from diffusion_jax.lab.wiring import chains
+from diffusion_jax.lab.schema.config import Config, replace
+from diffusion_jax.lab.wiring import chains, learning
 from diffusion_jax.lab.wiring.chains import Drawable
+from diffusion_jax.training import compilation, feed, flat, parallel
 
 BATCH = 64
 """Images at a time whose features are extracted."""
@@ -58,6 +60,42 @@ def make(config: Config, dataset: datasets.Dataset) -> Ruler | None:
     extractors.check_count(extractor, plan.measure_count, more=more)
     real = reference.of(config, dataset.images, "train", extractor, batch_size=BATCH)
     return Ruler(extractor, real, extractor.distance(plan.measure_count))
+
+
+def held_out_loss(
+    config: Config, mesh: Any, held: datasets.Dataset
+) -> Callable[[Any], jax.Array]:
+    """Returns the loss of a batch of held-out images as a function of the parameters.
+
+    Always of the same images, times and noise, so that what changes is the network;
+    without dropout and flips.
+
+    Args:
+      config: the configuration.
+      mesh: the devices that the parameters, as they are trained, are on.
+      held: the images.
+    """
+    calm = replace(config, "data", flip=False)
+    calm = replace(calm, "diffusion", density=_evenly(config))
+    loss = flat.of_tree(learning.make_loss(calm, train=False))
+    labels, size = bool(config.net.classes), config.train.batch_size
+    batch = feed.batch_at(held, labels, config.train.seed, size, 0)
+    if config.train.parallel != "pmap":
+        batch = parallel.shard(batch, mesh)
+    options = compilation.options(mesh.devices.flat[0])
+
+    @functools.partial(jax.jit, compiler_options=options)
+    def run(params: Any, batch: Any) -> jax.Array:
+        mean: jax.Array = loss(params, batch, jax.random.key(config.train.seed))[0]
+        return mean
+
+    return lambda params: run(params, batch)
+
+
+def _evenly(config: Config) -> Any:
+    """Returns the density of times, but for one that has to be learned."""
+    density = config.diffusion.density
+    return "uniform" if density == "importance" else density
 
 
 def due(config: Config, step: int) -> bool:

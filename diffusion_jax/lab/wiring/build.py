@@ -181,7 +181,37 @@ def _init_schedule(key: jax.Array) -> learned.Params:
 
 
 def load_data(config: Config, *, split: str = "train") -> datasets.Dataset:
-    """Returns the images of a split, "train" or "test".
+    """Returns the images of a split, "train" or "test"; those held out are the latter.
+
+    Raises:
+      ConfigError, DataError: as `load_parts`; there are no test images.
+    """
+    if not config.data.hold_out:
+        return _load(config, split)
+    train, held = load_parts(config)
+    return train if split == "train" or held is None else held
+
+
+def load_parts(
+    config: Config, dataset: datasets.Dataset | None = None
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """Returns the images to train on, and those held out if any are.
+
+    Args:
+      config: the configuration.
+      dataset: all images, where they are not those that it names.
+
+    Raises:
+      ConfigError, DataError: they cannot be had, or are too few.
+    """
+    whole = _load(config, "train") if dataset is None else dataset
+    if not config.data.hold_out:
+        return whole, None
+    return datasets.held_out(whole, config.data.hold_out)
+
+
+def _load(config: Config, split: str) -> datasets.Dataset:
+    """As `load_data`, without any held out.
 
     Raises:
       ConfigError: they do not have the configured size or channels, or nobody said

@@ -186,7 +186,7 @@ def draw_times(
     return timesteps.steps(u, d.num_steps), one
 
 
-def make_loss(config: Config) -> state.LossFn:
+def make_loss(config: Config, *, train: bool = True) -> state.LossFn:
     """Returns the loss of a batch {"image": uint8 [B, H, W, C], "position": [B]}.
 
     With classes the batch has a "label", [B], too. Flip, time, noise and whether the
@@ -197,6 +197,10 @@ def make_loss(config: Config) -> state.LossFn:
     It takes a memory, of which times drawn by importance are made, and returns beside
     the mean what it has seen, as `state.make_step` asks of a loss that remembers: each
     example's time and loss.
+
+    Args:
+      config: the configuration.
+      train: whether there is dropout.
     """
 
     def loss_fn(
@@ -217,7 +221,7 @@ def make_loss(config: Config) -> state.LossFn:
         t, weight = draw_times(config, key_t, position, levels, memory)
 
         def denoiser(levels: schedule.Schedule) -> gaussian.Denoiser:
-            options = {"train": True, "rngs": {"dropout": dropout_key}}
+            options = {"train": train, "rngs": {"dropout": dropout_key}}
             apply = make_apply(config, params, levels, **options)
             given = apply if label is None else lambda x, t: apply(x, t, label)
             return make_denoiser(config, given, levels)
