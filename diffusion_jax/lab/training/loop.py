@@ -180,7 +180,8 @@ def describe_start(config: Config, step: int, images: int) -> None:
     if rises < config.optimizer.warmup:
         asked = config.optimizer.warmup
         print(f"a short run: its warm-up is {counted(rises, 'step')}, not {asked:,}")
-    print(f"{begins} step {step:,} of {last:,}, {epochs:.3g} epochs in all", flush=True)
+    said = f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.3g}"
+    print(f"{begins} step {step:,} of {last:,}, {said} epochs in all", flush=True)
 
 
 def loop(job: Job, begun: beginning.Begun) -> TrainState:
