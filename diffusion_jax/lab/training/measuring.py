@@ -56,6 +56,7 @@ def make(config: Config, dataset: datasets.Dataset) -> Ruler | None:
             f"got {found}. Fetch those once, by eval_fid --download, or leave out "
             "--train.measure-every."
         ) from error
+    hosts.check_same("the extractor", extractor.details["sha256"])
     more = "Give more with --train.measure-count."
     extractors.check_count(extractor, plan.measure_count, more=more)
     real = reference.of(config, dataset.images, "train", extractor, batch_size=BATCH)
