@@ -23,7 +23,7 @@ help:  ## show this
 		fold -s -w 78 | sed 's/^/  /'
 	@echo "all flags:   make train EXP=digits ARGS=--help"
 
-train: $(READY)  ## train EXP (digits by default); again: go on where it stopped
+train: $(READY)  ## train EXP (digits by default); again: go on (resume)
 	$(PY) -m experiments.train $(EXP) $(ARGS)
 
 sample: $(READY)  ## draw images from the newest checkpoint of EXP
@@ -33,7 +33,7 @@ eval: $(READY)  ## measure EXP: distance of its samples from the data, bits/dim
 	$(PY) -m experiments.eval_nll $(RUN) --max-images 256 --rate-distortion
 	$(PY) -m experiments.eval_fid $(RUN) $(ARGS)
 
-samplers: $(READY)  ## compare all sampling rules on EXP: quality by evaluations
+samplers: $(READY)  ## compare all sampling rules on EXP: quality by NFE
 	$(PY) -m experiments.compare_samplers $(RUN) $(ARGS)
 
 ablation: $(READY)  ## train every objective on the data of EXP, and compare them

@@ -1,4 +1,4 @@
-"""Errors that a user can mend: data, a command's request, a run, an unknown name."""
+"""Errors that a user can mend, and the words that messages are made of."""
 
 import difflib
 from collections.abc import Sequence
@@ -48,6 +48,15 @@ def first_of(said: Sequence[str], most: int = 3) -> str:
     """
     more = f" and {len(said) - most} more" if len(said) > most else ""
     return "; ".join(said[:most]) + more
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """Returns a number and what it counts.
+
+    >>> counted(1, "step"), counted(1797, "image"), counted(0, "class", "classes")
+    ('1 step', '1,797 images', '0 classes')
+    """
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 class ConfigError(ValueError):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from diffusion_jax.checkpoints import checkpoint, retention
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.process import entry
-from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.run_folder import results, runs
 from diffusion_jax.lab.trained import opening
 
 ASIDE = re.compile(r"\d+\.damaged\d*")
@@ -41,7 +41,8 @@ class Row(NamedTuple):
     written: float
     """Seconds since 1970."""
     loss: float | None
-    """The mean that was logged before it, by which the best one is known."""
+    """The mean that was logged before it, by which the best one is known; or, in a run
+    that is measured while it is trained, the distance of its samples."""
     wrong: str | None
     """Why it does not verify; None where it does."""
 
@@ -61,8 +62,12 @@ def main(argv: Sequence[str]) -> int:
             f"a checkpoint must be in {run.checkpoints}; got none. Train first, or "
             "give another run."
         )
+    plan = runs.read_config(run).train
+    if plan.measure_every is not None:
+        measured = results.in_training(run)
+        found = [row._replace(loss=measured.get(row.step)) for row in found]
     print(f"{run.checkpoints}/")
-    print(table(found, runs.read_config(run).train.keep_every))
+    print(table(found, plan.keep_every))
     return DAMAGED if any(row.wrong for row in found) else 0
 
 
@@ -94,14 +99,14 @@ def table(found: Sequence[Row], keep_every: int | None = None) -> str:
     """Returns the rows as lines, with what each is good for.
 
     >>> print(table([Row("9", 9, 2048, 0.0, 0.5, None)]))
-    step      size  written              loss  state
-    9      2.0 KiB  1970-01-01 00:00   0.5000  verified, latest, best
+    step      size  written              score  state
+    9      2.0 KiB  1970-01-01 00:00    0.5000  verified, latest, best
     """
     whole = [row for row in found if row.wrong is None and row.name.isdecimal()]
     latest = max((row.step for row in whole), default=None)
     best = retention.best({row.step: row.loss for row in whole})
     wide = max(len("step"), *(len(row.name) for row in found))
-    lines = [f"{'step':{wide}}  {'size':>8}  {'written':16}  {'loss':>7}  state"]
+    lines = [f"{'step':{wide}}  {'size':>8}  {'written':16}  {'score':>8}  state"]
     for row in found:
         marks = [f"damaged: {row.wrong}" if row.wrong else "verified"]
         if row in whole:
@@ -111,7 +116,7 @@ def table(found: Sequence[Row], keep_every: int | None = None) -> str:
         loss = "-" if row.loss is None else f"{row.loss:.4f}"
         size = _size(row.size)
         lines.append(
-            f"{row.name:{wide}}  {size:>8}  {date}  {loss:>7}  {', '.join(marks)}"
+            f"{row.name:{wide}}  {size:>8}  {date}  {loss:>8}  {', '.join(marks)}"
         )
     return "\n".join(lines)
 

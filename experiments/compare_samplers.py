@@ -2,7 +2,7 @@
 
 Draws from a trained run by every rule and many numbers of network evaluations, from
 the same noise, and measures how far the samples are from the training images: one
-table, one plot and one JSON file. Again: goes on where it stopped.
+table, one plot and one JSON file. Again: goes on where it stopped (resume).
 """
 
 import dataclasses
@@ -64,9 +64,9 @@ class Options:
 
     run: opening.Named = None
     evaluations: tuple[int, ...] = (5, 10, 20, 50, 100, 1000)
-    """Network evaluations a sample, for every rule; more than 100 only for the rules
-    that still change there, and never more than T steps. ode finds its own number for
-    each of three tolerances."""
+    """Evaluations of the network (NFE) a sample, for every rule; more than 100 only for
+    the rules that still change there, and never more than T steps. ode finds its own
+    number for each of three tolerances."""
     rules: tuple[str, ...] = (*rows(), "ode")
     """Which rows of the table to draw."""
     count: Count = 800
@@ -138,7 +138,7 @@ def main(argv: Sequence[str]) -> int:
         f"{options.count:,} samples; in brackets evaluations, where they are others"
     )
     budgets = sorted(set(options.evaluations))
-    print(f"  {'evaluations':<20}" + "".join(f"{b:>13}" for b in budgets))
+    print(f"  {'evaluations (NFE)':<20}" + "".join(f"{b:>13}" for b in budgets))
     points: list[Point] = []
     for rule in options.rules:
         row = list(measure(rule, config, drawable, options, distance, known))
@@ -154,7 +154,7 @@ def main(argv: Sequence[str]) -> int:
             for rule in options.rules
         },
         title=f"{options.count:,} samples of {config.name} by sampling rule",
-        xlabel="network evaluations a sample",
+        xlabel="network evaluations a sample (NFE)",
         ylabel=about["distance"],
     )
     print(f"plot: {pictures.save(picture, plot)}")

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from diffusion_jax.errors import ConfigError, raise_unknown
+from diffusion_jax.errors import ConfigError, counted, raise_unknown
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.drawing import edit_options, edits, outputs
 from diffusion_jax.lab.process import entry
@@ -62,7 +62,8 @@ def main(argv: Sequence[str]) -> int:
     made = outputs.about("edit", argv, config, drawable, told, shared.seed)
     outputs.save_each(iter([edited.results]), folder, made)
     print(f"{command}: {pictures.save(edits.picture(edited), out, made)}")
-    print(f"{len(edited.results)} images: {folder}/000000.png and on")
+    many = len(edited.results)
+    print(f"{counted(many, 'image')}: {folder}/000000.png{' and on' * (many > 1)}")
     return 0
 
 

@@ -357,7 +357,10 @@ def summary(
         if len(values) > 1:
             numbers[name]["std"] = float(values.std(ddof=1))
     halves = real["train"].halves if "train" in real else float("nan")
-    named = {split: f"{known.images:,} {split} images" for split, known in real.items()}
+    named = {
+        split: errors.counted(known.images, f"{split} image")
+        for split, known in real.items()
+    }
     if options.reference is not None:
         named = {"reference": str(options.reference)}
     return {
@@ -396,7 +399,7 @@ def show(result: dict[str, Any], extractor: extractors.Extractor) -> None:
     which = weights.describe(result["weights"], result["training_step"])
     print(
         f"{result['count']:,} samples, seeds {result['seeds']}, {which}, {how} "
-        f"({result['evaluations_per_sample']:.0f} evaluations), rounded to uint8"
+        f"({result['evaluations_per_sample']:.0f} evaluations, NFE), rounded to uint8"
     )
 
 
@@ -426,7 +429,9 @@ def neighbours(
         (real.features, features),
     ):
         rows.append(candidates[metrics.nearest(of, among)])
-    return pictures.grid(np.concatenate(rows), columns=len(shown))
+    picture = pictures.grid(np.concatenate(rows), columns=len(shown))
+    left = ("sample", "nearest in pixels", "nearest in features")
+    return pictures.labelled(picture, left=left)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from diffusion_jax import likelihood
-from diffusion_jax.errors import ConfigError
+from diffusion_jax.errors import ConfigError, counted
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.measure import bound
 from diffusion_jax.lab.process import entry
@@ -210,13 +210,14 @@ def show_ode(run: runs.Run, result: dict[str, Any]) -> None:
     print(f"tolerance {result['tolerance']:g}")
     trace = f"{result['trace']} trace"
     if "probes" in result:
-        trace = f"{result['probes']} {result['trace']} probe(s)"
+        trace = f"{counted(result['probes'], result['trace'] + ' probe')}"
     print(f"  {trace}, uniform dequantisation, x0 not clipped")
     print("  not to be compared with the bound, which is of another model")
 
 
 def _show_protocol(run: runs.Run, result: dict[str, Any]) -> None:
-    images_ = f"{result['images']:,} {result['split']} images of {result['data']}"
+    count = counted(result["images"], f"{result['split']} image")
+    images_ = f"{count} of {result['data']}"
     if result["subset"]:
         images_ += " (a random subset)"
     said = weights.describe(result["weights"], result["training_step"])

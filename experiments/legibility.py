@@ -19,7 +19,7 @@ from typing import Annotated
 import jax
 import numpy as np
 
-from diffusion_jax.errors import ConfigError, needs
+from diffusion_jax.errors import ConfigError, counted, needs
 from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
         copied < MOST_COPIES,
     )
     print(f"{run.folder}, {weights.describe(kind, step)}")
-    print(f"{options.count} samples, seed {options.seed}")
+    print(f"{counted(options.count, 'sample')}, seed {options.seed}")
     show(passed, ratio, shares, copied)
     result = {
         "step": step,

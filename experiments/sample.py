@@ -8,10 +8,10 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from diffusion_jax.errors import ConfigError
+from diffusion_jax.errors import ConfigError, counted
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.drawing import draws, figures, outputs
-from diffusion_jax.lab.process import entry, hosts
+from diffusion_jax.lab.process import entry, hosts, progress
 from diffusion_jax.lab.schema import sampling
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.facts import Count, Seed
@@ -38,7 +38,8 @@ class Options:
     overwrite: bool = False
     """Whether `--out FILE` may replace what is no drawing of this project."""
     columns: Count | None = None
-    """Images a row of a grid; as square as possible when not given."""
+    """Images a row of a grid; when not given as square as possible, or a column a class
+    where all classes are drawn."""
     how: opening.How = Sampling()
     seed: Seed = 0
     """Of the noise: that of image i is the same whatever the count, and the image too
@@ -88,14 +89,17 @@ def main(argv: Sequence[str]) -> int:
         if options.format == "npz":
             outputs.save_npz(drawn, out, made)
         else:
-            pictures.save(pictures.grid(drawn, columns=options.columns), out, made)
-    print(f"{count} images: {out}")
+            classes = chains.count_classes(config, drawable)
+            picture = pictures.by_class(drawn, classes, columns=options.columns)
+            pictures.save(picture, out, made)
+    print(f"{counted(count, 'image')}: {out}")
     if options.format == "grid" and options.strip:
         if jax.process_count() > 1:  # the first host draws these alone
             drawable = jax.tree.map(np.asarray, drawable)
         rows, seed = min(8, count), options.seed
-        end, seen = figures.chain(config, drawable, count=rows, seed=seed)
-        strip = pictures.save(figures.strip(end, seen.x_t), strip_of(out), made)
+        with progress.clock("drawing how the first came about"):
+            end, seen = figures.chain(config, drawable, count=rows, seed=seed)
+        strip = pictures.save(figures.strip(end, seen.t, seen.x_t), strip_of(out), made)
         print(f"denoising: {strip}")
     return 0
 
@@ -114,7 +118,7 @@ def draw_figure(
         picture = figures.shared(config, drawable, count=rows, seed=seed)
     else:
         end, seen = figures.chain(config, drawable, count=rows, seed=seed)
-        picture = figures.strip(end, seen.x0)
+        picture = figures.strip(end, seen.t, seen.x0)
     print(f"{options.figure}: {pictures.save(picture, out, made)}")
     return 0
 

@@ -1,6 +1,6 @@
 """Trains a network: `python -m experiments.train [EXPERIMENT] [--field value ...]`.
 
-The same command again goes on where the run stopped.
+The same command again goes on where the run stopped (resume).
 
 Exit codes: 0 when the run is complete, or stopped at train.stop_at; 2 for what can be
 mended (arguments, files, a disk that is full, another process in the same folder); 3

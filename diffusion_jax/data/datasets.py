@@ -16,7 +16,7 @@ import functools
 import operator
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -159,6 +159,43 @@ def load(
         images, labels = idx(argument)
     images = _fit(images, image_size, fit, channels, source)
     return Dataset(images, labels, source, classes)
+
+
+def held_out(dataset: Dataset, share: float) -> tuple[Dataset, Dataset]:
+    """Returns the images to train on and those held out, always the same ones.
+
+    Args:
+      dataset: the images.
+      share: of them to hold out, above 0 and below 1; one image at least.
+
+    Raises:
+      DataError: there are too few to keep some for both.
+
+    >>> [len(part.images) for part in held_out(load("digits"), 0.1)]
+    [1617, 180]
+    """
+    count = len(dataset.images)
+    size = max(1, round(share * count))
+    if size >= count:
+        raise DataError(
+            f"the images must be more than those held out; got {count} in "
+            f"{dataset.name}, and {size} to hold out. Give more images, or hold out "
+            "fewer."
+        )
+    order = _permutation(0, 0, count)
+    return _part(dataset, np.sort(order[size:])), _part(dataset, np.sort(order[:size]))
+
+
+def _part(dataset: Dataset, chosen: np.ndarray) -> Dataset:
+    images, labels = dataset.images, dataset.labels
+    if isinstance(images, LazyImages):
+        read, shape = images.read, (len(chosen), *images.shape[1:])
+        part: Any = LazyImages(lambda i: read(int(chosen[i])), shape)
+    else:
+        part = images[chosen]
+    return dataset._replace(
+        images=part, labels=None if labels is None else labels[chosen]
+    )
 
 
 def check_source(source: str) -> None:

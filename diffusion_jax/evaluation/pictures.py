@@ -1,13 +1,14 @@
 """Pictures: grids and strips of images, and plots of a run."""
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from diffusion_jax.errors import needs
@@ -63,6 +64,60 @@ def grid(
         left = gap + i % columns * cell_width
         canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
     return Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
+
+
+TEXT = 12
+"""Height of the letters at the sides of a grid, in pixels."""
+
+
+def labelled(
+    picture: Image.Image, *, above: Sequence[str] = (), left: Sequence[str] = ()
+) -> Image.Image:
+    """Returns a grid with words at its sides.
+
+    The grid is the lower right part of it, pixel for pixel.
+
+    Args:
+      picture: of columns of one width and rows of one height.
+      above: a word for each column, or none at all.
+      left: a word for each row, or none at all.
+
+    >>> labelled(Image.new("L", (8, 4)), above=["t = 0"]).size
+    (8, 22)
+    """
+    font = ImageFont.load_default(TEXT)
+    top = TEXT + 6 if above else 0
+    side = max((math.ceil(font.getlength(word)) for word in left), default=-8) + 8
+    size = picture.width + side, picture.height + top
+    canvas = Image.new(picture.mode, size, "white")
+    canvas.paste(picture, (side, top))
+    draw, grey = ImageDraw.Draw(canvas), "#404040"
+    for k, word in enumerate(above):
+        middle = side + (k + 0.5) * picture.width / len(above)
+        draw.text((middle, top - 2), word, grey, font, anchor="ms")
+    for k, word in enumerate(left):
+        middle = top + (k + 0.5) * picture.height / len(left)
+        draw.text((side - 2, middle), word, grey, font, anchor="rm")
+    return canvas
+
+
+def by_class(
+    images: np.ndarray, classes: int, *, columns: int | None = None
+) -> Image.Image:
+    """Returns the grid of images of all classes in turn, a column a class.
+
+    Args:
+      images: as of `grid`, the first of class 0.
+      classes: how many there are; 0 for images that have none.
+      columns: images a row. Their classes stand above if there is a whole number of
+        columns for each, as there is, up to 20 classes, when this is not given.
+    """
+    if columns is None and 0 < classes <= min(20, len(images)):
+        columns = classes
+    picture = grid(images, columns=columns)
+    if not (classes and columns and columns % classes == 0 and columns <= len(images)):
+        return picture
+    return labelled(picture, above=[str(k % classes) for k in range(columns)])
 
 
 SOFTWARE = "diffusion_jax"

@@ -83,6 +83,7 @@ def make_step(
     accumulate: int = 1,
     axis_name: str | None = None,
     remember: Callable[[PyTree, PyTree], PyTree] | None = None,
+    report: Callable[[PyTree], Metrics] | None = None,
     check_update: bool = True,
 ) -> StepFn:
     """Returns the training step: gradient, clip, update, averages.
@@ -110,6 +111,7 @@ def make_step(
         loss has seen of the whole batch, in its order, to the next memory. The loss is
         then from (params, batch, key, memory) to (mean loss, seen), where seen is a
         tree of arrays with the example as the leading axis.
+      report: from what such a loss has seen to further metrics.
       check_update: whether to look for numbers that are not finite among the new
         parameters and moments too. The answer has to be there before any of them is
         kept, so gradient, moments and parameters are read once more, which no fusion
@@ -139,7 +141,7 @@ def make_step(
     def gradient(
         params: PyTree, batch: PyTree, key: jax.Array, memory: PyTree
     ) -> tuple[Any, PyTree]:
-        if remember is None:
+        if remember is None and report is None:
             seen: PyTree = ()
             loss, grad = jax.value_and_grad(loss_fn)(params, batch, key)
         else:
@@ -185,6 +187,7 @@ def make_step(
             "skipped": (cause > 0).astype(jnp.int32),
             "cause": cause,
             "tensor": tensor,
+            **(report(seen) if report else {}),
         }
         return new._replace(step=state.step + 1), metrics
 

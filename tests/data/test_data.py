@@ -18,6 +18,7 @@ from image_data import archive, binary_members, idx, random_batches
 
 from diffusion_jax.data import datasets, sources
 from diffusion_jax.data.datasets import Dataset
+from diffusion_jax.data.image_files import LazyImages
 from diffusion_jax.errors import DataError
 
 SIZES = st.integers(1, 40)
@@ -362,3 +363,20 @@ def test_errors_and_arguments_are_documented():
     for function in (datasets.load, datasets.batch_indices, datasets.host_slice):
         for name in inspect.signature(function).parameters:
             assert f"{name}:" in inspect.getdoc(function)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_held_out_images_are_others_and_always_the_same(lazy):
+    array = np.arange(10, dtype=np.uint8)[:, None, None, None]
+    images = LazyImages(lambda i: array[i], array.shape) if lazy else array
+    whole = Dataset(images, np.arange(10, dtype=np.int32), "ten")
+    train, held = datasets.held_out(whole, 0.3)
+    for part, count in ((train, 7), (held, 3)):
+        shown = part.images[np.arange(count)].ravel()
+        np.testing.assert_array_equal(shown, part.labels)
+    assert sorted([*train.labels, *held.labels]) == list(range(10))
+    assert held.labels.tolist() != [0, 1, 2]
+    again = datasets.held_out(whole, 0.3)[1]
+    np.testing.assert_array_equal(again.labels, held.labels)
+    with pytest.raises(DataError, match="more than those held out; got 1 in one"):
+        datasets.held_out(Dataset(array[:1], None, "one"), 0.5)

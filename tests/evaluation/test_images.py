@@ -29,6 +29,37 @@ def test_grid_places_every_image_in_reading_order(channels):
     assert np.all(grid[12:, 22:] == 255)
 
 
+def test_words_leave_the_pixels_as_they_are():
+    batch = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8)
+    plain = pictures.grid(batch, columns=10)
+    left = ["first", "second"]
+    both = pictures.labelled(plain, above=[str(k) for k in range(10)], left=left)
+    cells = np.asarray(both)[-plain.height :, -plain.width :]
+    np.testing.assert_array_equal(cells, np.asarray(plain))
+    for words in (
+        np.asarray(both)[: -plain.height, -plain.width :].swapaxes(0, 1)[20:-20],
+        np.asarray(both)[-plain.height :, : -plain.width],
+    ):
+        middles = np.split(words[: len(words) // 2 * 2], 2)
+        assert all(middle.min() < 128 < middle.mean() for middle in middles)
+    assert pictures.labelled(plain).tobytes() == plain.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("classes", "columns", "size"),
+    [
+        (0, None, (344, 276)),
+        (10, None, (684, 158)),
+        (10, 4, (276, 344)),
+        (3, 6, (412, 294)),
+        (21, None, (344, 276)),
+    ],
+)
+def test_columns_are_classes_where_they_can_be(classes, columns, size):
+    images = np.zeros((20, 8, 8, 1), np.uint8)
+    assert pictures.by_class(images, classes, columns=columns).size == size
+
+
 def test_large_images_are_not_enlarged():
     assert pictures.grid(np.zeros((1, 256, 256, 3), np.uint8), gap=0).size == (256, 256)
 

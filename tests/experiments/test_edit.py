@@ -12,6 +12,7 @@ from experiments import convert, edit, train
 
 CELL = 68  # an image of 8 pixels enlarged to 64, and the gap
 BESIDE = 72 + 12  # one image by itself, and the space to the next panel
+WORDS = 18  # above the images
 
 
 @pytest.fixture
@@ -69,13 +70,13 @@ def test_interpolation_goes_from_one_image_to_the_other(run, files, capsys):
     name = "interpolate_files0-a_files0-b_depth1_count5_seed0.png"
     assert str(run.folder / "edit" / name) in shown
     assert "averaged weights of step 12" in shown
-    assert picture.size == (5 * CELL + 4 + 2 * BESIDE, 72)
+    assert picture.size == (5 * CELL + 4 + 2 * BESIDE, WORDS + 72)
     a, b = (np.asarray(Image.open(path), int) for path in args[:2])
     # One step of twenty changes little.
     for image, expected in ((results[0], a), (results[-1], b)):
         assert np.abs(image - expected).mean() < 30
     # The pictures at the sides are those given, each pixel a square of eight.
-    cells = np.asarray(picture)
+    cells = np.asarray(picture)[WORDS:]
     np.testing.assert_array_equal(cells[4:68:8, 4:68:8], a)
     np.testing.assert_array_equal(cells[4:68:8, -68:-4:8], b)
     np.testing.assert_array_equal(
@@ -86,8 +87,12 @@ def test_interpolation_goes_from_one_image_to_the_other(run, files, capsys):
 def test_rows_from_coarse_to_fine_are_those_of_single_depths(run, files):
     args = files / "a.png", files / "b.png", "--count", "3"
     picture, rows = edited(run, "coarse-to-fine", *args, "--depths", "20", "10", "0")
-    assert picture.size == (3 * CELL + 4 + 2 * BESIDE, 3 * CELL + 4)
+    assert picture.height == WORDS + 3 * CELL + 4
     rows = rows.reshape(3, 3, 8, 8)
+    cells = np.asarray(picture)[WORDS:, -BESIDE - 3 * CELL - 4 : -BESIDE]
+    np.testing.assert_array_equal(cells[4:68:8, 4:68:8], rows[0, 0])
+    beside = np.asarray(picture)[WORDS:, BESIDE : -BESIDE - 3 * CELL - 4]
+    assert all((row < 128).any() for row in np.split(beside[: 3 * CELL], 3))  # depths
     _, alone = edited(run, "interpolate", *args, "--depth", "10")
     np.testing.assert_array_equal(rows[1], alone)
     a, b = (np.asarray(Image.open(path), int) for path in args[:2])
@@ -105,7 +110,7 @@ def test_slerp_returns_both_images(run, files, tmp_path, capsys):
     args = files / "a.png", files / "b.png", "--count", "3", "--out"
     out = tmp_path / "deep" / "arc.png"
     picture, results = edited(run, "slerp", *args, out, out=out)
-    assert picture.size == (3 * CELL + 4 + 2 * BESIDE, 72)
+    assert picture.size == (3 * CELL + 4 + 2 * BESIDE, WORDS + 72)
     assert results.shape == (3, 8, 8)
     assert np.std(results[1]) > 0
     image = np.asarray(Image.open(files / "a.png"), float)
@@ -121,8 +126,8 @@ def test_kept_pixels_are_those_of_the_file_to_the_bit(run, files, flags):
     np.testing.assert_array_equal(results[:, :4], np.stack([image[:4]] * 3))
     assert np.all((results[:, 4:] != image[4:]).mean(axis=(1, 2)) > 0.5)
     assert np.any(results[0] != results[1])
-    assert picture.size == (2 * CELL + 4 + 12 + 3 * CELL + 4, 72)
-    cells = np.asarray(picture)[4:68:8, 4 : 4 + 2 * CELL]
+    assert picture.size == (2 * CELL + 4 + 12 + 3 * CELL + 4, WORDS + 72)
+    cells = np.asarray(picture)[WORDS:][4:68:8, 4 : 4 + 2 * CELL]
     np.testing.assert_array_equal(cells[:, :64:8], image)
     np.testing.assert_array_equal(cells[:4, CELL : CELL + 64 : 8], image[:4])
     assert set(np.unique(cells[4:, CELL : CELL + 64 : 8])) == {96, 160}
@@ -157,7 +162,7 @@ def test_variations_differ_and_repeat_from_a_file_too(run, files, tmp_path):
         far.append(np.abs(results - image).mean())
     assert far[0] < 30 < far[1]
     assert len(np.unique(results.reshape(6, -1), axis=0)) == 6
-    assert picture.size == (BESIDE + 6 * CELL + 4, 72)
+    assert picture.size == (BESIDE + 6 * CELL + 4, WORDS + 72)
     file = tmp_path / "a.safetensors"
     assert convert.main([str(run.folder), str(file)]) == 0
     _, again = edited(runs.find(str(file)), "vary", *args)

@@ -8,18 +8,22 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from small_run import train_small
 
 from diffusion_jax import errors
+from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.interop import inception_weights
 from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.measure import judges, reference
-from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.run_folder import results, runs
 from diffusion_jax.lab.schema.checks import with_sampling
+from diffusion_jax.lab.schema.config import replace
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import extras
 from diffusion_jax.lab.trained.weights import Weights
+from diffusion_jax.lab.training import measuring
 from diffusion_jax.nets import inception
 from experiments import convert, eval_fid, eval_nll, sample
 
@@ -59,7 +63,10 @@ def test_the_number_has_its_protocol_beside_it(run, capsys):
         assert result[name] == expected, name
     assert abs(sum(result["numbers"]["class_shares"]) - 1) < 1e-6
     picture = Image.open(run.folder / "eval" / "neighbours.png")
-    assert picture.size == (12 * 68 + 4, 3 * 68 + 4)
+    assert picture.height == 3 * 68 + 4
+    cells = np.asarray(picture)[:, -12 * 68 - 4 :]
+    drawn = np.load(next((run.folder / "eval" / "samples").glob("*.npy")))
+    np.testing.assert_array_equal(cells[4:68:8, 4:68:8], drawn[0, ..., 0])
 
 
 def test_the_training_images_are_at_distance_zero_from_themselves(
@@ -301,7 +308,7 @@ def test_bits_of_the_probability_flow_are_reported(run, capsys):
     assert f"{result['bits_per_dim']:.4f} +- {result['standard_error']:.4f}" in shown
     assert f"{result['evaluations_per_image']:.1f} evaluations" in shown
     assert "tolerance 0.001" in shown
-    assert "2 gaussian probe(s)" in shown
+    assert "2 gaussian probes" in shown
     for name, expected in {
         "images": 5,
         "subset": True,
@@ -342,7 +349,9 @@ def test_figures_of_the_paper(run, figure, size, tmp_path):
     argv = [str(run.folder), "--figure", figure, "--out", str(out)]
     assert sample.main(argv) == 0
     columns, rows = size
-    assert Image.open(out).size == (columns * 68 + 4, rows * 68 + 4)
+    picture = Image.open(out)  # with words at the left of some
+    assert picture.height == 18 + rows * 68 + 4
+    assert (picture.width == columns * 68 + 4) == (figure == "progressive")
 
 
 def test_quality_of_x0_along_the_chain(run):
@@ -429,3 +438,27 @@ def test_inception_is_used_where_its_weights_are(run, tmp_path, monkeypatch):
     assert few == {"FID@2048": "takes 2,049 or more, as inception has 2,048 features"}
     assert "Inception score" in eval_fid.left_out(made, 9, eval_fid.Options(), 1797)
     assert not eval_fid.left_out(made, 2049, eval_fid.Options(), 1797)
+
+
+def test_a_run_measures_itself_as_eval_fid_does(run, monkeypatch):
+    real = measuring.measure
+
+    def measure(*given):
+        return real(*given) * (1e-3 if given[-1] == 6 else 1)
+
+    monkeypatch.setattr(measuring, "measure", measure)
+    flags = "--train.checkpoint-every 6 --train.keep 1 --train.measure-every 6"
+    flags += " --train.measure-count 70"
+    own = train_small(run.folder.parent, "measured", *flags.split())
+    found = results.in_training(own)
+    assert sorted(found) == [6, 12]
+    numbers = evaluate(own, "--count", "70")["numbers"]
+    (number,) = (v["mean"] for k, v in numbers.items() if k.startswith("fd_"))
+    assert found[12] == pytest.approx(number, rel=1e-2)
+    assert checkpoint.steps(own.checkpoints) == [6, 12]  # the best, and the newest
+    chosen = runs.read_config(own)
+    assert measuring.scores(chosen, own, [3, 6]) == {3: None, 6: found[6]}
+    chosen = replace(chosen, "train", measure_every=None)
+    logged = runs.read_lines(own.metrics)[0]["loss"]
+    assert measuring.scores(chosen, own, [6]) == {6: pytest.approx(logged)}
+    assert measuring.scores(chosen, run, [12]) == {}

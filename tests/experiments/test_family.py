@@ -20,7 +20,7 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import checks
 from diffusion_jax.lab.schema.checks import with_sampling
-from diffusion_jax.lab.schema.config import Diffusion
+from diffusion_jax.lab.schema.config import Config, Diffusion
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.wiring import build, chains, learning
@@ -95,7 +95,8 @@ def test_every_large_experiment_builds(name):
     if not config.net.classes:
         del batch["label"]
     loss = learning.make_loss(config)
-    out = jax.eval_shape(loss, state.params, batch, state.key)
+    out, seen = jax.eval_shape(loss, state.params, batch, state.key)
+    assert seen["t"].shape == seen["loss"].shape == (count,)
     assert out.shape == ()
     assert out.dtype == jnp.float32
 
@@ -132,14 +133,10 @@ def test_whatever_is_not_refused_has_a_finite_loss(monkeypatch):
     @jax.jit
     def all_losses(key):
         params = {"schedule": learned.init(key)}
-        memory = (timesteps.history(20),)
-        return [
-            loss(params, batch, key, *memory[: c.density == "importance"])
-            for c, loss in zip(chosen, made, strict=True)
-        ]
+        memory = timesteps.history(20)
+        return [loss(params, batch, key, memory)[0] for loss in made]
 
     for objective, loss in zip(chosen, all_losses(jax.random.key(0)), strict=True):
-        loss = loss[0] if isinstance(loss, tuple) else loss
         assert np.isfinite(loss), objective
 
 
@@ -385,3 +382,19 @@ def test_noise_starts_where_the_grid_does():
     assert chains.start_std(wide) == pytest.approx(200, rel=0.02)
     whole = with_sampling(wide, Sampling("ddim", steps=10, grid="uniform"))
     assert chains.start_std(whole) == pytest.approx(1000, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "t"),
+    [
+        ("linear", [1, 250, 251, 500, 750, 1000]),
+        ("flow", [0, 0.24, 0.26, 0.5, 0.74, 1]),
+    ],
+)
+def test_losses_are_summed_by_the_quarter_of_their_time(schedule, t):
+    chosen = Config(diffusion=Diffusion(schedule=schedule))
+    seen = {"t": jnp.asarray(t), "loss": jnp.arange(1.0, 7.0)}
+    sums, counts = learning._by_quarter(chosen, seen)["quarters"]
+    linear = schedule == "linear"  # whose step 500 ends the second quarter
+    assert sums.tolist() == ([3, 7, 5, 6] if linear else [3, 3, 9, 6])
+    assert counts.tolist() == ([2, 2, 1, 1] if linear else [2, 1, 2, 1])

@@ -21,7 +21,8 @@ from diffusion_jax import errors
 from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.wiring import learning
+from diffusion_jax.lab.training import beginning, measuring
+from diffusion_jax.lab.wiring import build, learning
 from diffusion_jax.training import parallel
 from experiments import eval_fid, sample, train
 
@@ -40,6 +41,12 @@ def test_a_run_leaves_what_a_person_wants(whole):
     lines = runs.read_lines(whole.metrics)
     assert [line["step"] for line in lines] == [5, 10]
     assert all(np.isfinite([line["loss"], line["grad_norm"]]).all() for line in lines)
+    # Two steps of warm-up, and ten along a cosine: the rate of the tenth update.
+    rate = 2e-3 * (1 + np.cos(np.pi * 7 / 10)) / 2
+    np.testing.assert_allclose(lines[1]["learning_rate"], rate, rtol=1e-5)
+    quarters = lines[0]["loss_by_time"]
+    assert min(quarters) <= lines[0]["loss"] <= max(quarters)
+    assert quarters[0] > quarters[3]  # of v, which is noise where there is little of it
     grid = Image.open(whole.samples / "step_00000012.png")
     assert grid.size == (140, 140)
     assert np.asarray(grid).std() > 10
@@ -85,9 +92,35 @@ def test_lines_are_on_the_disk_before_the_checkpoint_that_follows_them(
     assert order == ["ordered", "checkpoint"]
 
 
+def test_held_out_images_are_measured_and_never_trained_on(folder, monkeypatch):
+    seen = []
+    real = beginning.feed_of
+
+    def feed_of(config, dataset, mesh):
+        seen.append(dataset)
+        return real(config, dataset, mesh)
+
+    monkeypatch.setattr(beginning, "feed_of", feed_of)
+    run = train_small(
+        folder, "held", "--data.hold-out", "0.1", "--train.log-every", "4"
+    )
+    config = runs.read_config(run)
+    held = build.load_data(config, split="test")
+    assert len(held.images) == 180
+    assert len(seen[0].images) + 180 == 1797
+    state, mesh = restored(run).state, parallel.make_mesh(1)
+    loss = measuring.held_out_loss(config, mesh, held)
+    wanted = float(loss(learning.as_trained(config, state, mesh).params))
+    assert runs.read_lines(run.metrics)[-1]["held_out_loss"] == pytest.approx(wanted)
+
+
 def test_a_complete_run_is_left_alone(folder, whole, capsys):
     before = digests(whole)
-    train_small(folder, whole.folder.name)
+    # In epochs: 8 of 1,797 images a step.
+    flags = [*SMALL, "--output", str(folder), "--name", whole.folder.name]
+    at = flags.index("--train.steps")
+    flags[at : at + 2] = "--train.epochs", "0.0534"
+    assert train.main(["digits", *flags]) == 0
     assert "the run is complete at step 12" in capsys.readouterr().out
     assert digests(whole) == before
 
@@ -136,14 +169,15 @@ def broken(*, loss, gradient):
 
         of_loss, of_gradient = keys(loss), keys(gradient)
 
-        def broken_loss(params, batch, key):
+        def broken_loss(params, batch, key, memory):
             mine = jax.random.key_data(key)[None]
             bad = (mine == of_gradient).all(-1).any()
             out = params["net"]["conv_out"]
             out = {**out, "kernel": hurt(out["kernel"], bad)}
             params = {**params, "net": {**params["net"], "conv_out": out}}
             bad = (mine == of_loss).all(-1).any()
-            return jnp.where(bad, jnp.nan, loss_fn(params, batch, key))
+            value, seen = loss_fn(params, batch, key, memory)
+            return jnp.where(bad, jnp.nan, value), seen
 
         return broken_loss
 
@@ -225,11 +259,11 @@ def test_signals_end_it_and_the_run_goes_on(tmp_path):
     # of which the first process may have left some.
     assert made, output
     assert 1 <= sum(map(int, re.findall(r"\d+", made[1]))) <= 16
-    assert "compiling the training step\n" in output[: made.start()]
+    assert "compiling the training step: " in output[: made.start()]
     output, _ = started("--train.stop-at", str(step + 1)).communicate(timeout=120)
     # All but what makes vectors of a state that was read.
     assert re.search(r"\(1 program compiled, [1-9]\d* from the cache\)", output)
-    assert re.search(r"checkpoints held the run up for \d+\.\d s", output)
+    assert re.search(r"time spent on checkpoints: \d+\.\d s", output)
 
 
 def test_sample_i_depends_on_seed_and_i_alone(whole, tmp_path, capsys):
@@ -276,7 +310,7 @@ def test_samples_come_as_grid_strip_and_single_files(whole, tmp_path):
     assert Image.open(out).size == (140, 140)
     # Four rows; the four steps of the chain and its end.
     strip = Image.open(tmp_path / "grid_denoising.png")
-    assert strip.size == (5 * 68 + 4, 4 * 68 + 4)
+    assert strip.size == (5 * 68 + 4, 18 + 4 * 68 + 4)
     singles = tmp_path / "singles"
     argv = [str(whole.folder), "--count", "3", "--format", "png", "--out", str(singles)]
     assert sample.main(argv) == 0

@@ -10,6 +10,7 @@ import pytest
 from diffusion_jax import errors
 from diffusion_jax.lab.schema import checks, config, facts
 from diffusion_jax.lab.training import arguments
+from diffusion_jax.lab.wiring import learning
 from experiments.configs import EXPERIMENTS, cifar10, cifar10_official
 
 
@@ -111,7 +112,8 @@ BAD = {
     "--optimizer.ema-decay 1": "optimizer.ema_decay must be at least 0",
     "--optimizer.learning-rate 0": "must be above 0; got 0",
     "--optimizer.clip-norm nan": "must be above 0; got nan",
-    "--optimizer.warmup 5000": "optimizer.warmup must be below train.steps = 5000",
+    "--train.measure-every 7": "a multiple of train.checkpoint_every, 1000; got 7",
+    "--train.epochs 2 --train.steps 9": "must be left out with train.epochs.*; got 9",
     "--optimizer.preset official --train.batch-size 20": "a multiple of 8; got 20",
     "--optimizer.preset official --train.accumulate 2": "train.accumulate must be 1",
     "--train.accumulate 3": "train.batch_size must be a multiple of 3; got 64",
@@ -193,6 +195,33 @@ def test_bad_flags_end_with_code_two(flags, words, capsys):
     assert words in shown
 
 
+@pytest.mark.parametrize(
+    ("argv", "flip", "said"),
+    [
+        ("cifar10", True, ""),
+        (
+            "cifar10 --data.source folder:x",
+            False,
+            "not mirrored, as those of cifar10 are",
+        ),
+        ("cifar10 --data.source npz:x --data.flip", True, "32x32x3, mirrored, with"),
+        ("digits --data.source npz:x", False, "as those of digits 8x8x1, with"),
+    ],
+)
+def test_images_of_ones_own_are_mirrored_only_when_asked(argv, flip, said, capsys):
+    found = arguments.parse(argv.split(), EXPERIMENTS, prog="train")
+    assert found.data.flip == flip
+    shown = capsys.readouterr().out
+    assert said in shown if said else not shown
+
+
+def test_a_short_run_has_a_short_warm_up():
+    cifar = config.replace(cifar10.CONFIG, "train", steps=100)
+    rate = learning.rate(cifar)
+    seen = [float(rate(n)) for n in (0, 10, 25, 90)]
+    assert seen == pytest.approx([0, 8e-5, 2e-4, 2e-4])
+
+
 def test_unknown_experiment_is_named():
     with pytest.raises(errors.ConfigError, match=r"must be one of digits.*got 'cifar'"):
         arguments.parse(["cifar"], EXPERIMENTS, prog="train")
@@ -211,6 +240,8 @@ def test_help_explains_every_field(capsys):
             flag = f"--{key.replace('_', '-')}"
             assert flag in shown or flag.replace(".", ".no-") in shown
     assert "Steps over which the rate rises from 0" in shown
+    for word in ("(resume)", "(sampler, scheduler)", "(NFE)", "(CFG)", "(EMA)"):
+        assert word in shown
 
 
 def test_what_may_differ_when_a_run_goes_on():
@@ -251,7 +282,7 @@ def test_a_size_is_a_side_or_height_and_width(flag, size, shape):
 def test_what_a_change_of_a_field_changes_is_said_of_each():
     """One mark too many lets a run go on, or start, with what it cannot have."""
     train = "stop_at parallel devices fsdp input log_every checkpoint_every keep"
-    train += " keep_every max_skipped deterministic"
+    train += " keep_every max_skipped deterministic epochs measure_every measure_count"
     others = "name output data.path data.download net.conv net.remat sample"
     free = [*others.split(), *(f"train.{name}" for name in train.split())]
     shape = "channels multipliers blocks groups classes label_dropout variant fourier"

@@ -79,7 +79,7 @@ COMMANDS = [
     Breakage(
         "train-lines-not-on-the-disk",
         "diffusion_jax/lab/training/loop.py",
-        "                        runs.to_disk(run)\n",
+        "        runs.to_disk(job.run)\n",
         "",
         "tests/experiments/test_train.py"
         "::test_lines_are_on_the_disk_before_the_checkpoint_that_follows_them",

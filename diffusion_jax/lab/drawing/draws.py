@@ -1,17 +1,16 @@
 """Samples: drawn in batches, as files, or on disk where an evaluation goes on."""
 
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
+from diffusion_jax.errors import counted
 from diffusion_jax.evaluation import pictures
-from diffusion_jax.lab.process import hosts
+from diffusion_jax.lab.process import hosts, progress
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.wiring import chains
@@ -48,8 +47,10 @@ def in_batches(
     """
     size = min(batch_size, count)
     draw = _draw(config, size)
-    quiet = not (hosts.first() and sys.stderr.isatty())
-    with tqdm(total=count, initial=done, unit="image", disable=quiet) as bar:
+    said = f"drawing: {counted(-(-(count - done) // size), 'batch', 'batches')}"
+    if steps := chains.describe_sampling(config).get("steps"):
+        said += f" of {counted(steps, 'step')}"
+    with progress.clock(said, total=count, done=done, shown=hosts.first()) as bar:
         for first in range(done, count, size):
             # The last batch is drawn whole and cut, so that nothing compiles again.
             batch = draw(drawable, key, first)[: count - first]

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from diffusion_jax import editing, samplers
 from diffusion_jax.data import image_files
 from diffusion_jax.data.sizes import largest
-from diffusion_jax.errors import ConfigError, DataError
+from diffusion_jax.errors import ConfigError, DataError, counted
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.drawing import edit_options
 from diffusion_jax.lab.schema import sampling
@@ -40,6 +40,12 @@ class Edited(NamedTuple):
     """What it was given, at the right, if anything was."""
     columns: int = 10
     """Results a row, at most."""
+    names: Sequence[str] = ("image",)
+    """Of what it was given, from left to right."""
+    above: Sequence[str] = ()
+    """A word for each column of results, or none."""
+    left: Sequence[str] = ()
+    """A word for each row of results, or none."""
 
 
 Draw = Callable[[Drawable, jax.Array], Edited]
@@ -75,10 +81,19 @@ def _between(config: Config, options: Any, depths: Sequence[int]) -> Draw:
         for depth in depths:
             rows.append(draws(drawable, key, to_float(a), to_float(b), depth))
             if len(depths) > 1:
-                print(f"  mixed after {depth:,} steps")
-        return Edited(a, np.concatenate(rows), b, options.count)
+                print(f"  mixed after {counted(depth, 'step')}")
+        left = [counted(n, "step") for n in depths] if len(depths) > 1 else []
+        return _from_a_to_b(a, np.concatenate(rows), b, fractions, left)
 
     return draw
+
+
+def _from_a_to_b(
+    a: np.ndarray, results: np.ndarray, b: np.ndarray, fractions: Any, left: Any = ()
+) -> Edited:
+    """Returns rows of images between two, with the share of the second above each."""
+    above = [f"{share:.3g}" for share in fractions]
+    return Edited(a, results, b, len(fractions), ("A", "B"), above, left)
 
 
 def slerp(config: Config, options: edit_options.Slerp) -> Draw:
@@ -99,7 +114,7 @@ def slerp(config: Config, options: edit_options.Slerp) -> Draw:
         ends = ((a, results[:1]), (b, results[-1:]))
         errors = [np.sqrt(np.mean((x - y.astype(float)) ** 2)) for x, y in ends]
         print(f"reconstructions: RMSE {errors[0]:.2f} and {errors[1]:.2f} of 255")
-        return Edited(a, results, b, options.count)
+        return _from_a_to_b(a, results, b, fractions)
 
     return draw
 
@@ -129,7 +144,8 @@ def inpaint(config: Config, options: edit_options.Inpaint) -> Draw:
         results = compiled(config, paint)(drawable, key, to_float(image))
         checks = np.indices(white.shape[1:3]).sum(axis=0)[None, ..., None] % 2
         hole = np.where(white, 96 + 64 * checks, image).astype(np.uint8)
-        return Edited(np.concatenate([image, hole]), results)
+        given = np.concatenate([image, hole])
+        return Edited(given, results, names=("image", "mask"))
 
     return draw
 
@@ -153,7 +169,8 @@ def colorize(config: Config, options: edit_options.Colorize) -> Draw:
 
     def draw(drawable: Drawable, key: jax.Array) -> Edited:
         results = compiled(config, paint)(drawable, key, grey)
-        return Edited(pictures.to_uint8(grey).repeat(3, axis=-1), results)
+        given = pictures.to_uint8(grey).repeat(3, axis=-1)
+        return Edited(given, results, names=("grey",))
 
     return draw
 
@@ -270,12 +287,14 @@ def picture(edited: Edited) -> Image.Image:
     """Returns the results, and at the sides what they were made from."""
     many = len(edited.results)
     columns = min(edited.columns, many)
+    before = 1 if many > columns else len(edited.before)
+    names = edited.names if before == len(edited.before) else ["given"]
     panels = [
-        pictures.grid(part, columns=wide)
-        for part, wide in (
-            (edited.before, 1 if many > columns else len(edited.before)),
-            (edited.results, columns),
-            (edited.after, 1),
+        pictures.labelled(pictures.grid(part, columns=wide), above=above, left=left)
+        for part, wide, above, left in (
+            (edited.before, before, names[:before], ()),
+            (edited.results, columns, edited.above or [""], edited.left),
+            (edited.after, 1, names[before:], ()),
         )
         if part is not None
     ]

@@ -52,10 +52,14 @@ def chain(
     return end, samplers.Trajectory(grid[chosen], x_t / width, x0)
 
 
-def strip(end: np.ndarray, frames: Any) -> Any:
-    """Returns a picture with a row an image: frames [K, B, H, W, C], then the end."""
+def strip(end: np.ndarray, t: np.ndarray, frames: Any) -> Any:
+    """Returns a picture with a row an image: frames [K, B, H, W, C], then the end.
+
+    Above each column stands its time: t, [K], and 0.
+    """
     rows = pictures.to_uint8(np.stack([*frames, end], axis=1))
-    return pictures.grid(rows.reshape(-1, *rows.shape[2:]), columns=rows.shape[1])
+    grid = pictures.grid(rows.reshape(-1, *rows.shape[2:]), columns=rows.shape[1])
+    return pictures.labelled(grid, above=[f"t = {at:,.4g}" for at in (*t, 0)])
 
 
 def shared(config: Config, drawable: Drawable, *, count: int, seed: int) -> Any:
@@ -97,7 +101,9 @@ def shared(config: Config, drawable: Drawable, *, count: int, seed: int) -> Any:
 
         ends = rest(drawable, x_t, jax.random.fold_in(root, i + 1))
         rows.append(np.concatenate([np.asarray(x_t), np.asarray(ends)]))
-    return pictures.grid(pictures.to_uint8(np.concatenate(rows)), columns=count + 1)
+    picture = pictures.grid(pictures.to_uint8(np.concatenate(rows)), columns=count + 1)
+    left = [f"t = {grid[part]:,.4g}" for part in parts]
+    return pictures.labelled(picture, above=["x_t"] + [""] * count, left=left)
 
 
 def quality(

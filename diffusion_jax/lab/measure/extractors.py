@@ -128,12 +128,14 @@ def _classifier(config: Config, dataset: datasets.Dataset) -> Extractor:
     return Extractor(name, judges.WIDTH, apply, details)
 
 
-def check_count(extractor: Extractor, count: int) -> None:
+def check_count(
+    extractor: Extractor, count: int, *, more: str = "Give more with --count."
+) -> None:
     """Raises ConfigError where there are too few samples for the features."""
     if count <= extractor.dimension:
         raise ConfigError(
             f"count must be above {extractor.dimension}, the number of features of "
-            f"{extractor.name}; got {count}. Give more with --count."
+            f"{extractor.name}; got {count}. {more}"
         )
 
 
@@ -150,7 +152,7 @@ def extract(
     features, logits = [], []
     starts = range(0, len(images), batch_size)
     quiet = None if hosts.first() else True
-    for begin in tqdm(starts, desc=label, unit="batch", disable=quiet):
+    for begin in tqdm(starts, desc=label, unit="batch", disable=quiet, leave=False):
         end = min(begin + batch_size, len(images))
         batch = np.asarray(images[np.arange(begin, end)])
         short = batch_size - len(batch)

@@ -4,11 +4,13 @@ import io
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
+from tqdm import tqdm
 
 from diffusion_jax import errors
 from diffusion_jax.lab.process import joining
@@ -35,6 +37,15 @@ def _unraisable(error: Any) -> None:
         sys.__unraisablehook__(error)
 
 
+def note_warnings() -> None:
+    """Has warnings shown as notes in a line each, above a bar if there is one."""
+
+    def show(message: Any, category: Any, *_: Any, **__: Any) -> None:
+        tqdm.write(f"note: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
+
+
 def guarded(main: Callable[[Sequence[str]], int], *, several: bool = False) -> None:
     """Runs a command and leaves with its exit code; 2 and one message for bad input.
 
@@ -45,6 +56,7 @@ def guarded(main: Callable[[Sequence[str]], int], *, several: bool = False) -> N
     from diffusion_jax.checkpoints.checkpoint import CheckpointError
 
     quiet()
+    note_warnings()
     for stream in (sys.stdout, sys.stderr):
         # A path may be no text in any encoding, and is shown all the same.
         if isinstance(stream, io.TextIOWrapper):

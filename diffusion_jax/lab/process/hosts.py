@@ -47,6 +47,11 @@ def tell(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.asarray(value, np.int32)))
 
 
+def tell_number(value: float) -> float:
+    """Returns the first host's number on every host, to the bit of a float32."""
+    return float(np.int32(tell(int(np.float32(value).view(np.int32)))).view(np.float32))
+
+
 def check_same(what: str, text: str) -> None:
     """Raises ConfigError on all hosts unless all have the same text.
 

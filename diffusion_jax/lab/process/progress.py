@@ -1,11 +1,12 @@
 """What a person sees of a long loop: a bar, or lines where there is no terminal."""
 
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -38,7 +39,7 @@ class Progress:
         self.began = begin
         self.shown = time.monotonic()
         self.since: tuple[int, float] | None = None
-        self.rate, self.row = 0.0, Counter(row or {})
+        self.rate, self.row, self.text = 0.0, Counter(row or {}), ""
         self.held, self.begun = 0.0, time.monotonic()
         self.bar = tqdm(
             total=last,
@@ -46,6 +47,7 @@ class Progress:
             file=self.file,
             disable=not self.file.isatty(),
             dynamic_ncols=True,
+            delay=1e-9,  # not before the first step: until then there are words
             bar_format="{percentage:3.0f}% |{bar}| step {n:,}/{total:,}{postfix}",
         )
 
@@ -71,30 +73,41 @@ class Progress:
         if now - then >= 1.0:
             self.rate = (step - before) * self.images / (now - then)
         self.step = step
-        text = self._text(loss)
-        self.bar.set_postfix_str(text, refresh=False)
+        self.text = self._text(loss)
+        self.bar.set_postfix_str(self.text, refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and now - self.shown >= SECONDS_BETWEEN_LINES:
             self.shown = now
-            print(f"step {step:,}/{self.last:,}, {text}", file=self.file, flush=True)
+            print(
+                f"step {step:,}/{self.last:,}, {self.text}", file=self.file, flush=True
+            )
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        tqdm.write(text)
 
     def pause(self) -> None:
         """Leaves what follows, until the next step, out of the speed."""
         self.since = None
+        self.bar.set_postfix_str(self.text, refresh=False)
+
+    def doing(self, what: str) -> None:
+        """Shows on the bar what the next step waits for."""
+        self.bar.set_postfix_str(what)
 
     @contextmanager
     def held_up(self) -> Iterator[None]:
-        """Counts what is done within, such as saving, as time the run was held up."""
+        """Counts what is done within, such as saving, as time that no step was made."""
         since = time.monotonic()
         yield
         self.held += time.monotonic() - since
 
     def held_up_for(self) -> str:
-        """Returns how long that was in all, and its share since the first step."""
-        if self.step <= self.began + 1:
+        """Returns how long that was, and in a run of a minute or more its share."""
+        whole = time.monotonic() - self.begun
+        if self.step <= self.began + 1 or whole < 60:
             return f"{self.held:.1f} s"
-        share = self.held / (time.monotonic() - self.begun)
-        return f"{self.held:.1f} s, {share:.1%} of the time since the first step"
+        return f"{self.held:.1f} of {whole:.1f} s"
 
     def close(self) -> None:
         """Leaves the bar on the screen as it stands."""
@@ -107,3 +120,53 @@ class Progress:
             clock = tqdm.format_interval(left)
             text += f", {self.rate:,.0f} images/s, {clock} left"
         return text
+
+
+@contextmanager
+def clock(
+    text: str, *, total: int = 1, done: int = 0, shown: bool = True
+) -> Iterator[Any]:
+    """Shows a clock until the first part of some work is done, then a bar.
+
+    A chain is one program, which says nothing while it runs: no share of it is known,
+    and a bar would stand at nothing. Where there is no terminal nothing is shown.
+
+    Args:
+      text: what is being done.
+      total: images that there will be.
+      done: how many there are already.
+      shown: whether this process shows anything.
+
+    Yields:
+      The bar, whose `update` takes how many images have come.
+    """
+    quiet = not (shown and sys.stderr.isatty())
+    bar = tqdm(
+        total=total,
+        initial=done,
+        desc=text,
+        unit="image",
+        disable=quiet,
+        dynamic_ncols=True,
+        bar_format="{desc}, {elapsed} so far",
+        leave=False,
+    )
+    over = threading.Event()
+
+    def tick() -> None:
+        while not over.wait(1.0):
+            if bar.n > done:
+                bar.bar_format = None
+            bar.refresh()
+
+    with bar:
+        if quiet:
+            yield bar
+            return
+        thread = threading.Thread(target=tick, daemon=True)
+        thread.start()
+        try:
+            yield bar
+        finally:
+            over.set()
+            thread.join()

@@ -1,9 +1,12 @@
 """What a run logs: a line of metrics each train.log_every steps, and what it skipped.
 
 <run>/metrics.jsonl has, by step, the mean "loss" and "grad_norm" of the steps since the
-line before that were not skipped, how many were ("skipped"), and where some were, how
-many by each of their "causes": what was not finite. It is the same, to the byte, for
-two equal runs; what differs, the speed, is in <run>/speed.jsonl.
+line before that were not skipped; "loss_by_time", the loss of the examples in each
+quarter of the times, from little noise to much; the "learning_rate" of the last of
+these steps; the "held_out_loss" of the last step, where images are held out; how many
+were "skipped", and where some were, how many by each of their
+"causes": what was not finite. It is the same, to the byte, for two equal runs; what
+differs, the speed, is in <run>/speed.jsonl.
 """
 
 import time
@@ -47,15 +50,15 @@ def record(log: Log, step: int, metrics: dict[str, jax.Array]) -> None:
       DivergedError: too many were skipped in a row to hope for a later one.
     """
     config, run, shown, pending, names = log
-    values = {name: float(value) for name, value in metrics.items()}
+    values = {k: v.tolist() for k, v in jax.device_get(metrics).items()}
     cause = CAUSES[int(values["cause"])]
     if cause:
         shown.update(step, None, cause)
         pending.append({"skipped": 1.0, "cause": cause})
     else:
         shown.update(step, values["loss"])
-        kept = ("loss", "grad_norm", "skipped")
-        pending.append({name: values[name] for name in kept})
+        dropped = ("cause", "tensor")
+        pending.append({k: v for k, v in values.items() if k not in dropped})
     if shown.row.total() >= config.train.max_skipped:
         at = int(values["tensor"]) if cause == "gradient" else -1
         first = f", at step {step} first the gradient of {names[at]}" if at >= 0 else ""
@@ -83,6 +86,10 @@ def summary(step: int, pending: list[dict[str, Any]]) -> dict[str, Any]:
 
     >>> summary(3, [{"loss": 2.0, "grad_norm": 1.0, "skipped": 0.0}] * 2)
     {'step': 3, 'loss': 2.0, 'grad_norm': 1.0, 'skipped': 0}
+    >>> one = {"learning_rate": 0.5, "quarters": [[6.0, 1.0, 2.0, 0.0], [2, 1, 1, 0]]}
+    >>> line = summary(3, [{"loss": 2.0, "grad_norm": 1.0, "skipped": 0.0, **one}])
+    >>> line["learning_rate"], line["loss_by_time"]
+    (0.5, [3.0, 1.0, 2.0, None])
     >>> summary(3, [{"skipped": 1.0, "cause": "loss"}])["causes"]
     {'loss': 1}
     """
@@ -91,7 +98,15 @@ def summary(step: int, pending: list[dict[str, Any]]) -> dict[str, Any]:
         name: float(np.mean([p[name] for p in made])) if made else None
         for name in ("loss", "grad_norm")
     }
-    line = {"step": step, **mean, "skipped": len(pending) - len(made)}
+    line: dict[str, Any] = {"step": step, **mean, "skipped": len(pending) - len(made)}
+    known = [p for p in made if "quarters" in p]  # not of those an older version made
+    if known:
+        sums, counts = np.sum([p["quarters"] for p in known], axis=0)
+        pairs = zip(sums.tolist(), counts.tolist(), strict=True)
+        each = [s / n if n else None for s, n in pairs]
+        line |= {"loss_by_time": each, "learning_rate": known[-1]["learning_rate"]}
+    if "held_out_loss" in pending[-1]:
+        line["held_out_loss"] = pending[-1]["held_out_loss"]
     causes = Counter(p["cause"] for p in pending if p["skipped"])
     return line | ({"causes": dict(sorted(causes.items()))} if causes else {})
 
@@ -115,9 +130,8 @@ def score(config: Config, run: runs.Run, step: int) -> float | None:
     losses = [line.get("loss") for line in lines if since < line["step"] <= step]
     known = [loss for loss in losses if loss is not None]
     # All hosts have the first one's, to the bit.
-    mean = np.float32(np.mean(known) if known else np.nan)
-    mean = np.int32(hosts.tell(int(mean.view(np.int32)))).view(np.float32)
-    return None if np.isnan(mean) else float(mean)
+    mean = hosts.tell_number(np.mean(known) if known else np.nan)
+    return None if np.isnan(mean) else mean
 
 
 def in_words(causes: Mapping[str, int]) -> str:

@@ -18,6 +18,20 @@ def write(run: runs.Run, name: str, result: dict[str, Any]) -> Path:
     return path
 
 
+IN_TRAINING = "fid_training"
+"""The name of those that a run made while it was trained."""
+
+
+def in_training(run: runs.Run) -> dict[int, float]:
+    """Returns the distances that a run measured of itself, by step; the newest."""
+    found = {}
+    for name, values in _every(run):
+        if name == IN_TRAINING:
+            (number,) = values["numbers"].values()
+            found[values["training_step"]] = number["mean"]
+    return found
+
+
 def read(run: runs.Run, digest: str) -> list[tuple[str, dict[str, Any]]]:
     """Returns the results of just these weights by name, the newest last.
 
@@ -32,11 +46,18 @@ def read(run: runs.Run, digest: str) -> list[tuple[str, dict[str, Any]]]:
         (path.stem, _parsed(path.read_text(errors="replace")))
         for path in sorted(folder.glob("*.json"))
     ]
-    if (folder / ALL).is_file():
-        for line in (folder / ALL).read_text(errors="replace").splitlines():
+    found += _every(run)
+    return [(name, v) for name, v in found if v.get("weights_sha256") == digest]
+
+
+def _every(run: runs.Run) -> list[tuple[str, dict[str, Any]]]:
+    """Returns all results that there ever were, with their names."""
+    path, found = run.folder / "eval" / ALL, []
+    if path.is_file():
+        for line in path.read_text(errors="replace").splitlines():
             values = _parsed(line)
             found.append((str(values.pop("name", "")), values))
-    return [(name, v) for name, v in found if v.get("weights_sha256") == digest]
+    return found
 
 
 def _parsed(text: str) -> dict[str, Any]:

@@ -294,8 +294,9 @@ def check_room(run: Run, state: Any, there: int, keep: int) -> None:
     # The newest, the best, and the one that is being written before another goes.
     wanted = max(1, keep + 2 - there)
     if fits < wanted:
+        room = errors.counted(fits, "checkpoint")
         hosts.say(
-            f"note: the disk of {run.folder} has room for {fits} checkpoints of {each} "
+            f"note: the disk of {run.folder} has room for {room} of {each} "
             f"more; train.keep = {keep} takes up to {wanted}"
         )
 

@@ -57,9 +57,10 @@ def _run(config: Config) -> Problems:
     length = len(config.name.encode("utf-8", "surrogatepass"))
     if length > 200:  # of the 255 of a file system: some go to endings of our own
         yield "name", "at most 200 bytes long", length
-    if train.keep_every and train.keep_every % train.checkpoint_every:
-        must = f"a multiple of train.checkpoint_every, {train.checkpoint_every}"
-        yield "train.keep_every", must
+    for name in ("keep_every", "measure_every"):
+        if (getattr(train, name) or 0) % train.checkpoint_every:
+            must = f"a multiple of train.checkpoint_every, {train.checkpoint_every}"
+            yield f"train.{name}", must
 
 
 def _network(config: Config) -> Problems:
@@ -87,7 +88,7 @@ def _network(config: Config) -> Problems:
 
 
 def _optimizer(config: Config) -> Problems:
-    train, optimizer = config.train, config.optimizer
+    optimizer = config.optimizer
     if not optimizer.ema_decay:
         yield "optimizer.ema_decay", "at least one decay", "none"
     tracked = (*optimizer.ema_decay, *optimizer.ema_lengths)
@@ -95,8 +96,6 @@ def _optimizer(config: Config) -> Problems:
         yield "optimizer.ema_decay", "different from each other and lengths", tracked
     if optimizer.ema_snapshots and not optimizer.ema_lengths:
         yield "optimizer.ema_lengths", "given, for there to be snapshots", "none"
-    if optimizer.decay == "cosine" and optimizer.warmup >= train.steps:
-        yield "optimizer.warmup", f"below train.steps = {train.steps}"
 
 
 def _batches(config: Config) -> Problems:

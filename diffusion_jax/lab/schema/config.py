@@ -1,6 +1,7 @@
 """The configuration of an experiment: frozen dataclasses, to and from JSON."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -77,6 +78,9 @@ class Data:
     """1 for grey, 3 for RGB."""
     flip: bool = False
     """Whether half of the images are mirrored left to right, at random."""
+    hold_out: Share = 0.0
+    """Share of the images that training never sees, always the same ones: their loss is
+    in metrics.jsonl, and other commands take them for the test images."""
     download: Annotated[bool, FREE] = True
     """Whether a missing official archive may be downloaded."""
     skip_unreadable: bool = False
@@ -174,7 +178,7 @@ class Net:
     """Classes to condition on; 0 for none. The data must have as many labels."""
     label_dropout: Annotated[Share, SHAPE] = 0.1
     """With classes: share of labels left out in training, so that the network can also
-    do without, as classifier-free guidance asks of it."""
+    do without, as classifier-free guidance (CFG) asks of it."""
     variant: Annotated[Literal["official", "diffusers"], SHAPE] = "official"
     """Whose constants: those of the authors' code, or the defaults of diffusers, for
     networks that were trained with them."""
@@ -188,7 +192,7 @@ _Length = Annotated[float, Must("above 0 and at most 0.28", lambda n: 0 < n <= 0
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Adam, and the average of the weights."""
+    """Adam, and the average of the weights (EMA)."""
 
     preset: Literal["official", "modern"] = "modern"
     """official: Adam with TensorFlow's epsilon, the gradient of each of `replicas`
@@ -197,7 +201,7 @@ class Optimizer:
     learning_rate: Positive = 2e-4
     """After the warm-up."""
     warmup: Whole = 5000
-    """Steps over which the rate rises from 0."""
+    """Steps over which the rate rises from 0; at most a quarter of the run."""
     decay: Literal["constant", "cosine"] = "constant"
     """What the rate does after the warm-up: stay, or fall to 0 at the last step."""
     b2: Share = 0.999
@@ -208,8 +212,8 @@ class Optimizer:
     """Parts of the batch that the official preset clips one by one: the TPU cores of
     the original."""
     ema_decay: tuple[Share, ...] = (0.9999,)
-    """Decay of the moving average a step; of several, the first is the one to sample
-    from."""
+    """Decay of the moving average (EMA) a step; of several, the first is the one to
+    sample from."""
     ema_lengths: tuple[_Length, ...] = ()
     """Lengths of power-function averages beside them, as shares of the run: 0.05 0.1,
     say."""
@@ -224,9 +228,11 @@ class Train:
 
     steps: Count = 800_000
     """Updates to make in all."""
+    epochs: Annotated[Positive | None, FREE] = None
+    """In place of steps: how often every image is seen."""
     stop_at: Annotated[Count | None, FREE] = None
     """Step to stop at, with a checkpoint, before the run is complete; the same command
-    without this goes on."""
+    without this goes on (resumes)."""
     batch_size: Annotated[int, between(1, 2**20)] = 128
     """Images a step, over all devices and hosts."""
     accumulate: Count = 1
@@ -249,9 +255,16 @@ class Train:
     checkpoint_every: Annotated[Count, FREE] = 10_000
     """Steps between two checkpoints; the last step always has one."""
     keep: Annotated[Count, FREE] = 3
-    """How many of the newest checkpoints stay; so does the one of the lowest loss."""
+    """How many of the newest checkpoints stay; so does the one of the lowest loss, or
+    distance where that is measured."""
     keep_every: Annotated[Count | None, FREE] = None
     """Checkpoints of steps that are multiples of it stay for good."""
+    measure_every: Annotated[Count | None, FREE] = None
+    """Steps between two measurements of how far samples are from the images (FID, or
+    the distance by a classifier, as eval_fid says); a multiple of checkpoint_every.
+    Results go to eval/results.jsonl, and the checkpoint of the lowest stays."""
+    measure_count: Annotated[Count, FREE] = 2500
+    """Samples of each measurement; more than the extractor has features."""
     max_skipped: Annotated[Count, FREE] = 20
     """Steps skipped in a row, as not finite, at which the run is given up."""
     deterministic: Annotated[bool, FREE] = False
@@ -300,6 +313,28 @@ def replace(config: Config, section: str, **fields: Any) -> Config:
     """
     changed = dataclasses.replace(getattr(config, section), **fields)
     return dataclasses.replace(config, **{section: changed})
+
+
+def warmup(config: Config) -> int:
+    """Returns the steps of the warm-up: those asked for, or a quarter of a short run.
+
+    >>> warmup(Config()), warmup(replace(Config(), "train", steps=400))
+    (5000, 100)
+    """
+    return min(config.optimizer.warmup, config.train.steps // 4)
+
+
+def with_epochs(config: Config, images: int) -> Config:
+    """Returns the configuration with the steps in which its epochs see all images.
+
+    >>> with_epochs(replace(Config(), "train", epochs=2.5), 1000).train.steps
+    20
+    """
+    plan = config.train
+    if plan.epochs is None:
+        return config
+    steps = max(1, math.ceil(plan.epochs * images / plan.batch_size))
+    return replace(config, "train", steps=steps)
 
 
 def official(config: Config) -> Config:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
 import diffusion_jax
+from diffusion_jax.errors import counted
 from diffusion_jax.lab.schema.facts import (
     Count,
     Must,
@@ -89,10 +90,10 @@ class Sampling:
     """How a command draws samples: what is given replaces what the run has."""
 
     sampler: RuleName | None = None
-    """Sampling rule; the run's when not given, with what the run says of it. Another
-    rule comes with its own defaults for all that follows."""
+    """Sampling rule (sampler, scheduler); the run's when not given, with what the run
+    says of it. Another rule comes with its own defaults for all that follows."""
     steps: Count | None = None
-    """Reverse steps."""
+    """Reverse steps: of most rules as many evaluations of the network (NFE)."""
     grid: Grid | None = None
     """Which times the steps go through: evenly spaced, denser near the data, evenly
     spaced in log-SNR, or as Karras et al. 2022."""
@@ -125,7 +126,7 @@ class Sampling:
     label: Whole | None = None
     """Class to draw, of a network with classes; all in turn when not given."""
     guidance: Annotated[float | None, at_least(0)] = None
-    """Classifier-free guidance: 1 is none, more is more of the class."""
+    """Classifier-free guidance (CFG): 1 is none, more is more of the class."""
     guidance_interval: Annotated[
         tuple[float, float] | None, Must("rising, from 0", lambda v: 0 <= v[0] < v[1])
     ] = None
@@ -140,9 +141,11 @@ class Sample(Sampling):
     """The pictures made while training."""
 
     sampler: RuleName = "ddpm"
-    """Sampling rule; each has its own defaults for what is not given."""
+    """Sampling rule (sampler, scheduler); each has its own defaults for what is not
+    given."""
     steps: Count | None = None
-    """Reverse steps; for ddpm all T when not given."""
+    """Reverse steps, mostly as many evaluations of the network (NFE); for ddpm all T
+    when not given."""
     variance: Variance | None = None
     """Variance of the reverse steps of ddpm; diffusion.variance when not given."""
     every: Count = 10_000
@@ -204,7 +207,7 @@ def describe(found: dict[str, Any]) -> str:
     if "grid" not in found:
         return f"{rule} ({', '.join(said)})"
     said.append(f"{found['grid']} grid")
-    return f"{found['steps']} steps of {rule} ({', '.join(said)})"
+    return f"{counted(found['steps'], 'step')} of {rule} ({', '.join(said)})"
 
 
 def problems(sample: Sample) -> Iterator[tuple[str, str]]:

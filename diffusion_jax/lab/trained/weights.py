@@ -34,7 +34,7 @@ class Weights:
     """Which weights to use."""
 
     raw: bool = False
-    """Whether to use the last weights instead of their moving average."""
+    """Whether to use the last weights instead of their moving average (EMA)."""
     average: float | None = None
     """Which average to use: a decay that the run tracked, such as 0.999, or the length
     of a power-function average, a share of the training up to 0.28, such as 0.08; the

@@ -20,8 +20,8 @@ class Training:
     """What is to be trained, and how to take what is there already."""
 
     strict: bool = False
-    """Refuse to go on where the newest checkpoint is damaged, instead of going on from
-    the newest that verifies."""
+    """Refuse to go on (resume) where the newest checkpoint is damaged, instead of going
+    on from the newest that verifies."""
     force: bool = False
     """Go on with other values than the run was begun with. What the network and the
     optimizer are made of must still fit the checkpoint."""
@@ -66,7 +66,8 @@ def parse_training(
             prog=f"{prog} {name}",
             # Indented, a table keeps its lines.
             description=f"{textwrap.indent(inspect.cleandoc(experiment.doc), '  ')}\n\n"
-            f"Other experiments, to be named before the first flag: {others}.",
+            f"Other experiments, to be named before the first flag: {others}.\n\n"
+            "The same command again goes on where the run stopped (resume).",
         )
 
     base = experiment.config
@@ -74,6 +75,17 @@ def parse_training(
     if given.official:  # flags of its fields still count
         base = config.official(base)
         given = read(base)
+    own = given.config.data.source.startswith(("folder:", "npz:", "idx:"))
+    if own and given.config.data.source != base.data.source:
+        # That half may be mirrored is known of the experiment's own: letters may not.
+        given = read(config.replace(base, "data", flip=False))
+        print(inherited(name, base, given.config))
+        base = config.replace(base, "data", flip=False)
+    if given.config.train.epochs and given.config.train.steps != base.train.steps:
+        raise errors.ConfigError(
+            "train.steps must be left out with train.epochs, which decides it; got "
+            f"{given.config.train.steps}. Change it with --train.epochs alone."
+        )
     # Loads Flax and Optax: not for --help, nor for a flag that does not exist.
     from diffusion_jax.lab.training import initial
 
@@ -85,6 +97,17 @@ def parse_training(
     checks.validate(chosen)
     checks.of_training(chosen)
     return dataclasses.replace(given, config=chosen)
+
+
+def inherited(name: str, base: config.Config, given: config.Config) -> str:
+    """Returns in words what one's own images have of an experiment, and what not."""
+    shape, ending = "x".join(map(str, given.data.shape)), ""
+    if given.data.flip:
+        shape += ", mirrored"
+    elif base.data.flip:
+        ending = f"; not mirrored, as those of {name} are: that is --data.flip"
+    of = f"network and training of {name}"
+    return f"your own images, as those of {name} {shape}, with the {of}{ending}"
 
 
 def parse_with(

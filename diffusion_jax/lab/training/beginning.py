@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -201,7 +202,12 @@ def compiling(
     step: parallel.Step, fed: feed.Feed, config: Config, mesh: Any
 ) -> Iterator[None]:
     """Compiles the training step while what is within is done."""
-    print("compiling the training step", flush=True)
+    kept = Path(config.output) / ".cache"
+    print(
+        "compiling the training step: seconds to minutes, without a sign; the program "
+        f"is kept in {kept}/ for the next start",
+        flush=True,
+    )
     state = state_like(config, mesh)
     with closing(fed.batches(0, 1)) as batches:
         batch = next(batches)

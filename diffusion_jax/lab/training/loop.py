@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.data import datasets
-from diffusion_jax.errors import MissingError, first_of
+from diffusion_jax.errors import MissingError, counted, first_of
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.process import hosts, stopping
 from diffusion_jax.lab.process.progress import Progress
-from diffusion_jax.lab.run_folder import history, lock, runs
-from diffusion_jax.lab.schema.config import Config
+from diffusion_jax.lab.run_folder import history, lock, results, runs
+from diffusion_jax.lab.schema import checks
+from diffusion_jax.lab.schema.config import Config, warmup, with_epochs
 from diffusion_jax.lab.trained import weights
-from diffusion_jax.lab.training import beginning, initial
+from diffusion_jax.lab.training import beginning, initial, measuring
 from diffusion_jax.lab.wiring import build, chains, learning
 from diffusion_jax.storage import trees
 from diffusion_jax.training import compilation, determinism, feed, flat, parallel
@@ -33,6 +35,10 @@ class Job(NamedTuple):
     feed: feed.Feed
     step: parallel.Step
     manager: Any
+    ruler: measuring.Ruler | None
+    """What it is measured with meanwhile, if it is."""
+    held_out_loss: Callable[[Any], jax.Array] | None
+    """From parameters to the loss of the held-out images, if there are any."""
     signals: stopping.Requests
     """The signals that asked for the end."""
     started: float
@@ -96,13 +102,18 @@ def _train(
     dataset: datasets.Dataset | None,
 ) -> int:
     """As `train`, in a folder that is this process's alone."""
+    parts = None
+    if config.train.epochs is not None:
+        parts = build.load_parts(config, dataset)
+        config = with_epochs(config, len(parts[0].images))
+        checks.validate(config)
     beginning.check_hosts(config, run)
     beginning.check_same_run(config, run, force=force)
     parallel.persistent_cache(Path(config.output).resolve() / ".cache")
     chains.make_grid(config)  # which may be refused, and had better be now
     mesh = parallel.make_mesh(config.train.devices, config.train.fsdp)
     parallel.check_batch_size(config.train.batch_size, mesh.size)
-    dataset = build.load_data(config) if dataset is None else dataset
+    dataset, held = parts or build.load_parts(config, dataset)
     hosts.check_same("the images", f"{dataset.images.shape}")
     if note := beginning.few_images(config, len(dataset.images)):
         hosts.say(note)
@@ -113,19 +124,25 @@ def _train(
     newest = hosts.tell(max(steps, default=-1))
     params = initial.params(config) if newest < 0 else None
     busy: AbstractContextManager[None] = nullcontext()
+    ruler = measuring.make(config, dataset) if newest < plan.steps else None
     if newest < plan.steps:
         runs.check_room(run, learning.state_shapes(config), len(steps), plan.keep)
         busy = beginning.compiling(step, fed, config, mesh)
+    describe(config, run, mesh, dataset, fed, held)
     with ExitStack() as left:
         with busy:
             folder = checkpoint.open_folder(
                 run.checkpoints, keep=plan.keep, keep_every=plan.keep_every
             )
             manager = left.enter_context(folder)
+            manager.keep.scores |= measuring.scores(config, run, steps)
             begun = beginning.start(config, run, mesh, manager, params, strict=strict)
-        describe(config, run, mesh, dataset, fed, begun.state)
+        describe_start(config, int(begun.state.step), len(dataset.images))
         begun = begun._replace(state=learning.as_trained(config, begun.state, mesh))
-        job = Job(config, run, mesh, fed, step, manager, signals, started, before)
+        loss = None if held is None else measuring.held_out_loss(config, mesh, held)
+        job = Job(
+            config, run, mesh, fed, step, manager, ruler, loss, signals, started, before
+        )
         state = loop(job, begun)
     return finish(job, state)
 
@@ -136,18 +153,18 @@ def describe(
     mesh: Any,
     dataset: datasets.Dataset,
     fed: feed.Feed,
-    state: TrainState,
+    held: datasets.Dataset | None,
 ) -> None:
-    """Prints what is going to happen."""
-    weights_of = jax.eval_shape(flat.unpack_all, state.params)
-    count = sum(x.size for x in jax.tree.leaves(weights_of))
+    """Prints what is going to be trained, on what, and where it goes."""
+    count = sum(x.size for x in jax.tree.leaves(learning.state_shapes(config).params))
     shape = "x".join(str(n) for n in dataset.images.shape[1:])
     device = mesh.devices.flat[0].device_kind
-    step, last = int(state.step), config.train.steps
     if left := beginning.signal_left(config):
         print(left)
     print(
-        f"{config.name}: {len(dataset.images):,} images of {shape}, {count:,} weights"
+        f"{config.name}: {counted(len(dataset.images), 'image')} of {shape}, "
+        f"{counted(count, 'weight')}"
+        f"{'' if held is None else f'; {len(held.images):,} more are held out'}"
     )
     if dataset.classes:
         each = [f"{place} {name}" for place, name in enumerate(dataset.classes)]
@@ -155,10 +172,21 @@ def describe(
     strategy = config.train.parallel
     print(f"{mesh.size} x {device}, strategy {strategy}; all in {run.folder}/")
     print(f"input: {feed.describe(fed)}")
+
+
+def describe_start(config: Config, step: int, images: int) -> None:
+    """Prints from where training goes on, or that there is nothing left to do."""
+    last, rises = config.train.steps, warmup(config)
     if step >= last:
         print(f"the run is complete at step {step:,}")
-    else:
-        print(f"{'going on from' if step else 'starting at'} step {step:,} of {last:,}")
+        return
+    begins = "going on from" if step else "starting at"
+    epochs = last * config.train.batch_size / images
+    if rises < config.optimizer.warmup:
+        asked = config.optimizer.warmup
+        print(f"a short run: its warm-up is {counted(rises, 'step')}, not {asked:,}")
+    said = f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.3g}"
+    print(f"{begins} step {step:,} of {last:,}, {said} epochs in all", flush=True)
 
 
 def loop(job: Job, begun: beginning.Begun) -> TrainState:
@@ -188,6 +216,8 @@ def loop(job: Job, begun: beginning.Begun) -> TrainState:
                 jax.block_until_ready(metrics)
                 describe_first(job)
                 job.signals.note()
+            if job.held_out_loss and (step + 1) % plan.log_every == 0:
+                metrics["held_out_loss"] = job.held_out_loss(state.params)
             waiting.append((step + 1, metrics))
             stop = stops(step + 1, step + 1 == last)
             saves = stop or (step + 1) % plan.checkpoint_every == 0
@@ -204,12 +234,10 @@ def loop(job: Job, begun: beginning.Begun) -> TrainState:
                     whole = learning.as_stored(state, job.mesh)
                     if snaps:  # before the checkpoint: a run would go on without them
                         weights.save_snapshots(run, config, whole)
-                    if saves:
-                        meta = {"pending": [*log.pending], "row": dict(shown.row)}
-                        runs.to_disk(run)
-                        mean = history.score(config, run, step + 1)
-                        checkpoint.save(job.manager, step + 1, whole, meta, score=mean)
+                if saves:
+                    save(job, log, whole, score_of(job, shown, draw, whole))
                 if draws:
+                    shown.doing(f"drawing {counted(sample.count, 'sample')}")
                     write_grid(config, run, draw, whole)
                 del whole
                 shown.pause()
@@ -220,8 +248,35 @@ def loop(job: Job, begun: beginning.Begun) -> TrainState:
     job.signals.done()
     shown.close()
     if last > begin:
-        print(f"checkpoints held the run up for {shown.held_up_for()}")
+        print(f"time spent on checkpoints: {shown.held_up_for()}")
     return state
+
+
+def save(job: Job, log: history.Log, state: TrainState, score: float | None) -> None:
+    """Writes a checkpoint in the background, after what was logged before it."""
+    with log.shown.held_up():
+        meta = {"pending": [*log.pending], "row": dict(log.shown.row)}
+        runs.to_disk(job.run)
+        checkpoint.save(job.manager, int(state.step), state, meta, score=score)
+
+
+def score_of(job: Job, shown: Progress, draw: Any, state: TrainState) -> float | None:
+    """Returns by what the checkpoint of a state is compared with others.
+
+    The distance of samples, where the run is measured at this step; where it never is,
+    the logged loss.
+    """
+    config, run, step = job.config, job.run, int(state.step)
+    if job.ruler is None:
+        return history.score(config, run, step)
+    if not measuring.due(config, step):
+        return None
+    shown.doing(f"measuring {counted(config.train.measure_count, 'sample')}")
+    drawable = chains.Drawable(parallel.whole(state.ema_params))
+    value = measuring.measure(job.ruler, config, run, draw, drawable, step)
+    if hosts.first():
+        shown.say(f"step {step:,}: {job.ruler.name} {value:.4g}")
+    return value if np.isfinite(value) else None
 
 
 def describe_first(job: Job) -> None:
@@ -241,7 +296,8 @@ def write_grid(config: Config, run: runs.Run, draw: Any, state: TrainState) -> N
     key = jax.random.key(config.train.seed)
     drawn = draw(chains.Drawable(parallel.whole(state.ema_params)), key)
     if hosts.first():
-        grid = pictures.grid(pictures.to_uint8(drawn))
+        classes = chains.count_classes(config)
+        grid = pictures.by_class(pictures.to_uint8(drawn), classes)
         pictures.save(grid, grid_path(run, int(state.step)))
 
 
@@ -282,8 +338,11 @@ def finish(job: Job, state: TrainState) -> int:
         return 0
     skipped = history.skipped(run)
     if skipped:
-        count = f"{skipped.total():,} steps were skipped"
-        print(f"{count}; what was not finite: {history.in_words(skipped)}")
+        were = "was" if skipped.total() == 1 else "were"
+        count = counted(skipped.total(), "step")
+        print(
+            f"{count} {were} skipped; what was not finite: {history.in_words(skipped)}"
+        )
     minutes, left = divmod(round(seconds), 60)
     print(
         f"done: step {step:,}, {minutes} min {left} s since the start of this command"
@@ -292,5 +351,10 @@ def finish(job: Job, state: TrainState) -> int:
     print(f"  loss         {plot}")
     print(f"  metrics      {run.metrics}")
     print(f"  checkpoints  {run.checkpoints}/")
+    if job.ruler is not None:
+        found = results.in_training(run)
+        best = min(found, key=lambda at: found[at])
+        said = f"{found[step]:.4g} now, {found[best]:.4g} at step {best:,}"
+        print(f"  {job.ruler.name:<12} {said}, the lowest, whose checkpoint stays")
     print(f"more samples: python -m experiments.sample {run.folder}")
     return 0

@@ -189,8 +189,41 @@ def load_data(
 
     Args:
       config: the configuration.
-      split: "train" or "test".
+      split: "train" or "test"; those held out are the latter.
       labelled: whether their labels are needed though the network is not told them.
+
+    Raises:
+      ConfigError, DataError: as `load_parts`; there are no test images.
+    """
+    if not config.data.hold_out:
+        return _load(config, split, labelled=labelled)
+    train, held = load_parts(config, labelled=labelled)
+    return train if split == "train" or held is None else held
+
+
+def load_parts(
+    config: Config, dataset: datasets.Dataset | None = None, *, labelled: bool = False
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """Returns the images to train on, and those held out if any are.
+
+    Args:
+      config: the configuration.
+      dataset: all images, where they are not those that it names.
+      labelled: as of `load_data`.
+
+    Raises:
+      ConfigError, DataError: they cannot be had, or are too few.
+    """
+    whole = dataset
+    if whole is None:
+        whole = _load(config, "train", labelled=labelled)
+    if not config.data.hold_out:
+        return whole, None
+    return datasets.held_out(whole, config.data.hold_out)
+
+
+def _load(config: Config, split: str, *, labelled: bool) -> datasets.Dataset:
+    """As `load_data`, without any held out.
 
     Raises:
       ConfigError: they do not have the configured size or channels, or nobody said

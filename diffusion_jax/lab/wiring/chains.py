@@ -141,6 +141,20 @@ def labels_of(
     return (jnp.asarray(first) + jnp.arange(count)) % classes
 
 
+def count_classes(config: Config, drawable: Drawable | None = None) -> int:
+    """Returns how many classes are drawn in turn; 0 where all samples are of one.
+
+    Args:
+      config: the configuration.
+      drawable: what is drawn with, where a classifier may guide.
+    """
+    if config.sample.label is not None:
+        return 0
+    if config.sample.classifier_guidance and drawable is not None:
+        return len(drawable.classifier["logits"]["bias"])
+    return config.net.classes
+
+
 def make_rule(
     config: Config, denoise: gaussian.Denoiser, levels: schedule.Schedule
 ) -> samplers.Sampler:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from diffusion_jax import gaussian, learned, losses, schedule, timesteps, weightings
-from diffusion_jax.lab.schema.config import Config, micro_batches, replace
+from diffusion_jax.lab.schema.config import Config, micro_batches, replace, warmup
 from diffusion_jax.lab.wiring.build import (
     init_params,
     is_continuous,
@@ -36,9 +36,9 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 def rate(config: Config) -> optax.Schedule:
     """Returns the learning rate as a function of the step."""
-    o = config.optimizer
+    o, rises = config.optimizer, warmup(config)
     steps = config.train.steps if o.decay == "cosine" else None
-    return state.learning_rate(o.learning_rate, warmup=o.warmup, decay_steps=steps)
+    return state.learning_rate(o.learning_rate, warmup=rises, decay_steps=steps)
 
 
 def may_overflow(config: Config) -> bool:
@@ -186,7 +186,7 @@ def draw_times(
     return timesteps.steps(u, d.num_steps), one
 
 
-def make_loss(config: Config) -> state.LossFn:
+def make_loss(config: Config, *, train: bool = True) -> state.LossFn:
     """Returns the loss of a batch {"image": uint8 [B, H, W, C], "position": [B]}.
 
     With classes the batch has a "label", [B], too. Flip, time, noise and whether the
@@ -194,8 +194,13 @@ def make_loss(config: Config) -> state.LossFn:
     batch, so they are the same however the batch is spread or cut. Only dropout, drawn
     for a whole micro-batch at a time, is not.
 
-    Where times are drawn by importance the loss takes a memory and returns what it has
-    seen, as `state.make_step` asks of a loss that remembers.
+    It takes a memory, of which times drawn by importance are made, and returns beside
+    the mean what it has seen, as `state.make_step` asks of a loss that remembers: each
+    example's time and loss.
+
+    Args:
+      config: the configuration.
+      train: whether there is dropout.
     """
 
     def loss_fn(
@@ -216,7 +221,7 @@ def make_loss(config: Config) -> state.LossFn:
         t, weight = draw_times(config, key_t, position, levels, memory)
 
         def denoiser(levels: schedule.Schedule) -> gaussian.Denoiser:
-            options = {"train": True, "rngs": {"dropout": dropout_key}}
+            options = {"train": train, "rngs": {"dropout": dropout_key}}
             apply = make_apply(config, params, levels, **options)
             given = apply if label is None else lambda x, t: apply(x, t, label)
             return make_denoiser(config, given, levels)
@@ -230,9 +235,7 @@ def make_loss(config: Config) -> state.LossFn:
             each = _loss_at(config, denoiser(levels), levels, x0, eps, t)
         return (weight * each).mean(), {"t": t, "loss": each}
 
-    if config.diffusion.density == "importance":
-        return loss_fn
-    return lambda params, batch, key: loss_fn(params, batch, key)[0]
+    return loss_fn
 
 
 def _loss_at(
@@ -313,7 +316,8 @@ def make_pure_step(config: Config, mesh: jax.sharding.Mesh) -> state.StepFn:
     if strategy != "mesh" and official:
         parts = max(1, parts // mesh.size)
     loss_fn = parallel.gathered(flat.of_tree(make_loss(config)), mesh)
-    return state.make_step(
+    rate_at = rate(config)
+    made = state.make_step(
         loss_fn,
         make_optimizer(config),
         averages=make_averages(config),
@@ -322,8 +326,17 @@ def make_pure_step(config: Config, mesh: jax.sharding.Mesh) -> state.StepFn:
         accumulate=parts,
         axis_name=None if strategy == "mesh" else parallel.AXIS,
         remember=_remember if config.diffusion.density == "importance" else None,
+        report=functools.partial(_by_quarter, config),
         check_update=may_overflow(config),
     )
+
+    def step(now: state.TrainState, batch: Any) -> tuple[state.TrainState, Any]:
+        new, metrics = made(now, batch)
+        # Updates that Adam has made, in whichever of its parts they are counted.
+        (_, count), *_ = optax.tree.get_all_with_path(now.opt_state, "count")
+        return new, metrics | {"learning_rate": rate_at(count)}
+
+    return step
 
 
 def make_step(
@@ -349,6 +362,15 @@ def make_step(
     )
 
 
+def _by_quarter(config: Config, seen: dict[str, jax.Array]) -> state.Metrics:
+    """Returns sums and numbers of the losses by quarters of the time, [2, 4]."""
+    t, total = seen["t"], config.diffusion.num_steps
+    quarter = 4 * t if is_continuous(config) else 4 * (t - 1) // total
+    mine = jax.nn.one_hot(jnp.clip(quarter, 0, 3).astype(jnp.int32), 4)
+    sums = (mine * seen["loss"][:, None]).sum(axis=0)
+    return {"quarters": jnp.stack([sums, mine.sum(axis=0)])}
+
+
 def _remember(memory: timesteps.History, seen: dict[str, jax.Array]) -> Any:
     return timesteps.record(memory, seen["t"], seen["loss"])
 
@@ -363,5 +385,5 @@ def gradient(chosen: Config) -> Callable[..., Any]:
     whole = replace(chosen, "optimizer", preset="modern")
     whole = replace(whole, "train", accumulate=1)
     whole = replace(whole, "diffusion", density="uniform")
-    loss = make_loss(whole)
-    return lambda params, batch: jax.grad(loss)(params, batch, jax.random.key(0))
+    loss = jax.grad(make_loss(whole), has_aux=True)
+    return lambda params, batch: loss(params, batch, jax.random.key(0))[0]

@@ -1,0 +1,169 @@
+"""Training that measures as it goes: the loss of held-out images, and distances.
+
+The distance of samples from the images is that of `eval_fid` with as many samples: from
+the same noise, by the same extractor, with the averaged weights.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from diffusion_jax.data import datasets
+from diffusion_jax.errors import ConfigError
+from diffusion_jax.evaluation import pictures
+from diffusion_jax.lab.measure import extractors, reference
+from diffusion_jax.lab.process import hosts
+from diffusion_jax.lab.run_folder import history, results, runs
+from diffusion_jax.lab.schema.config import Config, replace
+from diffusion_jax.lab.wiring import chains, learning
+from diffusion_jax.lab.wiring.chains import Drawable
+from diffusion_jax.training import compilation, feed, flat, parallel
+
+BATCH = 64
+"""Images at a time whose features are extracted."""
+
+
+class Ruler(NamedTuple):
+    """What samples are measured with."""
+
+    extractor: extractors.Extractor
+    real: reference.Reference
+    name: str
+    """Of the number: FID@2500, fd_digits_classifier."""
+
+
+def make(config: Config, dataset: datasets.Dataset) -> Ruler | None:
+    """Returns what a run is measured with; None where nobody asked for it.
+
+    Trains the classifier of the data where that is what is needed and there is none.
+
+    Raises:
+      ConfigError: there is neither Inception nor a classifier, or there are too few
+        samples.
+    """
+    plan = config.train
+    if plan.measure_every is None:
+        return None
+    try:
+        extractor = extractors.choose("auto", config, dataset)
+    except ConfigError as error:
+        found = str(error).partition("; got ")[2].partition(". ")[0]
+        raise ConfigError(
+            "the images must have labels to be measured without Inception's weights; "
+            f"got {found}. Fetch those once, by eval_fid --download, or leave out "
+            "--train.measure-every."
+        ) from error
+    hosts.check_same("the extractor", extractor.details["sha256"])
+    more = "Give more with --train.measure-count."
+    extractors.check_count(extractor, plan.measure_count, more=more)
+    real = reference.of(config, dataset.images, "train", extractor, batch_size=BATCH)
+    return Ruler(extractor, real, extractor.distance(plan.measure_count))
+
+
+def held_out_loss(
+    config: Config, mesh: Any, held: datasets.Dataset
+) -> Callable[[Any], jax.Array]:
+    """Returns the loss of a batch of held-out images as a function of the parameters.
+
+    Always of the same images, times and noise, so that what changes is the network;
+    without dropout and flips.
+
+    Args:
+      config: the configuration.
+      mesh: the devices that the parameters, as they are trained, are on.
+      held: the images.
+    """
+    calm = replace(config, "data", flip=False)
+    calm = replace(calm, "diffusion", density=_evenly(config))
+    loss = flat.of_tree(learning.make_loss(calm, train=False))
+    labels, size = bool(config.net.classes), config.train.batch_size
+    batch = feed.batch_at(held, labels, config.train.seed, size, 0)
+    if config.train.parallel != "pmap":
+        batch = parallel.shard(batch, mesh)
+    options = compilation.options(mesh.devices.flat[0])
+
+    @functools.partial(jax.jit, compiler_options=options)
+    def run(params: Any, batch: Any) -> jax.Array:
+        mean: jax.Array = loss(params, batch, jax.random.key(config.train.seed))[0]
+        return mean
+
+    return lambda params: run(params, batch)
+
+
+def _evenly(config: Config) -> Any:
+    """Returns the density of times, but for one that has to be learned."""
+    density = config.diffusion.density
+    return "uniform" if density == "importance" else density
+
+
+def due(config: Config, step: int) -> bool:
+    """Returns whether the run is measured after this many updates."""
+    every, last = config.train.measure_every, config.train.steps
+    return every is not None and (step % every == 0 or step == last)
+
+
+def measure(
+    ruler: Ruler,
+    config: Config,
+    run: runs.Run,
+    draw: Callable[..., np.ndarray],
+    drawable: Drawable,
+    step: int,
+) -> float:
+    """Returns the distance of samples from the images, and adds it to the results.
+
+    All hosts must call it, and all get the number.
+
+    Args:
+      ruler: from `make`.
+      config: of the run.
+      run: where the result goes.
+      draw: from `chains.make_draw`, of config.sample.count images.
+      drawable: the averaged weights.
+      step: updates that they have seen.
+    """
+    count, size = config.train.measure_count, config.sample.count
+    key = jax.random.key(0)  # as eval_fid
+    batches = [
+        pictures.to_uint8(draw(drawable, key, first)) for first in range(0, count, size)
+    ]
+    drawn = np.concatenate(batches)[:count]
+    features, _ = extractors.extract(
+        ruler.extractor, drawn, batch_size=BATCH, label="features of samples"
+    )
+    value = float("nan")
+    if hosts.first():
+        value = reference.distance(ruler.real, features)
+        result = {
+            "numbers": {f"{ruler.name} vs train": {"mean": value, "of_each": [value]}},
+            "extractor": ruler.extractor.name,
+            "extractor_details": ruler.extractor.details,
+            "count": count,
+            "seeds": [0],
+            "data": config.data.source,
+            "weights": "averaged",
+            "weights_sha256": drawable.sha256,
+            "training_step": step,
+            **chains.describe_sampling(config),
+        }
+        results.write(run, results.IN_TRAINING, result)
+    return hosts.tell_number(value)
+
+
+def scores(
+    config: Config, run: runs.Run, steps: Sequence[int]
+) -> dict[int, float | None]:
+    """Returns by what checkpoints are compared: measured distances, or logged losses.
+
+    None where what was saved with them serves: in a run whose way has not changed. So
+    no distance is compared with a loss.
+    """
+    if config.train.measure_every is None and not results.in_training(run):
+        return {}
+    if config.train.measure_every is None:
+        return {step: history.score(config, run, step) for step in steps}
+    found = results.in_training(run)
+    return {step: found.get(step) for step in steps}
