@@ -19,6 +19,7 @@ from small_run import SMALL, digests, hurt, restored, state_digests, train_small
 
 from diffusion_jax import errors
 from diffusion_jax.checkpoints import checkpoint
+from diffusion_jax.data import datasets
 from diffusion_jax.lab.process import stopping
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.training import loop
@@ -75,24 +76,23 @@ def test_lines_are_on_the_disk_before_the_checkpoint_that_follows_them(
     folder, monkeypatch
 ):
     """And signals are noted, and end nothing at once, from the first step to there."""
-    order = []
+    order, save = [], checkpoint.save
+    run = runs.Run(folder / "ordered")
 
-    def noted(name, real=lambda *_: None):
-        def call(*given, **options):
-            order.append(name)
-            return real(*given, **options)
+    def saved(*given, **options):
+        order.append("checkpoint")
+        save(*given, **options)
 
-        return call
+    def done(self):
+        order.append(checkpoint.steps(run.checkpoints))
 
     monkeypatch.setattr(runs, "to_disk", lambda run: order.append(run.folder.name))
-    for name in ("save", "wait"):
-        monkeypatch.setattr(checkpoint, name, noted(name, getattr(checkpoint, name)))
-    monkeypatch.setattr(loop, "describe_first", noted("first step"))
-    for name in ("note", "done"):
-        monkeypatch.setattr(stopping.Requests, name, noted(name))
+    monkeypatch.setattr(checkpoint, "save", saved)
+    monkeypatch.setattr(loop, "describe_first", lambda job: order.append("first step"))
+    monkeypatch.setattr(stopping.Requests, "note", lambda self: order.append("noted"))
+    monkeypatch.setattr(stopping.Requests, "done", done)
     train_small(folder, "ordered", "--train.stop-at", "7")
-    expected = "first step, note, ordered, save, wait, done"
-    assert order == expected.split(", ")
+    assert order == ["first step", "noted", "ordered", "checkpoint", [7]]
 
 
 def test_a_complete_run_is_left_alone(folder, whole, capsys):
@@ -192,6 +192,9 @@ def test_a_signal_ends_it_and_the_run_goes_on(tmp_path):
     """What is compiled is on the disk beside the run, for the process that goes on."""
     command = [sys.executable, "-m", "experiments.train", "digits", *SMALL]
     command += ["--output", str(tmp_path), "--train.steps", "100000"]
+    # To load the images of scikit-learn takes a second a process.
+    np.savez(tmp_path / "images.npz", images=datasets.load("digits").images[:64])
+    command += ["--data.source", f"npz:{tmp_path / 'images.npz'}"]
     # To come to its steps soon, and to say so.
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONUNBUFFERED": "1"}
     run = runs.Run(tmp_path / "digits")
