@@ -138,19 +138,6 @@ def test_the_analytic_variance_has_the_best_bound(trained):
     assert bits["analytic"] < min(bits["small"], bits["large"])
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--guidance", "2"], "must be left out where no labels were dropped"),
-        (["--label", "3"], "must be left out where the network has no classes"),
-        (["--classifier-guidance", "-1"], "must be at least 0; got -1"),
-    ],
-)
-def test_wrong_guidance_is_named(trained, tmp_path, flags, words):
-    with pytest.raises(ConfigError, match=words):
-        draw(trained, tmp_path, *flags)
-
-
 def test_labels_must_fit_the_network(folder):
     argv = ["digits", *SMALL, "--output", str(folder), "--name", "few"]
     with pytest.raises(

@@ -73,13 +73,14 @@ def test_every_objective_trains_and_samples(folder, name):
 
 LARGE = {n: made.config for n, made in EXPERIMENTS.items() if "digits" not in n}
 LITTLE = {"channels": 4, "multipliers": (1,), "blocks": 1, "attention": (), "groups": 1}
+SIZES = {n: [getattr(made.net, field) for field in LITTLE] for n, made in LARGE.items()}
 
 
 @pytest.mark.parametrize("name", LARGE)
 def test_every_large_experiment_builds(name):
-    """Shapes only: what is traced is what would compile. Each large network once."""
+    """Shapes only: what is traced is what would compile. Each large size once."""
     config = LARGE[name]
-    if name != next(n for n, other in LARGE.items() if other.net == config.net):
+    if name != next(n for n, size in SIZES.items() if size == SIZES[name]):
         little = dataclasses.replace(config.net, **LITTLE)
         config = dataclasses.replace(config, net=little)
     state = learning.state_shapes(config)

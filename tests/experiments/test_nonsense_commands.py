@@ -77,12 +77,7 @@ SOON = ["train nothing", "train --train.stepz=3"]
 # Each of the others takes the seconds that it takes to import JAX.
 @pytest.mark.parametrize(
     "line",
-    [
-        *SOON,
-        "train digits --name new --train.devices 99",
-        "sample bad",
-        "edit net vary bad",
-    ],
+    [*SOON, "train digits --name new --train.devices 99", "sample bad"],
 )
 def test_a_command_refuses_in_its_own_process(line, folder):
     nonsense.put(nonsense.evil, folder / "bad")

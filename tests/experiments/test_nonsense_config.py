@@ -35,8 +35,8 @@ MISTAKES = {
     "sample": "no-such-run; file; pipe",
     "sample net": f"""
         another; --colour red; --sampler euler; --eta 1; --steps 9999; --label 3;
-        --guidance 2; --classifier-guidance nan; --average 0.5; --seed -1;
-        --count {10**30}; --columns 0; --batch-size 0""",
+        --guidance 2; --classifier-guidance nan; --classifier-guidance -1;
+        --average 0.5; --seed -1; --count {10**30}; --columns 0; --batch-size 0""",
     "eval_fid net --data digits": "--data x; --reference none",
     "eval_nll net": "--tolerance nan",
     "compare_samplers net": "--rules; --rules euler; --evaluations 0",

@@ -19,9 +19,10 @@ from small_run import SMALL, digests, hurt, restored, state_digests, train_small
 
 from diffusion_jax import errors
 from diffusion_jax.checkpoints import checkpoint
-from diffusion_jax.errors import ConfigError
+from diffusion_jax.data import datasets
+from diffusion_jax.lab.process import stopping
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.training import beginning, measuring
+from diffusion_jax.lab.training import beginning, loop, measuring
 from diffusion_jax.lab.wiring import build, learning
 from diffusion_jax.training import parallel
 from experiments import eval_fid, sample, train
@@ -80,16 +81,24 @@ def test_a_run_in_parts_is_bitwise_the_whole_run(folder, whole, capsys):
 def test_lines_are_on_the_disk_before_the_checkpoint_that_follows_them(
     folder, monkeypatch
 ):
+    """And signals are noted, and end nothing at once, from the first step to there."""
     order, save = [], checkpoint.save
+    run = runs.Run(folder / "ordered")
 
     def saved(*given, **options):
         order.append("checkpoint")
         save(*given, **options)
 
+    def done(self):
+        order.append(checkpoint.steps(run.checkpoints))
+
     monkeypatch.setattr(runs, "to_disk", lambda run: order.append(run.folder.name))
     monkeypatch.setattr(checkpoint, "save", saved)
+    monkeypatch.setattr(loop, "describe_first", lambda job: order.append("first step"))
+    monkeypatch.setattr(stopping.Requests, "note", lambda self: order.append("noted"))
+    monkeypatch.setattr(stopping.Requests, "done", done)
     train_small(folder, "ordered", "--train.stop-at", "7")
-    assert order == ["ordered", "checkpoint"]
+    assert order == ["first step", "noted", "ordered", "checkpoint", [7]]
 
 
 def test_held_out_images_are_measured_and_never_trained_on(folder, monkeypatch):
@@ -212,11 +221,16 @@ def test_what_was_not_finite_is_logged_and_counted_beyond_a_stop(folder, capsys)
     assert finite(state)
 
 
-def test_signals_end_it_and_the_run_goes_on(tmp_path):
+def test_a_signal_ends_it_and_the_run_goes_on(tmp_path):
+    """What is compiled is on the disk beside the run, for the process that goes on."""
     command = [sys.executable, "-m", "experiments.train", "digits", *SMALL]
     command += ["--output", str(tmp_path), "--train.steps", "100000"]
+    # To load the images of scikit-learn takes a second a process.
+    np.savez(tmp_path / "images.npz", images=datasets.load("digits").images[:64])
+    command += ["--data.source", f"npz:{tmp_path / 'images.npz'}"]
     # To come to its steps soon, and to say so.
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONUNBUFFERED": "1"}
+    run = runs.Run(tmp_path / "digits")
 
     def started(*flags):
         return subprocess.Popen(
@@ -227,27 +241,14 @@ def test_signals_end_it_and_the_run_goes_on(tmp_path):
             text=True,
         )
 
-    def stopped(process, number):
-        begun = time.monotonic()
-        process.send_signal(number)
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == 128 + number, output
-        assert time.monotonic() - begun < 30
-        assert "Traceback" not in output
-        return output
-
-    # Before the first step it leaves at once, and nothing in the way.
     process = started()
-    for line in process.stdout:
-        if "starting at step 0" in line:
-            break
-    output = stopped(process, signal.SIGTERM)
-    assert "first step" not in output
-    assert "leaving at once; the same command goes on from what" in output
-    # After it, with a checkpoint.
-    process, run = started(), runs.Run(tmp_path / "digits")
     wait_for(lambda: runs.read_lines(run.metrics), process)
-    output = stopped(process, signal.SIGINT)
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, output
+    assert time.monotonic() - begun < 30
+    assert "Traceback" not in output
     assert "the same command goes on from here" in output
     step = restored(run).step
     assert step >= 5
@@ -255,8 +256,7 @@ def test_signals_end_it_and_the_run_goes_on(tmp_path):
         range(5, step + 1, 5)
     )
     made = re.search(r"first step after .* s \((.* compiled.*)\)", output)
-    # Keys, numbers of a few lengths, state and step, and what devices have to be told;
-    # of which the first process may have left some.
+    # Keys, numbers of a few lengths, state and step, and what devices have to be told.
     assert made, output
     assert 1 <= sum(map(int, re.findall(r"\d+", made[1]))) <= 16
     assert "compiling the training step: " in output[: made.start()]
@@ -317,20 +317,6 @@ def test_samples_come_as_grid_strip_and_single_files(whole, tmp_path):
     files = sorted(path.name for path in singles.iterdir())
     assert files == ["000000.png", "000001.png", "000002.png"]
     assert Image.open(singles / files[0]).size == (8, 8)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("nowhere", "RUN must be a folder that training wrote, or .*got 'nowhere'"),
-        ("RUN --count 0", "count must be at least 1; got 0"),
-        ("RUN --step 5", r"one of \[12\].*; got 5\."),
-    ],
-)
-def test_bad_requests_for_samples_are_named(flags, message, whole):
-    argv = flags.replace("RUN", str(whole.folder)).split()
-    with pytest.raises((ConfigError, checkpoint.CheckpointError), match=message):
-        sample.main(argv)
 
 
 def test_the_newest_run_with_a_checkpoint_is_found(folder, whole):

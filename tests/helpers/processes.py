@@ -15,11 +15,19 @@ QUICK = {
     "JAX_PLATFORMS": "cpu",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "PYTHONPATH": str(ROOT),
     "PYTHONUNBUFFERED": "1",
 }
 """Environment of a process that compiles as the tests around do: little, and once."""
+KEEP = """
+from types import SimpleNamespace
+from jax._src import compiler
+alone = SimpleNamespace(process_id=0, client=None)
+compiler.distributed = SimpleNamespace(global_state=alone)
+"""
+"""Code that has each host keep its programs on disk, as JAX has the first alone: to
+compile them again takes most of the time of the others."""
 LONGEST = 240
 """Seconds that any of them may take before it is killed."""
 
@@ -38,8 +46,12 @@ def started(
     hosts: int = 2,
     devices: int = 1,
     places: Sequence[Path] = (ROOT, ROOT),
+    indices: Sequence[int] | None = None,
 ) -> Iterator[list[subprocess.Popen]]:
-    """Starts `python COMMAND --coordinator ... --host I` for each I, and ends them."""
+    """Starts `python COMMAND --coordinator ... --host I` for each I, and ends them.
+
+    For some alone, where indices are given.
+    """
     where = ["--coordinator", f"127.0.0.1:{free_port()}", "--hosts", str(hosts)]
     env = {
         **os.environ,
@@ -55,7 +67,7 @@ def started(
             stderr=subprocess.PIPE,
             text=True,
         )
-        for index in range(hosts)
+        for index in (range(hosts) if indices is None else indices)
     ]
     try:
         yield processes

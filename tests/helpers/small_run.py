@@ -50,7 +50,7 @@ def copied(made: Path, folder: Path) -> runs.Run:
         if not (made / "done").exists():
             assert train.main(["digits", *SMALL, "--output", str(made)]) == 0
             config = runs.read_config(runs.Run(made / "digits"))
-            judges.train(config, datasets.load("digits"), steps=300)
+            judges.train(config, datasets.load("digits"), steps=60)
             (made / "done").touch()
     shutil.copytree(made, folder, dirs_exist_ok=True)
     return runs.Run(folder / "digits")

@@ -295,19 +295,12 @@ def test_what_a_change_of_a_field_changes_is_said_of_each():
         assert sorted(facts.marked(config.Config, mark)) == sorted(names)
 
 
-def test_a_file_of_another_version_is_refused():
-    values = config.to_dict(cifar10.CONFIG) | {"flavour": "sweet"}
-    with pytest.raises(errors.ConfigError, match=r"must be among .*; got flavour"):
-        config.from_dict(values)
-
-
-def test_a_damaged_file_is_refused():
+def test_a_file_of_another_version_or_without_a_field_is_refused():
     values = config.to_dict(cifar10.CONFIG)
+    with pytest.raises(errors.ConfigError, match=r"must be among .*; got flavour"):
+        config.from_dict(values | {"flavour": "sweet"})
     del values["diffusion"]["schedule"]
     with pytest.raises(errors.ConfigError, match="got none of schedule"):
-        config.from_dict(values)
-    values["diffusion"]["schedule"] = "cos"
-    with pytest.raises(errors.ConfigError, match="schedule 'cos', not one of linear"):
         config.from_dict(values)
 
 

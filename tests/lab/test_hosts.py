@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,14 +18,13 @@ import pytest
 import small_run
 
 from diffusion_jax.checkpoints import checkpoint
-from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.lab.measure import judges
 from diffusion_jax.lab.process import entry, hosts, joining
 from diffusion_jax.lab.run_folder import runs
 from experiments import eval_fid, sample, train
 
-TWO = ["--train.devices", "2", "--optimizer.decay", "constant"]
+HERE = ["--train.devices", "4", "--optimizer.decay", "constant"]
+ENDLESS = ["--train.steps", "1000000"]
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +34,13 @@ def folder(tmp_path_factory):
 
 def arguments_of(folder, name, *flags):
     where = ["--output", str(folder), "--name", name]
-    return ["digits", *small_run.SMALL, *TWO, *where, *flags]
+    return ["digits", *small_run.SMALL, *HERE, *ENDLESS, *where, *flags]
 
 
-def here(folder, name, *flags):
-    """Trains in this process, on two of its devices."""
-    return small_run.train_small(folder, name, *TWO, *flags)
+def here(folder, name, stop):
+    """Trains up to a step in this process, on as many devices as two hosts have."""
+    until = ["--train.stop-at", str(stop)]
+    return small_run.train_small(folder, name, *HERE, *ENDLESS, *until)
 
 
 def final_state(run):
@@ -72,6 +73,15 @@ def assert_same_numbers(state, other):
     np.testing.assert_array_equal(state.key, other.key)
 
 
+def assert_as_alone(run, folder, step):
+    """A run is at a step what one host by itself makes of it."""
+    alone = here(folder, f"alone_{step}", step)
+    (state, pending), (expected, waiting) = final_state(run), final_state(alone)
+    assert_same_numbers(state, expected)
+    assert pending["pending"] == [pytest.approx(each) for each in waiting["pending"]]
+    assert lines_of(run) == [pytest.approx(each, rel=1e-5) for each in lines_of(alone)]
+
+
 def lines_of(run):
     return runs.read_lines(run.metrics)
 
@@ -82,77 +92,73 @@ def printed(output):
     return [s for s in output.splitlines() if not any(word in s for word in foreign)]
 
 
+# Three commands in one pair of processes: to come so far takes most of the time.
+WALK = """
+import shlex
+from diffusion_jax.lab.process import entry
+from experiments import eval_fid, sample, train
+
+def walk(argv):
+    drawing, judging, training = map(shlex.split, argv)
+    return sample.main(drawing) or eval_fid.main(judging) or train.main(training)
+
+entry.guarded(walk, several=True)
+"""
+
+
 @pytest.fixture(scope="module")
-def whole(folder):
-    return here(folder, "whole")
+def walked(folder, trained):
+    """Two hosts that drew, judged and went on with a run, until one got a signal.
 
-
-def test_what_one_host_began_two_go_on_with_until_one_gets_a_signal(folder):
-    endless = ["--train.steps", "1000000"]
-    run = here(folder, "begun", *endless, "--train.stop-at", "7")
-    command = ["-m", "experiments.train", *arguments_of(folder, "begun", *endless)]
-    with processes.started(command) as both:
+    Their ends, what was drawn and judged with which arguments, and the run.
+    """
+    of, out = str(trained.folder), str(folder / "drawn.npz")
+    drawing = [of, *shlex.split("--count 6 --batch-size 4 --format npz --out"), out]
+    judging = [of, *shlex.split("--count 90 --steps 3 --batch-size 15")]
+    run = here(folder, "begun", 7)
+    lines = map(shlex.join, (drawing, judging, arguments_of(folder, "begun")))
+    with processes.started(["-c", processes.KEEP + WALK, *lines], devices=2) as both:
         processes.wait_for(lambda: len(lines_of(run)) >= 2, *both)
         both[1].send_signal(signal.SIGTERM)
-        results = processes.ended(both)
+        return processes.ended(both), (drawing, judging), run
+
+
+def test_what_one_host_began_two_go_on_with_until_one_gets_a_signal(folder, walked):
+    results, _, run = walked
     assert [code for code, _, _ in results] == [128 + signal.SIGTERM] * 2, results
     first, second = (printed(output) for _, output, _ in results)
-    assert first[0] == "2 hosts, 2 devices"
+    assert first[0] == "2 hosts, 4 devices"
     assert "going on from step 7 of 1,000,000" in first
     assert any("the same command goes on from here" in line for line in first)
     assert second == []
     assert "loss" not in results[1][2]
     assert not list(run.folder.glob(".hosts_*"))
-    (state, pending), step = final_state(run), checkpoint.steps(run.checkpoints)[-1]
+    step = checkpoint.steps(run.checkpoints)[-1]
     assert step % hosts.ASK_EVERY == 1  # asked after one step, read after the next
-    # As far as one host goes by itself, and it can go on with what two have made.
-    alone = here(folder, "alone", *endless, "--train.stop-at", str(step))
-    expected, waiting = final_state(alone)
-    assert_same_numbers(state, expected)
-    assert pending["pending"] == [pytest.approx(each) for each in waiting["pending"]]
-    assert lines_of(run) == [pytest.approx(each, rel=1e-5) for each in lines_of(alone)]
-    here(folder, "begun", *endless, "--train.stop-at", str(step + 1))
+    assert_as_alone(run, folder, step)
+    # One host can go on with what two have made.
+    here(folder, "begun", step + 1)
     assert int(final_state(run)[0].step) == step + 1
 
 
-# Two commands in one pair of processes: to come so far takes most of the time.
-DRAW_AND_JUDGE = """
-import shlex
-from diffusion_jax.lab.process import entry
-from experiments import eval_fid, sample
+def test_two_hosts_draw_and_evaluate_as_one(walked, trained):
+    results, (drawing, judging), _ = walked
+    assert "fd_digits_classifier vs train" in results[0][1]
+    cache = trained.folder.parent / ".cache" / "reference"
 
-def both(argv):
-    drawing, judging = map(shlex.split, argv)
-    return sample.main(drawing) or eval_fid.main(judging)
-
-entry.guarded(both, several=True)
-"""
-
-
-def test_two_hosts_draw_and_evaluate_as_one(whole, tmp_path):
-    judges.train(runs.read_config(whole), datasets.load("digits"), steps=100)
-    run, out = str(whole.folder), str(tmp_path / "drawn.npz")
-    drawing = [run, *shlex.split("--count 6 --batch-size 4 --format npz --out"), out]
-    judging = [run, *shlex.split("--count 90 --steps 3 --batch-size 15")]
-    cache = whole.folder.parent / ".cache" / "reference"
-
-    def results():
-        (drawn,) = whole.folder.rglob("samples/*.npy")
-        found = json.loads((whole.folder / "eval" / "fid.json").read_text())
+    def made():
+        (drawn,) = trained.folder.rglob("samples/*.npy")
+        found = json.loads((trained.folder / "eval" / "fid.json").read_text())
         assert list(cache.iterdir())
-        return np.load(out)["images"].astype(int), np.load(drawn).astype(int), found
+        images = np.load(drawing[-1])["images"]
+        return images.astype(int), np.load(drawn).astype(int), found
 
+    images_of_two, drawn_by_two, two = made()
+    for path in (trained.folder / "eval", cache):
+        shutil.rmtree(path)
+    Path(drawing[-1]).unlink()
     assert sample.main(drawing) == eval_fid.main(judging) == 0
-    images, drawn, one = results()
-    for made in (whole.folder / "eval", cache):
-        shutil.rmtree(made)
-    (tmp_path / "drawn.npz").unlink()
-    command = ["-c", DRAW_AND_JUDGE, shlex.join(drawing), shlex.join(judging)]
-    ended = processes.run(command, devices=2)
-    assert [code for code, _, _ in ended] == [0, 0], ended
-    assert "fd_digits_classifier vs train" in ended[0][1]
-    assert printed(ended[1][1]) == []
-    images_of_two, drawn_by_two, two = results()
+    images, drawn, one = made()
     assert images.std() > 10
     assert np.abs(images - images_of_two).max() <= 1
     assert (images != images_of_two).mean() < 0.02
@@ -176,22 +182,21 @@ runpy.run_module("experiments.train", run_name="__main__", alter_sys=True)
 """
 
 
-def test_a_killed_host_ends_the_other_and_the_run_goes_on(folder, whole):
-    more = ["--train.checkpoint-every", "1"]  # which also slows it, to be killed in
-    flags = arguments_of(folder, "killed", *more)
+def test_a_killed_host_ends_the_other_and_the_run_goes_on(folder):
+    flags = arguments_of(folder, "killed", "--train.checkpoint-every", "4")
     run = runs.Run(folder / "killed")
-    with processes.started(["-c", WATCHFUL, *flags]) as both:
-        processes.wait_for(lambda: lines_of(run), *both)
+    command = ["-c", processes.KEEP + WATCHFUL, *flags]
+    with processes.started(command, devices=2) as both:
+        processes.wait_for(lambda: checkpoint.steps(run.checkpoints), *both)
         both[1].kill()
         killed = time.monotonic()
         [(code, _, errors)] = processes.ended(both[:1])
     assert code != 0
     assert time.monotonic() - killed < 60
     assert "must work until the end" in errors or "another task died" in errors
-    assert checkpoint.steps(run.checkpoints)[-1] < 12
-    here(folder, "killed", *more)
-    assert_same_numbers(final_state(run)[0], final_state(whole)[0])
-    assert lines_of(run) == [pytest.approx(each) for each in lines_of(whole)]
+    step = checkpoint.steps(run.checkpoints)[-1] + 3
+    here(folder, "killed", step)
+    assert_as_alone(run, folder, step)
 
 
 def test_the_loss_of_a_host_is_said_and_a_bug_shown(monkeypatch, capsys):
@@ -246,9 +251,8 @@ def test_what_hosts_do_not_share_is_named(tmp_path):
 
 
 def test_a_coordinator_that_does_not_answer_is_named(tmp_path):
-    with processes.started(["-c", IMPATIENT, str(tmp_path)]) as both:
-        both[0].kill()
-        [(code, _, errors)] = processes.ended(both[1:])
+    with processes.started(["-c", IMPATIENT, str(tmp_path)], indices=[1]) as alone:
+        [(code, _, errors)] = processes.ended(alone)
     assert code == 2
     assert "all 2 hosts must meet at 127.0.0.1:" in errors
     assert "within 3 s; got no answer for host 1. Start the same command" in errors

@@ -7,8 +7,11 @@ torture`: see tests/torture.
 import random
 
 import conftest
+import numpy as np
 import pytest
 from torture import kills, trainings
+
+from diffusion_jax.data import datasets
 
 STEPS = 180
 # As the tests around it are: with few optimisations, and what was compiled once.
@@ -22,7 +25,11 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kills")
     whole, killed = folder / "whole" / "digits", folder / "killed" / "digits"
     options = {"cache": conftest.CACHE, "extra": FAST}
-    flags = ["--train.steps", STEPS]
+    # Of images in a file: to load those of scikit-learn takes a second a process.
+    images = datasets.load("digits").images[:64]
+    np.savez(folder / "images.npz", images=images)
+    source = f"npz:{folder / 'images.npz'}"
+    flags = ["--train.steps", STEPS, "--data.source", source]
     trainings.finish(whole, *flags, log=folder / "whole.log", **options)
     rng = random.Random(0)
     loop = kills.disturbed(killed, flags, AIMS, rng, folder / "logs", **options)

@@ -14,7 +14,7 @@ from .trainings import Training
 
 Moment = Callable[[], bool]
 PAUSE = 0.0003
-"""Seconds between two looks."""
+"""Seconds between two looks, once the process does steps; ten times these before."""
 ALWAYS = (
     "_CHECKPOINT_METADATA",
     "manifest/process_0.json",
@@ -31,11 +31,14 @@ PATIENCE = 120.0
 
 def wait(training: Training, moment: Moment, patience: float = PATIENCE) -> bool:
     """Returns whether a moment came before the process ended, or patience did."""
-    until = time.monotonic() + patience
+    until, pause = time.monotonic() + patience, 10 * PAUSE
+    near = stepping(training)
     while training.process.poll() is None and time.monotonic() < until:
         if moment():
             return True
-        time.sleep(PAUSE)
+        if pause != PAUSE and near():
+            pause = PAUSE
+        time.sleep(pause)
     return False
 
 
