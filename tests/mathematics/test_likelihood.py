@@ -134,7 +134,7 @@ def test_the_times_of_the_continuous_bound_leave_no_gap(x64):
         return gaussian.Prediction(0 * x_t, eps + off)
 
     bits = likelihood.continuous_bound(
-        jax.random.key(0), denoise, line, jnp.zeros([4000, 2]), draws=8, chunk=3
+        jax.random.key(0), denoise, line, jnp.zeros([1000, 2]), draws=8, chunk=3
     )
     off = np.asarray(bits.diffusion) - 0.5
     assert np.abs(off).max() <= 1 / 16
