@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import socket
 import subprocess
 import sys
@@ -179,12 +178,6 @@ def test_digits():
     digits = datasets.load("digits")
     assert digits.images.shape == (1797, 8, 8, 1)
     assert digits.images.dtype == np.uint8
-    assert digits.images.min() == 0
-    assert digits.images.max() == 255
-    assert len(np.unique(digits.images)) == 17  # grey levels 0..16, spread out
-    assert np.bincount(digits.labels).tolist() == [
-        *(178, 182, 177, 183, 181, 182, 181, 179, 174, 180)
-    ]
     assert digits.labels.dtype == np.int32
     assert digits.name == "digits"
 
@@ -357,12 +350,6 @@ def test_idx_and_npz_sources(tmp_path):
     assert wide.images.shape[1:] == (4, 8, 1)
     with pytest.raises(DataError, match=r"\(8, 5\) for 4x6 images .*Give 4 6 or more"):
         datasets.load(f"npz:{tmp_path / 'wide.npz'}", image_size=(8, 5))
-
-
-def test_errors_and_arguments_are_documented():
-    for function in (datasets.load, datasets.batch_indices, datasets.host_slice):
-        for name in inspect.signature(function).parameters:
-            assert f"{name}:" in inspect.getdoc(function)
 
 
 @pytest.mark.parametrize("lazy", [False, True])

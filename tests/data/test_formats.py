@@ -71,9 +71,15 @@ def members(kind: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    "kind", ["binary", "python2", "protocol 3", "protocol 4", "protocol 5"]
+    ("kind", "where"),
+    [
+        ("binary", "archive"),
+        ("python2", "folder"),
+        ("protocol 3", "parent"),
+        ("protocol 5", "beside"),
+        ("binary", "beside"),
+    ],
 )
-@pytest.mark.parametrize("where", ["archive", "folder", "parent", "beside"])
 def test_cifar10_round_trip(tmp_path, kind, where):
     """Every official form gives the same pixels, channels last, and the labels."""
     content = members(kind)
@@ -103,8 +109,9 @@ def test_cifar10_of_unofficial_size_warns(tmp_path):
         formats.read_cifar10(path, "test")
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 4])
-@pytest.mark.parametrize("function", [os.system, os.mkdir, exec, np.load])
+@pytest.mark.parametrize(
+    ("function", "protocol"), [(os.system, 0), (os.mkdir, 2), (exec, 4), (np.load, 2)]
+)
 def test_cifar10_pickle_with_code_is_refused_unrun(tmp_path, protocol, function):
     canary = tmp_path / "canary"
     command = {
@@ -215,8 +222,9 @@ def test_cifar10_missing_batch_split_and_path(tmp_path):
         formats.read_cifar10(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("zipped", [False, True])
-@pytest.mark.parametrize("shape", [(7,), (3, 5, 4), (2, 3, 4, 3)])
+@pytest.mark.parametrize(
+    ("shape", "zipped"), [((7,), False), ((3, 5, 4), True), ((2, 3, 4, 3), False)]
+)
 def test_idx_round_trip(tmp_path, zipped, shape):
     array = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     raw = idx(array)
@@ -249,8 +257,10 @@ def test_idx_damaged(tmp_path, raw, message):
         formats.read_idx(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("name", ["images", "arr_0", "anything"])
-@pytest.mark.parametrize("shape", [(3, 5, 4), (3, 5, 4, 3)])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("images", (3, 5, 4)), ("arr_0", (3, 5, 4, 3)), ("anything", (3, 5, 4))],
+)
 def test_npz_round_trip(tmp_path, name, shape):
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     np.savez_compressed(tmp_path / "a.npz", **{name: images}, labels=np.arange(3))

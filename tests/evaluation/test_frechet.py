@@ -1,7 +1,5 @@
 """The Frechet distance against closed forms, and against other formulas."""
 
-import math
-
 import numpy as np
 import pytest
 import scipy.linalg
@@ -22,21 +20,6 @@ def test_frechet_of_gaussians_with_common_axes(dimension):
         dm, (turn * s1**2) @ turn.T, 0 * dm, (turn * s2**2) @ turn.T
     )
     assert got == pytest.approx(dm @ dm + np.sum((s1 - s2) ** 2), rel=1e-12)
-
-
-def test_frechet_of_any_gaussians_in_the_plane():
-    """For 2 x 2, tr P^(1/2) = sqrt(tr P + 2 sqrt(det P))."""
-    rng = np.random.default_rng(0)
-    zero = np.zeros(2)
-    for _ in range(20):
-        a, b = covariance(rng, 2), covariance(rng, 2)
-        root = math.sqrt(
-            np.trace(a @ b) + 2 * math.sqrt(np.linalg.det(a) * np.linalg.det(b))
-        )
-        true = np.trace(a) + np.trace(b) - 2 * root
-        assert metrics.frechet_distance(zero, a, zero, b) == pytest.approx(
-            true, rel=1e-9, abs=1e-12
-        )
 
 
 @pytest.mark.parametrize("dimension", [3, 30, 120])
@@ -95,14 +78,6 @@ def test_frechet_of_features_with_themselves_is_zero(count):
     assert metrics.frechet_distance(mean, cov, *moments.finish(again)) < 1e-6
     if count == 50:  # the bound that the eigenvalues, rounded before the root, miss
         assert abs(symmetric_form(cov, cov)) > 1e-6
-
-
-def test_frechet_is_never_below_zero():
-    """Rounding alone would put some of these there."""
-    for seed in range(40):
-        rng = np.random.default_rng(seed)
-        gaussian = (rng.normal(size=8), covariance(rng, 8))
-        assert 0 <= metrics.frechet_distance(*gaussian, *gaussian) < 1e-13
 
 
 @quick

@@ -85,11 +85,3 @@ def test_denoiser_feeds_edm_what_karras_feeds(x64):
     c_in = 1 / np.sqrt((sigma / alpha) ** 2 + 0.7**2)
     np.testing.assert_allclose(seen[0][0], (c_in / alpha)[:, None] * x_t, rtol=1e-10)
     np.testing.assert_allclose(seen[0][1], np.log(sigma / alpha) / 4, rtol=1e-9)
-
-
-def test_denoiser_of_a_bfloat16_network():
-    def network(x, t):
-        return x.astype(jnp.bfloat16)
-
-    pred = gaussian.denoiser(network, schedule.linear(), "eps")(jnp.ones([1, 2]), 10)
-    assert pred.x0.dtype == pred.eps.dtype == jnp.float32

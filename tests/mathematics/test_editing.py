@@ -30,17 +30,6 @@ def flat(x):
     return np.asarray(x, np.float64).reshape(len(x), -1)
 
 
-def conditional():
-    """Mean [2] and covariance [2, 2] of the free pixels given the known ones."""
-    known, free = (np.flatnonzero(MASK.ravel() == is_known) for is_known in (1, 0))
-    slope = DATA.cov[np.ix_(free, known)] @ np.linalg.inv(
-        DATA.cov[np.ix_(known, known)]
-    )
-    off = flat(IMAGE)[0, known] - DATA.mean[known]
-    mean = DATA.mean[free] + slope @ off
-    return mean, DATA.cov[np.ix_(free, free)] - slope @ DATA.cov[np.ix_(known, free)]
-
-
 def constrained_moments(grid):
     """Mean and covariance of what inpainting with DDPM ends in, by recursion."""
     known = MASK.ravel()
@@ -61,31 +50,14 @@ def constrained_moments(grid):
 
 def test_moments_of_inpainting_are_those_of_its_chain():
     """Down steps, what is put back, and steps up: all exact but for Monte Carlo."""
-    grid = editing.repaint_grid(grids.uniform(LIN, 50), 5, 3)
+    grid = editing.repaint_grid(grids.uniform(LIN, 20), 5, 3)
     rule = editing.inpaint(DDPM, LIN, IMAGE, MASK)
-    x = samplers.sample(KEY, rule, grid, (20_000, *SHAPE))
+    x = samplers.sample(KEY, rule, grid, (10_000, *SHAPE))
     mean, cov = constrained_moments(grid)
     size = np.sqrt(np.diag(cov) / len(x))
     assert np.all(abs(flat(x).mean(0) - mean) <= 5 * size + 1e-6)
     size = np.sqrt((np.outer(np.diag(cov), np.diag(cov)) + cov**2) / len(x))
     assert np.all(abs(np.cov(flat(x).T) - cov) <= 5 * size + 1e-6)
-
-
-def test_resampling_brings_inpainting_to_the_conditional_mean():
-    """What RePaint is for: the error halves with each doubling of the resamples."""
-    exact, free = conditional()[0], ~MASK.ravel()
-
-    def error(steps, jump, resamples):
-        grid = editing.repaint_grid(grids.uniform(LIN, steps), jump, resamples)
-        return np.abs(constrained_moments(grid)[0][free] - exact).max()
-
-    errors = [error(50, 5, resamples) for resamples in (1, 2, 4, 8)]
-    assert errors[0] > 0.25  # without it the known pixels are half ignored
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 0.3 * errors[0]
-    # With the paper's 250 steps and 10 of each, from 0.30 to 0.03.
-    for resamples, least in ((1, 0.295), (10, 0.029)):
-        assert abs(error(250, 10, resamples) - least) < 0.001
 
 
 @pytest.mark.parametrize(("rule", "resamples"), [(DDPM, 3), (DDIM, 1)])
@@ -108,14 +80,6 @@ def test_known_pixels_come_out_where_data_keep_some_noise():
     np.testing.assert_array_equal(x[MASK], IMAGE[MASK])
 
 
-def test_with_nothing_known_the_rule_draws_what_it_draws_alone():
-    grid, shape = grids.uniform(LIN, 20), (3, *SHAPE)
-    alone = samplers.sample(KEY, DDPM, grid, shape)
-    nothing = editing.inpaint(DDPM, LIN, IMAGE, np.zeros((1, *SHAPE), bool))
-    x = samplers.sample(KEY, nothing, grid, shape)
-    np.testing.assert_allclose(x, alone, rtol=1e-6, atol=1e-6)
-
-
 def test_the_known_part_has_noise_of_its_own():
     """Not that of the rule, with which a mixture of both would be too noisy."""
 
@@ -128,15 +92,6 @@ def test_the_known_part_has_noise_of_its_own():
     product = rule.step(keys, x, ((), None), jnp.array(500), jnp.array(400)).x
     assert abs(product.mean() / float(LIN(400).sigma)) < 0.1
     assert 0.8 < product.std() / float(LIN(400).sigma) < 1.2
-
-
-def test_an_inpainted_image_depends_on_its_key_alone():
-    rule = editing.inpaint(DDPM, LIN, IMAGE, MASK)
-    grid = editing.repaint_grid(grids.uniform(LIN, 10), 3, 2)
-    many = samplers.sample(KEY, rule, grid, (9, *SHAPE))
-    one = samplers.sample(KEY, rule, grid, (1, *SHAPE), first=4)
-    np.testing.assert_allclose(one, many[4:5], rtol=1e-5, atol=1e-6)
-    assert len(np.unique(flat(many)[:, 2])) == 9
 
 
 def test_no_evaluation_is_spent_on_a_step_up():
@@ -171,14 +126,11 @@ def test_colours_are_drawn_and_the_grey_mean_is_kept():
     painted = editing.colorize(rule, LIN, grey)
     exact = 0.2, -0.1, 0.4
     mean = corner.mean(0) / corner.mean() * (-0.5 - np.mean(exact)) + exact
-    errors = []
-    for resamples in (1, 8):
-        grid = editing.repaint_grid(grids.uniform(LIN, 50), 5, resamples)
-        x = samplers.sample(KEY, painted, grid, (4000, 1, 1, 3))
-        np.testing.assert_allclose(x.mean(-1, keepdims=True), -0.5, atol=1e-6)
-        assert np.all(np.std(np.asarray(x), axis=0) > 0.3)  # colours differ
-        errors.append(np.abs(flat(x).mean(0) - mean).max())
-    assert errors[1] < 0.5 * errors[0]
+    grid = editing.repaint_grid(grids.uniform(LIN, 20), 2, 8)
+    x = samplers.sample(KEY, painted, grid, (2000, 1, 1, 3))
+    np.testing.assert_allclose(x.mean(-1, keepdims=True), -0.5, atol=1e-6)
+    assert np.all(np.std(np.asarray(x), axis=0) > 0.3)  # colours differ
+    np.testing.assert_allclose(flat(x).mean(0), mean, atol=0.1)
     # An image stands for its mean.
     rgb = jnp.asarray([-0.9, -0.5, -0.1]).reshape(1, 1, 1, 3)
     same = editing.colorize(rule, LIN, rgb)

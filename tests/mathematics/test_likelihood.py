@@ -32,15 +32,15 @@ def test_bound_of_gaussian_data_is_their_exact_likelihood():
     # Probabilities of the 256 values, the outer bins open.
     edges = np.concatenate([[-np.inf], (GRID[1:] + GRID[:-1]) / 2, [np.inf]])
     mass = np.diff(scipy.stats.norm.cdf(edges, mean, deviation))
-    drawn = np.random.default_rng(0).choice(256, size=(12000, 1000), p=mass)
+    drawn = np.random.default_rng(0).choice(256, size=(2000, 1000), p=mass)
     exact = -np.log2(mass[drawn]).mean(axis=1)
     bits = jax.jit(
         lambda key, x0: likelihood.bound(key, denoise, levels, x0, variance="analytic")
     )(jax.random.key(0), jnp.asarray(GRID[drawn], jnp.float32))
     # Both sides are means over the same data; what is left is the noise of x_t.
     differences = np.asarray(bits.total) - exact
-    assert differences.std() / np.sqrt(len(drawn)) < 4e-4
-    assert abs(differences.mean()) < 1e-3
+    assert differences.std() / np.sqrt(len(drawn)) < 1e-3
+    assert abs(differences.mean()) < 3e-3
     assert 4 < exact.mean() < 8
 
 
@@ -134,7 +134,7 @@ def test_the_times_of_the_continuous_bound_leave_no_gap(x64):
         return gaussian.Prediction(0 * x_t, eps + off)
 
     bits = likelihood.continuous_bound(
-        jax.random.key(0), denoise, line, jnp.zeros([4000, 2]), draws=8, chunk=3
+        jax.random.key(0), denoise, line, jnp.zeros([1000, 2]), draws=8, chunk=3
     )
     off = np.asarray(bits.diffusion) - 0.5
     assert np.abs(off).max() <= 1 / 16

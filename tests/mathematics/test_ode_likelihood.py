@@ -49,7 +49,7 @@ def truth_of(name, x, start):
 
 
 # That of vp is in the next test.
-@pytest.mark.parametrize("name", ["sub_vp", "ve", "linear"])
+@pytest.mark.parametrize("name", ["ve", "linear"])
 def test_density_of_gaussian_data(name, x64):
     x = images()
     found = density(name, x, trace="exact")
@@ -105,31 +105,28 @@ def test_probes_are_unbiased_and_the_same_for_the_whole_solve(x64):
         assert abs(found.mean() - exact) < 4 * error + 2e-3, trace
         spread[trace] = found.std()
     assert 0.01 < spread["rademacher"] < spread["gaussian"]
-    many = np.asarray(density("vp", x, probes=16, rtol=1e-4, atol=1e-4).logp)
-    np.testing.assert_allclose(many.std(), spread["rademacher"] / 4, rtol=0.2)
 
 
-def test_a_rademacher_probe_of_a_diagonal_jacobian_is_exact(x64):
-    """v_i^2 is 1, and nothing else is in v . J v."""
+def test_rademacher_probes_of_a_diagonal_jacobian_are_exact(x64):
+    """v_i^2 is 1, and nothing else is in v . J v, of which the mean is taken."""
     denoise = gaussian.denoiser(lambda x, t: jnp.tanh(x), VP, "eps")
 
     @functools.partial(jax.jit, static_argnums=1)
     def logp(x, trace):
-        return likelihood.log_density(KEY, denoise, VP, x, trace=trace).logp
+        options = {"trace": trace, "probes": 3}
+        return likelihood.log_density(KEY, denoise, VP, x, **options).logp
 
     x = images()
     np.testing.assert_allclose(logp(x, "rademacher"), logp(x, "exact"), atol=1e-4)
 
 
-@pytest.mark.parametrize("trace", ["rademacher", "gaussian"])
-def test_an_example_depends_on_its_key_alone(trace):
+def test_an_example_depends_on_its_key_alone():
     """Wherever it is in the batch; and one key is folded with the numbers of all."""
     denoise, x0 = DATA.denoiser(VP), images(12)
 
     @jax.jit
     def bits(keys, x0):
-        options = {"trace": trace, "probes": 2}
-        return likelihood.ode_bits_per_dim(keys, denoise, VP, x0, **options)
+        return likelihood.ode_bits_per_dim(keys, denoise, VP, x0, probes=2)
 
     keys = jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(12))
     whole, turned = bits(keys, x0), bits(keys[::-1], x0[::-1])
@@ -138,8 +135,7 @@ def test_an_example_depends_on_its_key_alone(trace):
     np.testing.assert_array_equal(turned.density.evaluations[::-1], evaluations)
     assert len(set(evaluations.tolist())) > 1
     assert whole.total.dtype == jnp.float32
-    if trace == "rademacher":
-        np.testing.assert_array_equal(bits(KEY, x0).total, whole.total)
+    np.testing.assert_array_equal(bits(KEY, x0).total, whole.total)
 
 
 def test_value_and_divergence_take_one_pass():
@@ -159,11 +155,10 @@ def test_value_and_divergence_take_one_pass():
     assert len(calls) == evaluations
 
 
-def test_the_limit_of_steps_is_not_silent(refuses):
-    options = {"max_steps": 3, "trace": "exact"}
-    assert np.all(np.isnan(density("vp", images(), **options).logp))
-    with refuses("3, which was not for 4 of 4"):
-        likelihood.log_density(KEY, DATA.denoiser(VP), VP, images(), **options)
+def test_the_limit_of_steps_is_not_silent():
+    """As `test_ode` has it of the solver."""
+    found = density("vp", images(), max_steps=3, trace="exact")
+    assert np.all(np.isnan(found.logp))
 
 
 @pytest.mark.parametrize(

@@ -48,22 +48,23 @@ def drawn(name, schedule_name):
     return data, np.asarray(x, np.float64)
 
 
-# A rule sees levels, not where they are from: one schedule for all rules, an exploding
-# one for one rule of each function, and all for one that adds noise and one of several
-# steps.
-ALL = ("ddim-full", "dpm_solver_pp-2M")
-# jsd ends in pure noise, from which steps in sigma / alpha are endless.
-ENDLESS = ("heun", "edm", "dpm_solver_pp-2S", "unipc-2", "pc-ancestral")
-EXPLODING = ("ddpm-large", "heun", "edm", "unipc-2", "pc-reverse", "langevin", "ode")
-PAIRS = [
-    (name, schedule_name)
-    for name in RULES
-    for schedule_name in MADE
-    if schedule_name == "linear"
-    or name in ALL
-    or (schedule_name == "ve" and name in EXPLODING)
-    or (schedule_name == "jsd" and name in ENDLESS)
-]
+# A rule sees levels, not where they are from: few see more than one schedule. What the
+# rules left out draw is known from their order and from their peers. jsd ends in pure
+# noise, from which steps in sigma / alpha are endless.
+PEERED = ("ddim", "ddim-half", "dpm_solver_pp-1", "dpm_solver_pp-3M", "unipc-1")
+SCHEDULES = {
+    **dict.fromkeys((*PEERED, "unipc-3", "ode"), ""),
+    "ddpm-large": "ve",
+    "ddim-full": "const jsd sub_vp sigmoid",
+    "heun": "jsd",
+    "edm": "jsd ve",
+    "dpm_solver_pp-2S": "jsd",
+    "dpm_solver_pp-2M": "linear cosine jsd ve interpolated",
+    "unipc-2": "linear jsd",
+    "pc-ancestral": "jsd",
+    "langevin": "ve",
+}
+PAIRS = [(name, one) for name in RULES for one in SCHEDULES.get(name, "linear").split()]
 
 
 @pytest.mark.parametrize(("name", "schedule_name"), PAIRS)

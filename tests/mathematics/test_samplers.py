@@ -45,21 +45,6 @@ def test_loop_and_trajectory_in_closed_form():
         np.testing.assert_array_equal(path.x0[k], np.full((3, 2), 100 * t + step))
 
 
-def test_trajectory_of_ancestral_sampling():
-    """Its end is that of `sample`; x0 is what the network says of the recorded x_t."""
-    rule = samplers.ddpm(DENOISE, LIN)
-    grid, shape = EVEN, (8, *SHAPE)
-    x, path = samplers.trajectory(KEY, rule, grid, shape, (0, 10, 49))
-    np.testing.assert_allclose(
-        x, samplers.sample(KEY, rule, grid, shape), rtol=1e-6, atol=1e-6
-    )
-    np.testing.assert_array_equal(path.t, [1000, 800, 20])
-    for t, x_t, x0 in zip(*path, strict=True):
-        np.testing.assert_allclose(DENOISE(x_t, t).x0, x0, rtol=1e-5, atol=1e-6)
-    # The last step's mean is the x0 it saw, and it adds no noise.
-    np.testing.assert_allclose(x, path.x0[-1], rtol=1e-6, atol=1e-7)
-
-
 def test_example_depends_on_key_and_index_alone():
     """Batches of 1, 7 and 64 hold the same examples, wherever they begin."""
     rule = samplers.ddpm(DENOISE, LIN)

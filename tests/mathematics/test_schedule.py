@@ -42,23 +42,6 @@ def test_levels_at_every_step(precision):
     assert len(traces) == 1
 
 
-def test_constants_of_the_paper(x64):
-    lin = schedule.linear()
-    level = lin(TIMES)
-    alpha_bar = np.square(level.alpha)
-    assert abs(alpha_bar[1] - 0.9999) < 1e-12
-    assert abs(alpha_bar[T] - 4.0358e-5) < 5e-10
-    assert abs(level.logsnr[1] - 9.210) < 5e-4
-    assert abs(level.logsnr[T] + 10.118) < 5e-4
-    assert abs(level.sigma[T] / level.alpha[T] - 157.407) < 5e-4
-    small, large = (
-        gaussian.reverse_variance(kind, lin(TIMES[2:4]), lin(TIMES[1:3]))
-        for kind in ("small", "large")
-    )
-    assert abs(small[0] - 5.4532e-5) < 5e-10
-    np.testing.assert_allclose(np.log(large), [-9.02869, -8.87501], atol=5e-6)
-
-
 def betas(made):
     """From the tables, which are in double precision."""
     return -np.expm1(2 * np.diff(schedule.tables(made)[0]))

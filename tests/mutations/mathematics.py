@@ -62,7 +62,7 @@ MATHEMATICS = [
         "bends = (jnp.arange(width) + jax.random.uniform(key, (width,), real)) / width",
         "bends = jnp.arange(width) + jax.random.uniform(key, (width,), real)",
         "tests/mathematics/test_learned.py"
-        "::test_training_the_interior_lowers_the_variance_and_not_the_bound",
+        "::test_it_starts_nearly_straight_from_the_ends_asked_for",
     ),
     # gaussian
     Breakage(

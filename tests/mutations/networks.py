@@ -16,7 +16,7 @@ NETWORKS = [
         "diffusion_jax/nets/unet.py",
         "h = level(beside(h, skips.pop()), ",
         "h = level(beside(skips.pop(), h), ",
-        "tests/nets/test_unet.py::test_network_equals_numpy",
+        "tests/nets/test_unet_parity.py::test_output_is_that_of_diffusers",
     ),
     Breakage(
         "blocks-padding-all-around",

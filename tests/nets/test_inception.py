@@ -1,4 +1,4 @@
-"""The Inception network against pytorch-fid's, and its blocks against loops in NumPy.
+"""The Inception network against pytorch-fid's.
 
 tests/golden/inception.npz has the outputs of pytorch-fid's own network for random
 weights, drawn here once more from the names of its tensors.
@@ -13,7 +13,6 @@ import safetensors.numpy
 
 from diffusion_jax.interop import inception_weights
 from diffusion_jax.nets import inception
-from diffusion_jax.nets.inception import Layer
 
 
 @pytest.fixture(scope="module")
@@ -149,70 +148,3 @@ def test_other_images_are_refused(refuses):
         inception.preprocess(np.zeros((2, 8, 8, 3), np.int32))
     with refuses("'clean'"):
         inception.preprocess(np.zeros((2, 8, 8, 3), np.uint8), preprocessing="clean")
-
-
-# Blocks, against loops.
-
-
-def conv(p, s, x, *, strides=1, same=True):
-    """Convolution, normalisation and ReLU of one image, [H, W, C], in float64."""
-    p, s = ({k: np.asarray(v, np.float64) for k, v in tree.items()} for tree in (p, s))
-    high, wide = p["kernel"].shape[:2]
-    top, left = (high // 2, wide // 2) if same else (0, 0)
-    x = np.pad(x, ((top, top), (left, left), (0, 0)))
-    rows, columns = (x.shape[0] - high) // strides, (x.shape[1] - wide) // strides
-    y = np.zeros((rows + 1, columns + 1, p["kernel"].shape[3]))
-    for i, j in np.ndindex(y.shape[:2]):
-        at = x[i * strides : i * strides + high, j * strides : j * strides + wide]
-        y[i, j] = np.einsum("hwc,hwcd->d", at, p["kernel"])
-    y = (y - s["mean"]) / np.sqrt(s["var"] + 0.001) * p["scale"] + p["bias"]
-    return np.maximum(y, 0)
-
-
-def pooled(x, reduce, *, strides=1):
-    """Mean or maximum of the pixels that exist around each one, [H, W, C]."""
-    first = strides - 1  # With stride 1 edges are taken too, with stride 2 not.
-    rows, columns = (range(first, n - first, strides) for n in x.shape[:2])
-    around = [
-        [x[max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2] for j in columns] for i in rows
-    ]
-    return np.array([[reduce(y, (0, 1)) for y in row] for row in around])
-
-
-@pytest.mark.parametrize("pool", ["average", "max", "halve"])
-@pytest.mark.parametrize("split", [0, 2])
-def test_block_is_made_of_loops(pool, split):
-    last = Layer(4, (3, 3), 2, "VALID") if pool == "halve" else Layer(4, (3, 1))
-    alone = Layer(2, (3, 3), 2, "VALID") if pool == "halve" else Layer(2)
-    towers = ((Layer(3, (1, 3)), last),)
-    module = inception.Block(alone, towers, split, pool, 5)
-    # All negative: a padding of zeros would win each maximum at the edge.
-    x = golden.uniform("x", (1, 7, 9, 3)) - 2
-    shapes = jax.eval_shape(module.init, jax.random.key(0), x)
-
-    def draw(path, leaf):
-        u = golden.uniform(jax.tree_util.keystr(path), leaf.shape)
-        return np.abs(u) / 100 if path[-1].key == "var" else u
-
-    drawn = jax.tree_util.tree_map_with_path(draw, shapes)
-    p, s = drawn["params"], drawn["batch_stats"]
-    actual = module.apply(drawn, x)[0]
-
-    x = x[0].astype(np.float64)
-    halve = {"strides": 2, "same": False} if pool == "halve" else {}
-    y = conv(p["tower"]["conv"], s["tower"]["conv"], x)
-    y = conv(p["tower"]["conv_1"], s["tower"]["conv_1"], y, **halve)
-    if split:
-        p_mixed, s_mixed = p["tower"]["mixed"], s["tower"]["mixed"]
-        assert p_mixed["conv"]["kernel"].shape[:2] == (1, 3)
-        halves = [conv(p_mixed[k], s_mixed[k], y) for k in ("conv", "conv_1")]
-        y = np.concatenate(halves, axis=-1)
-    joined = [conv(p["conv"], s["conv"], x, **halve), y]
-    if pool == "halve":
-        joined.append(pooled(x, np.max, strides=2))
-    else:
-        z = pooled(x, np.max if pool == "max" else np.mean)
-        joined.append(conv(p["tower_1"]["conv"], s["tower_1"]["conv"], z))
-    expected = np.concatenate(joined, axis=-1)
-    assert actual.shape == expected.shape
-    assert relative_error(actual, expected) < 1e-6

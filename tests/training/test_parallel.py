@@ -67,32 +67,25 @@ def train(strategy, devices, batches, cfg=TINY, fsdp=1):
     return learning.as_stored(now, mesh), np.array(losses)
 
 
-@pytest.fixture(scope="module")
-def one_device(batches):
-    return train("mesh", 1, batches)
-
-
 def assert_close(a, b, tolerance):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
 
 
-@pytest.fixture(scope="module")
-def gradient(batches):
-    """A loss, parameters, and its gradient by them on one device."""
-    seen_loss = learning.make_loss(TINY)
-    loss_fn = lambda *of: seen_loss(*of)[0]  # noqa: E731
+@pytest.mark.usefixtures("small_network")
+def test_every_strategy_gives_the_gradient_of_one_device(batches):
+    # Plain gradient descent with rate 1, so that what moved is the gradient itself.
+    seen_loss, optimizer = learning.make_loss(TINY), optax.sgd(1.0)
+
+    def loss_fn(*of):
+        return seen_loss(*of)[0]
+
     params = build.init_params(TINY, jax.random.key(0))
     key = jax.random.fold_in(jax.random.key(1), 0)
     batch = jax.tree.map(jnp.asarray, batches[0])
-    return loss_fn, params, jax.jit(jax.grad(loss_fn))(params, batch, key)
-
-
-@pytest.mark.parametrize("strategy", ["pmap", "shard_map"])
-def test_every_strategy_gives_the_gradient_of_one_device(strategy, batches, gradient):
-    # Plain gradient descent with rate 1, so that what moved is the gradient itself.
-    (loss_fn, params, truth), mesh = gradient, parallel.make_mesh(8)
-    optimizer = optax.sgd(1.0)
+    truth = jax.jit(jax.grad(loss_fn))(params, batch, key)
+    assert max(np.abs(x).max() for x in jax.tree.leaves(truth)) > 1e-2
+    mesh, before = parallel.make_mesh(8), jax.device_get(params)
     step = state.make_step(
         loss_fn,
         optimizer,
@@ -100,19 +93,18 @@ def test_every_strategy_gives_the_gradient_of_one_device(strategy, batches, grad
         clip_norm=None,
         axis_name=parallel.AXIS,
     )
-    start = state.init(jax.random.key(1), params, optimizer)
-    start = jax.device_put(start, parallel.replicated(mesh))
-    before = jax.device_get(start.params)
-    now, _ = parallel.data_parallel(step, mesh, strategy=strategy)(start, batches[0])
-    moved = jax.tree.map(lambda a, b: a - b, before, jax.device_get(now.params))
-    assert_close(moved, truth, 1e-6)
-    assert max(np.abs(x).max() for x in jax.tree.leaves(truth)) > 1e-2
+    for strategy in ("pmap", "shard_map"):
+        start = state.init(jax.random.key(1), before, optimizer)
+        start = jax.device_put(start, parallel.replicated(mesh))
+        run = parallel.data_parallel(step, mesh, strategy=strategy)
+        now, _ = run(start, batches[0])
+        moved = jax.tree.map(lambda a, b: a - b, before, jax.device_get(now.params))
+        assert_close(moved, truth, 1e-6)
 
 
-@pytest.mark.parametrize(("devices", "fsdp"), [(2, 1), (8, 4)])
-def test_ten_steps_agree_with_those_of_one_device(devices, fsdp, batches, one_device):
-    one, losses_one = one_device
-    many, losses_many = train("mesh", devices, batches, fsdp=fsdp)
+def test_ten_steps_agree_with_those_of_one_device(batches):
+    one, losses_one = train("mesh", 1, batches)
+    many, losses_many = train("mesh", 8, batches, fsdp=4)
     np.testing.assert_allclose(losses_many, losses_one, rtol=1e-5)
     assert_close(many.params, one.params, 1e-5)
     assert_close(many.ema_params, one.ema_params, 1e-5)
