@@ -148,7 +148,7 @@ def test_training_asks_for_as_many_classes_as_there_are(tmp_path):
     found = build.load_data(Config(data=data, net=Net(classes=3)))
     assert found.labels.tolist() == [0, 1, 1, 2]
     assert build.load_data(Config(data=data)).labels is None
-    said = r"must be 3, .*: 10; cat; dog; got 4\. Set --net\.classes to 3"
+    said = r"must be 3, .*: 10; cat; dog; got 4\. In training, set --net\.classes to 3"
     with pytest.raises(ConfigError, match=said):
         build.load_data(Config(data=data, net=Net(classes=4)))
     (where / "a.png").write_bytes(image(0))

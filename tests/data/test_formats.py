@@ -283,7 +283,7 @@ GOOD = np.zeros((3, 5, 4), np.uint8)
         ({"images": GOOD + np.float16(np.nan)}, "float16 from nan"),
         ({"images": np.ones((3, 5, 4), int)}, "int64 from 1 to 1"),
         ({"images": GOOD.astype("M8[s]")}, "got datetime64"),
-        ({"images": GOOD[0]}, r"3 or 4 axes.*got shape \(5, 4\)"),
+        ({"images": GOOD[0]}, r"must be uint8 of shape .*got uint8 of shape \(5, 4\)"),
         ({"images": GOOD[:0]}, r"\(0, 5, 4\)"),
         ({"a": GOOD, "b": GOOD}, "got a, b"),
         ({"images": GOOD.astype(object)}, "plain arrays"),

@@ -146,7 +146,7 @@ def test_room_is_asked_for_before_and_little_is_said(tmp_path, monkeypatch, caps
 
     with pytest.raises(ConfigError, match=f"{tmp_path} must have room .*0.00 MiB; got"):
         check(4003)
-    assert "has room for 1 checkpoints of 0.00 MiB more; train.keep = 3" in check(4004)
+    assert "has room for 1 checkpoint of 0.00 MiB more; train.keep = 3" in check(4004)
     assert check(4004, there=4) == ""  # it takes the place of one that goes
     assert "takes up to 5" in check(5 * 4004 - 1)
     assert check(5 * 4004) == ""

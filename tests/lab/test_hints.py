@@ -34,6 +34,7 @@ OF_OTHERS = re.compile(r"\bhf download|XLA_FLAGS|--xla_gpu")
 # What many commands import, and only these ask for.
 ASKED_BY = {
     "diffusion_jax.lab.measure.bound": "eval_nll",
+    "diffusion_jax.lab.measure.extractors": "ablation compare_samplers eval_fid",
     "diffusion_jax.lab.run_folder.history": "train",
     "diffusion_jax.lab.run_folder.lock": "train",
     "diffusion_jax.lab.run_folder.runs": "train ablation",
@@ -42,9 +43,10 @@ ASKED_BY = {
     "diffusion_jax.lab.trained.weights": "sample edit eval_fid eval_nll legibility "
     "convert compare_samplers",
     "diffusion_jax.lab.training.beginning": "train",
+    "diffusion_jax.lab.training.measuring": "train",
 }
 # Arguments of functions that are not ours.
-FOREIGN = {"file_format", "rowvar", "check_vma", "xla_name"}
+FOREIGN = {"file_format", "rowvar", "check_vma", "xla_name", "return_inverse"}
 
 
 def named(parser):
@@ -133,7 +135,9 @@ def test_arguments_in_messages_are_there():
     taken = {name: set(parameters(tree)) for name, tree in TREES.items()}
     for name, tree in TREES.items():
         callers = [other for other in TREES if name in IMPORTS[other]]
-        known = FOREIGN.union(*(taken[other] for other in (name, *callers)))
+        known = FOREIGN.union(
+            *(taken[other] for other in (name, *callers, *IMPORTS[name]))
+        )
         for text in raised(tree):
             unknown = set(ARGUMENT.findall(text)) - known
             assert not unknown, f"{name}: {unknown}: {text}"

@@ -78,8 +78,15 @@ def assert_as_alone(run, folder, step):
     alone = here(folder, f"alone_{step}", step)
     (state, pending), (expected, waiting) = final_state(run), final_state(alone)
     assert_same_numbers(state, expected)
-    assert pending["pending"] == [pytest.approx(each) for each in waiting["pending"]]
-    assert lines_of(run) == [pytest.approx(each, rel=1e-5) for each in lines_of(alone)]
+    hold_near(pending["pending"], waiting["pending"], 1e-6)
+    hold_near(lines_of(run), lines_of(alone), 1e-5)
+
+
+def hold_near(found, wanted, rtol):
+    """Lists of dictionaries are the same but for rounding."""
+    (a, form), (b, other) = (jax.tree.flatten(each) for each in (found, wanted))
+    assert form == other
+    np.testing.assert_allclose(a, b, rtol)
 
 
 def lines_of(run):
@@ -128,7 +135,7 @@ def test_what_one_host_began_two_go_on_with_until_one_gets_a_signal(folder, walk
     assert [code for code, _, _ in results] == [128 + signal.SIGTERM] * 2, results
     first, second = (printed(output) for _, output, _ in results)
     assert first[0] == "2 hosts, 4 devices"
-    assert "going on from step 7 of 1,000,000" in first
+    assert any(one.startswith("going on from step 7 of 1,000,000") for one in first)
     assert any("the same command goes on from here" in line for line in first)
     assert second == []
     assert "loss" not in results[1][2]

@@ -119,7 +119,7 @@ def test_any_kind_of_weights_and_network_is_loaded(digits, trained, tmp_path):
     assert jax.tree.all(
         jax.tree.map(lambda a, b: a.shape == b.shape, last.params, digits.params)
     )
-    with pytest.raises(CheckpointError, match=r"of step 3 must .*got steps \[12\]"):
+    with pytest.raises(CheckpointError, match=r"step must be one of \[12\].*got 3"):
         lab.load(trained.folder, step=3)
     for out in (tmp_path / "net.safetensors", tmp_path / "folder"):
         assert convert.main([str(trained.folder), str(out)]) == 0
@@ -236,8 +236,8 @@ NO_LABELS = {
     "shape (4, 1). Give labels[:, 0]": [[0], [1], [2], [0]],
     "shape (2,). Give as many": [0, 1],
     "shape (). Give as many": 1,
-    "-1. Leave images": [0, 1, -1, 2],
-    "some up to 3. Set net.classes to 4": [0, 1, 2, 3],
+    "-1..2. Leave out what has no class": [0, 1, -1, 2],
+    "0..3. In training, set net.classes to 4": [0, 1, 2, 3],
     "none. Give labelled": None,
 }
 

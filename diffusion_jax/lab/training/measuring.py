@@ -53,7 +53,7 @@ def make(config: Config, dataset: datasets.Dataset) -> Ruler | None:
         found = str(error).partition("; got ")[2].partition(". ")[0]
         raise ConfigError(
             "the images must have labels to be measured without Inception's weights; "
-            f"got {found}. Fetch those once, by eval_fid --download, or leave out "
+            f"got {found}. Fetch those once, as eval_fid does, or leave out "
             "--train.measure-every."
         ) from error
     hosts.check_same("the extractor", extractor.details["sha256"])
