@@ -121,6 +121,9 @@ BAD = {
     "--train.seed -1": "train.seed must be from 0 to 4294967295; got -1",
     "--diffusion.loss hybrid": "diffusion.variance must be learned or range",
     "--diffusion.weighting p2": "diffusion.loss must be eps with the weighting p2",
+    "--diffusion.weighting edm --diffusion.loss eps --diffusion.schedule jsd": (
+        "diffusion.schedule must be another with the weighting edm"
+    ),
     "--diffusion.weighting-value 3": "weighting_value must be left out",
     "--diffusion.schedule learned": "diffusion.loss must be vlb with a learned",
     "--diffusion.schedule flow --diffusion.prediction mean": "no mean of a step",
@@ -205,7 +208,7 @@ def test_bad_flags_end_with_code_two(flags, words, capsys):
             "not mirrored, as those of cifar10 are",
         ),
         ("cifar10 --data.source npz:x --data.flip", True, "32x32x3, mirrored, with"),
-        ("digits --data.source npz:x", False, "as those of digits 8x8x1, with"),
+        ("digits --data.source npz:x", False, "images as 8x8x1, with"),
     ],
 )
 def test_images_of_ones_own_are_mirrored_only_when_asked(argv, flip, said, capsys):

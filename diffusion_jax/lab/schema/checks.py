@@ -129,6 +129,9 @@ def objective(d: Diffusion) -> Problems:
     if d.weighting == "sigmoid" and d.density in ("log_normal", "logit_normal"):
         must = "uniform with the weighting sigmoid, which is of evenly drawn times"
         yield "diffusion.density", must
+    if d.weighting == "edm" and d.schedule == "jsd":
+        must = "another with the weighting edm, infinite where jsd ends in noise alone"
+        yield "diffusion.schedule", must
     value = d.weighting_value
     if value is not None and d.weighting in ("min_snr", "p2") and not value > 0:
         yield "diffusion.weighting_value", "above 0"

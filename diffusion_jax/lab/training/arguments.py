@@ -107,7 +107,7 @@ def inherited(name: str, base: config.Config, given: config.Config) -> str:
     elif base.data.flip:
         ending = f"; not mirrored, as those of {name} are: that is --data.flip"
     of = f"network and training of {name}"
-    return f"your own images, as those of {name} {shape}, with the {of}{ending}"
+    return f"your own images as {shape}, with the {of}{ending}"
 
 
 def parse_with(
