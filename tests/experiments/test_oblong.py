@@ -51,7 +51,7 @@ def test_what_inpainting_keeps_stays_to_the_bit(wide, tmp_path):
     Image.fromarray(np.where(white, 255, 0).astype(np.uint8)).save(tmp_path / "m.png")
     files = [str(tmp_path / name) for name in ("a.png", "m.png")]
     assert edit.main([str(found.run.folder), "inpaint", *files, "--count", "2"]) == 0
-    drawn = sorted((found.run.folder / "edit" / "inpaint").glob("*.png"))
+    drawn = sorted((found.run.folder / "edit").glob("inpaint_*/*.png"))
     results = np.stack([np.asarray(Image.open(path)) for path in drawn])
     kept = np.broadcast_to(images[0, ..., 0], results.shape)
     np.testing.assert_array_equal(results[:, ~white], kept[:, ~white])

@@ -144,10 +144,14 @@ def alone(monkeypatch: Any, home: Path) -> None:
 
 
 def check_words(said: str) -> None:
-    """Fails where an error does not say what must hold, what was got, what to do."""
+    """Fails where an error does not say what must hold, what was got, what to do.
+
+    Or what cannot be done, why, and what to do.
+    """
     assert "Traceback" not in said, said
     if said.startswith("error: "):
-        assert re.search(r"\b(must|needs)\b.*; got .+[.\n].+", said, re.S), said
+        parts = r"\b(must|needs)\b.*; got .+[.\n].+|^error: cannot .+: .+\. .+"
+        assert re.search(parts, said, re.S), said
     else:  # of a flag, by the parser of the command line
         assert "--help" in said, said
 

@@ -10,7 +10,9 @@ from diffusion_jax import continuous, learned, schedule
 
 # Not functions of arrays: they raise and do no more.
 NOT_OF_ARRAYS = {
+    "errors.counted",
     "errors.first_of",
+    "errors.needs",
     "errors.raise_unknown",
     "losses.check_values",
     "schedule.check_num_steps",

@@ -41,6 +41,9 @@ def note_warnings() -> None:
     """Has warnings shown as notes in a line each, above a bar if there is one."""
 
     def show(message: Any, category: Any, *_: Any, **__: Any) -> None:
+        # Such an image is refused, and that is said.
+        if category.__name__ == "DecompressionBombWarning":
+            return
         tqdm.write(f"note: {message}", file=sys.stderr)
 
     warnings.showwarning = show
