@@ -48,8 +48,8 @@ class Options:
     """Whether to measure the same work by diffusers and PyTorch in this run (pip
     install .[peers]), and print how much faster this is."""
     table: bool = False
-    """Whether to make the table of the README, on one device: training, also with the
-    arithmetic of the authors' code, chains, and options of the compiler."""
+    """Whether to make the table of docs/performance.md, on one device: training, also
+    with the arithmetic of the authors' code, chains, and options of the compiler."""
     minutes: Positive = 8.0
     """How long a table may take: what there is no time for is named."""
     candidates: tuple[str, ...] = tables.CANDIDATES

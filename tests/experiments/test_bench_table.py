@@ -1,4 +1,4 @@
-"""The table of the README: its rows, its minutes, and what is tried of the compiler."""
+"""The table of speed: its rows, its minutes, and what is tried of the compiler."""
 
 import copy
 import json

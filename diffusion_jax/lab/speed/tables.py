@@ -13,7 +13,7 @@ from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.training import compilation
 
 SIZES = (128, 512)
-"""Batch sizes of the table of the README, where none are given."""
+"""Batch sizes of the table in docs/performance.md, where none are given."""
 NONE = "none"
 # Of XLA for GPUs; none of them has been tried on these networks. The first is training
 # as it is once more: what the two differ by means nothing. The last may take minutes to
