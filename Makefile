@@ -7,10 +7,11 @@ ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+SITE := .venv-site
 
 .DEFAULT_GOAL := help
 .PHONY: help train sample eval samplers ablation legibility test torture mutations \
-	lint format clean
+	lint format docs clean
 
 help:  ## show this
 	@echo "usage: make TARGET [EXP=experiment] [ARGS=\"--flag value ...\"] [PYTHON=python3]"
@@ -60,8 +61,17 @@ format: $(READY)  ## format the code
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
+docs: $(SITE)/.ready  ## make a site of the pages and all functions in site/
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict --quiet
+	@echo "site/index.html; with its search: $(PYTHON) -m http.server --directory site"
+
 clean:  ## remove .venv and caches; runs stay
-	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(SITE) site .cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+
+$(SITE)/.ready: docs/site/requirements.txt
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
 
 # Installed once, and again only when what to install has changed.
 $(READY): setup.cfg constraints.txt
