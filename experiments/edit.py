@@ -17,7 +17,7 @@ import tyro
 from diffusion_jax.errors import ConfigError, counted, raise_unknown
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.drawing import edit_options, edits, outputs
-from diffusion_jax.lab.process import entry
+from diffusion_jax.lab.process import entry, flags
 from diffusion_jax.lab.schema.checks import of_options, with_sampling
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.trained import extras, opening, weights
@@ -97,7 +97,7 @@ def parse(argv: Sequence[str]) -> tuple[str | None, Any]:
     for other in kinds[1:]:
         union = union | other
     prog = f"{entry.typed('edit')} [RUN]"
-    return name, tyro.cli(union, args=rest, prog=prog, description=__doc__)
+    return name, flags.read(union, args=rest, prog=prog, description=__doc__)
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Config, Any], edits.Draw]]] = {

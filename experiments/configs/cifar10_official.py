@@ -9,9 +9,10 @@ Expected  the paper's FID 3.17 and Inception score 9.46 for 50,000 samples again
           training set; bound at most 3.75 bits/dim
 
 float32 throughout, TensorFlow's Adam, the gradient of each eighth of the batch clipped
-by itself as eight TPU cores did, and an average of the weights without a ramp. Nearly
-five times slower than cifar10 on one device. For reproducing the paper's numbers, and
-for checking another implementation step by step; to train a network take cifar10.
+by itself as eight TPU cores did, and an average of the weights without a ramp. On one
+device it is more than four times slower than cifar10. For reproducing the paper's
+numbers, and for checking another implementation step by step; to train a network take
+cifar10.
 """
 
 from dataclasses import replace

@@ -181,6 +181,15 @@ def test_bad_values_are_named(flags):
     assert "Change it with --" in str(caught.value)
 
 
+def test_texts_of_help_are_wrapped_once(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        arguments.parse(["digits", "--help"], EXPERIMENTS, prog="train")
+    shown = capsys.readouterr().out.splitlines()
+    (at,) = (n for n, line in enumerate(shown) if "Refuse to go on (resume)" in line)
+    assert "of going on from the newest that verifies. (default:" in shown[at + 1]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -9,11 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tyro
 from tqdm import tqdm
 
 from diffusion_jax import errors
-from diffusion_jax.lab.process import joining
+from diffusion_jax.lab.process import flags, joining
 from diffusion_jax.lab.schema import checks
 
 # What a user can mend. Such an error is shown as it is, without a traceback.
@@ -117,7 +116,9 @@ def parse(
       ConfigError: a value that is not as its field says.
       SystemExit: `--help`, or a flag that does not exist or has another type.
     """
-    found = tyro.cli(options, args=argv, prog=typed(command), description=description)
+    found: Options = flags.read(
+        options, args=argv, prog=typed(command), description=description
+    )
     checks.of_options(found)
     return found
 
