@@ -2,6 +2,7 @@
 
 import fnmatch
 import importlib
+import os
 import re
 import shlex
 import subprocess
@@ -93,8 +94,12 @@ def commands(line):
     """The commands of ours that a line runs: their arguments, the name first."""
     if line.startswith("make"):  # what it would do, by the Makefile
         told = ["make", "-n", *shlex.split(line)[1:]]
+        # Without what a make that runs the tests was told.
+        own = {
+            k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "ARGS"))
+        }
         done = subprocess.run(
-            told, cwd=ROOT, capture_output=True, text=True, check=True
+            told, cwd=ROOT, env=own, capture_output=True, text=True, check=True
         )
         line = done.stdout
     for found in re.findall(r"(?:-m experiments\.|^diffusion-jax )(.*)", line):
