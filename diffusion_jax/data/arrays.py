@@ -70,8 +70,7 @@ def as_uint8(images: np.ndarray, what: str | os.PathLike[str]) -> np.ndarray:
     if scale is None:
         raise DataError(
             f"images in {what} must be uint8, whole numbers in 0..255, or floats in "
-            f"[0, 1] or [-1, 1]; got {got}. Convert them first, for instance with "
-            "np.clip(np.round(images), 0, 255).astype(np.uint8)."
+            f"[0, 1] or [-1, 1]; got {got}. {_to_uint8(low, high)}"
         )
     warnings.warn(
         f"images in {what} are {images.dtype} in {said}: rounded to 0..255",

@@ -96,7 +96,7 @@ def load(
         extracted from it, or what tensorflow-datasets prepared; for mnist and
         fashion_mnist the folder of IDX files; for tfds its folder of prepared data.
       image_size: pixels a side, or height and width; None keeps the images' own. A
-         folder and hf need it.
+        folder and hf need it.
       fit: how images of another size become `image_size`: "pad" (the default) puts
         smaller ones on black; "crop" (always for a folder and hf) cuts the largest
         rectangle of that shape from the middle and resamples it.

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from diffusion_jax.nets import dropout
 
 Parts = tuple[jax.Array, ...]
-SOME, ALL = 128, 1024
-"""Pixels that a GPU adds up first, of what is computed for it and of what is read."""
+COMPUTED, READ = 128, 1024
+"""Pixels that a GPU adds up at a time: of what is computed for it, of what is read."""
 
 
 def group_norm(
@@ -165,18 +165,18 @@ def _backward(how: Constants, kept: Kept, gradient: jax.Array) -> tuple[Inputs]:
     given, scale, rstd = kept.given, kept.given.scale, kept.rstd
     size, pixels = len(scale) // how.groups, _pixels(given.parts)
 
-    def at_y(y: jax.Array, g: jax.Array, time: int) -> Any:
+    def at_y(y: jax.Array, g: jax.Array, copy: int) -> Any:
         if not how.silu:
             return g
-        y = _again(y, time)
+        y = _again(y, copy)
         s = jax.nn.sigmoid(y)
         return g * s * (1 + y * (1 - s))
 
     first, second, third = (
-        _dropped(_wide(gradient), _mask(given, time), how.keep) for time in (1, 2, 3)
+        _dropped(_wide(gradient), _mask(given, copy), how.keep) for copy in (1, 2, 3)
     )
     z, y = _normalised(_wide(_joined(given.parts)), kept.line)
-    sums = _sums(at_y(y, first, 1), at_y(y, second, 2) * z, SOME)
+    sums = _sums(at_y(y, first, 1), at_y(y, second, 2) * z, COMPUTED)
     of_d, of_dz = jax.lax.optimization_barrier(sums)
     of_du = rstd * of_dz
     groups = _of_groups((of_d * scale[None], of_du * scale[None]), size)
@@ -203,7 +203,7 @@ _group_norm.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _again(x: jax.Array, time: int) -> jax.Array:
+def _again(x: jax.Array, copy: int) -> jax.Array:
     """Returns x, which a compiler for GPUs does not know to be x.
 
     What is computed of it is computed again: of what is equal XLA computes one, and
@@ -212,20 +212,20 @@ def _again(x: jax.Array, time: int) -> jax.Array:
 
     Args:
       x: an array.
-      time: a number of its own for each copy.
+      copy: a number of its own for each.
     """
 
     def other(x: jax.Array) -> jax.Array:
         words = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-        turned = jax.lax.bitcast_convert_type(x, words) ^ time
-        return jax.lax.bitcast_convert_type(turned ^ time, x.dtype)
+        turned = jax.lax.bitcast_convert_type(x, words) ^ copy
+        return jax.lax.bitcast_convert_type(turned ^ copy, x.dtype)
 
     return jax.lax.platform_dependent(x, cpu=lambda x: x, default=other)
 
 
 @_again.defjvp
-def _again_jvp(time: int, primals: Any, tangents: Any) -> Any:
-    return _again(*primals, time), tangents[0]
+def _again_jvp(copy: int, primals: Any, tangents: Any) -> Any:
+    return _again(*primals, copy), tangents[0]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -272,7 +272,7 @@ def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     middle = _wide(x[:, x.shape[1] // 2, x.shape[2] // 2])
     centred = _wide(x) - middle[:, None, None]
     first, second = (
-        total / pixels for total in _sums(centred, jnp.square(centred), ALL)
+        total / pixels for total in _sums(centred, jnp.square(centred), READ)
     )
     return middle + first, jnp.maximum(second - jnp.square(first), 0)
 
@@ -294,11 +294,11 @@ def _normalised(x: jax.Array, line: Line) -> tuple[jax.Array, jax.Array]:
     return z, z * _like(line.slope) + _like(line.bias)
 
 
-def _mask(given: Inputs, time: int) -> jax.Array | None:
+def _mask(given: Inputs, copy: int) -> jax.Array | None:
     """Returns what dropout keeps, True or False; None without dropout."""
     if given.mask is None:
         return None
-    return dropout.unpacked(_again(given.mask, time), len(given.scale))
+    return dropout.unpacked(_again(given.mask, copy), len(given.scale))
 
 
 def _dropped(x: jax.Array, mask: jax.Array | None, keep: float) -> jax.Array:

@@ -217,7 +217,9 @@ def test_bad_flags_end_with_code_two(flags, words, capsys):
             "not mirrored, as those of cifar10 are",
         ),
         ("cifar10 --data.source npz:x --data.flip", True, "32x32x3, mirrored, with"),
-        ("digits --data.source npz:x", False, "images as 8x8x1, with"),
+        ("digits --data.source npz:x", False, "images of npz:x as 8x8x1, with"),
+        ("cifar10 --data.source hf:x", False, "not mirrored, as those of cifar10 are"),
+        ("cifar10 --data.source mnist", False, "images of mnist as 32x32x3, with"),
     ],
 )
 def test_images_of_ones_own_are_mirrored_only_when_asked(argv, flip, said, capsys):

@@ -4,6 +4,34 @@ from . import Breakage
 
 COMMANDS = [
     Breakage(
+        "learning-quarters-off-by-one",
+        "diffusion_jax/lab/wiring/learning.py",
+        "4 * (t - 1) // total",
+        "4 * t // total",
+        "tests/lab/test_measuring.py",
+    ),
+    Breakage(
+        "measuring-held-out-with-dropout",
+        "diffusion_jax/lab/training/measuring.py",
+        "learning.make_loss(calm, train=False)",
+        "learning.make_loss(calm)",
+        "tests/lab/test_measuring.py",
+    ),
+    Breakage(
+        "figures-times-turned-around",
+        "diffusion_jax/lab/drawing/figures.py",
+        "for at in (*t, 0)]",
+        "for at in (0, *t)]",
+        "tests/lab/test_measuring.py",
+    ),
+    Breakage(
+        "arguments-flip-inherited",
+        "diffusion_jax/lab/training/arguments.py",
+        'given = read(config.replace(base, "data", flip=False))',
+        "given = read(base)",
+        "tests/lab/test_config.py::test_images_of_ones_own_are_mirrored_only_when_asked",
+    ),
+    Breakage(
         "build-no-row-for-no-label",
         "diffusion_jax/lab/wiring/build.py",
         "num_classes=net.classes + (1 if net.classes and net.label_dropout else 0),",

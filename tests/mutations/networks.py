@@ -42,7 +42,7 @@ NETWORKS = [
     Breakage(
         "norm-what-is-hidden-is-changed",
         "diffusion_jax/nets/norm.py",
-        "bitcast_convert_type(turned ^ time, x.dtype)",
+        "bitcast_convert_type(turned ^ copy, x.dtype)",
         "bitcast_convert_type(turned, x.dtype)",
         "tests/nets/test_norm.py::test_every_gradient_is_that_of_the_plain_form",
     ),

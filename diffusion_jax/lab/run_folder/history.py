@@ -4,9 +4,9 @@
 line before that were not skipped; "loss_by_time", the loss of the examples in each
 quarter of the times, from little noise to much; the "learning_rate" of the last of
 these steps; the "held_out_loss" of the last step, where images are held out; how many
-were "skipped", and where some were, how many by each of their
-"causes": what was not finite. It is the same, to the byte, for two equal runs; what
-differs, the speed, is in <run>/speed.jsonl.
+were "skipped", and where some were, how many by each of their "causes": what was not
+finite. It is the same, to the byte, for two equal runs; what differs, the speed, is in
+<run>/speed.jsonl.
 """
 
 import time

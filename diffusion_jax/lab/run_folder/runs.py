@@ -38,7 +38,7 @@ class Run(NamedTuple):
 
     @property
     def changes(self) -> Path:
-        """Returns where it is what of the configuration was changed, if anything."""
+        """Returns where the changes of the configuration are, if there were any."""
         return self.folder / "changes.jsonl"
 
     @property

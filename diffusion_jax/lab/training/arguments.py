@@ -80,8 +80,7 @@ def parse_training(
     if given.official:  # flags of its fields still count
         base = config.official(base)
         given = read(base)
-    own = given.config.data.source.startswith(("folder:", "npz:", "idx:"))
-    if own and given.config.data.source != base.data.source:
+    if given.config.data.source != base.data.source:
         # That half may be mirrored is known of the experiment's own: letters may not.
         given = read(config.replace(base, "data", flip=False))
         print(inherited(name, base, given.config))
@@ -105,14 +104,14 @@ def parse_training(
 
 
 def inherited(name: str, base: config.Config, given: config.Config) -> str:
-    """Returns in words what one's own images have of an experiment, and what not."""
+    """Returns in words what other images have of an experiment, and what not."""
     shape, ending = "x".join(map(str, given.data.shape)), ""
     if given.data.flip:
         shape += ", mirrored"
     elif base.data.flip:
         ending = f"; not mirrored, as those of {name} are: that is --data.flip"
     of = f"network and training of {name}"
-    return f"your own images as {shape}, with the {of}{ending}"
+    return f"images of {given.data.source} as {shape}, with the {of}{ending}"
 
 
 def parse_with(
