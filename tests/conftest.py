@@ -140,3 +140,19 @@ def refuses() -> Callable[[str], contextlib.AbstractContextManager]:
         assert got in message.partition("; got ")[2], message
 
     return context
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def forms_of(request, monkeypatch):
+    """Computes here in the forms of a CPU, then in those of a GPU."""
+    if request.param == "cpu":
+        yield
+        return
+
+    def of_gpu(*args, default, **_):
+        return default(*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", of_gpu)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
