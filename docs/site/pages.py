@@ -16,6 +16,10 @@ USE = (
     *("train", "data", "sample", "edit", "measure", "networks", "objectives"),
     *("devices", "safety", "performance", "results"),
 )
+FROM = (
+    *("from_diffusers", "from_denoising_diffusion_pytorch", "from_improved_diffusion"),
+    *("from_score_sde", "from_edm"),
+)
 ROOMS = {
     "mathematics": ".",
     "networks": "nets",
@@ -47,8 +51,9 @@ def on_config(config: Any) -> Any:
         {"Home": "index.md"},
         {"Tour": "tour.md"},
         {"Use": [f"{name}.md" for name in USE]},
+        {"Coming from": [f"{name}.md" for name in FROM]},
         {"Functions": functions},
-        {"Project": ["contributing.md", "changes.md"]},
+        {"Project": ["architecture.md", "extend.md", "contributing.md", "changes.md"]},
     ]
     return config
 
