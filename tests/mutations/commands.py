@@ -234,8 +234,8 @@ COMMANDS = [
     Breakage(
         "records-tell-of-the-machine",
         "diffusion_jax/lab/network_files/records.py",
-        "config.data, path=None, source=public_source(config.data.source)",
-        "config.data, source=public_source(config.data.source)",
+        "data, path=None, source=public_source(data.source)",
+        "data, source=public_source(data.source)",
         "tests/lab/test_networks.py::test_a_file_says_nothing_of_the_machine",
     ),
     Breakage(

@@ -34,19 +34,15 @@ WEIGHTS, _CARD = f"unet/{TENSORS}.safetensors", "README.md"
 def describe(path: Path) -> Described:
     """Returns what is known of a folder for diffusers."""
     unet = _json(_first(path, "unet/config.json", "config.json"))
-    there = [
-        path / name
-        for name in ("scheduler/scheduler_config.json", "scheduler_config.json")
-        if (path / name).is_file()
-    ]
+    there = [*path.glob("scheduler/scheduler_config.json")]
+    there += path.glob("scheduler_config.json")
     scheduler = _json(there[0]) if there else None
     name = records.plain_name(path.resolve().name)
-    config = diffusers_config.from_diffusers(
-        unet, scheduler, name=name, where=str(path)
-    )
+    where = str(path)
+    config = diffusers_config.from_diffusers(unet, scheduler, name=name, where=where)
     # Averages of diffusers' own training say how many updates they have seen.
-    step = unet.get("optimization_step")
-    step = step if json_fields.is_whole(step) and int(step or 0) >= 0 else None
+    step = unet.get("optimization_step", -1)
+    step = step if json_fields.is_whole(step) and step >= 0 else None
     words = "released" if step is None else "averaged"
     about = About(words, step, f"the diffusers folder {name}", {}, recipe=False)
     notes = diffusers_config.notes(unet, scheduler)
@@ -101,18 +97,16 @@ def write(path: Path, network: Network) -> str:
         "scheduler": ["diffusers", "DDPMScheduler"],
         "unet": ["diffusers", unet["_class_name"]],
     }
-    partial, aside = (
-        path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old")
-    )
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = partial.with_suffix(".old")
     try:
         values = (index, unet, scheduler, records.write(network))
         for name, value in zip(_JSON, values, strict=True):
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).write_text(json.dumps(value, indent=2) + "\n")
         # diffusers reads no file that does not say so.
-        digest = tensor_files.write_safetensors(
-            partial / WEIGHTS, arrays, {"format": "pt"}
-        )
+        meta = {"format": "pt"}
+        digest = tensor_files.write_safetensors(partial / WEIGHTS, arrays, meta)
         count = sum(array.size for array in arrays.values())
         text = model_card.write(network.config, network.about, path.name, digest, count)
         (partial / _CARD).write_text(text)
@@ -164,13 +158,13 @@ def shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def _first(path: Path, *names: str) -> Path:
-    found = [path / name for name in names if (path / name).is_file()]
-    if not found:
-        raise ConfigError(
-            f"{path} must hold one of {', '.join(names)}; got none of them. Give the "
-            "whole folder as it was released."
-        )
-    return found[0]
+    for file in (path / name for name in names):
+        if file.is_file():
+            return file
+    raise ConfigError(
+        f"{path} must hold one of {', '.join(names)}; got none of them. Give the whole "
+        "folder as it was released."
+    )
 
 
 def _tensors_of(path: Path) -> Path:
@@ -188,11 +182,10 @@ def _tensors_of(path: Path) -> Path:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        values = json_fields.load(path)
-        if not isinstance(values, dict):
-            raise ValueError(f"a {type(values).__name__}")
+        values: Any = json_fields.load(path)
+        if isinstance(values, dict):
+            return values
+        said: object = f"a {type(values).__name__}"
     except ValueError as error:
-        raise ConfigError(
-            f"{path} must hold a JSON object; got {error}. Download it again."
-        ) from error
-    return values
+        said = error
+    raise ConfigError(f"{path} must hold a JSON object; got {said}. Download it again.")

@@ -14,12 +14,8 @@ PATIENCE = 8.0
 
 # A network alone, or the pipeline that it is the U-Net of.
 _CONFIGS = (
-    "README.md",
-    "model_index.json",
-    "config.json",
-    "scheduler_config.json",
-    "unet/config.json",
-    "scheduler/scheduler_config.json",
+    *("README.md", "model_index.json", "config.json", "scheduler_config.json"),
+    *("unet/config.json", "scheduler/scheduler_config.json"),
 )
 _WEIGHTS = ("diffusion_pytorch_model", "unet/diffusion_pytorch_model")
 # The second is a pickle, read with care: only where there is nothing better.
@@ -47,7 +43,11 @@ def fetch(name: str, *, cache: Path | None = None, endpoint: str | None = None) 
             f"the name of a network on the hub must be owner/name; got {name!r}. Copy "
             "it from its page, such as google/ddpm-cifar10-32."
         )
-    hub = _package()
+    needs("huggingface_hub", "fetch a network by its name", "hub")
+    import huggingface_hub as hub
+    import huggingface_hub.constants
+    import huggingface_hub.utils
+
     where = endpoint or hub.constants.ENDPOINT
     check_address(where)
     if not sys.stderr.isatty():
@@ -57,11 +57,10 @@ def fetch(name: str, *, cache: Path | None = None, endpoint: str | None = None) 
         # By itself the package tries again and again, for minutes.
         about = within(PATIENCE, lambda: api.model_info(name, timeout=PATIENCE))
         wanted = _wanted([file.rfilename for file in about.siblings or ()], name)
-        return Path(
-            hub.snapshot_download(
-                name, allow_patterns=wanted, cache_dir=cache, endpoint=endpoint
-            )
+        folder = hub.snapshot_download(
+            name, allow_patterns=wanted, cache_dir=cache, endpoint=endpoint
         )
+        return Path(folder)
     except DataError:
         raise
     except Exception as error:  # of the hub, of its client and of the system
@@ -75,14 +74,6 @@ def fetch(name: str, *, cache: Path | None = None, endpoint: str | None = None) 
                 f"fetch it by hand, hf download {name} --local-dir DIR, and give DIR."
             ) from error
         return found
-
-
-def _package() -> Any:
-    needs("huggingface_hub", "fetch a network by its name", "hub")
-    import huggingface_hub.constants
-    import huggingface_hub.utils
-
-    return huggingface_hub
 
 
 def _wanted(files: Sequence[str], name: str) -> list[str]:

@@ -168,14 +168,9 @@ def read_official(
         where=str(path),
         ignore=unet_names.official_others(own),
     )
-    step = stored.arrays.get("global_step")
-    about = About(
-        "averaged" if average else "last",
-        None if step is None else int(step),
-        f"the TensorFlow checkpoint {Path(path).name}",
-        {},
-        recipe=False,
-    )
+    words, at = "averaged" if average else "last", stored.arrays.get("global_step")
+    origin = f"the TensorFlow checkpoint {Path(path).name}"
+    about = About(words, None if at is None else int(at), origin, {}, recipe=False)
     return Network(config, {"net": params}, about, stored.sha256)
 
 
@@ -186,7 +181,6 @@ def write_file(path: Path, network: Network) -> str:
 
 
 def _describe(found: Found) -> Described:
-    """Returns what a file of ours or a folder of diffusers says of its network."""
     path = found.path
     if found.kind == "diffusers":
         return diffusers_folder.describe(path)

@@ -8,8 +8,6 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.schema import checks, json_fields
 from diffusion_jax.lab.schema.config import Config, from_dict, to_dict
 
-PyTree = Any
-
 VERSION = 1
 
 
@@ -35,7 +33,7 @@ class Network(NamedTuple):
     """A trained network."""
 
     config: Config
-    params: PyTree
+    params: Any
     """As `build.init_params` makes them, NumPy arrays."""
     about: About
     sha256: str
@@ -53,22 +51,18 @@ class Described(NamedTuple):
 
 def write(network: Network) -> dict[str, Any]:
     """Returns what is to be known of a network beside its weights, as JSON has it."""
-    config = network.config
+    data = network.config.data
     # Where files are on this machine is nobody else's business.
+    data = dataclasses.replace(data, path=None, source=public_source(data.source))
     config = dataclasses.replace(
-        config,
+        network.config,
         name=Config.name,  # that of the file
         output=Config.output,
         init_from=None,
-        data=dataclasses.replace(
-            config.data, path=None, source=public_source(config.data.source)
-        ),
+        data=data,
     )
-    return {
-        "version": VERSION,
-        "config": to_dict(config),
-        "about": network.about._asdict(),
-    }
+    about = network.about._asdict()
+    return {"version": VERSION, "config": to_dict(config), "about": about}
 
 
 def public_source(source: str) -> str:
@@ -110,15 +104,13 @@ def read(text: str, where: Path) -> tuple[Config, About]:
 def _about(values: dict[str, Any]) -> About:
     """Returns what was written of weights, or raises where it is something else."""
     about = About(**values)
-    about = about._replace(changes=tuple(about.changes))
     words = [about.weights, about.origin, *about.changes]
-    for score in about.scores.values():
-        words += [score["value"], score["of"]]
-    step = about.step
-    counted = step is None or (json_fields.is_whole(step) and step >= 0)
+    words += [score[key] for score in about.scores.values() for key in ("value", "of")]
+    step = 0 if about.step is None else about.step
+    counted = json_fields.is_whole(step) and step >= 0
     if not counted or not all(isinstance(word, str) for word in words):
         raise ConfigError(f"{values} of weights")
-    return about
+    return about._replace(changes=tuple(about.changes))
 
 
 def plain_name(name: str) -> str:

@@ -32,8 +32,6 @@ CANDIDATES = (
     "xla_gpu_experimental_enable_triton_heroless_priority_fusion=true",
 )
 AUTHORS, CONFIGURED = "the authors' arithmetic", "as configured"
-UNKNOWN = "No such compile option"
-"""What XLA says of one that it does not know."""
 
 
 class Work(NamedTuple):
@@ -176,7 +174,7 @@ def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return work()
     except RuntimeError as error:  # of XLA or of PyTorch, as when memory is short
         said = str(error).strip() or type(error).__name__
-        unknown = UNKNOWN in said
+        unknown = "No such compile option" in said
         return {"error": "not known to this jaxlib" if unknown else said.split("\n")[0]}
 
 
