@@ -78,7 +78,7 @@ def test_a_second_process_is_told_whose_the_run_is_until_that_dies(
 ):
     run = tmp_path / "digits"
     with holder(run) as (owner, child):
-        said = refused(run, f"got {run} in the hands of process {owner.pid} on ")
+        said = refused(run, f"cannot train {run}: process {owner.pid} on .* trains it")
         assert os.uname().nodename in said
         assert time.strftime("since %Y-") in said
         assert "--name NAME" in said
@@ -98,7 +98,7 @@ def test_a_second_process_is_told_whose_the_run_is_until_that_dies(
 def test_within_a_process_too_a_run_is_trained_once_at_a_time(tmp_path):
     with lock.hold(tmp_path):
         refused(tmp_path, f"process {os.getpid()} on")
-        refused(tmp_path, "in the hands of")  # being refused takes nothing away
+        refused(tmp_path, "trains it")  # being refused takes nothing away
     with lock.hold(tmp_path):
         pass
 
@@ -201,4 +201,4 @@ def test_a_run_that_was_moved_leaves_the_lock_of_another_alone(tmp_path):
     with lock.hold(run):  # of a new run in the old place
         first.close()
         assert (run / lock.NAME).exists()
-        refused(run, "in the hands of process")
+        refused(run, "trains it")

@@ -1,4 +1,4 @@
-"""How a command begins and ends: the hosts of its job, its exit code, its one error."""
+"""Runs a command: joins the hosts of its job, prints one error, gives the exit code."""
 
 import io
 import logging
@@ -30,20 +30,18 @@ def quiet() -> None:
 
 
 def _unraisable(error: Any) -> None:
-    """Says what failed where nobody could catch it."""
     # After a failed read or write all others end into an event loop that is gone.
     if str(error.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(error)
 
 
 def note_warnings() -> None:
-    """Has warnings shown as notes in a line each, above a bar if there is one."""
+    """Prints each warning as a note of one line, above a bar if there is one."""
 
     def show(message: Any, category: Any, *_: Any, **__: Any) -> None:
         # Such an image is refused, and that is said.
-        if category.__name__ == "DecompressionBombWarning":
-            return
-        tqdm.write(f"note: {message}", file=sys.stderr)
+        if category.__name__ != "DecompressionBombWarning":
+            tqdm.write(f"note: {message}", file=sys.stderr)
 
     warnings.showwarning = show
 
@@ -63,10 +61,7 @@ def guarded(main: Callable[[Sequence[str]], int], *, several: bool = False) -> N
         # A path may be no text in any encoding, and is shown all the same.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    expected: tuple[Any, ...] = (
-        *(errors.ConfigError, errors.DataError, errors.MissingError),
-        CheckpointError,
-    )
+    ours = errors.ConfigError, errors.DataError, errors.MissingError, CheckpointError
     code, said = BAD_INPUT, ""
     try:
         raise SystemExit(main(join_hosts(sys.argv[1:], several=several)))
@@ -76,11 +71,9 @@ def guarded(main: Callable[[Sequence[str]], int], *, several: bool = False) -> N
         if left.code == BAD_INPUT:  # by a flag that this host alone may have wrong
             joining.leave(BAD_INPUT)
         raise
-    except expected as error:
-        said = f"error: {error}"
-    except ValueError as error:
-        # The library's own: what must hold; what was got; what to do.
-        if "; got " not in str(error):
+    except (*ours, ValueError) as error:
+        # Those of the library say what must hold; what was got; what to do.
+        if not isinstance(error, ours) and "; got " not in str(error):
             raise
         said = f"error: {error}"
     except BrokenPipeError:
@@ -89,9 +82,8 @@ def guarded(main: Callable[[Sequence[str]], int], *, several: bool = False) -> N
         code = 1
     except OSError as error:
         said = (
-            f"error: {error.filename or 'a file'} must be there and be ours to read or "
-            f"write; got {error.strerror or error}. Check the path, its permissions "
-            "and the disk."
+            f"error: cannot read or write {error.filename or 'a file'}: "
+            f"{error.strerror or error}. Check the path, its permissions and the disk."
         )
     except KeyboardInterrupt:
         code, said = 130, "interrupted"
@@ -132,9 +124,8 @@ def typed(command: str) -> str:
     >>> typed("train")
     'python -m experiments.train'
     """
-    script = "diffusion-jax"
-    if any(Path(word).stem == script for word in sys.orig_argv[:2]):
-        return f"{script} {command}"
+    if any(Path(word).stem == "diffusion-jax" for word in sys.orig_argv[:2]):
+        return f"diffusion-jax {command}"
     return f"python -m experiments.{command}"
 
 

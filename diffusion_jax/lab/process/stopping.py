@@ -1,8 +1,8 @@
-"""SIGINT and SIGTERM: a checkpoint after the first, the end at once after a second.
+"""Takes SIGINT and SIGTERM: a checkpoint after the first, after a second the end.
 
 The interpreter runs handlers between its own instructions, and not while it waits for
-a compiler or a disk. So signals are taken by a thread, which hears of them by a pipe
-that the interpreter writes to at once.
+a compiler or a disk. So a thread takes the signals, from a pipe to which the
+interpreter writes them at once (`signal.set_wakeup_fd`).
 """
 
 import os
@@ -16,6 +16,7 @@ from typing import Any
 KINDS = (signal.SIGINT, signal.SIGTERM)
 CODE = 128
 """Added to a signal's number it is the exit code, as shells have it."""
+STOPPING = "stopping after this step, with a checkpoint; again: at once, without"
 
 _pipe: tuple[int, ...] = ()
 """Both ends of the pipe, while signals are taken."""
@@ -43,9 +44,8 @@ class Requests:
         first, self._came = not self._came, True
         if self._noting and first:
             # Another host's may be there already: all stop at one step.
-            if not self.numbers:
-                self.numbers.append(number)
-            _say("stopping after this step, with a checkpoint; again: at once, without")
+            self.numbers[:] = self.numbers or [number]
+            _say(STOPPING)
             return
         _say("leaving at once; the same command goes on from what is there")
         os._exit(CODE + number)
@@ -55,7 +55,7 @@ class Requests:
         if not self._noting or self.numbers:
             raise KeyboardInterrupt
         self.numbers.append(number)
-        _say("stopping after this step, with a checkpoint; again: at once, without")
+        _say(STOPPING)
 
 
 @contextmanager

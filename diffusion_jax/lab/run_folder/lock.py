@@ -1,9 +1,10 @@
-"""One process a run: who trains into a folder has a lock on it until it ends.
+"""Locks a run's folder, so that one process at a time trains into it.
 
 The lock is `flock`'s, on <run>/.lock. The kernel drops it when its owner is gone,
 however that died, so there is none to clear by hand. The file names the owner.
 
-A file system without locks (some of clusters are mounted so) is said, and trained on.
+On a file system without locks (some of clusters are mounted so) a note is printed, and
+training goes on.
 """
 
 import datetime
@@ -102,9 +103,9 @@ def _locked(path: Path) -> int | None:
             os.close(file)
             if isinstance(error, BlockingIOError):
                 raise LockedError(
-                    f"a run must be trained by one process; got {path.parent} in the "
-                    f"hands of {owner or 'a process that has just taken it'}. Wait for "
-                    "its end, stop it, or start another run with --name NAME."
+                    f"cannot train {path.parent}: {owner or 'another process'} trains "
+                    "it. Wait for its end, stop it, or start another run with --name "
+                    "NAME."
                 ) from None
             if error.errno not in UNKNOWN:
                 raise
@@ -130,17 +131,14 @@ def _let_go(path: Path, file: int) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a folder that nothing was written into."""
-    with suppress(OSError):
+    with suppress(OSError):  # something is in it
         folder.rmdir()
 
 
 def _forget() -> None:
     """Closes, in a forked child, what would hold the lock after its parent's death."""
-    for file in _open:
-        with suppress(OSError):
-            os.close(file)
-    _open.clear()
+    while _open:
+        os.close(_open.pop())
 
 
 os.register_at_fork(after_in_child=_forget)
