@@ -1,4 +1,4 @@
-"""Samples: drawn in batches, as files, or on disk where an evaluation goes on."""
+"""Draws samples in batches, or into a file that a later evaluation goes on with."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -21,7 +21,6 @@ from diffusion_jax.training import parallel
 
 @functools.lru_cache(maxsize=16)
 def _draw(config: Config, size: int) -> Callable[..., np.ndarray]:
-    """Compiled once for each way to draw and size."""
     return chains.make_draw(config, size, parallel.make_mesh())
 
 

@@ -1,4 +1,4 @@
-"""Edits: images between others, painted in, coloured or varied by a trained network."""
+"""Edits images by a trained network: between two, painted in, coloured, varied."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from diffusion_jax import editing, samplers
 from diffusion_jax.data import image_files
@@ -68,7 +68,7 @@ def coarse_to_fine(config: Config, options: edit_options.CoarseToFine) -> Draw:
 
 
 def _between(config: Config, options: Any, depths: Sequence[int]) -> Draw:
-    a, b = read_pair(config, options)
+    a, b = _read_pair(config, options)
     fractions = np.linspace(0, 1, options.count)
     grid = chains.make_grid(config)
 
@@ -98,7 +98,7 @@ def _from_a_to_b(
 
 def slerp(config: Config, options: edit_options.Slerp) -> Draw:
     """Returns what draws the arc between two encodings."""
-    a, b = read_pair(config, options)
+    a, b = _read_pair(config, options)
     fractions = np.linspace(0, 1, options.count, dtype=np.float32)
     grid = chains.make_grid(config)
 
@@ -220,7 +220,8 @@ def _per_depth(config: Config, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def has_memory(config: Config, shape: tuple[int, ...]) -> bool:
     """Returns whether the rule carries something on; the network is not asked."""
-    rule = chains.make_rule(config, _unasked, chains.known_chain(config))
+    unasked: Any = None
+    rule = chains.make_rule(config, unasked, chains.known_chain(config))
     return bool(jax.tree.leaves(rule.init(jnp.zeros(shape), chains.make_grid(config))))
 
 
@@ -250,8 +251,7 @@ def read(config: Config, path: Path, name: str) -> np.ndarray:
     return image[None]
 
 
-def read_pair(config: Config, options: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Returns two images to go between; raises ConfigError as `read` does."""
+def _read_pair(config: Config, options: Any) -> tuple[np.ndarray, np.ndarray]:
     return read(config, options.first, "A"), read(config, options.second, "B")
 
 
@@ -300,16 +300,15 @@ def picture(edited: Edited) -> Image.Image:
     ]
     space = 12
     height = max(panel.height for panel in panels)
-    width = sum(panel.width for panel in panels) + space * (len(panels) - 1)
+    width = sum(panel.width + space for panel in panels) - space
     canvas = Image.new(panels[0].mode, (width, height), "white")
-    left = 0
+    draw, left = ImageDraw.Draw(canvas), 0
     for panel in panels:
+        if left:
+            line = left - space // 2 - 1
+            draw.rectangle((line, 4, line + 1, height - 5), "silver")
         canvas.paste(panel, (left, (height - panel.height) // 2))
-        left += panel.width
-        if left < width:
-            grey = Image.new(canvas.mode, (2, height - 8), "silver")
-            canvas.paste(grey, (left + space // 2 - 1, 4))
-        left += space
+        left += panel.width + space
     return canvas
 
 
@@ -365,7 +364,3 @@ def _check_steps(config: Config) -> None:
             "the sampler must take steps, after each of which what is known is put "
             f"back; got {config.sample.sampler}. Use ddpm or ddim."
         )
-
-
-def _unasked(x_t: jax.Array, t: jax.Array) -> Any:
-    raise AssertionError("the network is not asked here")
