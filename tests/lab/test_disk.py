@@ -67,14 +67,12 @@ def test_what_a_run_needs_is_on_the_disk_before_it_has_its_name(
 
 def test_lines_are_synced_when_asked_for(tmp_path, monkeypatch):
     run, synced = runs.Run(tmp_path), []
-    monkeypatch.setattr(
-        os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}"))
-    )
+    monkeypatch.setattr(os, "fsync", synced.append)
     for path in (run.metrics, run.speed):
         runs.append_line(path, {"step": 1})
     assert synced == []
     runs.to_disk(run)
-    assert synced == [str(run.metrics), str(run.speed)]
+    assert len(synced) == 2
 
 
 def test_a_line_that_was_cut_off_is_dropped_and_written_again(tmp_path):
@@ -89,38 +87,37 @@ def test_a_line_that_was_cut_off_is_dropped_and_written_again(tmp_path):
     assert [line["step"] for line in runs.read_lines(path)] == [1, 2]
 
 
-@pytest.mark.parametrize("line", ["{]\n", "3\n", '{"loss": 1}\n', "\0\0\0\n", "\xff\n"])
+@pytest.mark.parametrize("line", ["3", '{"loss": 1}', "\0\0\0", "\xff"])
 def test_a_log_that_somebody_damaged_is_named(line, tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text(f'{{"step": 1}}\n{line}{{"step": 3}}\n', encoding="latin-1")
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n', encoding="latin-1")
     with pytest.raises(ConfigError, match=rf"{path} must .*; got .* in line 2\. Rest"):
         runs.read_lines(path)
 
 
-ABOUT = {"seed": 1, "rule": ("ddim", 0.5)}
-FILES = {
-    "damaged": '{"seed": 1',
-    "no object": "[1]",
-    "of another seed": '{"seed": 2, "rule": ["ddim", 0.5], "table": [3]}',
-    "of no seed": '{"rule": ["ddim", 0.5], "table": [3]}',
-    "with more about it": '{"seed": 1, "rule": ["ddim", 0.5], "table": [3], "x": 0}',
-    "without a result": '{"seed": 1, "rule": ["ddim", 0.5]}',
-    "with another result": '{"seed": 1, "rule": ["ddim", 0.5], "table": 3}',
-}
+OTHERS = (
+    '{"seed": 1',  # damaged
+    "[1]",
+    '{"seed": 2, "rule": ["ddim", 0.5], "table": [3]}',  # of another seed
+    '{"rule": ["ddim", 0.5], "table": [3]}',
+    '{"seed": 1, "rule": ["ddim", 0.5], "table": [3], "x": 0}',
+    '{"seed": 1, "rule": ["ddim", 0.5]}',
+    '{"seed": 1, "rule": ["ddim", 0.5], "table": 3}',
+)
 
 
 def test_a_result_is_taken_from_a_file_that_the_same_has_made(tmp_path):
-    path = tmp_path / "a.json"
+    path, about = tmp_path / "a.json", {"seed": 1, "rule": ("ddim", 0.5)}
 
-    def read(table):
-        return sum(table)
+    def recalled():
+        return runs.recalled(path, about, lambda table: sum(table))
 
-    assert runs.recalled(path, ABOUT, read) is None
-    runs.write_json(path, {**ABOUT, "table": [3, 4]})
-    assert runs.recalled(path, ABOUT, read) == 7
-    for name, text in FILES.items():
+    assert recalled() is None
+    runs.write_json(path, {**about, "table": [3, 4]})
+    assert recalled() == 7
+    for text in OTHERS:
         path.write_text(text)
-        assert runs.recalled(path, ABOUT, read) is None, name
+        assert recalled() is None, text
 
 
 def test_what_a_killed_process_began_to_write_is_removed(tmp_path):

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -54,23 +53,15 @@ def holder(folder):
 
 
 def refused(folder, match):
-    with pytest.raises(ConfigError, match=match) as caught, lock.hold(folder):
+    with pytest.raises(ConfigError, match=match), lock.hold(folder):
         pass
-    return str(caught.value)
 
 
 @pytest.fixture
 def nothing_compiled(monkeypatch):
-    """The command must end before it makes a step, and soon."""
-
-    def fail(*_):
-        raise AssertionError("it got as far as making a step")
-
-    monkeypatch.setattr(learning, "make_step", fail)
-    monkeypatch.setattr(learning, "state_shapes", fail)
-    begun = time.process_time()
-    yield
-    assert time.process_time() - begun < 5
+    """The command must end before it makes a step."""
+    monkeypatch.setattr(learning, "make_step", None)
+    monkeypatch.setattr(learning, "state_shapes", None)
 
 
 def test_a_second_process_is_told_whose_the_run_is_until_that_dies(
@@ -78,11 +69,11 @@ def test_a_second_process_is_told_whose_the_run_is_until_that_dies(
 ):
     run = tmp_path / "digits"
     with holder(run) as (owner, child):
-        said = refused(run, f"cannot train {run}: process {owner.pid} on .* trains it")
-        assert os.uname().nodename in said
-        assert time.strftime("since %Y-") in said
-        assert "--name NAME" in said
-        with pytest.raises(lock.LockedError, match=f"process {owner.pid} on"):
+        me = (
+            f"process {owner.pid} on {os.uname().nodename}, {time.strftime('since %Y')}"
+        )
+        said = f"cannot train {run}: {me}.* trains it.*--name NAME"
+        with pytest.raises(lock.LockedError, match=said):
             train.main(["digits", "--output", str(tmp_path)])
         assert sorted(path.name for path in tmp_path.rglob("*")) == [".lock", "digits"]
         owner.kill()
@@ -93,14 +84,6 @@ def test_a_second_process_is_told_whose_the_run_is_until_that_dies(
             assert f"process {os.getpid()} on" in (run / lock.NAME).read_text()
         assert not (run / lock.NAME).exists()
         assert run.exists()
-
-
-def test_within_a_process_too_a_run_is_trained_once_at_a_time(tmp_path):
-    with lock.hold(tmp_path):
-        refused(tmp_path, f"process {os.getpid()} on")
-        refused(tmp_path, "trains it")  # being refused takes nothing away
-    with lock.hold(tmp_path):
-        pass
 
 
 def test_a_file_that_its_owner_has_removed_is_no_lock(tmp_path, monkeypatch):
@@ -117,6 +100,7 @@ def test_a_file_that_its_owner_has_removed_is_no_lock(tmp_path, monkeypatch):
     with lock.hold(tmp_path):
         assert len(calls) == 2
         refused(tmp_path, f"process {os.getpid()} on")
+        refused(tmp_path, "trains it")  # being refused takes nothing away
 
 
 def test_where_there_are_no_locks_it_is_said(tmp_path, monkeypatch, capsys):
@@ -148,41 +132,10 @@ def test_a_folder_that_cannot_be_is_named(where, tmp_path, nothing_compiled):
 
 
 def test_a_folder_that_was_made_for_nothing_is_gone(tmp_path):
-    flags = shlex.split("--train.devices 99 --name a")
+    flags = ["--train.devices", "99", "--output", str(tmp_path), "--name", "a"]
     with pytest.raises(ValueError, match="devices must be in 1"):
-        train.main(["digits", "--output", str(tmp_path / "b"), *flags])
-    left = [path.name for path in tmp_path.rglob("*")]
-    assert "a" not in left
-    assert lock.NAME not in left
-
-
-def on_a_disk(folder, options, *command):
-    """Runs a command in a mount namespace that has a small disk at a folder.
-
-    The disk is gone with it, and no other process sees it.
-    """
-    mount = f"mount -t tmpfs -o {options} tmpfs {shlex.quote(str(folder))}"
-    if subprocess.run(["unshare", "-m", "sh", "-c", mount], check=False).returncode:
-        pytest.skip("only root may mount a disk")
-    line = f"{mount} && exec {shlex.join(command)}"
-    return subprocess.run(
-        ["unshare", "-m", "sh", "-c", line],
-        cwd=ROOT,
-        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_a_disk_that_may_only_be_read_is_named(tmp_path):
-    command = [sys.executable, "-m", "experiments.train", "digits", "--output"]
-    done = on_a_disk(tmp_path, "ro", *command, str(tmp_path))
-    assert done.returncode == 2
-    folder = tmp_path / "digits"
-    assert done.stderr.startswith(f"error: {folder} must be a folder that can be made")
-    assert "got Read-only file system for" in done.stderr
-    assert done.stdout == ""
+        train.main(["digits", *flags])
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_named(tmp_path, monkeypatch):
