@@ -55,12 +55,12 @@ Rule = tuple[samplers.Sampler, Schedule]
 
 
 def interpolate(config: Config, options: edit_options.Interpolate) -> Draw:
-    """Returns what draws Fig. 8."""
+    """Returns the function that draws Fig. 8 of Ho et al. 2020."""
     return _between(config, options, [_depth(config, options)])
 
 
 def coarse_to_fine(config: Config, options: edit_options.CoarseToFine) -> Draw:
-    """Returns what draws Fig. 9."""
+    """Returns the function that draws Fig. 9 of Ho et al. 2020."""
     last = _first_time(config)
     depths = options.depths or tuple(last * k // 8 for k in range(8, -1, -1))
     _check_depths(config, depths, least=0)
@@ -97,7 +97,7 @@ def _from_a_to_b(
 
 
 def slerp(config: Config, options: edit_options.Slerp) -> Draw:
-    """Returns what draws the arc between two encodings."""
+    """Returns the function that draws the arc between two encodings."""
     a, b = _read_pair(config, options)
     fractions = np.linspace(0, 1, options.count, dtype=np.float32)
     grid = chains.make_grid(config)
@@ -120,7 +120,7 @@ def slerp(config: Config, options: edit_options.Slerp) -> Draw:
 
 
 def inpaint(config: Config, options: edit_options.Inpaint) -> Draw:
-    """Returns what draws the white part of a mask."""
+    """Returns the function that draws the white part of a mask."""
     _check_steps(config)
     image = read(config, options.image, "IMAGE")
     white = read_mask(config, options)
@@ -151,7 +151,7 @@ def inpaint(config: Config, options: edit_options.Inpaint) -> Draw:
 
 
 def colorize(config: Config, options: edit_options.Colorize) -> Draw:
-    """Returns what draws the colours of a grey image."""
+    """Returns the function that draws the colours of a grey image."""
     _check_steps(config)
     if config.data.channels != 3:
         raise ConfigError(
@@ -176,7 +176,7 @@ def colorize(config: Config, options: edit_options.Colorize) -> Draw:
 
 
 def vary(config: Config, options: edit_options.Vary) -> Draw:
-    """Returns what draws variations."""
+    """Returns the function that draws variations."""
     depth = _depth(config, options)
     image = read(config, options.image, "IMAGE")
     grid = chains.make_grid(config)
@@ -226,7 +226,7 @@ def has_memory(config: Config, shape: tuple[int, ...]) -> bool:
 
 
 def read(config: Config, path: Path, name: str) -> np.ndarray:
-    """Returns the image of a file as the run has its data, uint8 [1, H, W, C].
+    """Returns the image of a file in the shape of the run's data, uint8 [1, H, W, C].
 
     Raises:
       ConfigError: it is not there, or not an image.
@@ -284,7 +284,7 @@ def to_float(image: np.ndarray) -> np.ndarray:
 
 
 def picture(edited: Edited) -> Image.Image:
-    """Returns the results, and at the sides what they were made from."""
+    """Returns a picture of the results, with what they were made from at the sides."""
     many = len(edited.results)
     columns = min(edited.columns, many)
     before = 1 if many > columns else len(edited.before)

@@ -30,7 +30,7 @@ def about(
     words: str,
     seed: int,
 ) -> dict[str, Any]:
-    """Returns what a drawing is to say of how it was made, as JSON has it.
+    """Returns how a drawing was made, as JSON has it, to be kept in its file.
 
     Args:
       command: of `experiments`.

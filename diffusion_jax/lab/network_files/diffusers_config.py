@@ -1,4 +1,4 @@
-"""Configurations in the words of diffusers, and read from them.
+"""Converts configurations to those of diffusers, and back.
 
 A network there is a UNet2DModel and a scheduler, each with a JSON file. The scheduler
 says what is diffused and how it is drawn; it counts times from 0 as our networks do.
@@ -177,7 +177,7 @@ def from_diffusers(
 def notes(
     unet: Mapping[str, Any], scheduler: Mapping[str, Any] | None
 ) -> tuple[str, ...]:
-    """Returns what a user has to know of a network that is read from diffusers alone.
+    """Returns notes on what was assumed of a network that diffusers alone describes.
 
     Args:
       unet: the UNet2DModel's configuration, which `from_diffusers` has read.

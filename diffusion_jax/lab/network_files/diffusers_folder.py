@@ -1,4 +1,4 @@
-"""Folders of diffusers: a UNet2DModel and its scheduler, read and written."""
+"""Reads and writes folders of diffusers: a UNet2DModel and its scheduler."""
 
 import contextlib
 import dataclasses
@@ -76,7 +76,7 @@ def read(path: Path, config: Config, *, progress: bool = False) -> tuple[Any, st
 
 
 def write(path: Path, network: Network) -> str:
-    """Returns the SHA-256 of the weights, in a folder that diffusers now opens.
+    """Writes a folder that diffusers opens; returns the SHA-256 of the weights.
 
     It is made under a temporary name, then renamed, so that what has the name is whole.
     A folder that was there is replaced, and stays if anything fails.

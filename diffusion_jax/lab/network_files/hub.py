@@ -1,4 +1,4 @@
-"""Networks of the Hugging Face hub, fetched into the cache that its own tools share."""
+"""Fetches networks of the Hugging Face hub, into the cache of its own tools."""
 
 import re
 import sys
@@ -23,7 +23,7 @@ _ENDINGS = (".safetensors", ".bin")
 
 
 def fetch(name: str, *, cache: Path | None = None, endpoint: str | None = None) -> Path:
-    """Returns the folder of a network of diffusers' on the hub, once it lies here.
+    """Downloads a network of diffusers from the hub; returns its folder.
 
     Only its configuration and weights are fetched, and only what is not here yet. What
     is here whole is used where the hub cannot be reached.

@@ -1,4 +1,4 @@
-"""The model card: the README.md of a network that is given away."""
+"""Writes the model card: the README.md of a network that is published."""
 
 import shlex
 
@@ -136,5 +136,5 @@ def _scores(scores: dict[str, dict[str, str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Returns text that does not end a cell of a table."""
+    """Returns text with what would end a cell of a table escaped."""
     return text.replace("|", "\\|").replace("\n", " ")

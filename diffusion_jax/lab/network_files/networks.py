@@ -1,4 +1,4 @@
-"""Trained networks in files: weights, and all that has to be known of them.
+"""Reads and writes trained networks: weights, and all that has to be known of them.
 
 Read are
 
@@ -62,7 +62,7 @@ class Found(NamedTuple):
 
 
 def find(path: str | os.PathLike[str]) -> Found | None:
-    """Returns what network is at a path; None where there is nothing or no network.
+    """Returns the network at a path; None where there is nothing or no network.
 
     Raises:
       ValueError: a file that should hold one, and is damaged or of another kind.
@@ -175,7 +175,7 @@ def read_official(
 
 
 def write_file(path: Path, network: Network) -> str:
-    """Returns the SHA-256 of the .safetensors file that now holds a network."""
+    """Writes a network to a .safetensors file; returns its SHA-256."""
     record = json.dumps(records.write(network), sort_keys=True)
     return trees.write(path, network.params, {FORMAT: record})
 

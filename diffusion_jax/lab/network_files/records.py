@@ -1,4 +1,4 @@
-"""What has to be known of a trained network beside its weights, and how it is kept."""
+"""Keeps what has to be known of a trained network beside its weights (metadata)."""
 
 import dataclasses
 from pathlib import Path
@@ -50,7 +50,7 @@ class Described(NamedTuple):
 
 
 def write(network: Network) -> dict[str, Any]:
-    """Returns what is to be known of a network beside its weights, as JSON has it."""
+    """Returns the metadata of a network, as JSON has it."""
     data = network.config.data
     # Where files are on this machine is nobody else's business.
     data = dataclasses.replace(data, path=None, source=public_source(data.source))
@@ -78,7 +78,7 @@ def public_source(source: str) -> str:
 
 
 def read(text: str, where: Path) -> tuple[Config, About]:
-    """Returns configuration and weights' story from what `write` made, as text.
+    """Returns what `write` made of a network, from its text.
 
     Raises:
       ConfigError: it is damaged, of another version, or of nothing that can be run.
@@ -102,7 +102,7 @@ def read(text: str, where: Path) -> tuple[Config, About]:
 
 
 def _about(values: dict[str, Any]) -> About:
-    """Returns what was written of weights, or raises where it is something else."""
+    """Returns what was written of weights; raises ConfigError for anything else."""
     about = About(**values)
     words = [about.weights, about.origin, *about.changes]
     words += [score[key] for score in about.scores.values() for key in ("value", "of")]

@@ -22,7 +22,7 @@ Options = TypeVar("Options")
 
 
 def quiet() -> None:
-    """Silences what orbax and tensorstore say of errors that we say ourselves."""
+    """Silences the logs of orbax and tensorstore, whose errors we print ourselves."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if sys.unraisablehook is sys.__unraisablehook__:
@@ -47,7 +47,7 @@ def note_warnings() -> None:
 
 
 def guarded(main: Callable[[Sequence[str]], int], *, several: bool = False) -> None:
-    """Runs a command and leaves with its exit code; 2 and one message for bad input.
+    """Runs a command and exits with its code; with 2 and one message for bad input.
 
     Args:
       main: from the arguments to the exit code.

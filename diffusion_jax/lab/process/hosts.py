@@ -1,4 +1,4 @@
-"""What hosts tell each other once they have met: numbers, files, when to stop."""
+"""Shares numbers, files and the step to stop at between the hosts of a job."""
 
 import hashlib
 import os

@@ -46,7 +46,7 @@ started again, all go on from the last checkpoint."""
 
 
 class Job(NamedTuple):
-    """How to join the other hosts; what is None is left to JAX to find out."""
+    """How to join the other hosts; JAX finds out what is None."""
 
     source: str
     """Who says that there are several, for messages."""
@@ -207,7 +207,7 @@ def join(job: Job) -> None:
 
 
 def note(env: Mapping[str, str]) -> str | None:
-    """Returns what somebody who meant several hosts should know of a process alone."""
+    """Returns a hint where hosts that should join seem to run alone; None elsewhere."""
     if "JOB_COMPLETION_INDEX" in env and "KUBERNETES_SERVICE_HOST" in env:
         return (
             "note: each pod of this indexed job works by itself. To work together: "
@@ -278,7 +278,7 @@ def _flagged(given: Mapping[str, str], devices: tuple[int, ...] | None) -> Job |
 
 
 def _own_devices(env: Mapping[str, str]) -> tuple[int, ...] | None:
-    """The GPU of a process that shares its machine with others of the job."""
+    """Returns the GPU of a process that shares its machine with others of the job."""
     visible = env.get("CUDA_VISIBLE_DEVICES") or env.get("ROCR_VISIBLE_DEVICES") or ""
     if visible and "," not in visible:
         return None  # the launcher has chosen already

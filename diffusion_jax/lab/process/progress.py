@@ -14,7 +14,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Counts steps on the screen, with loss, images a second and the time left."""
+    """Shows steps, loss, images a second and the time left."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Progress:
         tqdm.write(text)
 
     def pause(self) -> None:
-        """Leaves what follows, until the next step, out of the speed."""
+        """Stops the clock of the speed until the next step."""
         self.since = None
         self.bar.set_postfix_str(self.text, refresh=False)
 
@@ -100,13 +100,13 @@ class Progress:
 
     @contextmanager
     def held_up(self) -> Iterator[None]:
-        """Counts what is done within, such as saving, as time that no step was made."""
+        """Adds the time of its block, such as saving, to that spent between steps."""
         since = time.monotonic()
         yield
         self.held += time.monotonic() - since
 
     def held_up_for(self) -> str:
-        """Returns how long that was, and in a run of a minute or more its share."""
+        """Returns that time in words; in a run of a minute or more also of how much."""
         whole = time.monotonic() - self.begun
         if self.step <= self.began + 1 or whole < 60:
             return f"{self.held:.1f} s"

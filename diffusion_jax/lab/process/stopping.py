@@ -32,11 +32,11 @@ class Requests:
         self._noting = self._came = False
 
     def note(self) -> None:
-        """Has the first signal noted from now on."""
+        """Makes the first signal from now on a request, which ends nothing."""
         self._noting = True
 
     def done(self) -> None:
-        """Has any signal end the process again: all is written."""
+        """Makes any signal end the process again, once all is written."""
         self._noting = False
 
     def take(self, number: int) -> None:
@@ -122,7 +122,7 @@ def _say(text: str) -> None:
 
 
 def _forget() -> None:
-    """Leaves a forked child to die of its signals, and the pipe to its parent."""
+    """Gives a forked child the default handlers, and closes its copy of the pipe."""
     if _pipe:
         signal.set_wakeup_fd(-1)
         for kind in KINDS:

@@ -113,7 +113,7 @@ def skipped(run: runs.Run) -> Counter[str]:
 
 
 def score(config: Config, run: runs.Run, step: int) -> float | None:
-    """Returns the mean loss that was logged up to a step since a checkpoint before it.
+    """Returns the mean of the logged losses between the checkpoint before and a step.
 
     By it the best checkpoint is known. It comes from what was logged, so a run that was
     stopped has the same. All hosts must call it alike.

@@ -68,7 +68,7 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def _take(folder: Path, afterwards: Callable[..., object]) -> None:
-    """Makes a folder and takes its lock, and has both undone afterwards."""
+    """Makes a folder and takes its lock; `afterwards` undoes both."""
     path = folder / NAME
     new = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
     try:

@@ -110,7 +110,7 @@ def find(path: str | None, output: str = "runs") -> Run:
 
 
 def has_checkpoint(run: Run) -> bool:
-    """Returns whether a run has got as far as a checkpoint."""
+    """Returns whether a run has a checkpoint."""
     return any(path.name.isdigit() for path in run.checkpoints.glob("*"))
 
 
@@ -143,7 +143,7 @@ def read_config(run: Run) -> config.Config:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions that a number depends on."""
+    """Returns the versions of Python and of the libraries that compute."""
     names = ("jax", "jaxlib", "flax", "numpy")
     found = {name: metadata.version(name) for name in names}
     return {"python": platform.python_version(), **found}
@@ -191,7 +191,7 @@ def recalled(
 
 
 def name_by(about: dict[str, Any]) -> str:
-    """Returns the name of a file for what decides what is in it."""
+    """Returns a file's name: a digest of what decides its content."""
     text = json.dumps(about, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""What a compiled program does, read from its text: kernels and the bytes they move.
+"""Reads the kernels of a compiled program, and the bytes they move, from its text.
 
 A step of a network of many small layers is bound by memory and by the number of its
 kernels, not by its arithmetic. Both are known once it is compiled, before it runs, and
@@ -111,7 +111,7 @@ def _walk(computations: _Program, name: str, times: int) -> Iterator[Kernel]:
 
 
 def _quoted(before: str, one: _Instruction) -> str:
-    """Returns what stands in quotes after a name; nothing where there is no such."""
+    """Returns the quoted text after a name; "" where there is none."""
     found = re.search(f'{before}"([^"]*)"', one.rest)
     return found[1] if found else ""
 

@@ -1,4 +1,4 @@
-"""Seconds of training steps, of chains and of a large matrix product, as figures."""
+"""Measures training steps, chains and a large matrix product."""
 
 import math
 import resource
@@ -39,7 +39,7 @@ class Effort(NamedTuple):
 
     @property
     def warmup(self) -> int:
-        """Returns the calls before that: but one where a single one is long."""
+        """Returns the calls before that: one where a call is timed by itself."""
         return min(WARMUP, self.steps)
 
 
@@ -141,7 +141,7 @@ def sample(work: Work, mesh: Any, effort: Effort) -> dict[str, Any]:
 
 
 def figures(clock: Clock, items: int, flops: int) -> dict[str, Any]:
-    """Returns what the seconds of a call mean, for so many items and operations."""
+    """Returns the figures of a call, for so many items and operations."""
     return {
         "per_second": items / clock.median,
         "ms": 1000 * clock.median,

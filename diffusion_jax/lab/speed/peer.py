@@ -1,4 +1,4 @@
-"""The same work by PyTorch and diffusers, for `experiments.bench --peer`.
+"""Measures the same work by PyTorch and diffusers, for `experiments.bench --peer`.
 
 A training step is scaling, flip, noising, forward and backward, clipping, Adam and the
 moving average, of diffusers' UNet2DModel in the shape of the configuration; a chain is

@@ -1,4 +1,4 @@
-"""What `experiments.bench` measures, within how long, and the table it prints."""
+"""Plans what `experiments.bench` measures, and writes its table."""
 
 import dataclasses
 import time
@@ -169,7 +169,7 @@ def within(
 
 
 def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Returns what comes of it, or {"error": its first line} where it fails."""
+    """Returns the result of work, or {"error": its first line} where it fails."""
     try:
         return work()
     except RuntimeError as error:  # of XLA or of PyTorch, as when memory is short
@@ -204,7 +204,7 @@ def row(
 
 
 def in_words(figures: dict[str, Any]) -> str:
-    """Returns the first that is known of a row, for a person who waits."""
+    """Returns the figures of a row in a few words, for the screen."""
     if "error" in figures:
         return str(figures["error"])
     return f"{figures['per_second']:,.1f} per s, {figures['ms']:,.2f} ms"

@@ -1,4 +1,4 @@
-"""Devices to compile for, that need not be there."""
+"""Names devices to compile for, which need not be there."""
 
 import os
 import re
