@@ -32,6 +32,7 @@ CONTENT = {
     "me/empty": [],
     "me/gated": ["config.json", f"{MODULE}.safetensors"],
 }
+REFUSED = {"me/broken": (500,), "me/gone": (404,)}
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -47,14 +48,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
         name = "/".join(parts[2:4] if api else parts[:2])
         if name == "me/silent":
             self.server.over.wait(60)
-            return
-        if name == "me/broken":
-            self.reply(b"", 500)
-        elif name == "me/gone":
-            self.reply(b"", 404)
-        elif name not in CONTENT:
+        elif name in REFUSED or name not in CONTENT:
             # What the hub says to someone who is not logged in.
-            self.reply(b"", 401, {"X-Error-Code": "RepoNotFound"})
+            unknown = {"X-Error-Code": "RepoNotFound"}
+            self.reply(b"", *REFUSED.get(name, (401, unknown)))
         elif api:
             rows = [
                 {"type": "file", "path": f, "rfilename": f, "oid": f}
@@ -98,9 +95,7 @@ def server(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", only_here)
-    for variable in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(variable, raising=False)
-        monkeypatch.delenv(variable.lower(), raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     # Read when the package is imported: those of the one who tests do not count.
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent")

@@ -1,6 +1,5 @@
 """Kernels and bytes, read off compiled programs and off written ones."""
 
-import collections
 from pathlib import Path
 
 import jax
@@ -48,19 +47,9 @@ def test_sizes_of_shapes():
     assert {shape: compiled_program.size(shape) for shape in SIZES} == SIZES
 
 
-def kinds(function, *args, **options):
-    text = jax.jit(function, **options).lower(*args).compile().as_text()
-    found = collections.Counter()
-    for kernel in compiled_program.kernels(text):
-        found[kernel.kind] += kernel.times
-    return found
-
-
-def test_compiled_loops_count_as_often_as_they_run():
-    def many(x, times):
-        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ x), ()), x, None, times)[0]
-
-    assert kinds(lambda x: many(x, 50), jnp.ones((128, 128)))["product"] == 50
+def kinds(function, *args):
+    text = jax.jit(function).lower(*args).compile().as_text()
+    return [kernel.kind for kernel in compiled_program.kernels(text)]
 
 
 def test_convolutions_and_reductions_are_told_apart():
@@ -71,9 +60,9 @@ def test_convolutions_and_reductions_are_told_apart():
             x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
 
-    assert kinds(convolve, x, kernel) == {"convolution": 1}
-    assert kinds(lambda x: jnp.square(x).sum((1, 2)), x) == {"reduction": 1}
-    assert kinds(lambda x: jnp.tanh(x) + 1, x) == {"elementwise": 1}
+    assert kinds(convolve, x, kernel) == ["convolution"]
+    assert kinds(lambda x: jnp.square(x).sum((1, 2)), x) == ["reduction"]
+    assert kinds(lambda x: jnp.tanh(x) + 1, x) == ["elementwise"]
 
 
 def test_what_devices_tell_each_other_is_the_gradient():

@@ -47,6 +47,11 @@ _VARIANCES = {
 # There a threshold has an upper end, which ours does not have: this one cuts nothing.
 _NO_END = float(np.finfo(np.float32).max)
 
+# Fields of our configuration with the name and the value of the network's.
+_ALIKE = (
+    *("channels", "multipliers", "blocks", "attention"),
+    *("dropout", "groups", "variant"),
+)
 _RANGE = ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")
 
 
@@ -148,16 +153,10 @@ def from_diffusers(
         data=Data(UNKNOWN, image_size=network.image_size, channels=network.channels),
         diffusion=diffusion,
         net=Net(
-            channels=net.channels,
-            multipliers=tuple(net.multipliers),
-            blocks=net.blocks,
-            attention=tuple(net.attention),
-            dropout=net.dropout,
-            groups=net.groups,
             classes=net.num_classes,
             # Which row stands for no label, if one does, nobody says.
             label_dropout=0.0 if net.num_classes else Net.label_dropout,
-            variant=cast(Any, net.variant),
+            **{name: getattr(net, name) for name in _ALIKE},
         ),
         sample=sample,
     )
@@ -239,9 +238,7 @@ def to_diffusers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
         config.data.channels,
         image_size=config.data.image_size,
     )
-    threshold = {} if how.threshold is None else {_RANGE[1]: how.threshold}
-    if threshold:
-        threshold["sample_max_value"] = _NO_END
+    threshold = dict(zip(_RANGE, (True, how.threshold, _NO_END), strict=True))
     scheduler = {
         "_class_name": "DDPMScheduler",
         "_diffusers_version": unet_config.VERSION,
@@ -251,8 +248,7 @@ def to_diffusers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
         "clip_sample": how.clip,
         "clip_sample_range": 1.0,
         "prediction_type": predictions[d.prediction],
-        "thresholding": how.threshold is not None,
-        **threshold,
+        **({"thresholding": False} if how.threshold is None else threshold),
         "timestep_spacing": "leading",
         "steps_offset": 0,
         "rescale_betas_zero_snr": False,
