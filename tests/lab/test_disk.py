@@ -141,7 +141,9 @@ def test_room_is_asked_for_before_and_little_is_said(tmp_path, monkeypatch, caps
         runs.check_room(runs.Run(tmp_path), state, there, 3)
         return capsys.readouterr().err
 
-    with pytest.raises(ConfigError, match=f"{tmp_path} must have room .*0.00 MiB; got"):
+    with pytest.raises(
+        ConfigError, match=f"{tmp_path}: its disk has no room .*, 0.00 MiB"
+    ):
         check(4003)
     assert "has room for 1 checkpoint of 0.00 MiB more; train.keep = 3" in check(4004)
     assert check(4004, there=4) == ""  # it takes the place of one that goes

@@ -59,8 +59,8 @@ def hold(folder: Path) -> Iterator[None]:
                 error = raised
         if joined and hosts.tell(error is not None) and error is None:
             error = ConfigError(
-                f"{folder} must be a folder that host 0 can write, and that no other "
-                "job trains into; got an error there. Host 0 says which."
+                f"cannot train into {folder}: host 0 cannot write it, or another job "
+                "trains into it. Host 0 says which."
             )
         if error is not None:
             raise error
@@ -86,9 +86,8 @@ def _take(folder: Path, afterwards: Callable[..., object]) -> None:
         os.pwrite(file, me.encode(), 0)
     except OSError as error:
         raise ConfigError(
-            f"{folder} must be a folder that can be made and written; got "
-            f"{error.strerror} for {error.filename or path}. Mend that, or choose "
-            "another with --output and --name."
+            f"cannot train into {folder}: {error.strerror} ({error.filename or path}). "
+            "Mend that, or choose another folder with --output and --name."
         ) from error
 
 

@@ -280,8 +280,8 @@ def check_room(run: Run, state: Any, there: int, keep: int) -> None:
     each = f"{size / 2**20:,.2f} MiB"
     if not fits:
         raise errors.ConfigError(
-            f"{run.folder} must have room for a checkpoint, {each}; got less on its "
-            "disk. Make room, or choose another disk with --output."
+            f"cannot train into {run.folder}: its disk has no room for a checkpoint, "
+            f"{each}. Make room, or choose another disk with --output."
         )
     # The newest, the best, and the one that is being written before another goes.
     wanted = max(1, keep + 2 - there)
