@@ -81,26 +81,10 @@ def test_a_second_process_is_told_whose_the_run_is_until_that_dies(
         assert (run / lock.NAME).exists()
         os.kill(child, 0)  # it lives, and holds nothing
         with lock.hold(run):
-            assert f"process {os.getpid()} on" in (run / lock.NAME).read_text()
+            refused(run, f"process {os.getpid()} on")
+            refused(run, "trains it")  # being refused takes nothing away
         assert not (run / lock.NAME).exists()
         assert run.exists()
-
-
-def test_a_file_that_its_owner_has_removed_is_no_lock(tmp_path, monkeypatch):
-    # As when the owner ends between our opening of the file and our lock on it.
-    path, real, calls = tmp_path / lock.NAME, fcntl.flock, []
-
-    def flock(file, how):
-        if not calls:
-            path.unlink()
-        calls.append(how)
-        real(file, how)
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with lock.hold(tmp_path):
-        assert len(calls) == 2
-        refused(tmp_path, f"process {os.getpid()} on")
-        refused(tmp_path, "trains it")  # being refused takes nothing away
 
 
 def test_where_there_are_no_locks_it_is_said(tmp_path, monkeypatch, capsys):

@@ -155,11 +155,12 @@ COMMANDS = [
         "tests/lab/test_stopping.py::test_handlers_are_given_back",
     ),
     Breakage(
-        "lock-of-a-file-that-is-gone",
+        "lock-of-another-run-removed",
         "diffusion_jax/lab/run_folder/lock.py",
-        "        if os.fstat(file).st_nlink:\n            return file\n",
-        "        return file\n",
-        "tests/lab/test_lock.py::test_a_file_that_its_owner_has_removed_is_no_lock",
+        "        if os.path.samestat(taken, path.stat()):\n            path.unlink()\n",
+        "        path.unlink()\n",
+        "tests/lab/test_lock.py"
+        "::test_a_run_that_was_moved_leaves_the_lock_of_another_alone",
     ),
     Breakage(
         "runs-lines-not-on-the-disk",

@@ -9,13 +9,13 @@ training goes on.
 
 import datetime
 import errno
-import fcntl
 import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import filelock
 import jax
 
 from diffusion_jax.errors import ConfigError
@@ -24,9 +24,6 @@ from diffusion_jax.lab.process import hosts
 NAME = ".lock"
 # As `flock` fails where the file system knows no locks.
 UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
-
-_open: set[int] = set()
-"""Files that this process holds locks by."""
 
 
 class LockedError(ConfigError):
@@ -75,15 +72,28 @@ def _take(folder: Path, afterwards: Callable[..., object]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for each in reversed(new):
             afterwards(_remove, each)
-        file = _locked(path)
-        if file is None:
+        own = filelock.FileLock(path, blocking=False, fallback_to_soft=False)
+        try:
+            own.acquire()
+        except OSError as error:
+            if error.errno not in UNKNOWN:
+                raise
+            hosts.say(
+                f"note: the file system of {folder} has no locks ({error.strerror}): "
+                "nothing keeps a second process from this run"
+            )
             return
-        _open.add(file)
-        afterwards(_let_go, path, file)
-        os.ftruncate(file, 0)
+        afterwards(_let_go, path, path.stat(), own)
         now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-        me = f"process {os.getpid()} on {socket.gethostname()}, since {now}\n"
-        os.pwrite(file, me.encode(), 0)
+        path.write_text(
+            f"process {os.getpid()} on {socket.gethostname()}, since {now}\n"
+        )
+    except filelock.Timeout:
+        owner = path.read_text().strip() if path.exists() else ""
+        raise LockedError(
+            f"cannot train {folder}: {owner or 'another process'} trains it. Wait for "
+            "its end, stop it, or start another run with --name NAME."
+        ) from None
     except OSError as error:
         raise ConfigError(
             f"cannot train into {folder}: {error.strerror} ({error.filename or path}). "
@@ -91,53 +101,14 @@ def _take(folder: Path, afterwards: Callable[..., object]) -> None:
         ) from error
 
 
-def _locked(path: Path) -> int | None:
-    """Returns the open file that holds the lock; None where there are no locks."""
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            owner = os.pread(file, 200, 0).decode(errors="replace").strip()
-            os.close(file)
-            if isinstance(error, BlockingIOError):
-                raise LockedError(
-                    f"cannot train {path.parent}: {owner or 'another process'} trains "
-                    "it. Wait for its end, stop it, or start another run with --name "
-                    "NAME."
-                ) from None
-            if error.errno not in UNKNOWN:
-                raise
-            hosts.say(
-                f"note: the file system of {path.parent} has no locks "
-                f"({error.strerror}): nothing keeps a second process from this run"
-            )
-            return None
-        # Its owner removes the file before it lets go: who came in between has a lock
-        # on a file that nobody else will ever find.
-        if os.fstat(file).st_nlink:
-            return file
-        os.close(file)
-
-
-def _let_go(path: Path, file: int) -> None:
+def _let_go(path: Path, taken: os.stat_result, own: filelock.BaseFileLock) -> None:
     with suppress(OSError):
         # The folder may have been moved, and another run have its own lock here.
-        if os.path.samestat(os.fstat(file), os.stat(path)):
+        if os.path.samestat(taken, path.stat()):
             path.unlink()
-    _open.discard(file)
-    os.close(file)
+    own.release()
 
 
 def _remove(folder: Path) -> None:
     with suppress(OSError):  # something is in it
         folder.rmdir()
-
-
-def _forget() -> None:
-    """Closes, in a forked child, what would hold the lock after its parent's death."""
-    while _open:
-        os.close(_open.pop())
-
-
-os.register_at_fork(after_in_child=_forget)
