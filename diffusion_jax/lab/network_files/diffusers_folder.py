@@ -3,9 +3,8 @@
 import contextlib
 import dataclasses
 import json
-import os
-import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from diffusion_jax.errors import ConfigError, first_of
@@ -97,9 +96,9 @@ def write(path: Path, network: Network) -> str:
         "scheduler": ["diffusers", "DDPMScheduler"],
         "unet": ["diffusers", unet["_class_name"]],
     }
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside = partial.with_suffix(".old")
-    try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
+        partial, aside = Path(work, "new"), Path(work, "old")
         values = (index, unet, scheduler, records.write(network))
         for name, value in zip(_JSON, values, strict=True):
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
@@ -110,18 +109,14 @@ def write(path: Path, network: Network) -> str:
         count = sum(array.size for array in arrays.values())
         text = model_card.write(network.config, network.about, path.name, digest, count)
         (partial / _CARD).write_text(text)
-        if path.is_dir():
-            path.rename(aside)
         try:
+            if path.is_dir():
+                path.rename(aside)
             partial.rename(path)
-        except OSError:
+        except BaseException:
             if aside.is_dir():
                 aside.rename(path)
             raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if path.is_dir():
-            shutil.rmtree(aside, ignore_errors=True)
     return digest
 
 
