@@ -16,25 +16,17 @@ from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.training import averages
 
-
-def picture(path):
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
-    pictures.save(Image.fromarray(noise), path)
-
-
-def snapshot(path):
-    averages.save(path, {"w": np.ones(500, np.float32)}, 3, 0.1)
-
-
-def config(path):
-    runs.write_json(path, {"a": [1] * 500})
+NOISE = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+WEIGHTS = {"w": np.ones(500, np.float32)}
+WRITERS = (
+    lambda path: pictures.save(Image.fromarray(NOISE), path),
+    lambda path: averages.save(path, WEIGHTS, 3, 0.1),
+    lambda path: runs.write_json(path, {"a": [1] * 500}),
+    lambda path: runs.cut_lines(path, 10_000),
+)
 
 
-def cut(path):
-    runs.cut_lines(path, 10_000)
-
-
-@pytest.mark.parametrize("write", [picture, snapshot, config, cut])
+@pytest.mark.parametrize("write", WRITERS)
 def test_what_cannot_be_written_leaves_what_was_there(write, tmp_path):
     path = tmp_path / "file"
     path.write_text("".join(f'{{"step": {n}}}\n' for n in range(500)))
@@ -48,7 +40,7 @@ def test_what_cannot_be_written_leaves_what_was_there(write, tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-@pytest.mark.parametrize("write", [snapshot, config, cut])
+@pytest.mark.parametrize("write", WRITERS[1:])
 def test_what_a_run_needs_is_on_the_disk_before_it_has_its_name(
     write, tmp_path, monkeypatch
 ):

@@ -69,24 +69,23 @@ def test_a_signal_that_is_not_noted_ends_the_process_within_a_call(
     assert ("again: at once, without" in err) == bool(noted)
 
 
-def test_a_first_signal_is_noted_and_no_more(tmp_path):
-    body = """signals.note()
+NOTED = """signals.note()
     os.kill(os.getpid(), 15)
     while not signals.numbers: pass
     signals.done()"""
-    code, out, _ = end_of(started(body, tmp_path))
-    assert (code, out) == (0, "the end [15]\n")
-
-
-def test_a_forked_child_dies_of_its_signals_alone(tmp_path):
-    body = """signals.note()
+OF_A_CHILD = """signals.note()
     child = os.fork()
     if not child:
         os.kill(os.getpid(), 15)
-    status = os.waitpid(child, 0)[1]
-    assert os.WTERMSIG(status) == 15"""
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == 15"""
+
+
+@pytest.mark.parametrize(("body", "numbers"), [(NOTED, [15]), (OF_A_CHILD, [])])
+def test_a_first_signal_is_noted_unless_it_is_of_a_forked_child(
+    body, numbers, tmp_path
+):
     code, out, _ = end_of(started(body, tmp_path))
-    assert (code, out) == (0, "the end []\n")
+    assert (code, out) == (0, f"the end {numbers}\n")
 
 
 def test_handlers_are_given_back():
