@@ -44,7 +44,7 @@ _VARIANCES = {
     "fixed_large": "large",
     "learned_range": "range",
 }
-# There a threshold has an upper end, which ours does not have: this one cuts nothing.
+# The threshold of diffusers has an upper end, and ours has none: this cuts nothing.
 _NO_END = float(np.finfo(np.float32).max)
 
 # Fields of our configuration with the name and the value of the network's.
@@ -154,7 +154,7 @@ def from_diffusers(
         diffusion=diffusion,
         net=Net(
             classes=net.num_classes,
-            # Which row stands for no label, if one does, nobody says.
+            # No field says whether a row stands for no label.
             label_dropout=0.0 if net.num_classes else Net.label_dropout,
             **{name: getattr(net, name) for name in _ALIKE},
         ),
@@ -163,7 +163,7 @@ def from_diffusers(
     try:
         checks.validate(config)
     except ConfigError as error:
-        # Its advice is to change a flag, which nobody gave.
+        # Its advice names a flag, which nobody gave.
         must, _, got = str(error).partition("; got ")
         got = got.partition(". Change it with --")[0]
         raise ConfigError(
@@ -267,10 +267,10 @@ def _read_scheduler(given: Mapping[str, Any], where: str) -> tuple[Diffusion, Sa
     unfit = [name for name, must in musts.items() if not must.holds(values[name])]
     wrong = [f"{k} {reprlib.repr(v)}" for k, v in named.items() if k not in _DEFAULTS]
     if "_class_name" in unfit:
-        wrong = []  # fields of another scheduler are no news
+        wrong = []  # it has other fields, of course
     wrong += [f"{k} {reprlib.repr(values[k])}, not {musts[k].words}" for k in unfit]
     diffusion, within = Diffusion(), dict[str, Any]()
-    # The tables are as long as it says, which is only now known to be bounded.
+    # Tables have num_train_timesteps entries, which are bounded only if it fits.
     if not {"num_train_timesteps", "trained_betas", "beta_schedule"} & set(unfit):
         diffusion = _read_betas(values, wrong)
     if not {*_RANGE} & set(unfit):

@@ -39,7 +39,7 @@ def describe(path: Path) -> Described:
     name = records.plain_name(path.resolve().name)
     where = str(path)
     config = diffusers_config.from_diffusers(unet, scheduler, name=name, where=where)
-    # Averages of diffusers' own training say how many updates they have seen.
+    # An EMA of diffusers' own training has its number of updates.
     step = unet.get("optimization_step", -1)
     step = step if json_fields.is_whole(step) and step >= 0 else None
     words = "released" if step is None else "averaged"
@@ -50,7 +50,7 @@ def describe(path: Path) -> Described:
         return Described(config, about, notes)
     # Written again as text: it is read as a file that others may have changed.
     ours, known = records.read(json.dumps(_json(record)), record)
-    # Ours says more, as long as it says the same.
+    # Our record says more, and counts while it agrees with the folder.
     with contextlib.suppress(ConfigError):
         if diffusers_config.to_diffusers(ours) == (unet, scheduler):
             return Described(dataclasses.replace(ours, name=name), known)

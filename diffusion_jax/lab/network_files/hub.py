@@ -51,7 +51,7 @@ def fetch(name: str, *, cache: Path | None = None, endpoint: str | None = None) 
     where = endpoint or hub.constants.ENDPOINT
     check_address(where)
     if not sys.stderr.isatty():
-        hub.utils.disable_progress_bars()  # which do not look at where they are
+        hub.utils.disable_progress_bars()  # which are shown without a terminal too
     api = hub.HfApi(endpoint=endpoint)
     try:
         # By itself the package tries again and again, for minutes.

@@ -52,7 +52,7 @@ class Described(NamedTuple):
 def write(network: Network) -> dict[str, Any]:
     """Returns the metadata of a network, as JSON has it."""
     data = network.config.data
-    # Where files are on this machine is nobody else's business.
+    # Paths on this machine are not published.
     data = dataclasses.replace(data, path=None, source=public_source(data.source))
     config = dataclasses.replace(
         network.config,
@@ -87,8 +87,8 @@ def read(text: str, where: Path) -> tuple[Config, About]:
         values = json_fields.parse(text)
         if values["version"] != VERSION:
             raise ConfigError(f"version {values['version']}, not {VERSION}")
-        # A field that is not there is younger than the file: what it has by default is
-        # what networks did before.
+        # A missing field is younger than the file: its default is what networks did
+        # before.
         config: Config = from_dict(values["config"], partial=True)
         about = _about(values["about"])
         checks.validate(config)

@@ -15,7 +15,7 @@ from diffusion_jax import errors
 from diffusion_jax.lab.process import flags, joining
 from diffusion_jax.lab.schema import checks
 
-# What a user can mend. Such an error is shown as it is, without a traceback.
+# Exit code of errors that a user can mend, which are printed without a traceback.
 BAD_INPUT = 2
 
 Options = TypeVar("Options")
@@ -30,7 +30,7 @@ def quiet() -> None:
 
 
 def _unraisable(error: Any) -> None:
-    # After a failed read or write all others end into an event loop that is gone.
+    # After one failed read or write the others report that their event loop is closed.
     if str(error.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(error)
 
@@ -39,7 +39,7 @@ def note_warnings() -> None:
     """Prints each warning as a note of one line, above a bar if there is one."""
 
     def show(message: Any, category: Any, *_: Any, **__: Any) -> None:
-        # Such an image is refused, and that is said.
+        # Such an image is refused by an error of its own.
         if category.__name__ != "DecompressionBombWarning":
             tqdm.write(f"note: {message}", file=sys.stderr)
 
@@ -58,7 +58,7 @@ def guarded(main: Callable[[Sequence[str]], int], *, several: bool = False) -> N
     quiet()
     note_warnings()
     for stream in (sys.stdout, sys.stderr):
-        # A path may be no text in any encoding, and is shown all the same.
+        # A path may have bytes that are no text: they are printed escaped.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     ours = errors.ConfigError, errors.DataError, errors.MissingError, CheckpointError
@@ -68,7 +68,7 @@ def guarded(main: Callable[[Sequence[str]], int], *, several: bool = False) -> N
     except SystemExit as left:
         if several and left.code == 0 and {"-h", "--help"} & set(sys.argv):
             print(joining.HELP)
-        if left.code == BAD_INPUT:  # by a flag that this host alone may have wrong
+        if left.code == BAD_INPUT:  # a wrong flag, perhaps on this host alone
             joining.leave(BAD_INPUT)
         raise
     except (*ours, ValueError) as error:
@@ -77,7 +77,7 @@ def guarded(main: Callable[[Sequence[str]], int], *, several: bool = False) -> N
             raise
         said = f"error: {error}"
     except BrokenPipeError:
-        # Whoever read what was printed, head for instance, has seen enough.
+        # Whatever reads our output, head for instance, has stopped reading.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         code = 1
     except OSError as error:

@@ -160,9 +160,9 @@ def join(job: Job) -> None:
         os._exit(2)
 
     with contextlib.suppress(AttributeError):
-        # Its handler would swallow every SIGTERM: `kill` would end no command.
+        # That service takes every SIGTERM: `kill` would end no command.
         jax.config.update("jax_enable_preemption_service", False)
-    # JAX itself ends a process that waits in vain by an abort with a stack trace.
+    # JAX itself aborts a process that waits in vain, with a stack trace.
     watch = threading.Timer(TIMEOUT, give_up)
     watch.daemon = True
     watch.start()
@@ -227,7 +227,7 @@ def leave(code: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     if hosts.first():
-        time.sleep(2)  # without it the others end at once: they may fail alike, and say
+        time.sleep(2)  # else JAX ends the others before they print the same error
     os._exit(code)
 
 

@@ -47,7 +47,7 @@ class Progress:
             file=self.file,
             disable=not self.file.isatty(),
             dynamic_ncols=True,
-            delay=1e-9,  # not before the first step: until then there are words
+            delay=1e-9,  # no bar before the first step, while lines are printed
             bar_format="{percentage:3.0f}% |{bar}| step {n:,}/{total:,}{postfix}",
         )
 

@@ -43,7 +43,7 @@ class Requests:
         """Takes a signal, on the thread: notes it, or ends the process."""
         first, self._came = not self._came, True
         if self._noting and first:
-            # Another host's may be there already: all stop at one step.
+            # One of another host may be there already: all stop at one step.
             self.numbers[:] = self.numbers or [number]
             _say(STOPPING)
             return
@@ -72,7 +72,7 @@ def requests() -> Iterator[Requests]:
     thread = threading.Thread(target=_listen, args=(heard, found), daemon=True)
     thread.start()
     wakeup = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
-    # One that is ignored, as Ctrl-C is in the background of a script, stays so.
+    # A signal that is ignored, as Ctrl-C in the background of a script, stays so.
     kinds = [kind for kind in KINDS if signal.getsignal(kind) is not signal.SIG_IGN]
     before = [signal.signal(kind, _ignore) for kind in kinds]
     _pipe = (heard, told)

@@ -122,7 +122,7 @@ def score(config: Config, run: runs.Run, step: int) -> float | None:
     lines = runs.read_lines(run.metrics) if hosts.first() else []
     losses = [line.get("loss") for line in lines if since < line["step"] <= step]
     known = [loss for loss in losses if loss is not None]
-    # All hosts have the first one's, to the bit.
+    # All hosts get the mean of the first, to the bit.
     mean = hosts.tell_number(np.mean(known) if known else np.nan)
     return None if np.isnan(mean) else mean
 

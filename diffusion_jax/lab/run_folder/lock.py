@@ -22,7 +22,7 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.process import hosts
 
 NAME = ".lock"
-# As `flock` fails where the file system knows no locks.
+# Errors of `flock` where the file system has no locks.
 UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -44,7 +44,7 @@ def hold(folder: Path) -> Iterator[None]:
       LockedError: another process has it.
       ConfigError: the folder cannot be made, or nothing can be written into it.
     """
-    # Asked of JAX itself, this would start its devices: a second process must go
+    # `jax.process_count` would start the devices: a second process must be refused
     # before it takes memory of theirs from the first.
     joined = jax.distributed.is_initialized()
     error: ConfigError | None = None

@@ -41,7 +41,7 @@ def read(run: runs.Run, digest: str) -> list[tuple[str, dict[str, Any]]]:
       digest: of the weights.
     """
     folder = run.folder / "eval"
-    found = [  # also those of before there were lines
+    found = [  # older versions wrote no lines
         (path.stem, _parsed(path.read_text(errors="replace")))
         for path in sorted(folder.glob("*.json"))
     ]

@@ -127,7 +127,7 @@ def size(shape: str) -> int:
 
 def _arrays(shape: str) -> list[tuple[int, int]]:
     """Returns the bytes of an element and the number of them, of each array."""
-    return [  # a truth has no bits in its name; four bits take a byte
+    return [  # pred has no bits in its name; four bits take a byte
         (
             max(1, int(bits or 8) // 8),
             math.prod(int(n) for n in dimensions.split(",") if n),

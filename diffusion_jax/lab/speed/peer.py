@@ -50,7 +50,7 @@ def compare(config: Config, row: dict[str, Any], effort: Effort) -> dict[str, An
     """
     torch, _ = peers()
     make = {"train": _train, "sample": _sample}[row["what"]]
-    # One evaluation is as good as a chain, and is timed like a step.
+    # Of a chain one evaluation is timed, like a step.
     times = row.get("evaluations_per_sample", 1.0)
     modes = MODES if torch.cuda.is_available() else ("eager",)
     found = {

@@ -15,9 +15,9 @@ from diffusion_jax.training import compilation
 SIZES = (128, 512)
 """Batch sizes of the table in docs/performance.md, where none are given."""
 NONE = "none"
-# Of XLA for GPUs; none of them has been tried on these networks. The first is training
-# as it is once more: what the two differ by means nothing. The last may take minutes to
-# compile.
+# Options of XLA for GPUs, none of which has been tried on these networks yet. The first
+# row is training once more: what the two differ by is noise. The last may take minutes
+# to compile.
 CANDIDATES = (
     NONE,
     "xla_gpu_experimental_enable_conv_fusion=true",
