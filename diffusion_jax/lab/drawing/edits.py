@@ -77,7 +77,7 @@ def _between(config: Config, options: Any, depths: Sequence[int]) -> Draw:
         return editing.interpolate(key, made, levels, grid, a, b, t, fractions)[0]
 
     def draw(drawable: Drawable, key: jax.Array) -> Edited:
-        draws, rows = compiled(config, mix, static=_per_depth(config, a.shape)), []
+        draws, rows = compiled(config, mix, static=_per_depth(config)), []
         for depth in depths:
             rows.append(draws(drawable, key, to_float(a), to_float(b), depth))
             if len(depths) > 1:
@@ -127,7 +127,7 @@ def inpaint(config: Config, options: edit_options.Inpaint) -> Draw:
     grid = editing.repaint_grid(
         chains.make_grid(config), options.jump, options.resamples
     )
-    if options.resamples > 1 and has_memory(config, image.shape):
+    if options.resamples > 1 and _has_memory(config):
         raise ConfigError(
             "resamples must be 1 with a rule that has a memory; got "
             f"{options.resamples} with {config.sample.sampler}. Use ddpm or ddim."
@@ -187,7 +187,7 @@ def vary(config: Config, options: edit_options.Vary) -> Draw:
         return editing.vary(key, made, levels, grid, many, t)
 
     def draw(drawable: Drawable, key: jax.Array) -> Edited:
-        draws = compiled(config, again, static=_per_depth(config, image.shape))
+        draws = compiled(config, again, static=_per_depth(config))
         return Edited(image, draws(drawable, key, to_float(image), depth))
 
     return draw
@@ -213,16 +213,17 @@ def compiled(
     return lambda *args: pictures.to_uint8(np.asarray(run(*args)))
 
 
-def _per_depth(config: Config, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _per_depth(config: Config) -> tuple[int, ...]:
     """Returns the place of the depth, the last, where each has a program of its own."""
-    return (-1,) if has_memory(config, shape) else ()
+    return (-1,) if _has_memory(config) else ()
 
 
-def has_memory(config: Config, shape: tuple[int, ...]) -> bool:
+def _has_memory(config: Config) -> bool:
     """Returns whether the rule carries something on; the network is not asked."""
     unasked: Any = None
     rule = chains.make_rule(config, unasked, chains.known_chain(config))
-    return bool(jax.tree.leaves(rule.init(jnp.zeros(shape), chains.make_grid(config))))
+    image = jnp.zeros((1, *config.data.shape))
+    return bool(jax.tree.leaves(rule.init(image, chains.make_grid(config))))
 
 
 def read(config: Config, path: Path, name: str) -> np.ndarray:

@@ -36,19 +36,17 @@ from diffusion_jax.storage import tensor_files, tensorflow_checkpoint, trees
 FORMAT = "diffusion_jax.network"
 
 
-def _of_authors(side: int, diffusion: Diffusion, net: Net) -> Config:
-    """Returns one of the authors' networks as it was trained and drawn from."""
-    data = Data(source=UNKNOWN, image_size=side, channels=3)
-    return official(Config(data=data, diffusion=diffusion, net=net))
-
-
 _SMALL, _WIDE = Diffusion(variance="small"), (1, 1, 2, 2, 4, 4)
+_LARGE = Net(channels=192, multipliers=_WIDE, dropout=0.0)
 _OFFICIAL = {
-    "cifar10": _of_authors(32, Diffusion(), Net()),
-    "celebahq256": _of_authors(256, _SMALL, Net(multipliers=_WIDE, dropout=0.0)),
-    "lsun_bedroom256_large": _of_authors(
-        256, _SMALL, Net(channels=192, multipliers=_WIDE, dropout=0.0)
-    ),
+    name: official(
+        Config(data=Data(UNKNOWN, image_size=side, channels=3), diffusion=d, net=net)
+    )
+    for name, side, d, net in (
+        ("cifar10", 32, Diffusion(), Net()),
+        ("celebahq256", 256, _SMALL, dataclasses.replace(_LARGE, channels=128)),
+        ("lsun_bedroom256_large", 256, _SMALL, _LARGE),
+    )
 }
 """One of each shape."""
 
