@@ -15,9 +15,9 @@ from diffusion_jax.training import compilation
 SIZES = (128, 512)
 """Batch sizes of the table in docs/performance.md, where none are given."""
 NONE = "none"
-# Options of XLA for GPUs, none of which has been tried on these networks yet. The first
-# row is training once more: what the two differ by is noise. The last may take minutes
-# to compile.
+# Of XLA for GPUs. The first row is training once more: what the two differ by is noise.
+# The next three gained nothing on these networks (docs/performance.md), the others have
+# not been tried; the last may take minutes to compile.
 CANDIDATES = (
     NONE,
     "xla_gpu_experimental_enable_conv_fusion=true",
