@@ -26,6 +26,10 @@ import os, sys, time
 from pathlib import Path
 from diffusion_jax.lab.run_folder import lock
 with lock.hold(Path(sys.argv[1])):
+    leaving = os.fork()
+    if not leaving:
+        sys.exit()
+    os.waitpid(leaving, 0)
     if os.fork():
         print("held", flush=True)
     time.sleep(60)

@@ -157,8 +157,8 @@ COMMANDS = [
     Breakage(
         "lock-of-another-run-removed",
         "diffusion_jax/lab/run_folder/lock.py",
-        "        if os.path.samestat(taken, path.stat()):\n            path.unlink()\n",
-        "        path.unlink()\n",
+        "if own.is_locked and os.path.samestat(taken, path.stat()):",
+        "if own.is_locked:",
         "tests/lab/test_lock.py"
         "::test_a_run_that_was_moved_leaves_the_lock_of_another_alone",
     ),

@@ -103,8 +103,9 @@ def _take(folder: Path, afterwards: Callable[..., object]) -> None:
 
 def _let_go(path: Path, taken: os.stat_result, own: filelock.BaseFileLock) -> None:
     with suppress(OSError):
-        # The folder may have been moved, and another run have its own lock here.
-        if os.path.samestat(taken, path.stat()):
+        # A forked child has no lock. And the folder may have been moved, and another
+        # run have its own lock here.
+        if own.is_locked and os.path.samestat(taken, path.stat()):
             path.unlink()
     own.release()
 
