@@ -23,13 +23,6 @@ def conv(strides):
     )
 
 
-def test_a_batched_product_is_two_operations_a_multiply_add():
-    found = arithmetic.count(
-        lambda a, b: jnp.einsum("bqc,bkc->bqk", a, b), of(4, 5, 6), of(4, 7, 6)
-    )
-    assert found == 2 * 4 * 5 * 7 * 6
-
-
 @pytest.mark.parametrize("strides", [1, 2])
 def test_a_convolution_counts_its_taps_and_a_gradient_as_many_again(strides):
     """Of the input and of the kernel: each pairs the same numbers once.
