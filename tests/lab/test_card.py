@@ -9,26 +9,19 @@ from diffusion_jax.lab.schema.config import replace
 
 
 def test_a_recipe_that_nobody_told_is_not_on_the_card(tmp_path):
-    folder = tmp_path / "good"
-    diffusers_folder.write(folder, network_of(small()))
-    assert "| training | loss v, batch 64" in (folder / "README.md").read_text()
-    (folder / diffusers_folder.RECORD).unlink()
-    found = read(folder)
-    config = replace(found.config, "data", source="digits")
-    diffusers_folder.write(tmp_path / "again", found._replace(config=config))
-    text = (tmp_path / "again" / "README.md").read_text()
-    assert "| data | digits |" in text
-    assert "training" not in text
-    assert read(tmp_path / "again").about.recipe is False
-
-
-def test_a_card_is_in_order_whatever_the_names(tmp_path):
+    """And it is in order whatever the names."""
+    folder = tmp_path / 'we"ird'
     config = replace(small(), "data", source="folder:a|b")
-    diffusers_folder.write(tmp_path / 'we"ird', network_of(config))
-    text = (tmp_path / 'we"ird' / "README.md").read_text()
+    diffusers_folder.write(folder, network_of(config))
+    text = (folder / "README.md").read_text()
+    assert "| training | loss v, batch 64" in text
     code = text.partition("```python\n")[2].partition("```")[0]
     compile(code, "card", "exec")
     assert "| data | folder:a\\|b |" in text
+    (folder / diffusers_folder.RECORD).unlink()
+    diffusers_folder.write(tmp_path / "again", read(folder))
+    assert "training" not in (tmp_path / "again" / "README.md").read_text()
+    assert read(tmp_path / "again").about.recipe is False
 
 
 def test_the_card_says_what_it_is(tmp_path):

@@ -16,25 +16,17 @@ from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.training import averages
 
-
-def picture(path):
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
-    pictures.save(Image.fromarray(noise), path)
-
-
-def snapshot(path):
-    averages.save(path, {"w": np.ones(500, np.float32)}, 3, 0.1)
-
-
-def config(path):
-    runs.write_json(path, {"a": [1] * 500})
+NOISE = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+WEIGHTS = {"w": np.ones(500, np.float32)}
+WRITERS = (
+    lambda path: pictures.save(Image.fromarray(NOISE), path),
+    lambda path: averages.save(path, WEIGHTS, 3, 0.1),
+    lambda path: runs.write_json(path, {"a": [1] * 500}),
+    lambda path: runs.cut_lines(path, 10_000),
+)
 
 
-def cut(path):
-    runs.cut_lines(path, 10_000)
-
-
-@pytest.mark.parametrize("write", [picture, snapshot, config, cut])
+@pytest.mark.parametrize("write", WRITERS)
 def test_what_cannot_be_written_leaves_what_was_there(write, tmp_path):
     path = tmp_path / "file"
     path.write_text("".join(f'{{"step": {n}}}\n' for n in range(500)))
@@ -48,7 +40,7 @@ def test_what_cannot_be_written_leaves_what_was_there(write, tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-@pytest.mark.parametrize("write", [snapshot, config, cut])
+@pytest.mark.parametrize("write", WRITERS[1:])
 def test_what_a_run_needs_is_on_the_disk_before_it_has_its_name(
     write, tmp_path, monkeypatch
 ):
@@ -67,14 +59,12 @@ def test_what_a_run_needs_is_on_the_disk_before_it_has_its_name(
 
 def test_lines_are_synced_when_asked_for(tmp_path, monkeypatch):
     run, synced = runs.Run(tmp_path), []
-    monkeypatch.setattr(
-        os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}"))
-    )
+    monkeypatch.setattr(os, "fsync", synced.append)
     for path in (run.metrics, run.speed):
         runs.append_line(path, {"step": 1})
     assert synced == []
     runs.to_disk(run)
-    assert synced == [str(run.metrics), str(run.speed)]
+    assert len(synced) == 2
 
 
 def test_a_line_that_was_cut_off_is_dropped_and_written_again(tmp_path):
@@ -89,38 +79,37 @@ def test_a_line_that_was_cut_off_is_dropped_and_written_again(tmp_path):
     assert [line["step"] for line in runs.read_lines(path)] == [1, 2]
 
 
-@pytest.mark.parametrize("line", ["{]\n", "3\n", '{"loss": 1}\n', "\0\0\0\n", "\xff\n"])
+@pytest.mark.parametrize("line", ["3", '{"loss": 1}', "\0\0\0", "\xff"])
 def test_a_log_that_somebody_damaged_is_named(line, tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text(f'{{"step": 1}}\n{line}{{"step": 3}}\n', encoding="latin-1")
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n', encoding="latin-1")
     with pytest.raises(ConfigError, match=rf"{path} must .*; got .* in line 2\. Rest"):
         runs.read_lines(path)
 
 
-ABOUT = {"seed": 1, "rule": ("ddim", 0.5)}
-FILES = {
-    "damaged": '{"seed": 1',
-    "no object": "[1]",
-    "of another seed": '{"seed": 2, "rule": ["ddim", 0.5], "table": [3]}',
-    "of no seed": '{"rule": ["ddim", 0.5], "table": [3]}',
-    "with more about it": '{"seed": 1, "rule": ["ddim", 0.5], "table": [3], "x": 0}',
-    "without a result": '{"seed": 1, "rule": ["ddim", 0.5]}',
-    "with another result": '{"seed": 1, "rule": ["ddim", 0.5], "table": 3}',
-}
+OTHERS = (
+    '{"seed": 1',  # damaged
+    "[1]",
+    '{"seed": 2, "rule": ["ddim", 0.5], "table": [3]}',  # of another seed
+    '{"rule": ["ddim", 0.5], "table": [3]}',
+    '{"seed": 1, "rule": ["ddim", 0.5], "table": [3], "x": 0}',
+    '{"seed": 1, "rule": ["ddim", 0.5]}',
+    '{"seed": 1, "rule": ["ddim", 0.5], "table": 3}',
+)
 
 
 def test_a_result_is_taken_from_a_file_that_the_same_has_made(tmp_path):
-    path = tmp_path / "a.json"
+    path, about = tmp_path / "a.json", {"seed": 1, "rule": ("ddim", 0.5)}
 
-    def read(table):
-        return sum(table)
+    def recalled():
+        return runs.recalled(path, about, lambda table: sum(table))
 
-    assert runs.recalled(path, ABOUT, read) is None
-    runs.write_json(path, {**ABOUT, "table": [3, 4]})
-    assert runs.recalled(path, ABOUT, read) == 7
-    for name, text in FILES.items():
+    assert recalled() is None
+    runs.write_json(path, {**about, "table": [3, 4]})
+    assert recalled() == 7
+    for text in OTHERS:
         path.write_text(text)
-        assert runs.recalled(path, ABOUT, read) is None, name
+        assert recalled() is None, text
 
 
 def test_what_a_killed_process_began_to_write_is_removed(tmp_path):
@@ -144,7 +133,9 @@ def test_room_is_asked_for_before_and_little_is_said(tmp_path, monkeypatch, caps
         runs.check_room(runs.Run(tmp_path), state, there, 3)
         return capsys.readouterr().err
 
-    with pytest.raises(ConfigError, match=f"{tmp_path} must have room .*0.00 MiB; got"):
+    with pytest.raises(
+        ConfigError, match=f"{tmp_path}: its disk has no room .*, 0.00 MiB"
+    ):
         check(4003)
     assert "has room for 1 checkpoint of 0.00 MiB more; train.keep = 3" in check(4004)
     assert check(4004, there=4) == ""  # it takes the place of one that goes

@@ -40,7 +40,7 @@ def test_schedules_have_their_name_in_diffusers(kind, schedule):
     assert diffusers_config.to_diffusers(config)[1]["beta_schedule"] == kind
 
 
-@pytest.mark.parametrize("schedule", ["const", "warmup10", "warmup50", "sigmoid"])
+@pytest.mark.parametrize("schedule", ["const", "warmup10", "sigmoid"])
 def test_other_schedules_are_known_by_their_betas(schedule):
     paper = EXPERIMENTS["cifar10"].config
     scheduler = diffusers_config.to_diffusers(
@@ -62,9 +62,22 @@ def test_betas_of_no_schedule_are_refused(refuses):
         from_diffusers({**SCHEDULER, "trained_betas": betas.tolist()})
     with refuses("trained_betas from 2 to 2, not above 0"):
         from_diffusers({**SCHEDULER, "trained_betas": [2.0] * 1000})
+    with refuses("trained_betas of shape (2,), not (1000,)"):
+        from_diffusers({**SCHEDULER, "trained_betas": [0.1, 0.2]})
     for name, value in (("beta_start", -1), ("beta_start", 0), ("beta_end", 2)):
         with refuses(f"{value}"):
             from_diffusers({**SCHEDULER, name: value})
+
+
+def test_what_diffusers_lacks_is_named(refuses):
+    for name, got in (
+        ("digits_edm", "the schedule ve"),
+        ("digits_flow", "prediction velocity"),
+        ("digits_table2_mean_mse", "prediction mean"),
+        ("digits_table2_eps_vlb_learned", "variance learned"),
+    ):
+        with refuses(got):
+            diffusers_config.to_diffusers(EXPERIMENTS[name].config)
 
 
 def test_channels_have_to_be_those_of_images(refuses):
@@ -79,12 +92,11 @@ def test_channels_have_to_be_those_of_images(refuses):
 
 
 # Whatever a file holds, it ends in one error that names it.
-
-NO_NUMBERS = [None, "1", [1], {}, True, math.inf, -math.inf, math.nan, 10**400]
-NO_TRUTHS = [None, "false", [], 0, 1, math.nan]
-NO_NAMES = [None, [], {}, 5, True, "laplace"]
+NO_NUMBERS = [None, "1", [1], True, math.inf, math.nan, 10**400]
+NO_TRUTHS = [None, "false", 0]
+NO_NAMES = [None, [], 5, "laplace"]
 WRONG = {
-    "num_train_timesteps": [*NO_NUMBERS, 1e6, 1000.0, 0, -5, 1, 10**12, 1_000_001],
+    "num_train_timesteps": [*NO_NUMBERS, 1000.0, 1, 1_000_001],
     "beta_start": NO_NUMBERS,
     "beta_end": NO_NUMBERS,
     "beta_schedule": NO_NAMES,
@@ -97,7 +109,7 @@ WRONG = {
     "rescale_betas_zero_snr": [*NO_TRUTHS, True],
     "set_alpha_to_one": [*NO_TRUTHS, False],
     "dynamic_thresholding_ratio": NO_NUMBERS,
-    "sample_max_value": [None, "1", [1], {}, True, math.nan, 10**400],
+    "sample_max_value": [None, "1", True, math.nan, 10**400],
     "timestep_spacing": NO_NAMES,
     "steps_offset": [None, "1", [], 1.0, True],
     "timestep_values": [[1, 2], 0, ""],
@@ -111,56 +123,34 @@ def test_a_value_of_another_type_is_named(name, refuses):
     for value in WRONG[name]:
         with refuses(f"{name} "):
             from_diffusers({**SCHEDULER, name: value})
-        if name == "trained_betas":
-            with refuses("not null or a list of finite numbers"):
-                from_diffusers({**SCHEDULER, name: value})
 
 
-def test_every_field_of_a_scheduler_that_we_lack_is_named_at_once():
+def test_every_field_that_we_lack_is_named_at_once_and_long_values_are_cut():
     wrong = {name: values[0] for name, values in WRONG.items() if name[0] != "_"}
     with pytest.raises(ValueError) as caught:
-        from_diffusers({**SCHEDULER, **wrong})
+        from_diffusers({**SCHEDULER, **wrong, "long": "0" * 10**6})
     for name, value in wrong.items():
         assert f"{name} {value!r}" in str(caught.value)
-
-
-def test_a_long_value_is_not_repeated_in_full():
-    with pytest.raises(ValueError) as caught:
-        from_diffusers(
-            {**SCHEDULER, "flavour": "x" * 10**6, "trained_betas": "0" * 999}
-        )
-    assert len(str(caught.value)) < 1000
+    assert "trained_betas 'x', not null or a list of finite numbers" in str(
+        caught.value
+    )
+    assert len(str(caught.value)) < 3000
 
 
 SIZES = [
     ({"sample_size": 8192}, "8192"),
-    ({"sample_size": 2**20}, "1048576"),
     ({"layers_per_block": 100_000}, "100000"),
-    ({"block_out_channels": [8 * 10**8] * 4}, "800000000"),
     ({"block_out_channels": [128, 128, 128, 128 * 1024]}, "131072"),
     ({"num_class_embeds": 10**12}, "1000000000000"),
 ]
 
 
-def test_sizes_beyond_every_network_are_refused_before_any_work(refuses, monkeypatch):
+def test_sizes_beyond_every_network_are_refused_before_any_work(monkeypatch):
     monkeypatch.delattr("jax.eval_shape")
-    ends = r"^w: \S.* must be .*(at most|from \d to) \d+; got "
     for fields, got in SIZES:
-        with pytest.raises(ValueError, match=ends) as said:
+        ends = rf"^w: \S.* must be .*(at most|from \d to) \d+; got {got}\. Such a net"
+        with pytest.raises(ValueError, match=ends):
             from_diffusers(**fields)
-        with refuses(got):
-            raise said.value
-        assert "Change it with" not in str(said.value)
-
-
-def test_betas_are_counted_before_any_is_made(refuses, monkeypatch):
-    monkeypatch.delattr(diffusers_config, "betas_of")
-    monkeypatch.delattr("numpy.asarray")
-    few = {**SCHEDULER, "trained_betas": [0.1, 0.2]}
-    with refuses("trained_betas of shape (2,), not (1000,)"):
-        from_diffusers(few)
-    with refuses("num_train_timesteps 1000000000000, not a whole number from 2 to"):
-        from_diffusers({**few, "num_train_timesteps": 10**12})
 
 
 # Dynamic thresholding.
@@ -183,12 +173,11 @@ def test_a_threshold_that_ends_at_one_is_the_clip(refuses):
     on = {**SCHEDULER, "thresholding": True, "clip_sample": False}
     sample = from_diffusers(on).sample
     assert (sample.clip, sample.threshold) == (True, None)
-    for end in (0.5, 1.5, 100.0):
-        with refuses(f"sample_max_value {end} with thresholding"):
-            from_diffusers({**on, "sample_max_value": end})
-        off = {**on, "thresholding": False, "sample_max_value": end}
-        sample = from_diffusers(off).sample
-        assert (sample.clip, sample.threshold) == (False, None)
+    with refuses("sample_max_value 1.5 with thresholding"):
+        from_diffusers({**on, "sample_max_value": 1.5})
+    off = {**on, "thresholding": False, "sample_max_value": 1.5}
+    sample = from_diffusers(off).sample
+    assert (sample.clip, sample.threshold) == (False, None)
     with refuses("1.5"):
         endless = {"sample_max_value": math.inf, "dynamic_thresholding_ratio": 1.5}
         from_diffusers({**on, **endless})
@@ -197,8 +186,6 @@ def test_a_threshold_that_ends_at_one_is_the_clip(refuses):
 # What is said of a folder that is read without our record.
 
 DDIM = {**SCHEDULER, "_class_name": "DDIMScheduler"}
-
-
 LABELS = {"num_class_embeds": 11}
 NOTES = [
     ({}, None, ("no scheduler_config.json", "T = 1000", "the small variance")),

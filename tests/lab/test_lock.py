@@ -4,7 +4,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -27,6 +26,10 @@ import os, sys, time
 from pathlib import Path
 from diffusion_jax.lab.run_folder import lock
 with lock.hold(Path(sys.argv[1])):
+    leaving = os.fork()
+    if not leaving:
+        sys.exit()
+    os.waitpid(leaving, 0)
     if os.fork():
         print("held", flush=True)
     time.sleep(60)
@@ -54,23 +57,15 @@ def holder(folder):
 
 
 def refused(folder, match):
-    with pytest.raises(ConfigError, match=match) as caught, lock.hold(folder):
+    with pytest.raises(ConfigError, match=match), lock.hold(folder):
         pass
-    return str(caught.value)
 
 
 @pytest.fixture
 def nothing_compiled(monkeypatch):
-    """The command must end before it makes a step, and soon."""
-
-    def fail(*_):
-        raise AssertionError("it got as far as making a step")
-
-    monkeypatch.setattr(learning, "make_step", fail)
-    monkeypatch.setattr(learning, "state_shapes", fail)
-    begun = time.process_time()
-    yield
-    assert time.process_time() - begun < 5
+    """The command must end before it makes a step."""
+    monkeypatch.setattr(learning, "make_step", None)
+    monkeypatch.setattr(learning, "state_shapes", None)
 
 
 def test_a_second_process_is_told_whose_the_run_is_until_that_dies(
@@ -78,11 +73,11 @@ def test_a_second_process_is_told_whose_the_run_is_until_that_dies(
 ):
     run = tmp_path / "digits"
     with holder(run) as (owner, child):
-        said = refused(run, f"got {run} in the hands of process {owner.pid} on ")
-        assert os.uname().nodename in said
-        assert time.strftime("since %Y-") in said
-        assert "--name NAME" in said
-        with pytest.raises(lock.LockedError, match=f"process {owner.pid} on"):
+        me = (
+            f"process {owner.pid} on {os.uname().nodename}, {time.strftime('since %Y')}"
+        )
+        said = f"cannot train {run}: {me}.* trains it.*--name NAME"
+        with pytest.raises(lock.LockedError, match=said):
             train.main(["digits", "--output", str(tmp_path)])
         assert sorted(path.name for path in tmp_path.rglob("*")) == [".lock", "digits"]
         owner.kill()
@@ -90,33 +85,10 @@ def test_a_second_process_is_told_whose_the_run_is_until_that_dies(
         assert (run / lock.NAME).exists()
         os.kill(child, 0)  # it lives, and holds nothing
         with lock.hold(run):
-            assert f"process {os.getpid()} on" in (run / lock.NAME).read_text()
+            refused(run, f"process {os.getpid()} on")
+            refused(run, "trains it")  # being refused takes nothing away
         assert not (run / lock.NAME).exists()
         assert run.exists()
-
-
-def test_within_a_process_too_a_run_is_trained_once_at_a_time(tmp_path):
-    with lock.hold(tmp_path):
-        refused(tmp_path, f"process {os.getpid()} on")
-        refused(tmp_path, "in the hands of")  # being refused takes nothing away
-    with lock.hold(tmp_path):
-        pass
-
-
-def test_a_file_that_its_owner_has_removed_is_no_lock(tmp_path, monkeypatch):
-    # As when the owner ends between our opening of the file and our lock on it.
-    path, real, calls = tmp_path / lock.NAME, fcntl.flock, []
-
-    def flock(file, how):
-        if not calls:
-            path.unlink()
-        calls.append(how)
-        real(file, how)
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with lock.hold(tmp_path):
-        assert len(calls) == 2
-        refused(tmp_path, f"process {os.getpid()} on")
 
 
 def test_where_there_are_no_locks_it_is_said(tmp_path, monkeypatch, capsys):
@@ -142,47 +114,16 @@ def test_a_folder_that_cannot_be_is_named(where, tmp_path, nothing_compiled):
     (tmp_path / "file").write_text("")
     (tmp_path / "digits").write_text("")
     output = tmp_path if where == "digits" else tmp_path / where
-    with pytest.raises(ConfigError, match=f"{output}.* must be a folder that can be"):
+    with pytest.raises(ConfigError, match=f"cannot train into {output}.*: .+ "):
         train.main(["digits", "--output", str(output)])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["digits", "file"]
 
 
 def test_a_folder_that_was_made_for_nothing_is_gone(tmp_path):
-    flags = shlex.split("--train.devices 99 --name a")
+    flags = ["--train.devices", "99", "--output", str(tmp_path), "--name", "a"]
     with pytest.raises(ValueError, match="devices must be in 1"):
-        train.main(["digits", "--output", str(tmp_path / "b"), *flags])
-    left = [path.name for path in tmp_path.rglob("*")]
-    assert "a" not in left
-    assert lock.NAME not in left
-
-
-def on_a_disk(folder, options, *command):
-    """Runs a command in a mount namespace that has a small disk at a folder.
-
-    The disk is gone with it, and no other process sees it.
-    """
-    mount = f"mount -t tmpfs -o {options} tmpfs {shlex.quote(str(folder))}"
-    if subprocess.run(["unshare", "-m", "sh", "-c", mount], check=False).returncode:
-        pytest.skip("only root may mount a disk")
-    line = f"{mount} && exec {shlex.join(command)}"
-    return subprocess.run(
-        ["unshare", "-m", "sh", "-c", line],
-        cwd=ROOT,
-        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_a_disk_that_may_only_be_read_is_named(tmp_path):
-    command = [sys.executable, "-m", "experiments.train", "digits", "--output"]
-    done = on_a_disk(tmp_path, "ro", *command, str(tmp_path))
-    assert done.returncode == 2
-    folder = tmp_path / "digits"
-    assert done.stderr.startswith(f"error: {folder} must be a folder that can be made")
-    assert "got Read-only file system for" in done.stderr
-    assert done.stdout == ""
+        train.main(["digits", *flags])
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_named(tmp_path, monkeypatch):
@@ -190,7 +131,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(beginning, "first_state", lambda *_: pytest.fail("it went on"))
     folder = tmp_path / "digits"
-    with pytest.raises(ConfigError, match=f"{folder} must have room for a checkpoint"):
+    with pytest.raises(ConfigError, match=f"train into {folder}: its disk has no room"):
         train.main(["digits", "--output", str(tmp_path)])
 
 
@@ -201,4 +142,4 @@ def test_a_run_that_was_moved_leaves_the_lock_of_another_alone(tmp_path):
     with lock.hold(run):  # of a new run in the old place
         first.close()
         assert (run / lock.NAME).exists()
-        refused(run, "in the hands of process")
+        refused(run, "trains it")

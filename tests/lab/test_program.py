@@ -1,6 +1,5 @@
 """Kernels and bytes, read off compiled programs and off written ones."""
 
-import collections
 from pathlib import Path
 
 import jax
@@ -35,36 +34,22 @@ def test_a_written_program_is_read_line_by_line():
     assert found["cut"].source == "jit(step)/slice"
 
 
-@pytest.mark.parametrize(
-    ("shape", "count"),
-    [
-        ("f32[]", 4),
-        ("pred[3]{0}", 3),
-        ("(bf16[2,3]{1,0:T(8,128)(2,1)}, s64[2])", 28),
-        ("f8e4m3fn[10]{0}", 10),
-        ("c64[2]", 16),
-        ("token[]", 0),
-    ],
-)
-def test_sizes_of_shapes(shape, count):
-    assert compiled_program.size(shape) == count
+SIZES = {
+    "pred[3]{0}": 3,
+    "(bf16[2,3]{1,0:T(8,128)(2,1)}, s64[2])": 28,
+    "f8e4m3fn[10]{0}": 10,
+    "(s4[3], c64[2])": 3 + 16,
+    "token[]": 0,
+}
 
 
-def kinds(function, *args, **options):
-    text = jax.jit(function, **options).lower(*args).compile().as_text()
-    found = collections.Counter()
-    for kernel in compiled_program.kernels(text):
-        found[kernel.kind] += kernel.times
-    return found
+def test_sizes_of_shapes():
+    assert {shape: compiled_program.size(shape) for shape in SIZES} == SIZES
 
 
-def test_compiled_loops_count_as_often_as_they_run():
-    def many(x, times):
-        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ x), ()), x, None, times)[0]
-
-    x = jnp.ones((128, 128))
-    for times in (3, 50):
-        assert kinds(lambda x, n=times: many(x, n), x)["product"] == times
+def kinds(function, *args):
+    text = jax.jit(function).lower(*args).compile().as_text()
+    return [kernel.kind for kernel in compiled_program.kernels(text)]
 
 
 def test_convolutions_and_reductions_are_told_apart():
@@ -75,9 +60,9 @@ def test_convolutions_and_reductions_are_told_apart():
             x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
 
-    assert kinds(convolve, x, kernel) == {"convolution": 1}
-    assert kinds(lambda x: jnp.square(x).sum((1, 2)), x) == {"reduction": 1}
-    assert kinds(lambda x: jnp.tanh(x) + 1, x) == {"elementwise": 1}
+    assert kinds(convolve, x, kernel) == ["convolution"]
+    assert kinds(lambda x: jnp.square(x).sum((1, 2)), x) == ["reduction"]
+    assert kinds(lambda x: jnp.tanh(x) + 1, x) == ["elementwise"]
 
 
 def test_what_devices_tell_each_other_is_the_gradient():

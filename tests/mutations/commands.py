@@ -155,11 +155,12 @@ COMMANDS = [
         "tests/lab/test_stopping.py::test_handlers_are_given_back",
     ),
     Breakage(
-        "lock-of-a-file-that-is-gone",
+        "lock-of-another-run-removed",
         "diffusion_jax/lab/run_folder/lock.py",
-        "        if os.fstat(file).st_nlink:\n            return file\n",
-        "        return file\n",
-        "tests/lab/test_lock.py::test_a_file_that_its_owner_has_removed_is_no_lock",
+        "if own.is_locked and os.path.samestat(taken, path.stat()):",
+        "if own.is_locked:",
+        "tests/lab/test_lock.py"
+        "::test_a_run_that_was_moved_leaves_the_lock_of_another_alone",
     ),
     Breakage(
         "runs-lines-not-on-the-disk",
@@ -234,8 +235,8 @@ COMMANDS = [
     Breakage(
         "records-tell-of-the-machine",
         "diffusion_jax/lab/network_files/records.py",
-        "config.data, path=None, source=public_source(config.data.source)",
-        "config.data, source=public_source(config.data.source)",
+        "data, path=None, source=public_source(data.source)",
+        "data, source=public_source(data.source)",
         "tests/lab/test_networks.py::test_a_file_says_nothing_of_the_machine",
     ),
     Breakage(

@@ -1,1 +1,1 @@
-"""Images drawn with a trained network: samples, edits, figures."""
+"""Draws images by a trained network: samples, edits, figures."""

@@ -1,4 +1,4 @@
-"""Samples: drawn in batches, as files, or on disk where an evaluation goes on."""
+"""Draws samples in batches, or into a file that a later evaluation goes on with."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -21,7 +21,6 @@ from diffusion_jax.training import parallel
 
 @functools.lru_cache(maxsize=16)
 def _draw(config: Config, size: int) -> Callable[..., np.ndarray]:
-    """Compiled once for each way to draw and size."""
     return chains.make_draw(config, size, parallel.make_mesh())
 
 
@@ -82,7 +81,7 @@ def to_disk(
       seed: of the noise; image i depends on (seed, i) alone.
       batch_size: images at a time.
     """
-    # Of what is None a digest knows nothing.
+    # A digest leaves out what is None.
     added = {"x0_variance": drawable.x0_variance, "classifier": drawable.classifier}
     about = {
         "weights": trees.digest({**drawable.params, **added}),
@@ -93,13 +92,13 @@ def to_disk(
     name = runs.name_by(about)
     path, record = folder / f"{name}.npy", folder / f"{name}.json"
     shape = (count, *config.data.shape)
-    # The first host knows, and writes.
+    # The first host decides, and writes.
     done = hosts.tell(_done(path, record, about, shape))
     array: Any = np.zeros(0, np.uint8)
     if hosts.first():
         folder.mkdir(parents=True, exist_ok=True)
         if not done:
-            record.unlink(missing_ok=True)  # an old note must not outlive its file
+            record.unlink(missing_ok=True)  # it must not outlive its samples
         mode: Any = "r+" if done else "w+"
         array = np.lib.format.open_memmap(path, mode, np.uint8, shape)
     if done == count:
@@ -111,7 +110,7 @@ def to_disk(
         first, done = done, done + len(batch)
         if hosts.first():
             array[first:done] = batch
-            # The samples reach the disk before the note that says they are there.
+            # The samples reach the disk before the record that counts them.
             array.flush()
             runs.write_json(record, {**about, "done": done})
     return array

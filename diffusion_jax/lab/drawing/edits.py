@@ -1,4 +1,4 @@
-"""Edits: images between others, painted in, coloured or varied by a trained network."""
+"""Edits images by a trained network: between two, painted in, coloured, varied."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from diffusion_jax import editing, samplers
 from diffusion_jax.data import image_files
@@ -55,12 +55,12 @@ Rule = tuple[samplers.Sampler, Schedule]
 
 
 def interpolate(config: Config, options: edit_options.Interpolate) -> Draw:
-    """Returns what draws Fig. 8."""
+    """Returns the function that draws Fig. 8 of Ho et al. 2020."""
     return _between(config, options, [_depth(config, options)])
 
 
 def coarse_to_fine(config: Config, options: edit_options.CoarseToFine) -> Draw:
-    """Returns what draws Fig. 9."""
+    """Returns the function that draws Fig. 9 of Ho et al. 2020."""
     last = _first_time(config)
     depths = options.depths or tuple(last * k // 8 for k in range(8, -1, -1))
     _check_depths(config, depths, least=0)
@@ -68,7 +68,7 @@ def coarse_to_fine(config: Config, options: edit_options.CoarseToFine) -> Draw:
 
 
 def _between(config: Config, options: Any, depths: Sequence[int]) -> Draw:
-    a, b = read_pair(config, options)
+    a, b = _read_pair(config, options)
     fractions = np.linspace(0, 1, options.count)
     grid = chains.make_grid(config)
 
@@ -77,7 +77,7 @@ def _between(config: Config, options: Any, depths: Sequence[int]) -> Draw:
         return editing.interpolate(key, made, levels, grid, a, b, t, fractions)[0]
 
     def draw(drawable: Drawable, key: jax.Array) -> Edited:
-        draws, rows = compiled(config, mix, static=_per_depth(config, a.shape)), []
+        draws, rows = compiled(config, mix, static=_per_depth(config)), []
         for depth in depths:
             rows.append(draws(drawable, key, to_float(a), to_float(b), depth))
             if len(depths) > 1:
@@ -97,8 +97,8 @@ def _from_a_to_b(
 
 
 def slerp(config: Config, options: edit_options.Slerp) -> Draw:
-    """Returns what draws the arc between two encodings."""
-    a, b = read_pair(config, options)
+    """Returns the function that draws the arc between two encodings."""
+    a, b = _read_pair(config, options)
     fractions = np.linspace(0, 1, options.count, dtype=np.float32)
     grid = chains.make_grid(config)
 
@@ -120,14 +120,14 @@ def slerp(config: Config, options: edit_options.Slerp) -> Draw:
 
 
 def inpaint(config: Config, options: edit_options.Inpaint) -> Draw:
-    """Returns what draws the white part of a mask."""
+    """Returns the function that draws the white part of a mask."""
     _check_steps(config)
     image = read(config, options.image, "IMAGE")
     white = read_mask(config, options)
     grid = editing.repaint_grid(
         chains.make_grid(config), options.jump, options.resamples
     )
-    if options.resamples > 1 and has_memory(config, image.shape):
+    if options.resamples > 1 and _has_memory(config):
         raise ConfigError(
             "resamples must be 1 with a rule that has a memory; got "
             f"{options.resamples} with {config.sample.sampler}. Use ddpm or ddim."
@@ -151,7 +151,7 @@ def inpaint(config: Config, options: edit_options.Inpaint) -> Draw:
 
 
 def colorize(config: Config, options: edit_options.Colorize) -> Draw:
-    """Returns what draws the colours of a grey image."""
+    """Returns the function that draws the colours of a grey image."""
     _check_steps(config)
     if config.data.channels != 3:
         raise ConfigError(
@@ -176,7 +176,7 @@ def colorize(config: Config, options: edit_options.Colorize) -> Draw:
 
 
 def vary(config: Config, options: edit_options.Vary) -> Draw:
-    """Returns what draws variations."""
+    """Returns the function that draws variations."""
     depth = _depth(config, options)
     image = read(config, options.image, "IMAGE")
     grid = chains.make_grid(config)
@@ -187,7 +187,7 @@ def vary(config: Config, options: edit_options.Vary) -> Draw:
         return editing.vary(key, made, levels, grid, many, t)
 
     def draw(drawable: Drawable, key: jax.Array) -> Edited:
-        draws = compiled(config, again, static=_per_depth(config, image.shape))
+        draws = compiled(config, again, static=_per_depth(config))
         return Edited(image, draws(drawable, key, to_float(image), depth))
 
     return draw
@@ -213,19 +213,21 @@ def compiled(
     return lambda *args: pictures.to_uint8(np.asarray(run(*args)))
 
 
-def _per_depth(config: Config, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _per_depth(config: Config) -> tuple[int, ...]:
     """Returns the place of the depth, the last, where each has a program of its own."""
-    return (-1,) if has_memory(config, shape) else ()
+    return (-1,) if _has_memory(config) else ()
 
 
-def has_memory(config: Config, shape: tuple[int, ...]) -> bool:
+def _has_memory(config: Config) -> bool:
     """Returns whether the rule carries something on; the network is not asked."""
-    rule = chains.make_rule(config, _unasked, chains.known_chain(config))
-    return bool(jax.tree.leaves(rule.init(jnp.zeros(shape), chains.make_grid(config))))
+    unasked: Any = None
+    rule = chains.make_rule(config, unasked, chains.known_chain(config))
+    image = jnp.zeros((1, *config.data.shape))
+    return bool(jax.tree.leaves(rule.init(image, chains.make_grid(config))))
 
 
 def read(config: Config, path: Path, name: str) -> np.ndarray:
-    """Returns the image of a file as the run has its data, uint8 [1, H, W, C].
+    """Returns the image of a file in the shape of the run's data, uint8 [1, H, W, C].
 
     Raises:
       ConfigError: it is not there, or not an image.
@@ -250,8 +252,7 @@ def read(config: Config, path: Path, name: str) -> np.ndarray:
     return image[None]
 
 
-def read_pair(config: Config, options: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Returns two images to go between; raises ConfigError as `read` does."""
+def _read_pair(config: Config, options: Any) -> tuple[np.ndarray, np.ndarray]:
     return read(config, options.first, "A"), read(config, options.second, "B")
 
 
@@ -284,7 +285,7 @@ def to_float(image: np.ndarray) -> np.ndarray:
 
 
 def picture(edited: Edited) -> Image.Image:
-    """Returns the results, and at the sides what they were made from."""
+    """Returns a picture of the results, with what they were made from at the sides."""
     many = len(edited.results)
     columns = min(edited.columns, many)
     before = 1 if many > columns else len(edited.before)
@@ -300,16 +301,15 @@ def picture(edited: Edited) -> Image.Image:
     ]
     space = 12
     height = max(panel.height for panel in panels)
-    width = sum(panel.width for panel in panels) + space * (len(panels) - 1)
+    width = sum(panel.width + space for panel in panels) - space
     canvas = Image.new(panels[0].mode, (width, height), "white")
-    left = 0
+    draw, left = ImageDraw.Draw(canvas), 0
     for panel in panels:
+        if left:
+            line = left - space // 2 - 1
+            draw.rectangle((line, 4, line + 1, height - 5), "silver")
         canvas.paste(panel, (left, (height - panel.height) // 2))
-        left += panel.width
-        if left < width:
-            grey = Image.new(canvas.mode, (2, height - 8), "silver")
-            canvas.paste(grey, (left + space // 2 - 1, 4))
-        left += space
+        left += panel.width + space
     return canvas
 
 
@@ -365,7 +365,3 @@ def _check_steps(config: Config) -> None:
             "the sampler must take steps, after each of which what is known is put "
             f"back; got {config.sample.sampler}. Use ddpm or ddim."
         )
-
-
-def _unasked(x_t: jax.Array, t: jax.Array) -> Any:
-    raise AssertionError("the network is not asked here")

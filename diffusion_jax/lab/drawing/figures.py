@@ -1,5 +1,6 @@
-"""Figures 6, 7 and 10 of the paper (Ho et al. 2020), from a trained network."""
+"""Draws figures 6, 7 and 10 of the paper (Ho et al. 2020) by a trained network."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,12 @@ from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.wiring import build, chains
 from diffusion_jax.lab.wiring.chains import Drawable
 
-FRAMES = 9
 SHARED_AT = (1.0, 0.75, 0.5, 0.25)
 """Shares of T at which Fig. 7 lets the chains part: t = 1000, 750, 500, 250."""
 
 
 def chain(
-    config: Config,
-    drawable: Drawable,
-    *,
-    count: int,
-    seed: int,
-    frames: int = FRAMES,
+    config: Config, drawable: Drawable, *, count: int, seed: int, frames: int = 9
 ) -> tuple[np.ndarray, samplers.Trajectory]:
     """Returns samples, [count, H, W, C], and their chain at evenly spaced steps.
 
@@ -88,18 +83,15 @@ def shared(config: Config, drawable: Drawable, *, count: int, seed: int) -> Any:
         _, seen = samplers.trajectory(root, sampler, grid, shape, parts, start_std=std)
         return seen.x_t
 
+    @functools.partial(jax.jit, static_argnums=3)
+    def rest(drawable: Drawable, x_t: jax.Array, key: jax.Array, part: int) -> Any:
+        sampler = chains.make_sampler(config, drawable)
+        many = jnp.broadcast_to(x_t, (count, *shape[1:]))
+        return samplers.sample(key, sampler, grid[part:], many.shape, start=many)
+
     rows = []
-    for i, (part, x_t) in enumerate(zip(parts, start(drawable), strict=True)):
-
-        @jax.jit
-        def rest(
-            drawable: Drawable, x_t: jax.Array, key: jax.Array, part: int = part
-        ) -> Any:
-            sampler = chains.make_sampler(config, drawable)
-            many = jnp.broadcast_to(x_t, (count, *shape[1:]))
-            return samplers.sample(key, sampler, grid[part:], many.shape, start=many)
-
-        ends = rest(drawable, x_t, jax.random.fold_in(root, i + 1))
+    for i, (part, x_t) in enumerate(zip(parts, start(drawable), strict=True), 1):
+        ends = rest(drawable, x_t, jax.random.fold_in(root, i), part)
         rows.append(np.concatenate([np.asarray(x_t), np.asarray(ends)]))
     picture = pictures.grid(pictures.to_uint8(np.concatenate(rows)), columns=count + 1)
     left = [f"t = {grid[part]:,.4g}" for part in parts]
@@ -107,13 +99,8 @@ def shared(config: Config, drawable: Drawable, *, count: int, seed: int) -> Any:
 
 
 def quality(
-    config: Config,
-    drawable: Drawable,
-    out: Path,
-    *,
-    count: int,
-    seed: int,
-) -> dict[str, Any]:
+    config: Config, drawable: Drawable, out: Path, *, count: int, seed: int
+) -> None:
     """Writes Fig. 10: how far x0, as seen along the chain, is from the data.
 
     Args:
@@ -153,4 +140,3 @@ def quality(
     )
     result = {"count": count, "seed": seed, "extractor": extractor.name, "rows": rows}
     runs.write_json(out.with_suffix(".json"), result)
-    return result

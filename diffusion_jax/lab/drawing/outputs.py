@@ -1,6 +1,7 @@
-"""Drawings in files: what they say of how they were made, and what they replace."""
+"""Writes drawings to files that say how they were made, and replace nothing else."""
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,7 @@ def about(
     words: str,
     seed: int,
 ) -> dict[str, Any]:
-    """Returns what a drawing is to say of how it was made, as JSON has it.
+    """Returns how a drawing was made, as JSON has it, to be kept in its file.
 
     Args:
       command: of `experiments`.
@@ -50,7 +51,7 @@ def about(
 
 
 def other_than_usual(*options: Any) -> str:
-    """Returns the end of a name: what options ask for that is not their default.
+    """Returns the end of a file's name: the options that are not their default.
 
     Of a file that they name it has the last folder too: sets of images have the same
     names. Options within options are left out.
@@ -65,14 +66,11 @@ def other_than_usual(*options: Any) -> str:
             value = getattr(group, field.name)
             if value == field.default or dataclasses.is_dataclass(value):
                 continue
+            plain = field.name == "sampler" or isinstance(value, Path)
             if isinstance(value, Path):
-                said.append(
-                    "_" + "-".join(filter(None, [value.parent.name, value.stem]))
-                )
-                continue
+                value = *filter(None, [value.parent.name]), value.stem
             if isinstance(value, tuple):
                 value = "-".join(map(str, value))
-            plain = field.name == "sampler"
             shown = "" if value is True else value
             said.append(f"_{'' if plain else field.name}{shown}")
     return re.sub(r"[^\w.+-]+", "-", "".join(said))
@@ -89,7 +87,7 @@ def check_file(path: Path, *, overwrite: bool) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ConfigError where images of a folder would stand among other things."""
+    """Raises ConfigError where a set of images would stand among other files."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"cannot write {folder}: that is no folder. Name another.")
     set_ = _set_of(folder)
@@ -102,7 +100,7 @@ def check_folder(folder: Path) -> None:
 
 
 def save_each(batches: Iterator[np.ndarray], folder: Path, made: Any) -> None:
-    """Writes one PNG an image, 000000.png, 000001.png, ..., and no other stays.
+    """Writes one PNG an image, 000000.png, 000001.png, ..., and removes older ones.
 
     Args:
       batches: of images, uint8 [B, H, W, C].
@@ -111,12 +109,9 @@ def save_each(batches: Iterator[np.ndarray], folder: Path, made: Any) -> None:
     """
     for old in _set_of(folder):
         old.unlink()
-    index = 0
-    for batch in batches:
-        for image in batch:
-            one = pictures.grid(image[None], side=image.shape[0], gap=0)
-            pictures.save(one, folder / f"{index:06d}.png", {**made, "image": index})
-            index += 1
+    for index, image in enumerate(itertools.chain.from_iterable(batches)):
+        one = pictures.grid(image[None], side=image.shape[0], gap=0)
+        pictures.save(one, folder / f"{index:06d}.png", {**made, "image": index})
 
 
 def save_npz(drawn: np.ndarray, path: Path, made: Any) -> None:

@@ -1,1 +1,1 @@
-"""Trained networks in files of any kind, and what is known of them."""
+"""Reads and writes trained networks in files, with what is known of them."""

@@ -1,4 +1,4 @@
-"""Configurations in the words of diffusers, and read from them.
+"""Converts configurations to those of diffusers, and back.
 
 A network there is a UNet2DModel and a scheduler, each with a JSON file. The scheduler
 says what is diffused and how it is drawn; it counts times from 0 as our networks do.
@@ -6,7 +6,7 @@ says what is diffused and how it is drawn; it counts times from 0 as our network
 
 import dataclasses
 import reprlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -25,6 +25,7 @@ from diffusion_jax.lab.schema.config import (
     Net,
     ScheduleName,
 )
+from diffusion_jax.lab.schema.facts import Must
 from diffusion_jax.lab.schema.json_fields import is_finite, is_whole
 from diffusion_jax.lab.schema.sampling import Sample
 from diffusion_jax.lab.wiring import build
@@ -37,80 +38,77 @@ _BETAS: dict[str, ScheduleName] = {
 }
 _PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 _VARIANCES = {
+    # The same to rounding as the next, told apart for numerical reasons.
+    "fixed_small_log": "small",
     "fixed_small": "small",
     "fixed_large": "large",
     "learned_range": "range",
-    # The same to rounding; diffusers tells them apart for numerical reasons.
-    "fixed_small_log": "small",
 }
-# There a threshold has an upper end, which ours does not have: this one cuts nothing.
+# The threshold of diffusers has an upper end, and ours has none: this cuts nothing.
 _NO_END = float(np.finfo(np.float32).max)
 
+# Fields of our configuration with the name and the value of the network's.
+_ALIKE = (
+    *("channels", "multipliers", "blocks", "attention"),
+    *("dropout", "groups", "variant"),
+)
 _RANGE = ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")
 
-# A test that a value of JSON must pass, and the same in words.
-_Test = tuple[Callable[[Any], bool], str]
+
+def _one_of(names: Collection[str]) -> Must:
+    return Must(" or ".join(names), lambda v: isinstance(v, str) and v in names)
 
 
-def _one_of(names: Collection[str]) -> _Test:
-    return lambda value: isinstance(value, str) and value in names, " or ".join(names)
+def _only(known: bool | None) -> Must:
+    return Must(repr(known), lambda value: value is known)
 
 
-def _only(known: bool | None) -> _Test:
-    return lambda value: value is known, repr(known)
-
-
-def _are_betas(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, list | tuple) and all(map(is_finite, value))
-    )
-
-
-_TRUTH: _Test = (lambda value: isinstance(value, bool), "true or false")
-_NUMBER: _Test = (is_finite, "a finite number")
-_FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
-    "_class_name": ("DDPMScheduler", *_one_of(SCHEDULERS)),
+_TRUTH = Must("true or false", lambda value: isinstance(value, bool))
+_NUMBER = Must("a finite number", is_finite)
+_FIELDS: dict[str, tuple[Any, Must]] = {
+    "_class_name": ("DDPMScheduler", _one_of(SCHEDULERS)),
     "num_train_timesteps": (
         1000,
-        lambda value: is_whole(value) and FEWEST_STEPS <= value <= MOST_STEPS,
-        f"a whole number from {FEWEST_STEPS} to {MOST_STEPS}",
+        Must(
+            f"a whole number from {FEWEST_STEPS} to {MOST_STEPS}",
+            lambda value: is_whole(value) and FEWEST_STEPS <= value <= MOST_STEPS,
+        ),
     ),
-    "beta_start": (1e-4, *_NUMBER),
-    "beta_end": (0.02, *_NUMBER),
-    "beta_schedule": ("linear", *_one_of(_BETAS)),
-    "trained_betas": (None, _are_betas, "null or a list of finite numbers"),
-    "variance_type": ("fixed_small", *_one_of(_VARIANCES)),
-    "clip_sample": (True, *_TRUTH),
-    "clip_sample_range": (1.0, lambda value: is_finite(value) and value == 1, "1.0"),
-    "prediction_type": ("epsilon", *_one_of(_PREDICTIONS)),
-    "thresholding": (False, *_TRUTH),
-    "rescale_betas_zero_snr": (False, *_only(False)),
-    "set_alpha_to_one": (True, *_only(True)),
+    "beta_start": (1e-4, _NUMBER),
+    "beta_end": (0.02, _NUMBER),
+    "beta_schedule": ("linear", _one_of(_BETAS)),
+    "trained_betas": (
+        None,
+        Must(
+            "null or a list of finite numbers",
+            lambda value: (
+                value is None
+                or (isinstance(value, list | tuple) and all(map(is_finite, value)))
+            ),
+        ),
+    ),
+    "variance_type": ("fixed_small", _one_of(_VARIANCES)),
+    "clip_sample": (True, _TRUTH),
+    "clip_sample_range": (1.0, Must("1.0", lambda v: is_finite(v) and v == 1)),
+    "prediction_type": ("epsilon", _one_of(_PREDICTIONS)),
+    "thresholding": (False, _TRUTH),
+    "rescale_betas_zero_snr": (False, _only(False)),
+    "set_alpha_to_one": (True, _only(True)),
     # Only of chains that leave out steps, for which there are our own grids.
-    "timestep_spacing": ("leading", *_one_of(("leading", "trailing", "linspace"))),
-    "steps_offset": (0, is_whole, "a whole number"),
+    "timestep_spacing": ("leading", _one_of(("leading", "trailing", "linspace"))),
+    "steps_offset": (0, Must("a whole number", is_whole)),
     # Only with thresholding.
-    "dynamic_thresholding_ratio": (0.995, *_NUMBER),
-    "sample_max_value": (
-        1.0,
-        lambda value: is_finite(value) or value == np.inf,
-        "a number",
-    ),
+    "dynamic_thresholding_ratio": (0.995, _NUMBER),
+    "sample_max_value": (1.0, Must("a number", lambda v: is_finite(v) or v == np.inf)),
     # Of the first releases: chosen steps, which no network has.
-    "timestep_values": (None, *_only(None)),
-    "tensor_format": ("pt", lambda _: True, "anything"),
+    "timestep_values": (None, _only(None)),
+    "tensor_format": ("pt", Must("anything", lambda _: True)),
 }
-"""What a field means where a scheduler says nothing of it, and what it may be."""
-_DEFAULTS = {name: default for name, (default, _, _) in _FIELDS.items()}
+"""What a field means where a scheduler says nothing of it, and what it must be."""
+_DEFAULTS = {name: default for name, (default, _) in _FIELDS.items()}
 # Schedules that are known by their betas alone.
 _BY_BETAS: tuple[ScheduleName, ...] = (
-    "linear",
-    "quad",
-    "const",
-    "warmup10",
-    "warmup50",
-    "cosine",
-    "sigmoid",
+    *("linear", "quad", "const", "warmup10", "warmup50", "cosine", "sigmoid"),
 )
 
 
@@ -155,23 +153,17 @@ def from_diffusers(
         data=Data(UNKNOWN, image_size=network.image_size, channels=network.channels),
         diffusion=diffusion,
         net=Net(
-            channels=net.channels,
-            multipliers=tuple(net.multipliers),
-            blocks=net.blocks,
-            attention=tuple(net.attention),
-            dropout=net.dropout,
-            groups=net.groups,
             classes=net.num_classes,
-            # Which row stands for no label, if one does, nobody says.
+            # No field says whether a row stands for no label.
             label_dropout=0.0 if net.num_classes else Net.label_dropout,
-            variant=cast(Any, net.variant),
+            **{name: getattr(net, name) for name in _ALIKE},
         ),
         sample=sample,
     )
     try:
         checks.validate(config)
     except ConfigError as error:
-        # Its advice is to change a flag, which nobody gave.
+        # Its advice names a flag, which nobody gave.
         must, _, got = str(error).partition("; got ")
         got = got.partition(". Change it with --")[0]
         raise ConfigError(
@@ -184,7 +176,7 @@ def from_diffusers(
 def notes(
     unet: Mapping[str, Any], scheduler: Mapping[str, Any] | None
 ) -> tuple[str, ...]:
-    """Returns what a user has to know of a network that is read from diffusers alone.
+    """Returns notes on what was assumed of a network that diffusers alone describes.
 
     Args:
       unet: the UNet2DModel's configuration, which `from_diffusers` has read.
@@ -226,8 +218,7 @@ def to_diffusers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     d, how = config.diffusion, config.sample
     lacking = []
     predictions = {ours: theirs for theirs, ours in _PREDICTIONS.items()}
-    variances = {"small": "fixed_small", "large": "fixed_large"}
-    variances["range"] = "learned_range"
+    variances = {ours: theirs for theirs, ours in _VARIANCES.items()}
     variance = how.variance or d.variance
     if build.is_continuous(config):
         lacking.append(f"the schedule {d.schedule}, which must be of whole steps")
@@ -247,13 +238,7 @@ def to_diffusers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
         config.data.channels,
         image_size=config.data.image_size,
     )
-    threshold: dict[str, Any] = {"thresholding": False}
-    if how.threshold is not None:
-        threshold = {
-            "thresholding": True,
-            "dynamic_thresholding_ratio": how.threshold,
-            "sample_max_value": _NO_END,
-        }
+    threshold = dict(zip(_RANGE, (True, how.threshold, _NO_END), strict=True))
     scheduler = {
         "_class_name": "DDPMScheduler",
         "_diffusers_version": unet_config.VERSION,
@@ -263,7 +248,7 @@ def to_diffusers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
         "clip_sample": how.clip,
         "clip_sample_range": 1.0,
         "prediction_type": predictions[d.prediction],
-        **threshold,
+        **({"thresholding": False} if how.threshold is None else threshold),
         "timestep_spacing": "leading",
         "steps_offset": 0,
         "rescale_betas_zero_snr": False,
@@ -278,19 +263,18 @@ def _read_scheduler(given: Mapping[str, Any], where: str) -> tuple[Diffusion, Sa
     values = {**_DEFAULTS, **named, "_class_name": kind}
     if values["trained_betas"] is not None and isinstance(values["beta_schedule"], str):
         values["beta_schedule"] = "linear"  # nothing is read of it then
-    unfit = [name for name, (_, fits, _) in _FIELDS.items() if not fits(values[name])]
+    musts = {name: must for name, (_, must) in _FIELDS.items()}
+    unfit = [name for name, must in musts.items() if not must.holds(values[name])]
     wrong = [f"{k} {reprlib.repr(v)}" for k, v in named.items() if k not in _DEFAULTS]
     if "_class_name" in unfit:
-        wrong = []  # fields of another scheduler are no news
-    wrong += [f"{k} {reprlib.repr(values[k])}, not {_FIELDS[k][2]}" for k in unfit]
-    found: Diffusion | str = Diffusion()
-    # The tables are as long as it says, which is only now known to be bounded.
+        wrong = []  # it has other fields, of course
+    wrong += [f"{k} {reprlib.repr(values[k])}, not {musts[k].words}" for k in unfit]
+    diffusion, within = Diffusion(), dict[str, Any]()
+    # Tables have num_train_timesteps entries, which are bounded only if it fits.
     if not {"num_train_timesteps", "trained_betas", "beta_schedule"} & set(unfit):
-        found = _read_betas(values)
-    within: dict[str, Any] | str = {}
+        diffusion = _read_betas(values, wrong)
     if not {*_RANGE} & set(unfit):
-        within = _read_range(values)
-    wrong += [said for said in (found, within) if isinstance(said, str)]
+        within = _read_range(values, wrong)
     if wrong:
         raise ConfigError(
             f"the scheduler of {where} must have only what we support; got "
@@ -299,17 +283,16 @@ def _read_scheduler(given: Mapping[str, Any], where: str) -> tuple[Diffusion, Sa
     prediction = cast(Any, _PREDICTIONS[values["prediction_type"]])
     variance = cast(Any, _VARIANCES[values["variance_type"]])
     diffusion = dataclasses.replace(
-        cast(Diffusion, found),
+        diffusion,
         prediction=prediction,
         loss="hybrid" if variance == "range" else prediction,
         variance=variance,
     )
-    rule = cast(Any, SCHEDULERS[kind])
-    return diffusion, Sample(sampler=rule, **cast(dict[str, Any], within))
+    return diffusion, Sample(sampler=cast(Any, SCHEDULERS[kind]), **within)
 
 
-def _read_range(values: Mapping[str, Any]) -> dict[str, Any] | str:
-    """Returns how x0 is kept in its range, fields of Sample, or what is wrong.
+def _read_range(values: Mapping[str, Any], wrong: list[str]) -> dict[str, Any]:
+    """Returns how x0 is kept in its range, fields of Sample; says what is wrong.
 
     Dynamic thresholding there divides by s, a percentile of |x0| clipped to [1, end].
     """
@@ -318,60 +301,57 @@ def _read_range(values: Mapping[str, Any]) -> dict[str, Any] | str:
         return {"clip": values["clip_sample"]}
     if end == 1:
         return {"clip": True}  # s is 1 then
-    if end >= _NO_END:
-        return {"clip": values["clip_sample"], "threshold": float(ratio)}
-    return (
-        f"sample_max_value {reprlib.repr(end)} with thresholding, not 1.0, which is a "
-        f"clip, or {_NO_END}, which is no end"
-    )
+    if end < _NO_END:
+        wrong.append(
+            f"sample_max_value {reprlib.repr(end)} with thresholding, not 1.0, which "
+            f"is a clip, or {_NO_END}, which is no end"
+        )
+    return {"clip": values["clip_sample"], "threshold": float(ratio)}
 
 
-def _read_betas(values: Mapping[str, Any]) -> Diffusion | str:
-    """Returns the schedule alone, or what is wrong with it."""
+def _read_betas(values: Mapping[str, Any], wrong: list[str]) -> Diffusion:
+    """Returns the schedule alone; says what is wrong with it."""
     steps = values["num_train_timesteps"]
     given = values["trained_betas"]
     if given is None:
         name = _BETAS[values["beta_schedule"]]
-        if name == "cosine":
-            return Diffusion(name, steps)
-        ends = values["beta_start"], values["beta_end"]
-        return Diffusion(name, steps, beta_start=ends[0], beta_end=ends[1])
+        ends = {end: values[end] for end in ("beta_start", "beta_end")}
+        return Diffusion(name, steps, **({} if name == "cosine" else ends))
     if len(given) != steps:
-        return f"trained_betas of shape ({len(given)},), not ({steps},)"
+        wrong.append(f"trained_betas of shape ({len(given)},), not ({steps},)")
+        return Diffusion()
     betas = np.asarray(given, np.float64)
     # Rounded, since a scheduler keeps no more of them than float32 does.
     low, high = (float(f"{end:.6g}") for end in (betas.min(), betas.max()))
     if not 0 < low <= high < 1:
-        return f"trained_betas from {low:g} to {high:g}, not above 0 and below 1"
+        wrong.append(f"trained_betas from {low:g} to {high:g}, not above 0 and below 1")
+        return Diffusion()
     for name in _BY_BETAS:
         one = Diffusion(name, steps, beta_start=low, beta_end=high)
         if np.allclose(betas_of(Config(diffusion=one)), betas, rtol=1e-5, atol=0):
             return one
-    return f"trained_betas, {steps} of them, that are none of {', '.join(_BY_BETAS)}"
+    names = ", ".join(_BY_BETAS)
+    wrong.append(f"trained_betas, {steps} of them, that are none of {names}")
+    return Diffusion()
 
 
 def _write_betas(config: Config) -> dict[str, Any]:
     """Returns the fields that say which betas there are."""
     d = config.diffusion
     names = {ours: theirs for theirs, ours in _BETAS.items()}
-    if d.schedule in names and not d.logsnr_shift:
-        ends = {"beta_start": d.beta_start, "beta_end": d.beta_end}
-        return {**ends, "beta_schedule": names[d.schedule], "trained_betas": None}
+    named = d.schedule in names and not d.logsnr_shift
     return {
         "beta_start": d.beta_start,
         "beta_end": d.beta_end,
-        "beta_schedule": "linear",
-        "trained_betas": betas_of(config).tolist(),
+        "beta_schedule": names[d.schedule] if named else "linear",
+        "trained_betas": None if named else betas_of(config).tolist(),
     }
 
 
 def betas_of(config: Config) -> np.ndarray:
     """Returns the variance of each step of a discrete schedule, [T], float64."""
-    log_alpha, _ = (
-        np.asarray(table, np.float64)
-        for table in schedule.tables(build.make_schedule(config))
-    )
-    return -np.expm1(2 * np.diff(log_alpha))
+    log_alpha, _ = schedule.tables(build.make_schedule(config))
+    return -np.expm1(2 * np.diff(np.asarray(log_alpha, np.float64)))
 
 
 def peers() -> tuple[Any, Any]:

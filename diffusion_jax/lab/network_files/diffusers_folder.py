@@ -1,11 +1,10 @@
-"""Folders of diffusers: a UNet2DModel and its scheduler, read and written."""
+"""Reads and writes folders of diffusers: a UNet2DModel and its scheduler."""
 
 import contextlib
 import dataclasses
 import json
-import os
-import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from diffusion_jax.errors import ConfigError, first_of
@@ -34,19 +33,15 @@ WEIGHTS, _CARD = f"unet/{TENSORS}.safetensors", "README.md"
 def describe(path: Path) -> Described:
     """Returns what is known of a folder for diffusers."""
     unet = _json(_first(path, "unet/config.json", "config.json"))
-    there = [
-        path / name
-        for name in ("scheduler/scheduler_config.json", "scheduler_config.json")
-        if (path / name).is_file()
-    ]
+    there = [*path.glob("scheduler/scheduler_config.json")]
+    there += path.glob("scheduler_config.json")
     scheduler = _json(there[0]) if there else None
     name = records.plain_name(path.resolve().name)
-    config = diffusers_config.from_diffusers(
-        unet, scheduler, name=name, where=str(path)
-    )
-    # Averages of diffusers' own training say how many updates they have seen.
-    step = unet.get("optimization_step")
-    step = step if json_fields.is_whole(step) and int(step or 0) >= 0 else None
+    where = str(path)
+    config = diffusers_config.from_diffusers(unet, scheduler, name=name, where=where)
+    # An EMA of diffusers' own training has its number of updates.
+    step = unet.get("optimization_step", -1)
+    step = step if json_fields.is_whole(step) and step >= 0 else None
     words = "released" if step is None else "averaged"
     about = About(words, step, f"the diffusers folder {name}", {}, recipe=False)
     notes = diffusers_config.notes(unet, scheduler)
@@ -55,7 +50,7 @@ def describe(path: Path) -> Described:
         return Described(config, about, notes)
     # Written again as text: it is read as a file that others may have changed.
     ours, known = records.read(json.dumps(_json(record)), record)
-    # Ours says more, as long as it says the same.
+    # Our record says more, and counts while it agrees with the folder.
     with contextlib.suppress(ConfigError):
         if diffusers_config.to_diffusers(ours) == (unet, scheduler):
             return Described(dataclasses.replace(ours, name=name), known)
@@ -80,7 +75,7 @@ def read(path: Path, config: Config, *, progress: bool = False) -> tuple[Any, st
 
 
 def write(path: Path, network: Network) -> str:
-    """Returns the SHA-256 of the weights, in a folder that diffusers now opens.
+    """Writes a folder that diffusers opens; returns the SHA-256 of the weights.
 
     It is made under a temporary name, then renamed, so that what has the name is whole.
     A folder that was there is replaced, and stays if anything fails.
@@ -101,33 +96,27 @@ def write(path: Path, network: Network) -> str:
         "scheduler": ["diffusers", "DDPMScheduler"],
         "unet": ["diffusers", unet["_class_name"]],
     }
-    partial, aside = (
-        path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old")
-    )
-    try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
+        partial, aside = Path(work, "new"), Path(work, "old")
         values = (index, unet, scheduler, records.write(network))
         for name, value in zip(_JSON, values, strict=True):
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).write_text(json.dumps(value, indent=2) + "\n")
         # diffusers reads no file that does not say so.
-        digest = tensor_files.write_safetensors(
-            partial / WEIGHTS, arrays, {"format": "pt"}
-        )
+        meta = {"format": "pt"}
+        digest = tensor_files.write_safetensors(partial / WEIGHTS, arrays, meta)
         count = sum(array.size for array in arrays.values())
         text = model_card.write(network.config, network.about, path.name, digest, count)
         (partial / _CARD).write_text(text)
-        if path.is_dir():
-            path.rename(aside)
         try:
+            if path.is_dir():
+                path.rename(aside)
             partial.rename(path)
-        except OSError:
+        except BaseException:
             if aside.is_dir():
                 aside.rename(path)
             raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if path.is_dir():
-            shutil.rmtree(aside, ignore_errors=True)
     return digest
 
 
@@ -164,13 +153,13 @@ def shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def _first(path: Path, *names: str) -> Path:
-    found = [path / name for name in names if (path / name).is_file()]
-    if not found:
-        raise ConfigError(
-            f"{path} must hold one of {', '.join(names)}; got none of them. Give the "
-            "whole folder as it was released."
-        )
-    return found[0]
+    for file in (path / name for name in names):
+        if file.is_file():
+            return file
+    raise ConfigError(
+        f"{path} must hold one of {', '.join(names)}; got none of them. Give the whole "
+        "folder as it was released."
+    )
 
 
 def _tensors_of(path: Path) -> Path:
@@ -188,11 +177,10 @@ def _tensors_of(path: Path) -> Path:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        values = json_fields.load(path)
-        if not isinstance(values, dict):
-            raise ValueError(f"a {type(values).__name__}")
+        values: Any = json_fields.load(path)
+        if isinstance(values, dict):
+            return values
+        said: object = f"a {type(values).__name__}"
     except ValueError as error:
-        raise ConfigError(
-            f"{path} must hold a JSON object; got {error}. Download it again."
-        ) from error
-    return values
+        said = error
+    raise ConfigError(f"{path} must hold a JSON object; got {said}. Download it again.")

@@ -1,4 +1,4 @@
-"""Networks of the Hugging Face hub, fetched into the cache that its own tools share."""
+"""Fetches networks of the Hugging Face hub, into the cache of its own tools."""
 
 import re
 import sys
@@ -14,12 +14,8 @@ PATIENCE = 8.0
 
 # A network alone, or the pipeline that it is the U-Net of.
 _CONFIGS = (
-    "README.md",
-    "model_index.json",
-    "config.json",
-    "scheduler_config.json",
-    "unet/config.json",
-    "scheduler/scheduler_config.json",
+    *("README.md", "model_index.json", "config.json", "scheduler_config.json"),
+    *("unet/config.json", "scheduler/scheduler_config.json"),
 )
 _WEIGHTS = ("diffusion_pytorch_model", "unet/diffusion_pytorch_model")
 # The second is a pickle, read with care: only where there is nothing better.
@@ -27,7 +23,7 @@ _ENDINGS = (".safetensors", ".bin")
 
 
 def fetch(name: str, *, cache: Path | None = None, endpoint: str | None = None) -> Path:
-    """Returns the folder of a network of diffusers' on the hub, once it lies here.
+    """Downloads a network of diffusers from the hub; returns its folder.
 
     Only its configuration and weights are fetched, and only what is not here yet. What
     is here whole is used where the hub cannot be reached.
@@ -47,21 +43,24 @@ def fetch(name: str, *, cache: Path | None = None, endpoint: str | None = None) 
             f"the name of a network on the hub must be owner/name; got {name!r}. Copy "
             "it from its page, such as google/ddpm-cifar10-32."
         )
-    hub = _package()
+    needs("huggingface_hub", "fetch a network by its name", "hub")
+    import huggingface_hub as hub
+    import huggingface_hub.constants
+    import huggingface_hub.utils
+
     where = endpoint or hub.constants.ENDPOINT
     check_address(where)
     if not sys.stderr.isatty():
-        hub.utils.disable_progress_bars()  # which do not look at where they are
+        hub.utils.disable_progress_bars()  # which are shown without a terminal too
     api = hub.HfApi(endpoint=endpoint)
     try:
         # By itself the package tries again and again, for minutes.
         about = within(PATIENCE, lambda: api.model_info(name, timeout=PATIENCE))
         wanted = _wanted([file.rfilename for file in about.siblings or ()], name)
-        return Path(
-            hub.snapshot_download(
-                name, allow_patterns=wanted, cache_dir=cache, endpoint=endpoint
-            )
+        folder = hub.snapshot_download(
+            name, allow_patterns=wanted, cache_dir=cache, endpoint=endpoint
         )
+        return Path(folder)
     except DataError:
         raise
     except Exception as error:  # of the hub, of its client and of the system
@@ -75,14 +74,6 @@ def fetch(name: str, *, cache: Path | None = None, endpoint: str | None = None) 
                 f"fetch it by hand, hf download {name} --local-dir DIR, and give DIR."
             ) from error
         return found
-
-
-def _package() -> Any:
-    needs("huggingface_hub", "fetch a network by its name", "hub")
-    import huggingface_hub.constants
-    import huggingface_hub.utils
-
-    return huggingface_hub
 
 
 def _wanted(files: Sequence[str], name: str) -> list[str]:

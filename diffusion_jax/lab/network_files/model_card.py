@@ -1,4 +1,4 @@
-"""The model card: the README.md of a network that is given away."""
+"""Writes the model card: the README.md of a network that is published."""
 
 import shlex
 
@@ -58,36 +58,29 @@ def _rows(config: Config, about: About, digest: str, count: int) -> dict[str, st
     data, d, net = config.data, config.diffusion, config.net
     step = "" if about.step is None else f" of step {about.step:,}"
     colours = {1: "grey", 3: "RGB"}[data.channels]
+    has_ends = d.schedule in ("linear", "quad", "warmup10", "warmup50")
+    ends = f" from {d.beta_start:g} to {d.beta_end:g}" if has_ends else ""
+    unknown = "not stated by whoever trained it"
     rows = {
         "images": f"{data.shape[0]}x{data.shape[1]}, {colours}",
-        "data": (
-            "not stated by whoever trained it"
-            if data.source == UNKNOWN
-            else public_source(data.source)
-        ),
+        "data": unknown if data.source == UNKNOWN else public_source(data.source),
         "weights": f"{about.weights}{step}, float32",
         "origin": about.origin,
         "SHA-256": f"`{digest}`",
         "network": _network(config, count),
-        "diffusion": f"T = {d.num_steps:,}, {d.schedule} schedule"
-        + (f" from {d.beta_start:g} to {d.beta_end:g}" if _has_ends(config) else ""),
+        "diffusion": f"T = {d.num_steps:,}, {d.schedule} schedule{ends}",
         "predicts": {"eps": "the noise", "x0": "the image"}.get(d.prediction, "v"),
         "reverse variance": config.sample.variance or d.variance,
         "x0 clipped": "yes" if config.sample.clip else "no",
     }
     if net.classes:
-        rows["classes"] = f"{net.classes}" + (
-            ", and a last row for none" if net.label_dropout else ""
-        )
+        none = ", and a last row for none" if net.label_dropout else ""
+        rows["classes"] = f"{net.classes}{none}"
     if about.recipe:
         rows["training"] = _training(config)
     if about.changes:
         rows["changed under way"] = "; ".join(about.changes)
     return rows
-
-
-def _has_ends(config: Config) -> bool:
-    return config.diffusion.schedule in ("linear", "quad", "warmup10", "warmup50")
 
 
 def _network(config: Config, count: int) -> str:
@@ -143,5 +136,5 @@ def _scores(scores: dict[str, dict[str, str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Returns text that does not end a cell of a table."""
+    """Returns text with what would end a cell of a table escaped."""
     return text.replace("|", "\\|").replace("\n", " ")

@@ -1,4 +1,4 @@
-"""Trained networks in files: weights, and all that has to be known of them.
+"""Reads and writes trained networks: weights, and all that has to be known of them.
 
 Read are
 
@@ -36,19 +36,17 @@ from diffusion_jax.storage import tensor_files, tensorflow_checkpoint, trees
 FORMAT = "diffusion_jax.network"
 
 
-def _of_authors(side: int, diffusion: Diffusion, net: Net) -> Config:
-    """Returns one of the authors' networks as it was trained and drawn from."""
-    data = Data(source=UNKNOWN, image_size=side, channels=3)
-    return official(Config(data=data, diffusion=diffusion, net=net))
-
-
 _SMALL, _WIDE = Diffusion(variance="small"), (1, 1, 2, 2, 4, 4)
+_LARGE = Net(channels=192, multipliers=_WIDE, dropout=0.0)
 _OFFICIAL = {
-    "cifar10": _of_authors(32, Diffusion(), Net()),
-    "celebahq256": _of_authors(256, _SMALL, Net(multipliers=_WIDE, dropout=0.0)),
-    "lsun_bedroom256_large": _of_authors(
-        256, _SMALL, Net(channels=192, multipliers=_WIDE, dropout=0.0)
-    ),
+    name: official(
+        Config(data=Data(UNKNOWN, image_size=side, channels=3), diffusion=d, net=net)
+    )
+    for name, side, d, net in (
+        ("cifar10", 32, Diffusion(), Net()),
+        ("celebahq256", 256, _SMALL, dataclasses.replace(_LARGE, channels=128)),
+        ("lsun_bedroom256_large", 256, _SMALL, _LARGE),
+    )
 }
 """One of each shape."""
 
@@ -62,7 +60,7 @@ class Found(NamedTuple):
 
 
 def find(path: str | os.PathLike[str]) -> Found | None:
-    """Returns what network is at a path; None where there is nothing or no network.
+    """Returns the network at a path; None where there is nothing or no network.
 
     Raises:
       ValueError: a file that should hold one, and is damaged or of another kind.
@@ -168,25 +166,19 @@ def read_official(
         where=str(path),
         ignore=unet_names.official_others(own),
     )
-    step = stored.arrays.get("global_step")
-    about = About(
-        "averaged" if average else "last",
-        None if step is None else int(step),
-        f"the TensorFlow checkpoint {Path(path).name}",
-        {},
-        recipe=False,
-    )
+    words, at = "averaged" if average else "last", stored.arrays.get("global_step")
+    origin = f"the TensorFlow checkpoint {Path(path).name}"
+    about = About(words, None if at is None else int(at), origin, {}, recipe=False)
     return Network(config, {"net": params}, about, stored.sha256)
 
 
 def write_file(path: Path, network: Network) -> str:
-    """Returns the SHA-256 of the .safetensors file that now holds a network."""
+    """Writes a network to a .safetensors file; returns its SHA-256."""
     record = json.dumps(records.write(network), sort_keys=True)
     return trees.write(path, network.params, {FORMAT: record})
 
 
 def _describe(found: Found) -> Described:
-    """Returns what a file of ours or a folder of diffusers says of its network."""
     path = found.path
     if found.kind == "diffusers":
         return diffusers_folder.describe(path)

@@ -1,4 +1,4 @@
-"""What has to be known of a trained network beside its weights, and how it is kept."""
+"""Keeps what has to be known of a trained network beside its weights (metadata)."""
 
 import dataclasses
 from pathlib import Path
@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.schema import checks, json_fields
 from diffusion_jax.lab.schema.config import Config, from_dict, to_dict
-
-PyTree = Any
 
 VERSION = 1
 
@@ -35,7 +33,7 @@ class Network(NamedTuple):
     """A trained network."""
 
     config: Config
-    params: PyTree
+    params: Any
     """As `build.init_params` makes them, NumPy arrays."""
     about: About
     sha256: str
@@ -52,23 +50,19 @@ class Described(NamedTuple):
 
 
 def write(network: Network) -> dict[str, Any]:
-    """Returns what is to be known of a network beside its weights, as JSON has it."""
-    config = network.config
-    # Where files are on this machine is nobody else's business.
+    """Returns the metadata of a network, as JSON has it."""
+    data = network.config.data
+    # Paths on this machine are not published.
+    data = dataclasses.replace(data, path=None, source=public_source(data.source))
     config = dataclasses.replace(
-        config,
+        network.config,
         name=Config.name,  # that of the file
         output=Config.output,
         init_from=None,
-        data=dataclasses.replace(
-            config.data, path=None, source=public_source(config.data.source)
-        ),
+        data=data,
     )
-    return {
-        "version": VERSION,
-        "config": to_dict(config),
-        "about": network.about._asdict(),
-    }
+    about = network.about._asdict()
+    return {"version": VERSION, "config": to_dict(config), "about": about}
 
 
 def public_source(source: str) -> str:
@@ -84,7 +78,7 @@ def public_source(source: str) -> str:
 
 
 def read(text: str, where: Path) -> tuple[Config, About]:
-    """Returns configuration and weights' story from what `write` made, as text.
+    """Returns what `write` made of a network, from its text.
 
     Raises:
       ConfigError: it is damaged, of another version, or of nothing that can be run.
@@ -93,8 +87,8 @@ def read(text: str, where: Path) -> tuple[Config, About]:
         values = json_fields.parse(text)
         if values["version"] != VERSION:
             raise ConfigError(f"version {values['version']}, not {VERSION}")
-        # A field that is not there is younger than the file: what it has by default is
-        # what networks did before.
+        # A missing field is younger than the file: its default is what networks did
+        # before.
         config: Config = from_dict(values["config"], partial=True)
         about = _about(values["about"])
         checks.validate(config)
@@ -108,17 +102,15 @@ def read(text: str, where: Path) -> tuple[Config, About]:
 
 
 def _about(values: dict[str, Any]) -> About:
-    """Returns what was written of weights, or raises where it is something else."""
+    """Returns what was written of weights; raises ConfigError for anything else."""
     about = About(**values)
-    about = about._replace(changes=tuple(about.changes))
     words = [about.weights, about.origin, *about.changes]
-    for score in about.scores.values():
-        words += [score["value"], score["of"]]
-    step = about.step
-    counted = step is None or (json_fields.is_whole(step) and step >= 0)
+    words += [score[key] for score in about.scores.values() for key in ("value", "of")]
+    step = 0 if about.step is None else about.step
+    counted = json_fields.is_whole(step) and step >= 0
     if not counted or not all(isinstance(word, str) for word in words):
         raise ConfigError(f"{values} of weights")
-    return about
+    return about._replace(changes=tuple(about.changes))
 
 
 def plain_name(name: str) -> str:

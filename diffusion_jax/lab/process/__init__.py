@@ -1,1 +1,1 @@
-"""A command as a process: arguments, hosts, signals, progress."""
+"""Runs commands: arguments, hosts, signals, progress."""

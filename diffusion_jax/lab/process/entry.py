@@ -1,4 +1,4 @@
-"""How a command begins and ends: the hosts of its job, its exit code, its one error."""
+"""Runs a command: joins the hosts of its job, prints one error, gives the exit code."""
 
 import io
 import logging
@@ -15,14 +15,14 @@ from diffusion_jax import errors
 from diffusion_jax.lab.process import flags, joining
 from diffusion_jax.lab.schema import checks
 
-# What a user can mend. Such an error is shown as it is, without a traceback.
+# Exit code of errors that a user can mend, which are printed without a traceback.
 BAD_INPUT = 2
 
 Options = TypeVar("Options")
 
 
 def quiet() -> None:
-    """Silences what orbax and tensorstore say of errors that we say ourselves."""
+    """Silences the logs of orbax and tensorstore, whose errors we print ourselves."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if sys.unraisablehook is sys.__unraisablehook__:
@@ -30,26 +30,24 @@ def quiet() -> None:
 
 
 def _unraisable(error: Any) -> None:
-    """Says what failed where nobody could catch it."""
-    # After a failed read or write all others end into an event loop that is gone.
+    # After one failed read or write the others report that their event loop is closed.
     if str(error.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(error)
 
 
 def note_warnings() -> None:
-    """Has warnings shown as notes in a line each, above a bar if there is one."""
+    """Prints each warning as a note of one line, above a bar if there is one."""
 
     def show(message: Any, category: Any, *_: Any, **__: Any) -> None:
-        # Such an image is refused, and that is said.
-        if category.__name__ == "DecompressionBombWarning":
-            return
-        tqdm.write(f"note: {message}", file=sys.stderr)
+        # Such an image is refused by an error of its own.
+        if category.__name__ != "DecompressionBombWarning":
+            tqdm.write(f"note: {message}", file=sys.stderr)
 
     warnings.showwarning = show
 
 
 def guarded(main: Callable[[Sequence[str]], int], *, several: bool = False) -> None:
-    """Runs a command and leaves with its exit code; 2 and one message for bad input.
+    """Runs a command and exits with its code; with 2 and one message for bad input.
 
     Args:
       main: from the arguments to the exit code.
@@ -60,38 +58,32 @@ def guarded(main: Callable[[Sequence[str]], int], *, several: bool = False) -> N
     quiet()
     note_warnings()
     for stream in (sys.stdout, sys.stderr):
-        # A path may be no text in any encoding, and is shown all the same.
+        # A path may have bytes that are no text: they are printed escaped.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    expected: tuple[Any, ...] = (
-        *(errors.ConfigError, errors.DataError, errors.MissingError),
-        CheckpointError,
-    )
+    ours = errors.ConfigError, errors.DataError, errors.MissingError, CheckpointError
     code, said = BAD_INPUT, ""
     try:
         raise SystemExit(main(join_hosts(sys.argv[1:], several=several)))
     except SystemExit as left:
         if several and left.code == 0 and {"-h", "--help"} & set(sys.argv):
             print(joining.HELP)
-        if left.code == BAD_INPUT:  # by a flag that this host alone may have wrong
+        if left.code == BAD_INPUT:  # a wrong flag, perhaps on this host alone
             joining.leave(BAD_INPUT)
         raise
-    except expected as error:
-        said = f"error: {error}"
-    except ValueError as error:
-        # The library's own: what must hold; what was got; what to do.
-        if "; got " not in str(error):
+    except (*ours, ValueError) as error:
+        # Those of the library say what must hold; what was got; what to do.
+        if not isinstance(error, ours) and "; got " not in str(error):
             raise
         said = f"error: {error}"
     except BrokenPipeError:
-        # Whoever read what was printed, head for instance, has seen enough.
+        # Whatever reads our output, head for instance, has stopped reading.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         code = 1
     except OSError as error:
         said = (
-            f"error: {error.filename or 'a file'} must be there and be ours to read or "
-            f"write; got {error.strerror or error}. Check the path, its permissions "
-            "and the disk."
+            f"error: cannot read or write {error.filename or 'a file'}: "
+            f"{error.strerror or error}. Check the path, its permissions and the disk."
         )
     except KeyboardInterrupt:
         code, said = 130, "interrupted"
@@ -132,9 +124,8 @@ def typed(command: str) -> str:
     >>> typed("train")
     'python -m experiments.train'
     """
-    script = "diffusion-jax"
-    if any(Path(word).stem == script for word in sys.orig_argv[:2]):
-        return f"{script} {command}"
+    if any(Path(word).stem == "diffusion-jax" for word in sys.orig_argv[:2]):
+        return f"diffusion-jax {command}"
     return f"python -m experiments.{command}"
 
 

@@ -1,4 +1,4 @@
-"""What hosts tell each other once they have met: numbers, files, when to stop."""
+"""Shares numbers, files and the step to stop at between the hosts of a job."""
 
 import hashlib
 import os
@@ -18,8 +18,6 @@ from diffusion_jax.training import parallel
 
 SEEN_WITHIN = 30.0
 """Seconds within which a file on a shared disk must be seen by all hosts."""
-
-
 ASK_EVERY = 10
 """Steps between two questions whether any host was told to stop."""
 
@@ -110,10 +108,10 @@ def make_stop(requested: list[int]) -> Callable[[int, bool], bool]:
     """Returns a function of (step, last) that says whether to stop after this step.
 
     On one host that is as soon as a signal is in the list, or at the last step. On
-    several all say the same at the same step, wherever and whenever the signal came:
-    every `ASK_EVERY` steps the devices take the largest number that any host has in its
-    list, and a step later, when they long have it, it is read. So no step waits for an
-    answer. Then, and at the last step, every host has it in its list.
+    several all stop at the same step, whichever got the signal: every `ASK_EVERY` steps
+    the devices find the largest number in the list of any host, which is read one step
+    later, so that no step waits for it. Then, and at the last step, all have it in
+    their lists.
 
     Args:
       requested: the signals that came, by number; see `stopping.requests`.

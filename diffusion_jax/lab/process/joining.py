@@ -1,4 +1,4 @@
-"""How the processes of a job find each other, before JAX looks for devices.
+"""Joins the processes of a job (`jax.distributed`), before JAX looks for devices.
 
 A job is as many processes as there are hosts (or one a GPU, where a launcher starts it
 so), all of the same command. They meet at a coordinator, the first of them:
@@ -27,21 +27,13 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.process import hosts
 
 FLAGS = ("--coordinator", "--hosts", "--host")
-
-
 TIMEOUT = 300
 """Seconds within which all hosts must have met."""
-
-
 SILENT = 40
 """Seconds without a sign of life after which a host counts as dead, and the others end.
 A thread of its own gives the signs: no compilation holds it up, nor does Python."""
-
-
 LOST = ("Gloo", "heartbeat", "coordination service", "CoordinationService")
 """What the message of an error has in it when another host has gone."""
-
-
 HELP = f"""
 several hosts: the same command on each, with a RUN or --output on a disk they share
   --coordinator HOST:PORT   where they meet: the first host, and any free port of it
@@ -54,7 +46,7 @@ started again, all go on from the last checkpoint."""
 
 
 class Job(NamedTuple):
-    """How to join the other hosts; what is None is left to JAX to find out."""
+    """How to join the other hosts; JAX finds out what is None."""
 
     source: str
     """Who says that there are several, for messages."""
@@ -137,7 +129,8 @@ def decide(given: Mapping[str, str], env: Mapping[str, str]) -> Job | None:
     step = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
     if _several(env, "SLURM_STEP_NUM_TASKS") and all(name in env for name in step):
         return Job("SLURM", devices=devices)
-    if _tpu_hosts(env) > 1:
+    tpus = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES") or ""
+    if "," in tpus or _several(env, "MEGASCALE_NUM_SLICES"):
         return Job("the TPU slice")
     return None
 
@@ -153,11 +146,10 @@ def join(job: Job) -> None:
       SystemExit: not all came in time. (Not raised: the process ends, since what it
         waits for cannot be interrupted.)
     """
-    known = None not in (job.address, job.hosts, job.host)
     where = f"at {job.address}" if job.address else f"as {job.source} says"
-    which = "this one" if job.host is None else f"host {job.host}"
 
     def give_up() -> None:
+        which = "this one" if job.host is None else f"host {job.host}"
         print(
             f"error: all {job.hosts or ''} hosts must meet {where} within {TIMEOUT} s; "
             f"got no answer for {which}. Start the same command on every host, with "
@@ -168,9 +160,9 @@ def join(job: Job) -> None:
         os._exit(2)
 
     with contextlib.suppress(AttributeError):
-        # Its handler would swallow every SIGTERM: `kill` would end no command.
+        # That service takes every SIGTERM: `kill` would end no command.
         jax.config.update("jax_enable_preemption_service", False)
-    # JAX itself ends a process that waits in vain by an abort with a stack trace.
+    # JAX itself aborts a process that waits in vain, with a stack trace.
     watch = threading.Timer(TIMEOUT, give_up)
     watch.daemon = True
     watch.start()
@@ -180,7 +172,7 @@ def join(job: Job) -> None:
             job.hosts,
             job.host,
             local_device_ids=job.devices,
-            cluster_detection_method="deactivate" if known else None,
+            cluster_detection_method=None if None in job[1:4] else "deactivate",
             initialization_timeout=TIMEOUT + 30,
             heartbeat_timeout_seconds=SILENT,
             # The first host may be busy long after the others are done.
@@ -215,7 +207,7 @@ def join(job: Job) -> None:
 
 
 def note(env: Mapping[str, str]) -> str | None:
-    """Returns what somebody who meant several hosts should know of a process alone."""
+    """Returns a hint where hosts that should join seem to run alone; None elsewhere."""
     if "JOB_COMPLETION_INDEX" in env and "KUBERNETES_SERVICE_HOST" in env:
         return (
             "note: each pod of this indexed job works by itself. To work together: "
@@ -235,7 +227,7 @@ def leave(code: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     if hosts.first():
-        time.sleep(2)  # without it the others end at once: they may fail alike, and say
+        time.sleep(2)  # else JAX ends the others before they print the same error
     os._exit(code)
 
 
@@ -258,7 +250,6 @@ def _fail(*error: Any) -> None:
 
 
 def _flagged(given: Mapping[str, str], devices: tuple[int, ...] | None) -> Job | None:
-    """The job that the flags describe."""
     missing = [name for name in FLAGS if name not in given]
     if missing:
         raise ConfigError(
@@ -287,26 +278,18 @@ def _flagged(given: Mapping[str, str], devices: tuple[int, ...] | None) -> Job |
 
 
 def _own_devices(env: Mapping[str, str]) -> tuple[int, ...] | None:
-    """The GPU of a process that shares its machine with others of the job."""
+    """Returns the GPU of a process that shares its machine with others of the job."""
     visible = env.get("CUDA_VISIBLE_DEVICES") or env.get("ROCR_VISIBLE_DEVICES") or ""
     if visible and "," not in visible:
         return None  # the launcher has chosen already
+    tasks, nodes = (env.get(f"SLURM_STEP_NUM_{n}", "1") for n in ("TASKS", "NODES"))
     if _several(env, "OMPI_COMM_WORLD_LOCAL_SIZE"):
         name = "OMPI_COMM_WORLD_LOCAL_RANK"
-        return (_number(name, env.get(name, "")),)
-    tasks, nodes = (
-        env.get(f"SLURM_STEP_NUM_{name}", "1") for name in ("TASKS", "NODES")
-    )
-    if "SLURM_LOCALID" in env and tasks != nodes:
-        return (_number("SLURM_LOCALID", env["SLURM_LOCALID"]),)
-    return None
-
-
-def _tpu_hosts(env: Mapping[str, str]) -> int:
-    """How many hosts the environment of a TPU machine announces."""
-    names = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES") or "one"
-    slices = env.get("MEGASCALE_NUM_SLICES", "1")
-    return len(names.split(",")) * (int(slices) if slices.isdecimal() else 1)
+    elif "SLURM_LOCALID" in env and tasks != nodes:
+        name = "SLURM_LOCALID"
+    else:
+        return None
+    return (_number(name, env.get(name, "")),)
 
 
 def _several(env: Mapping[str, str], name: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a person sees of a long loop: a bar, or lines where there is no terminal."""
+"""Shows the progress of a long loop: a bar, or lines where there is no terminal."""
 
 import sys
 import threading
@@ -14,7 +14,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Counts steps on the screen, with loss, images a second and the time left."""
+    """Shows steps, loss, images a second and the time left."""
 
     def __init__(
         self,
@@ -37,17 +37,17 @@ class Progress:
         self.file = file or sys.stderr
         self.step, self.last, self.images = begin, last, images_per_step
         self.began = begin
-        self.shown = time.monotonic()
         self.since: tuple[int, float] | None = None
         self.rate, self.row, self.text = 0.0, Counter(row or {}), ""
-        self.held, self.begun = 0.0, time.monotonic()
+        self.shown = self.begun = time.monotonic()
+        self.held = 0.0
         self.bar = tqdm(
             total=last,
             initial=begin,
             file=self.file,
             disable=not self.file.isatty(),
             dynamic_ncols=True,
-            delay=1e-9,  # not before the first step: until then there are words
+            delay=1e-9,  # no bar before the first step, while lines are printed
             bar_format="{percentage:3.0f}% |{bar}| step {n:,}/{total:,}{postfix}",
         )
 
@@ -67,13 +67,16 @@ class Progress:
         # The clock starts after a first step, which may have compiled.
         if self.step == self.began:
             self.begun = now
-        before, then = self.since or (step, now)
-        if self.since is None or now - then >= 1.0:
-            self.since = (step, now)
+        before, then = self.since = self.since or (step, now)
         if now - then >= 1.0:
+            self.since = (step, now)
             self.rate = (step - before) * self.images / (now - then)
         self.step = step
-        self.text = self._text(loss)
+        self.text = "skipped" if loss is None else f"loss {loss:.4f}"
+        if self.rate:
+            left = (self.last - step) * self.images / self.rate
+            clock = tqdm.format_interval(left)
+            self.text += f", {self.rate:,.0f} images/s, {clock} left"
         self.bar.set_postfix_str(self.text, refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and now - self.shown >= SECONDS_BETWEEN_LINES:
@@ -87,7 +90,7 @@ class Progress:
         tqdm.write(text)
 
     def pause(self) -> None:
-        """Leaves what follows, until the next step, out of the speed."""
+        """Stops the clock of the speed until the next step."""
         self.since = None
         self.bar.set_postfix_str(self.text, refresh=False)
 
@@ -97,13 +100,13 @@ class Progress:
 
     @contextmanager
     def held_up(self) -> Iterator[None]:
-        """Counts what is done within, such as saving, as time that no step was made."""
+        """Adds the time of its block, such as saving, to that spent between steps."""
         since = time.monotonic()
         yield
         self.held += time.monotonic() - since
 
     def held_up_for(self) -> str:
-        """Returns how long that was, and in a run of a minute or more its share."""
+        """Returns that time in words; in a run of a minute or more also of how much."""
         whole = time.monotonic() - self.begun
         if self.step <= self.began + 1 or whole < 60:
             return f"{self.held:.1f} s"
@@ -113,14 +116,6 @@ class Progress:
         """Leaves the bar on the screen as it stands."""
         self.bar.close()
 
-    def _text(self, loss: float | None) -> str:
-        text = "skipped" if loss is None else f"loss {loss:.4f}"
-        if self.rate:
-            left = int((self.last - self.step) * self.images / self.rate)
-            clock = tqdm.format_interval(left)
-            text += f", {self.rate:,.0f} images/s, {clock} left"
-        return text
-
 
 @contextmanager
 def clock(
@@ -128,8 +123,8 @@ def clock(
 ) -> Iterator[Any]:
     """Shows a clock until the first part of some work is done, then a bar.
 
-    A chain is one program, which says nothing while it runs: no share of it is known,
-    and a bar would stand at nothing. Where there is no terminal nothing is shown.
+    A chain is one program, of which no share is known while it runs: a bar would stand
+    still. Where there is no terminal nothing is shown.
 
     Args:
       text: what is being done.
@@ -140,13 +135,12 @@ def clock(
     Yields:
       The bar, whose `update` takes how many images have come.
     """
-    quiet = not (shown and sys.stderr.isatty())
     bar = tqdm(
         total=total,
         initial=done,
         desc=text,
         unit="image",
-        disable=quiet,
+        disable=not (shown and sys.stderr.isatty()),
         dynamic_ncols=True,
         bar_format="{desc}, {elapsed} so far",
         leave=False,
@@ -157,13 +151,10 @@ def clock(
         while not over.wait(1.0):
             if bar.n > done:
                 bar.bar_format = None
-            bar.refresh()
+            bar.refresh()  # which does nothing on a bar that is not shown
 
+    thread = threading.Thread(target=tick, daemon=True)
     with bar:
-        if quiet:
-            yield bar
-            return
-        thread = threading.Thread(target=tick, daemon=True)
         thread.start()
         try:
             yield bar

@@ -1,4 +1,4 @@
-"""Files that a flag names: only what the command writes itself may be replaced."""
+"""Checks that a file named by a flag is new, or one that the command wrote."""
 
 import shlex
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ HEAD = 4096
 
 
 def typed(command: str, argv: Sequence[str]) -> str:
-    """Returns what was typed, for a file to say by what it was made.
+    """Returns the command line, to be kept in the file that it makes.
 
     >>> typed("sample", ["digits", "--out", "a b.png"])
     "python -m experiments.sample digits --out 'a b.png'"
@@ -20,7 +20,7 @@ def typed(command: str, argv: Sequence[str]) -> str:
 
 
 def report_of(command: str) -> bytes:
-    """Returns the mark of a JSON file with `typed` as its first entry, `command`."""
+    """Returns the mark of a JSON file whose first entry, `command`, is `typed`."""
     return f'"command": "{typed(command, [])}'.encode()
 
 
@@ -42,7 +42,7 @@ def check_file(path: Path, *marks: bytes, overwrite: bool) -> None:
 
 
 def has(path: Path, *marks: bytes) -> bool:
-    """Returns whether a file begins with bytes among which one of the marks is."""
+    """Returns whether one of the marks is in the first bytes of a file."""
     with path.open("rb") as file:
         head = file.read(HEAD)
     return any(mark in head for mark in marks)

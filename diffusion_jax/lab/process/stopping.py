@@ -1,8 +1,8 @@
-"""SIGINT and SIGTERM: a checkpoint after the first, the end at once after a second.
+"""Takes SIGINT and SIGTERM: a checkpoint after the first, after a second the end.
 
 The interpreter runs handlers between its own instructions, and not while it waits for
-a compiler or a disk. So signals are taken by a thread, which hears of them by a pipe
-that the interpreter writes to at once.
+a compiler or a disk. So a thread takes the signals, from a pipe to which the
+interpreter writes them at once (`signal.set_wakeup_fd`).
 """
 
 import os
@@ -16,6 +16,7 @@ from typing import Any
 KINDS = (signal.SIGINT, signal.SIGTERM)
 CODE = 128
 """Added to a signal's number it is the exit code, as shells have it."""
+STOPPING = "stopping after this step, with a checkpoint; again: at once, without"
 
 _pipe: tuple[int, ...] = ()
 """Both ends of the pipe, while signals are taken."""
@@ -31,21 +32,20 @@ class Requests:
         self._noting = self._came = False
 
     def note(self) -> None:
-        """Has the first signal noted from now on."""
+        """Makes the first signal from now on a request, which ends nothing."""
         self._noting = True
 
     def done(self) -> None:
-        """Has any signal end the process again: all is written."""
+        """Makes any signal end the process again, once all is written."""
         self._noting = False
 
     def take(self, number: int) -> None:
         """Takes a signal, on the thread: notes it, or ends the process."""
         first, self._came = not self._came, True
         if self._noting and first:
-            # Another host's may be there already: all stop at one step.
-            if not self.numbers:
-                self.numbers.append(number)
-            _say("stopping after this step, with a checkpoint; again: at once, without")
+            # One of another host may be there already: all stop at one step.
+            self.numbers[:] = self.numbers or [number]
+            _say(STOPPING)
             return
         _say("leaving at once; the same command goes on from what is there")
         os._exit(CODE + number)
@@ -55,7 +55,7 @@ class Requests:
         if not self._noting or self.numbers:
             raise KeyboardInterrupt
         self.numbers.append(number)
-        _say("stopping after this step, with a checkpoint; again: at once, without")
+        _say(STOPPING)
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def requests() -> Iterator[Requests]:
     thread = threading.Thread(target=_listen, args=(heard, found), daemon=True)
     thread.start()
     wakeup = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
-    # One that is ignored, as Ctrl-C is in the background of a script, stays so.
+    # A signal that is ignored, as Ctrl-C in the background of a script, stays so.
     kinds = [kind for kind in KINDS if signal.getsignal(kind) is not signal.SIG_IGN]
     before = [signal.signal(kind, _ignore) for kind in kinds]
     _pipe = (heard, told)
@@ -122,7 +122,7 @@ def _say(text: str) -> None:
 
 
 def _forget() -> None:
-    """Leaves a forked child to die of its signals, and the pipe to its parent."""
+    """Gives a forked child the default handlers, and closes its copy of the pipe."""
     if _pipe:
         signal.set_wakeup_fd(-1)
         for kind in KINDS:

@@ -1,4 +1,4 @@
-"""What of a configuration was changed while the run was trained, and from which step.
+"""Records how the configuration of a run was changed, and from which step.
 
 Each line of changes.jsonl has the `step` after which other values held, and `changed`:
 by field the value before and the one from then on; null where the values before were
@@ -83,12 +83,12 @@ def _words(line: dict[str, Any]) -> str:
     if line["changed"] is None:
         return f"before step {line['step']:,}: what held was lost"
     fields = (
-        f"{key} from {_public(key, old)} to {_public(key, new)}"
+        f"{key} from {_public(old)} to {_public(new)}"
         for key, (old, new) in line["changed"].items()
     )
     return f"after step {line['step']:,}: {', '.join(fields)}"
 
 
-def _public(key: str, value: Any) -> Any:
+def _public(value: Any) -> Any:
     """Returns a value without where files are on this machine."""
     return public_source(value) if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""What a run logs: a line of metrics each train.log_every steps, and what it skipped.
+"""Logs a run: a line of metrics each train.log_every steps, and the skipped steps.
 
 <run>/metrics.jsonl has, by step, the mean "loss" and "grad_norm" of the steps since the
 line before that were not skipped; "loss_by_time", the loss of the examples in each
@@ -39,7 +39,7 @@ class Log(NamedTuple):
 
 
 def record(log: Log, step: int, metrics: dict[str, jax.Array]) -> None:
-    """Takes in the metrics of a step; every log_every-th one writes a line.
+    """Adds the metrics of a step to the log; every log_every-th one writes a line.
 
     Args:
       log: what the run is logged with; the metrics join its `pending`.
@@ -51,17 +51,12 @@ def record(log: Log, step: int, metrics: dict[str, jax.Array]) -> None:
     """
     config, run, shown, pending, names = log
     values = {k: v.tolist() for k, v in jax.device_get(metrics).items()}
-    cause = CAUSES[int(values["cause"])]
-    if cause:
-        shown.update(step, None, cause)
-        pending.append({"skipped": 1.0, "cause": cause})
-    else:
-        shown.update(step, values["loss"])
-        dropped = ("cause", "tensor")
-        pending.append({k: v for k, v in values.items() if k not in dropped})
+    cause, tensor = CAUSES[int(values.pop("cause"))], int(values.pop("tensor"))
+    shown.update(step, None if cause else values["loss"], cause)
+    pending.append({"skipped": 1.0, "cause": cause} if cause else values)
     if shown.row.total() >= config.train.max_skipped:
-        at = int(values["tensor"]) if cause == "gradient" else -1
-        first = f", at step {step} first the gradient of {names[at]}" if at >= 0 else ""
+        found = cause == "gradient" and tensor >= 0
+        first = f", at step {step} first the gradient of {names[tensor]}" * found
         raise DivergedError(
             "batch, loss, gradient and update must be finite at some steps; got none "
             f"in the last {shown.row.total()}, up to step {step}: not finite were "
@@ -93,12 +88,10 @@ def summary(step: int, pending: list[dict[str, Any]]) -> dict[str, Any]:
     >>> summary(3, [{"skipped": 1.0, "cause": "loss"}])["causes"]
     {'loss': 1}
     """
-    made = [p for p in pending if not p["skipped"]]
-    mean = {
-        name: float(np.mean([p[name] for p in made])) if made else None
-        for name in ("loss", "grad_norm")
-    }
-    line: dict[str, Any] = {"step": step, **mean, "skipped": len(pending) - len(made)}
+    made, line = [p for p in pending if not p["skipped"]], dict[str, Any](step=step)
+    for name in ("loss", "grad_norm"):
+        line[name] = float(np.mean([p[name] for p in made])) if made else None
+    line["skipped"] = len(pending) - len(made)
     known = [p for p in made if "quarters" in p]  # not of those an older version made
     if known:
         sums, counts = np.sum([p["quarters"] for p in known], axis=0)
@@ -120,7 +113,7 @@ def skipped(run: runs.Run) -> Counter[str]:
 
 
 def score(config: Config, run: runs.Run, step: int) -> float | None:
-    """Returns the mean loss that was logged up to a step since a checkpoint before it.
+    """Returns the mean of the logged losses between the checkpoint before and a step.
 
     By it the best checkpoint is known. It comes from what was logged, so a run that was
     stopped has the same. All hosts must call it alike.
@@ -129,7 +122,7 @@ def score(config: Config, run: runs.Run, step: int) -> float | None:
     lines = runs.read_lines(run.metrics) if hosts.first() else []
     losses = [line.get("loss") for line in lines if since < line["step"] <= step]
     known = [loss for loss in losses if loss is not None]
-    # All hosts have the first one's, to the bit.
+    # All hosts get the mean of the first, to the bit.
     mean = hosts.tell_number(np.mean(known) if known else np.nan)
     return None if np.isnan(mean) else mean
 

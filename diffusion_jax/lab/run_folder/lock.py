@@ -1,31 +1,29 @@
-"""One process a run: who trains into a folder has a lock on it until it ends.
+"""Locks a run's folder, so that one process at a time trains into it.
 
 The lock is `flock`'s, on <run>/.lock. The kernel drops it when its owner is gone,
 however that died, so there is none to clear by hand. The file names the owner.
 
-A file system without locks (some of clusters are mounted so) is said, and trained on.
+On a file system without locks (some of clusters are mounted so) a note is printed, and
+training goes on.
 """
 
 import datetime
 import errno
-import fcntl
 import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import filelock
 import jax
 
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.process import hosts
 
 NAME = ".lock"
-# As `flock` fails where the file system knows no locks.
+# Errors of `flock` where the file system has no locks.
 UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
-
-_open: set[int] = set()
-"""Files that this process holds locks by."""
 
 
 class LockedError(ConfigError):
@@ -46,7 +44,7 @@ def hold(folder: Path) -> Iterator[None]:
       LockedError: another process has it.
       ConfigError: the folder cannot be made, or nothing can be written into it.
     """
-    # Asked of JAX itself, this would start its devices: a second process must go
+    # `jax.process_count` would start the devices: a second process must be refused
     # before it takes memory of theirs from the first.
     joined = jax.distributed.is_initialized()
     error: ConfigError | None = None
@@ -58,8 +56,8 @@ def hold(folder: Path) -> Iterator[None]:
                 error = raised
         if joined and hosts.tell(error is not None) and error is None:
             error = ConfigError(
-                f"{folder} must be a folder that host 0 can write, and that no other "
-                "job trains into; got an error there. Host 0 says which."
+                f"cannot train into {folder}: host 0 cannot write it, or another job "
+                "trains into it. Host 0 says which."
             )
         if error is not None:
             raise error
@@ -67,80 +65,51 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def _take(folder: Path, afterwards: Callable[..., object]) -> None:
-    """Makes a folder and takes its lock, and has both undone afterwards."""
+    """Makes a folder and takes its lock; `afterwards` undoes both."""
     path = folder / NAME
     new = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for each in reversed(new):
             afterwards(_remove, each)
-        file = _locked(path)
-        if file is None:
-            return
-        _open.add(file)
-        afterwards(_let_go, path, file)
-        os.ftruncate(file, 0)
-        now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-        me = f"process {os.getpid()} on {socket.gethostname()}, since {now}\n"
-        os.pwrite(file, me.encode(), 0)
-    except OSError as error:
-        raise ConfigError(
-            f"{folder} must be a folder that can be made and written; got "
-            f"{error.strerror} for {error.filename or path}. Mend that, or choose "
-            "another with --output and --name."
-        ) from error
-
-
-def _locked(path: Path) -> int | None:
-    """Returns the open file that holds the lock; None where there are no locks."""
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        own = filelock.FileLock(path, blocking=False, fallback_to_soft=False)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            own.acquire()
         except OSError as error:
-            owner = os.pread(file, 200, 0).decode(errors="replace").strip()
-            os.close(file)
-            if isinstance(error, BlockingIOError):
-                raise LockedError(
-                    f"a run must be trained by one process; got {path.parent} in the "
-                    f"hands of {owner or 'a process that has just taken it'}. Wait for "
-                    "its end, stop it, or start another run with --name NAME."
-                ) from None
             if error.errno not in UNKNOWN:
                 raise
             hosts.say(
-                f"note: the file system of {path.parent} has no locks "
-                f"({error.strerror}): nothing keeps a second process from this run"
+                f"note: the file system of {folder} has no locks ({error.strerror}): "
+                "nothing keeps a second process from this run"
             )
-            return None
-        # Its owner removes the file before it lets go: who came in between has a lock
-        # on a file that nobody else will ever find.
-        if os.fstat(file).st_nlink:
-            return file
-        os.close(file)
+            return
+        afterwards(_let_go, path, path.stat(), own)
+        now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+        path.write_text(
+            f"process {os.getpid()} on {socket.gethostname()}, since {now}\n"
+        )
+    except filelock.Timeout:
+        owner = path.read_text().strip() if path.exists() else ""
+        raise LockedError(
+            f"cannot train {folder}: {owner or 'another process'} trains it. Wait for "
+            "its end, stop it, or start another run with --name NAME."
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"cannot train into {folder}: {error.strerror} ({error.filename or path}). "
+            "Mend that, or choose another folder with --output and --name."
+        ) from error
 
 
-def _let_go(path: Path, file: int) -> None:
+def _let_go(path: Path, taken: os.stat_result, own: filelock.BaseFileLock) -> None:
     with suppress(OSError):
-        # The folder may have been moved, and another run have its own lock here.
-        if os.path.samestat(os.fstat(file), os.stat(path)):
+        # A forked child has no lock. And the folder may have been moved, and another
+        # run have its own lock here.
+        if own.is_locked and os.path.samestat(taken, path.stat()):
             path.unlink()
-    _open.discard(file)
-    os.close(file)
+    own.release()
 
 
 def _remove(folder: Path) -> None:
-    """Removes a folder that nothing was written into."""
-    with suppress(OSError):
+    with suppress(OSError):  # something is in it
         folder.rmdir()
-
-
-def _forget() -> None:
-    """Closes, in a forked child, what would hold the lock after its parent's death."""
-    for file in _open:
-        with suppress(OSError):
-            os.close(file)
-    _open.clear()
-
-
-os.register_at_fork(after_in_child=_forget)

@@ -1,5 +1,6 @@
-"""What was measured of a run: the newest result of a kind, and a line for every one."""
+"""Keeps what was measured of a run: the newest of each kind, and a line for all."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ from diffusion_jax.lab.schema import json_fields
 
 ALL = "results.jsonl"
 """All results there ever were, each with its `name`, the oldest first."""
+IN_TRAINING = "fid_training"
+"""The name of those that a run made while it was trained."""
 
 
 def write(run: runs.Run, name: str, result: dict[str, Any]) -> Path:
@@ -16,10 +19,6 @@ def write(run: runs.Run, name: str, result: dict[str, Any]) -> Path:
     runs.write_json(path, result)
     runs.append_line(path.with_name(ALL), {"name": name, **result})
     return path
-
-
-IN_TRAINING = "fid_training"
-"""The name of those that a run made while it was trained."""
 
 
 def in_training(run: runs.Run) -> dict[int, float]:
@@ -42,7 +41,7 @@ def read(run: runs.Run, digest: str) -> list[tuple[str, dict[str, Any]]]:
       digest: of the weights.
     """
     folder = run.folder / "eval"
-    found = [  # also those of before there were lines
+    found = [  # older versions wrote no lines
         (path.stem, _parsed(path.read_text(errors="replace")))
         for path in sorted(folder.glob("*.json"))
     ]
@@ -51,18 +50,15 @@ def read(run: runs.Run, digest: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _every(run: runs.Run) -> list[tuple[str, dict[str, Any]]]:
-    """Returns all results that there ever were, with their names."""
-    path, found = run.folder / "eval" / ALL, []
-    if path.is_file():
-        for line in path.read_text(errors="replace").splitlines():
-            values = _parsed(line)
-            found.append((str(values.pop("name", "")), values))
-    return found
+    path = run.folder / "eval" / ALL
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    lines = map(_parsed, text.splitlines())
+    return [(str(values.pop("name", "")), values) for values in lines]
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    try:
+    with suppress(ValueError):
         values = json_fields.parse(text)
-    except ValueError:
-        return {}
-    return values if isinstance(values, dict) else {}
+        if isinstance(values, dict):
+            return values
+    return {}

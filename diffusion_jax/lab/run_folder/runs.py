@@ -1,4 +1,4 @@
-"""The folder of a run: what is in it, and how each file is written and read."""
+"""Names, writes and reads the files in the folder of a run."""
 
 import dataclasses
 import hashlib
@@ -99,12 +99,9 @@ def find(path: str | None, output: str = "runs") -> Run:
         if (place / "config.json").is_file():
             return Run(place)
     known = ", ".join(sorted(p.parent.name for p in Path(output).glob("*/config.json")))
-    hub = ""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        hub = (
-            " One of the hub is fetched by: python -m experiments.convert "
-            f"{path} OUT.safetensors --download."
-        )
+    fetch = f"python -m experiments.convert {path} OUT.safetensors --download"
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", path)
+    hub = f" One of the hub is fetched by: {fetch}." if is_name else ""
     raise errors.ConfigError(
         "RUN must be a folder that training wrote, or a network in a file; got "
         f"{path!r}, which is none. Runs in {output}/: "
@@ -113,7 +110,7 @@ def find(path: str | None, output: str = "runs") -> Run:
 
 
 def has_checkpoint(run: Run) -> bool:
-    """Returns whether a run has got as far as a checkpoint."""
+    """Returns whether a run has a checkpoint."""
     return any(path.name.isdigit() for path in run.checkpoints.glob("*"))
 
 
@@ -146,7 +143,7 @@ def read_config(run: Run) -> config.Config:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions that a number depends on."""
+    """Returns the versions of Python and of the libraries that compute."""
     names = ("jax", "jaxlib", "flax", "numpy")
     found = {name: metadata.version(name) for name in names}
     return {"python": platform.python_version(), **found}
@@ -154,7 +151,7 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Gives the path to an error of the disk that has none, as that of a full one."""
+    """Adds the path to an OSError that has none, as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -175,13 +172,13 @@ def write_json(path: Path, values: Any) -> None:
 def recalled(
     path: Path, about: dict[str, Any], read: Callable[..., Read]
 ) -> Read | None:
-    """Returns what a JSON file holds, if it was made by what would make it now.
+    """Returns a cached result, if it was made by what would make it now.
 
-    None where it is not there, damaged, or made by something else.
+    None where the file is not there, damaged, or made by something else.
 
     Args:
-      path: of the file, an object.
-      about: what decides what is in it; it stands there under the same names.
+      path: of a JSON file, an object.
+      about: what decides the result; it stands in the file under the same names.
       read: from all else that is in the file, as keywords, to what is returned.
     """
     try:
@@ -194,7 +191,7 @@ def recalled(
 
 
 def name_by(about: dict[str, Any]) -> str:
-    """Returns the name of a file for what decides what is in it."""
+    """Returns a file's name: a digest of what decides its content."""
     text = json.dumps(about, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -237,7 +234,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_lines(path: Path, last_step: int) -> None:
-    """Drops the lines after a step: those that a resumed run will write again."""
+    """Drops the lines after a step, which a resumed run writes again."""
     write_lines(path, (x for x in read_lines(path) if x["step"] <= last_step))
 
 
@@ -247,7 +244,7 @@ def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 
 
 def to_disk(run: Run) -> None:
-    """Has what was logged on the disk, before a checkpoint that goes on after it."""
+    """Flushes the logs to the disk, so that no checkpoint is ahead of them."""
     for path in (run.metrics, run.speed):
         if hosts.first() and path.exists():
             with naming(path), path.open("rb+") as file:
@@ -259,14 +256,9 @@ def remove_partials(run: Run) -> None:
 
     Only for who holds the run's lock: nobody else writes files of these names.
     """
-    for folder, name in (
-        (run.folder, "config.json"),
-        (run.folder, "*.jsonl"),
-        (run.folder, "loss.png"),
-        (run.samples, "step_*.png"),
-        (run.folder / "averages", "*.safetensors"),
-    ):
-        for path in folder.glob(f".{name}.*.tmp"):
+    partials = ".config.json", ".*.jsonl", ".loss.png", "samples/.step_*.png"
+    for name in (*partials, "averages/.*.safetensors"):
+        for path in run.folder.glob(f"{name}.*.tmp"):
             path.unlink(missing_ok=True)
     for path in run.folder.glob(".hosts_*"):  # of `hosts.check_shared`
         path.unlink(missing_ok=True)
@@ -288,8 +280,8 @@ def check_room(run: Run, state: Any, there: int, keep: int) -> None:
     each = f"{size / 2**20:,.2f} MiB"
     if not fits:
         raise errors.ConfigError(
-            f"{run.folder} must have room for a checkpoint, {each}; got less on its "
-            "disk. Make room, or choose another disk with --output."
+            f"cannot train into {run.folder}: its disk has no room for a checkpoint, "
+            f"{each}. Make room, or choose another disk with --output."
         )
     # The newest, the best, and the one that is being written before another goes.
     wanted = max(1, keep + 2 - there)

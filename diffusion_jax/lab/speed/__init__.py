@@ -1,1 +1,1 @@
-"""How fast it is: arithmetic, compiled programs, peers."""
+"""Measures speed: arithmetic, compiled programs, peers."""

@@ -1,4 +1,4 @@
-"""How much arithmetic a function does: its matrix products and convolutions, counted.
+"""Counts the arithmetic of a function: its matrix products and convolutions.
 
 The count is of the mathematics and not of a program: it is read off the traced function
 before any compiler has seen it, so it is the same on every device, and what a compiler

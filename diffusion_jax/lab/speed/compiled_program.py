@@ -1,4 +1,4 @@
-"""What a compiled program does, read from its text: kernels and the bytes they move.
+"""Reads the kernels of a compiled program, and the bytes they move, from its text.
 
 A step of a network of many small layers is bound by memory and by the number of its
 kernels, not by its arithmetic. Both are known once it is compiled, before it runs, and
@@ -10,36 +10,25 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-BYTES = {"pred": 1, "s4": 1, "u4": 1, "bf16": 2, "c64": 8, "c128": 16}
-"""Of types whose name does not end in their bits, or which are stored in more."""
-
 # What costs nothing: names and views of what is there.
 FREE = (
-    "parameter",
-    "constant",
-    "bitcast",
-    "get-tuple-element",
-    "tuple",
-    "after-all",
-    "partition-id",
-    "replica-id",
+    *("parameter", "constant", "bitcast", "get-tuple-element", "tuple", "after-all"),
+    *("partition-id", "replica-id"),
 )
 CONTROL = ("call", "while", "conditional", "async-start")
 CUTS = ("slice", "dynamic-slice", "gather")
-REPEATS = ("all-gather-start", "collective-permute-start", "copy-start")
 COLLECTIVES = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
+    *("all-reduce", "all-gather", "reduce-scatter", "all-to-all"),
     "collective-permute",
 )
+# Whose shape has what they copy, its copy, and a flag.
+REPEATS = ("all-gather-start", "collective-permute-start", "copy-start")
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(
     r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)(.*)"
 )
-_ARRAY = re.compile(r"\b([a-z]+\d+|pred)(?:e\w+)?\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+))(?:e\w+)?\[([\d,]*)\]")
 _NAME = re.compile(r"%([\w.\-]+)")
 
 
@@ -89,7 +78,14 @@ def kernels(text: str) -> list[Kernel]:
     >>> [(kernel.kind, kernel.moved) for kernel in kernels(run.as_text())]
     [('elementwise', 8000)]
     """
-    computations, entry = _parse(text)
+    computations: _Program = {}
+    entry, current = None, None
+    for line in text.splitlines():
+        if head := _COMPUTATION.match(line):
+            current = computations[head[2]] = {}
+            entry = head[2] if head[1] else entry
+        elif current is not None and (found := _INSTRUCTION.match(line)):
+            current[found[1]] = _Instruction(*found.groups()[1:])
     if entry is None:
         raise ValueError(
             "text must be that of a compiled module, with an ENTRY; got "
@@ -99,23 +95,25 @@ def kernels(text: str) -> list[Kernel]:
 
 
 def _walk(computations: _Program, name: str, times: int) -> Iterator[Kernel]:
-    """Yields the kernels of a computation that runs so many times."""
     body = computations[name]
     for label, one in body.items():
         if one.operation in FREE or one.operation.endswith(("-done", "-update")):
             continue
         if one.operation in CONTROL:
-            known = re.search(r'"known_trip_count":\{"n":"(\d+)"', one.rest)
+            runs = _quoted(r'"known_trip_count":\{"n":', one) or 1
             for inner in _called(one):
-                yield from _walk(
-                    computations, inner, times * int(known[1] if known else 1)
-                )
+                yield from _walk(computations, inner, times * int(runs))
             continue
         fused = computations[_called(one)[0]] if one.operation == "fusion" else {}
-        source = re.search(r'op_name="([^"]*)"', one.rest)
         moved = _read(one, body, fused) + _written(one)
-        at = source[1] if source else ""
-        yield Kernel(_kind(one, fused), label, moved, times, at)
+        source = _quoted("op_name=", one)
+        yield Kernel(_kind(one, fused), label, moved, times, source)
+
+
+def _quoted(before: str, one: _Instruction) -> str:
+    """Returns the quoted text after a name; "" where there is none."""
+    found = re.search(f'{before}"([^"]*)"', one.rest)
+    return found[1] if found else ""
 
 
 def size(shape: str) -> int:
@@ -129,12 +127,13 @@ def size(shape: str) -> int:
 
 def _arrays(shape: str) -> list[tuple[int, int]]:
     """Returns the bytes of an element and the number of them, of each array."""
-    found = []
-    for kind, dimensions in _ARRAY.findall(shape):
-        bits = re.search(r"\d+$", kind)
-        each = BYTES.get(kind) or int(bits[0] if bits else 8) // 8
-        found.append((each, math.prod(int(n) for n in dimensions.split(",") if n)))
-    return found
+    return [  # pred has no bits in its name; four bits take a byte
+        (
+            max(1, int(bits or 8) // 8),
+            math.prod(int(n) for n in dimensions.split(",") if n),
+        )
+        for bits, dimensions in _ARRAY.findall(shape)
+    ]
 
 
 def _cut(whole: str, part: str) -> int:
@@ -142,30 +141,11 @@ def _cut(whole: str, part: str) -> int:
     return _arrays(whole)[0][0] * _arrays(part)[0][1]
 
 
-def _parse(text: str) -> tuple[_Program, str | None]:
-    """Returns the instructions of each computation by name, and the entry's name."""
-    computations: _Program = {}
-    entry, current = None, None
-    for line in text.splitlines():
-        head = _COMPUTATION.match(line)
-        if head:
-            current = computations[head[2]] = {}
-            entry = head[2] if head[1] else entry
-        elif current is not None:
-            found = _INSTRUCTION.match(line)
-            if found:
-                current[found[1]] = _Instruction(*found.groups()[1:])
-    return computations, entry
-
-
 def _called(one: _Instruction) -> list[str]:
     """Returns the computations that an instruction runs: of a loop, its body."""
-    names = re.findall(
-        r"(?:to_apply|calls|body|\w+_computation)=%?([\w.\-]+)", one.rest
-    )
-    for branches in re.findall(r"branch_computations=\{(.*?)\}", one.rest):
-        names += _NAME.findall(branches)
-    return names
+    names = r"(?:to_apply|calls|body|\w+_computation)=%?([\w.\-]+)"
+    branches = re.findall(r"branch_computations=\{(.*?)\}", one.rest)
+    return re.findall(names, one.rest) + _NAME.findall(" ".join(branches))
 
 
 def _read(one: _Instruction, body: _Body, fused: _Body) -> int:
@@ -178,11 +158,8 @@ def _read(one: _Instruction, body: _Body, fused: _Body) -> int:
 
 def _read_inside(fused: _Body, index: int, shape: str) -> int:
     """Returns the bytes that a fusion reads of an operand: less where it is cut."""
-    waiting = [
-        label
-        for label, one in fused.items()
-        if one.operation == "parameter" and one.operands == str(index)
-    ]
+    parameter = ("parameter", str(index))
+    waiting = [n for n, one in fused.items() if (one[1], one[2]) == parameter]
     total = 0 if waiting else size(shape)
     while waiting:
         name = waiting.pop()
@@ -191,17 +168,14 @@ def _read_inside(fused: _Body, index: int, shape: str) -> int:
                 continue
             if one.operation in ("bitcast", "convert"):
                 waiting.append(label)
-            elif one.operation in CUTS:
-                total += _cut(shape, one.shape)
             else:
-                return size(shape)
+                cut = one.operation in CUTS
+                total += _cut(shape, one.shape) if cut else size(shape)
     return min(total, size(shape))
 
 
 def _written(one: _Instruction) -> int:
-    """Returns the bytes that an instruction writes."""
     if one.operation in REPEATS:
-        # What begins a copy is written down with what it copies, and a flag.
         each, count = _arrays(one.shape)[1]
         return each * count
     if one.operation == "custom-call":
@@ -211,8 +185,7 @@ def _written(one: _Instruction) -> int:
 
 def _kind(one: _Instruction, fused: _Body) -> str:
     operations = {each.operation for each in fused.values()} or {one.operation}
-    target = re.search(r'custom_call_target="([^"]*)"', one.rest)
-    called = target[1].lower() if target else ""
+    called = _quoted("custom_call_target=", one).lower()
     convolves = "conv" in called and "convert" not in called
     if convolves or "convolution" in operations:
         return "convolution"

@@ -1,4 +1,4 @@
-"""Seconds of training steps, of chains and of a large matrix product, as figures."""
+"""Measures training steps, chains and a large matrix product."""
 
 import math
 import resource
@@ -21,8 +21,6 @@ from diffusion_jax.lab.training import beginning
 from diffusion_jax.lab.wiring import build, chains, learning
 from diffusion_jax.training import compilation, feed, flat, parallel
 
-CEILING = {"cpu": 1024}
-"""Side of the matrices of the ceiling; 8192 on other devices."""
 STORED = 2048
 """Images that the input is gathered from: enough that none is in a cache."""
 WARMUP = 3
@@ -41,7 +39,7 @@ class Effort(NamedTuple):
 
     @property
     def warmup(self) -> int:
-        """Returns the calls before that: but one where a single one is long."""
+        """Returns the calls before that: one where a call is timed by itself."""
         return min(WARMUP, self.steps)
 
 
@@ -143,7 +141,7 @@ def sample(work: Work, mesh: Any, effort: Effort) -> dict[str, Any]:
 
 
 def figures(clock: Clock, items: int, flops: int) -> dict[str, Any]:
-    """Returns what the seconds of a call mean, for so many items and operations."""
+    """Returns the figures of a call, for so many items and operations."""
     return {
         "per_second": items / clock.median,
         "ms": 1000 * clock.median,
@@ -179,7 +177,6 @@ def compared(
 
 
 def _seconds(once: Callable[[], Any], times: int) -> float:
-    """Returns the seconds of a call, on average of so many that are timed together."""
     began = time.perf_counter()
     for _ in range(times):
         last = once()
@@ -189,7 +186,7 @@ def _seconds(once: Callable[[], Any], times: int) -> float:
 
 def ceiling(dtype: str, mesh: Any, effort: Effort) -> float:
     """Returns operations a second of large matrix products, one on each device."""
-    side = CEILING.get(mesh.devices.flat[0].platform, 8192)
+    side = 1024 if mesh.devices.flat[0].platform == "cpu" else 8192
     product = jax.jit(lambda a: a @ a)
     a = jnp.ones((mesh.size, side, side), dtype, device=parallel.sharded(mesh))
     return 2 * mesh.size * side**3 / timed(lambda: product(a), effort).median

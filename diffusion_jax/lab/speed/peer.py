@@ -1,4 +1,4 @@
-"""The same work by PyTorch and diffusers, for `experiments.bench --peer`.
+"""Measures the same work by PyTorch and diffusers, for `experiments.bench --peer`.
 
 A training step is scaling, flip, noising, forward and backward, clipping, Adam and the
 moving average, of diffusers' UNet2DModel in the shape of the configuration; a chain is
@@ -8,6 +8,7 @@ the type of the configuration.
 """
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -48,17 +49,16 @@ def compare(config: Config, row: dict[str, Any], effort: Effort) -> dict[str, An
       ConfigError: PyTorch or diffusers is missing, or diffusers has no such network.
     """
     torch, _ = peers()
-    training = row["what"] == "train"
-    make = _train if training else _sample
-    # One evaluation is as good as a chain, and is timed like a step.
-    times = 1.0 if training else row["evaluations_per_sample"]
+    make = {"train": _train, "sample": _sample}[row["what"]]
+    # Of a chain one evaluation is timed, like a step.
+    times = row.get("evaluations_per_sample", 1.0)
     modes = MODES if torch.cuda.is_available() else ("eager",)
     found = {
         mode: times * timed(make(config, row["batch"], mode), effort).median
         for mode in modes
     }
-    mode = min(found, key=found.__getitem__)
-    ms = 1000 * found[mode]
+    seconds, mode = min((each, mode) for mode, each in found.items())
+    ms = 1000 * seconds
     return {
         "how": f"torch {torch.__version__}, {mode}",
         "ms": ms,
@@ -68,7 +68,6 @@ def compare(config: Config, row: dict[str, Any], effort: Effort) -> dict[str, An
 
 
 def _network(config: Config) -> tuple[Any, Any]:
-    """Returns the network on its device, and the device."""
     torch, diffusers = peers()
     unet, _ = diffusers_config.to_diffusers(config)
     fields = {key: value for key, value in unet.items() if not key.startswith("_")}
@@ -85,7 +84,6 @@ def _compiled(function: Any, mode: str) -> Any:
 
 
 def _train(config: Config, size: int, mode: str) -> Callable[[], Any]:
-    """Returns a training step of one batch that does not change."""
     torch, _ = peers()
     net, device = _network(config)
     net.train()
@@ -99,7 +97,7 @@ def _train(config: Config, size: int, mode: str) -> Callable[[], Any]:
     images = images.contiguous(memory_format=torch.channels_last)
     betas = diffusers_config.betas_of(config)
     alpha_bar = torch.tensor(np.cumprod(1 - betas), dtype=torch.float32, device=device)
-    half = config.net.dtype == "bfloat16"
+    half, waits = config.net.dtype == "bfloat16", _waits(device)
 
     def loss_of(x: Any) -> Any:
         x = x.float() / 127.5 - 1
@@ -122,16 +120,15 @@ def _train(config: Config, size: int, mode: str) -> Callable[[], Any]:
         torch.nn.utils.clip_grad_norm_(params, o.clip_norm, foreach=True)
         adam.step()
         torch._foreach_lerp_(average, params, 1 - o.ema_decay[0])
-        return _Waits(device)
+        return waits
 
     return step
 
 
 def _sample(config: Config, size: int, mode: str) -> Callable[[], Any]:
-    """Returns one evaluation of the network."""
     torch, _ = peers()
     net, device = _network(config)
-    half = config.net.dtype == "bfloat16"
+    half, waits = config.net.dtype == "bfloat16", _waits(device)
     net = net.eval().to(torch.bfloat16 if half else torch.float32)
     d = config.data
     shape = (size, d.channels, *d.shape[:2])
@@ -143,19 +140,13 @@ def _sample(config: Config, size: int, mode: str) -> Callable[[], Any]:
     def once() -> Any:
         with torch.no_grad():
             call(x, t)
-        return _Waits(device)
+        return waits
 
     return once
 
 
-class _Waits:
-    """What JAX waits for as for its own arrays."""
-
-    def __init__(self, device: Any) -> None:
-        self.device = device
-
-    def block_until_ready(self) -> "_Waits":
-        torch, _ = peers()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return self
+def _waits(device: Any) -> Any:
+    """Returns what JAX waits for as for its own arrays: for all work of a device."""
+    torch, _ = peers()
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    return SimpleNamespace(block_until_ready=wait)

@@ -1,4 +1,4 @@
-"""What `experiments.bench` measures, within how long, and the table it prints."""
+"""Plans what `experiments.bench` measures, and writes its table."""
 
 import dataclasses
 import time
@@ -15,9 +15,9 @@ from diffusion_jax.training import compilation
 SIZES = (128, 512)
 """Batch sizes of the table in docs/performance.md, where none are given."""
 NONE = "none"
-# Of XLA for GPUs; none of them has been tried on these networks. The first is training
-# as it is once more: what the two differ by means nothing. The last may take minutes to
-# compile.
+# Of XLA for GPUs. The first row is training once more: what the two differ by is noise.
+# The next three gained nothing on these networks (docs/performance.md), the others have
+# not been tried; the last may take minutes to compile.
 CANDIDATES = (
     NONE,
     "xla_gpu_experimental_enable_conv_fusion=true",
@@ -32,8 +32,6 @@ CANDIDATES = (
     "xla_gpu_experimental_enable_triton_heroless_priority_fusion=true",
 )
 AUTHORS, CONFIGURED = "the authors' arithmetic", "as configured"
-UNKNOWN = "No such compile option"
-"""What XLA says of one that it does not know."""
 
 
 class Work(NamedTuple):
@@ -171,12 +169,12 @@ def within(
 
 
 def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Returns what comes of it, or {"error": its first line} where it fails."""
+    """Returns the result of work, or {"error": its first line} where it fails."""
     try:
         return work()
     except RuntimeError as error:  # of XLA or of PyTorch, as when memory is short
         said = str(error).strip() or type(error).__name__
-        unknown = UNKNOWN in said
+        unknown = "No such compile option" in said
         return {"error": "not known to this jaxlib" if unknown else said.split("\n")[0]}
 
 
@@ -206,7 +204,7 @@ def row(
 
 
 def in_words(figures: dict[str, Any]) -> str:
-    """Returns the first that is known of a row, for a person who waits."""
+    """Returns the figures of a row in a few words, for the screen."""
     if "error" in figures:
         return str(figures["error"])
     return f"{figures['per_second']:,.1f} per s, {figures['ms']:,.2f} ms"

@@ -1,4 +1,4 @@
-"""Devices to compile for, that need not be there."""
+"""Names devices to compile for, which need not be there."""
 
 import os
 import re
@@ -33,8 +33,8 @@ class Speed(NamedTuple):
 H200_SPEED = Speed(
     convolutions=740e12, memory=3.1e12, start=2e-6, convolution_start=10e-6
 )
-# What XLA asks of a GPU before it compiles for it; as one answers. On the bandwidth of
-# its memory depends what is fused.
+# What XLA must know of a GPU to compile for it, as one answered. The bandwidth of its
+# memory decides what is fused.
 GPU = """
 gpu_device_info {{
   threads_per_block_limit: 1024
