@@ -1,7 +1,6 @@
 """Strict JAX for every test: CPU, eight fake devices, no implicit rank promotion."""
 
 import contextlib
-import importlib.metadata
 import itertools
 import os
 import re
@@ -9,17 +8,14 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# These must be set before jax is imported, here and in every xdist worker. Most of the
-# time goes into compiling, and half of that into how XLA writes loops by default; the
-# older way, which is gone from jaxlib 0.11, is to be had for less. Programs are not cut
-# into parts for threads: all cores have work already.
+from processes import QUICK_XLA
+
+# These must be set before jax is imported, here and in every xdist worker.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
-    + " --xla_cpu_parallel_codegen_split_count=1"
-    + " --xla_cpu_use_fusion_emitters=false"
-    * importlib.metadata.version("jaxlib").startswith("0.10.")
+    + QUICK_XLA
 )
 
 import jax

@@ -24,7 +24,8 @@ from diffusion_jax.lab.run_folder import runs
 from experiments import eval_fid, sample, train
 
 HERE = ["--train.devices", "4", "--optimizer.decay", "constant"]
-ENDLESS = ["--train.steps", "1000000"]
+# Without grids: drawing on several hosts has a test of its own.
+ENDLESS = ["--train.steps", "1000000", "--sample.every", "1000000"]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def walked(folder, trained):
     """
     of, out = str(trained.folder), str(folder / "drawn.npz")
     drawing = [of, *shlex.split("--count 6 --batch-size 4 --format npz --out"), out]
-    judging = [of, *shlex.split("--count 90 --steps 3 --batch-size 15")]
+    judging = [of, *shlex.split("--count 90 --steps 3 --batch-size 45")]
     run = here(folder, "begun", 7)
     lines = map(shlex.join, (drawing, judging, arguments_of(folder, "begun")))
     with processes.started(["-c", processes.KEEP + WALK, *lines], devices=2) as both:

@@ -8,6 +8,7 @@ import random
 
 import conftest
 import numpy as np
+import processes
 import pytest
 from torture import kills, trainings
 
@@ -15,7 +16,7 @@ from diffusion_jax.data import datasets
 
 STEPS = 180
 # As the tests around it are: with few optimisations, and what was compiled once.
-FAST = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+FAST = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": processes.QUICK_XLA}
 AIMS = [kills.at_commit, kills.at_start, kills.at_save]
 
 
