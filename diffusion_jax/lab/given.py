@@ -84,8 +84,7 @@ def options(values: Mapping[str, Any], cls: Any) -> Any:
     for name in values:
         if name not in names:
             raise_unknown("the option", name, names)
-    wrong: list[tuple[str, str, str]] = []
-    found = json_fields.read(_plain(values), cls, "", partial=True, wrong=wrong)
+    found, wrong = json_fields.read(_plain(values), cls)
     if wrong:
         name, must, got = (
             re.sub(r"\b(true|false|null)\b", lambda found: _PYTHON[found[0]], words)
