@@ -61,13 +61,14 @@ def test_the_bound_is_that_of_the_command(digits, trained):
 
 def test_the_network_is_asked_in_steps(digits):
     clean = jnp.linspace(-3, 3, 2 * 64).reshape(2, 8, 8, 1)  # so that the clip is seen
-    noise = gaussian.normal(KEY, clean.shape)
-    for t in (1, 20, np.array([3, 17])):
+    noise, net = gaussian.normal(KEY, clean.shape), build.make_network(digits.config)
+    apply = jax.jit(net.apply)
+    for t in (1, np.array([3, 20])):
         level = digits.schedule(t)
         x_t = gaussian.q_sample(clean, noise, level)
         pred = digits.denoise(x_t, t)
-        net, times = build.make_network(digits.config), np.broadcast_to(t, 2)
-        output = net.apply({"params": digits.params["net"]}, x_t, times - 1)
+        times = np.broadcast_to(t, 2) - 1
+        output = apply({"params": digits.params["net"]}, x_t, times)
         x0 = gaussian.predict("v", output, x_t, level).x0
         np.testing.assert_allclose(pred.x0, jnp.clip(x0, -1, 1), atol=1e-4)
         level = level.like(x_t)
@@ -88,17 +89,13 @@ def test_a_label_is_told_and_none_is_the_last_row(digits, refuses):
     )
     loaded = dataclasses.replace(digits, config=config, params=params)
     x_t = jax.random.normal(KEY, (2, 8, 8, 1))
-    net = build.make_network(config)
-    for label, rows in ((1, [1, 1]), ([2, 0], [2, 0]), (None, [3, 3])):
+    apply = jax.jit(build.make_network(config).apply)
+    jitted = jax.jit(lambda x: loaded.denoise(x, 9, label=jnp.array([2, 0])))
+    for label, rows in ((1, [1, 1]), ([2, 0], [2, 0]), (None, [3, 3]), ("jit", [2, 0])):
         given = {"params": params["net"]}, x_t, jnp.array([8, 8]), jnp.array(rows)
-        x0 = gaussian.predict("v", net.apply(*given), x_t, loaded.schedule(9)).x0
-        found = loaded.denoise(x_t, 9, label=label).x0
-        np.testing.assert_allclose(found, jnp.clip(x0, -1, 1), atol=1e-4)
-    both = jnp.array([2, 0])
-    jitted = jax.jit(lambda x: loaded.denoise(x, 9, label=both).x0)
-    np.testing.assert_allclose(
-        jitted(x_t), loaded.denoise(x_t, 9, label=both).x0, atol=1e-4
-    )
+        x0 = gaussian.predict("v", apply(*given), x_t, loaded.schedule(9)).x0
+        found = jitted(x_t) if label == "jit" else loaded.denoise(x_t, 9, label=label)
+        np.testing.assert_allclose(found.x0, jnp.clip(x0, -1, 1), atol=1e-4)
     for wrong in (3, -1, [0, 1, 2], 1.0, [0, 9]):
         with refuses(str(wrong)):
             loaded.denoise(x_t, 9, label=wrong)
