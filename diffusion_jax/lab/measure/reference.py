@@ -91,10 +91,13 @@ def distance(real: Reference, features: np.ndarray) -> float:
 def distance_of(
     real: Reference, images: np.ndarray, extractor: Extractor, *, batch_size: int
 ) -> float:
-    """Returns the Frechet distance of uint8 images from the real ones."""
+    """Returns the Frechet distance of uint8 images from the real ones.
+
+    On several hosts all must call it; only the first one gets it, the others nan.
+    """
     label = "features of samples"
     seen, _ = extract(extractor, images, batch_size=batch_size, label=label)
-    return distance(real, seen)
+    return distance(real, seen) if hosts.first() else float("nan")
 
 
 def _compute(features: np.ndarray) -> Reference:

@@ -93,13 +93,14 @@ class Sampling:
     """Sampling rule (sampler, scheduler); the run's, with its options, when not given.
     Another rule has its own defaults for all options below."""
     steps: Count | None = None
-    """Reverse steps: of most rules as many evaluations of the network (NFE)."""
+    """Reverse steps, mostly as many evaluations of the network (NFE); for ddpm all T
+    when not given."""
     grid: Grid | None = None
     """Times of the steps: evenly spaced, denser near the data, evenly spaced in
     log-SNR, or as Karras et al. 2022."""
     variance: Variance | None = None
-    """Variance of the reverse steps of ddpm; analytic is the optimal one for the
-    network, estimated once from the data."""
+    """Variance of the reverse steps of ddpm, diffusion.variance when not given;
+    analytic is the optimal one for the network, estimated once from the data."""
     eta: Annotated[float | None, between(0, 1)] = None
     """Noise of ddim, from 0 (none, the default) to 1 (as much as ddpm)."""
     order: Order | None = None
@@ -143,11 +144,6 @@ class Sample(Sampling):
     sampler: RuleName = "ddpm"
     """Sampling rule (sampler, scheduler); each has its own defaults for what is not
     given."""
-    steps: Count | None = None
-    """Reverse steps, mostly as many evaluations of the network (NFE); for ddpm all T
-    when not given."""
-    variance: Variance | None = None
-    """Variance of the reverse steps of ddpm; diffusion.variance when not given."""
     every: Count = 10_000
     """Steps between two grids; the last step always has one."""
     count: Annotated[int, between(1, 2**20)] = 64

@@ -126,12 +126,8 @@ def measure(
         pictures.to_uint8(draw(drawable, key, first)) for first in range(0, count, size)
     ]
     drawn = np.concatenate(batches)[:count]
-    features, _ = extractors.extract(
-        ruler.extractor, drawn, batch_size=BATCH, label="features of samples"
-    )
-    value = float("nan")
+    value = reference.distance_of(ruler.real, drawn, ruler.extractor, batch_size=BATCH)
     if hosts.first():
-        value = reference.distance(ruler.real, features)
         result = {
             "numbers": {f"{ruler.name} vs train": {"mean": value, "of_each": [value]}},
             "extractor": ruler.extractor.name,
