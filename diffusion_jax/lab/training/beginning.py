@@ -122,9 +122,7 @@ def start(
     Newer checkpoints, which are damaged, are set aside.
 
     Args:
-      config: the configuration.
-      run: the folder of the run.
-      mesh: the devices.
+      config, run, mesh: of the training.
       folder: of checkpoints.
       params: of `initial.params`, where it has been called already.
       strict: whether the newest checkpoint must verify.
@@ -220,10 +218,7 @@ def compiling(
 def first_state(config: Config, mesh: Any, params: Any = None) -> TrainState:
     """Returns the state before the first step, packed, on the devices of a mesh.
 
-    Args:
-      config: the configuration.
-      mesh: the devices.
-      params: those to start from; from the seed when None.
+    The parameters are from the seed where none are given.
     """
     like = learning.state_shapes(config, packed=True)
     placed = parallel.state_sharding(like, mesh)

@@ -70,11 +70,6 @@ def held_out_loss(
 
     The images, times and noise are always the same, without dropout and flips, so only
     the network changes it.
-
-    Args:
-      config: the configuration.
-      mesh: the devices of the packed parameters.
-      held: the images.
     """
     calm = replace(config, "data", flip=False)
     if config.diffusion.density == "importance":  # which depends on the training so far
@@ -114,8 +109,7 @@ def measure(
 
     Args:
       ruler: from `make`.
-      config: of the run.
-      run: where the result goes.
+      config, run: of the training.
       draw: from `chains.make_draw`, of config.sample.count images.
       drawable: the averaged weights.
       step: updates that they have seen.

@@ -30,12 +30,7 @@ IN_TRAINING = {
 
 
 def make_schedule(config: Config, params: Any = None) -> schedule.Schedule:
-    """Returns the noise schedule that the network learns on.
-
-    Args:
-      config: the configuration.
-      params: as `init_params` makes them; only for a learned schedule.
-    """
+    """Returns the noise schedule of training; a learned one is made of `params`."""
     d = config.diffusion
     total, ends = d.num_steps, {"beta_start": d.beta_start, "beta_end": d.beta_end}
     made: schedule.Schedule = {
@@ -110,11 +105,7 @@ def make_apply(
 ) -> Apply:
     """Returns the network as a function of x, t and, with classes, the label.
 
-    Args:
-      config: the configuration.
-      params: as `init_params` makes them.
-      levels: the schedule whose times t are.
-      options: of the network's call.
+    `levels` is the schedule whose times t are; options are those of the network's call.
     """
     net = make_network(config)
 
@@ -183,12 +174,9 @@ def _init_schedule(key: jax.Array) -> learned.Params:
 def load_data(
     config: Config, *, split: str = "train", labelled: bool = False
 ) -> datasets.Dataset:
-    """Returns the images of a split.
+    """Returns the images of a split, "train" or "test"; held-out ones are the latter.
 
-    Args:
-      config: the configuration.
-      split: "train" or "test"; images held out are the latter.
-      labelled: whether labels are needed though the network has no classes.
+    With `labelled` they must have labels though the network has no classes.
 
     Raises:
       ConfigError, DataError: as `load_parts`; there are no test images.
@@ -204,10 +192,7 @@ def load_parts(
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """Returns the images to train on, and the held-out ones or None.
 
-    Args:
-      config: the configuration.
-      dataset: all images, in place of those that it names.
-      labelled: as of `load_data`.
+    `dataset` has all images, in place of those that the configuration names.
 
     Raises:
       ConfigError, DataError: they cannot be loaded, or are too few.

@@ -90,10 +90,7 @@ def make_sampler(
 ) -> samplers.Sampler:
     """Returns the sampling rule with these weights.
 
-    Args:
-      config: the configuration.
-      drawable: the weights.
-      first: index of the first example, for its label where classes take turns.
+    `first` is the index of the first example, for its label where classes take turns.
     """
     denoise = make_denoiser(config, drawable, first=first)
     return make_rule(config, denoise, sampling_schedule(config, drawable.params))
@@ -141,9 +138,7 @@ def labels_of(
 def count_classes(config: Config, drawable: Drawable | None = None) -> int:
     """Returns how many classes take turns; 0 where all samples are of one.
 
-    Args:
-      config: the configuration.
-      drawable: what is drawn with, where a classifier may guide.
+    `drawable` is needed where a classifier may guide.
     """
     if config.sample.label is not None:
         return 0

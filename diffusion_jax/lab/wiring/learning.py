@@ -61,7 +61,7 @@ def init_state(
     """Returns the training state before the first step.
 
     Args:
-      config: the configuration.
+      config: of the run.
       params: those to start from, a tree or packed; from the seed when None.
       key: `jax.random.key(config.train.seed)` when None. Given under jit, one compiled
         program serves all seeds.
@@ -156,14 +156,9 @@ def draw_times(
     levels: schedule.Schedule,
     memory: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns times and the weights of their losses, [B] each, by position in a batch.
+    """Returns a time and the weight of its loss for each position in the batch, [B].
 
-    Args:
-      config: the configuration.
-      key: of the batch.
-      position: indices in the global batch, [B].
-      levels: the noise schedule.
-      memory: the losses seen by time, where times are drawn by importance.
+    `memory` has the losses by time, for importance sampling.
     """
     d, size = config.diffusion, config.train.batch_size
     match d.spread:
@@ -195,11 +190,8 @@ def make_loss(config: Config, *, train: bool = True) -> state.LossFn:
     a time, is not.
 
     The loss takes a memory, of which importance sampling makes its times, and returns
-    the mean and {"t", "loss"} of each example, as `state.make_step` wants.
-
-    Args:
-      config: the configuration.
-      train: whether there is dropout.
+    the mean and {"t", "loss"} of each example, as `state.make_step` wants. There is
+    dropout only with `train`.
     """
 
     def loss_fn(
@@ -223,7 +215,8 @@ def make_loss(config: Config, *, train: bool = True) -> state.LossFn:
         def denoiser(levels: schedule.Schedule) -> gaussian.Denoiser:
             options = {"train": train, "rngs": {"dropout": dropout_key}}
             apply = make_apply(config, params, levels, **options)
-            return make_denoiser(config, lambda x, t: apply(x, t, label), levels)
+            given = apply if label is None else functools.partial(apply, label=label)
+            return make_denoiser(config, given, levels)
 
         eps = gaussian.normal(eps_key, x0.shape)
         if config.diffusion.loss == "vlb" and is_continuous(config):
@@ -351,7 +344,7 @@ def make_step(
     """Returns the training step, compiled for the mesh by the configured strategy.
 
     Args:
-      config: the configuration.
+      config: of the run.
       mesh: the devices.
       stored: images on the devices, where batches are indices of them: `feed.Feed`.
       options: of the compiler, as `parallel.data_parallel`.
