@@ -41,10 +41,8 @@ class Job(NamedTuple):
     """The loss of held-out images as a function of the parameters, if there are any."""
     signals: stopping.Requests
     """The signals that asked to stop."""
-    started: float
-    """When the command was started, by `time.monotonic`."""
-    before: compilation.Programs
-    """What was compiled before the command started."""
+    start: tuple[float, compilation.Programs]
+    """When the command began, by `time.monotonic`, and what was compiled before."""
 
 
 def train(
@@ -69,7 +67,7 @@ def train(
       CheckpointError: there are checkpoints, and none can be resumed from.
       ConfigError: the folder holds another run, or this one diverged.
     """
-    started, before = time.monotonic(), compilation.count()
+    start = time.monotonic(), compilation.count()
     if config.train.deterministic:
         determinism.ask()
     parallel.split_cpu(config.train.batch_size)  # both before JAX looks for devices
@@ -118,17 +116,7 @@ def train(
             begun = begun._replace(state=learning.as_trained(config, begun.state, mesh))
             loss = None if held is None else measuring.held_out_loss(config, mesh, held)
             job = Job(
-                config,
-                run,
-                mesh,
-                fed,
-                step,
-                manager,
-                ruler,
-                loss,
-                requests,
-                started,
-                before,
+                config, run, mesh, fed, step, manager, ruler, loss, requests, start
             )
             state = loop(job, begun)
         return finish(job, state)
@@ -268,8 +256,8 @@ def score_of(job: Job, shown: Progress, draw: Any, state: TrainState) -> float |
 
 def describe_first(job: Job) -> None:
     """Prints the time to the first step, and what was compiled for it."""
-    made = compilation.since(job.before)
-    seconds = time.monotonic() - job.started
+    began, before = job.start
+    seconds, made = time.monotonic() - began, compilation.since(before)
     print(f"first step after {seconds:.1f} s{made and f' ({made})'}", flush=True)
 
 
@@ -310,7 +298,7 @@ def draw_loss(config: Config, run: runs.Run, lines: list[dict[str, Any]]) -> obj
 def finish(job: Job, state: TrainState) -> int:
     """Plots the loss, prints where everything is, and returns the exit code."""
     config, run, requested = job.config, job.run, job.signals.numbers
-    seconds = time.monotonic() - job.started
+    seconds = time.monotonic() - job.start[0]
     step, again = int(state.step), "the same command goes on from here"
     logged = runs.read_lines(run.metrics)
     lines = [line for line in logged if line.get("loss") is not None]
