@@ -81,21 +81,17 @@ def test_every_large_experiment_builds(name):
         config = dataclasses.replace(config, net=little)
     state = learning.state_shapes(config)
     assert len(state.averages) == len(learning.make_averages(config))
-    size, count = config.data.image_size, config.train.batch_size
+    count = config.train.batch_size
     batch = {
-        "image": jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8),
+        "image": jax.ShapeDtypeStruct((count, *config.data.shape), jnp.uint8),
         "position": jax.ShapeDtypeStruct((count,), jnp.int32),
-        "label": jax.ShapeDtypeStruct((count,), jnp.int32),
     }
-    if config.data.channels == 1:
-        batch["image"] = jax.ShapeDtypeStruct((count, size, size, 1), jnp.uint8)
-    if not config.net.classes:
-        del batch["label"]
+    if config.net.classes:
+        batch["label"] = batch["position"]
     loss = learning.make_loss(config)
     out, seen = jax.eval_shape(loss, state.params, batch, state.key)
     assert seen["t"].shape == seen["loss"].shape == (count,)
-    assert out.shape == ()
-    assert out.dtype == jnp.float32
+    assert (out.shape, out.dtype) == ((), jnp.float32)
 
 
 def random_objective(seed):
@@ -137,31 +133,35 @@ def test_whatever_is_not_refused_has_a_finite_loss(monkeypatch):
         assert np.isfinite(loss), objective
 
 
-def seen_by_the_loss(config, images, position):
-    """What the loss makes of a batch: the key that drops, and x0."""
-    found = []
+def seen_by_the_loss(config, **batch):
+    """What the loss makes of a batch: the key of dropout, x0, and labels."""
+    seen = {}
 
     def look(config, denoise, levels, x0, eps, t):
-        found.append(x0)
+        denoise(x0, t)
+        seen["x0"] = x0
         return x0.mean(axis=(1, 2, 3))
 
-    def keep(*_, rngs, **__):
-        found.append(jax.random.key_data(rngs["dropout"]).tolist())
+    def network(*_, rngs, **__):
+        def apply(x, t, label=None):
+            seen["label"] = label
+            return x
 
-    batch = {"image": images, "position": position}
+        seen["key"] = jax.random.key_data(rngs["dropout"]).tolist()
+        return apply
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learning, "_loss_at", look)
-        patch.setattr(learning, "make_apply", keep)
+        patch.setattr(learning, "make_apply", network)
         learning.make_loss(config)({}, batch, jax.random.key(0))
-    return found
+    return seen
 
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_the_loss_sees_pictures_from_minus_one_to_one_mirrored_at_random(flip):
     config = replace(EXPERIMENTS["digits"].config, "data", flip=flip)
     images = np.arange(256, dtype=np.uint8).reshape(16, 4, 4, 1)
-    _, x0 = seen_by_the_loss(config, images, np.arange(16))
-    assert (images.min(), images.max()) == (0, 255)
+    x0 = seen_by_the_loss(config, image=images, position=np.arange(16))["x0"]
     straight = images / 127.5 - 1
     mirrored = np.flip(straight, axis=2)  # left and right
     near = [
@@ -176,28 +176,22 @@ def test_parts_of_a_batch_drop_by_keys_of_their_own():
     """By the position of their first example: devices have parts of a batch."""
     config, images = EXPERIMENTS["digits"].config, np.zeros((4, 8, 8, 1), np.uint8)
     keys = [
-        seen_by_the_loss(config, images, first + np.arange(4))[0] for first in (0, 4, 0)
+        seen_by_the_loss(config, image=images, position=first + np.arange(4))["key"]
+        for first in (0, 4, 0)
     ]
     assert keys[0] == keys[2] != keys[1]
 
 
-def test_labels_are_dropped_at_their_rate(monkeypatch):
-    told = []
+def test_labels_are_dropped_at_their_rate():
     config = EXPERIMENTS["digits_conditional"].config
     config = replace(config, "net", label_dropout=0.2)
-
-    def apply(x, t, label):
-        told.append(label)
-        return x
-
-    monkeypatch.setattr(learning, "make_apply", lambda *_, **__: apply)
     count, classes = 2000, config.net.classes
     label = np.arange(count, dtype=np.int32) % classes
     images = np.zeros((count, 2, 2, 1), np.uint8)
     batch = {"image": images, "label": label, "position": np.arange(count)}
-    learning.make_loss(config)({}, batch, jax.random.key(0))
-    kept = np.asarray(told[0]) == label
-    assert np.all(kept | (told[0] == classes))
+    told = seen_by_the_loss(config, **batch)["label"]
+    kept = np.asarray(told) == label
+    assert np.all(kept | (told == classes))
     assert abs(kept.mean() - 0.8) < 5 * np.sqrt(0.8 * 0.2 / count)
 
 

@@ -212,10 +212,8 @@ NO_IMAGES = {
     "from 0 to 1. If they are scaled to [0, 1]: np.round(images * 255.0)": X / 255,
     "from -1 to 1. If they are scaled to [-1, 1]": X / 127.5 - 1,
     "from 0 to 255. Convert them: np.round(images).astype": jnp.asarray(X, float),
-    "int64 of shape (4, 8, 8, 1), from 0 to 255. Convert": X.astype(int),
     "from -7 to 2. Scale them to 0..255": X / 255 * 9 - 7,
     "from nan to nan. Find out": np.where(X > 9, np.nan, X),
-    "bool of shape (4, 8, 8, 1), from 0 to 1. If": X > 9,
     "all of 0 and 1. Of masks give images * 255": X % 2,
     "shape (0, 8, 8, 1). Give one image or more": X[:0],
     "shape (8, 8). Put them along a first axis": GREY[0],
@@ -355,10 +353,5 @@ def test_the_notebook_of_the_docs_runs(trained, tmp_path, monkeypatch):
     nbclient.NotebookClient(
         book, timeout=240, resources={"metadata": {"path": tmp_path}}
     ).execute()
-    shown = [
-        output
-        for cell in book.cells
-        for output in cell.get("outputs", [])
-        if "image/png" in output.get("data", {})
-    ]
-    assert len(shown) >= 3
+    outputs = [o for cell in book.cells for o in cell.get("outputs", [])]
+    assert sum("image/png" in o.get("data", {}) for o in outputs) >= 3
