@@ -1,4 +1,4 @@
-"""Opens trained networks for commands, and the flags that commands share."""
+"""What commands ask of a trained network: the flags they share, how it is opened."""
 
 from typing import Annotated, Any
 
