@@ -9,7 +9,6 @@ import pytest
 from diffusion_jax.data import datasets
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.drawing import figures
-from diffusion_jax.lab.measure import extractors
 from diffusion_jax.lab.schema.config import replace
 from diffusion_jax.lab.training import measuring
 from diffusion_jax.lab.wiring import build, learning
@@ -46,14 +45,6 @@ def test_held_out_images_are_measured_without_dropout(monkeypatch):
     assert np.isfinite(loss(jax.device_put(params, parallel.replicated(mesh))))
     assert drops
     assert not any(drops)
-
-
-def test_samples_must_be_more_than_features(refuses):
-    """As many have a singular covariance."""
-    network = extractors.Extractor("inception", 64, None, {})
-    extractors.check_count(network, 65)
-    with refuses("64. Give more"):
-        extractors.check_count(network, 64)
 
 
 def test_above_each_column_of_a_strip_is_its_time(monkeypatch):

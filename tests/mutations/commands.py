@@ -194,7 +194,7 @@ COMMANDS = [
         "diffusion_jax/lab/measure/extractors.py",
         "if count <= extractor.dimension:",
         "if count < extractor.dimension:",
-        "tests/lab/test_measuring.py::test_samples_must_be_more_than_features",
+        "tests/experiments/test_eval.py::test_bad_requests_are_named_before_anything_is_drawn",
     ),
     Breakage(
         "eval-nll-padding-counts",
