@@ -1,4 +1,4 @@
-"""What a notebook gives: options, images and labels, checked before all else."""
+"""Checks what a notebook passes in, before any work: options, images, labels, keys."""
 
 import dataclasses
 import hashlib
@@ -23,7 +23,7 @@ from diffusion_jax.lab.schema.config import GIVEN, Config, Data, Net, to_dict
 
 @contextmanager
 def in_python() -> Iterator[None]:
-    """Names arguments in the words of errors that name a command's flags."""
+    """Names Python arguments where errors from within name flags of commands."""
     try:
         yield
     except (ConfigError, CheckpointError, DataError) as error:
@@ -32,7 +32,7 @@ def in_python() -> Iterator[None]:
 
 
 def _in_python(said: str) -> str:
-    """Returns the words of an error without flags.
+    """Returns the text of an error with arguments in place of flags.
 
     >>> _in_python("eta must be 0; got 1. Change it with --eta.")
     'eta must be 0; got 1. Change it: eta=...'
@@ -49,7 +49,7 @@ def _in_python(said: str) -> str:
         lambda found: f"Change it: {found[1].replace('-', '_')}=...",
         said,
     )
-    # A command that is named keeps its flags.
+    # The flags of a whole command stay.
     return re.sub(
         r"python -m .*|--([a-z][\w.-]*\w)",
         lambda found: found[1].replace("-", "_") if found[1] else found[0],
@@ -58,10 +58,10 @@ def _in_python(said: str) -> str:
 
 
 def config_of(value: Any) -> Config:
-    """Returns a configuration with each value of its field's type.
+    """Returns a configuration whose values all have their field's type.
 
     Raises:
-      ConfigError: it is none, or a value is of another type.
+      ConfigError: it is no configuration, or a value has another type.
     """
     if not isinstance(value, Config):
         raise ConfigError(
@@ -74,22 +74,20 @@ def config_of(value: Any) -> Config:
 
 
 def options(values: Mapping[str, Any], cls: Any) -> Any:
-    """Returns the dataclass that options are the fields of; others are as by default.
+    """Returns a dataclass with some fields given and the others at their defaults.
 
     Raises:
       ConfigError: a value of another type than its field's.
       ValueError: no such option.
     """
     names = tuple(field.name for field in dataclasses.fields(cls))
-    for name in values:
-        if name not in names:
-            raise_unknown("the option", name, names)
-    wrong: list[tuple[str, str, str]] = []
-    found = json_fields.read(_plain(values), cls, "", partial=True, wrong=wrong)
+    if unknown := values.keys() - names:
+        raise_unknown("the option", min(unknown), names)
+    found, wrong = json_fields.read(_plain(values), cls)
     if wrong:
         name, must, got = (
-            re.sub(r"\b(true|false|null)\b", lambda found: _PYTHON[found[0]], words)
-            for words in wrong[0]
+            re.sub(r"\b(true|false|null)\b", lambda word: _PYTHON[word[0]], said)
+            for said in wrong[0]
         )
         raise ConfigError(f"{name} must be {must}; got {got}. Change it: {name}=...")
     return found
@@ -99,7 +97,7 @@ _PYTHON = {"true": "True", "false": "False", "null": "None"}
 
 
 def _plain(value: Any) -> Any:
-    """Returns a value as JSON has it: paths are text, numbers of arrays are numbers."""
+    """Returns a value with paths as text and scalars of arrays as Python numbers."""
     if isinstance(value, Mapping):
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -112,7 +110,7 @@ def _plain(value: Any) -> Any:
 
 
 def whole(name: str, value: Any, *, least: int = 1) -> int:
-    """Returns an argument that must be a whole number."""
+    """Returns an argument as an int; ConfigError if it is none or too small."""
     try:
         number = least - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -130,7 +128,7 @@ def dataset(images: Any, labels: Any, config: Config) -> datasets.Dataset:
 
     Raises:
       ConfigError, DataError: they are no such arrays, or labels are given though the
-        network has no classes, or do not fit those that it has.
+        network has no classes.
     """
     found = arrays.as_images(_array("images", images), "the call")
     known = None if labels is None else _array("labels", labels)
@@ -176,26 +174,26 @@ def _array(name: str, value: Any) -> np.ndarray:
 
 
 def data_of(config: Config, images: Any, given: Any, labels: Any) -> Data:
-    """Returns the fields of data for images that are in memory.
+    """Returns the data section of the configuration for images in memory.
 
     Args:
       config: the configuration.
       images: uint8 [N, H, W, C].
-      given: the same as they were given.
+      given: the same images, as the caller gave them.
       labels: int32 [N] or None.
 
     Raises:
-      ConfigError: they have another number of channels, or nobody can tell.
+      ConfigError: the number of channels is neither 1 nor 3, or ambiguous.
     """
     count, height, width, channels = images.shape
-    three_axes = np.ndim(given) == 3
-    if three_axes and count == 3 and not isinstance(given, list | tuple):
+    three_axes = np.ndim(given) == 3 and not isinstance(given, list | tuple)
+    if three_axes and count == 3:
         raise ConfigError(
             f"images must be [N, H, W, C]; got {images.shape[:3]}, which is three grey "
             "ones, or one in colours with its channels first. Give images[..., None], "
             "or images.transpose(1, 2, 0)[None]."
         )
-    single = three_axes and width in (1, 3, 4) and not isinstance(given, list | tuple)
+    single = three_axes and width in (1, 3, 4)
     if single or channels not in (1, 3):
         advice = "Convert them to grey or RGB."
         if single:
@@ -224,7 +222,7 @@ def data_of(config: Config, images: Any, given: Any, labels: Any) -> Data:
 
 
 def label_of(net: Net, label: ArrayLike | None, count: int) -> jax.Array | None:
-    """Returns the classes that a network is told, [count]; None where it has none."""
+    """Returns the labels that a network is given, [count]; None without classes."""
     if label is None and net.classes and not net.label_dropout:
         raise ConfigError(
             f"label must be given, in 0..{net.classes - 1}; got none, which this "
@@ -251,7 +249,7 @@ def label_of(net: Net, label: ArrayLike | None, count: int) -> jax.Array | None:
 
 
 def check_key(key: Any) -> None:
-    """Raises ConfigError for what is no key of jax.random."""
+    """Raises ConfigError for anything but one key of jax.random."""
     if not (
         isinstance(key, jax.Array)
         and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
@@ -273,7 +271,7 @@ def check_shape(config: Config, shape: tuple[int, ...], name: str) -> None:
 
 
 def noisy(config: Config, x_t: Any, t: Any) -> tuple[jax.Array, jax.Array]:
-    """Returns noisy images, [B, H, W, C], and times that a network may be asked about.
+    """Returns noisy images, [B, H, W, C], and their times, [B] or [], as arrays.
 
     Raises:
       ConfigError: images of another shape or type, or not one time or one an image.

@@ -1,9 +1,4 @@
-"""A trained network in a notebook: loaded, drawn from, asked, or trained there.
-
->>> from diffusion_jax import lab
->>> lab.train.__name__, lab.load.__name__
-('train', 'load')
-"""
+"""Loads, trains and samples networks in a notebook: `lab.load`, `lab.train`."""
 
 import dataclasses
 import functools
@@ -35,21 +30,21 @@ from diffusion_jax.lab.wiring import build, chains
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Trained:
-    """A trained network: its weights, its configuration, and what one asks of it."""
+    """A trained network: its weights and its configuration."""
 
     config: Config
-    """What it is, what it was trained on, and how it draws where nothing is said."""
+    """What the network is, what it was trained on, and the default way to sample."""
     params: Any
     """The weights, a tree of arrays on all devices."""
     step: int | None
-    """Updates that the weights have seen, where it is known."""
+    """Training steps of the weights, where known."""
     kind: str
     """Which weights, such as "averaged"."""
     run: runs.Run
-    """Where its files are."""
+    """The run's folder."""
 
     def __repr__(self) -> str:
-        """Returns what it is in one line."""
+        """Returns name, shape, size and kind of weights in one line."""
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         shape = "x".join(map(str, self.config.data.shape))
         said = weights.describe(self.kind, self.step)
@@ -90,7 +85,7 @@ class Trained:
     def denoise(
         self, x_t: jax.Array, t: ArrayLike, *, label: ArrayLike | None = None
     ) -> gaussian.Prediction:
-        """Returns what the network believes of noisy images: x0 and the noise in them.
+        """Returns the network's prediction for noisy images: x0 and the noise in them.
 
         A pure function: it may be differentiated, and passed through `jit` or `vmap`.
 
@@ -98,14 +93,14 @@ class Trained:
           x_t: images scaled to [-1, 1] with the noise of time t, [B, H, W, C]:
             `gaussian.q_sample(x0, noise, trained.schedule(t))`.
           t: times in {0, ..., T}, [B] or one for all.
-          label: classes, [B] or one for all, of a network with classes; none, which
-            one trained with net.label_dropout knows, when not given.
+          label: classes, [B] or one for all, of a network with classes; no label
+            when not given, which needs a network trained with net.label_dropout.
 
         Raises:
           ConfigError: images of another shape, or a label without classes.
         """
         noisy, times = given.noisy(self.config, x_t, t)
-        self.schedule(t)  # a t that is known is checked here: under jit it is not
+        self.schedule(t)  # checks a concrete t, which the jitted function cannot
         each = given.label_of(self.config.net, label, len(noisy))
         return _denoise(self.config, self.params, noisy, times, each)
 
@@ -120,8 +115,8 @@ class Trained:
     ) -> np.ndarray:
         """Returns the bound on each image's negative log-likelihood, [N] bits/dim.
 
-        By one draw of x_t for each of the T steps, T network evaluations an image
-        (Eq. 5, Ho et al. 2020): what `experiments.eval_nll` averages.
+        One draw of x_t for each of the T steps, T network evaluations an image (Eq. 5,
+        Ho et al. 2020): `experiments.eval_nll` reports the mean.
 
         Args:
           images: uint8, [N, H, W, C] or [N, H, W].
@@ -201,18 +196,17 @@ def train(
     strict: bool = False,
     force: bool = False,
 ) -> Trained:
-    """Returns the network after training it, or after going on (resume) with its run.
+    """Trains a network, or resumes its run, and returns it.
 
-    As `experiments.train` does, in the same folder, <output>/<name>: the same call
-    again goes on where it stopped. An interrupt stops it after a step, with a
-    checkpoint.
+    As `experiments.train`, in the same folder, <output>/<name>: the same call again
+    resumes where it stopped. An interrupt stops it after a step, with a checkpoint.
 
     Args:
-      config: the configuration; that of another run, with another name, is a good one
-        to begin with: dataclasses.replace(trained.config, name="mine").
+      config: the configuration, such as that of another run under another name:
+        dataclasses.replace(trained.config, name="mine").
       images: uint8 [N, H, W, C] or [N, H, W], in place of those that config.data
-        names; its size and channels are then theirs.
-      labels: whole numbers, [N]; where config.net.classes is not 0, and only there.
+        names; size and channels are then those of the images.
+      labels: whole numbers, [N]; needed with config.net.classes, and only there.
       strict, force: as the flags of the command.
 
     Raises:

@@ -34,24 +34,14 @@ def test_every_experiment_says_command_hardware_hours_and_result(name):
 def test_cifar10_is_the_paper_to_the_constant():
     """Section 4 and Appendix B of Ho et al. 2020, and the official code."""
     c = cifar10_official.CONFIG
-    d, n, o = c.diffusion, c.net, c.optimizer
-    assert (d.schedule, d.num_steps, d.beta_start, d.beta_end) == (
-        "linear",
-        1000,
-        1e-4,
-        0.02,
+    net = config.Net(128, (1, 2, 2, 2), 2, (16,), 0.1, 32, "float32")
+    adam = config.Optimizer(
+        "official", 2e-4, 5000, "constant", 0.999, 1.0, 8, (0.9999,)
     )
-    assert (d.prediction, d.loss, d.variance) == ("eps", "eps", "large")
-    assert (n.channels, n.multipliers, n.blocks) == (128, (1, 2, 2, 2), 2)
-    assert (n.attention, n.dropout, n.groups) == ((16,), 0.1, 32)
-    assert n.dtype == "float32"
-    assert (o.preset, o.learning_rate, o.warmup, o.decay) == (
-        "official",
-        2e-4,
-        5000,
-        "constant",
-    )
-    assert (o.clip_norm, o.replicas, o.ema_decay, o.b2) == (1.0, 8, (0.9999,), 0.999)
+    assert (c.net, c.optimizer) == (net, adam)
+    d = c.diffusion
+    assert d == config.Diffusion("linear", 1000, 1e-4, 0.02, variance="large")
+    assert (d.prediction, d.loss) == ("eps", "eps")
     assert (c.train.steps, c.train.batch_size) == (800_000, 128)
     assert (c.data.flip, c.data.image_size, c.sample.steps) == (True, 32, None)
 
@@ -99,26 +89,20 @@ def test_the_large_images_are_the_paper_to_the_constant(name):
 
 
 BAD = {
-    "--train.batch-size 0": "train.batch_size must be from 1 to 1048576; got 0",
     "--diffusion.num-steps 1": "diffusion.num_steps must be from 2 to 1000000; got 1",
-    "--net.dropout 1.0": "net.dropout must be at least 0 and below 1; got 1.0",
     "--net.channels 12": "must be a multiple of net.groups = 8; got 12",
     "--net.attention 5": r"among the resolutions \[4, 8\]; got 5",
     "--data.image-size 9": "data.image_size must be a multiple of 2.*; got 9",
     "--data.channels 2": "data.channels must be 1 or 3; got 2",
-    "--diffusion.beta-start 0.5": "0 < start <= end < 1; got 0.5 and 0.02",
     "--diffusion.beta-end 1": "0 < start <= end < 1; got 0.0001 and 1.0",
     "--diffusion.variance learned": "diffusion.loss must be vlb",
     "--optimizer.ema-decay 1": "optimizer.ema_decay must be at least 0",
-    "--optimizer.learning-rate 0": "must be above 0; got 0",
-    "--optimizer.clip-norm nan": "must be above 0; got nan",
     "--train.measure-every 7": "a multiple of train.checkpoint_every, 1000; got 7",
     "--train.epochs 2 --train.steps 9": "must be left out with train.epochs.*; got 9",
     "--optimizer.preset official --train.batch-size 20": "a multiple of 8; got 20",
     "--optimizer.preset official --train.accumulate 2": "train.accumulate must be 1",
     "--train.accumulate 3": "train.batch_size must be a multiple of 3; got 64",
     "--sample.steps 2000": "sample.steps must be at most diffusion.num_steps = 1000",
-    "--train.seed -1": "train.seed must be from 0 to 4294967295; got -1",
     "--diffusion.loss hybrid": "diffusion.variance must be learned or range",
     "--diffusion.weighting p2": "diffusion.loss must be eps with the weighting p2",
     "--diffusion.weighting edm --diffusion.loss eps --diffusion.schedule jsd": (
@@ -126,12 +110,11 @@ BAD = {
     ),
     "--diffusion.weighting-value 3": "weighting_value must be left out",
     "--diffusion.schedule learned": "diffusion.loss must be vlb with a learned",
-    "--diffusion.schedule flow --diffusion.prediction mean": "no mean of a step",
+    "--diffusion.schedule flow --diffusion.prediction mean": "other than mean",
     "--diffusion.schedule vp --diffusion.density importance": "log_normal or logit",
     "--diffusion.density log_normal": "uniform or importance with the discrete",
     "--diffusion.schedule ve --diffusion.logsnr-shift 1": "logsnr_shift must be 0",
     "--diffusion.sigma-min 90": "0 < min < max; got 90.0 and 80.0",
-    "--net.label-dropout 1": "net.label_dropout must be at least 0 and below 1",
     "--sample.guidance 2": "must be left out where no labels were dropped",
     "--net.classes 10 --net.label-dropout 0 --sample.guidance 2": "must be left out",
     "--sample.label 3": "must be left out where the network has no classes",
@@ -140,35 +123,26 @@ BAD = {
     "--diffusion.loss vlb --diffusion.variance learned": "steps must be 1000, all",
     "--sample.variance analytic": "it is estimated afterwards; got analytic",
     "--sample.classifier-guidance 2": "the classifier is trained afterwards; got 2",
-    "--sample.variance range": "must be one that the network was trained for",
+    "--sample.variance range": "must be one that the network was trained with",
+    "--diffusion.schedule learned --diffusion.loss vlb --sample.sampler heun": (
+        "sample.grid must be uniform or quadratic"
+    ),
+    "--sample.threshold 0.9 --sample.label 1 --sample.classifier-guidance 1": (
+        "sample.threshold must be left out with classifier guidance"
+    ),
     "--optimizer.ema-snapshots 5": "optimizer.ema_lengths must be given",
     "--optimizer.ema-lengths 0.5": "must be above 0 and at most 0.28; got 0.5",
     "--optimizer.ema-decay 0.9 0.9": "must be different from each other",
-    "--train.keep-every 1500": "must be a multiple of train.checkpoint_every, 1000",
     "--name a/b": "name must be a plain folder name; got 'a/b'",
     f"--name {'n' * 201}": "name must be at most 200 bytes long; got 201",
     "--net.multipliers": "since there are 0 levels; got 8",
     "--net.multipliers 0": "must be a multiple of net.groups = 8; got 0",
-    "--diffusion.logsnr-shift 1e30": "from -100 to 100; got 1e",
     "--train.seed 4294967296": "from 0 to 4294967295; got 4294967296",
-    "--train.batch-size 1048577": "from 1 to 1048576; got 1048577",
-    "--data.image-size 8192": "height and width, from 4 to 4096; got 8192",
     "--data.image-size 8 2": r"height and width, from 4 to 4096; got \(8, 2\)",
-    "--data.image-size 8 9": r"data.image_size must be a multiple of 2.*; got \(8, 9\)",
     "--data.image-size 8 16 --net.attention 16": r"resolutions \[4, 8\]; got 16",
-    "--diffusion.num-steps 1000001": "num_steps must be from 2 to 1000000; got 1000001",
-    "--net.channels 8192": "net.channels must be from 4 to 4096; got 8192",
     "--net.multipliers 1 8192": "net.multipliers must be at most 65536; got 1310",
     f"--net.multipliers {'1 ' * 13}": "at most 12 entries; got 13",
-    "--net.blocks 65": "net.blocks must be from 1 to 64; got 65",
-    f"--net.attention {'4 ' * 13}": "net.attention must be at most 12 entries; got 13",
-    "--net.classes 1000001": "net.classes must be from 0 to 1000000; got 1000001",
-    f"--net.fourier {'1 ' * 33}": "net.fourier must be at most 32 entries; got 33",
     "--net.fourier 24": "net.fourier must be from 0 to 23; got 24",
-    "--net.fourier -1": "net.fourier must be from 0 to 23; got -1",
-    "--diffusion.sigma-data inf": "sigma_data must be finite; got inf",
-    "--diffusion.logsnr-shift nan": "logsnr_shift must be from -100 to 100; got nan",
-    "--sample.churn inf --sample.sampler edm": "sample.churn must be finite; got inf",
 }
 
 
@@ -211,15 +185,9 @@ def test_bad_flags_end_with_code_two(flags, words, capsys):
     ("argv", "flip", "said"),
     [
         ("cifar10", True, ""),
-        (
-            "cifar10 --data.source folder:x",
-            False,
-            "not mirrored, as those of cifar10 are",
-        ),
+        ("cifar10 --data.source mnist", False, "not mirrored, as those of cifar10 are"),
         ("cifar10 --data.source npz:x --data.flip", True, "32x32x3, mirrored, with"),
         ("digits --data.source npz:x", False, "images of npz:x as 8x8x1, with"),
-        ("cifar10 --data.source hf:x", False, "not mirrored, as those of cifar10 are"),
-        ("cifar10 --data.source mnist", False, "images of mnist as 32x32x3, with"),
     ],
 )
 def test_images_of_ones_own_are_mirrored_only_when_asked(argv, flip, said, capsys):
@@ -280,7 +248,6 @@ def test_what_may_differ_when_a_run_goes_on():
         ("16", 16, (16, 16, 1)),
         ("16 16", 16, (16, 16, 1)),
         ("8 16", (8, 16), (8, 16, 1)),
-        ("24 16", (24, 16), (24, 16, 1)),
     ],
 )
 def test_a_size_is_a_side_or_height_and_width(flag, size, shape):
@@ -309,13 +276,13 @@ def test_what_a_change_of_a_field_changes_is_said_of_each():
         assert sorted(facts.marked(config.Config, mark)) == sorted(names)
 
 
-def test_a_file_of_another_version_or_without_a_field_is_refused():
+def test_a_file_of_another_version_is_read_or_refused():
+    """A field that it lacks has its default; one that is unknown is named."""
     values = config.to_dict(cifar10.CONFIG)
     with pytest.raises(errors.ConfigError, match=r"must be among .*; got flavour"):
         config.from_dict(values | {"flavour": "sweet"})
     del values["diffusion"]["schedule"]
-    with pytest.raises(errors.ConfigError, match="got none of schedule"):
-        config.from_dict(values)
+    assert config.from_dict(values) == cifar10.CONFIG
 
 
 def hints(kind=config.Config, prefix=""):
@@ -339,19 +306,6 @@ def of(hint):
     )
 
 
-def test_a_word_that_no_number_or_name_is_is_refused(capsys):
-    """By one field of each type, which is all that the parser knows of a field."""
-    for hint, key in {hint: key for key, hint in HINTS.items()}.items():
-        if of(hint) is str or dataclasses.is_dataclass(hint):
-            continue
-        flag = f"--{key.replace('_', '-')}"
-        words = ["nonsense"] * (2 if key == "sample.guidance_interval" else 1)
-        with pytest.raises(SystemExit) as caught:
-            arguments.parse(["digits", flag, *words], EXPERIMENTS, prog="train")
-        assert caught.value.code == 2
-        assert "--help" in capsys.readouterr().err
-
-
 NUMBERS = [(10**30, int), (-(10**30), int), (math.nan, float), (math.inf, float)]
 
 
@@ -371,34 +325,26 @@ def test_numbers_that_no_field_can_have_are_refused(number, kind):
 
 # Values that no field of a type can have, as a damaged file may hold them.
 WRONG = {
-    int: ("a whole number", [None, 2.5, "2", True, [], {}, math.inf]),
-    int | None: ("null or a whole number", [2.5, "2", False, [], {}, math.nan]),
-    float: (
-        "a finite number",
-        [None, "x", True, [], {}, math.inf, -math.inf, math.nan, 10**400],
-    ),
-    float | None: ("null or a finite number", ["x", True, [], {}, math.inf]),
-    bool: ("true or false", [None, "x", 0, 1, [], {}]),
-    str: ("text", [None, 5, True, [], {}]),
-    str | None: ("null or text", [5, False, [], {}]),
-    tuple[int, ...]: (
-        "a list of whole numbers",
-        [None, "x", 5, {}, [None], [1.0], [True], ["1"], [[1]]],
-    ),
-    tuple[float, ...]: (
-        "a list of finite numbers",
-        [None, 0.9, "x", {}, [None], [math.nan], ["0.9"], [[0.9]]],
-    ),
+    int: ("a whole number", [None, 2.5, "2", True, math.inf]),
+    int | None: ("null or a whole number", [2.5, False]),
+    float: ("a finite number", [None, "x", True, -math.inf, math.nan, 10**400]),
+    float | None: ("null or a finite number", ["x", math.inf]),
+    bool: ("true or false", [None, "x", 0]),
+    str: ("text", [None, 5, []]),
+    str | None: ("null or text", [5, {}]),
+    tuple[int, ...]: ("a list of whole numbers", [None, "x", 5, [1.0], [True], [[1]]]),
+    tuple[float, ...]: ("a list of finite numbers", [0.9, [None], [math.nan]]),
     tuple[float, float] | None: (
         "null or a list of 2 finite numbers",
-        ["ab", 1.0, {}, [], [1.0], [1.0, 2.0, 3.0], [1.0, None], [1.0, math.inf]],
+        ["ab", [1.0], [1.0, 2.0, 3.0], [1.0, math.inf]],
     ),
     int | tuple[int, int]: (
         "a whole number or a list of 2 whole numbers",
-        [None, 2.5, "8", True, [], [8], [8, 8, 3], [8, 1.5], [8, None], {}],
+        [None, 2.5, "8", True, [8], [8, 1.5]],
     ),
-    config.Net: ("an object with fields", [None, 5, "x", [], True]),
 }
+SECTION = ("an object with fields", [None, 5, []])
+NAME = ("(null or )?one of [a-z0-9].*", [5, [], {}, "cos"])
 
 
 def damaged(*changes):
@@ -410,24 +356,14 @@ def damaged(*changes):
     return values
 
 
-@pytest.mark.parametrize("hint", WRONG, ids=str)
-def test_a_value_of_another_type_is_named(hint):
-    """In every field of the type."""
-    kind, values = WRONG[hint]
-    for key in (key for key, own in HINTS.items() if own == hint):
+def test_a_value_of_another_type_is_named():
+    """In every field."""
+    for key, hint in HINTS.items():
+        other = SECTION if dataclasses.is_dataclass(hint) else NAME
+        kind, values = WRONG.get(hint, other)
         said = rf" must be of .*; got {key} .*, not {kind}\. Correct the file"
         for value in values:
             with pytest.raises(errors.ConfigError, match=said):
-                config.from_dict(damaged((key, value)))
-
-
-def test_a_name_that_is_none_is_refused():
-    named = [key for key, hint in HINTS.items() if typing.get_origin(of(hint))]
-    assert len(named) > 10
-    for key in named:
-        without = [None] * (type(None) not in typing.get_args(HINTS[key]))
-        for value in (*without, 5, [], {}, "cos"):
-            with pytest.raises(errors.ConfigError, match=f"{key} .*one of [a-z0-9]"):
                 config.from_dict(damaged((key, value)))
 
 
@@ -446,11 +382,10 @@ def test_all_values_of_other_types_are_named_at_once():
         assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("values", [None, [], "x", 5, [1]])
+@pytest.mark.parametrize("values", [None, [], "x"])
 def test_a_file_of_something_else_is_refused(values, refuses):
-    for partial in (False, True):
-        with refuses("not an object with fields"):
-            config.from_dict(values, partial=partial)
+    with refuses("not an object with fields"):
+        config.from_dict(values)
 
 
 def test_a_whole_number_is_a_number_too():

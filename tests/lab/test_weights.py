@@ -131,8 +131,7 @@ def test_tracked_averages_are_taken_as_they_are(trained, path):
     np.testing.assert_allclose(flat(length), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("step", [80, 115, 160])
-@pytest.mark.parametrize("length", [0.04, 0.08, 0.15])
+@pytest.mark.parametrize(("length", "step"), [(0.04, 80), (0.15, 115), (0.08, 160)])
 def test_other_lengths_are_made_of_snapshots(trained, path, length, step):
     # At step 115 there is no snapshot but the averages in the checkpoint.
     which = Weights(average=length, step=step)
@@ -162,11 +161,6 @@ def test_resumed_run_writes_the_same_snapshots(trained, path, tmp_path):
         assert file.read_bytes() == there.read_bytes()
 
 
-def test_there_are_no_snapshots_to_cut_in_a_new_folder(tmp_path):
-    weights.cut_snapshots(runs.Run(tmp_path), 0)
-    assert not list(tmp_path.iterdir())
-
-
 def test_snapshots_are_due_where_asked_for():
     assert [s for s in range(1, 31) if weights.due(config_of(), s)] == [10, 20, 30]
     assert not weights.due(config_of(every=0), 10)
@@ -176,18 +170,13 @@ def test_snapshots_are_due_where_asked_for():
 def test_average_that_is_not_there_is_refused(trained, refuses):
     with pytest.raises(ConfigError, match=r"0\.9, 0\.99, a length of at most 0\.28;"):
         weights.load(config_of(), trained, Weights(average=0.5))
-    of_these = "Choose one of these"
-    for options, config, got in (
-        ({"average": 0.5}, {}, f"0.5. {of_these}."),
-        ({"average": 0.0}, {}, f"0. {of_these}."),
-        (
-            *({"average": 0.08}, {"lengths": ()}),
-            f"0.08. {of_these}, or train with --optimizer.ema-lengths",
-        ),
-        ({"average": 0.99, "raw": True}, {}, "--average 0.99 as well"),
+    for which, lengths, got in (
+        (Weights(average=0.0), LENGTHS, "0. Choose one of these."),
+        (Weights(average=0.08), (), "0.08. Choose one of these, or train with --opt"),
+        (Weights(average=0.99, raw=True), LENGTHS, "--average 0.99 as well"),
     ):
         with refuses(got):
-            weights.load(config_of(**config), trained, Weights(**options))
+            weights.load(config_of(lengths=lengths), trained, which)
 
 
 def test_too_few_snapshots_are_refused(refuses, path, tmp_path):

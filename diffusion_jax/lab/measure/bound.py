@@ -1,4 +1,4 @@
-"""The bound of images in bits/dim, and the density of the probability flow."""
+"""Computes bits/dim of images: by the bound, or by the probability flow ODE."""
 
 import functools
 import sys
@@ -24,7 +24,7 @@ Trace = Literal["rademacher", "gaussian", "exact"]
 
 
 class Sums:
-    """Sums over images in float64: all that is kept of a batch."""
+    """Sums of the bound's terms over images, in float64."""
 
     def __init__(self, num_steps: int) -> None:
         """Starts empty."""
@@ -33,7 +33,7 @@ class Sums:
         self.terms, self.mse = np.zeros(num_steps), np.zeros(num_steps)
 
     def add(self, bits: likelihood.Bound, count: int) -> None:
-        """Takes in the first `count` images of a batch; the rest is padding."""
+        """Adds the first `count` images of a batch; the rest is padding."""
         host = jax.tree.map(lambda x: np.asarray(x, np.float64), bits)
         self.totals += host.total[:count].tolist()
         self.prior += host.prior[:count].sum()
@@ -51,7 +51,7 @@ def choose(available: int, most: int | None, seed: int) -> np.ndarray:
 
 
 def mean(totals: np.ndarray) -> tuple[float, float | None]:
-    """Returns the mean and its standard error, which one image does not have."""
+    """Returns the mean and its standard error; None where there is one image."""
     count = len(totals)
     error = float(np.std(totals, ddof=1) / np.sqrt(count)) if count > 1 else None
     return float(totals.mean()), error
@@ -68,7 +68,7 @@ def evaluate(
     chunk: int = 1,
     seed: int = 0,
 ) -> Sums:
-    """Returns the sums over the chosen images; the bar counts evaluations.
+    """Returns the bound of the chosen images, with a progress bar.
 
     Args:
       config: of the network.
@@ -98,9 +98,9 @@ def batches(
     each: int = 1,
     unit: str = " images",
 ) -> Iterator[tuple[dict[str, jax.Array], int]]:
-    """Yields batches of images, numbers and labels, and how many of each count.
+    """Yields batches {"x", "i", "label"} and how many of their images are no padding.
 
-    The bar counts `each` units an image.
+    The progress bar counts `each` units an image.
     """
     mesh, quiet = parallel.make_mesh(), not sys.stderr.isatty()
     size = -(-min(batch_size, len(chosen)) // mesh.size) * mesh.size
@@ -108,7 +108,7 @@ def batches(
     with tqdm(total=total, unit=unit, unit_scale=each > 1, disable=quiet) as bar:
         for begin in range(0, len(chosen), size):
             indices = chosen[begin : begin + size]
-            # A ragged last batch is filled up with its last image, and cut again.
+            # The last batch is padded with its last image.
             padded = np.pad(indices, (0, size - len(indices)), mode="edge")
             found = datasets.batch_at(dataset, padded)
             index = np.pad(np.arange(begin, begin + len(indices)), (0, size))[:size]
@@ -123,7 +123,7 @@ def batches(
 def make_bound(
     config: Config, *, variance: Variance | None = None, chunk: int = 1, seed: int = 0
 ) -> Callable[[Drawable, dict[str, jax.Array]], likelihood.Bound]:
-    """Returns the bound of a batch of uint8 images, compiled once."""
+    """Returns the compiled bound of a batch of uint8 images."""
     root, used = jax.random.key(seed), variance or config.diffusion.variance
 
     def bound(drawable: Drawable, batch: dict[str, jax.Array]) -> likelihood.Bound:
@@ -170,46 +170,19 @@ def evaluate_ode(
       tolerance: of the solver, relative and absolute.
 
     Raises:
-      ConfigError: an image that the solver's steps did not suffice for.
+      ConfigError: the solver ran out of steps for an image.
     """
-    compiled = make_ode(
-        config, trace=trace, probes=probes, tolerance=tolerance, seed=seed
-    )
-    found = []
-    for batch, count in batches(config, dataset, chosen, batch_size):
-        bits = compiled(drawable, batch)
-        rows = np.stack([bits.total, bits.density.evaluations], axis=1)
-        found.append(rows[:count].astype(np.float64))
-    table = np.concatenate(found)
-    lost = int(np.isnan(table[:, 0]).sum())
-    if lost:
-        raise ConfigError(
-            f"every image must be solved within {ode.MAX_STEPS} steps; got {lost} of "
-            f"{len(table)} that were not. Give a larger --tolerance than "
-            f"{tolerance:g}."
-        )
-    return table
-
-
-def make_ode(
-    config: Config,
-    *,
-    trace: Trace = "rademacher",
-    probes: int = 1,
-    tolerance: float = 1e-5,
-    seed: int = 0,
-) -> Callable[[Drawable, dict[str, jax.Array]], likelihood.OdeBits]:
-    """Returns the flow's bits/dim of a batch of uint8 images, compiled once."""
     root = jax.random.key(seed)
 
-    def bits(drawable: Drawable, batch: dict[str, jax.Array]) -> likelihood.OdeBits:
+    @jax.jit
+    def compiled(drawable: Drawable, batch: dict[str, jax.Array]) -> likelihood.OdeBits:
         levels = build.make_schedule(config, drawable.params)
         if is_discrete(levels):
             levels = continuous.interpolate(levels)
 
         def one(index: jax.Array, x: jax.Array, label: Any) -> likelihood.OdeBits:
-            # Each image alone, beside its own label: each has its own steps. Without
-            # a clip: what is clipped has no density.
+            # One image at a time, since each takes its own steps; without a clip, whose
+            # output has no density.
             label = None if label is None else label[None]
             return likelihood.ode_bits_per_dim(
                 jax.random.fold_in(root, index)[None],
@@ -225,4 +198,17 @@ def make_ode(
         found = jax.vmap(one)(batch["i"], batch["x"], batch.get("label"))
         return jax.tree.map(lambda leaf: leaf[:, 0], found)
 
-    return jax.jit(bits)
+    found = []
+    for batch, count in batches(config, dataset, chosen, batch_size):
+        bits = compiled(drawable, batch)
+        rows = np.stack([bits.total, bits.density.evaluations], axis=1)
+        found.append(rows[:count].astype(np.float64))
+    table = np.concatenate(found)
+    lost = int(np.isnan(table[:, 0]).sum())
+    if lost:
+        raise ConfigError(
+            f"every image must be solved within {ode.MAX_STEPS} steps; got {lost} of "
+            f"{len(table)} that were not. Give a larger --tolerance than "
+            f"{tolerance:g}."
+        )
+    return table

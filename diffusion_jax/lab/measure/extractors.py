@@ -1,4 +1,4 @@
-"""Extractors: networks that turn images into the features that are compared."""
+"""Feature extractors for FID and the like: Inception, or a classifier of the data."""
 
 import functools
 import warnings
@@ -24,7 +24,7 @@ Batch = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 class Extractor(NamedTuple):
-    """A network and what has to be written beside every number it gives."""
+    """A feature network, and what is reported beside its numbers."""
 
     name: str
     """inception, or <data>_classifier."""
@@ -36,7 +36,7 @@ class Extractor(NamedTuple):
     """File, sha256 and protocol."""
 
     def distance(self, count: int) -> str:
-        """Returns what the Frechet distance of so many samples is called."""
+        """Returns the name of the Frechet distance of so many samples."""
         if self.name != "inception":
             return f"fd_{self.name}"
         return "FID" if count >= 50_000 else f"FID@{count}"
@@ -51,7 +51,7 @@ def choose(
     download: bool = False,
     preprocessing: str = "tensorflow",
 ) -> Extractor:
-    """Returns the extractor that was asked for, or the best one that is at hand.
+    """Returns the extractor of a kind, or the best one available.
 
     Args:
       kind: "inception", "classifier", or "auto": Inception where its weights are found
@@ -59,7 +59,7 @@ def choose(
         trained first where there is none yet.
       config: the run's configuration.
       dataset: its training images, for the classifier.
-      weights: file of the Inception weights; searched for when not given.
+      weights: file of Inception's weights; searched for when not given.
       download: whether they may be downloaded.
       preprocessing: "tensorflow" or "pytorch-fid".
 
@@ -93,7 +93,7 @@ def _inception(path: str | None, download: bool, preprocessing: str) -> Extracto
     compiled = jax.jit(net.apply)
 
     def apply(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        # Filled up to what the devices can share, and cut again.
+        # Padded to a multiple of the devices.
         short = -len(images) % mesh.size
         padded = np.pad(images, ((0, short), (0, 0), (0, 0), (0, 0)), mode="edge")
         seen: Any = compiled(variables, jax.device_put(padded, parallel.sharded(mesh)))
@@ -131,7 +131,7 @@ def _classifier(config: Config, dataset: datasets.Dataset) -> Extractor:
 def check_count(
     extractor: Extractor, count: int, *, more: str = "Give more with --count."
 ) -> None:
-    """Raises ConfigError where there are too few samples for the features."""
+    """Raises ConfigError for no more samples than features."""
     if count <= extractor.dimension:
         raise ConfigError(
             f"count must be above {extractor.dimension}, the number of features of "
@@ -145,7 +145,7 @@ def extract(
     """Returns features [N, D] and logits [N, K] of images, float32, with a bar.
 
     On several hosts all must call it: each does its share of every batch of the first
-    host's images, whatever its own are, and gets the features of all.
+    host's images, and gets the features of all.
     """
     if jax.process_count() > 1:
         extractor, images, batch_size = _shared(extractor, images, batch_size)
@@ -166,7 +166,7 @@ def extract(
 def _shared(
     extractor: Extractor, images: Any, batch_size: int
 ) -> tuple[Extractor, Any, int]:
-    """What several hosts do in the place of one: extractor, images and batch size."""
+    """Returns extractor, images and batch size of batches spread over hosts."""
     count, host = jax.process_count(), jax.process_index()
     share = -(-batch_size // count)
     own = np.zeros(4, int) if host else np.array(images.shape)

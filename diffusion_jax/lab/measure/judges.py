@@ -1,4 +1,4 @@
-"""The classifier that judges samples, where there are no Inception weights."""
+"""The classifier whose features stand in for Inception: trained, stored, loaded."""
 
 import functools
 import re
@@ -20,7 +20,7 @@ WIDTH = 64
 
 
 def path_of(config: Config) -> Path:
-    """Returns where the classifier of a configuration's data goes."""
+    """Returns the file of the classifier of a configuration's data."""
     name = "".join(c if c.isalnum() else "_" for c in config.data.source)
     shape = "x".join(map(str, config.data.shape))
     return Path(config.output) / ".classifiers" / f"{name}_{shape}.safetensors"
@@ -29,7 +29,7 @@ def path_of(config: Config) -> Path:
 def train(
     config: Config, dataset: datasets.Dataset, *, steps: int = 1500, seed: int = 0
 ) -> fitting.Fitted:
-    """Returns a classifier trained on four fifths of the images, and writes it.
+    """Trains a classifier on four fifths of the images, writes it, and returns it.
 
     Raises:
       ConfigError: the images have no labels, or do not fit in memory.
@@ -76,7 +76,7 @@ def load(path: Path) -> fitting.Fitted:
 
 
 def _check(found: fitting.Fitted) -> None:
-    """Raises ValueError where a file holds something else than its name says."""
+    """Raises ValueError where the content does not fit the name of the file."""
     if not (0 < found.num_classes <= MOST_CLASSES and 0 <= found.accuracy <= 1):
         said = f"{found.num_classes} classes and an accuracy of {found.accuracy}"
         raise ValueError(said)

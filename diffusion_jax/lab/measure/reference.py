@@ -1,4 +1,4 @@
-"""What real images look like to an extractor, computed once and kept on disk."""
+"""Feature statistics of real images, which samples are compared with; cached."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.storage import archives, files
 
 KEPT = 10_000
-"""Images whose features are kept, at most: for neighbours, precision and KID."""
+"""Images whose features are kept, at most, for precision, recall and KID."""
 
 
 class Reference(NamedTuple):
@@ -26,24 +26,24 @@ class Reference(NamedTuple):
     covariance: np.ndarray
     """[D, D], float64."""
     images: int
-    """How many were seen."""
+    """How many images there were."""
     chosen: np.ndarray
     """Indices of the images whose features are kept, [K]."""
     features: np.ndarray
     """Their features, [K, D], float32."""
     halves: float
-    """Frechet distance between two halves of the images; nan where they are few."""
+    """Frechet distance between two halves of the images; nan for too few."""
 
 
 _empty = np.zeros((0, 0), np.float32)
 NOTHING = Reference(_empty, _empty, 0, _empty, _empty, float("nan"))
-"""What a host has that only helped the first one."""
+"""The reference on hosts other than the first."""
 
 
 def of(
     config: Config, images: Any, split: str, extractor: Extractor, *, batch_size: int
 ) -> Reference:
-    """Returns the statistics of a split, from the cache where they are known.
+    """Returns the statistics of a split, from the cache where they are there.
 
     On several hosts all must call it; only the first one gets them.
 
@@ -61,7 +61,7 @@ def of(
     name = runs.name_by(about)
     path = Path(config.output) / ".cache" / "reference" / f"{name}.npz"
     cached = _load(path)
-    # Several hosts compute together, unless the first one has what it needs.
+    # The first host decides for all, since all compute together.
     if hosts.tell(cached is not None):
         return cached or NOTHING
     label = f"features of {split} images"
@@ -91,10 +91,13 @@ def distance(real: Reference, features: np.ndarray) -> float:
 def distance_of(
     real: Reference, images: np.ndarray, extractor: Extractor, *, batch_size: int
 ) -> float:
-    """Returns the Frechet distance of uint8 images from the real ones."""
+    """Returns the Frechet distance of uint8 images from the real ones.
+
+    On several hosts all must call it; only the first one gets it, the others nan.
+    """
     label = "features of samples"
     seen, _ = extract(extractor, images, batch_size=batch_size, label=label)
-    return distance(real, seen)
+    return distance(real, seen) if hosts.first() else float("nan")
 
 
 def _compute(features: np.ndarray) -> Reference:
@@ -109,7 +112,7 @@ def _compute(features: np.ndarray) -> Reference:
 
 
 def _digest(images: Any) -> str:
-    """Returns a digest of images in memory; those on disk are known by their count."""
+    """Returns the sha256 of images in memory, or the number of those on disk."""
     if isinstance(images, np.ndarray):
         return hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
     return f"{len(images)} on disk"

@@ -89,7 +89,7 @@ def read(text: str, where: Path) -> tuple[Config, About]:
             raise ConfigError(f"version {values['version']}, not {VERSION}")
         # A missing field is younger than the file: its default is what networks did
         # before.
-        config: Config = from_dict(values["config"], partial=True)
+        config: Config = from_dict(values["config"])
         about = _about(values["about"])
         checks.validate(config)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

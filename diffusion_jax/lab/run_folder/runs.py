@@ -129,7 +129,7 @@ def read_config(run: Run) -> config.Config:
         return dataclasses.replace(found, output=str(where))
     try:
         values = json_fields.load(run.config)
-        loaded: config.Config = config.from_dict(values, partial=True)
+        loaded: config.Config = config.from_dict(values)
         loaded = dataclasses.replace(
             loaded, output=str(where.parent), name=where.name or loaded.name
         )

@@ -1,8 +1,7 @@
-"""What a configuration must hold, checked before any work."""
+"""Checks configurations before any work: bounds, and fields that do not fit."""
 
 import dataclasses
 import itertools
-import math
 import operator
 import typing
 from collections.abc import Iterator
@@ -14,15 +13,13 @@ from diffusion_jax.lab.schema.config import (
     CONTINUOUS,
     Config,
     Diffusion,
-    flat,
     micro_batches,
     replace,
-    to_dict,
 )
 from diffusion_jax.lab.schema.sampling import Sampling, override, resolve
 
 Problems = Iterator[tuple[str, str] | tuple[str, str, object]]
-"""What is wrong, as (field, what must hold) and, if it is no field's, what was got."""
+"""(field, what it must be) of what is wrong, and what was got if not its value."""
 MOST_WIDTH = 65_536
 
 
@@ -30,7 +27,6 @@ def validate(config: Config) -> None:
     """Raises ConfigError where a value is out of range or two do not fit together."""
     for name, must, *got in itertools.chain(
         facts.problems(config),
-        _finite(config),
         _run(config),
         _network(config),
         objective(config.diffusion),
@@ -42,20 +38,12 @@ def validate(config: Config) -> None:
         _fail(name, must, got[0] if got else operator.attrgetter(name)(config))
 
 
-def _finite(config: Config) -> Problems:
-    for name, value in flat(to_dict(config)).items():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, float) and not math.isfinite(number):
-                # Which a file of JSON could not give back.
-                yield name, "finite", number
-
-
 def _run(config: Config) -> Problems:
     train = config.train
     if not config.name or "/" in config.name or config.name.startswith("."):
         yield "name", "a plain folder name", repr(config.name)
     length = len(config.name.encode("utf-8", "surrogatepass"))
-    if length > 200:  # of the 255 of a file system: some go to endings of our own
+    if length > 200:  # file systems take 255, and some are for suffixes
         yield "name", "at most 200 bytes long", length
     for name in ("keep_every", "measure_every"):
         if (getattr(train, name) or 0) % train.checkpoint_every:
@@ -95,7 +83,7 @@ def _optimizer(config: Config) -> Problems:
     if len(set(tracked)) < len(tracked):
         yield "optimizer.ema_decay", "different from each other and lengths", tracked
     if optimizer.ema_snapshots and not optimizer.ema_lengths:
-        yield "optimizer.ema_lengths", "given, for there to be snapshots", "none"
+        yield "optimizer.ema_lengths", "given with optimizer.ema_snapshots", "none"
 
 
 def _batches(config: Config) -> Problems:
@@ -116,7 +104,7 @@ def _batches(config: Config) -> Problems:
 
 
 def objective(d: Diffusion) -> Problems:
-    """Yields what does not fit together in the process and what is learned of it."""
+    """Yields what does not fit together in the process, the loss and the times."""
     real, learned = d.schedule in CONTINUOUS, d.variance in ("learned", "range")
     if learned and d.loss not in ("vlb", "hybrid"):
         yield "diffusion.loss", f"vlb or hybrid where the variance is {d.variance}"
@@ -127,7 +115,7 @@ def objective(d: Diffusion) -> Problems:
         must = f"eps with the weighting {d.weighting}, which weighs its error"
         yield "diffusion.loss", must
     if d.weighting == "sigmoid" and d.density in ("log_normal", "logit_normal"):
-        must = "uniform with the weighting sigmoid, which is of evenly drawn times"
+        must = "uniform with the weighting sigmoid, which is for evenly drawn times"
         yield "diffusion.density", must
     if d.weighting == "edm" and d.schedule == "jsd":
         must = "another with the weighting edm, infinite where jsd ends in noise alone"
@@ -139,14 +127,15 @@ def objective(d: Diffusion) -> Problems:
         must = f"left out with the weighting {d.weighting}"
         yield "diffusion.weighting_value", must
     if d.schedule == "learned" and d.loss != "vlb":
-        must = "vlb with a learned schedule, which any other loss would lead astray"
+        must = "vlb with a learned schedule: no other loss can train it"
         yield "diffusion.loss", must
     if real and learned:
         must = "small or large in continuous time, where steps have no variance"
         yield "diffusion.variance", must
     for name in ("prediction", "loss"):
         if real and getattr(d, name) == "mean":
-            yield f"diffusion.{name}", "no mean of a step in continuous time"
+            must = "other than mean with a continuous schedule, which has no steps"
+            yield f"diffusion.{name}", must
     if real and d.density == "importance":
         must = "uniform, log_normal or logit_normal with a continuous schedule"
         yield "diffusion.density", must
@@ -169,7 +158,7 @@ def conditioning(config: Config) -> Problems:
     total = config.diffusion.num_steps
     found = resolve(sample, total)
     if sample.variance in ("learned", "range") and sample.variance != variance:
-        yield "sample.variance", "one that the network was trained for"
+        yield "sample.variance", "one that the network was trained with"
     chosen, steps = sample.variance or variance, found.get("steps", total)
     if sample.sampler == "ddpm" and chosen == "learned" and steps < total:
         must = f"{total}, all, with a learned variance, which is that of single steps"
@@ -182,7 +171,7 @@ def conditioning(config: Config) -> Problems:
         must = "left out with classifier guidance, which comes after it"
         yield "sample.threshold", must
     if sample.guidance_interval is not None and sample.guidance is None:
-        yield "sample.guidance", "given with an interval"
+        yield "sample.guidance", "given with a guidance interval"
     asked = net.classes or sample.classifier_guidance
     if sample.label is not None and not asked:
         must = "left out where the network has no classes and no classifier guides"
@@ -199,7 +188,7 @@ def conditioning(config: Config) -> Problems:
 
 
 def of_training(config: Config) -> None:
-    """Raises ConfigError for what only a trained network can be drawn with."""
+    """Raises ConfigError for ways to sample that need a network trained before."""
     if config.sample.variance == "analytic":
         must = "small, large, learned or range in training: it is estimated afterwards"
         _fail("sample.variance", must, "analytic")
@@ -209,9 +198,9 @@ def of_training(config: Config) -> None:
 
 
 def of_options(options: Any) -> None:
-    """Raises ConfigError where an option of a command is not as its field says.
+    """Raises ConfigError where an option of a command is out of its bounds.
 
-    Those of a section, a way to sample for one, are for who puts it into use.
+    Those of a section, such as a way to sample, are checked where it is used.
     """
     for name, must, got in facts.problems(options):
         if "." not in name:
@@ -233,7 +222,7 @@ def with_sampling(config: Config, given: Sampling) -> Config:
     try:
         validate(changed)
     except ConfigError as error:
-        # What training calls --sample.eta is --eta where samples are drawn.
+        # The flag --sample.eta of training is --eta of other commands.
         raise ConfigError(str(error).replace("--sample.", "--")) from None
     return changed
 

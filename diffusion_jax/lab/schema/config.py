@@ -41,12 +41,11 @@ ScheduleName = Literal[
 ]
 CONTINUOUS = ("vp", "sub_vp", "ve", "continuous_cosine", "flow", "learned")
 GIVEN = "given:"
-"""How the source of images begins that were given in memory; their digest follows."""
+"""Prefix of the source of images given in memory; their digest follows."""
 UNKNOWN = "unknown"
-"""The source of the data of a network that came without any word of them."""
-# The ends of what a field may be are beyond every serious network, and still traced in
-# seconds. A file from elsewhere may ask for anything, and what it asks for would take
-# all time or memory before any of its weights is looked at.
+"""Source of the data where a network came without saying it."""
+# The bounds of fields are beyond every serious network, and still traced in seconds: a
+# file from elsewhere may ask for a network that takes all time or memory to trace.
 FEWEST_STEPS, MOST_STEPS = 2, 1_000_000
 MOST_CLASSES = 1_000_000
 
@@ -87,7 +86,7 @@ class Data:
     """Whether the files of a folder that cannot be read are left out, and counted."""
 
     def __post_init__(self) -> None:
-        """Spells square sizes in one way, so that equal ones compare so."""
+        """Makes (n, n) the number n, so that equal sizes compare equal."""
         size = self.image_size
         if isinstance(size, tuple) and len(size) == 2 and size[0] == size[1]:
             object.__setattr__(self, "image_size", size[0])
@@ -115,9 +114,9 @@ class Diffusion:
     beta_end: float = 0.02
     """Variance of the last step; of linear, quad, const and the warm-ups."""
     sigma_min: float = 0.002
-    """Least noise of ve."""
+    """Smallest sigma of ve."""
     sigma_max: float = 80.0
-    """Most noise of ve."""
+    """Largest sigma of ve."""
     logsnr_shift: Annotated[float, between(-100, 100)] = 0.0
     """Added to the log-SNR at every time: 2 log(64 / image size) for the shifted cosine
     of images larger than 64."""
@@ -141,8 +140,8 @@ class Diffusion:
     spread: Literal["uniform", "low_discrepancy", "antithetic"] = "uniform"
     """How the times of a batch are spread: each on its own, evenly, or in pairs."""
     density: Literal["uniform", "importance", "log_normal", "logit_normal"] = "uniform"
-    """Which times are drawn more often: none; those of a large loss (discrete
-    schedules); log-normal noise, or logit-normal times (continuous schedules)."""
+    """Distribution of the times: uniform; more of those with a large loss (discrete
+    schedules); log-normal noise or logit-normal times (continuous schedules)."""
 
 
 # In float32 2^24 x has no fraction left, and its sine is 0.
@@ -173,7 +172,8 @@ class Net:
     """How a convolution is computed; auto is xla, but on CPU matmul where a
     gradient is taken inside a loop."""
     remat: Annotated[bool, HOW, FREE] = False
-    """Whether to compute activations again instead of storing them."""
+    """Whether to compute activations again in the backward pass instead of storing
+    them (rematerialisation)."""
     classes: Annotated[int, between(0, MOST_CLASSES), SHAPE] = 0
     """Classes to condition on; 0 for none. The data must have as many labels."""
     label_dropout: Annotated[Share, SHAPE] = 0.1
@@ -236,7 +236,7 @@ class Train:
     batch_size: Annotated[int, between(1, 2**20)] = 128
     """Images a step, over all devices and hosts."""
     accumulate: Count = 1
-    """Micro-batches that a batch is cut into, to save memory."""
+    """Micro-batches of a batch, to save memory (gradient accumulation)."""
     seed: Seed = 0
     """Of the initial weights, the order of the data and the noise."""
     parallel: Annotated[Literal["mesh", "pmap", "shard_map"], FREE] = "mesh"
@@ -300,8 +300,7 @@ class Experiment(NamedTuple):
     doc: str
 
 
-# Fields of earlier versions, of which every value computed the same: of what they wrote
-# they are left out.
+# Fields of earlier versions, whose values changed no number: they are ignored.
 RETIRED = {"net": ("fuse", "kernels", "dropout_bits"), "optimizer": ("flat",)}
 
 
@@ -325,7 +324,7 @@ def warmup(config: Config) -> int:
 
 
 def with_epochs(config: Config, images: int) -> Config:
-    """Returns the configuration with the steps in which its epochs see all images.
+    """Returns the configuration with its epochs turned into steps.
 
     >>> with_epochs(replace(Config(), "train", epochs=2.5), 1000).train.steps
     20
@@ -352,7 +351,7 @@ def official(config: Config) -> Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Returns the configuration as JSON has it (tuples are lists)."""
+    """Returns the configuration as nested dictionaries for JSON (tuples are lists)."""
 
     def fields(values: list[tuple[str, Any]]) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values}
@@ -360,50 +359,37 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config, dict_factory=fields)
 
 
-def from_dict(
-    values: dict[str, Any], cls: Any = Config, *, partial: bool = False
-) -> Any:
-    """Returns the configuration that `to_dict` wrote.
-
-    Args:
-      values: as JSON has them.
-      cls: the dataclass that they are of.
-      partial: whether fields may be missing, and then have their defaults.
+def from_dict(values: Any) -> Config:
+    """Returns the configuration that `to_dict` wrote; missing fields have defaults.
 
     Raises:
-      ConfigError: a key that no field has, a field without a key, an unknown name, or
-        values of another type than their fields, all of which are named: as when
-        another version wrote them, or the file is damaged.
+      ConfigError: a key that no field has, an unknown name, or values of another type
+        than their fields, all of which are named: as when another version wrote them,
+        or the file is damaged.
 
-    >>> from_dict({"net": {"blocks": None}}, partial=True)
+    >>> from_dict({"net": {"blocks": None}})
     Traceback (most recent call last):
     diffusion_jax.errors.ConfigError: each value of Config must be of its field's type;
     got net.blocks null, not a whole number. Correct the file, restore it, or read it
     with the version that wrote it.
     """
-    wrong: list[tuple[str, str, str]] = []
-    if cls is Config and isinstance(values, dict):
-        values = {key: _present(key, section) for key, section in values.items()}
-    found = read(values, cls, "", partial, wrong)
-    if not wrong:
-        return found
-    said = "; ".join(f"{key} {got}, not {must}" for key, must, got in wrong)
-    raise ConfigError(
-        f"each value of {cls.__name__} must be of its field's type; got {said}. "
-        "Correct the file, restore it, or read it with the version that wrote it."
-    )
-
-
-def _present(name: str, section: Any) -> Any:
-    """Returns the values of a section without those of retired fields."""
-    if not isinstance(section, dict):
-        return section
-    gone = RETIRED.get(name, ())
-    return {key: value for key, value in section.items() if key not in gone}
+    for name, gone in RETIRED.items():
+        if isinstance(values, dict) and isinstance(values.get(name), dict):
+            kept = {key: v for key, v in values[name].items() if key not in gone}
+            values = values | {name: kept}
+    found, wrong = read(values, Config)
+    if wrong:
+        said = "; ".join(f"{key} {got}, not {must}" for key, must, got in wrong)
+        raise ConfigError(
+            f"each value of Config must be of its field's type; got {said}. Correct "
+            "the file, restore it, or read it with the version that wrote it."
+        )
+    config: Config = found
+    return config
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """Returns what differs, of the fields that must not, as 'field: old -> new'."""
+    """Returns the fields that must not differ and do, as 'field: old -> new'."""
     return [
         f"{key}: {before} -> {after}"
         for key, (before, after) in changed(old, new).items()
@@ -412,9 +398,9 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def changed(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Returns what decides what is trained and differs, old and new, as JSON has it."""
+    """Returns the old and new values, as JSON, of what differs and alters training."""
     free = {*marked(Config, FREE)}
-    if new.optimizer.decay == "constant":  # and does not fall towards the last step
+    if new.optimizer.decay == "constant":  # which does not depend on the last step
         free.add("train.steps")
     before, after = flat(to_dict(old)), flat(to_dict(new))
     return {
@@ -425,7 +411,7 @@ def changed(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def micro_batches(config: Config) -> int:
-    """Returns the number of parts that a batch is cut into, on one device."""
+    """Returns the number of micro-batches of a batch, on one device."""
     if config.optimizer.preset == "official":
         return config.optimizer.replicas
     return config.train.accumulate

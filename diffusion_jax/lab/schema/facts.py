@@ -1,39 +1,40 @@
-"""What is known of a field, said on the field: `Annotated[int, at_least(1), FREE]`."""
+"""Bounds and marks of a field, in its type: `Annotated[int, at_least(1), FREE]`."""
 
 import dataclasses
 import enum
+import math
 import operator
 import typing
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, NamedTuple
 
 MOST = 2**31 - 1
-"""Of whole numbers without an end of their own: what a counter on a device can hold."""
+"""Largest whole number where a field has no bound of its own: an int32 holds it."""
 MOST_SEED = 2**32 - 1
-"""JAX reads no more than 32 bits of a seed: beyond, two would be the same."""
+"""JAX reads 32 bits of a seed: beyond, two seeds would be the same."""
 
 
 class Must(NamedTuple):
-    """What a value must be; None, where a field may be that, always is."""
+    """A condition on a value, in words and as a function; None always passes."""
 
     words: str
     holds: Callable[[Any], bool]
 
 
 class Entries(NamedTuple):
-    """How many entries a list may have."""
+    """The most entries that a list may have."""
 
     most: int
 
 
 class Mark(enum.Enum):
-    """What a change of the field changes."""
+    """What a field decides."""
 
     FREE = enum.auto()
-    """What is shown or how fast, not what is learned: it may differ between the run
-    that wrote a checkpoint and the one that goes on from it."""
+    """Speed, place or what is shown, not what is learned: a run may resume with another
+    value."""
     SHAPE = enum.auto()
-    """What is computed with the weights: given ones fit no other value."""
+    """What is computed with the weights: trained weights fit one value only."""
     HOW = enum.auto()
     """How the network is computed, not what it is."""
 
@@ -42,12 +43,12 @@ FREE, SHAPE, HOW = Mark.FREE, Mark.SHAPE, Mark.HOW
 
 
 def at_least(low: float) -> Must:
-    """Returns the fact that a number has a lower end."""
+    """Returns the condition of a lower bound."""
     return Must(f"at least {low}", lambda value: value >= low)
 
 
 def between(low: float, high: float) -> Must:
-    """Returns the fact that a number has two ends, which it may reach."""
+    """Returns the condition of two bounds, both allowed."""
     return Must(f"from {low} to {high}", lambda value: low <= value <= high)
 
 
@@ -60,7 +61,7 @@ Share = Annotated[float, Must("at least 0 and below 1", lambda value: 0 <= value
 
 
 def fields(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields all fields and sections, as ('section.field', type and facts)."""
+    """Yields all fields and sections, as ('section.field', annotated type)."""
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         yield prefix + name, hint
         kind, _ = _parts(hint)
@@ -74,10 +75,7 @@ def marked(cls: Any, mark: Mark) -> list[str]:
 
 
 def problems(values: Any) -> Iterator[tuple[str, str, object]]:
-    """Yields the values of a dataclass that are not as their fields say.
-
-    As (field, what it must be, what was got).
-    """
+    """Yields the values that break a bound: (field, what it must be, what was got)."""
     for name, hint in fields(type(values)):
         for must, got in _wrong(operator.attrgetter(name)(values), hint):
             yield name, must, got
@@ -92,6 +90,8 @@ def _wrong(value: Any, hint: Any) -> Iterator[tuple[str, object]]:
             yield fact.words, value
         if isinstance(fact, Entries) and len(value) > fact.most:
             yield f"at most {fact.most} entries", len(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        yield "finite", value  # JSON could not give it back
     if isinstance(value, tuple):
         for entry in value:
             yield from _wrong(entry, typing.get_args(kind)[0])
@@ -100,7 +100,7 @@ def _wrong(value: Any, hint: Any) -> Iterator[tuple[str, object]]:
 
 
 def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    """Returns a type and what is said of it."""
+    """Returns a type without its annotations, and these."""
     if typing.get_origin(hint) is not Annotated:
         return hint, ()
     kind, *known = typing.get_args(hint)

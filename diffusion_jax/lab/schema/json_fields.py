@@ -1,4 +1,4 @@
-"""JSON that may come from anywhere, and the fields of dataclasses that it describes."""
+"""Reads JSON that may come from anywhere into dataclasses, checking every type."""
 
 import dataclasses
 import json
@@ -13,11 +13,11 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.schema.facts import Must
 
 MOST = 2**24
-"""Bytes of a file: thousands of times what a configuration has."""
+"""Bytes that a file may have: thousands of times what a configuration has."""
 
 
 def load(path: Path) -> Any:
-    """Returns what a file of JSON holds.
+    """Returns the content of a JSON file.
 
     Raises:
       OSError: it cannot be read.
@@ -31,11 +31,10 @@ def load(path: Path) -> Any:
 
 
 def parse(text: str) -> Any:
-    """Returns what JSON says.
+    """Returns the content of JSON text.
 
     Raises:
-      ValueError: it is damaged or nested too deeply, or an object has a name twice, of
-        which readers take one or the other.
+      ValueError: it is damaged or nested too deeply, or an object has a name twice.
 
     >>> parse('{"blocks": 2, "blocks": 3}')
     Traceback (most recent call last):
@@ -57,45 +56,38 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read(
-    values: Any,
-    cls: Any,
-    prefix: str,
-    partial: bool,
-    wrong: list[tuple[str, str, str]],
-) -> Any:
-    """Returns the dataclass that JSON's values are of; None where some are wrong.
+    values: Any, cls: Any, prefix: str = ""
+) -> tuple[Any, list[tuple[str, str, str]]]:
+    """Returns the dataclass with these values, and which of them are wrong.
+
+    It is None where some are. A field without a value has its default.
 
     Args:
       values: as JSON has them.
       cls: the dataclass.
       prefix: of the names of its fields, such as "net.".
-      partial: whether fields may be missing, and then have their defaults.
-      wrong: what is wrong is added to it, as (field, what it must be, what was got).
+
+    Returns:
+      The dataclass, and (field, what it must be, what was got) of each wrong value.
 
     Raises:
-      ConfigError: a key that no field has, or a field without a key.
+      ConfigError: a key that no field has.
     """
     if not isinstance(values, dict):
         where = prefix.rstrip(".") or "the whole"
-        wrong.append((where, "an object with fields", _shown(values)))
-        return None
+        return None, [(where, "an object with fields", _shown(values))]
     hints = typing.get_type_hints(cls)
-    unknown, missing = sorted(values.keys() - hints), sorted(hints.keys() - values)
-    if unknown:
+    if unknown := sorted(values.keys() - hints):
         raise ConfigError(
             f"the fields of {cls.__name__} must be among {', '.join(hints)}; got "
             f"{', '.join(unknown)}. Read the file with the version that wrote it."
         )
-    if missing and not partial:
-        raise ConfigError(
-            f"all fields of {cls.__name__} must be there; got none of "
-            f"{', '.join(missing)}. Read the file with the version that wrote it."
-        )
-    before, fields = len(wrong), {}
+    wrong, fields = [], {}
     for name, value in values.items():
         hint, key = hints[name], prefix + name
         if dataclasses.is_dataclass(hint):
-            fields[name] = read(value, hint, f"{key}.", partial, wrong)
+            fields[name], more = read(value, hint, f"{key}.")
+            wrong += more
             continue
         must = _of_type(hint)
         if not must.holds(value):
@@ -106,16 +98,16 @@ def read(
         else:
             whole = hint in (float, float | None) and value is not None
             fields[name] = float(value) if whole else value
-    return cls(**fields) if len(wrong) == before else None
+    return None if wrong else cls(**fields), wrong
 
 
 def is_whole(value: Any) -> bool:
-    """Returns whether a value of JSON is a whole number, which true is not."""
+    """Returns whether a JSON value is a whole number; true is none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_finite(value: Any) -> bool:
-    """Returns whether a value of JSON is a number that is finite as a float."""
+    """Returns whether a JSON value is a number that is finite as a float."""
     try:
         return (is_whole(value) or isinstance(value, float)) and math.isfinite(value)
     except OverflowError:
@@ -131,7 +123,7 @@ _PLAIN = {
 
 
 def _of_type(hint: Any) -> Must:
-    """Returns what a value of JSON must be for a field of a type.
+    """Returns the condition on a JSON value for a field of a type.
 
     >>> _of_type(tuple[int, ...]).words, _of_type(float | None).words
     ('a list of whole numbers', 'null or a finite number')
@@ -163,7 +155,7 @@ def _of_type(hint: Any) -> Must:
 
 
 def _shown(value: Any) -> str:
-    """Returns a value as JSON has it; of a long one, its ends."""
+    """Returns a value as JSON writes it, shortened where it is long."""
     plain = value is None or isinstance(value, bool)
     return json.dumps(value) if plain else reprlib.repr(value)
 

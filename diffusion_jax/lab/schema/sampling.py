@@ -1,4 +1,4 @@
-"""How a command draws samples: which rule, which times, and what each rule takes."""
+"""How samples are drawn: the sampling rules, their times, and their options."""
 
 import dataclasses
 import operator
@@ -24,15 +24,15 @@ Order = Literal["1", "2", "3", "2S", "2M", "3M", "SDE"]
 
 
 class Rule(NamedTuple):
-    """A sampling rule, and what it has where nothing is said."""
+    """A sampling rule (sampler) and its defaults."""
 
     make: Callable[..., Any]
-    """From a denoiser, a schedule and its own options to a `Sampler`."""
+    """Function of a denoiser, a schedule and its own options to a `Sampler`."""
     options: dict[str, Any]
-    """Names of its own options, fields of `Sampling`, with their defaults; None is the
-    run's."""
+    """Its own options, which are fields of `Sampling`, with their defaults; None stands
+    for the run's value."""
     grid: Grid | None = "uniform"
-    """Times to walk; None is a rule that finds its own."""
+    """Times to step through; None for a rule that chooses its own."""
     steps: int | None = None
     """Steps to make; None is all T."""
     orders: tuple[Order, ...] = ()
@@ -40,9 +40,9 @@ class Rule(NamedTuple):
 
 
 def _late(name: str) -> Callable[..., Any]:
-    """Returns a function of the library, loaded when it is called.
+    """Returns a function of the library that is imported when it is called.
 
-    With the mathematics comes JAX, for which no command line should wait.
+    It imports JAX, for which no command line should wait.
     """
     return lambda *of, **how: operator.attrgetter(name)(diffusion_jax)(*of, **how)
 
@@ -87,19 +87,20 @@ else:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a command draws samples: what is given replaces what the run has."""
+    """How a command draws samples; what is given replaces the run's values."""
 
     sampler: RuleName | None = None
-    """Sampling rule (sampler, scheduler); the run's when not given, with what the run
-    says of it. Another rule comes with its own defaults for all that follows."""
+    """Sampling rule (sampler, scheduler); the run's, with its options, when not given.
+    Another rule has its own defaults for all options below."""
     steps: Count | None = None
-    """Reverse steps: of most rules as many evaluations of the network (NFE)."""
+    """Reverse steps, mostly as many evaluations of the network (NFE); for ddpm all T
+    when not given."""
     grid: Grid | None = None
-    """Which times the steps go through: evenly spaced, denser near the data, evenly
-    spaced in log-SNR, or as Karras et al. 2022."""
+    """Times of the steps: evenly spaced, denser near the data, evenly spaced in
+    log-SNR, or as Karras et al. 2022."""
     variance: Variance | None = None
-    """Variance of the reverse steps of ddpm; analytic is the best there is for the
-    network, estimated once from the data."""
+    """Variance of the reverse steps of ddpm, diffusion.variance when not given;
+    analytic is the optimal one for the network, estimated once from the data."""
     eta: Annotated[float | None, between(0, 1)] = None
     """Noise of ddim, from 0 (none, the default) to 1 (as much as ddpm)."""
     order: Order | None = None
@@ -122,7 +123,7 @@ class Sampling:
     threshold: Annotated[
         float | None, Must("above 0 and at most 1", lambda v: 0 < v <= 1)
     ] = None
-    """Dynamic thresholding in the place of the clip: a percentile, such as 0.995."""
+    """Dynamic thresholding in place of the clip: a percentile, such as 0.995."""
     label: Whole | None = None
     """Class to draw, of a network with classes; all in turn when not given."""
     guidance: Annotated[float | None, at_least(0)] = None
@@ -143,11 +144,6 @@ class Sample(Sampling):
     sampler: RuleName = "ddpm"
     """Sampling rule (sampler, scheduler); each has its own defaults for what is not
     given."""
-    steps: Count | None = None
-    """Reverse steps, mostly as many evaluations of the network (NFE); for ddpm all T
-    when not given."""
-    variance: Variance | None = None
-    """Variance of the reverse steps of ddpm; diffusion.variance when not given."""
     every: Count = 10_000
     """Steps between two grids; the last step always has one."""
     count: Annotated[int, between(1, 2**20)] = 64
@@ -161,13 +157,13 @@ EXTRAS = [
     for field in dataclasses.fields(Sampling)
     if field.name not in ("sampler", "steps", "grid", *OPTIONS)
 ]
-"""Options that go with any rule."""
+"""Options of every rule."""
 
 
 def override(sample: Sample, given: Sampling) -> Sample:
-    """Returns the run's way to sample with what is given in its place.
+    """Returns the run's way to sample, with given values in place of its own.
 
-    With another rule the run's options go: they were those of its own.
+    With another rule the options of the run's rule are dropped.
     """
     chosen = {k: v for k, v in dataclasses.asdict(given).items() if v is not None}
     values = dataclasses.asdict(sample)
@@ -177,9 +173,9 @@ def override(sample: Sample, given: Sampling) -> Sample:
 
 
 def resolve(sample: Sample, num_steps: int) -> dict[str, Any]:
-    """Returns what a chain of T = num_steps is drawn with: every option has a value.
+    """Returns all options of a chain of T = num_steps, with defaults filled in.
 
-    Of ddpm's variance the value may still be None: that of the run.
+    The variance of ddpm may still be None, which stands for the run's.
     """
     rule = RULES[sample.sampler]
     found: dict[str, Any] = {"sampler": sample.sampler}
@@ -189,14 +185,14 @@ def resolve(sample: Sample, num_steps: int) -> dict[str, Any]:
     for name, default in rule.options.items():
         value = getattr(sample, name)
         found[name] = default if value is None else value
-    # A solver that adapts would find the corners of a clip, and go through them slowly.
+    # An adaptive solver would take tiny steps at the corners that a clip makes.
     found["clip"] = sample.clip and rule.grid is not None
     given = {name: getattr(sample, name) for name in EXTRAS}
     return found | {name: value for name, value in given.items() if value is not None}
 
 
 def describe(found: dict[str, Any]) -> str:
-    """Returns in a few words what `resolve` found, among other fields.
+    """Returns the options that `resolve` found, in a few words.
 
     >>> describe(resolve(Sample(sampler="unipc", steps=10), 1000))
     '10 steps of unipc (order 2, uniform grid)'
@@ -220,7 +216,7 @@ def problems(sample: Sample) -> Iterator[tuple[str, str]]:
             yield f"sample.{name}", must
     for name in ("steps", "grid", "threshold"):
         if getattr(sample, name) is not None and rule.grid is None:
-            must = f"left out with the sampler {chosen}, which finds its own way"
+            must = f"left out with the sampler {chosen}, which chooses its own steps"
             yield f"sample.{name}", must
     if sample.order is not None and sample.order not in rule.orders:
         yield "sample.order", f"one of {', '.join(rule.orders)} with {chosen}"

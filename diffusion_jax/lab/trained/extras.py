@@ -1,4 +1,4 @@
-"""What sampling adds to the weights of a run: an estimated variance, a classifier."""
+"""Adds to weights what sampling needs: the analytic variance, a classifier."""
 
 import sys
 from typing import Any
@@ -26,16 +26,14 @@ IMAGES, BATCH = 256, 64
 def load(
     config: Config, run: runs.Run, which: Weights, *, variance: str | None = None
 ) -> tuple[Drawable, int | None, str]:
-    """Returns what a checkpoint draws with, its step, and its weights in words.
-
-    As `weights.load`, with what `complete` adds.
+    """Returns weights with what `complete` adds, their step, and their name.
 
     Args:
       config: of the run, with the way to sample.
       run: its folder.
       which: the weights to choose.
-      variance: of the reverse steps of a bound, which clips and is not guided; when
-        not given, all is as the samples are drawn.
+      variance: of the reverse steps of a bound, which clips and is not guided; without
+        it, what `config.sample` needs is added.
 
     Raises:
       ConfigError, CheckpointError: as `weights.load`; or there is no classifier.
@@ -47,7 +45,7 @@ def load(
 def complete(
     config: Config, run: runs.Run, params: Any, *, variance: str | None = None
 ) -> Drawable:
-    """Returns the weights with what sampling needs beside them, as `load`."""
+    """Returns the weights with what sampling needs beside them; `load` has the Args."""
     drawable = Drawable(params)
     if (variance or config.sample.variance) == "analytic":
         how = sampling.resolve(config.sample, config.diffusion.num_steps)
@@ -73,12 +71,12 @@ def x0_variance(
 ) -> np.ndarray:
     """Returns Var[x0 | x_t] for t = 0..T, [T + 1], estimated from training images.
 
-    By the error of the network, so that it is the best for its mean, perfect or not.
-    Kept in the run's folder for the next time.
+    It is the squared error of the network, and so optimal for its predicted mean. It is
+    cached in the run's folder.
     """
     about = {"weights": drawable.sha256, "images": IMAGES, "clip": clip}
     path = run.folder / "eval" / "x0_variance.json"
-    known = runs.recalled(path, {"about": about}, _table)
+    known = runs.recalled(path, {"about": about}, lambda table: np.array(table, float))
     if known is not None:
         return known
     if jax.process_count() > 1:
@@ -112,7 +110,3 @@ def x0_variance(
     table = np.asarray(analytic.bounded(mean, levels), np.float64)
     runs.write_json(path, {"about": about, "table": table.tolist()})
     return table
-
-
-def _table(table: list[float]) -> np.ndarray:
-    return np.asarray(table, np.float64)

@@ -46,9 +46,9 @@ def opened(
     Args:
       name: of the run or the network's file, as `runs.find` takes it.
       options: of the command, the same on all hosts.
-      which: the weights that will be asked for.
-      how: the way to sample, where it replaces that of the run.
-      data: to compare with, in place of the run's own.
+      which: the choice of weights.
+      how: the way to sample, in place of the run's.
+      data: to compare with, in place of the run's.
 
     Raises:
       ConfigError: there is no such run, it has no such weights, or a value does not

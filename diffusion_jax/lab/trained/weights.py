@@ -1,8 +1,8 @@
-"""Which weights a command draws with, and the snapshots that averages are made of.
+"""Loads trained weights: the last ones, or a moving average (EMA) of them.
 
 A run's checkpoint holds the last weights and the averages that were tracked. A
-power-function average of any other length is made of the tracked ones, of which
-<run>/averages/ keeps a snapshot every optimizer.ema_snapshots steps:
+power-function average of any other length is reconstructed from snapshots of the
+tracked ones, which <run>/averages/ has of every optimizer.ema_snapshots steps:
 <step>_<index>.safetensors, where index counts optimizer.ema_lengths.
 """
 
@@ -24,9 +24,8 @@ from diffusion_jax.lab.wiring import learning
 from diffusion_jax.training import averages, parallel
 from diffusion_jax.training.state import TrainState
 
-# As a share of the distance from the last weights: beyond it, what is reconstructed is
-# an average of some other profile.
 LARGEST_ERROR = 0.1
+"""Of a reconstructed average, as a share of its distance from the last weights."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +46,20 @@ class Weights:
 
 
 def load(config: Config, run: runs.Run, which: Weights) -> tuple[Any, int | None, str]:
-    """Returns the weights of a checkpoint, its step, and what they are in words.
+    """Returns the weights of a run, their training step, and their name.
 
-    The words are such as "averaged", "last" or "averaged (length 0.08)"; the step of a
-    network in a file may be unknown, and is then None.
+    The name is such as "averaged", "last" or "averaged (length 0.08)"; the step of a
+    network in a file may be None, for unknown.
 
     Args:
       config: the run's configuration.
-      run: where the checkpoints and the snapshots are.
+      run: the folder of checkpoints and snapshots, or a network in a file.
       which: the weights to choose.
 
     Raises:
       CheckpointError: there is no such checkpoint.
-      ConfigError: no such average was tracked, or none can be made near enough; or
-        there is a single set of weights in a file, and another was asked for.
+      ConfigError: no such average was tracked or can be reconstructed; or a network in
+        a file has no such weights.
       ValueError: a snapshot or the file is damaged.
     """
     check_alone(run, which)
@@ -69,7 +68,7 @@ def load(config: Config, run: runs.Run, which: Weights) -> tuple[Any, int | None
         return _on_all(params), about.step, about.weights
     index = _tracked(config, which)
     like, mesh = learning.state_shapes(config), parallel.make_mesh()
-    if config.train.fsdp > 1:  # all of it may be more than one device holds
+    if config.train.fsdp > 1:  # one device may not hold all of it
         mesh = parallel.make_mesh(fsdp=mesh.size)
     placed = parallel.state_sharding(like, mesh)
     with checkpoint.open_folder(run.checkpoints, read_only=True) as folder:
@@ -97,21 +96,19 @@ def _on_all(params: Any) -> Any:
 
 
 def check_alone(run: runs.Run, which: Weights) -> None:
-    """Raises ConfigError where a network in a file leaves no such choice of weights."""
-    if run.network is None:
-        return
-    official = run.network.kind == "official"  # which has the last weights too
-    if which == Weights(raw=which.raw and official, strict=which.strict):
-        return
-    raise ConfigError(
-        "raw, average and step must be left out with a network in a file, which has "
-        f"one set of weights; got {flags(which)}. Choose when you convert a run: "
-        "python -m experiments.convert RUN OUT --raw."
-    )
+    """Raises ConfigError where a network in a file has no such choice of weights."""
+    official = run.network is not None and run.network.kind == "official"
+    fits = Weights(raw=which.raw and official, strict=which.strict)
+    if run.network is not None and which != fits:
+        raise ConfigError(
+            "raw, average and step must be left out with a network in a file, which "
+            f"has one set of weights; got {flags(which)}. Choose when you convert a "
+            "run: python -m experiments.convert RUN OUT --raw."
+        )
 
 
 def flags(which: Weights) -> str:
-    """Returns the choice of weights as it is typed.
+    """Returns the choice of weights as flags.
 
     >>> flags(Weights(raw=True, step=0))
     '--raw --step 0'
@@ -124,7 +121,7 @@ def flags(which: Weights) -> str:
 
 
 def describe(words: str, step: int | None) -> str:
-    """Returns the words for the weights that `load` returned.
+    """Returns the name and the step that `load` returned, in words.
 
     >>> describe("averaged", 5000), describe("released", None)
     ('averaged weights of step 5,000', 'released weights')
@@ -133,7 +130,7 @@ def describe(words: str, step: int | None) -> str:
 
 
 def describe_skipped(run: runs.Run, found: checkpoint.Restored) -> None:
-    """Says on stderr which checkpoints were passed over, and why."""
+    """Prints on stderr which checkpoints were skipped as damaged, and why."""
     for step, why in found.skipped:
         hosts.say(
             f"note: checkpoint {run.checkpoints / str(step)} is damaged ({why}); step "
@@ -144,17 +141,16 @@ def describe_skipped(run: runs.Run, found: checkpoint.Restored) -> None:
 def due(config: Config, step: int) -> bool:
     """Returns whether to save snapshots after this many updates.
 
-    Checkpoints hold the tracked averages too, so the last step needs none of its own.
+    The last step needs none: its checkpoint holds the tracked averages.
     """
     every = config.optimizer.ema_snapshots
     return every > 0 and bool(config.optimizer.ema_lengths) and step % every == 0
 
 
 def save_snapshots(run: runs.Run, config: Config, state: TrainState) -> list[Path]:
-    """Returns the files of the tracked power-function averages after writing them.
+    """Writes the tracked power-function averages; returns the files.
 
-    What is there of the same step is replaced: a run that goes on from an earlier
-    checkpoint writes the same values again.
+    Files of the same step are replaced: a resumed run writes the same values again.
     """
     lengths = config.optimizer.ema_lengths
     tracked = parallel.whole(state.averages[len(config.optimizer.ema_decay) :])
@@ -169,17 +165,17 @@ def save_snapshots(run: runs.Run, config: Config, state: TrainState) -> list[Pat
 
 
 def cut_snapshots(run: runs.Run, last_step: int) -> None:
-    """Drops the snapshots after a step: those that a resumed run will write again."""
+    """Deletes the snapshots after a step, which a resumed run writes again."""
     for path in _files(run):
         if int(path.name.partition("_")[0]) > last_step:
             path.unlink()
 
 
 def _tracked(config: Config, which: Weights) -> int | None:
-    """Returns the place of the average in the state; None for one that is to be made.
+    """Returns the index of the average in the state; None for one to reconstruct.
 
     Raises:
-      ConfigError: it can be neither found nor made.
+      ConfigError: it was not tracked and cannot be reconstructed.
     """
     decays, lengths = config.optimizer.ema_decay, config.optimizer.ema_lengths
     value = which.average
@@ -206,7 +202,7 @@ def _tracked(config: Config, which: Weights) -> int | None:
 def _reconstruct(
     config: Config, run: runs.Run, state: TrainState, length: float
 ) -> Any:
-    """Returns the average of a length, made of the snapshots up to the state's step."""
+    """Returns the average of a length, from the snapshots up to the state's step."""
     step = int(state.step)
     found = {path: averages.header(path) for path in _files(run)}
     before = {path: about for path, about in found.items() if about.step < step}
@@ -234,9 +230,6 @@ def _reconstruct(
 
 def _files(run: runs.Run) -> list[Path]:
     """Returns the snapshots of a run, in the order of their steps."""
-    files = [
-        path
-        for path in (run.folder / "averages").glob("*.safetensors")
-        if re.fullmatch(r"\d+_\d+", path.stem)
-    ]
-    return sorted(files, key=lambda path: [int(n) for n in path.stem.split("_")])
+    files = (run.folder / "averages").glob("*.safetensors")
+    ours = [path for path in files if re.fullmatch(r"\d+_\d+", path.stem)]
+    return sorted(ours, key=lambda path: [int(n) for n in path.stem.split("_")])

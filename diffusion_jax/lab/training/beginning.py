@@ -1,4 +1,4 @@
-"""How a run begins, or goes on (resume): what to go on from, and the step compiled."""
+"""Starts or resumes a run: its checks, its first state, the compiled step."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -25,21 +25,21 @@ from diffusion_jax.training import feed, flat, parallel
 from diffusion_jax.training.state import TrainState
 
 MOST_LEFT = 0.01
-"""Of alpha_bar at T, without a word. The paper's is 4e-5."""
+"""alpha_bar at T that needs no note. The paper's is 4e-5."""
 
 
 class Begun(NamedTuple):
-    """What a command goes on from."""
+    """A state to train on from, and what is still to be logged."""
 
     state: TrainState
     pending: list[dict[str, Any]]
     """The metrics that are not yet logged, a dictionary a step."""
     row: dict[str, int]
-    """Of the last steps, those skipped in a row, by cause."""
+    """How many of the last steps were skipped in a row, by cause."""
 
 
 def check_hosts(config: Config, run: runs.Run) -> None:
-    """Raises ConfigError where several hosts would not do the same."""
+    """Raises ConfigError where several hosts cannot train this run together."""
     if jax.process_count() > 1 and config.train.parallel == "pmap":
         raise ConfigError(
             "train.parallel must be mesh or shard_map on several hosts; got pmap. "
@@ -52,7 +52,7 @@ def check_hosts(config: Config, run: runs.Run) -> None:
 def check_same_run(config: Config, run: runs.Run, *, force: bool = False) -> None:
     """Raises ConfigError where the folder holds a run of another configuration.
 
-    With force says what is other, and goes on.
+    With force it prints what differs instead.
     """
     if not runs.has_checkpoint(run):
         return
@@ -76,9 +76,9 @@ def check_same_run(config: Config, run: runs.Run, *, force: bool = False) -> Non
 
 
 def signal_left(config: Config) -> str:
-    """Returns a note where the schedule ends in less than noise; else nothing.
+    """Returns a note where x_T still shows the image; else nothing.
 
-    Chains begin in noise alone: what is left of the images at T is what they miss.
+    Chains start from pure noise, so what is left of the image at T is lost to them.
     """
     diffusion = config.diffusion
     logsnr = np.asarray(schedule.tables(chains.known_chain(config))[1], np.float64)
@@ -117,17 +117,14 @@ def start(
     *,
     strict: bool = False,
 ) -> Begun:
-    """Returns what to go on from.
+    """Returns the newest checkpoint that verifies, or a fresh state without any.
 
-    The newest checkpoint that verifies where there is one, a fresh state otherwise.
-    Newer ones, which do not, are set aside.
+    Newer checkpoints, which are damaged, are set aside.
 
     Args:
-      config: the configuration.
-      run: where all goes.
-      mesh: the devices.
+      config, run, mesh: of the training.
       folder: of checkpoints.
-      params: what `initial.params` gave, where it has been asked already.
+      params: of `initial.params`, where it has been called already.
       strict: whether the newest checkpoint must verify.
     """
     if not folder.steps():
@@ -162,16 +159,16 @@ def end_of(config: Config) -> int:
 
 
 def record(config: Config, run: runs.Run, step: int) -> None:
-    """Writes with what a run goes on from a step; says what that means.
+    """Records the configuration that a run resumes with, and prints what it changes.
 
-    Where no step is left to make the run stays what it was trained with.
+    Where no step is left to make, the run keeps its configuration.
     """
     try:
         known = runs.read_config(run)
-    except ConfigError:  # let through by force
+    except ConfigError:  # damaged, and allowed by force
         return changes.record(run, config, step)
     if step >= end_of(config):
-        name, output = config.name, config.output  # where it is now
+        name, output = config.name, config.output  # it may have been moved
         if dataclasses.replace(known, name=name, output=output) != config:
             hosts.say("no step is left to make: the run's configuration stays as it is")
         return None
@@ -187,7 +184,7 @@ def record(config: Config, run: runs.Run, step: int) -> None:
 
 
 def state_like(config: Config, mesh: Any) -> TrainState:
-    """Returns `jax.ShapeDtypeStruct` in place of the arrays of `first_state`."""
+    """Returns the shapes of `first_state` with their shardings."""
     like = learning.state_shapes(config, packed=True)
     state: TrainState = jax.tree.map(
         lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
@@ -201,7 +198,7 @@ def state_like(config: Config, mesh: Any) -> TrainState:
 def compiling(
     step: parallel.Step, fed: feed.Feed, config: Config, mesh: Any
 ) -> Iterator[None]:
-    """Compiles the training step while what is within is done."""
+    """Compiles the training step in a thread while the body runs."""
     kept = Path(config.output) / ".cache"
     print(
         "compiling the training step: seconds to minutes, without a sign; the program "
@@ -211,7 +208,7 @@ def compiling(
     state = state_like(config, mesh)
     with closing(fed.batches(0, 1)) as batches:
         batch = next(batches)
-    # XLA leaves Python to others, and the cores that it does not keep busy by itself.
+    # XLA compiles without the interpreter's lock.
     with ThreadPoolExecutor(1) as pool:
         compiled = pool.submit(step.compile, state, batch)
         yield
@@ -219,19 +216,16 @@ def compiling(
 
 
 def first_state(config: Config, mesh: Any, params: Any = None) -> TrainState:
-    """Returns the state before the first step, as it is trained on a mesh.
+    """Returns the state before the first step, packed, on the devices of a mesh.
 
-    Args:
-      config: the configuration.
-      mesh: the devices.
-      params: those to start from; from the seed when None.
+    The parameters are from the seed where none are given.
     """
     like = learning.state_shapes(config, packed=True)
     placed = parallel.state_sharding(like, mesh)
     key = jax.random.key(config.train.seed)
     if params is None:
         params = build.init_params(config, jax.random.split(key)[0])
-    # On the host, and then where it belongs: one device may not hold the whole.
+    # Packed on the host, then spread: one device may not hold all of it.
     vector = parallel.place(flat.pack(params, config.train.fsdp), placed.params)
     make = jax.jit(partial(learning.init_state, config), out_shardings=placed)
     state: TrainState = make(vector, key)
@@ -239,10 +233,10 @@ def first_state(config: Config, mesh: Any, params: Any = None) -> TrainState:
 
 
 def feed_of(config: Config, dataset: datasets.Dataset, mesh: Any) -> feed.Feed:
-    """Returns where the batches of a run come from.
+    """Returns the source of a run's batches.
 
     Raises:
-      ConfigError: from where they were asked for they cannot come.
+      ConfigError: train.input cannot be had.
     """
     plan = config.train
     try:

@@ -1,4 +1,4 @@
-"""Training that starts from trained weights: what it takes from them, and what not."""
+"""Fine-tuning: weights to start from, and the fields that come with them."""
 
 import dataclasses
 from operator import attrgetter
@@ -18,9 +18,9 @@ from diffusion_jax.storage import trees
 
 
 def given(config: Config, *, force: bool = False) -> Config:
-    """Returns what the network and its diffusion are by the weights to start from.
+    """Returns the configuration of the weights to start from.
 
-    A run that has begun knows it, and needs the weights no more.
+    For a run that has begun from them it is its own, and they may be gone.
 
     Raises:
       ConfigError: there are no such weights.
@@ -32,29 +32,28 @@ def given(config: Config, *, force: bool = False) -> Config:
 
 
 def resolved(config: Config, *, force: bool = False) -> Config:
-    """Returns the configuration with the weights by their whole path.
+    """Returns the configuration with init_from as an absolute path.
 
-    So that the run finds them from any folder, and under any spelling. Where none are
-    named, a run that has begun from weights keeps its own.
+    So the run finds the weights from any folder. Where none are named, a run that has
+    begun from weights keeps its own.
     """
-    if config.init_from is not None:
-        begun = _begun(config, force)
-        whole = str(Path(config.init_from).resolve())
-        if begun is None or begun.init_from != whole:
-            source = _source(config)
-            place = source.folder if source.network is None else source.network.path
-            whole = str(place.resolve())
-        return dataclasses.replace(config, init_from=whole)
     begun = _begun(config, force)
     known = None if begun is None else begun.init_from
-    return dataclasses.replace(config, init_from=known)
+    if config.init_from is None:
+        return dataclasses.replace(config, init_from=known)
+    whole = str(Path(config.init_from).resolve())
+    if known != whole:
+        source = _source(config)
+        place = source.folder if source.network is None else source.network.path
+        whole = str(place.resolve())
+    return dataclasses.replace(config, init_from=whole)
 
 
 def like(experiment: Config, given: Config) -> Config:
-    """Returns an experiment of the same network and diffusion as given weights have.
+    """Returns an experiment with the network and the diffusion of given weights.
 
-    What is data, optimiser and run stays; so does how the network is computed, and by
-    which rule its pictures are drawn, as far as that fits.
+    Its data, optimiser and run stay; so do the fields of how the network is computed,
+    and its sampling rule, as far as they fit.
     """
     data = dataclasses.replace(
         experiment.data,
@@ -82,7 +81,7 @@ def like(experiment: Config, given: Config) -> Config:
 
 
 def params(config: Config) -> Any:
-    """Returns the parameters that training starts from, if it starts from weights.
+    """Returns the trained parameters to start from; None without init_from.
 
     Raises:
       ConfigError: those of config.init_from are of another network, or not finite.
@@ -109,12 +108,12 @@ def params(config: Config) -> Any:
     if wrong:
         raise ConfigError(
             f"the network must be that of {config.init_from}; got {'; '.join(wrong)}. "
-            "Leave out these flags: what they say is as it was there."
+            "Leave out these flags: the values are then those of the weights."
         )
     found = weights.load(given, source, Weights())[0]
     leaves = trees.by_path(found).items()
     bad = [name for name, leaf in leaves if not np.isfinite(np.asarray(leaf)).all()]
-    if bad:  # no step could mend them, nor log
+    if bad:  # every step would be skipped
         raise ConfigError(
             f"the weights of {config.init_from} must be finite; got others in "
             f"{len(bad)} tensors, first in {bad[0]}. Take another set of weights."
@@ -123,9 +122,9 @@ def params(config: Config) -> Any:
 
 
 def _begun(config: Config, force: bool) -> Config | None:
-    """Returns the configuration of the run, if it has a checkpoint.
+    """Returns the configuration of a run that has a checkpoint, else None.
 
-    With force one that is damaged counts for nothing.
+    With force a damaged one is None too.
     """
     run = runs.of(config)
     if not (runs.has_checkpoint(run) and run.config.is_file()):
@@ -142,5 +141,5 @@ def _source(config: Config) -> runs.Run:
     try:
         return runs.find(config.init_from)
     except ConfigError as error:
-        # Which other commands call RUN.
+        # Other commands call the argument RUN.
         raise ConfigError(str(error).replace("RUN must", "init_from must", 1)) from None

@@ -27,7 +27,7 @@ from diffusion_jax.training.state import TrainState
 
 
 class Job(NamedTuple):
-    """What stays the same from the first step of a command to its last."""
+    """What stays the same while a command trains."""
 
     config: Config
     run: runs.Run
@@ -36,15 +36,13 @@ class Job(NamedTuple):
     step: parallel.Step
     manager: Any
     ruler: measuring.Ruler | None
-    """What it is measured with meanwhile, if it is."""
+    """What samples are measured with in training, if they are."""
     held_out_loss: Callable[[Any], jax.Array] | None
-    """From parameters to the loss of the held-out images, if there are any."""
+    """The loss of held-out images as a function of the parameters, if there are any."""
     signals: stopping.Requests
-    """The signals that asked for the end."""
-    started: float
-    """When the command was started, by `time.monotonic`."""
-    before: compilation.Programs
-    """What had been compiled by then."""
+    """The signals that asked to stop."""
+    start: tuple[float, compilation.Programs]
+    """When the command began, by `time.monotonic`, and what was compiled before."""
 
 
 def train(
@@ -55,22 +53,21 @@ def train(
     dataset: datasets.Dataset | None = None,
     signals: Callable[[], AbstractContextManager[stopping.Requests]] | None = None,
 ) -> int:
-    """Trains, or goes on where the run stopped; returns the exit code.
+    """Trains, or resumes where the run stopped; returns the exit code.
 
     Args:
       config: the configuration.
-      strict: whether the newest checkpoint must verify; otherwise the run goes on from
-        the newest that does.
-      force: whether the run may go on with another configuration than it had.
-      dataset: the images, where they are not those that the configuration names.
-      signals: how the process takes signals meanwhile; `stopping.requests` when not
-        given.
+      strict: whether the newest checkpoint must verify; otherwise the newest that does
+        is taken.
+      force: whether the run may resume with another configuration.
+      dataset: the images, in place of those that the configuration names.
+      signals: context that handles signals; `stopping.requests` when not given.
 
     Raises:
-      CheckpointError: there are checkpoints, and none to go on from.
+      CheckpointError: there are checkpoints, and none can be resumed from.
       ConfigError: the folder holds another run, or this one diverged.
     """
-    started, before = time.monotonic(), compilation.count()
+    start = time.monotonic(), compilation.count()
     if config.train.deterministic:
         determinism.ask()
     parallel.split_cpu(config.train.batch_size)  # both before JAX looks for devices
@@ -78,73 +75,51 @@ def train(
     with (signals or stopping.requests)() as requests, lock.hold(run.folder):
         if hosts.first():
             runs.remove_partials(run)
-        return _train(
-            config,
-            run,
-            requests,
-            started,
-            before,
-            strict=strict,
-            force=force,
-            dataset=dataset,
-        )
-
-
-def _train(
-    config: Config,
-    run: runs.Run,
-    signals: stopping.Requests,
-    started: float,
-    before: compilation.Programs,
-    *,
-    strict: bool,
-    force: bool,
-    dataset: datasets.Dataset | None,
-) -> int:
-    """As `train`, in a folder that is this process's alone."""
-    parts = None
-    if config.train.epochs is not None:
-        parts = build.load_parts(config, dataset)
-        config = with_epochs(config, len(parts[0].images))
-        checks.validate(config)
-    beginning.check_hosts(config, run)
-    beginning.check_same_run(config, run, force=force)
-    parallel.persistent_cache(Path(config.output).resolve() / ".cache")
-    chains.make_grid(config)  # which may be refused, and had better be now
-    mesh = parallel.make_mesh(config.train.devices, config.train.fsdp)
-    parallel.check_batch_size(config.train.batch_size, mesh.size)
-    dataset, held = parts or build.load_parts(config, dataset)
-    hosts.check_same("the images", f"{dataset.images.shape}")
-    if note := beginning.few_images(config, len(dataset.images)):
-        hosts.say(note)
-    fed = beginning.feed_of(config, dataset, mesh)
-    hosts.check_same("the input", fed.source)
-    step, plan = learning.make_step(config, mesh, fed.stored), config.train
-    steps = checkpoint.steps(run.checkpoints)
-    newest = hosts.tell(max(steps, default=-1))
-    params = initial.params(config) if newest < 0 else None
-    busy: AbstractContextManager[None] = nullcontext()
-    ruler = measuring.make(config, dataset) if newest < plan.steps else None
-    if newest < plan.steps:
-        runs.check_room(run, learning.state_shapes(config), len(steps), plan.keep)
-        busy = beginning.compiling(step, fed, config, mesh)
-    describe(config, run, mesh, dataset, fed, held)
-    with ExitStack() as left:
-        with busy:
-            folder = checkpoint.open_folder(
-                run.checkpoints, keep=plan.keep, keep_every=plan.keep_every
+        parts = None
+        if config.train.epochs is not None:
+            parts = build.load_parts(config, dataset)
+            config = with_epochs(config, len(parts[0].images))
+            checks.validate(config)
+        beginning.check_hosts(config, run)
+        beginning.check_same_run(config, run, force=force)
+        parallel.persistent_cache(Path(config.output).resolve() / ".cache")
+        chains.make_grid(config)  # raises here what would end the run at its first grid
+        mesh = parallel.make_mesh(config.train.devices, config.train.fsdp)
+        parallel.check_batch_size(config.train.batch_size, mesh.size)
+        dataset, held = parts or build.load_parts(config, dataset)
+        hosts.check_same("the images", f"{dataset.images.shape}")
+        if note := beginning.few_images(config, len(dataset.images)):
+            hosts.say(note)
+        fed = beginning.feed_of(config, dataset, mesh)
+        hosts.check_same("the input", fed.source)
+        step, plan = learning.make_step(config, mesh, fed.stored), config.train
+        steps = checkpoint.steps(run.checkpoints)
+        newest = hosts.tell(max(steps, default=-1))
+        params = initial.params(config) if newest < 0 else None
+        busy: AbstractContextManager[None] = nullcontext()
+        ruler = measuring.make(config, dataset) if newest < plan.steps else None
+        if newest < plan.steps:
+            runs.check_room(run, learning.state_shapes(config), len(steps), plan.keep)
+            busy = beginning.compiling(step, fed, config, mesh)
+        describe(config, run, mesh, dataset, fed, held)
+        with ExitStack() as left:
+            with busy:
+                folder = checkpoint.open_folder(
+                    run.checkpoints, keep=plan.keep, keep_every=plan.keep_every
+                )
+                manager = left.enter_context(folder)
+                manager.keep.scores |= measuring.scores(config, run, steps)
+                begun = beginning.start(
+                    config, run, mesh, manager, params, strict=strict
+                )
+            describe_start(config, int(begun.state.step), len(dataset.images))
+            begun = begun._replace(state=learning.as_trained(config, begun.state, mesh))
+            loss = None if held is None else measuring.held_out_loss(config, mesh, held)
+            job = Job(
+                config, run, mesh, fed, step, manager, ruler, loss, requests, start
             )
-            manager = left.enter_context(folder)
-            manager.keep.scores |= measuring.scores(config, run, steps)
-            begun = beginning.start(config, run, mesh, manager, params, strict=strict)
-        describe_start(config, int(begun.state.step), len(dataset.images))
-        begun = begun._replace(state=learning.as_trained(config, begun.state, mesh))
-        loss = None if held is None else measuring.held_out_loss(config, mesh, held)
-        job = Job(
-            config, run, mesh, fed, step, manager, ruler, loss, signals, started, before
-        )
-        state = loop(job, begun)
-    return finish(job, state)
+            state = loop(job, begun)
+        return finish(job, state)
 
 
 def describe(
@@ -155,7 +130,7 @@ def describe(
     fed: feed.Feed,
     held: datasets.Dataset | None,
 ) -> None:
-    """Prints what is going to be trained, on what, and where it goes."""
+    """Prints the data, the network, the devices and the folder of a run."""
     count = sum(x.size for x in jax.tree.leaves(learning.state_shapes(config).params))
     shape = "x".join(str(n) for n in dataset.images.shape[1:])
     device = mesh.devices.flat[0].device_kind
@@ -175,7 +150,7 @@ def describe(
 
 
 def describe_start(config: Config, step: int, images: int) -> None:
-    """Prints from where training goes on, or that there is nothing left to do."""
+    """Prints the step that training starts at, or that the run is complete."""
     last, rises = config.train.steps, warmup(config)
     if step >= last:
         print(f"the run is complete at step {step:,}")
@@ -193,8 +168,8 @@ def loop(job: Job, begun: beginning.Begun) -> TrainState:
     """Returns the state after the last step, or after the one at which to stop.
 
     Args:
-      job: what the run is made of.
-      begun: what to go on from; its state is used up.
+      job: of the run.
+      begun: what to start from; its state is donated.
     """
     config, run, plan, sample = job.config, job.run, job.config.train, job.config.sample
     state = begun.state
@@ -253,7 +228,7 @@ def loop(job: Job, begun: beginning.Begun) -> TrainState:
 
 
 def save(job: Job, log: history.Log, state: TrainState, score: float | None) -> None:
-    """Writes a checkpoint in the background, after what was logged before it."""
+    """Writes a checkpoint in the background, once the log before it is on the disk."""
     with log.shown.held_up():
         meta = {"pending": [*log.pending], "row": dict(log.shown.row)}
         runs.to_disk(job.run)
@@ -261,10 +236,10 @@ def save(job: Job, log: history.Log, state: TrainState, score: float | None) -> 
 
 
 def score_of(job: Job, shown: Progress, draw: Any, state: TrainState) -> float | None:
-    """Returns by what the checkpoint of a state is compared with others.
+    """Returns the score of a checkpoint, by which the best one is kept.
 
-    The distance of samples, where the run is measured at this step; where it never is,
-    the logged loss.
+    That is the distance of samples, where the run is measured at this step; the logged
+    loss in a run that is never measured.
     """
     config, run, step = job.config, job.run, int(state.step)
     if job.ruler is None:
@@ -280,9 +255,9 @@ def score_of(job: Job, shown: Progress, draw: Any, state: TrainState) -> float |
 
 
 def describe_first(job: Job) -> None:
-    """Prints how long the first step took to come, and what was compiled for it."""
-    made = compilation.since(job.before)
-    seconds = time.monotonic() - job.started
+    """Prints the time to the first step, and what was compiled for it."""
+    began, before = job.start
+    seconds, made = time.monotonic() - began, compilation.since(before)
     print(f"first step after {seconds:.1f} s{made and f' ({made})'}", flush=True)
 
 
@@ -292,7 +267,7 @@ def has_grid(config: Config, step: int) -> bool:
 
 
 def write_grid(config: Config, run: runs.Run, draw: Any, state: TrainState) -> None:
-    """Writes a grid of samples of the averaged weights, always from the same noise."""
+    """Writes a grid of samples of the averaged weights (EMA), from the same noise."""
     key = jax.random.key(config.train.seed)
     drawn = draw(chains.Drawable(parallel.whole(state.ema_params)), key)
     if hosts.first():
@@ -302,12 +277,12 @@ def write_grid(config: Config, run: runs.Run, draw: Any, state: TrainState) -> N
 
 
 def grid_path(run: runs.Run, step: int) -> Path:
-    """Returns where the grid of a step goes."""
+    """Returns the path of a step's grid."""
     return run.samples / f"step_{step:08d}.png"
 
 
 def draw_loss(config: Config, run: runs.Run, lines: list[dict[str, Any]]) -> object:
-    """Returns where the plot of the loss is; or why there is none."""
+    """Plots the logged loss; returns the path, or why there is no plot."""
     try:
         return pictures.curve(
             [line["step"] for line in lines],
@@ -316,14 +291,14 @@ def draw_loss(config: Config, run: runs.Run, lines: list[dict[str, Any]]) -> obj
             ylabel=f"loss ({config.diffusion.loss})",
             path=run.folder / "loss.png",
         )
-    except MissingError as error:  # which no run should end on
+    except MissingError as error:  # a plot is no reason to fail
         return f"none: {error}"
 
 
 def finish(job: Job, state: TrainState) -> int:
-    """Draws the loss, says where everything is, and returns the exit code."""
+    """Plots the loss, prints where everything is, and returns the exit code."""
     config, run, requested = job.config, job.run, job.signals.numbers
-    seconds = time.monotonic() - job.started
+    seconds = time.monotonic() - job.start[0]
     step, again = int(state.step), "the same command goes on from here"
     logged = runs.read_lines(run.metrics)
     lines = [line for line in logged if line.get("loss") is not None]

@@ -1,7 +1,7 @@
-"""Training that measures as it goes: the loss of held-out images, and distances.
+"""Measures a run while it trains: the loss of held-out images, and FID.
 
 The distance of samples from the images is that of `eval_fid` with as many samples: from
-the same noise, by the same extractor, with the averaged weights.
+the same noise, by the same extractor, with the averaged weights (EMA).
 """
 
 import functools
@@ -27,18 +27,18 @@ BATCH = 64
 
 
 class Ruler(NamedTuple):
-    """What samples are measured with."""
+    """An extractor, the reference statistics, and the name of the distance."""
 
     extractor: extractors.Extractor
     real: reference.Reference
     name: str
-    """Of the number: FID@2500, fd_digits_classifier."""
+    """Such as FID@2500 or fd_digits_classifier."""
 
 
 def make(config: Config, dataset: datasets.Dataset) -> Ruler | None:
-    """Returns what a run is measured with; None where nobody asked for it.
+    """Returns what a run is measured with; None without train.measure_every.
 
-    Trains the classifier of the data where that is what is needed and there is none.
+    Trains a classifier of the data where it is needed and there is none.
 
     Raises:
       ConfigError: there is neither Inception nor a classifier, or there are too few
@@ -68,16 +68,12 @@ def held_out_loss(
 ) -> Callable[[Any], jax.Array]:
     """Returns the loss of a batch of held-out images as a function of the parameters.
 
-    Always of the same images, times and noise, so that what changes is the network;
-    without dropout and flips.
-
-    Args:
-      config: the configuration.
-      mesh: the devices that the parameters, as they are trained, are on.
-      held: the images.
+    The images, times and noise are always the same, without dropout and flips, so only
+    the network changes it.
     """
     calm = replace(config, "data", flip=False)
-    calm = replace(calm, "diffusion", density=_evenly(config))
+    if config.diffusion.density == "importance":  # which depends on the training so far
+        calm = replace(calm, "diffusion", density="uniform")
     loss = flat.of_tree(learning.make_loss(calm, train=False))
     labels, size = bool(config.net.classes), config.train.batch_size
     batch = feed.batch_at(held, labels, config.train.seed, size, 0)
@@ -91,12 +87,6 @@ def held_out_loss(
         return mean
 
     return lambda params: run(params, batch)
-
-
-def _evenly(config: Config) -> Any:
-    """Returns the density of times, but for one that has to be learned."""
-    density = config.diffusion.density
-    return "uniform" if density == "importance" else density
 
 
 def due(config: Config, step: int) -> bool:
@@ -119,8 +109,7 @@ def measure(
 
     Args:
       ruler: from `make`.
-      config: of the run.
-      run: where the result goes.
+      config, run: of the training.
       draw: from `chains.make_draw`, of config.sample.count images.
       drawable: the averaged weights.
       step: updates that they have seen.
@@ -131,12 +120,8 @@ def measure(
         pictures.to_uint8(draw(drawable, key, first)) for first in range(0, count, size)
     ]
     drawn = np.concatenate(batches)[:count]
-    features, _ = extractors.extract(
-        ruler.extractor, drawn, batch_size=BATCH, label="features of samples"
-    )
-    value = float("nan")
+    value = reference.distance_of(ruler.real, drawn, ruler.extractor, batch_size=BATCH)
     if hosts.first():
-        value = reference.distance(ruler.real, features)
         result = {
             "numbers": {f"{ruler.name} vs train": {"mean": value, "of_each": [value]}},
             "extractor": ruler.extractor.name,
@@ -156,14 +141,12 @@ def measure(
 def scores(
     config: Config, run: runs.Run, steps: Sequence[int]
 ) -> dict[int, float | None]:
-    """Returns by what checkpoints are compared: measured distances, or logged losses.
+    """Returns the scores of checkpoints by step: all distances, or all logged losses.
 
-    None where what was saved with them serves: in a run whose way has not changed. So
-    no distance is compared with a loss.
+    Empty where the scores saved with them are of one kind already: in a run that was
+    never measured.
     """
-    if config.train.measure_every is None and not results.in_training(run):
-        return {}
-    if config.train.measure_every is None:
-        return {step: history.score(config, run, step) for step in steps}
     found = results.in_training(run)
-    return {step: found.get(step) for step in steps}
+    if config.train.measure_every is not None:
+        return {step: found.get(step) for step in steps}
+    return {step: history.score(config, run, step) for step in steps if found}

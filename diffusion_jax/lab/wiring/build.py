@@ -1,4 +1,4 @@
-"""From a configuration to objects: schedule, network and data."""
+"""Builds the schedule, the network and the data from a configuration."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -16,10 +16,8 @@ from diffusion_jax.nets.unet import UNet
 
 Apply = Callable[..., jax.Array]
 
-# Ends of a learned schedule before it learns (Kingma et al. 2021).
 FIRST_LOGSNR = (-5.0, 13.3)
-
-
+"""Ends of a learned schedule before training (Kingma et al. 2021)."""
 IN_TRAINING = {
     "data_dir": "In training data_dir is --data.path.",
     "skip_unreadable=True": "In training that is --data.skip-unreadable.",
@@ -28,16 +26,11 @@ IN_TRAINING = {
     "fit=": "No flag gives fit: crop them yourself, or give them as a folder:PATH.",
     "do without labels": "In training --net.classes 0 does without labels.",
 }
-"""What arguments of the functions that load data are as flags of training."""
+"""Words of errors of `datasets.load`, and the flags of training that they mean."""
 
 
 def make_schedule(config: Config, params: Any = None) -> schedule.Schedule:
-    """Returns the noise schedule that the network learns on.
-
-    Args:
-      config: the configuration.
-      params: as `init_params` makes them; only for a learned schedule.
-    """
+    """Returns the noise schedule of training; a learned one is made of `params`."""
     d = config.diffusion
     total, ends = d.num_steps, {"beta_start": d.beta_start, "beta_end": d.beta_end}
     made: schedule.Schedule = {
@@ -60,7 +53,7 @@ def make_schedule(config: Config, params: Any = None) -> schedule.Schedule:
 
 
 def chain_schedule(config: Config, params: Any = None) -> schedule.Schedule:
-    """Returns the schedule in T whole steps, on which chains and bounds are made."""
+    """Returns the schedule of T discrete steps, for sampling and bounds."""
     made = make_schedule(config, params)
     if not is_continuous(config):
         return made
@@ -68,12 +61,12 @@ def chain_schedule(config: Config, params: Any = None) -> schedule.Schedule:
 
 
 def is_continuous(config: Config) -> bool:
-    """Returns whether the network learns at real times."""
+    """Returns whether the network learns at continuous times."""
     return config.diffusion.schedule in CONTINUOUS
 
 
 def time_shift(config: Config) -> int:
-    """Returns what is subtracted from t for the network: 1 where it counts steps."""
+    """Returns what is subtracted from t for the network: 1 for discrete schedules."""
     return 0 if is_continuous(config) else 1
 
 
@@ -100,9 +93,9 @@ def make_network(config: Config) -> UNet:
 
 
 def as_computed(config: Config, params: Any) -> Any:
-    """Returns the parameters with those of the network in the types it computes in.
+    """Returns the parameters with the network's cast to its dtype; see `unet.cast`.
 
-    The network's output is the same to the bit; see `unet.cast`.
+    Its output is the same to the bit.
     """
     return {**params, "net": unet.cast(params["net"], jnp.dtype(config.net.dtype))}
 
@@ -112,11 +105,7 @@ def make_apply(
 ) -> Apply:
     """Returns the network as a function of x, t and, with classes, the label.
 
-    Args:
-      config: the configuration.
-      params: as `init_params` makes them.
-      levels: the schedule whose times t are.
-      options: of the network's call.
+    `levels` is the schedule whose times t are; options are those of the network's call.
     """
     net = make_network(config)
 
@@ -124,7 +113,7 @@ def make_apply(
         if config.diffusion.prediction == "edm" or not is_continuous(config):
             return t  # as `gaussian.denoiser` feeds it
         if config.diffusion.schedule == "learned":
-            # The level, not the time: whose meaning changes as the schedule learns.
+            # The log-SNR, since a time's noise changes as the schedule learns.
             low, high = FIRST_LOGSNR
             return 1000 * (high - levels(t).logsnr) / (high - low)
         return 1000 * t / continuous.last_time(levels)
@@ -139,7 +128,7 @@ def make_apply(
 def make_denoiser(
     config: Config, apply: Apply, levels: schedule.Schedule, **options: Any
 ) -> gaussian.Denoiser:
-    """Returns the network's prediction; options are clip and threshold."""
+    """Returns the network as a denoiser; options are clip and threshold."""
     return gaussian.denoiser(
         apply,
         levels,
@@ -163,7 +152,7 @@ def init_params(config: Config, key: jax.Array) -> Any:
 
 
 def param_shapes(config: Config) -> Any:
-    """Returns `jax.ShapeDtypeStruct` in place of the arrays of `init_params`."""
+    """Returns the shapes of `init_params`, as `jax.ShapeDtypeStruct`."""
     shapes = {"net": fresh.shapes(make_network(config), *_inputs(config))}
     if config.diffusion.schedule == "learned":
         shapes["schedule"] = jax.eval_shape(lambda: _init_schedule(jax.random.key(0)))
@@ -171,7 +160,7 @@ def param_shapes(config: Config) -> Any:
 
 
 def _inputs(config: Config) -> tuple[Any, ...]:
-    """Returns one image of zeros, its time, and its label where there is one."""
+    """Returns an image, a time and, with classes, a label: all zeros."""
     shape = (1, *config.data.shape)
     label = np.zeros(1, np.int32) if config.net.classes else None
     return np.zeros(shape, np.float32), np.zeros(1, np.float32), label
@@ -185,12 +174,9 @@ def _init_schedule(key: jax.Array) -> learned.Params:
 def load_data(
     config: Config, *, split: str = "train", labelled: bool = False
 ) -> datasets.Dataset:
-    """Returns the images of a split.
+    """Returns the images of a split, "train" or "test"; held-out ones are the latter.
 
-    Args:
-      config: the configuration.
-      split: "train" or "test"; those held out are the latter.
-      labelled: whether their labels are needed though the network is not told them.
+    With `labelled` they must have labels though the network has no classes.
 
     Raises:
       ConfigError, DataError: as `load_parts`; there are no test images.
@@ -204,30 +190,23 @@ def load_data(
 def load_parts(
     config: Config, dataset: datasets.Dataset | None = None, *, labelled: bool = False
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """Returns the images to train on, and those held out if any are.
+    """Returns the images to train on, and the held-out ones or None.
 
-    Args:
-      config: the configuration.
-      dataset: all images, where they are not those that it names.
-      labelled: as of `load_data`.
+    `dataset` has all images, in place of those that the configuration names.
 
     Raises:
-      ConfigError, DataError: they cannot be had, or are too few.
+      ConfigError, DataError: they cannot be loaded, or are too few.
     """
-    whole = dataset
-    if whole is None:
-        whole = _load(config, "train", labelled=labelled)
-    if not config.data.hold_out:
-        return whole, None
-    return datasets.held_out(whole, config.data.hold_out)
+    whole = dataset or _load(config, "train", labelled=labelled)
+    share = config.data.hold_out
+    return datasets.held_out(whole, share) if share else (whole, None)
 
 
 def _load(config: Config, split: str, *, labelled: bool) -> datasets.Dataset:
-    """As `load_data`, without any held out.
+    """Returns the images of a split of the source, none held out.
 
     Raises:
-      ConfigError: they do not have the configured size or channels, or nobody said
-        what they are.
+      ConfigError: they have another size or channels, or the source is unknown.
     """
     d = config.data
     if d.source.startswith(GIVEN):
@@ -289,9 +268,7 @@ def check_labels(config: Config, dataset: datasets.Dataset) -> None:
     if least < 0 or most >= classes:
         mend = f"In training, set --net.classes to {most + 1}"
         if least < 0:
-            mend = (
-                "Leave out what has no class, or, in training, set --net.classes to 0"
-            )
+            mend = "Leave out images without a class, or train with --net.classes 0"
         raise ConfigError(
             f"labels must be in 0..{classes - 1}, for net.classes = {classes}; got "
             f"{least}..{most}. {mend}."

@@ -1,4 +1,4 @@
-"""From a configuration to chains: grids, rules, and draws of a trained network."""
+"""Builds what samples from a configuration: grids, rules, and compiled draws."""
 
 import functools
 from collections.abc import Callable
@@ -27,17 +27,14 @@ from diffusion_jax.training import compilation, parallel
 
 
 class Drawable(NamedTuple):
-    """What images are drawn with: trained weights, and what sampling adds to them.
-
-    A pytree, which goes through `jit` and onto devices as the weights alone would.
-    """
+    """What images are drawn with: trained weights, and what sampling adds; a pytree."""
 
     params: Any
     """The weights, as `build.init_params` makes them."""
     x0_variance: Any = None
     """Var[x0 | x_t] for t = 0..T, [T + 1], where the variance is analytic."""
     classifier: Any = None
-    """Parameters of the noisy classifier, where one guides."""
+    """Parameters of the noisy classifier, where it guides."""
 
     @property
     def sha256(self) -> str:
@@ -46,16 +43,16 @@ class Drawable(NamedTuple):
 
 
 def make_grid(config: Config) -> np.ndarray:
-    """Returns the times that a chain goes through, from T to 0.
+    """Returns the times of a chain, from T to 0.
 
     Raises:
-      ConfigError: it begins in pure noise, and the network predicts what says nothing
-        of an image there.
+      ConfigError: it begins in pure noise, and the network predicts eps or score,
+        which determine no image there.
     """
     total = config.diffusion.num_steps
     how = sampling.resolve(config.sample, total)
     if "grid" not in how:
-        # All the way in one stretch, but for the step to data, where noise ends.
+        # One stretch for the adaptive solver, and the last step, to data.
         last = 1.0 if build.is_continuous(config) else total
         return np.array([last, last / total, 0])
     made: Callable[..., np.ndarray] = getattr(grids, how["grid"])
@@ -65,16 +62,16 @@ def make_grid(config: Config) -> np.ndarray:
     if predicted in ("eps", "score") and first < PURE_NOISE:
         raise ConfigError(
             f"cannot draw: schedule {config.diffusion.schedule} ends in pure noise, "
-            f"of which the prediction {predicted} says no image. Use the grid logsnr, "
+            f"where the prediction {predicted} gives no image. Use the grid logsnr, "
             "which begins before, or train another prediction, such as v."
         )
     return times
 
 
 def known_chain(config: Config) -> schedule.Schedule:
-    """Returns the chain's schedule without parameters, for its times.
+    """Returns the chain's schedule, made without parameters, for its times.
 
-    The levels of a learned one are not to be had so: those here are others.
+    In place of a learned one it is cosine, of as many steps and other levels.
     """
     if config.diffusion.schedule == "learned":
         return schedule.cosine(config.diffusion.num_steps)
@@ -83,7 +80,7 @@ def known_chain(config: Config) -> schedule.Schedule:
 
 def start_std(config: Config) -> float:
     """Returns the standard deviation of the noise that chains start from."""
-    if sampling.RULES[config.sample.sampler].grid is None:
+    if _adapts(config):
         return max(1.0, float(known_chain(config)(config.diffusion.num_steps).sigma))
     return max(1.0, float(known_chain(config)(int(make_grid(config)[0])).sigma))
 
@@ -93,10 +90,7 @@ def make_sampler(
 ) -> samplers.Sampler:
     """Returns the sampling rule with these weights.
 
-    Args:
-      config: the configuration.
-      drawable: the weights.
-      first: index of the first example, which decides its class where all are drawn.
+    `first` is the index of the first example, for its label where classes take turns.
     """
     denoise = make_denoiser(config, drawable, first=first)
     return make_rule(config, denoise, sampling_schedule(config, drawable.params))
@@ -105,7 +99,7 @@ def make_sampler(
 def make_denoiser(
     config: Config, drawable: Drawable, *, first: int | jax.Array = 0
 ) -> gaussian.Denoiser:
-    """Returns the network's prediction, as the chains of the configuration see it."""
+    """Returns the denoiser of the configured chains: clipped, labelled, guided."""
     levels = sampling_schedule(config, drawable.params)
     how = sampling.resolve(config.sample, config.diffusion.num_steps)
     apply = build.make_apply(config, drawable.params, levels)
@@ -125,9 +119,9 @@ def given_labels(
     *,
     clip: bool,
 ) -> gaussian.Denoiser:
-    """Returns the network's prediction of images with these labels, if it has any."""
+    """Returns the denoiser for images with these labels, without guidance."""
     apply = build.make_apply(config, drawable.params, levels)
-    given = apply if label is None else lambda x, t: apply(x, t, label)
+    given = functools.partial(apply, label=label)
     denoise = build.make_denoiser(config, given, levels, clip=clip)
     return _with_variance(denoise, drawable)
 
@@ -135,18 +129,16 @@ def given_labels(
 def labels_of(
     config: Config, count: int, first: int | jax.Array, classes: int
 ) -> jax.Array:
-    """Returns the classes of examples first, first + 1, ...; [count]."""
+    """Returns the labels of examples first, first + 1, ...; [count]."""
     if config.sample.label is not None:
         return jnp.full(count, config.sample.label)
     return (jnp.asarray(first) + jnp.arange(count)) % classes
 
 
 def count_classes(config: Config, drawable: Drawable | None = None) -> int:
-    """Returns how many classes are drawn in turn; 0 where all samples are of one.
+    """Returns how many classes take turns; 0 where all samples are of one.
 
-    Args:
-      config: the configuration.
-      drawable: what is drawn with, where a classifier may guide.
+    `drawable` is needed where a classifier may guide.
     """
     if config.sample.label is not None:
         return 0
@@ -158,7 +150,7 @@ def count_classes(config: Config, drawable: Drawable | None = None) -> int:
 def make_rule(
     config: Config, denoise: gaussian.Denoiser, levels: schedule.Schedule
 ) -> samplers.Sampler:
-    """Returns the sampling rule for any denoiser on `sampling_schedule`."""
+    """Returns the configured rule for any denoiser on `sampling_schedule`."""
     rule, how = sampling.RULES[config.sample.sampler], describe_sampling(config)
     options = {name: how[name] for name in rule.options}
     made: samplers.Sampler = rule.make(denoise, levels, **options)
@@ -166,37 +158,36 @@ def make_rule(
 
 
 def sampling_schedule(config: Config, params: Any = None) -> schedule.Schedule:
-    """Returns the schedule that chains walk: in real time where the rule needs it."""
-    if sampling.RULES[config.sample.sampler].grid is not None:
+    """Returns the schedule of chains: continuous where the rule is adaptive."""
+    if not _adapts(config):
         return build.chain_schedule(config, params)
     made = build.make_schedule(config, params)
     return made if build.is_continuous(config) else continuous.interpolate(made)
 
 
 def count_evaluations(config: Config, drawable: Drawable) -> float:
-    """Returns the network evaluations that one sample takes, counted on a draw.
+    """Returns the network evaluations (NFE) of one sample, counted on a draw.
 
-    Only where the steps depend on the network is it the real one that is asked.
-    Classifier-free guidance takes the network twice; with an interval this is what is
-    taken at most.
+    The real network is only asked by a rule whose steps depend on it. Classifier-free
+    guidance counts twice, though with an interval some steps take one evaluation.
     """
     levels = sampling_schedule(config, drawable.params)
     silent = gaussian.denoiser(lambda x, t: 0 * x, levels, "x0")
 
     def stand_in(x: jax.Array, t: jax.Array) -> gaussian.Prediction:
-        # Whatever variance the rule asks for.
+        # With any variance that the rule may ask for.
         return gaussian.Prediction(*silent(x, t)[:2], 0 * x, 0 * x, 0 * x)
 
     denoise: gaussian.Denoiser = stand_in
-    if sampling.RULES[config.sample.sampler].grid is None:
+    if _adapts(config):
         denoise = make_denoiser(config, drawable)
-    shape = (1, *config.data.shape)
-
-    def make(counted: gaussian.Denoiser) -> samplers.Sampler:
-        return make_rule(config, counted, levels)
-
-    grid, std = make_grid(config), start_std(config)
-    count = samplers.count_evaluations(make, denoise, grid, shape, start_std=std)
+    count = samplers.count_evaluations(
+        lambda counted: make_rule(config, counted, levels),
+        denoise,
+        make_grid(config),
+        (1, *config.data.shape),
+        start_std=start_std(config),
+    )
     return count * (1 if config.sample.guidance is None else 2)
 
 
@@ -210,25 +201,24 @@ def make_draw(
     """
     grid = make_grid(config)
     # Devices that cannot share the images equally draw all of them each.
-    spread = count % mesh.size == 0
-    out = parallel.sharded(mesh) if spread else parallel.replicated(mesh)
-    several = mesh.is_multi_process
+    everywhere, out = parallel.replicated(mesh), parallel.sharded(mesh)
+    out = everywhere if count % mesh.size else out
 
     @functools.partial(
         jax.jit, compiler_options=compilation.options(mesh.devices.flat[0])
     )
     def draw(drawable: Drawable, key: jax.Array, first: jax.Array) -> jax.Array:
-        # Once, and not at each of the chain's evaluations.
+        # Cast once, and not at each of the chain's evaluations.
         cast = drawable._replace(params=build.as_computed(config, drawable.params))
         sampler = make_sampler(config, cast, first=first)
         shape = (count, *config.data.shape)
-        # Not before: a run starts long before it draws.
+        # Computed here, and not when a run starts, which is long before it draws.
         with jax.ensure_compile_time_eval():
             std = start_std(config)
         images = samplers.sample(key, sampler, grid, shape, start_std=std, first=first)
         images = jax.lax.with_sharding_constraint(images, out)
-        if several:  # every host gets all of them
-            images = jax.lax.with_sharding_constraint(images, parallel.replicated(mesh))
+        if mesh.is_multi_process:  # every host gets all of them
+            images = jax.lax.with_sharding_constraint(images, everywhere)
         return images
 
     def drawn(drawable: Drawable, key: jax.Array, first: int = 0) -> np.ndarray:
@@ -238,15 +228,20 @@ def make_draw(
 
 
 def describe_sampling(config: Config) -> dict[str, Any]:
-    """Returns what has to be known of samples beside the weights and the seed."""
+    """Returns all that decides samples beside the weights and the seed, as JSON."""
     about = sampling.resolve(config.sample, config.diffusion.num_steps)
     if "guidance_interval" in about:
-        about["guidance_interval"] = list(about["guidance_interval"])  # as JSON has it
+        about["guidance_interval"] = list(about["guidance_interval"])
     if "variance" in about:
         about["variance"] = about["variance"] or config.diffusion.variance
     if config.net.classes and config.sample.label is None:
         about["label"] = "all in turn"
     return about
+
+
+def _adapts(config: Config) -> bool:
+    """Returns whether the sampling rule chooses its own steps, in continuous time."""
+    return sampling.RULES[config.sample.sampler].grid is None
 
 
 def _labelled(
@@ -255,7 +250,7 @@ def _labelled(
     levels: schedule.Schedule,
     first: int | jax.Array,
 ) -> build.Apply:
-    """The network as a function of x and t alone: with labels, and guided by them."""
+    """Returns the network with labels and classifier-free guidance, of x and t."""
     classes, sample = config.net.classes, config.sample
     if not classes:
         return apply
@@ -267,7 +262,7 @@ def _labelled(
         guided = guidance.classifier_free(
             apply,
             label,
-            classes,  # the last row, of no label
+            classes,  # the last row of the embedding, for no label
             scale=sample.guidance,
             active=_active(config, levels),
             channels=config.data.channels,
@@ -280,7 +275,7 @@ def _labelled(
 def _active(
     config: Config, levels: schedule.Schedule
 ) -> Callable[[jax.Array], jax.Array] | None:
-    """Where guidance applies, as a function of the times that the network gets."""
+    """Returns where guidance applies, as a function of the network's times."""
     if config.sample.guidance_interval is None:
         return None
     low, high = config.sample.guidance_interval
@@ -308,7 +303,7 @@ def _guided(
     levels: schedule.Schedule,
     first: int | jax.Array,
 ) -> gaussian.Denoiser:
-    """The denoiser guided by the run's noisy classifier."""
+    """Returns the denoiser guided by the run's noisy classifier."""
     classes = len(judge["logits"]["bias"])
     clip = sampling.resolve(config.sample, config.diffusion.num_steps)["clip"]
 

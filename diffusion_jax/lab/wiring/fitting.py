@@ -1,4 +1,4 @@
-"""Small classifiers: trained on four fifths of labelled images, and kept in a file."""
+"""Trains small classifiers on four fifths of labelled images, and stores them."""
 
 import json
 from collections.abc import Callable
@@ -17,16 +17,16 @@ from diffusion_jax.storage import trees
 BATCH, RATE, HELD_OUT = 128, 2e-3, 0.2
 
 Loss = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
-"""Of parameters, a key, images and labels."""
+"""A function of parameters, a key, images and labels."""
 
 
 class Fitted(NamedTuple):
-    """A trained classifier and where it came from."""
+    """A trained classifier and its file."""
 
     params: Any
     num_classes: int
     accuracy: Any
-    """On the images held out from its training, in [0, 1]; by time, of noisy ones."""
+    """On held-out images, in [0, 1]; of a noisy classifier by time."""
     sha256: str
     """Of its file."""
     path: Path
@@ -37,7 +37,7 @@ def labelled(dataset: datasets.Dataset, hint: str) -> tuple[np.ndarray, np.ndarr
 
     Args:
       dataset: the images, [N, H, W, C], and their labels, [N].
-      hint: what to do where there are none.
+      hint: what to do without labels, for the error.
 
     Raises:
       ConfigError: the images have no labels, or do not fit in memory.
@@ -59,14 +59,14 @@ def fit(
     steps: int,
     seed: int,
 ) -> tuple[Any, np.ndarray]:
-    """Returns the parameters after so many updates, and which images were held out.
+    """Returns the trained parameters, and the indices of the images held out.
 
     Args:
       params: to begin with.
       loss: of a batch.
       images: uint8, [N, H, W, C].
       labels: [N].
-      steps: updates, at a learning rate that falls to 0 as a cosine.
+      steps: updates, with a learning rate that falls to 0 as a cosine.
       seed: of the held-out fifth, of the order of the others, and of the keys.
     """
     order = np.random.default_rng(seed).permutation(len(images))
@@ -91,11 +91,11 @@ def fit(
 
 
 def by_batches(function: Callable[[int, np.ndarray], Any], images: np.ndarray) -> Any:
-    """Returns what a function gives of images, put together on the host.
+    """Returns what a function gives for images, batch by batch, on the host.
 
     Args:
-      function: from the number of the first of `BATCH` images, and these, to arrays of
-        as many rows. The last batch is filled up, so that nothing compiles again.
+      function: of the index of the first of `BATCH` images, and these; returns arrays
+        of as many rows. The last batch is padded, so that nothing compiles again.
       images: uint8, [N, H, W, C].
     """
     parts = []
@@ -107,7 +107,7 @@ def by_batches(function: Callable[[int, np.ndarray], Any], images: np.ndarray) -
 
 
 def save(path: Path, params: Any, num_classes: int, accuracy: Any) -> None:
-    """Writes a classifier under a temporary name, then renames it."""
+    """Writes a classifier to a file, which is replaced whole."""
     meta = {"num_classes": str(num_classes), "accuracy": json.dumps(accuracy)}
     trees.write(path, params, meta)
 
@@ -119,9 +119,9 @@ def load(
 
     Args:
       path: of the file.
-      check: raises where what was read cannot be a classifier of its kind.
-      command: that writes such files.
-      again: what to do where the file is of no use.
+      check: raises an error where the content is no classifier of its kind.
+      command: the one that writes such files.
+      again: what to do without a usable file.
 
     Raises:
       ConfigError: there is none, or the file is damaged or no classifier of the kind.

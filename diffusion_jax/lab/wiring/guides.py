@@ -1,4 +1,4 @@
-"""The classifier of noisy images that guides samples: its file, what it says of x_t."""
+"""The classifier of noisy images that guides samples: its file, its log p(y | x_t)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ from diffusion_jax.storage import trees
 
 
 def path_of(folder: Path) -> Path:
-    """Returns where the classifier of a run's folder goes."""
+    """Returns the file of the classifier in a run's folder."""
     return folder / "classifier_noisy.safetensors"
 
 
@@ -28,14 +28,11 @@ def log_prob_of(
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Returns log p(label | x_t), [B], as a function of x_t and t.
 
-    For `guidance.classifier`.
-
     Args:
       params: of the classifier.
-      label: one an example, [B], or one for all. Beyond the classes it raises where it
-        is known, and gives nan where it is traced.
-      levels: the schedule whose times t are: the chain of the run, or the same in
-        real time.
+      label: one an example, [B], or one for all; under jit one that is no class gives
+        nan.
+      levels: the schedule whose times t are, discrete or continuous.
 
     Raises:
       ConfigError: a label that is no class.
@@ -76,7 +73,7 @@ def load(path: Path) -> Fitted:
 
 
 def _check(found: Fitted) -> None:
-    """Raises an error where a file holds something else than it says."""
+    """Raises an error where the weights and the metadata do not fit together."""
     for t, accuracy in found.accuracy.items():
         int(t), float(accuracy)
     if found.params["logits"]["bias"].shape != (found.num_classes,):
@@ -84,7 +81,7 @@ def _check(found: Fitted) -> None:
 
 
 def check(guide: Fitted, config: Config) -> None:
-    """Raises DataError where a classifier is not of a run's images, or is damaged."""
+    """Raises DataError where a classifier does not fit a run's images."""
     images = jax.ShapeDtypeStruct((1, *config.data.shape), jnp.float32)
     times = jax.ShapeDtypeStruct((1,), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -96,10 +93,10 @@ def check(guide: Fitted, config: Config) -> None:
 def logits_of(
     params: Any, levels: schedule.Schedule, x_t: jax.Array, t: jax.Array
 ) -> jax.Array:
-    """Returns the scores of the classes at times of a schedule, [B, classes]."""
+    """Returns the logits of noisy images at times of a schedule, [B, classes]."""
     level = levels(t).like(x_t)
     x = x_t * jax.lax.rsqrt(level.alpha**2 + level.sigma**2)
     net = NoisyClassifier(len(params["logits"]["bias"]))
-    # The same of steps and of real time, and of any number of steps.
+    # Times of all schedules are scaled to 0..1000.
     seen = 1000 * t / continuous.last_time(levels)
     return cast(jax.Array, net.apply({"params": params}, x, seen))

@@ -1,4 +1,4 @@
-"""From a configuration to learning: optimiser, averages, state, loss and step."""
+"""Builds what trains from a configuration: optimiser, averages, state, loss, step."""
 
 import functools
 from collections.abc import Callable
@@ -20,14 +20,14 @@ from diffusion_jax.lab.wiring.build import (
 )
 from diffusion_jax.training import averages, compilation, feed, flat, parallel, state
 
-# Least time in continuous time, as in Song et al. 2021: at 0 vp has no noise.
 FIRST_TIME = 1e-5
+"""Least continuous time, as in Song et al. 2021: at 0 vp has no noise."""
 EPSILON = 1e-8
 """Of Adam."""
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Returns Adam in the form that the preset names."""
+    """Returns Adam, in the form of TensorFlow for the official preset."""
     o = config.optimizer
     if o.preset == "official":
         return state.tf_adam(rate(config), b2=o.b2, eps=EPSILON)
@@ -42,11 +42,11 @@ def rate(config: Config) -> optax.Schedule:
 
 
 def may_overflow(config: Config) -> bool:
-    """Returns whether an update of Adam from a finite gradient may not be finite.
+    """Returns whether updates of Adam may overflow though the gradient is finite.
 
     Its first moment is at most the norm that gradients are clipped to, and is divided
-    by epsilon at least: with a sane rate nothing gets near what float32 can hold, and
-    to look for it would be a pass over parameters and moments for nothing.
+    by epsilon at least: at usual learning rates float32 holds that, and a check would
+    be a pass over parameters and moments for nothing.
     """
     o = config.optimizer
     farthest = o.learning_rate * o.clip_norm / EPSILON * config.train.steps
@@ -57,23 +57,19 @@ def init_state(
     config: Config,
     params: Any = None,
     key: jax.Array | None = None,
-    *,
-    packed: bool = False,
 ) -> state.TrainState:
     """Returns the training state before the first step.
 
     Args:
-      config: the configuration.
-      params: those to start from, `initial.params`, a tree or a vector; from the seed
-        when None.
-      key: of the seed, made here when None. A program that is given it fits all seeds.
-      packed: whether to return what `as_trained` makes of it.
+      config: of the run.
+      params: those to start from, a tree or packed; from the seed when None.
+      key: `jax.random.key(config.train.seed)` when None. Given under jit, one compiled
+        program serves all seeds.
     """
     key = jax.random.key(config.train.seed) if key is None else key
     key_params, key_run = jax.random.split(key)
     if params is None:
         params = init_params(config, key_params)
-    params = flat.pack(params, config.train.fsdp) if packed else params
     memory: Any = ()
     if config.diffusion.density == "importance":
         memory = timesteps.history(config.diffusion.num_steps)
@@ -88,16 +84,20 @@ def init_state(
 
 @functools.cache
 def state_shapes(config: Config, *, packed: bool = False) -> state.TrainState:
-    """Returns `jax.ShapeDtypeStruct` in place of the arrays of `init_state`."""
-    make = functools.partial(init_state, config, packed=packed)
+    """Returns the shapes of `init_state`; of `as_trained`'s state where packed."""
+
+    def make(params: Any) -> state.TrainState:
+        vector = flat.pack(params, config.train.fsdp) if packed else params
+        return init_state(config, vector)
+
     return jax.eval_shape(make, param_shapes(config))
 
 
 def as_trained(config: Config, whole: state.TrainState, mesh: jax.sharding.Mesh) -> Any:
-    """Returns a state as it is trained, from any, on the devices of a mesh.
+    """Returns a state packed for training, on the devices of a mesh.
 
-    Parameters, moments and averages are a vector each: a few large operations a step in
-    place of a thousand small ones.
+    Parameters, moments and averages are one vector each: a few large operations a step
+    in place of a thousand small ones. A packed state is returned as it is.
     """
     if isinstance(whole.params, flat.Flat):
         return whole
@@ -105,19 +105,16 @@ def as_trained(config: Config, whole: state.TrainState, mesh: jax.sharding.Mesh)
 
 
 def as_stored(trained: Any, mesh: jax.sharding.Mesh) -> state.TrainState:
-    """Returns a state that is all trees, as checkpoints have it."""
+    """Returns a state with its vectors unpacked to trees, as checkpoints have it."""
     return flat.unpack_all(trained, _unpacking(mesh))
 
 
-# A program for each tree: of a whole state it would be one four times as large.
+# Programs of one tree: one of a whole state would be four times as large.
 
 
 @functools.cache
 def _packing(mesh: jax.sharding.Mesh, multiple: int) -> Callable[[Any], flat.Flat]:
-    def pack(tree: Any) -> Any:
-        return _placed(flat.pack(tree, multiple), mesh)
-
-    return jax.jit(pack)
+    return jax.jit(lambda tree: _placed(flat.pack(tree, multiple), mesh))
 
 
 @functools.cache
@@ -131,7 +128,7 @@ def _placed(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def make_averages(config: Config) -> tuple[averages.Profile, ...]:
-    """Returns the profiles of the moving averages; the first is the one to use."""
+    """Returns the profiles of the moving averages (EMA); samples are of the first."""
     o = config.optimizer
     ramp = o.preset != "official"
     return (
@@ -143,18 +140,13 @@ def make_averages(config: Config) -> tuple[averages.Profile, ...]:
 def make_weighting(config: Config) -> weightings.Weighting:
     """Returns the weight of the squared error of eps, as a function of log-SNR."""
     d, value = config.diffusion, config.diffusion.weighting_value
-    gamma = {} if value is None else {"gamma": value}
-    match d.weighting:
-        case "simple":
-            return weightings.simple()
-        case "min_snr":
-            return weightings.min_snr(**gamma)
-        case "p2":
-            return weightings.p2(**gamma)
-        case "sigmoid":
-            return weightings.sigmoid(**({} if value is None else {"bias": value}))
-        case "edm":
-            return weightings.edm(sigma_data=d.sigma_data)
+    given: dict[str, Any] = {}
+    if d.weighting == "edm":
+        given = {"sigma_data": d.sigma_data}
+    elif value is not None:
+        given = {"bias" if d.weighting == "sigmoid" else "gamma": value}
+    made: weightings.Weighting = getattr(weightings, d.weighting)(**given)
+    return made
 
 
 def draw_times(
@@ -164,7 +156,10 @@ def draw_times(
     levels: schedule.Schedule,
     memory: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns a time and the weight of its loss for each position in the batch, [B]."""
+    """Returns a time and the weight of its loss for each position in the batch, [B].
+
+    `memory` has the losses by time, for importance sampling.
+    """
     d, size = config.diffusion, config.train.batch_size
     match d.spread:
         case "uniform":
@@ -189,28 +184,25 @@ def draw_times(
 def make_loss(config: Config, *, train: bool = True) -> state.LossFn:
     """Returns the loss of a batch {"image": uint8 [B, H, W, C], "position": [B]}.
 
-    With classes the batch has a "label", [B], too. Flip, time, noise and whether the
-    label is dropped come from the step's key and the image's position in the global
-    batch, so they are the same however the batch is spread or cut. Only dropout, drawn
-    for a whole micro-batch at a time, is not.
+    With classes the batch has a "label", [B], too. Flip, time, noise and label dropout
+    come from the step's key and the image's position in the global batch, so they are
+    the same however the batch is split. Only dropout, drawn for a whole micro-batch at
+    a time, is not.
 
-    It takes a memory, of which times drawn by importance are made, and returns beside
-    the mean what it has seen, as `state.make_step` asks of a loss that remembers: each
-    example's time and loss.
-
-    Args:
-      config: the configuration.
-      train: whether there is dropout.
+    The loss takes a memory, of which importance sampling makes its times, and returns
+    the mean and {"t", "loss"} of each example, as `state.make_step` wants. There is
+    dropout only with `train`.
     """
 
     def loss_fn(
         params: Any, batch: dict[str, jax.Array], key: jax.Array, memory: Any = ()
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         position = batch["position"]
-        # Apart from the first: a fold of one key by 2 is what split makes of it third.
+        # Split before it is folded: split(key, 3)[2] is fold_in(key, 2).
         key, key_t, key_dropout = jax.random.split(key, 3)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, position)
-        flip_key, label_key, eps_key = jnp.unstack(jax.vmap(_split3)(keys), axis=1)
+        several = jax.vmap(lambda k: jax.random.split(k, 3))(keys)
+        flip_key, label_key, eps_key = jnp.unstack(several, axis=1)
         dropout_key = jax.random.fold_in(key_dropout, position[0])
         x0 = batch["image"].astype(jnp.float32) / 127.5 - 1
         if config.data.flip:
@@ -223,7 +215,7 @@ def make_loss(config: Config, *, train: bool = True) -> state.LossFn:
         def denoiser(levels: schedule.Schedule) -> gaussian.Denoiser:
             options = {"train": train, "rngs": {"dropout": dropout_key}}
             apply = make_apply(config, params, levels, **options)
-            given = apply if label is None else lambda x, t: apply(x, t, label)
+            given = apply if label is None else functools.partial(apply, label=label)
             return make_denoiser(config, given, levels)
 
         eps = gaussian.normal(eps_key, x0.shape)
@@ -246,7 +238,7 @@ def _loss_at(
     eps: jax.Array,
     t: jax.Array,
 ) -> jax.Array:
-    """The loss of each example at its time, [B], but for the continuous bound."""
+    """Returns the loss of each example at its time, [B]; not the continuous bound."""
     d, level = config.diffusion, levels(t)
     x_t = gaussian.q_sample(x0, eps, level)
     pred = denoise(x_t, t)
@@ -256,7 +248,7 @@ def _loss_at(
         return losses.hybrid(pred, x0, x_t, eps, levels, t, variance=d.variance)
     if d.weighting != "simple":
         each = losses.weighted(pred, eps, level, make_weighting(config))
-        # That of SiD2 is per unit of log-SNR, not of time.
+        # The sigmoid weighting is per unit of log-SNR, not of time.
         return each * (weightings.slope(levels, t) if d.weighting == "sigmoid" else 1)
     prev = None if is_continuous(config) else levels(t - 1)
     sd = d.sigma_data
@@ -272,12 +264,12 @@ def _continuous_bound(
     noise: jax.Array,
     t: jax.Array,
 ) -> jax.Array:
-    """The bound in continuous time by one time an example, in bits/dim, [B]."""
+    """Returns the continuous-time bound from one time an example, in bits/dim, [B]."""
     levels = make_schedule(config, params)
 
     def term(level: schedule.NoiseLevel, slope: jax.Array) -> jax.Array:
-        # The network sees the level through what it is given, so that the gradient of
-        # a learned schedule comes by no other way.
+        # The network takes the level from this argument alone, so that all of a learned
+        # schedule's gradient goes through it.
         pred = denoiser(lambda _: level)(gaussian.q_sample(x0, eps, level), t)
         return losses.diffusion(pred, eps, (1 - FIRST_TIME) * -slope)
 
@@ -293,7 +285,7 @@ def _continuous_bound(
 def _label(
     config: Config, batch: dict[str, jax.Array], key: jax.Array
 ) -> jax.Array | None:
-    """The label of each example, some replaced by that of none; [B], or None."""
+    """Returns the labels, some dropped (replaced by `classes`); [B], or None."""
     net = config.net
     if not net.classes:
         return None
@@ -304,7 +296,7 @@ def _label(
     return label
 
 
-def make_pure_step(config: Config, mesh: jax.sharding.Mesh) -> state.StepFn:
+def _pure_step(config: Config, mesh: jax.sharding.Mesh) -> state.StepFn:
     """Returns the training step as a function of a packed state and a batch."""
     o, strategy = config.optimizer, config.train.parallel
     official = o.preset == "official"
@@ -315,6 +307,10 @@ def make_pure_step(config: Config, mesh: jax.sharding.Mesh) -> state.StepFn:
         config = replace(config, "net", conv="matmul")
     if strategy != "mesh" and official:
         parts = max(1, parts // mesh.size)
+
+    def remember(memory: timesteps.History, seen: dict[str, jax.Array]) -> Any:
+        return timesteps.record(memory, seen["t"], seen["loss"])
+
     loss_fn = parallel.gathered(flat.of_tree(make_loss(config)), mesh)
     rate_at = rate(config)
     made = state.make_step(
@@ -325,14 +321,14 @@ def make_pure_step(config: Config, mesh: jax.sharding.Mesh) -> state.StepFn:
         clip_each=official,
         accumulate=parts,
         axis_name=None if strategy == "mesh" else parallel.AXIS,
-        remember=_remember if config.diffusion.density == "importance" else None,
+        remember=remember if config.diffusion.density == "importance" else None,
         report=functools.partial(_by_quarter, config),
         check_update=may_overflow(config),
     )
 
     def step(now: state.TrainState, batch: Any) -> tuple[state.TrainState, Any]:
         new, metrics = made(now, batch)
-        # Updates that Adam has made, in whichever of its parts they are counted.
+        # Skipped steps are not counted by Adam.
         (_, count), *_ = optax.tree.get_all_with_path(now.opt_state, "count")
         return new, metrics | {"learning_rate": rate_at(count)}
 
@@ -348,22 +344,20 @@ def make_step(
     """Returns the training step, compiled for the mesh by the configured strategy.
 
     Args:
-      config: the configuration.
+      config: of the run.
       mesh: the devices.
-      stored: the images that stay on them, where batches are indices: `feed.Feed`.
+      stored: images on the devices, where batches are indices of them: `feed.Feed`.
       options: of the compiler, as `parallel.data_parallel`.
     """
-    strategy = config.train.parallel
-    step = make_pure_step(config, mesh)
-    if stored is not None:
-        step = feed.gathering(step)
+    step, strategy = _pure_step(config, mesh), config.train.parallel
+    step = step if stored is None else feed.gathering(step)
     return parallel.data_parallel(
         step, mesh, strategy=strategy, stored=stored, options=options
     )
 
 
 def _by_quarter(config: Config, seen: dict[str, jax.Array]) -> state.Metrics:
-    """Returns sums and numbers of the losses by quarters of the time, [2, 4]."""
+    """Returns sum and count of the losses in each quarter of the times, [2, 4]."""
     t, total = seen["t"], config.diffusion.num_steps
     quarter = 4 * t if is_continuous(config) else 4 * (t - 1) // total
     mine = jax.nn.one_hot(jnp.clip(quarter, 0, 3).astype(jnp.int32), 4)
@@ -371,17 +365,9 @@ def _by_quarter(config: Config, seen: dict[str, jax.Array]) -> state.Metrics:
     return {"quarters": jnp.stack([sums, mine.sum(axis=0)])}
 
 
-def _remember(memory: timesteps.History, seen: dict[str, jax.Array]) -> Any:
-    return timesteps.record(memory, seen["t"], seen["loss"])
-
-
-def _split3(key: jax.Array) -> jax.Array:
-    return jax.random.split(key, 3)
-
-
 def gradient(chosen: Config) -> Callable[..., Any]:
-    """Returns the gradient of the loss of a whole batch, to be counted."""
-    # Without parts and loops: the arithmetic is the same.
+    """Returns the gradient of the loss of a whole batch, to count operations of."""
+    # Without micro-batches and loops, which do the same arithmetic.
     whole = replace(chosen, "optimizer", preset="modern")
     whole = replace(whole, "train", accumulate=1)
     whole = replace(whole, "diffusion", density="uniform")
