@@ -136,7 +136,7 @@ def training(chosen: Config, mesh: Mesh) -> tuple[Any, dict[str, int]]:
     state = beginning.state_like(chosen, mesh)
     size = chosen.train.batch_size
     batch = {
-        "image": jax.ShapeDtypeStruct((size, *chosen.data.shape), jnp.uint8),
+        "image": jax.ShapeDtypeStruct((size, *chosen.data.loaded), jnp.uint8),
         "position": jax.ShapeDtypeStruct((size,), jnp.int32),
     }
     if chosen.net.classes:

@@ -198,6 +198,23 @@ def _part(dataset: Dataset, chosen: np.ndarray) -> Dataset:
     )
 
 
+def middle(dataset: Dataset, size: tuple[int, int]) -> Dataset:
+    """Returns the data set with the middle of each image, of a height and width.
+
+    >>> middle(load("digits"), (6, 4)).images.shape
+    (1797, 6, 4, 1)
+    """
+    images = dataset.images
+    top, left = (np.array(images.shape[1:3]) - size) // 2
+    rows, columns = slice(top, top + size[0]), slice(left, left + size[1])
+    if isinstance(images, LazyImages):
+        read, shape = images.read, (len(images), *size, images.shape[3])
+        return dataset._replace(
+            images=LazyImages(lambda i: read(i)[rows, columns], shape)
+        )
+    return dataset._replace(images=images[:, rows, columns])
+
+
 def check_source(source: str) -> None:
     """Raises DataError for a source that `load` does not know; nothing is read."""
     kind, _, argument = source.partition(":")

@@ -98,9 +98,15 @@ def _network(config: Config, count: int) -> str:
 
 def _training(config: Config) -> str:
     t, o, d = config.train, config.optimizer, config.diffusion
-    flip = ", mirrored at random" if config.data.flip else ""
+    data = config.data
+    moved = (
+        ", mirrored at random" * data.flip
+        + f", cut at random from {data.random_crop} pixels more"
+        * (data.random_crop > 0)
+        + f", turned by up to {data.rotate:g} degrees" * (data.rotate > 0)
+    )
     return (
-        f"loss {d.loss}, batch {t.batch_size}{flip}, Adam at {o.learning_rate:g}, "
+        f"loss {d.loss}, batch {t.batch_size}{moved}, Adam at {o.learning_rate:g}, "
         f"dropout {config.net.dropout:g}, average decay {o.ema_decay[0]:g}, "
         f"seed {t.seed}"
     )

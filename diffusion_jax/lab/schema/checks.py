@@ -11,6 +11,7 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.schema import facts, sampling
 from diffusion_jax.lab.schema.config import (
     CONTINUOUS,
+    RESIZED,
     Config,
     Diffusion,
     micro_batches,
@@ -58,6 +59,9 @@ def _network(config: Config) -> Problems:
     if not levels or any(side % factor for side in data.shape[:2]):
         must = f"a multiple of {factor}, since there are {levels} levels"
         yield "data.image_size", must
+    if data.random_crop and not data.source.startswith(RESIZED):
+        must = f"0 with {data.source}, whose images have a size of their own"
+        yield "data.random_crop", must
     for width in (net.channels * multiplier for multiplier in net.multipliers):
         of_what = "net.channels times each of net.multipliers"
         if width < 1 or width % net.groups:

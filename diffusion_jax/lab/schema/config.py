@@ -42,6 +42,8 @@ ScheduleName = Literal[
 CONTINUOUS = ("vp", "sub_vp", "ve", "continuous_cosine", "flow", "learned")
 GIVEN = "given:"
 """Prefix of the source of images given in memory; their digest follows."""
+RESIZED = ("folder:", "hf:")
+"""How the sources begin whose images are cut and resized to what is wanted."""
 UNKNOWN = "unknown"
 """Source of the data where a network came without saying it."""
 # The bounds of fields are beyond every serious network, and still traced in seconds: a
@@ -77,6 +79,13 @@ class Data:
     """1 for grey, 3 for RGB."""
     flip: bool = False
     """Whether half of the images are mirrored left to right, at random."""
+    random_crop: Whole = 0
+    """Pixels a side by which images are loaded larger, to be cut to image_size at a
+    random place each time (random crop); what is measured takes the middle. Of folder
+    and hf."""
+    rotate: Annotated[float, between(0, 180)] = 0.0
+    """Degrees by which an image is turned at most, either way, at random; what was
+    outside is mirrored into the corners."""
     hold_out: Share = 0.0
     """Share of the images that training never sees, always the same ones: their loss is
     in metrics.jsonl, and other commands take them for the test images."""
@@ -97,6 +106,13 @@ class Data:
         size = self.image_size
         height, width = size if isinstance(size, tuple) else (size, size)
         return height, width, self.channels
+
+    @property
+    def loaded(self) -> tuple[int, int, int]:
+        """Returns the shape of an image in a batch, before it is cut to `shape`."""
+        height, width, channels = self.shape
+        more = self.random_crop if self.source.startswith(RESIZED) else 0
+        return height + more, width + more, channels
 
 
 @dataclass(frozen=True)

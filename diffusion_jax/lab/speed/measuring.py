@@ -85,7 +85,7 @@ def train(work: Work, mesh: Any, effort: Effort, *, fresh: bool) -> dict[str, An
     chosen = config.replace(work.config, "train", batch_size=size)
     classes = chosen.net.classes
     rng = np.random.default_rng(0)
-    shape = (max(STORED, size), *chosen.data.shape)
+    shape = (max(STORED, size), *chosen.data.loaded)
     images = rng.integers(0, 256, shape, dtype=np.uint8)
     labels = np.arange(len(images)) % max(classes, 1)
     dataset = datasets.Dataset(images, labels, "random")

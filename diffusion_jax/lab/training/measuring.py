@@ -59,7 +59,8 @@ def make(config: Config, dataset: datasets.Dataset) -> Ruler | None:
     hosts.check_same("the extractor", extractor.details["sha256"])
     more = "Give more with --train.measure-count."
     extractors.check_count(extractor, plan.measure_count, more=more)
-    real = reference.of(config, dataset.images, "train", extractor, batch_size=BATCH)
+    images = datasets.middle(dataset, config.data.shape[:2]).images
+    real = reference.of(config, images, "train", extractor, batch_size=BATCH)
     return Ruler(extractor, real, extractor.distance(plan.measure_count))
 
 
@@ -68,10 +69,11 @@ def held_out_loss(
 ) -> Callable[[Any], jax.Array]:
     """Returns the loss of a batch of held-out images as a function of the parameters.
 
-    The images, times and noise are always the same, without dropout and flips, so only
-    the network changes it.
+    The images, times and noise are always the same, without dropout, and as they are, so
+    only the network changes it.
     """
-    calm = replace(config, "data", flip=False)
+    held = datasets.middle(held, config.data.shape[:2])
+    calm = replace(config, "data", flip=False, random_crop=0, rotate=0.0)
     if config.diffusion.density == "importance":  # which depends on the training so far
         calm = replace(calm, "diffusion", density="uniform")
     loss = flat.of_tree(learning.make_loss(calm, train=False))

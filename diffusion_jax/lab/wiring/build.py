@@ -181,10 +181,12 @@ def load_data(
     Raises:
       ConfigError, DataError: as `load_parts`; there are no test images.
     """
-    if not config.data.hold_out:
-        return _load(config, split, labelled=labelled)
-    train, held = load_parts(config, labelled=labelled)
-    return train if split == "train" or held is None else held
+    if split == "test" and not config.data.hold_out:
+        found = _load(config, split, labelled=labelled)
+    else:
+        train, held = load_parts(config, labelled=labelled)
+        found = train if split == "train" or held is None else held
+    return datasets.middle(found, config.data.shape[:2])
 
 
 def load_parts(
@@ -192,7 +194,8 @@ def load_parts(
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """Returns the images to train on, and the held-out ones or None.
 
-    `dataset` has all images, in place of those that the configuration names.
+    With data.random_crop they are larger than what the network sees. `dataset` has all
+    images, in place of those that the configuration names.
 
     Raises:
       ConfigError, DataError: they cannot be loaded, or are too few.
@@ -226,7 +229,7 @@ def _load(config: Config, split: str, *, labelled: bool) -> datasets.Dataset:
             d.source,
             split=split,
             data_dir=d.path,
-            image_size=d.image_size,
+            image_size=d.loaded[:2],
             channels=d.channels,
             download=d.download,
             skip_unreadable=d.skip_unreadable,
@@ -237,7 +240,7 @@ def _load(config: Config, split: str, *, labelled: bool) -> datasets.Dataset:
         more = f"\n{' '.join(hints)}" if hints else ""
         raise errors.DataError(f"{error}{more}") from error
     shape = dataset.images.shape[1:]
-    if shape != d.shape:
+    if shape != d.loaded:
         raise ConfigError(
             f"the images of {d.source} must be {d.shape[0]}x{d.shape[1]} with "
             f"{d.channels} channels; got {shape}. Give such images, or, in training, "

@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from diffusion_jax import gaussian, learned, losses, schedule, timesteps, weightings
-from diffusion_jax.lab.schema.config import Config, micro_batches, replace, warmup
+from diffusion_jax.lab.schema.config import Config, Data, micro_batches, replace, warmup
 from diffusion_jax.lab.wiring.build import (
     init_params,
     is_continuous,
@@ -205,9 +206,7 @@ def make_loss(config: Config, *, train: bool = True) -> state.LossFn:
         flip_key, label_key, eps_key = jnp.unstack(several, axis=1)
         dropout_key = jax.random.fold_in(key_dropout, position[0])
         x0 = batch["image"].astype(jnp.float32) / 127.5 - 1
-        if config.data.flip:
-            chosen = jax.vmap(jax.random.bernoulli)(flip_key)
-            x0 = jnp.where(chosen[:, None, None, None], x0[:, :, ::-1], x0)
+        x0 = _moved(config.data, x0, flip_key)
         label = _label(config, batch, label_key)
         levels = make_schedule(config, params)
         t, weight = draw_times(config, key_t, position, levels, memory)
@@ -228,6 +227,45 @@ def make_loss(config: Config, *, train: bool = True) -> state.LossFn:
         return (weight * each).mean(), {"t": t, "loss": each}
 
     return loss_fn
+
+
+def _moved(data: Data, x0: jax.Array, key: jax.Array) -> jax.Array:
+    """Returns images mirrored, cut at a random place and turned, as configured.
+
+    Args:
+      data: says which of it.
+      x0: images as they were loaded, [B, H, W, C].
+      key: a key an image, [B].
+    """
+    if data.flip:
+        chosen = jax.vmap(jax.random.bernoulli)(key)
+        x0 = jnp.where(chosen[:, None, None, None], x0[:, :, ::-1], x0)
+    fold = jax.vmap(jax.random.fold_in, (0, None))
+
+    def cut(key: jax.Array, image: jax.Array) -> jax.Array:
+        corner = jax.random.randint(key, [2], 0, data.random_crop + 1)
+        return jax.lax.dynamic_slice(image, (*corner, 0), data.shape)
+
+    def turn(key: jax.Array, image: jax.Array) -> jax.Array:
+        most = np.deg2rad(data.rotate)
+        angle = jax.random.uniform(key, minval=-most, maxval=most)
+        middle = (np.array(data.shape[:2]) - 1) / 2
+        rows, columns = np.indices(data.shape[:2]) - middle[:, None, None]
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        at = (
+            middle[0] + cos * rows - sin * columns,
+            middle[1] + sin * rows + cos * columns,
+        )
+        seen = functools.partial(
+            jax.scipy.ndimage.map_coordinates, coordinates=at, order=1, mode="reflect"
+        )
+        return jax.vmap(seen, in_axes=-1, out_axes=-1)(image)
+
+    if data.random_crop:
+        x0 = jax.vmap(cut)(fold(key, 1), x0)
+    if data.rotate:
+        x0 = jax.vmap(turn)(fold(key, 2), x0)
+    return x0
 
 
 def _loss_at(
