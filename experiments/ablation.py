@@ -49,7 +49,9 @@ class Options:
     """What to compare, and with how much work."""
 
     experiment: Annotated[
-        Literal["digits", "fashion_mnist", "cifar10"], tyro.conf.Positional
+        Literal["digits", "fashion_mnist", "cifar10"],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="EXPERIMENT"),
     ] = "digits"
     """Whose data, network and optimiser all rows have."""
     rows: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -32,6 +32,11 @@ from experiments.configs import EXPERIMENTS
 class Options:
     """What to measure, and how."""
 
+    MAIN: ClassVar = (
+        "what batch_sizes steps repeats scaling peer table minutes out "
+        "overwrite data.image_size net.channels net.multipliers net.dtype "
+        "train.parallel train.devices train.fsdp sample.sampler sample.steps"
+    )
     what: tuple[Literal["train", "sample"], ...] = ("train", "sample")
     """Training steps, and chains of the sampling rule."""
     batch_sizes: tuple[int, ...] | None = None

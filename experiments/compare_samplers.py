@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,9 @@ TOLERANCES = (1e-2, 1e-3, 1e-4)
 class Options:
     """What to compare."""
 
+    MAIN: ClassVar = (
+        "run evaluations rules count batch_size seed out overwrite raw average step"
+    )
     run: opening.Named = None
     evaluations: tuple[int, ...] = (5, 10, 20, 50, 100, 1000)
     """Evaluations of the network (NFE) a sample, for every rule; more than 100 only for

@@ -11,7 +11,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,11 @@ GIB = 2**30
 class Options:
     """What to compile, and for what."""
 
+    MAIN: ClassVar = (
+        "what target largest out text overwrite data.image_size net.channels "
+        "net.multipliers net.dtype net.remat train.batch_size train.parallel "
+        "train.devices train.fsdp"
+    )
     what: Literal["train", "sample"] = "train"
     """A training step, or an evaluation of the network as chains make it; of
     train.batch_size images."""

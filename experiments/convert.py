@@ -18,7 +18,7 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import jax
 import numpy as np
@@ -44,6 +44,9 @@ from experiments.configs import EXPERIMENTS
 class Options:
     """From where, to where, and what IN does not say of itself."""
 
+    MAIN: ClassVar = (
+        "source out experiment data download inception raw average step overwrite"
+    )
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
     """The network as it is."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]

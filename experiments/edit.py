@@ -8,11 +8,11 @@ A command writes a picture, with what it was given at the sides, and beside it a
 of the results as single PNGs of the run's own size.
 """
 
+import textwrap
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import jax
-import tyro
 
 from diffusion_jax.errors import ConfigError, counted, raise_unknown
 from diffusion_jax.evaluation import pictures
@@ -85,19 +85,33 @@ def parse(argv: Sequence[str]) -> tuple[str | None, Any]:
     rest = list(argv)
     named = bool(rest) and not rest[0].startswith("-") and rest[0] not in COMMANDS
     name = rest.pop(0) if named else None
-    if (named and not rest) or (rest and not rest[0].startswith("-")):
-        got = rest[0] if rest else name
-        if got not in COMMANDS:
-            raise_unknown("the command", got, tuple(COMMANDS))
-    kinds = tuple(
-        Annotated[kind, tyro.conf.subcommand(command)]
-        for command, (kind, _) in COMMANDS.items()
-    )
-    union: Any = kinds[0]
-    for other in kinds[1:]:
-        union = union | other
+    command = rest.pop(0) if rest else name or "--help"
     prog = f"{entry.typed('edit')} [RUN]"
-    return name, flags.read(union, args=rest, prog=prog, description=__doc__)
+    if flags.asked([command]):
+        print(overview(prog))
+        raise SystemExit(0)
+    if command not in COMMANDS:
+        raise_unknown("the command", command, tuple(COMMANDS))
+    kind = COMMANDS[command][0]
+    prog = f"{prog} {command}"
+    return name, flags.read(kind, args=rest, prog=prog, description=kind.__doc__)
+
+
+def overview(prog: str) -> str:
+    """Returns the text of `--help` where no command is named."""
+    lines = [
+        f"usage: {prog} COMMAND ...",
+        "",
+        flags.filled(__doc__ or ""),
+        "",
+        "commands:",
+    ]
+    for command, (kind, _) in COMMANDS.items():
+        first = (kind.__doc__ or "").partition("\n")[0]
+        lines += textwrap.wrap(
+            f"{command:<16}{first}", 78, initial_indent="  ", subsequent_indent=" " * 18
+        )
+    return "\n".join([*lines, "", f"flags of one: {prog} vary --help"])
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Config, Any], edits.Draw]]] = {

@@ -9,7 +9,7 @@ fd_<data>_classifier and is no FID, where they are not.
 import dataclasses
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
@@ -40,6 +40,11 @@ PRECISION, INCEPTION = "precision, recall, density, coverage", "Inception score"
 class Options:
     """What to evaluate, and how."""
 
+    MAIN: ClassVar = (
+        "run extractor weights download reference samples data count seeds seed "
+        "batch_size sampler steps grid label guidance raw average step "
+        "untrained"
+    )
     run: opening.Named = None
     extractor: Literal["auto", "inception", "classifier"] = "auto"
     """Whose features are compared; auto is Inception where its weights are at hand."""

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -34,6 +34,10 @@ BEGINNING = 10
 class Options:
     """What to evaluate."""
 
+    MAIN: ClassVar = (
+        "run data split max_images variance batch_size chunk seed "
+        "rate_distortion ode trace tolerance raw average step"
+    )
     run: opening.Named = None
     data: opening.Data = None
     split: Literal["train", "test"] = "train"

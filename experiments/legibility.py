@@ -2,19 +2,21 @@
 
 Three questions to samples of a run that was trained on labelled images:
 
-  certainty  a classifier is fitted on half of the real images. It is sure (probability
-             at least 0.9) of some share of the samples, and of some share of the other,
-             held-out half. The ratio of the two shares should be at least 0.9.
+  certainty  a classifier is fitted on half of the real images. It is sure
+             (probability at least 0.9) of some share of the samples, and of
+             some share of the other, held-out half. The ratio of the two shares
+             should be at least 0.9.
   coverage   of the samples, each class should get at least 4%.
-  copies     fewer than 2% of the samples should be nearer to a training image than a
-             quarter of the median distance between nearest training images.
+  copies     fewer than 2% of the samples should be nearer to a training image
+             than a quarter of the median distance between nearest training
+             images.
 
 The exit code is 0 where all three hold and 1 where one does not.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import jax
 import numpy as np
@@ -38,6 +40,9 @@ LEAST_CERTAINTY, LEAST_CLASS, MOST_COPIES = 0.9, 0.04, 0.02
 class Options:
     """What to measure."""
 
+    MAIN: ClassVar = (
+        "run count splits seed sampler steps grid label guidance raw average step"
+    )
     run: opening.Named = None
     count: Annotated[int, at_least(100)] = 500
     """Samples to draw; shares of less than 100 say nothing."""

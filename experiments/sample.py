@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
@@ -27,6 +27,10 @@ from diffusion_jax.training import parallel
 class Options:
     """What to draw, and where it goes."""
 
+    MAIN: ClassVar = (
+        "run count format out columns seed batch_size sampler steps grid eta "
+        "order label guidance classifier_guidance raw average step figure strip"
+    )
     run: opening.Named = None
     count: Count = 64
     """Images to draw."""

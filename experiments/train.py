@@ -22,7 +22,7 @@ from diffusion_jax.errors import DivergedError
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.training import arguments
 from diffusion_jax.training import determinism
-from experiments.configs import EXPERIMENTS
+from experiments.configs import EXPERIMENTS, table
 
 DIVERGED = 3
 """The exit code of a run that is given up."""
@@ -30,7 +30,9 @@ DIVERGED = 3
 
 def main(argv: Sequence[str]) -> int:
     """Trains as the arguments say; returns the exit code."""
-    given = arguments.parse_training(argv, EXPERIMENTS, prog=entry.typed("train"))
+    given = arguments.parse_training(
+        argv, EXPERIMENTS, prog=entry.typed("train"), overview=table()
+    )
     # Loads Flax and Optax, which no mistake in the arguments should wait for.
     from diffusion_jax.lab.training import loop
 

@@ -23,7 +23,9 @@ from experiments.configs import EXPERIMENTS
 class Options:
     """What to train on."""
 
-    experiment: Annotated[str, tyro.conf.Positional] = "digits"
+    experiment: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT")
+    ] = "digits"
     """The experiment whose data are to be classified."""
     output: str = "runs"
     """Folder of all runs."""
