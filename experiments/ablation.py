@@ -1,9 +1,9 @@
-"""Every objective under one budget: `python -m experiments.ablation [digits]`.
+"""Compares training objectives: `python -m experiments.ablation [digits]`.
 
-Trains the cells of the paper's Table 2 and what followed it, with the same network,
-data, optimiser and number of updates, and measures each: the bound, L_simple and the
-distance of its samples from the data. One table, one plot and one JSON file. Again:
-goes on where it stopped.
+Trains a network with each objective of the paper's Table 2 and of later papers, with
+the same network, data, optimizer and number of updates, and measures each: the bound,
+L_simple and the distance of its samples from the data. Writes a table, a plot and a
+JSON file. The same command again goes on where it stopped (resume).
 """
 
 import concurrent.futures

@@ -1,8 +1,9 @@
-"""Which sampler for how many evaluations: `python -m experiments.compare_samplers`.
+"""Compares samplers by network evaluations: `python -m experiments.compare_samplers`.
 
-Draws from a trained run by every rule and many numbers of network evaluations, from
-the same noise, and measures how far the samples are from the training images: one
-table, one plot and one JSON file. Again: goes on where it stopped (resume).
+Draws samples from a trained run with every sampling rule at several numbers of network
+evaluations (NFE), from the same noise, and measures how far they are from the training
+images. Writes a table, a plot and a JSON file. The same command again goes on where it
+stopped (resume).
 """
 
 import dataclasses

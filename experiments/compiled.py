@@ -1,9 +1,9 @@
-"""What a step is made of: `python -m experiments.compiled [EXPERIMENT] [--field ...]`.
+"""Counts what a step is compiled to: `python -m experiments.compiled [EXPERIMENT]`.
 
 Compiles the training step, or one evaluation of the network, and counts kernels, the
-bytes they move, what devices tell each other, and the memory it takes: for the devices
-that are here, or for others that need not be (--target h200:8, or v5e:4x4). Nothing is
-run, and nothing here is a measured time.
+bytes they move, communication between devices (collectives), and memory: for the
+devices of this machine, or for others that need not be there (--target h200:8, or
+v5e:4x4). Nothing is run, and no time is measured.
 """
 
 import collections

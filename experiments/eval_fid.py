@@ -1,9 +1,9 @@
-"""How far samples are from data: `python -m experiments.eval_fid [RUN]`.
+"""Measures how far samples are from data: `python -m experiments.eval_fid [RUN]`.
 
-Draws samples with the averaged weights, rounds them to uint8, and compares their
-features with those of the real images: FID where the weights of the Inception network
-are at hand, the distance in the features of a small classifier, which is called
-fd_<data>_classifier and is no FID, where they are not.
+Draws samples with the averaged weights (EMA), rounds them to uint8, and compares their
+features with those of the real images. With the weights of the Inception network that
+is FID; without them it is the same distance in the features of a small classifier,
+called fd_<data>_classifier.
 """
 
 import dataclasses
@@ -103,7 +103,7 @@ def main(argv: Sequence[str]) -> int:
     about: dict[str, Any] = {"samples": options.samples}
     if given is None:
         drawn, about = draw(run, config, options, count)
-    # All hosts extract features together; the first one has them, and does the rest.
+    # All hosts extract features together; only the first has them and goes on.
     real = known or references(config, dataset, extractor, options)
     scores = [score(extractor, real, fake, options, few) for fake in drawn]
     out = run.folder / "eval"

@@ -1,9 +1,10 @@
-"""The bound on the negative log-likelihood: `python -m experiments.eval_nll [RUN]`.
+"""Bounds the negative log-likelihood: `python -m experiments.eval_nll [RUN]`.
 
-The whole-chain bound of the paper in bits/dim, by one draw of x_t for each of the T
-steps and each image, with the averaged weights and x0 clipped. `--rate-distortion` adds
-the paper's Table 4 and Fig. 5. `--ode` is another quantity: the density of the same
-network's probability flow, of images made continuous by uniform noise.
+Computes the paper's bound over the whole chain in bits/dim, with one draw of x_t for
+each image and each of the T steps, averaged weights (EMA) and x0 clipped.
+`--rate-distortion` adds the paper's Table 4 and Fig. 5. `--ode` computes another
+quantity: the density under the probability flow ODE of the same network, of images with
+uniform noise added (dequantised).
 """
 
 import dataclasses

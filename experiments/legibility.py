@@ -1,6 +1,6 @@
-"""Asks whether samples can be read: `python -m experiments.legibility [RUN]`.
+"""Measures whether samples are legible: `python -m experiments.legibility [RUN]`.
 
-Three questions to samples of a run that was trained on labelled images:
+Asks three questions of the samples of a run that was trained on labelled images:
 
   certainty  a classifier is fitted on half of the real images. It is sure
              (probability at least 0.9) of some share of the samples, and of
