@@ -29,10 +29,10 @@ from diffusion_jax.lab.measure import bound, extractors, reference
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.checks import validate
+from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import Config, changed, replace
 from diffusion_jax.lab.schema.facts import Count, Seed, at_least
 from diffusion_jax.lab.trained import extras
-from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.training import loop
 from diffusion_jax.lab.wiring import build, chains
 from diffusion_jax.lab.wiring.chains import Drawable

@@ -24,12 +24,13 @@ from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.measure import extractors, reference
 from diffusion_jax.lab.process import entry, replaceable
 from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema import choices
 from diffusion_jax.lab.schema.checks import with_sampling
+from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.facts import Count, Seed
 from diffusion_jax.lab.schema.sampling import RULES, Sampling
 from diffusion_jax.lab.trained import extras, opening, weights
-from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build, chains
 from diffusion_jax.lab.wiring.chains import Drawable
 from diffusion_jax.training import parallel
@@ -66,7 +67,7 @@ class Options:
     MAIN: ClassVar = (
         "run evaluations rules count batch_size seed out overwrite raw average step"
     )
-    run: opening.Named = None
+    run: choices.Named = None
     evaluations: tuple[int, ...] = (5, 10, 20, 50, 100, 1000)
     """Evaluations of the network (NFE) a sample, for every rule; more than 100 only for
     the rules that still change there, and never more than T steps. ode finds its own
@@ -79,7 +80,7 @@ class Options:
     """Images at a time."""
     seed: Seed = 0
     """Of the noise: the same for every rule."""
-    which: opening.Which = Weights()
+    which: choices.Which = Weights()
     out: Path | None = None
     """Folder of samplers.json and samplers.png; <run>/eval when not given."""
     overwrite: bool = False

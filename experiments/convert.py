@@ -31,11 +31,11 @@ from diffusion_jax.lab.network_files import diffusers_folder, hub, networks, rec
 from diffusion_jax.lab.network_files.records import About, Network
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import changes, results, runs
-from diffusion_jax.lab.schema import sampling
+from diffusion_jax.lab.schema import choices, sampling
 from diffusion_jax.lab.schema.checks import with_data
+from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import UNKNOWN, Config
-from diffusion_jax.lab.trained import opening, weights
-from diffusion_jax.lab.trained.weights import Weights
+from diffusion_jax.lab.trained import weights
 from diffusion_jax.storage import trees
 from experiments.configs import EXPERIMENTS
 
@@ -51,7 +51,7 @@ class Options:
     """The network as it is."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The .safetensors file or the folder to write; nothing must be there yet."""
-    which: opening.Which = Weights()
+    which: choices.Which = Weights()
     experiment: str | None = None
     """Experiment that a TensorFlow checkpoint was trained in, such as lsun_cat256, from
     which its data are known: the checkpoint itself tells no more than the network."""

@@ -23,12 +23,12 @@ from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.measure import extractors, reference
 from diffusion_jax.lab.process import entry, hosts
 from diffusion_jax.lab.run_folder import results, runs
-from diffusion_jax.lab.schema import sampling
+from diffusion_jax.lab.schema import choices, sampling
+from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.facts import MOST_SEED, Count, Seed
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import extras, opening, weights
-from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.training import initial
 from diffusion_jax.lab.wiring import build, chains, learning
 from diffusion_jax.training import parallel
@@ -45,7 +45,7 @@ class Options:
         "batch_size sampler steps grid label guidance raw average step "
         "untrained"
     )
-    run: opening.Named = None
+    run: choices.Named = None
     extractor: Literal["auto", "inception", "classifier"] = "auto"
     """Whose features are compared; auto is Inception where its weights are at hand."""
     weights: str | None = None
@@ -64,11 +64,11 @@ class Options:
     """Sets of samples to evaluate, with seeds following each other: the error bar."""
     seed: Seed = 0
     """Of the first set."""
-    how: opening.How = Sampling()
+    how: choices.How = Sampling()
     batch_size: Count = 64
     """Images at a time, over all devices."""
-    which: opening.Which = Weights()
-    data: opening.Data = None
+    which: choices.Which = Weights()
+    data: choices.Data = None
     untrained: bool = False
     """Whether to use the weights that training began with, as a yardstick."""
 

@@ -21,11 +21,12 @@ from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.measure import bound
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import results, runs
+from diffusion_jax.lab.schema import choices
+from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.facts import Count, Seed
 from diffusion_jax.lab.schema.sampling import Tolerance, Variance
 from diffusion_jax.lab.trained import extras, opening, weights
-from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build
 
 BEGINNING = 10
@@ -39,8 +40,8 @@ class Options:
         "run data split max_images variance batch_size chunk seed "
         "rate_distortion ode trace tolerance raw average step"
     )
-    run: opening.Named = None
-    data: opening.Data = None
+    run: choices.Named = None
+    data: choices.Data = None
     split: Literal["train", "test"] = "train"
     """Images to evaluate: those trained on, or the official test images."""
     max_images: Count | None = None
@@ -54,7 +55,7 @@ class Options:
     """Diffusion steps at a time: more is faster on an accelerator and takes memory."""
     seed: Seed = 0
     """Of the noise and of the choice of images."""
-    which: opening.Which = Weights()
+    which: choices.Which = Weights()
     rate_distortion: bool = False
     """Whether to print and plot rate and distortion over the reverse steps."""
     ode: bool = False

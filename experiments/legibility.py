@@ -25,10 +25,11 @@ from diffusion_jax.errors import ConfigError, counted, needs
 from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema import choices
+from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.facts import Count, Seed, at_least
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import extras, opening, weights
-from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build
 from diffusion_jax.training import parallel
 
@@ -43,13 +44,13 @@ class Options:
     MAIN: ClassVar = (
         "run count splits seed sampler steps grid label guidance raw average step"
     )
-    run: opening.Named = None
+    run: choices.Named = None
     count: Annotated[int, at_least(100)] = 500
     """Samples to draw; shares of less than 100 say nothing."""
-    which: opening.Which = Weights()
+    which: choices.Which = Weights()
     splits: Count = 4
     """Ways to halve the real images; certainty is the mean over them."""
-    how: opening.How = Sampling()
+    how: choices.How = Sampling()
     seed: Seed = 1
     """Of the samples. The grids made in training are seed 0."""
 

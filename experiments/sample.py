@@ -12,12 +12,12 @@ from diffusion_jax.errors import ConfigError, counted
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.drawing import draws, figures, outputs
 from diffusion_jax.lab.process import entry, hosts, progress
-from diffusion_jax.lab.schema import sampling
+from diffusion_jax.lab.schema import choices, sampling
+from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.facts import Count, Seed
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import extras, opening, weights
-from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import chains
 from diffusion_jax.lab.wiring.chains import Drawable
 from diffusion_jax.training import parallel
@@ -31,7 +31,7 @@ class Options:
         "run count format out columns seed batch_size sampler steps grid eta "
         "order label guidance classifier_guidance raw average step figure strip"
     )
-    run: opening.Named = None
+    run: choices.Named = None
     count: Count = 64
     """Images to draw."""
     format: Literal["grid", "png", "npz"] = "grid"
@@ -44,13 +44,13 @@ class Options:
     columns: Count | None = None
     """Images a row of a grid; when not given as square as possible, or a column a class
     where all classes are drawn."""
-    how: opening.How = Sampling()
+    how: choices.How = Sampling()
     seed: Seed = 0
     """Of the noise: that of image i is the same whatever the count, and the image too
     but for rounding, which now and then moves a pixel by one of its 256 values."""
     batch_size: Count = 64
     """Images at a time."""
-    which: opening.Which = Weights()
+    which: choices.Which = Weights()
     figure: Literal["progressive", "shared", "quality"] | None = None
     """Draw a figure of the paper instead: how x0 as the network sees it comes into
     being (Fig. 6), samples that share x_t and then part (Fig. 7), or how far x0 is from

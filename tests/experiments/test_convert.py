@@ -16,9 +16,9 @@ from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.errors import ConfigError, MissingError
 from diffusion_jax.lab.network_files import diffusers_folder, hub, networks
 from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import replace, to_dict
 from diffusion_jax.lab.trained import weights
-from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.training import arguments, beginning, initial
 from diffusion_jax.lab.wiring import build, learning
 from diffusion_jax.training import parallel

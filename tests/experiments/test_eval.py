@@ -19,10 +19,10 @@ from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.measure import judges, reference
 from diffusion_jax.lab.run_folder import results, runs
 from diffusion_jax.lab.schema.checks import with_sampling
+from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import replace
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import extras
-from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.training import measuring
 from diffusion_jax.nets import inception
 from experiments import convert, eval_fid, eval_nll, sample

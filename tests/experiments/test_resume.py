@@ -11,8 +11,8 @@ from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.network_files import records
 from diffusion_jax.lab.run_folder import changes, runs
+from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import replace, to_dict
-from diffusion_jax.lab.trained.weights import Weights
 from experiments import convert, sample, train
 from experiments.configs import EXPERIMENTS
 

@@ -6,10 +6,10 @@ from typing import Annotated, Any, ClassVar
 
 import tyro
 
+from diffusion_jax.lab.schema import choices
+from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.facts import Count, Seed, at_least
 from diffusion_jax.lab.schema.sampling import Sampling
-from diffusion_jax.lab.trained import opening
-from diffusion_jax.lab.trained.weights import Weights
 
 
 def _file(name: str, said: str = "An image file.") -> Any:
@@ -27,10 +27,10 @@ _Ends = Annotated[int, at_least(2), tyro.conf.arg(help=_SHOWN)]
 class Shared:
     """What all commands take."""
 
-    how: opening.How = Sampling()
+    how: choices.How = Sampling()
     seed: Seed = 0
     """Of the noise."""
-    which: opening.Which = Weights()
+    which: choices.Which = Weights()
     out: Path | None = None
     """The picture, FILE.png; in edit/ of the run's folder when not given, named after
     what is asked for. What stands there is replaced if it is a drawing too."""
