@@ -99,12 +99,9 @@ def main(argv: Sequence[str]) -> int:
     for row, result in measured(configs, options):
         found[row] = result
         print(line(widths, row, result, name), flush=True)
+    budget = ("experiment", "steps", "count", "bound_images", "seed")
     about = {
-        "experiment": options.experiment,
-        "steps": options.steps,
-        "count": options.count,
-        "bound_images": options.bound_images,
-        "seed": options.seed,
+        **{field: getattr(options, field) for field in budget},
         "distance": name,
         "device": jax.devices()[0].device_kind,
         "versions": runs.versions(),
@@ -126,10 +123,7 @@ def main(argv: Sequence[str]) -> int:
 def merged(
     path: Path, about: dict[str, Any], found: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Returns the rows beside those that were measured before, if all else is the same.
-
-    In the order of the family.
-    """
+    """Returns these rows and those of an earlier table of the same budget, in order."""
     rows = runs.recalled(path, about, lambda rows: {**rows, **found}) or found
     base = EXPERIMENTS[about["experiment"]].config
     names = [name.removeprefix(f"{base.name}_") for name in family(base)]
@@ -156,28 +150,28 @@ def plan(options: Options) -> dict[str, Config]:
 
 
 def _budget(row: str, config: Config, options: Options) -> Config:
-    """The configuration of a row with the same budget as all others."""
+    """Returns the configuration of a row with the budget of all rows."""
     optimizer, steps = config.optimizer, options.steps
     output = str(Path(options.output) / f"ablation_{options.experiment}")
     config = dataclasses.replace(config, name=row, output=output)
-    config = replace(config, "data", path=options.path)
-    config = replace(config, "net", dtype=options.dtype or config.net.dtype)
-    config = replace(
-        config,
-        "optimizer",
-        warmup=min(optimizer.warmup, steps // 8),
-        ema_snapshots=steps // 16 if optimizer.ema_snapshots else 0,
-    )
-    config = replace(
-        config,
-        "train",
-        steps=steps,
-        seed=options.seed,
-        batch_size=options.batch_size or config.train.batch_size,
-        log_every=max(1, steps // 50),
-        checkpoint_every=steps,
-    )
-    config = replace(config, "sample", every=steps, count=64)
+    changes: dict[str, dict[str, Any]] = {
+        "data": {"path": options.path},
+        "net": {"dtype": options.dtype or config.net.dtype},
+        "optimizer": {
+            "warmup": min(optimizer.warmup, steps // 8),
+            "ema_snapshots": steps // 16 if optimizer.ema_snapshots else 0,
+        },
+        "train": {
+            "steps": steps,
+            "seed": options.seed,
+            "batch_size": options.batch_size or config.train.batch_size,
+            "log_every": max(1, steps // 50),
+            "checkpoint_every": steps,
+        },
+        "sample": {"every": steps, "count": 64},
+    }
+    for section, fields in changes.items():
+        config = replace(config, section, **fields)
     validate(config)
     return config
 
@@ -285,7 +279,7 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _logged(run: runs.Run) -> Iterator[None]:
-    """What is printed meanwhile goes to a file of the run."""
+    """Sends what is printed meanwhile to a file of the run."""
     with (
         (run.folder / "log.txt").open("a") as log,
         contextlib.redirect_stdout(log),

@@ -47,7 +47,7 @@ def rows() -> dict[str, Sampling]:
             found[name] = Sampling(name)
         for order in rule.orders[1:]:
             found[f"{name} {order}"] = Sampling(name, order=order)
-    # As many as it has by itself leave too few levels to go through.
+    # Its default of 10 moves a level would leave too few levels within a budget.
     found["langevin"] = Sampling("langevin", moves=2)
     return found
 
@@ -56,7 +56,7 @@ NAME = "compare_samplers"
 TWICE = ("heun", "edm", "dpm_solver_pp 2S", "predictor_corrector")
 """Rows of two network evaluations a step, but one in the last."""
 SLOW = 50
-"""A rule that by itself takes so many steps still changes beyond 100 evaluations."""
+"""Rules whose default is so many steps are measured beyond 100 evaluations too."""
 TOLERANCES = (1e-2, 1e-3, 1e-4)
 
 
@@ -69,9 +69,9 @@ class Options:
     )
     run: choices.Named = None
     evaluations: tuple[int, ...] = (5, 10, 20, 50, 100, 1000)
-    """Evaluations of the network (NFE) a sample, for every rule; more than 100 only for
-    the rules that still change there, and never more than T steps. ode finds its own
-    number for each of three tolerances."""
+    """Network evaluations a sample (NFE), for every rule; more than 100 only for the
+    slow rules, and never more than T steps. ode has three tolerances instead, each with
+    its own number of evaluations."""
     rules: tuple[str, ...] = (*rows(), "ode")
     """Which rows of the table to draw."""
     count: Count = 800
@@ -190,22 +190,22 @@ def validate(options: Options) -> None:
 
 
 def ways(rule: str, config: Config, options: Options) -> list[tuple[float, Config]]:
-    """Returns the budgets of a row, and what is drawn with each."""
+    """Returns the budgets of a row, and the configuration to draw with for each."""
     if rule == "ode":
         if config.net.classes and config.sample.label is None:
-            return []  # draws one at a time, and does not know the turn
+            return []  # draws images one by one, and cannot take the classes in turn
         hows = [(value, Sampling("ode", tolerance=value)) for value in TOLERANCES]
         return [(value, with_sampling(config, how)) for value, how in hows]
     how, total = rows()[rule], config.diffusion.num_steps
     slow = (RULES[rule.split()[0]].steps or total) >= SLOW
     if config.diffusion.schedule == "learned":
-        # The other grids ask for levels that are known before the weights.
+        # The other grids need noise levels before the weights are loaded.
         how = dataclasses.replace(how, grid="uniform")
     found: list[tuple[float, Config]] = []
     for budget in sorted(set(options.evaluations)):
         steps = steps_within(budget, rule)
         if rule == "ddpm" and config.diffusion.variance == "learned" and steps < total:
-            continue  # that variance is of single steps
+            continue  # a learned variance is of single steps alone
         if steps <= total and (budget <= 100 or slow):
             way = with_sampling(config, dataclasses.replace(how, steps=steps))
             found.append((float(budget), way))

@@ -188,7 +188,7 @@ def operations(function: Any, *args: Any) -> dict[str, int]:
 
 
 def summary(kernels: list[compiled_program.Kernel], memory: Any) -> dict[str, Any]:
-    """Returns what is known of a compiled program, a device."""
+    """Returns kernels, bytes and memory of a compiled program, for one device."""
     count: collections.Counter[str] = collections.Counter()
     moved: collections.Counter[str] = collections.Counter()
     for kernel in kernels:
@@ -211,8 +211,8 @@ def summary(kernels: list[compiled_program.Kernel], memory: Any) -> dict[str, An
 def model(found: dict[str, Any], speed: targets.Speed) -> dict[str, float]:
     """Returns the milliseconds of each kind of kernel, were none to overlap.
 
-    Every kernel takes its start, then a convolution its arithmetic, and any other what
-    it moves. What devices tell each other is left out.
+    Every kernel takes its time to start; then a convolution the time of its arithmetic,
+    and any other that of the bytes it moves. Communication is left out.
     """
     kinds = [kind for kind in found["kernels"] if kind != "collective"]
 
@@ -245,7 +245,7 @@ def show(found: dict[str, Any]) -> None:
         parts = " + ".join(f"{kind} {ms:.1f}" for kind, ms in largest)
         total = f"{sum(found['model'].values()):.1f} ms"
         told = "collective" in found["kernels"]
-        alone = ", without what devices tell each other" if told else ""
+        alone = ", without communication between devices" if told else ""
         print(f"model of an H200, not measured{alone}: {parts} = {total}")
 
 

@@ -79,9 +79,7 @@ def main(argv: Sequence[str]) -> int:
     said = weights.describe(about.weights, about.step)
     print(f"{said}, {count:,} parameters, of {about.origin}")
     if network.config.data.source == UNKNOWN:
-        print(
-            "trained on data that nobody has named (--data): nothing to evaluate with"
-        )
+        print("its training data are unknown: name them with --data to evaluate it")
     if is_file(options.out):
         written = networks.write_file(options.out, network)
         print(f"{options.out}: SHA-256 {written}")

@@ -125,7 +125,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def kind_of(options: Options) -> str:
-    """Returns how the names of the results end, by whose samples were measured."""
+    """Returns the end of the results' names, by whose samples were measured."""
     if options.samples is not None:
         return "_given"
     if options.which.average is not None:
@@ -181,7 +181,7 @@ def check_sizes(where: Path, size: tuple[int, int]) -> None:
         try:
             with Image.open(files.open(place)) as image:
                 own = image_files.upright_size(image)
-        except Exception:  # of any kind: reading it will say what it is
+        except Exception:  # of any kind: `datasets.load` names the error
             continue
         if own != size:
             raise ConfigError(
@@ -243,7 +243,7 @@ def references(
 def draw(
     run: runs.Run, config: Config, options: Options, count: int
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Returns samples of each seed, and what has to be known of them."""
+    """Returns the samples of each seed, and how they were drawn, as JSON has it."""
     step: int | None = 0
     if options.untrained:
         params = learning.init_state(config, initial.params(config)).params
@@ -303,7 +303,7 @@ def left_out(
 
 
 def kernel_distance(extractor: extractors.Extractor) -> str:
-    """Returns what the kernel distance is called."""
+    """Returns the name of the kernel distance."""
     return "KID" if extractor.name == "inception" else f"kd_{extractor.name}"
 
 

@@ -29,7 +29,8 @@ from diffusion_jax.lab.schema.sampling import Tolerance, Variance
 from diffusion_jax.lab.trained import extras, opening, weights
 from diffusion_jax.lab.wiring import build
 
-BEGINNING = 10
+TABLE_ROWS = 11
+"""Rows of the printed table of rate and distortion."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +250,7 @@ def show(run: runs.Run, result: dict[str, Any]) -> None:
 def show_rate_distortion(result: dict[str, Any], path: Path) -> None:
     """Prints Table 4 and plots Fig. 5 (Ho et al. 2020)."""
     code = likelihood.rate_distortion(result["prior"], result["terms"], result["mse"])
-    rows = np.unique(np.linspace(0, len(code.steps) - 1, BEGINNING + 1).astype(int))
+    rows = np.unique(np.linspace(0, len(code.steps) - 1, TABLE_ROWS).astype(int))
     print("  reverse steps   rate (bits/dim)   RMSE (of 255)")
     for row in rows[::-1]:
         rate, distortion = code.rate[row], code.distortion[row]

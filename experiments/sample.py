@@ -38,7 +38,7 @@ class Options:
     """One picture of all, one PNG an image, or an array `images` (uint8) in a file."""
     out: Path | None = None
     """File (grid, npz) or folder (png); inside the run's folder when not given, named
-    after what is asked for. What stands there is replaced if it is a drawing too."""
+    after the options. An earlier drawing there is replaced."""
     overwrite: bool = False
     """Whether `--out FILE` may replace what is no drawing of this project."""
     columns: Count | None = None
@@ -52,11 +52,11 @@ class Options:
     """Images at a time."""
     which: choices.Which = Weights()
     figure: Literal["progressive", "shared", "quality"] | None = None
-    """Draw a figure of the paper instead: how x0 as the network sees it comes into
-    being (Fig. 6), samples that share x_t and then part (Fig. 7), or how far x0 is from
-    the data along the chain (Fig. 10; takes --count of some hundreds)."""
+    """Draw a figure of the paper instead: the predicted x0 along the chain (Fig. 6),
+    samples that share x_t and then differ (Fig. 7), or the distance of the predicted x0
+    from the data along the chain (Fig. 10; takes --count of some hundreds)."""
     strip: bool = True
-    """Whether to draw, with a grid, how the first images came out of noise."""
+    """Whether to draw, beside a grid, the denoising of its first images."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
     count, key = options.count, jax.random.key(options.seed)
     batches = draws.in_batches(config, drawable, key, count, options.batch_size)
     if not hosts.first():
-        for _ in batches:  # drawn by all, and kept by the first
+        for _ in batches:  # all hosts draw, the first one saves
             pass
         return 0
     if options.format == "png":
@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
         if jax.process_count() > 1:  # the first host draws these alone
             drawable = jax.tree.map(np.asarray, drawable)
         rows, seed = min(8, count), options.seed
-        with progress.clock("drawing how the first came about"):
+        with progress.clock("drawing the denoising of the first images"):
             end, seen = figures.chain(config, drawable, count=rows, seed=seed)
         strip = pictures.save(figures.strip(end, seen.t, seen.x_t), strip_of(out), made)
         print(f"denoising: {strip}")
@@ -128,7 +128,7 @@ def draw_figure(
 
 
 def default_name(options: Options) -> str:
-    """Returns the file or folder that a drawing goes to."""
+    """Returns the name of the file or folder of a drawing."""
     end = outputs.other_than_usual(options.how, options.which)
     if options.figure is not None:
         return f"{options.figure}{end}.png"
@@ -137,12 +137,12 @@ def default_name(options: Options) -> str:
 
 
 def strip_of(out: Path) -> Path:
-    """Returns where the strip goes that shows how the first images came about."""
+    """Returns the path of the strip that shows the denoising of the first images."""
     return out.with_name(f"{out.stem}_denoising.png")
 
 
 def check_out(options: Options, out: Path) -> None:
-    """Raises ConfigError where something else would be lost."""
+    """Raises ConfigError where a file that is no drawing would be replaced."""
     if options.figure is None and options.format == "png":
         return outputs.check_folder(out)
     if options.figure is None and options.format == "grid" and options.strip:

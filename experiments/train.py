@@ -13,7 +13,7 @@ import signal
 import sys
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    # While the rest is loaded, Ctrl-C ends this without a word.
+    # While the rest is loaded, Ctrl-C ends this silently.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 from collections.abc import Sequence
 from contextlib import suppress
@@ -50,8 +50,8 @@ def command(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     if "--train.deterministic" in sys.argv:
-        # Several hosts meet before `main`, and JAX then looks for devices. What is
-        # wrong is said by `train`.
+        # The flag must be set before JAX looks for devices, which it does when hosts
+        # join, before `main`. `train` says what is wrong.
         with suppress(ValueError):
             determinism.ask()
     try:
@@ -59,8 +59,8 @@ if __name__ == "__main__":
     except SystemExit as left:
         if left.code != entry.BAD_INPUT:
             raise
-        # The usual end waits for threads of orbax. Those of a save whose folder could
-        # not be made wait for ever.
+        # The usual exit waits for the threads of orbax, which never end after a save
+        # whose folder could not be made.
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(entry.BAD_INPUT)
