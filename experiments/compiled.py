@@ -1,4 +1,4 @@
-"""Counts what a step is compiled to: `python -m experiments.compiled [EXPERIMENT]`.
+"""Counts what a step is made of: `python -m experiments.compiled [EXPERIMENT]`.
 
 Compiles the training step, or one evaluation of the network, and counts kernels, the
 bytes they move, communication between devices (collectives), and memory: for the
@@ -45,7 +45,7 @@ class Options:
     """A training step, or an evaluation of the network as chains make it; of
     train.batch_size images."""
     target: str = "here"
-    """here; h100:N or h200:N, so many GPUs, eight a host; or a slice of TPUs, such as
+    """here, h100:N or h200:N (so many GPUs, eight a host), or a slice of TPUs, such as
     v5e:4x4."""
     largest: Whole = 0
     """How many of the kernels that move most to list."""

@@ -53,7 +53,7 @@ class Options:
     batch_size: Count = 64
     """Images at a time, over all devices."""
     chunk: Count = 1
-    """Diffusion steps at a time: more is faster on an accelerator and takes memory."""
+    """Diffusion steps at a time; more is faster on an accelerator and takes memory."""
     seed: Seed = 0
     """Of the noise and of the choice of images."""
     which: choices.Which = Weights()
@@ -62,11 +62,11 @@ class Options:
     ode: bool = False
     """Whether to evaluate the density of the probability flow instead of the bound."""
     trace: bound.Trace = "rademacher"
-    """With --ode: how the divergence is found, by random probes or exactly."""
+    """How --ode computes the divergence: by random probes or exactly."""
     probes: Count = 1
-    """With --ode: random probes an image."""
+    """Random probes an image, for --ode."""
     tolerance: Tolerance = 1e-5
-    """With --ode: of the solver, relative and absolute."""
+    """Tolerance of the solver of --ode, relative and absolute."""
 
 
 def main(argv: Sequence[str]) -> int:

@@ -149,19 +149,23 @@ def _usage(hint: Any) -> str:
 
 def _text(text: str, hint: Any, value: Any) -> str:
     """Returns what a flag is, in a few words; the names it may be; and its default."""
-    text = " ".join(text.split())
-    short = re.split(r"[.;:](?: |$)", text)[0]
+    short = re.split(r"(?<!\.)[.;:](?: |$)", " ".join(text.split()))[0]
     if short.count("(") > short.count(")"):
         short = short.rpartition(" (")[0]
-    kind = _plain(hint)
-    if typing.get_origin(kind) is Literal:
-        short += f": {', '.join(map(str, typing.get_args(kind)))}"
+    if isinstance(value, bool) and short.startswith("Whether to "):
+        does = short.removeprefix("Whether to ")
+        short = f"Do not {does}" if value else does[:1].upper() + does[1:]
     end = ""
     if value not in (None, (), dataclasses.MISSING) and not isinstance(value, bool):
         words = map(str, value if isinstance(value, tuple) else (value,))
         end = textwrap.shorten(f"[{' '.join(words)}]", 30, placeholder=" ...]")
     # Two lines, of which the first may end early.
     room = 2 * (WIDTH - COLUMN) - 12 - len(end)
+    kind = _plain(hint)
+    if typing.get_origin(kind) is Literal:
+        names = ", ".join(map(str, typing.get_args(kind)))
+        both = f"{short}: {names}"
+        short = names if len(names) <= room < len(both) else both
     return f"{textwrap.shorten(short, room, placeholder=' ...')} {end}".strip()
 
 
