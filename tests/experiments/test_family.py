@@ -20,7 +20,7 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import checks
 from diffusion_jax.lab.schema.checks import with_sampling
-from diffusion_jax.lab.schema.config import Config, Diffusion
+from diffusion_jax.lab.schema.config import Diffusion
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.wiring import build, chains, learning
@@ -362,19 +362,3 @@ def test_noise_starts_where_the_grid_does():
     assert chains.start_std(wide) == pytest.approx(200, rel=0.02)
     whole = with_sampling(wide, Sampling("ddim", steps=10, grid="uniform"))
     assert chains.start_std(whole) == pytest.approx(1000, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "t"),
-    [
-        ("linear", [1, 250, 251, 500, 750, 1000]),
-        ("flow", [0, 0.24, 0.26, 0.5, 0.74, 1]),
-    ],
-)
-def test_losses_are_summed_by_the_quarter_of_their_time(schedule, t):
-    chosen = Config(diffusion=Diffusion(schedule=schedule))
-    seen = {"t": jnp.asarray(t), "loss": jnp.arange(1.0, 7.0)}
-    sums, counts = learning._by_quarter(chosen, seen)["quarters"]
-    linear = schedule == "linear"  # whose step 500 ends the second quarter
-    assert sums.tolist() == ([3, 7, 5, 6] if linear else [3, 3, 9, 6])
-    assert counts.tolist() == ([2, 2, 1, 1] if linear else [2, 1, 2, 1])
