@@ -213,7 +213,7 @@ def scores(run: runs.Run, digest: str, config: Config) -> dict[str, dict[str, st
     found: dict[str, dict[str, str]] = {}
     for name, result in results.read(run, digest):
         try:
-            of, numbers = _told(name, result, config)
+            of, numbers = _numbers(name, result, config)
         except (KeyError, TypeError, ValueError, AttributeError):
             continue  # of another version
         for number, (mean, error) in numbers.items():
@@ -224,7 +224,7 @@ def scores(run: runs.Run, digest: str, config: Config) -> dict[str, dict[str, st
     return found
 
 
-def _told(
+def _numbers(
     name: str, result: dict[str, Any], config: Config
 ) -> tuple[str, dict[str, tuple[float, float | None]]]:
     """Returns what a result is of, and its numbers with their errors.

@@ -34,6 +34,8 @@ from diffusion_jax.lab.wiring import build, chains, learning
 from diffusion_jax.training import parallel
 
 PRECISION, INCEPTION = "precision, recall, density, coverage", "Inception score"
+NEIGHBOURS = 12
+"""Samples that are shown with their nearest training images."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +108,8 @@ def main(argv: Sequence[str]) -> int:
     # All hosts extract features together; only the first has them and goes on.
     real = known or references(config, dataset, extractor, options)
     scores = [score(extractor, real, fake, options, few) for fake in drawn]
-    out = run.folder / "eval"
-    kind = kind_of(options)
-    written = out / f"fid{kind}.json"
+    out, end = run.folder / "eval", suffix(options)
+    written = out / f"fid{end}.json"
     if hosts.first():
         result = summary(extractor, real, scores, about, options, count, config)
         result["left_out"] = few
@@ -116,7 +117,7 @@ def main(argv: Sequence[str]) -> int:
         results.write(run, written.stem, result)
     if "train" in real:
         picture = neighbours(real["train"], dataset, extractor, drawn[-1], options)
-        path = out / f"neighbours{kind}.png"
+        path = out / f"neighbours{end}.png"
         if hosts.first():
             pictures.save(picture, path)
             print(f"nearest training images, by pixels and by features: {path}")
@@ -124,7 +125,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def kind_of(options: Options) -> str:
+def suffix(options: Options) -> str:
     """Returns the end of the results' names, by whose samples were measured."""
     if options.samples is not None:
         return "_given"
@@ -414,14 +415,13 @@ def neighbours(
     extractor: extractors.Extractor,
     fake: np.ndarray,
     options: Options,
-    columns: int = 12,
 ) -> Any:
     """Returns samples, and under each the nearest training image (Figs. 12 and 15).
 
     The first row of three are samples, the second their neighbours in pixels, the third
     those in features. None on a host but the first.
     """
-    shown = np.asarray(fake[:columns])
+    shown = np.asarray(fake[:NEIGHBOURS])
     features, _ = extractors.extract(
         extractor, shown, batch_size=options.batch_size, label="neighbours"
     )
