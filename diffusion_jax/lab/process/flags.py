@@ -82,7 +82,7 @@ def main_flags(kind: Any, default: Any, prog: str, description: str) -> str:
     names = kind.MAIN.split() if hasattr(kind, "MAIN") else list(flags)
     chosen = {name: flags[name] for name in names}
     named = [f.usage for f in chosen.values() if not f.usage.startswith("-")]
-    lines = [" ".join(["usage:", prog, *named, "[--flag value ...]"]), ""]
+    lines = [" ".join(["usage:", prog, *named, "[OPTIONS]"]), ""]
     lines += [filled(description), ""]
     lines.append("flags, and in brackets what they are when not given:")
     for usage, text in chosen.values():
