@@ -19,10 +19,9 @@ help:  ## show this
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | \
 		awk 'BEGIN {FS = ":.*## "} {printf "  %-11s %s\n", $$1, $$2}'
 	@echo
-	@echo "experiments:"
-	@$(PYTHON) -c "from experiments.configs import EXPERIMENTS; print(*EXPERIMENTS)" | \
-		fold -s -w 78 | sed 's/^/  /'
-	@echo "all flags:   make train EXP=digits ARGS=--help"
+	@$(PYTHON) -c "from experiments.configs import table; print(table())"
+	@echo
+	@echo "main flags:  make train EXP=digits ARGS=--help (all: ARGS=--help-all)"
 
 train: $(READY)  ## train EXP (digits by default); again: go on (resume)
 	$(PY) -m experiments.train $(EXP) $(ARGS)

@@ -15,15 +15,15 @@ COMMANDS = {
     "eval_fid": "measure how far samples are from data: FID and others",
     "eval_nll": "bound the negative log-likelihood, in bits/dim",
     "compare_samplers": "measure quality by network evaluations, for every rule",
-    "ablation": "train every objective under one budget, and compare them",
-    "legibility": "ask whether samples can be read, and are no copies",
+    "ablation": "train every objective with one budget, and compare them",
+    "legibility": "measure whether samples are legible, and no copies",
     "convert": "convert trained networks: diffusers, the hub, TensorFlow",
     "checkpoints": "list the checkpoints of a run, compared with their manifests",
     "train_classifier": "train the classifier that judges samples",
     "train_noisy_classifier": "train a classifier that guides samples",
     "compare_diffusers": "draw the same images with diffusers",
     "bench": "measure the speed of training and sampling",
-    "compiled": "say what a training step is made of",
+    "compiled": "count the kernels and bytes of a training step",
 }
 """What each file here does, in the order in which one needs it."""
 

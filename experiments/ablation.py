@@ -1,9 +1,9 @@
-"""Every objective under one budget: `python -m experiments.ablation [digits]`.
+"""Compares training objectives: `python -m experiments.ablation [digits]`.
 
-Trains the cells of the paper's Table 2 and what followed it, with the same network,
-data, optimiser and number of updates, and measures each: the bound, L_simple and the
-distance of its samples from the data. One table, one plot and one JSON file. Again:
-goes on where it stopped.
+Trains a network with each objective of the paper's Table 2 and of later papers, with
+the same network, data, optimizer and number of updates, and measures each: the bound,
+L_simple and the distance of its samples from the data. Writes a table, a plot and a
+JSON file. The same command again goes on where it stopped (resume).
 """
 
 import concurrent.futures
@@ -29,10 +29,10 @@ from diffusion_jax.lab.measure import bound, extractors, reference
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.checks import validate
+from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import Config, changed, replace
 from diffusion_jax.lab.schema.facts import Count, Seed, at_least
 from diffusion_jax.lab.trained import extras
-from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.training import loop
 from diffusion_jax.lab.wiring import build, chains
 from diffusion_jax.lab.wiring.chains import Drawable
@@ -49,7 +49,9 @@ class Options:
     """What to compare, and with how much work."""
 
     experiment: Annotated[
-        Literal["digits", "fashion_mnist", "cifar10"], tyro.conf.Positional
+        Literal["digits", "fashion_mnist", "cifar10"],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="EXPERIMENT"),
     ] = "digits"
     """Whose data, network and optimiser all rows have."""
     rows: tuple[str, ...] = ()
@@ -97,12 +99,9 @@ def main(argv: Sequence[str]) -> int:
     for row, result in measured(configs, options):
         found[row] = result
         print(line(widths, row, result, name), flush=True)
+    budget = ("experiment", "steps", "count", "bound_images", "seed")
     about = {
-        "experiment": options.experiment,
-        "steps": options.steps,
-        "count": options.count,
-        "bound_images": options.bound_images,
-        "seed": options.seed,
+        **{field: getattr(options, field) for field in budget},
         "distance": name,
         "device": jax.devices()[0].device_kind,
         "versions": runs.versions(),
@@ -124,10 +123,7 @@ def main(argv: Sequence[str]) -> int:
 def merged(
     path: Path, about: dict[str, Any], found: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Returns the rows beside those that were measured before, if all else is the same.
-
-    In the order of the family.
-    """
+    """Returns these rows and those of an earlier table of the same budget, in order."""
     rows = runs.recalled(path, about, lambda rows: {**rows, **found}) or found
     base = EXPERIMENTS[about["experiment"]].config
     names = [name.removeprefix(f"{base.name}_") for name in family(base)]
@@ -154,28 +150,28 @@ def plan(options: Options) -> dict[str, Config]:
 
 
 def _budget(row: str, config: Config, options: Options) -> Config:
-    """The configuration of a row with the same budget as all others."""
+    """Returns the configuration of a row with the budget of all rows."""
     optimizer, steps = config.optimizer, options.steps
     output = str(Path(options.output) / f"ablation_{options.experiment}")
     config = dataclasses.replace(config, name=row, output=output)
-    config = replace(config, "data", path=options.path)
-    config = replace(config, "net", dtype=options.dtype or config.net.dtype)
-    config = replace(
-        config,
-        "optimizer",
-        warmup=min(optimizer.warmup, steps // 8),
-        ema_snapshots=steps // 16 if optimizer.ema_snapshots else 0,
-    )
-    config = replace(
-        config,
-        "train",
-        steps=steps,
-        seed=options.seed,
-        batch_size=options.batch_size or config.train.batch_size,
-        log_every=max(1, steps // 50),
-        checkpoint_every=steps,
-    )
-    config = replace(config, "sample", every=steps, count=64)
+    changes: dict[str, dict[str, Any]] = {
+        "data": {"path": options.path},
+        "net": {"dtype": options.dtype or config.net.dtype},
+        "optimizer": {
+            "warmup": min(optimizer.warmup, steps // 8),
+            "ema_snapshots": steps // 16 if optimizer.ema_snapshots else 0,
+        },
+        "train": {
+            "steps": steps,
+            "seed": options.seed,
+            "batch_size": options.batch_size or config.train.batch_size,
+            "log_every": max(1, steps // 50),
+            "checkpoint_every": steps,
+        },
+        "sample": {"every": steps, "count": 64},
+    }
+    for section, fields in changes.items():
+        config = replace(config, section, **fields)
     validate(config)
     return config
 
@@ -283,7 +279,7 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _logged(run: runs.Run) -> Iterator[None]:
-    """What is printed meanwhile goes to a file of the run."""
+    """Sends what is printed meanwhile to a file of the run."""
     with (
         (run.folder / "log.txt").open("a") as log,
         contextlib.redirect_stdout(log),

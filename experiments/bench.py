@@ -1,9 +1,10 @@
-"""Measures speed: `python -m experiments.bench [EXPERIMENT] [--field value ...]`.
+"""Measures speed: `python -m experiments.bench [EXPERIMENT]`.
 
-Training and sampling of any configuration on the devices there are, with the share of a
-ceiling that is measured in the same run: a large matrix product in the network's type.
-Arithmetic is that of matrix products and convolutions, counted in the mathematics (see
-`diffusion_jax.lab.speed.arithmetic`), and not what a compiler makes of it.
+Measures training and sampling of any configuration on the devices there are, and their
+share of a ceiling that is measured in the same run: a large matrix product in the
+network's type. The operations (FLOP) are those of matrix products and convolutions,
+counted in the mathematics (see `diffusion_jax.lab.speed.arithmetic`), not in what a
+compiler makes of it.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -32,6 +33,11 @@ from experiments.configs import EXPERIMENTS
 class Options:
     """What to measure, and how."""
 
+    MAIN: ClassVar = (
+        "what batch_sizes steps repeats scaling peer table minutes out "
+        "overwrite data.image_size net.channels net.multipliers net.dtype "
+        "train.parallel train.devices train.fsdp sample.sampler sample.steps"
+    )
     what: tuple[Literal["train", "sample"], ...] = ("train", "sample")
     """Training steps, and chains of the sampling rule."""
     batch_sizes: tuple[int, ...] | None = None
@@ -40,7 +46,7 @@ class Options:
     steps: Count = 10
     """Training steps that are timed together; chains are one at a time."""
     repeats: Count = 5
-    """How often they are: the median counts, and the whole range is shown."""
+    """Measurements of each: the median counts, and the whole range is shown."""
     scaling: bool = False
     """Whether to train on 1, 2, 4, ... of the devices as well, with the same batch and
     with the same share of it."""

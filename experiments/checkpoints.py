@@ -16,7 +16,7 @@ from diffusion_jax.checkpoints import checkpoint, retention
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import results, runs
-from diffusion_jax.lab.trained import opening
+from diffusion_jax.lab.schema import choices
 
 ASIDE = re.compile(r"\d+\.damaged\d*")
 """Names of checkpoints that were set aside. They may be deleted."""
@@ -28,7 +28,7 @@ DAMAGED = 1
 class Options:
     """Whose checkpoints to list."""
 
-    run: opening.Named = None
+    run: choices.Named = None
 
 
 class Row(NamedTuple):

@@ -1,8 +1,9 @@
-"""Which sampler for how many evaluations: `python -m experiments.compare_samplers`.
+"""Compares samplers by network evaluations: `python -m experiments.compare_samplers`.
 
-Draws from a trained run by every rule and many numbers of network evaluations, from
-the same noise, and measures how far the samples are from the training images: one
-table, one plot and one JSON file. Again: goes on where it stopped (resume).
+Draws samples from a trained run with every sampling rule at several numbers of network
+evaluations (NFE), from the same noise, and measures how far they are from the training
+images. Writes a table, a plot and a JSON file. The same command again goes on where it
+stopped (resume).
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,13 @@ from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.measure import extractors, reference
 from diffusion_jax.lab.process import entry, replaceable
 from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema import choices
 from diffusion_jax.lab.schema.checks import with_sampling
+from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.facts import Count, Seed
 from diffusion_jax.lab.schema.sampling import RULES, Sampling
 from diffusion_jax.lab.trained import extras, opening, weights
-from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build, chains
 from diffusion_jax.lab.wiring.chains import Drawable
 from diffusion_jax.training import parallel
@@ -45,7 +47,7 @@ def rows() -> dict[str, Sampling]:
             found[name] = Sampling(name)
         for order in rule.orders[1:]:
             found[f"{name} {order}"] = Sampling(name, order=order)
-    # As many as it has by itself leave too few levels to go through.
+    # Its default of 10 moves a level would leave too few levels within a budget.
     found["langevin"] = Sampling("langevin", moves=2)
     return found
 
@@ -54,7 +56,7 @@ NAME = "compare_samplers"
 TWICE = ("heun", "edm", "dpm_solver_pp 2S", "predictor_corrector")
 """Rows of two network evaluations a step, but one in the last."""
 SLOW = 50
-"""A rule that by itself takes so many steps still changes beyond 100 evaluations."""
+"""Rules whose default is so many steps are measured beyond 100 evaluations too."""
 TOLERANCES = (1e-2, 1e-3, 1e-4)
 
 
@@ -62,11 +64,14 @@ TOLERANCES = (1e-2, 1e-3, 1e-4)
 class Options:
     """What to compare."""
 
-    run: opening.Named = None
+    MAIN: ClassVar = (
+        "run evaluations rules count batch_size seed out overwrite raw average step"
+    )
+    run: choices.Named = None
     evaluations: tuple[int, ...] = (5, 10, 20, 50, 100, 1000)
-    """Evaluations of the network (NFE) a sample, for every rule; more than 100 only for
-    the rules that still change there, and never more than T steps. ode finds its own
-    number for each of three tolerances."""
+    """Network evaluations a sample (NFE), for every rule; more than 100 only for the
+    slow rules, and never more than T steps. ode has three tolerances instead, each with
+    its own number of evaluations."""
     rules: tuple[str, ...] = (*rows(), "ode")
     """Which rows of the table to draw."""
     count: Count = 800
@@ -75,7 +80,7 @@ class Options:
     """Images at a time."""
     seed: Seed = 0
     """Of the noise: the same for every rule."""
-    which: opening.Which = Weights()
+    which: choices.Which = Weights()
     out: Path | None = None
     """Folder of samplers.json and samplers.png; <run>/eval when not given."""
     overwrite: bool = False
@@ -185,22 +190,22 @@ def validate(options: Options) -> None:
 
 
 def ways(rule: str, config: Config, options: Options) -> list[tuple[float, Config]]:
-    """Returns the budgets of a row, and what is drawn with each."""
+    """Returns the budgets of a row, and the configuration to draw with for each."""
     if rule == "ode":
         if config.net.classes and config.sample.label is None:
-            return []  # draws one at a time, and does not know the turn
+            return []  # draws images one by one, and cannot take the classes in turn
         hows = [(value, Sampling("ode", tolerance=value)) for value in TOLERANCES]
         return [(value, with_sampling(config, how)) for value, how in hows]
     how, total = rows()[rule], config.diffusion.num_steps
     slow = (RULES[rule.split()[0]].steps or total) >= SLOW
     if config.diffusion.schedule == "learned":
-        # The other grids ask for levels that are known before the weights.
+        # The other grids need noise levels before the weights are loaded.
         how = dataclasses.replace(how, grid="uniform")
     found: list[tuple[float, Config]] = []
     for budget in sorted(set(options.evaluations)):
         steps = steps_within(budget, rule)
         if rule == "ddpm" and config.diffusion.variance == "learned" and steps < total:
-            continue  # that variance is of single steps
+            continue  # a learned variance is of single steps alone
         if steps <= total and (budget <= 100 or slow):
             way = with_sampling(config, dataclasses.replace(how, steps=steps))
             found.append((float(budget), way))

@@ -1,9 +1,9 @@
-"""What a step is made of: `python -m experiments.compiled [EXPERIMENT] [--field ...]`.
+"""Counts what a step is made of: `python -m experiments.compiled [EXPERIMENT]`.
 
 Compiles the training step, or one evaluation of the network, and counts kernels, the
-bytes they move, what devices tell each other, and the memory it takes: for the devices
-that are here, or for others that need not be (--target h200:8, or v5e:4x4). Nothing is
-run, and nothing here is a measured time.
+bytes they move, communication between devices (collectives), and memory: for the
+devices of this machine, or for others that need not be there (--target h200:8, or
+v5e:4x4). Nothing is run, and no time is measured.
 """
 
 import collections
@@ -11,7 +11,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,11 +36,16 @@ GIB = 2**30
 class Options:
     """What to compile, and for what."""
 
+    MAIN: ClassVar = (
+        "what target largest out text overwrite data.image_size net.channels "
+        "net.multipliers net.dtype net.remat train.batch_size train.parallel "
+        "train.devices train.fsdp"
+    )
     what: Literal["train", "sample"] = "train"
     """A training step, or an evaluation of the network as chains make it; of
     train.batch_size images."""
     target: str = "here"
-    """here; h100:N or h200:N, so many GPUs, eight a host; or a slice of TPUs, such as
+    """here, h100:N or h200:N (so many GPUs, eight a host), or a slice of TPUs, such as
     v5e:4x4."""
     largest: Whole = 0
     """How many of the kernels that move most to list."""
@@ -183,7 +188,7 @@ def operations(function: Any, *args: Any) -> dict[str, int]:
 
 
 def summary(kernels: list[compiled_program.Kernel], memory: Any) -> dict[str, Any]:
-    """Returns what is known of a compiled program, a device."""
+    """Returns kernels, bytes and memory of a compiled program, for one device."""
     count: collections.Counter[str] = collections.Counter()
     moved: collections.Counter[str] = collections.Counter()
     for kernel in kernels:
@@ -206,8 +211,8 @@ def summary(kernels: list[compiled_program.Kernel], memory: Any) -> dict[str, An
 def model(found: dict[str, Any], speed: targets.Speed) -> dict[str, float]:
     """Returns the milliseconds of each kind of kernel, were none to overlap.
 
-    Every kernel takes its start, then a convolution its arithmetic, and any other what
-    it moves. What devices tell each other is left out.
+    Every kernel takes its time to start; then a convolution the time of its arithmetic,
+    and any other that of the bytes it moves. Communication is left out.
     """
     kinds = [kind for kind in found["kernels"] if kind != "collective"]
 
@@ -240,7 +245,7 @@ def show(found: dict[str, Any]) -> None:
         parts = " + ".join(f"{kind} {ms:.1f}" for kind, ms in largest)
         total = f"{sum(found['model'].values()):.1f} ms"
         told = "collective" in found["kernels"]
-        alone = ", without what devices tell each other" if told else ""
+        alone = ", without communication between devices" if told else ""
         print(f"model of an H200, not measured{alone}: {parts} = {total}")
 
 

@@ -18,7 +18,7 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import jax
 import numpy as np
@@ -31,11 +31,11 @@ from diffusion_jax.lab.network_files import diffusers_folder, hub, networks, rec
 from diffusion_jax.lab.network_files.records import About, Network
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import changes, results, runs
-from diffusion_jax.lab.schema import sampling
+from diffusion_jax.lab.schema import choices, sampling
 from diffusion_jax.lab.schema.checks import with_data
+from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import UNKNOWN, Config
-from diffusion_jax.lab.trained import opening, weights
-from diffusion_jax.lab.trained.weights import Weights
+from diffusion_jax.lab.trained import weights
 from diffusion_jax.storage import trees
 from experiments.configs import EXPERIMENTS
 
@@ -44,11 +44,14 @@ from experiments.configs import EXPERIMENTS
 class Options:
     """From where, to where, and what IN does not say of itself."""
 
+    MAIN: ClassVar = (
+        "source out experiment data download inception raw average step overwrite"
+    )
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
     """The network as it is."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The .safetensors file or the folder to write; nothing must be there yet."""
-    which: opening.Which = Weights()
+    which: choices.Which = Weights()
     experiment: str | None = None
     """Experiment that a TensorFlow checkpoint was trained in, such as lsun_cat256, from
     which its data are known: the checkpoint itself tells no more than the network."""
@@ -76,9 +79,7 @@ def main(argv: Sequence[str]) -> int:
     said = weights.describe(about.weights, about.step)
     print(f"{said}, {count:,} parameters, of {about.origin}")
     if network.config.data.source == UNKNOWN:
-        print(
-            "trained on data that nobody has named (--data): nothing to evaluate with"
-        )
+        print("its training data are unknown: name them with --data to evaluate it")
     if is_file(options.out):
         written = networks.write_file(options.out, network)
         print(f"{options.out}: SHA-256 {written}")
@@ -212,7 +213,7 @@ def scores(run: runs.Run, digest: str, config: Config) -> dict[str, dict[str, st
     found: dict[str, dict[str, str]] = {}
     for name, result in results.read(run, digest):
         try:
-            of, numbers = _told(name, result, config)
+            of, numbers = _numbers(name, result, config)
         except (KeyError, TypeError, ValueError, AttributeError):
             continue  # of another version
         for number, (mean, error) in numbers.items():
@@ -223,7 +224,7 @@ def scores(run: runs.Run, digest: str, config: Config) -> dict[str, dict[str, st
     return found
 
 
-def _told(
+def _numbers(
     name: str, result: dict[str, Any], config: Config
 ) -> tuple[str, dict[str, tuple[float, float | None]]]:
     """Returns what a result is of, and its numbers with their errors.

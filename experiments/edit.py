@@ -8,20 +8,17 @@ A command writes a picture, with what it was given at the sides, and beside it a
 of the results as single PNGs of the run's own size.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+import textwrap
+from collections.abc import Sequence
+from typing import Any
 
 import jax
-import tyro
 
 from diffusion_jax.errors import ConfigError, counted, raise_unknown
 from diffusion_jax.evaluation import pictures
-from diffusion_jax.lab.drawing import edit_options, edits, outputs
+from diffusion_jax.lab.drawing import edit_options
 from diffusion_jax.lab.process import entry, flags
 from diffusion_jax.lab.schema.checks import of_options, with_sampling
-from diffusion_jax.lab.schema.config import Config
-from diffusion_jax.lab.trained import extras, opening, weights
-from diffusion_jax.lab.wiring import build
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,7 +26,12 @@ def main(argv: Sequence[str]) -> int:
     name, options = parse(argv)
     of_options(options)
     of_options(options.shared)
-    command = next(key for key, (kind, _) in COMMANDS.items() if kind is type(options))
+    # Load Flax, which no mistake in the arguments should wait for.
+    from diffusion_jax.lab.drawing import edits, outputs
+    from diffusion_jax.lab.trained import extras, opening, weights
+    from diffusion_jax.lab.wiring import build
+
+    command = next(key for key, kind in COMMANDS.items() if kind is type(options))
     shared: edit_options.Shared = options.shared
     run, config = opening.opened(name, options, which=shared.which)
     sampled = edits.deterministic if command == "slerp" else with_sampling
@@ -54,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     folder = out.with_suffix("")
     outputs.check_file(out, overwrite=shared.overwrite)
     outputs.check_folder(folder)
-    draw = COMMANDS[command][1](config, options)
+    draw = getattr(edits, command.replace("-", "_"))(config, options)
     drawable, step, kind = extras.load(config, run, shared.which)
     told = weights.describe(kind, step)
     print(f"{run.folder}: {told}")
@@ -69,6 +71,8 @@ def main(argv: Sequence[str]) -> int:
 
 def default_name(command: str, options: Any) -> str:
     """Returns the file that a picture goes to, by all that decides what is in it."""
+    from diffusion_jax.lab.drawing import outputs
+
     shared: edit_options.Shared = options.shared
     asked = outputs.other_than_usual(options)
     how = outputs.other_than_usual(shared.how, shared.which)
@@ -85,29 +89,44 @@ def parse(argv: Sequence[str]) -> tuple[str | None, Any]:
     rest = list(argv)
     named = bool(rest) and not rest[0].startswith("-") and rest[0] not in COMMANDS
     name = rest.pop(0) if named else None
-    if (named and not rest) or (rest and not rest[0].startswith("-")):
-        got = rest[0] if rest else name
-        if got not in COMMANDS:
-            raise_unknown("the command", got, tuple(COMMANDS))
-    kinds = tuple(
-        Annotated[kind, tyro.conf.subcommand(command)]
-        for command, (kind, _) in COMMANDS.items()
-    )
-    union: Any = kinds[0]
-    for other in kinds[1:]:
-        union = union | other
+    command = rest.pop(0) if rest else name or "--help"
     prog = f"{entry.typed('edit')} [RUN]"
-    return name, flags.read(union, args=rest, prog=prog, description=__doc__)
+    if flags.asked([command]):
+        print(overview(prog))
+        raise SystemExit(0)
+    if command not in COMMANDS:
+        raise_unknown("the command", command, tuple(COMMANDS))
+    kind = COMMANDS[command]
+    prog = f"{prog} {command}"
+    return name, flags.read(kind, args=rest, prog=prog, description=kind.__doc__)
 
 
-COMMANDS: dict[str, tuple[type, Callable[[Config, Any], edits.Draw]]] = {
-    "interpolate": (edit_options.Interpolate, edits.interpolate),
-    "coarse-to-fine": (edit_options.CoarseToFine, edits.coarse_to_fine),
-    "slerp": (edit_options.Slerp, edits.slerp),
-    "inpaint": (edit_options.Inpaint, edits.inpaint),
-    "colorize": (edit_options.Colorize, edits.colorize),
-    "vary": (edit_options.Vary, edits.vary),
+def overview(prog: str) -> str:
+    """Returns the text of `--help` where no command is named."""
+    lines = [
+        f"usage: {prog} COMMAND ...",
+        "",
+        flags.filled(__doc__ or ""),
+        "",
+        "commands:",
+    ]
+    for command, kind in COMMANDS.items():
+        first = (kind.__doc__ or "").partition("\n")[0]
+        lines += textwrap.wrap(
+            f"{command:<16}{first}", 78, initial_indent="  ", subsequent_indent=" " * 18
+        )
+    return "\n".join([*lines, "", f"flags of one: {prog} vary --help"])
+
+
+COMMANDS: dict[str, type] = {
+    "interpolate": edit_options.Interpolate,
+    "coarse-to-fine": edit_options.CoarseToFine,
+    "slerp": edit_options.Slerp,
+    "inpaint": edit_options.Inpaint,
+    "colorize": edit_options.Colorize,
+    "vary": edit_options.Vary,
 }
+"""What each takes; it is drawn by the function of its name in `lab.drawing.edits`."""
 
 
 if __name__ == "__main__":

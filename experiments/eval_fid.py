@@ -1,15 +1,15 @@
-"""How far samples are from data: `python -m experiments.eval_fid [RUN]`.
+"""Measures how far samples are from data: `python -m experiments.eval_fid [RUN]`.
 
-Draws samples with the averaged weights, rounds them to uint8, and compares their
-features with those of the real images: FID where the weights of the Inception network
-are at hand, the distance in the features of a small classifier, which is called
-fd_<data>_classifier and is no FID, where they are not.
+Draws samples with the averaged weights (EMA), rounds them to uint8, and compares their
+features with those of the real images. With the weights of the Inception network that
+is FID; without them it is the same distance in the features of a small classifier,
+called fd_<data>_classifier.
 """
 
 import dataclasses
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
@@ -23,24 +23,31 @@ from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.measure import extractors, reference
 from diffusion_jax.lab.process import entry, hosts
 from diffusion_jax.lab.run_folder import results, runs
-from diffusion_jax.lab.schema import sampling
+from diffusion_jax.lab.schema import choices, sampling
+from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.facts import MOST_SEED, Count, Seed
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import extras, opening, weights
-from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.training import initial
 from diffusion_jax.lab.wiring import build, chains, learning
 from diffusion_jax.training import parallel
 
 PRECISION, INCEPTION = "precision, recall, density, coverage", "Inception score"
+NEIGHBOURS = 12
+"""Samples that are shown with their nearest training images."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What to evaluate, and how."""
 
-    run: opening.Named = None
+    MAIN: ClassVar = (
+        "run extractor weights download reference samples data count seeds seed "
+        "batch_size sampler steps grid label guidance raw average step "
+        "untrained"
+    )
+    run: choices.Named = None
     extractor: Literal["auto", "inception", "classifier"] = "auto"
     """Whose features are compared; auto is Inception where its weights are at hand."""
     weights: str | None = None
@@ -59,11 +66,11 @@ class Options:
     """Sets of samples to evaluate, with seeds following each other: the error bar."""
     seed: Seed = 0
     """Of the first set."""
-    how: opening.How = Sampling()
+    how: choices.How = Sampling()
     batch_size: Count = 64
     """Images at a time, over all devices."""
-    which: opening.Which = Weights()
-    data: opening.Data = None
+    which: choices.Which = Weights()
+    data: choices.Data = None
     untrained: bool = False
     """Whether to use the weights that training began with, as a yardstick."""
 
@@ -98,12 +105,11 @@ def main(argv: Sequence[str]) -> int:
     about: dict[str, Any] = {"samples": options.samples}
     if given is None:
         drawn, about = draw(run, config, options, count)
-    # All hosts extract features together; the first one has them, and does the rest.
+    # All hosts extract features together; only the first has them and goes on.
     real = known or references(config, dataset, extractor, options)
     scores = [score(extractor, real, fake, options, few) for fake in drawn]
-    out = run.folder / "eval"
-    kind = kind_of(options)
-    written = out / f"fid{kind}.json"
+    out, end = run.folder / "eval", suffix(options)
+    written = out / f"fid{end}.json"
     if hosts.first():
         result = summary(extractor, real, scores, about, options, count, config)
         result["left_out"] = few
@@ -111,7 +117,7 @@ def main(argv: Sequence[str]) -> int:
         results.write(run, written.stem, result)
     if "train" in real:
         picture = neighbours(real["train"], dataset, extractor, drawn[-1], options)
-        path = out / f"neighbours{kind}.png"
+        path = out / f"neighbours{end}.png"
         if hosts.first():
             pictures.save(picture, path)
             print(f"nearest training images, by pixels and by features: {path}")
@@ -119,8 +125,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def kind_of(options: Options) -> str:
-    """Returns how the names of the results end, by whose samples were measured."""
+def suffix(options: Options) -> str:
+    """Returns the end of the results' names, by whose samples were measured."""
     if options.samples is not None:
         return "_given"
     if options.which.average is not None:
@@ -176,7 +182,7 @@ def check_sizes(where: Path, size: tuple[int, int]) -> None:
         try:
             with Image.open(files.open(place)) as image:
                 own = image_files.upright_size(image)
-        except Exception:  # of any kind: reading it will say what it is
+        except Exception:  # of any kind: `datasets.load` names the error
             continue
         if own != size:
             raise ConfigError(
@@ -238,7 +244,7 @@ def references(
 def draw(
     run: runs.Run, config: Config, options: Options, count: int
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Returns samples of each seed, and what has to be known of them."""
+    """Returns the samples of each seed, and how they were drawn, as JSON has it."""
     step: int | None = 0
     if options.untrained:
         params = learning.init_state(config, initial.params(config)).params
@@ -298,7 +304,7 @@ def left_out(
 
 
 def kernel_distance(extractor: extractors.Extractor) -> str:
-    """Returns what the kernel distance is called."""
+    """Returns the name of the kernel distance."""
     return "KID" if extractor.name == "inception" else f"kd_{extractor.name}"
 
 
@@ -409,14 +415,13 @@ def neighbours(
     extractor: extractors.Extractor,
     fake: np.ndarray,
     options: Options,
-    columns: int = 12,
 ) -> Any:
     """Returns samples, and under each the nearest training image (Figs. 12 and 15).
 
     The first row of three are samples, the second their neighbours in pixels, the third
     those in features. None on a host but the first.
     """
-    shown = np.asarray(fake[:columns])
+    shown = np.asarray(fake[:NEIGHBOURS])
     features, _ = extractors.extract(
         extractor, shown, batch_size=options.batch_size, label="neighbours"
     )

@@ -1,16 +1,17 @@
-"""The bound on the negative log-likelihood: `python -m experiments.eval_nll [RUN]`.
+"""Bounds the negative log-likelihood: `python -m experiments.eval_nll [RUN]`.
 
-The whole-chain bound of the paper in bits/dim, by one draw of x_t for each of the T
-steps and each image, with the averaged weights and x0 clipped. `--rate-distortion` adds
-the paper's Table 4 and Fig. 5. `--ode` is another quantity: the density of the same
-network's probability flow, of images made continuous by uniform noise.
+Computes the paper's bound over the whole chain in bits/dim, with one draw of x_t for
+each image and each of the T steps, averaged weights (EMA) and x0 clipped.
+`--rate-distortion` adds the paper's Table 4 and Fig. 5. `--ode` computes another
+quantity: the density under the probability flow ODE of the same network, of images with
+uniform noise added (dequantised).
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -20,22 +21,28 @@ from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.measure import bound
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import results, runs
+from diffusion_jax.lab.schema import choices
+from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.facts import Count, Seed
 from diffusion_jax.lab.schema.sampling import Tolerance, Variance
 from diffusion_jax.lab.trained import extras, opening, weights
-from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build
 
-BEGINNING = 10
+TABLE_ROWS = 11
+"""Rows of the printed table of rate and distortion."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What to evaluate."""
 
-    run: opening.Named = None
-    data: opening.Data = None
+    MAIN: ClassVar = (
+        "run data split max_images variance batch_size chunk seed "
+        "rate_distortion ode trace tolerance raw average step"
+    )
+    run: choices.Named = None
+    data: choices.Data = None
     split: Literal["train", "test"] = "train"
     """Images to evaluate: those trained on, or the official test images."""
     max_images: Count | None = None
@@ -46,20 +53,20 @@ class Options:
     batch_size: Count = 64
     """Images at a time, over all devices."""
     chunk: Count = 1
-    """Diffusion steps at a time: more is faster on an accelerator and takes memory."""
+    """Diffusion steps at a time; more is faster on an accelerator and takes memory."""
     seed: Seed = 0
     """Of the noise and of the choice of images."""
-    which: opening.Which = Weights()
+    which: choices.Which = Weights()
     rate_distortion: bool = False
     """Whether to print and plot rate and distortion over the reverse steps."""
     ode: bool = False
     """Whether to evaluate the density of the probability flow instead of the bound."""
     trace: bound.Trace = "rademacher"
-    """With --ode: how the divergence is found, by random probes or exactly."""
+    """How --ode computes the divergence: by random probes or exactly."""
     probes: Count = 1
-    """With --ode: random probes an image."""
+    """Random probes an image, for --ode."""
     tolerance: Tolerance = 1e-5
-    """With --ode: of the solver, relative and absolute."""
+    """Tolerance of the solver of --ode, relative and absolute."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -243,7 +250,7 @@ def show(run: runs.Run, result: dict[str, Any]) -> None:
 def show_rate_distortion(result: dict[str, Any], path: Path) -> None:
     """Prints Table 4 and plots Fig. 5 (Ho et al. 2020)."""
     code = likelihood.rate_distortion(result["prior"], result["terms"], result["mse"])
-    rows = np.unique(np.linspace(0, len(code.steps) - 1, BEGINNING + 1).astype(int))
+    rows = np.unique(np.linspace(0, len(code.steps) - 1, TABLE_ROWS).astype(int))
     print("  reverse steps   rate (bits/dim)   RMSE (of 255)")
     for row in rows[::-1]:
         rate, distortion = code.rate[row], code.distortion[row]

@@ -1,20 +1,22 @@
-"""Asks whether samples can be read: `python -m experiments.legibility [RUN]`.
+"""Measures whether samples are legible: `python -m experiments.legibility [RUN]`.
 
-Three questions to samples of a run that was trained on labelled images:
+Asks three questions of the samples of a run that was trained on labelled images:
 
-  certainty  a classifier is fitted on half of the real images. It is sure (probability
-             at least 0.9) of some share of the samples, and of some share of the other,
-             held-out half. The ratio of the two shares should be at least 0.9.
+  certainty  a classifier is fitted on half of the real images. It is sure
+             (probability at least 0.9) of some share of the samples, and of
+             some share of the other, held-out half. The ratio of the two shares
+             should be at least 0.9.
   coverage   of the samples, each class should get at least 4%.
-  copies     fewer than 2% of the samples should be nearer to a training image than a
-             quarter of the median distance between nearest training images.
+  copies     fewer than 2% of the samples should be nearer to a training image
+             than a quarter of the median distance between nearest training
+             images.
 
 The exit code is 0 where all three hold and 1 where one does not.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import jax
 import numpy as np
@@ -23,10 +25,11 @@ from diffusion_jax.errors import ConfigError, counted, needs
 from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema import choices
+from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.facts import Count, Seed, at_least
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import extras, opening, weights
-from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build
 from diffusion_jax.training import parallel
 
@@ -38,13 +41,16 @@ LEAST_CERTAINTY, LEAST_CLASS, MOST_COPIES = 0.9, 0.04, 0.02
 class Options:
     """What to measure."""
 
-    run: opening.Named = None
+    MAIN: ClassVar = (
+        "run count splits seed sampler steps grid label guidance raw average step"
+    )
+    run: choices.Named = None
     count: Annotated[int, at_least(100)] = 500
     """Samples to draw; shares of less than 100 say nothing."""
-    which: opening.Which = Weights()
+    which: choices.Which = Weights()
     splits: Count = 4
     """Ways to halve the real images; certainty is the mean over them."""
-    how: opening.How = Sampling()
+    how: choices.How = Sampling()
     seed: Seed = 1
     """Of the samples. The grids made in training are seed 0."""
 

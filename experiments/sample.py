@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
@@ -12,12 +12,12 @@ from diffusion_jax.errors import ConfigError, counted
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.drawing import draws, figures, outputs
 from diffusion_jax.lab.process import entry, hosts, progress
-from diffusion_jax.lab.schema import sampling
+from diffusion_jax.lab.schema import choices, sampling
+from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.facts import Count, Seed
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import extras, opening, weights
-from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import chains
 from diffusion_jax.lab.wiring.chains import Drawable
 from diffusion_jax.training import parallel
@@ -27,32 +27,36 @@ from diffusion_jax.training import parallel
 class Options:
     """What to draw, and where it goes."""
 
-    run: opening.Named = None
+    MAIN: ClassVar = (
+        "run count format out columns seed batch_size sampler steps grid eta "
+        "order label guidance classifier_guidance raw average step figure strip"
+    )
+    run: choices.Named = None
     count: Count = 64
     """Images to draw."""
     format: Literal["grid", "png", "npz"] = "grid"
     """One picture of all, one PNG an image, or an array `images` (uint8) in a file."""
     out: Path | None = None
     """File (grid, npz) or folder (png); inside the run's folder when not given, named
-    after what is asked for. What stands there is replaced if it is a drawing too."""
+    after the options. An earlier drawing there is replaced."""
     overwrite: bool = False
     """Whether `--out FILE` may replace what is no drawing of this project."""
     columns: Count | None = None
     """Images a row of a grid; when not given as square as possible, or a column a class
     where all classes are drawn."""
-    how: opening.How = Sampling()
+    how: choices.How = Sampling()
     seed: Seed = 0
     """Of the noise: that of image i is the same whatever the count, and the image too
     but for rounding, which now and then moves a pixel by one of its 256 values."""
     batch_size: Count = 64
     """Images at a time."""
-    which: opening.Which = Weights()
+    which: choices.Which = Weights()
     figure: Literal["progressive", "shared", "quality"] | None = None
-    """Draw a figure of the paper instead: how x0 as the network sees it comes into
-    being (Fig. 6), samples that share x_t and then part (Fig. 7), or how far x0 is from
-    the data along the chain (Fig. 10; takes --count of some hundreds)."""
+    """Draw a figure of the paper instead: the predicted x0 along the chain (Fig. 6),
+    samples that share x_t and then differ (Fig. 7), or the distance of the predicted x0
+    from the data along the chain (Fig. 10; takes --count of some hundreds)."""
     strip: bool = True
-    """Whether to draw, with a grid, how the first images came out of noise."""
+    """Whether to draw, beside a grid, the denoising of its first images."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -79,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
     count, key = options.count, jax.random.key(options.seed)
     batches = draws.in_batches(config, drawable, key, count, options.batch_size)
     if not hosts.first():
-        for _ in batches:  # drawn by all, and kept by the first
+        for _ in batches:  # all hosts draw, the first one saves
             pass
         return 0
     if options.format == "png":
@@ -97,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
         if jax.process_count() > 1:  # the first host draws these alone
             drawable = jax.tree.map(np.asarray, drawable)
         rows, seed = min(8, count), options.seed
-        with progress.clock("drawing how the first came about"):
+        with progress.clock("drawing the denoising of the first images"):
             end, seen = figures.chain(config, drawable, count=rows, seed=seed)
         strip = pictures.save(figures.strip(end, seen.t, seen.x_t), strip_of(out), made)
         print(f"denoising: {strip}")
@@ -124,7 +128,7 @@ def draw_figure(
 
 
 def default_name(options: Options) -> str:
-    """Returns the file or folder that a drawing goes to."""
+    """Returns the name of the file or folder of a drawing."""
     end = outputs.other_than_usual(options.how, options.which)
     if options.figure is not None:
         return f"{options.figure}{end}.png"
@@ -133,12 +137,12 @@ def default_name(options: Options) -> str:
 
 
 def strip_of(out: Path) -> Path:
-    """Returns where the strip goes that shows how the first images came about."""
+    """Returns the path of the strip that shows the denoising of the first images."""
     return out.with_name(f"{out.stem}_denoising.png")
 
 
 def check_out(options: Options, out: Path) -> None:
-    """Raises ConfigError where something else would be lost."""
+    """Raises ConfigError where a file that is no drawing would be replaced."""
     if options.figure is None and options.format == "png":
         return outputs.check_folder(out)
     if options.figure is None and options.format == "grid" and options.strip:

@@ -13,7 +13,7 @@ import signal
 import sys
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    # While the rest is loaded, Ctrl-C ends this without a word.
+    # While the rest is loaded, Ctrl-C ends this silently.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,7 +22,7 @@ from diffusion_jax.errors import DivergedError
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.training import arguments
 from diffusion_jax.training import determinism
-from experiments.configs import EXPERIMENTS
+from experiments.configs import EXPERIMENTS, table
 
 DIVERGED = 3
 """The exit code of a run that is given up."""
@@ -30,7 +30,9 @@ DIVERGED = 3
 
 def main(argv: Sequence[str]) -> int:
     """Trains as the arguments say; returns the exit code."""
-    given = arguments.parse_training(argv, EXPERIMENTS, prog=entry.typed("train"))
+    given = arguments.parse_training(
+        argv, EXPERIMENTS, prog=entry.typed("train"), overview=table()
+    )
     # Loads Flax and Optax, which no mistake in the arguments should wait for.
     from diffusion_jax.lab.training import loop
 
@@ -48,8 +50,8 @@ def command(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     if "--train.deterministic" in sys.argv:
-        # Several hosts meet before `main`, and JAX then looks for devices. What is
-        # wrong is said by `train`.
+        # The flag must be set before JAX looks for devices, which it does when hosts
+        # join, before `main`. `train` says what is wrong.
         with suppress(ValueError):
             determinism.ask()
     try:
@@ -57,8 +59,8 @@ if __name__ == "__main__":
     except SystemExit as left:
         if left.code != entry.BAD_INPUT:
             raise
-        # The usual end waits for threads of orbax. Those of a save whose folder could
-        # not be made wait for ever.
+        # The usual exit waits for the threads of orbax, which never end after a save
+        # whose folder could not be made.
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(entry.BAD_INPUT)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from diffusion_jax.errors import ConfigError
+from diffusion_jax.errors import raise_unknown
 from diffusion_jax.lab.measure import judges
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.schema.config import Config
@@ -23,7 +23,9 @@ from experiments.configs import EXPERIMENTS
 class Options:
     """What to train on."""
 
-    experiment: Annotated[str, tyro.conf.Positional] = "digits"
+    experiment: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT")
+    ] = "digits"
     """The experiment whose data are to be classified."""
     output: str = "runs"
     """Folder of all runs."""
@@ -39,10 +41,7 @@ def main(argv: Sequence[str]) -> int:
     """Trains the classifier anew; returns the exit code."""
     options = entry.parse(Options, argv, "train_classifier", __doc__)
     if options.experiment not in EXPERIMENTS:
-        raise ConfigError(
-            f"the experiment must be one of {', '.join(EXPERIMENTS)}; got "
-            f"{options.experiment!r}. digits needs no files."
-        )
+        raise_unknown("the experiment", options.experiment, tuple(EXPERIMENTS))
     config: Config = EXPERIMENTS[options.experiment].config
     config = dataclasses.replace(
         config,

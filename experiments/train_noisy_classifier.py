@@ -18,6 +18,7 @@ from diffusion_jax import gaussian, schedule, timesteps
 from diffusion_jax.data import datasets
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema import choices
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.facts import Count, Seed
 from diffusion_jax.lab.trained import opening, weights
@@ -32,7 +33,7 @@ SHARES = (0.1, 0.25, 0.5, 0.75)
 class Options:
     """What to train on."""
 
-    run: opening.Named = None
+    run: choices.Named = None
     steps: Count = 1000
     """Updates to make."""
     seed: Seed = 0

@@ -4,35 +4,58 @@ A file has one experiment, its CONFIG, or a family that belongs together, its CO
 """
 
 import importlib
+import textwrap
 
 from diffusion_jax.lab.schema.config import Config, Experiment
 
-FILES = (
-    "digits",
-    "digits_family",
-    "fashion_mnist",
-    "cifar10",
-    "cifar10_official",
-    "table2",
-    "cifar10_cosine_hybrid",
-    "cifar10_vdm",
-    "cifar10_edm",
-    "cifar10_vp_continuous",
-    "cifar10_flow",
-    "cifar10_conditional",
-    "celebahq256",
-    "lsun256",
-)
+FILES = {
+    "digits": "written digits: the default",
+    "digits_family": "the objectives of those below",
+    "fashion_mnist": "clothes, with a small network",
+    "cifar10": "DDPM, the main experiment",
+    "cifar10_official": "the arithmetic of the authors",
+    "table2": "Table 2 of the paper",
+    "cifar10_cosine_hybrid": "cosine, learned variance",
+    "cifar10_vdm": "VDM, for the likelihood",
+    "cifar10_edm": "EDM",
+    "cifar10_vp_continuous": "the SDE, in continuous time",
+    "cifar10_flow": "rectified flow",
+    "cifar10_conditional": "with labels, for guidance",
+    "celebahq256": "faces",
+    "lsun256": "scenes",
+}
+"""What the experiments of each file are, in a few words."""
 
 
-def _in_file(name: str) -> dict[str, Experiment]:
-    module = importlib.import_module(f"experiments.configs.{name}")
+def _in_file(file: str) -> dict[str, Experiment]:
+    module = importlib.import_module(f"experiments.configs.{file}")
     doc = module.__doc__ or ""
     family: dict[str, Config] = getattr(module, "CONFIGS", {})
     configs = family or {module.CONFIG.name: module.CONFIG}
     return {name: Experiment(config, doc) for name, config in configs.items()}
 
 
+_BY_FILE = {file: _in_file(file) for file in FILES}
 EXPERIMENTS: dict[str, Experiment] = {
-    name: experiment for file in FILES for name, experiment in _in_file(file).items()
+    name: experiment
+    for found in _BY_FILE.values()
+    for name, experiment in found.items()
 }
+
+
+def table() -> str:
+    """Returns the experiments as a table in 80 columns; a family is one row."""
+    row = "{:<25}{:<15}{:<9}{}".format
+    lines = [row("experiment", "data", "size", "what it is")]
+    for file, found in _BY_FILE.items():
+        (name, first), *others = found.items()
+        data = first.config.data
+        start = name.partition("_")[0] + "_"
+        source, size = data.source.partition(":")[0], "{}x{}".format(*data.shape)
+        lines.append(
+            row(f"  {start}*" if others else f"  {name}", source, size, FILES[file])
+        )
+        if others:
+            ends = "* is " + ", ".join(name.removeprefix(start) for name in found)
+            lines.append("    " + textwrap.shorten(ends, 76, placeholder=" ..."))
+    return "\n".join(lines)

@@ -4,8 +4,8 @@ Command   make train EXP=celebahq256
           with the 30,000 images in data/celebahq256, or prepared by
           tensorflow-datasets: ARGS="--data.source tfds:celeb_a_hq/256"
 Hardware  8 TPU cores or GPUs with 80 GB in all
-Time      63 hours on a TPU v3-8 (0.5 million steps at 2.2 a second by the paper); not
-          measured here
+Time      63 hours on a TPU v3-8 (0.5 million steps at 2.2 a second by the
+          paper); not measured here
 Expected  samples as in Fig. 1 of the paper, which gives no FID for them
 """
 

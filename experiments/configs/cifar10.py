@@ -2,10 +2,10 @@
 
 Command   make train EXP=cifar10
 Hardware  one large GPU, or 8 TPU cores as in the paper
-Time      3.3 hours on one H200, at 14.8 ms a step as measured (docs/performance.md);
-          10.6 hours on a TPU v3-8 by the paper
-Expected  the paper's FID 3.17 and Inception score 9.46 for 50,000 samples against the
-          training set; bound at most 3.75 bits/dim
+Time      3.3 hours on one H200, at 14.8 ms a step as measured
+          (docs/performance.md); 10.6 hours on a TPU v3-8 by the paper
+Expected  the paper's FID 3.17 and Inception score 9.46 for 50,000 samples
+          against the training set; bound at most 3.75 bits/dim
 
 Activations are in bfloat16, the gradient is clipped as a whole, and the average of the
 weights has a ramp. The authors' own arithmetic is cifar10_official, or --official.

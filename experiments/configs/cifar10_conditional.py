@@ -1,7 +1,7 @@
 """CIFAR-10 with labels, some of them dropped (Ho and Salimans 2022).
 
 Command   make train EXP=cifar10_conditional
-          python -m experiments.sample runs/cifar10_conditional --label 3 --guidance 2
+          python -m experiments.sample cifar10_conditional --label 3 --guidance 2
 Hardware  one large GPU, or 8 TPU cores
 Time      as cifar10
 Expected  not measured here

@@ -2,7 +2,8 @@
 
 Command   make train EXP=cifar10_cosine_hybrid
 Hardware  one large GPU
-Time      not measured here; 500,000 steps of a network of three blocks a level
+Time      not measured here; 500,000 steps of a network of three blocks a
+          level
 Expected  the paper's FID 3.19 and bound 3.17 bits/dim after 500,000 steps
 
 L_hybrid over T = 4000 steps: the bound's gradient reaches only the variance, which lies

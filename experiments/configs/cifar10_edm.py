@@ -3,8 +3,8 @@
 Command   make train EXP=cifar10_edm
 Hardware  8 GPUs with 80 GB in all
 Time      not measured here; 390,625 steps of 512 images
-Expected  the paper's FID is 1.97 with its own network and its augmentation, which are
-          not here: mirrored images, and the U-Net of DDPM
+Expected  the paper's FID is 1.97 with its own network and its augmentation,
+          which are not here: mirrored images, and the U-Net of DDPM
 
 Averages of two lengths are kept with snapshots, from which an average of any length
 can be made afterwards.

@@ -3,8 +3,8 @@
 Command   make train EXP=cifar10_flow
 Hardware  one large GPU
 Time      not measured here; 800,000 steps of 128 images
-Expected  the paper's FID of the first flow, before straightening, is 2.58 by an
-          adaptive solver and its own network
+Expected  the paper's FID of the first flow, before straightening, is 2.58 by
+          an adaptive solver and its own network
 
 x_t = (1 - t) x0 + t eps; the network predicts eps - x0. Any rule samples from it; ddim
 on the uniform grid is Euler's method.

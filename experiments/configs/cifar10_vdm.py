@@ -3,8 +3,8 @@
 Command   make train EXP=cifar10_vdm
 Hardware  8 GPUs with 80 GB in all
 Time      not measured here; the paper trains for 10 million steps
-Expected  a bound well below the 3.70 bits/dim of DDPM; the paper's network, without
-          down-sampling, gets 2.65
+Expected  a bound well below the 3.70 bits/dim of DDPM; the paper's network,
+          without down-sampling, gets 2.65
 
 The bound in continuous time, with times spread evenly over the batch, and a schedule
 that is learned: its ends with the bound, its shape to lower the variance of the loss.

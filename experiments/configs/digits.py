@@ -3,9 +3,10 @@
 Command   make train
 Hardware  2 CPU cores
 Time      under 4 minutes, compiling included
-Expected  a classifier that was fitted on half of the real digits is sure of the samples
-          at least 0.9 times as often as of the other half (make legibility); measured
-          0.97, with every class between 8% and 13% of 500 samples, and no copies
+Expected  a classifier that was fitted on half of the real digits is sure of
+          the samples at least 0.9 times as often as of the other half (make
+          legibility); measured 0.97, with every class between 8% and 13% of
+          500 samples, and no copies
 
 The network predicts v under the cosine schedule, the learning rate falls to 0 over the
 run, and a chain takes 250 steps.

@@ -15,7 +15,8 @@ Command   make train EXP=digits_table2_mean_vlb_learned
           python -m experiments.ablation digits    all of them, under one budget
 Hardware  2 CPU cores
 Time      about 5 minutes each
-Expected  the table of `python -m experiments.ablation digits`, in docs/objectives.md
+Expected  the table of `python -m experiments.ablation digits`, in
+          docs/objectives.md
 
 The forward process and the objective of each experiment on CIFAR-10, with the network
 and the optimiser of digits.

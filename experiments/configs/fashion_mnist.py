@@ -1,15 +1,14 @@
 """Fashion-MNIST, padded to 32x32, with the layout of the CIFAR-10 network at width 32.
 
 Command   make train EXP=fashion_mnist
-          with Debian's package dataset-fashion-mnist installed, or the four official
-          files in a folder: ARGS="--data.path FOLDER"
+          with Debian's package dataset-fashion-mnist installed, or the four
+          official files in a folder: ARGS="--data.path FOLDER"
 Hardware  one GPU
 Time      one H100: 15,000 steps of 256 in five minutes and a half, with
           ARGS="--train.batch-size 256 --optimizer.learning-rate 5e-4
-          --optimizer.warmup 500"
-          2 CPU cores: 16 images take about 0.4 s, and the loss can be seen falling
-          within a minute:
-          ARGS="--train.steps 50 --train.batch-size 16 --optimizer.warmup 10"
+          --optimizer.warmup 500" 2 CPU cores: 16 images take about 0.4 s, and
+          the loss can be seen falling within a minute: ARGS="--train.steps 50
+          --train.batch-size 16 --optimizer.warmup 10"
 Expected  clothes (docs/fashion_mnist.png, after 15,156 steps on the H100)
 """
 

@@ -6,8 +6,10 @@ Command   make train EXP=lsun_bedroom256
           make train EXP=lsun_church256
           each with the images in a folder (any size: cropped and resized):
           data/lsun_bedroom256, data/lsun_cat256 or data/lsun_church256
-Hardware  8 TPU cores or GPUs with 80 GB in all; for the large network with 160 GB
-Time      hours on a TPU v3-8 by the paper, at 2.2 steps a second; not measured here
+Hardware  8 TPU cores or GPUs with 80 GB in all; for the large network with
+          160 GB
+Time      hours on a TPU v3-8 by the paper, at 2.2 steps a second; not
+          measured here
 Expected  the paper's FID for 50,000 samples:
 
                               steps        hours       FID

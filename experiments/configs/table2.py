@@ -15,8 +15,8 @@ Expected  the paper's Inception score and FID of 50,000 CIFAR-10 samples:
           L, fixed          8.06    13.22          7.67    13.51
           squared error     (unstable)             9.46     3.17
 
-          Steps without a finite loss are skipped; after 20 in a row the run is given
-          up, with the last checkpoint left as it is
+          Steps without a finite loss are skipped; after 20 in a row the run is
+          given up, with the last checkpoint left as it is
 
 The paper left two cells blank: "unstable to train". All else is that of
 cifar10_official: the authors' arithmetic, for the numbers of their table.

@@ -133,15 +133,12 @@ def test_kept_pixels_are_those_of_the_file_to_the_bit(run, files, flags):
     assert set(np.unique(cells[4:, CELL : CELL + 64 : 8])) == {96, 160}
 
 
-def test_what_stays_of_an_image_in_colour(colour_run, files):
+def test_images_in_colour_keep_what_was_given(colour_run, files):
+    """Of a mask the black pixels, to the bit; of a grey image the grey."""
     args = files / "rgb.png", files / "lower.png", "--count", "2"
     _, results = edited(colour_run, "inpaint", *args)
     image = np.asarray(Image.open(files / "rgb.png"))
     np.testing.assert_array_equal(results[:, :4], np.stack([image[:4]] * 2))
-    assert results.shape == (2, 8, 8, 3)
-
-
-def test_colours_have_the_grey_that_was_given(colour_run, files):
     _, results = edited(colour_run, "colorize", files / "a.png", "--count", "11")
     assert results.shape == (11, 8, 8, 3)
     grey = np.asarray(Image.open(files / "a.png"), float)
@@ -184,7 +181,6 @@ BAD = {
     "interpolate a.png b.png --depth 21": r"depth must be in 1..20.*; got 21\.",
     "interpolate a.png b.png --depth 0": r"depth must be in 1..20.*; got 0\.",
     "interpolate a.png b.png --count 1": r"count must be at least 2; got 1\.",
-    "interpolate a.png b.png --step 5": r"one of \[12\].*; got 5\.",
     "interpolate a.png b.png --eta 0.5": "sample.eta must be left out with",
     "coarse-to-fine a.png b.png --depths 5 -1": r"depth must be in 0..20.*got -1",
     "slerp a.png b.png --sampler ddpm": "slerp must draw by ddim .*; got .* ddpm",
@@ -193,7 +189,6 @@ BAD = {
     "inpaint a.png black.png": "MASK must have white pixels.*; got none",
     "inpaint a.png lower.png --resamples 0": r"resamples at least 1; got 10 and 0",
     "inpaint a.png lower.png --resamples 2": r"jump must be in 1..3.*; got 10 and",
-    "inpaint a.png lower.png --count 0": "count must be at least 1; got 0",
     "inpaint a.png lower.png --sampler ode": "sampler must take steps.*; got ode",
     "inpaint a.png lower.png --sampler unipc --resamples 2 --jump 1": (
         "resamples must be 1 with a rule that has a memory; got 2 with unipc"

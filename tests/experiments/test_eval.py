@@ -19,10 +19,10 @@ from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.measure import judges, reference
 from diffusion_jax.lab.run_folder import results, runs
 from diffusion_jax.lab.schema.checks import with_sampling
+from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import replace
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import extras
-from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.training import measuring
 from diffusion_jax.nets import inception
 from experiments import convert, eval_fid, eval_nll, sample
@@ -69,40 +69,35 @@ def test_the_number_has_its_protocol_beside_it(run, capsys):
     np.testing.assert_array_equal(cells[4:68:8, 4:68:8], drawn[0, ..., 0])
 
 
-def test_the_training_images_are_at_distance_zero_from_themselves(
-    run, tmp_path, monkeypatch
-):
+def given(run, folder, images):
+    """What is measured of samples in a file."""
+    np.savez(folder / "given.npz", images=images)
+    flags = ["--samples", f"npz:{folder / 'given.npz'}"]
+    return evaluate(run, *flags, name="fid_given.json")
+
+
+def test_what_the_samples_allow_is_measured(run, tmp_path, capsys, monkeypatch):
     few = functools.partial(eval_fid.metrics.kid, subsets=2)  # a hundred take long
     monkeypatch.setattr(eval_fid.metrics, "kid", few)
+    kernel, distance = "kd_digits_classifier", "fd_digits_classifier"
     images = digits_images().images
-    np.savez(tmp_path / "real.npz", images=images)
-    flags = ["--samples", f"npz:{tmp_path / 'real.npz'}"]
-    numbers = evaluate(run, *flags, name="fid_given.json")["numbers"]
-    assert abs(numbers["fd_digits_classifier vs train"]["mean"]) < 1e-6
+    numbers = given(run, tmp_path, images)["numbers"]
+    assert abs(numbers[f"{distance} vs train"]["mean"]) < 1e-6
     for name in ("precision", "recall", "coverage"):
         assert numbers[name]["mean"] == 1.0
     noise = np.random.default_rng(0).integers(0, 256, (300, 8, 8, 1), dtype=np.uint8)
-    np.savez(tmp_path / "noise.npz", images=noise)
-    flags = ["--samples", f"npz:{tmp_path / 'noise.npz'}"]
-    numbers = evaluate(run, *flags, name="fid_given.json")["numbers"]
-    assert numbers["fd_digits_classifier vs train"]["mean"] > 20
+    numbers = given(run, tmp_path, noise)["numbers"]
+    assert numbers[f"{distance} vs train"]["mean"] > 20
     assert numbers["precision"]["mean"] < 0.2
-
-
-def test_what_few_samples_allow_is_measured(run, tmp_path, capsys, monkeypatch):
-    few = functools.partial(eval_fid.metrics.kid, subsets=2)
-    monkeypatch.setattr(eval_fid.metrics, "kid", few)
+    capsys.readouterr()
     shares = {"class_shares", "sure"}
     precision = {"precision", "recall", "density", "coverage"}
-    kernel, distance = "kd_digits_classifier", "fd_digits_classifier"
-    for count, numbers, left in (
+    for count, names, left in (
         (64, {f"{kernel} vs train", *precision}, {distance}),
         (3, {f"{kernel} vs train"}, {distance, eval_fid.PRECISION}),
     ):
-        np.savez(tmp_path / "few.npz", digits_images().images[:count])
-        flags = ["--samples", f"npz:{tmp_path / 'few.npz'}"]
-        result = evaluate(run, *flags, name="fid_given.json")
-        assert result["numbers"].keys() == numbers | shares
+        result = given(run, tmp_path, images[:count])
+        assert result["numbers"].keys() == names | shares
         assert result["left_out"].keys() == left
         said = "takes 65 or more, as digits_classifier has 64 features"
         assert f"left out for want of samples: {distance} {said}" in (
@@ -132,33 +127,37 @@ def test_a_network_in_a_file_has_the_numbers_of_its_run(run, tmp_path):
     assert digests == {convert.of_run(run, Weights()).sha256}
 
 
-def test_an_interrupted_evaluation_goes_on(run, tmp_path, capsys):
-    config = with_sampling(runs.read_config(run), Sampling(steps=3))
-    params = extras.load(config, run, Weights())[0]
-    options = {"count": 10, "seed": 3}
-    whole = draws.to_disk(tmp_path, config, params, batch_size=4, **options)
+@pytest.fixture
+def draw(run, tmp_path):
+    """Draws to the disk by chains of two steps, of some weights and seed."""
+    config = with_sampling(runs.read_config(run), Sampling(steps=2))
+
+    def drawn(count=10, *, raw=False, how=Sampling(), seed=0):
+        chosen = with_sampling(config, how)
+        params = extras.load(chosen, run, Weights(raw=raw))[0]
+        options = {"count": count, "seed": seed, "batch_size": 4}
+        return draws.to_disk(tmp_path, chosen, params, **options)
+
+    return drawn
+
+
+def test_an_interrupted_evaluation_goes_on(draw, tmp_path, capsys):
+    whole = draw()
     record = next(tmp_path.glob("*.json"))
     about = json.loads(record.read_text())
     assert about["done"] == 10
-    again = draws.to_disk(tmp_path, config, params, batch_size=4, **options)
-    np.testing.assert_array_equal(again, whole)
+    np.testing.assert_array_equal(draw(), whole)
     assert "going on" not in capsys.readouterr().out
-
     expected = np.array(whole)
     whole[8:] = 0
     record.write_text(json.dumps({**about, "done": 8}))
-    kept = np.array(whole[:8])
-    resumed = draws.to_disk(tmp_path, config, params, batch_size=4, **options)
+    resumed = draw()
     assert "going on from sample 8 of 10" in capsys.readouterr().out
     np.testing.assert_array_equal(resumed, expected)
-    np.testing.assert_array_equal(resumed[:8], kept)
 
 
-def test_damaged_samples_are_drawn_again(run, tmp_path):
-    config = with_sampling(runs.read_config(run), Sampling(steps=2))
-    params = extras.load(config, run, Weights())[0]
-    options = {"count": 6, "seed": 0, "batch_size": 6}
-    expected = np.array(draws.to_disk(tmp_path, config, params, **options))
+def test_damaged_samples_are_drawn_again(draw, tmp_path):
+    expected = np.array(draw(6))
     path, record = next(tmp_path.glob("*.npy")), next(tmp_path.glob("*.json"))
     stale = json.loads(record.read_text()) | {"seed": 1}
     for damage in (
@@ -169,28 +168,17 @@ def test_damaged_samples_are_drawn_again(run, tmp_path):
         lambda: record.write_text(json.dumps(stale)),
     ):
         damage()
-        again = draws.to_disk(tmp_path, config, params, **options)
-        np.testing.assert_array_equal(again, expected)
+        np.testing.assert_array_equal(draw(6), expected)
 
 
-def test_other_weights_never_meet_old_samples(run, tmp_path):
-    config = with_sampling(runs.read_config(run), Sampling(steps=2))
-    other = with_sampling(config, Sampling(sampler="ddim"))
-    for chosen, raw, seed in (
-        (config, False, 0),
-        (config, True, 0),
-        (other, False, 0),
-        (config, False, 1),
-    ):
-        params = extras.load(chosen, run, Weights(raw=raw))[0]
-        draws.to_disk(tmp_path, chosen, params, count=4, seed=seed, batch_size=4)
+def test_other_weights_never_meet_old_samples(draw, tmp_path):
+    for other in ({}, {"raw": True}, {"how": Sampling("ddim")}, {"seed": 1}):
+        draw(4, **other)
     drawn = [np.load(path).tobytes() for path in tmp_path.glob("*.npy")]
     assert len(set(drawn)) == 4
 
 
-def test_samples_are_on_the_disk_before_it_is_noted(run, tmp_path, monkeypatch):
-    config = with_sampling(runs.read_config(run), Sampling(steps=2))
-    params = extras.load(config, run, Weights())[0]
+def test_samples_are_on_the_disk_before_it_is_noted(draw, monkeypatch):
     order, write = [], runs.write_json
     monkeypatch.setattr(np.memmap, "flush", lambda array: order.append("flushed"))
 
@@ -199,7 +187,7 @@ def test_samples_are_on_the_disk_before_it_is_noted(run, tmp_path, monkeypatch):
         write(path, values)
 
     monkeypatch.setattr(runs, "write_json", note)
-    draws.to_disk(tmp_path, config, params, count=6, seed=0, batch_size=4)
+    draw(6)
     assert order[:4] == ["flushed", 4, "flushed", 6]
 
 
@@ -255,24 +243,28 @@ def test_reference_statistics_are_cached_by_what_made_them(run, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("line", "message"),
     [
-        ("--count 1", "samples must be enough .*got 1: fd_digits_class.* takes 65 or"),
-        ("--seeds 0", "seeds must be at least 1; got 0"),
-        ("--untrained --raw", "untrained must stand alone"),
-        ("--steps 0", "sample.steps must be at least 1; got 0"),
-        ("--sampler ddim --eta 2", "sample.eta must be from 0 to 1; got 2.0"),
-        ("--variance learned", "sample.variance must be one that the network was"),
-        ("--samples pictures", "samples must be npz:FILE or folder:FOLDER; got"),
-        ("--samples folder:/nowhere", "nowhere"),
-        ("--weights /nowhere.pb", "path must name the Inception weights"),
-        ("--step 5", r"one of \[12\].*; got 5\."),
+        ("fid --count 1", "samples must be enough .*got 1: fd_.* takes 65 or"),
+        ("fid --untrained --raw", "untrained must stand alone"),
+        ("fid --sampler ddim --eta 2", "sample.eta must be from 0 to 1; got 2.0"),
+        ("fid --variance learned", "sample.variance must be one that the network"),
+        ("fid --samples pictures", "samples must be npz:FILE or folder:FOLDER; got"),
+        ("fid --samples folder:/nowhere", "nowhere"),
+        ("fid --weights /nowhere.pb", "path must name the Inception weights"),
+        ("fid --step 5", r"one of \[12\].*; got 5\."),
+        ("nll --ode --variance small", "--ode must stand without --variance"),
+        ("nll --ode --rate-distortion", "--ode must stand without"),
+        ("nll --variance range", "variance must be one that the network was"),
+        ("nll --split test", "test"),  # digits have none
     ],
 )
-def test_bad_requests_are_named_before_anything_is_drawn(run, flags, message):
+def test_bad_requests_are_named_before_anything_is_drawn(run, line, message):
+    name, *flags = line.split()
+    main = {"fid": eval_fid, "nll": eval_nll}[name].main
     before = sorted((run.folder / "eval").rglob("*"))
     with pytest.raises((ConfigError, errors.DataError, RuntimeError), match=message):
-        eval_fid.main([str(run.folder), *flags.split()])
+        main([str(run.folder), *flags])
     assert sorted((run.folder / "eval").rglob("*")) == before
 
 
@@ -326,22 +318,6 @@ def test_bits_of_the_probability_flow_are_reported(run, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--ode --probes 0", "probes must be at least 1; got 0"),
-        ("--ode --tolerance 0", "tolerance must be above 0 and below 1; got 0.0"),
-        ("--ode --variance small", "--ode must stand without --variance"),
-        ("--ode --rate-distortion", "--ode must stand without"),
-        ("--variance range", "variance must be one that the network was"),
-        ("--split test", "test"),  # digits have none
-    ],
-)
-def test_bad_requests_for_bits_are_named(run, flags, message):
-    with pytest.raises((ConfigError, errors.DataError), match=message):
-        eval_nll.main([str(run.folder), *flags.split()])
-
-
-@pytest.mark.parametrize(
     ("figure", "size"), [("progressive", (5, 8)), ("shared", (9, 4))]
 )
 def test_figures_of_the_paper(run, figure, size, tmp_path):
@@ -368,24 +344,13 @@ def test_classifier_reads_digits_and_its_file_is_checked(run, tmp_path):
     config = runs.read_config(run)
     judge = judges.load(judges.path_of(config))
     assert judge.accuracy > 0.95
-    content = judge.path.read_bytes()
     path = tmp_path / judge.path.name
-    for damaged in (content[:100], b"\x80\x04.", b""):
-        path.write_bytes(damaged)
-        with pytest.raises(ConfigError, match=r"; got .*it is trained again"):
-            judges.load(path)
+    path.write_bytes(judge.path.read_bytes()[:100])
+    with pytest.raises(ConfigError, match=r"; got .*it is trained again"):
+        judges.load(path)
     unlabelled = digits_images()._replace(labels=None)
     with pytest.raises(ConfigError, match="labelled images"):
         judges.train(config, unlabelled)
-
-
-def test_a_frechet_distance_is_called_fid_only_where_it_is_one():
-    made = eval_fid.extractors.Extractor("inception", 2048, None, {})
-    assert made.distance(50_000) == "FID"
-    assert made.distance(10_000) == "FID@10000"
-    assert made._replace(name="digits_classifier").distance(50_000) == (
-        "fd_digits_classifier"
-    )
 
 
 def test_samples_that_do_not_fit_are_refused(run, tmp_path):
@@ -428,6 +393,7 @@ def test_inception_is_used_where_its_weights_are(run, tmp_path, monkeypatch):
     made = choose("auto", config, dataset, weights=str(path))
     assert (made.name, made.dimension) == ("inception", 2048)
     assert made.details["sha256"] == sha256
+    assert (made.distance(50_000), made.distance(10_000)) == ("FID", "FID@10000")
     features, logits = eval_fid.extractors.extract(
         made, dataset.images[:3], batch_size=2, label="three"
     )

@@ -194,13 +194,10 @@ def test_what_cannot_be_trained_or_read_is_refused(run, trained, tmp_path, refus
     unlabelled = datasets.load("digits")._replace(labels=None)
     with refuses("digits"):
         train_noisy_classifier.train(digits.CONFIG, run, unlabelled)
-    with pytest.raises(ConfigError, match="steps must be at least 1"):
-        train_noisy_classifier.main([str(run.folder), "--steps", "0"])
     content, path = trained.path.read_bytes(), tmp_path / trained.path.name
-    for damaged in (content[:100], b"\x80\x04.", b""):
-        path.write_bytes(damaged)
-        with pytest.raises(ConfigError, match=r"; got .*Or train it: "):
-            guides.load(path)
+    path.write_bytes(content[:100])
+    with pytest.raises(ConfigError, match=r"; got .*Or train it: "):
+        guides.load(path)
     path.write_bytes(content)
     again = guides.load(path)
     assert (again.sha256, again.accuracy) == (trained.sha256, trained.accuracy)

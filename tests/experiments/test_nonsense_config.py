@@ -26,7 +26,8 @@ MISTAKES = {
         --no-such-flag 1; --train.steps; --train.steps nonsense; --train.steps 1.5;
         --train.steps {10**30}; --train.steps {-(10**30)}; --diffusion.beta-start nan;
         --diffusion.beta-start inf; --name ''; --name .git; --name {chr(0xDCFF) * 300};
-        --output file; --init-from file; --train.devices 100000; --train.devices 3;
+        --output file; --init-from file; --init-from none; --train.devices 100000;
+        --train.devices 3;
         --hosts 2 --host 5; --data.path .; --data.channels 3; --data.source folder:file;
         --data.source folder:{"f" * 5000}; --data.source npz:pipe;
         --data.source idx:pipe; --data.source nothing; --data.source tfds:../../etc;

@@ -11,9 +11,8 @@ from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.network_files import records
 from diffusion_jax.lab.run_folder import changes, runs
+from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import replace, to_dict
-from diffusion_jax.lab.trained.weights import Weights
-from diffusion_jax.lab.training import arguments
 from experiments import convert, sample, train
 from experiments.configs import EXPERIMENTS
 
@@ -185,11 +184,3 @@ def test_a_run_that_lost_its_configuration_is_not_taken_for_another(damaged):
         train.main(flags(damaged))
     assert train.main(flags(damaged, "--force")) == 0
     assert json.loads(damaged.config.read_text())["train"]["steps"] == 12
-
-
-def test_how_to_take_what_is_there_is_no_part_of_the_configuration():
-    given = arguments.parse_training(
-        ["digits", "--strict", "--force"], EXPERIMENTS, prog="train"
-    )
-    assert (given.strict, given.force) == (True, True)
-    assert given.config == arguments.parse(["digits"], EXPERIMENTS, prog="train")

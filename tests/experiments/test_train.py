@@ -304,19 +304,13 @@ def test_cores_become_devices_before_jax_has_looked_for_any(
     assert calls == ["split", "looked"]
 
 
-def test_samples_come_as_grid_strip_and_single_files(whole, tmp_path):
+def test_samples_come_as_grid_and_strip(whole, tmp_path):
     out = tmp_path / "grid.png"
     assert sample.main([str(whole.folder), "--count", "4", "--out", str(out)]) == 0
     assert Image.open(out).size == (140, 140)
     # Four rows; the four steps of the chain and its end.
     strip = Image.open(tmp_path / "grid_denoising.png")
     assert strip.size == (5 * 68 + 4, 18 + 4 * 68 + 4)
-    singles = tmp_path / "singles"
-    argv = [str(whole.folder), "--count", "3", "--format", "png", "--out", str(singles)]
-    assert sample.main(argv) == 0
-    files = sorted(path.name for path in singles.iterdir())
-    assert files == ["000000.png", "000001.png", "000002.png"]
-    assert Image.open(singles / files[0]).size == (8, 8)
 
 
 def test_the_newest_run_with_a_checkpoint_is_found(folder, whole):

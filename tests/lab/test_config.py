@@ -158,7 +158,7 @@ def test_bad_values_are_named(flags):
 def test_texts_of_help_are_wrapped_once(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
-        arguments.parse(["digits", "--help"], EXPERIMENTS, prog="train")
+        arguments.parse(["digits", "--help-all"], EXPERIMENTS, prog="train")
     shown = capsys.readouterr().out.splitlines()
     (at,) = (n for n, line in enumerate(shown) if "Refuse to go on (resume)" in line)
     assert "of going on from the newest that verifies. (default:" in shown[at + 1]
@@ -212,7 +212,7 @@ def test_unknown_experiment_is_named():
 def test_help_explains_every_field(capsys):
     with pytest.raises(SystemExit) as caught:
         arguments.parse(
-            ["cifar10", "--help"], EXPERIMENTS, prog="python -m experiments.train"
+            ["cifar10", "--help-all"], EXPERIMENTS, prog="python -m experiments.train"
         )
     assert caught.value.code == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())

@@ -11,6 +11,7 @@ import tyro
 
 import diffusion_jax
 from diffusion_jax.lab.process import joining
+from diffusion_jax.lab.process.flags import HELP_ALL
 from diffusion_jax.lab.training import arguments
 from experiments import edit
 
@@ -61,12 +62,13 @@ def named(parser):
 def flags_of(command):
     kinds = {
         "train": [arguments.Training],
-        "edit": [kind for kind, _ in edit.COMMANDS.values()],
+        "edit": list(edit.COMMANDS.values()),
     }
     if command not in kinds:
         kinds = {command: [importlib.import_module(f"experiments.{command}").Options]}
     found = {flag for k in kinds[command] for flag in named(tyro.extras.get_parser(k))}
-    return {flag.replace("_", "-") for flag in found} | set(joining.FLAGS)
+    more = {*joining.FLAGS, HELP_ALL}
+    return {flag.replace("_", "-") for flag in found} | more
 
 
 @pytest.fixture(scope="module")

@@ -106,8 +106,8 @@ def test_what_a_command_did_not_write_stays(line, trained, tmp_path, monkeypatch
 
 
 def test_every_path_that_a_command_takes_is_one_of_these():
-    of_edit = [edit_options.Shared, *(kind for kind, _ in edit.COMMANDS.values())]
-    kinds = [("edit", kind) for kind in of_edit]
+    kinds = [("edit", kind) for kind in edit.COMMANDS.values()]
+    kinds.append(("edit", edit_options.Shared))
     for file in Path(experiments.__file__).parent.glob("[!_]*.py"):
         module = importlib.import_module(f"experiments.{file.stem}")
         if hasattr(module, "Options"):

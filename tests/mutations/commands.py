@@ -195,7 +195,7 @@ COMMANDS = [
         "diffusion_jax/lab/measure/extractors.py",
         "if count <= extractor.dimension:",
         "if count < extractor.dimension:",
-        "tests/experiments/test_eval.py::test_bad_requests_are_named_before_anything_is_drawn",
+        "tests/experiments/test_ablation.py::test_bad_options_are_named",
     ),
     Breakage(
         "eval-nll-padding-counts",

@@ -2,14 +2,14 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
+from diffusion_jax.lab.schema import choices
+from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.facts import Count, Seed, at_least
 from diffusion_jax.lab.schema.sampling import Sampling
-from diffusion_jax.lab.trained import opening
-from diffusion_jax.lab.trained.weights import Weights
 
 
 def _file(name: str, said: str = "An image file.") -> Any:
@@ -27,10 +27,10 @@ _Ends = Annotated[int, at_least(2), tyro.conf.arg(help=_SHOWN)]
 class Shared:
     """What all commands take."""
 
-    how: opening.How = Sampling()
+    how: choices.How = Sampling()
     seed: Seed = 0
     """Of the noise."""
-    which: opening.Which = Weights()
+    which: choices.Which = Weights()
     out: Path | None = None
     """The picture, FILE.png; in edit/ of the run's folder when not given, named after
     what is asked for. What stands there is replaced if it is a drawing too."""
@@ -39,12 +39,14 @@ class Shared:
 
 
 _Shared = tyro.conf.OmitArgPrefixes[Shared]
+_MAIN = "seed out overwrite sampler steps grid label guidance raw average step"
 
 
 @dataclasses.dataclass(frozen=True)
 class Interpolate:
     """Images between two, mixed after some diffusion steps (Fig. 8, Ho et al. 2020)."""
 
+    MAIN: ClassVar = f"first second depth count {_MAIN}"
     first: _A
     second: _B
     depth: int | None = None
@@ -58,6 +60,7 @@ class Interpolate:
 class CoarseToFine:
     """The same at several depths, one a row (Fig. 9, Ho et al. 2020)."""
 
+    MAIN: ClassVar = f"first second depths count {_MAIN}"
     first: _A
     second: _B
     depths: tuple[int, ...] = ()
@@ -74,6 +77,7 @@ class Slerp:
     Without --steps and --grid, 200 steps of the quadratic grid.
     """
 
+    MAIN: ClassVar = f"first second count {_MAIN}"
     first: _A
     second: _B
     count: _Ends = 9
@@ -84,6 +88,7 @@ class Slerp:
 class Inpaint:
     """Draws what is white in a mask; the other pixels stay as they are, to the bit."""
 
+    MAIN: ClassVar = f"image mask count resamples jump {_MAIN}"
     image: _Image
     mask: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MASK")]
     """An image file of the same size: white is repainted, black is kept."""
@@ -101,6 +106,7 @@ class Inpaint:
 class Colorize:
     """Draws the colours of an image, grey or not: its mean over the channels stays."""
 
+    MAIN: ClassVar = f"image count {_MAIN}"
     image: _Image
     count: Count = 8
     """Ways to draw them."""
@@ -111,6 +117,7 @@ class Colorize:
 class Vary:
     """Variations of an image: some diffusion steps, and back again."""
 
+    MAIN: ClassVar = f"image depth count {_MAIN}"
     image: _Image
     depth: int | None = None
     """Diffusion steps, 1 to T; half of T when not given. The more, the less is kept."""

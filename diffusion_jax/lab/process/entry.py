@@ -64,13 +64,7 @@ def guarded(main: Callable[[Sequence[str]], int], *, several: bool = False) -> N
     ours = errors.ConfigError, errors.DataError, errors.MissingError, CheckpointError
     code, said = BAD_INPUT, ""
     try:
-        raise SystemExit(main(join_hosts(sys.argv[1:], several=several)))
-    except SystemExit as left:
-        if several and left.code == 0 and {"-h", "--help"} & set(sys.argv):
-            print(joining.HELP)
-        if left.code == BAD_INPUT:  # a wrong flag, perhaps on this host alone
-            joining.leave(BAD_INPUT)
-        raise
+        _run(main, several)
     except (*ours, ValueError) as error:
         # Those of the library say what must hold; what was got; what to do.
         if not isinstance(error, ours) and "; got " not in str(error):
@@ -91,6 +85,18 @@ def guarded(main: Callable[[Sequence[str]], int], *, several: bool = False) -> N
         print(said, file=sys.stderr)
     joining.leave(code)
     raise SystemExit(code)
+
+
+def _run(main: Callable[[Sequence[str]], int], several: bool) -> None:
+    """Raises SystemExit with the exit code of a command."""
+    try:
+        raise SystemExit(main(join_hosts(sys.argv[1:], several=several)))
+    except SystemExit as left:
+        if several and left.code == 0 and flags.asked(sys.argv):
+            print(joining.HELP if flags.HELP_ALL in sys.argv else joining.HINT)
+        if left.code == BAD_INPUT:  # by a flag that this host alone may have wrong
+            joining.leave(BAD_INPUT)
+        raise
 
 
 def parse(
@@ -140,7 +146,7 @@ def join_hosts(argv: Sequence[str], *, several: bool) -> list[str]:
       ConfigError: it does not, or the hosts cannot be found.
     """
     given, rest = joining.split(argv)
-    if {"-h", "--help"} & set(rest):
+    if flags.asked(rest):
         return rest
     job = joining.decide(given, os.environ)
     if job is None:

@@ -35,7 +35,7 @@ A thread of its own gives the signs: no compilation holds it up, nor does Python
 LOST = ("Gloo", "heartbeat", "coordination service", "CoordinationService")
 """What the message of an error has in it when another host has gone."""
 HELP = f"""
-several hosts: the same command on each, with a RUN or --output on a disk they share
+several hosts: the same command on each, RUN or --output on a disk they share
   --coordinator HOST:PORT   where they meet: the first host, and any free port of it
   --hosts N                 how many there are; 1 for this one alone; auto lets JAX
                             find them (TPU machines, Kubernetes)
@@ -43,6 +43,9 @@ several hosts: the same command on each, with a RUN or --output on a disk they s
 Under srun, mpirun and on TPU slices that announce their hosts none of them is needed.
 All must have met within {TIMEOUT} s. When one dies the others end within a minute;
 started again, all go on from the last checkpoint."""
+
+
+HINT = "several hosts: --coordinator HOST:PORT --hosts N --host I (see --help-all)"
 
 
 class Job(NamedTuple):

@@ -215,7 +215,7 @@ class Optimizer:
     parts of the batch clipped by itself, a moving average without ramp. modern: Adam
     as published, the whole gradient clipped, an average whose decay rises."""
     learning_rate: Positive = 2e-4
-    """After the warm-up."""
+    """Learning rate after the warm-up."""
     warmup: Whole = 5000
     """Steps over which the rate rises from 0; at most a quarter of the run."""
     decay: Literal["constant", "cosine"] = "constant"

@@ -1,36 +1,15 @@
-"""What commands ask of a trained network: the flags they share, how it is opened."""
+"""Opens a trained network for a command: its run and its checked configuration."""
 
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from diffusion_jax.lab.process import hosts
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.checks import with_data, with_sampling
+from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import weights
-from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.training import parallel
-
-Named = Annotated[
-    str | None,
-    tyro.conf.Positional,
-    tyro.conf.arg(
-        metavar="RUN",
-        help="A run's folder or name; the newest in runs/ when not given.",
-    ),
-]
-Data = Annotated[
-    str | None,
-    tyro.conf.arg(
-        help="The data to compare with, where the network does not name its own: "
-        "cifar10, folder:<path>, or what else data.source may be in training."
-    ),
-]
-# Their fields are flags without a prefix.
-How = tyro.conf.OmitArgPrefixes[Sampling]
-Which = tyro.conf.OmitArgPrefixes[Weights]
 
 
 def opened(

@@ -8,7 +8,6 @@ tracked ones, which <run>/averages/ has of every optimizer.ema_snapshots steps:
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.network_files import networks
 from diffusion_jax.lab.process import hosts
 from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.wiring import learning
 from diffusion_jax.training import averages, parallel
@@ -26,23 +26,6 @@ from diffusion_jax.training.state import TrainState
 
 LARGEST_ERROR = 0.1
 """Of a reconstructed average, as a share of its distance from the last weights."""
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Which weights to use."""
-
-    raw: bool = False
-    """Whether to use the last weights instead of their moving average (EMA)."""
-    average: float | None = None
-    """Which average to use: a decay that the run tracked, such as 0.999, or the length
-    of a power-function average, a share of the training up to 0.28, such as 0.08; the
-    first that the run tracked when not given."""
-    step: int | None = None
-    """Checkpoint to use, in training steps; the latest when not given."""
-    strict: bool = False
-    """Refuse a latest checkpoint that is damaged, instead of taking the newest that
-    verifies."""
 
 
 def load(config: Config, run: runs.Run, which: Weights) -> tuple[Any, int | None, str]:

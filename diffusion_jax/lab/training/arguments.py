@@ -2,9 +2,8 @@
 
 import dataclasses
 import inspect
-import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
@@ -30,10 +29,18 @@ class Training:
     """Train with the arithmetic of the authors' code: float32, TensorFlow's Adam, the
     gradient clipped in eight parts, an average without a ramp. Exact, and on one device
     more than four times slower."""
+    MAIN: ClassVar = (
+        "name output init_from official data.source data.path data.image_size "
+        "diffusion.schedule diffusion.prediction diffusion.loss net.channels "
+        "net.classes optimizer.learning_rate train.steps "
+        "train.batch_size train.devices train.checkpoint_every sample.sampler "
+        "sample.steps"
+    )
     config: _Unnamed = dataclasses.field(default_factory=config.Config)
 
 
 Experiments = Mapping[str, config.Experiment]
+AGAIN = "The same command again goes on where the run stopped (resume)."
 
 
 def parse(argv: Sequence[str], experiments: Experiments, *, prog: str) -> config.Config:
@@ -42,7 +49,7 @@ def parse(argv: Sequence[str], experiments: Experiments, *, prog: str) -> config
 
 
 def parse_training(
-    argv: Sequence[str], experiments: Experiments, *, prog: str
+    argv: Sequence[str], experiments: Experiments, *, prog: str, overview: str = ""
 ) -> Training:
     """Returns what the arguments describe, checked.
 
@@ -50,17 +57,18 @@ def parse_training(
       argv: an experiment's name (digits when the first one is a flag), then flags.
       experiments: those there are, by name.
       prog: how the command is called, for `--help`.
+      overview: what `--help` says where no experiment is named.
 
     Raises:
       ConfigError: an unknown experiment, or values that do not fit.
       SystemExit: `--help`, or a flag that does not exist or has another type.
     """
     name, rest = _experiment(argv, experiments, prog)
-    experiment = experiments[name]
+    named, experiment = len(rest) < len(argv), experiments[name]
+    doc = inspect.cleandoc(experiment.doc)
     others = "Other experiments, to be named before the first flag: " + ", ".join(
         other for other in experiments if other != name
     )
-    others = textwrap.fill(others, 80, initial_indent="  ", subsequent_indent="  ")
 
     def read(default: config.Config) -> Training:
         found: Training = flags.read(
@@ -68,10 +76,8 @@ def parse_training(
             default=Training(config=default),
             args=rest,
             prog=f"{prog} {name}",
-            # Indented, a table keeps its lines.
-            description=f"{textwrap.indent(inspect.cleandoc(experiment.doc), '  ')}\n\n"
-            f"{others}\n\n"
-            "The same command again goes on where the run stopped (resume).",
+            description=f"{doc}\n\n{others}\n\n{AGAIN}",
+            brief=f"{doc if named else overview}\n\n{AGAIN}",
         )
         return found
 

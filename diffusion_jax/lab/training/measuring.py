@@ -69,7 +69,7 @@ def held_out_loss(
 ) -> Callable[[Any], jax.Array]:
     """Returns the loss of a batch of held-out images as a function of the parameters.
 
-    The images, times and noise are always the same, without dropout, and as they are, so
+    The images, times and noise are always the same, and nothing is dropped or moved, so
     only the network changes it.
     """
     held = datasets.middle(held, config.data.shape[:2])
