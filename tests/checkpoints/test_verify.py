@@ -99,6 +99,10 @@ def test_no_flipped_bit_comes_back(folder):
     # A manifest vouches for itself; data files for nothing.
     assert set(seen[".json"]) == {1}
     assert seen["d"].count(1) > 10
+    # Nor is a number of the manifest believed that no leaf depends on.
+    path = folder / "2" / "manifest" / "process_0.json"
+    path.write_text(path.read_text().replace('"loss": 2', '"loss": 3'))
+    assert outcome(folder) == 1
 
 
 @pytest.mark.parametrize("options", [{"strict": True}, {"step": 2}], ids=str)

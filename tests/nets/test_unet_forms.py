@@ -132,6 +132,3 @@ def test_network_drops_in_training_alone_and_by_its_key():
     assert "random" not in text
     with pytest.raises(flax.errors.InvalidRngError, match="dropout"):
         jax.eval_shape(functools.partial(net.apply, params, *INPUTS, train=True))
-
-
-# Configurations of earlier versions.
