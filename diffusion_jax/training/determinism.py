@@ -29,8 +29,8 @@ def ask(env: MutableMapping[str, str] = os.environ) -> None:
     given = re.findall(rf"{FLAG}(?:=(\S+))?(?=\s|$)", flags)
     if given and given[-1].lower() in ("false", "0"):
         raise ValueError(
-            f"XLA_FLAGS must not turn off {FLAG} for a deterministic run; "
-            f"got {FLAG}={given[-1]}. Take it out of XLA_FLAGS."
+            f"XLA_FLAGS must not forbid deterministic kernels; got {FLAG}={given[-1]}. "
+            "Take it out of XLA_FLAGS."
         )
     if given:
         return
