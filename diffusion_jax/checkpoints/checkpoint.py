@@ -1,15 +1,15 @@
-"""Checkpoints of any pytree that verify, written in the background by orbax.
+"""Verified checkpoints of any pytree, written in the background by orbax.
 
-A checkpoint is the state, a small dictionary beside it, and a manifest with type, shape
-and sha256 of every leaf. A step that is being written is invisible until all of it is
-there; one that is read is compared with its manifest, leaf by leaf.
+A checkpoint is the state, a small dictionary beside it, and a manifest with the type,
+shape and sha256 of every leaf. One that is being written is invisible until it is
+whole; one that is read is compared with its manifest, leaf by leaf.
 
-    <folder>/<step>/state/                     its leaves by path, as orbax has them
+    <folder>/<step>/state/                     its leaves by path, in orbax's format
     <folder>/<step>/manifest/process_<i>.json  what process i wrote
-    <folder>/<step>.damaged/                   what did not verify, set aside
+    <folder>/<step>.damaged/                   one that did not verify, renamed
 
-On several hosts all call every function here alike, with a folder that they share:
-each writes the parts of the arrays that it holds, the first one all the rest.
+On several hosts all must call every function here alike, with a folder that they share:
+each writes the parts of the arrays that it holds, and the first one all the rest.
 """
 
 import functools
@@ -35,19 +35,16 @@ if TYPE_CHECKING:
 
 PyTree = Any
 
-LISTED = 10
-"""Leaves that an error names, of those that do not fit."""
-
 
 class Skipped(NamedTuple):
-    """A checkpoint that was passed over."""
+    """A checkpoint that was skipped."""
 
     step: int
     why: str
 
 
 class Restored(NamedTuple):
-    """What a checkpoint held."""
+    """The content of a checkpoint."""
 
     state: PyTree
     meta: dict[str, Any]
@@ -66,7 +63,7 @@ class Folder(NamedTuple):
     """Device and inode of the folder that was opened."""
 
     def steps(self) -> list[int]:
-        """Returns the steps that are there, in order."""
+        """Returns the steps of its checkpoints, in order."""
         return sorted(int(step) for step in self.manager.all_steps())
 
 
@@ -80,20 +77,20 @@ def open_folder(
 ) -> Iterator[Folder]:
     """Opens a folder of checkpoints, and closes it.
 
-    What an interrupted save has left there is removed, unless read_only.
+    Unless read_only, what an interrupted save has left there is removed.
 
     Args:
       directory: the folder; made when missing, unless read_only.
-      keep: how many of the newest steps stay. The best one, of the lowest score that
-        was saved with it, stays too.
-      keep_every: steps that are multiples of it stay for good.
-      read_only: whether nothing may be written or tidied away.
+      keep: how many of the newest steps are kept, beside the one saved with the lowest
+        score.
+      keep_every: steps that are multiples of it are kept for good.
+      read_only: whether nothing may be written or removed.
 
     Raises:
       CheckpointError: read_only, and there is no such folder; it cannot be made or
-        written; or on leaving, when the last checkpoint was not written whole.
+        written; or on leaving, the last checkpoint was not written whole.
     """
-    import orbax.checkpoint as ocp  # as in `stored.read`
+    import orbax.checkpoint as ocp  # as in `orbax_files.read`
 
     from diffusion_jax.checkpoints import handlers
 
@@ -115,7 +112,7 @@ def open_folder(
         ),
         read_only=read_only,
         create=not read_only,
-        # One host looks which steps there are and tells the others, lest they differ.
+        # One host lists the steps for all, so that these cannot differ.
         single_host_load_and_broadcast=jax.process_count() > 1,
     )
     try:
@@ -127,7 +124,7 @@ def open_folder(
         yield folder
         wait(folder)
     finally:
-        # What it raises, `wait` or the block has said already.
+        # `wait` or the block has raised the same error already.
         with suppress(Exception):
             manager.close()
 
@@ -151,10 +148,10 @@ def save(
     Args:
       folder: from `open_folder`.
       step: number of updates made.
-      state: a pytree of arrays; may be used up by the next step at once, since its
-        values are copied before this returns.
-      meta: what JSON can hold.
-      score: by which the best checkpoint is known: the lowest.
+      state: a pytree of arrays; the next step may use it up at once, since its values
+        are copied before this returns.
+      meta: a dictionary that JSON can hold.
+      score: the best checkpoint is the one of the lowest.
 
     Raises:
       CheckpointError: the step was not taken, or an earlier one failed to be written.
@@ -170,7 +167,7 @@ def save(
         )
     if step in folder.steps():
         return
-    orbax_files.give_back()  # what the last save took
+    orbax_files.trim_memory()  # which the last save took
     leaves = trees.by_path(state)
     arrays = {
         path: _of_one_device(manifest.stored(leaf)) for path, leaf in leaves.items()
@@ -181,7 +178,7 @@ def save(
                 shard.data.copy_to_host_async()
     held = {path: manifest.parts(array) for path, array in arrays.items()}
     items = ocp.args.Composite(
-        # Orbax refuses what has no elements, and the manifest says all of it.
+        # Orbax refuses arrays without elements; the manifest is enough for them.
         state=ocp.args.PyTreeSave({p: x for p, x in arrays.items() if x.size}),
         manifest=ManifestSave(leaves=leaves, held=held, meta=meta, score=score),
     )
@@ -201,7 +198,7 @@ def save(
 def check(folder: Folder) -> None:
     """Raises CheckpointError where the last save has failed by now; does not wait.
 
-    On several hosts, which may find out one after another, only `save` and `wait` do.
+    On several hosts, which would not all know it at once, only `save` and `wait` raise.
     """
     if jax.process_count() == 1 and not folder.manager.is_saving_in_progress():
         wait(folder)
@@ -212,7 +209,7 @@ def wait(folder: Folder) -> None:
     try:
         folder.manager.wait_until_finished()
         folder.manager.check_for_errors()
-    except Exception as error:  # orbax raises whatever the disk did
+    except Exception as error:  # orbax raises errors of all types
         raise _unwritable("the last checkpoint", folder.path, error) from error
 
 
@@ -230,7 +227,7 @@ def restore(
       folder: from `open_folder`.
       like: a pytree of arrays or `jax.ShapeDtypeStruct` of the same structure.
       sharding: where the arrays go, one `jax.sharding.Sharding` for all or a tree of
-        them like `like`: on any number of devices, whatever wrote them.
+        them like `like`: on any number of devices, whatever number wrote them.
       step: which one; the newest that verifies when not given.
       strict: whether the newest one must verify.
 
@@ -257,7 +254,7 @@ def restore(
             about, arrays = _read_everywhere(path)
         except orbax_files.DamagedError as error:
             if step is None and not path.is_dir():
-                # Training that goes on has deleted it, for newer ones.
+                # Training that is running has deleted it, for newer ones.
                 folder.manager.reload()
                 return restore(folder, like, sharding, strict=strict)
             if strict or step is not None:
@@ -275,9 +272,9 @@ def restore(
 
 
 def set_aside(folder: Folder, damaged: Sequence[Skipped]) -> list[Path]:
-    """Returns where checkpoints that did not verify are after renaming them.
+    """Returns the new paths of checkpoints that did not verify, after renaming them.
 
-    Their steps can then be written again, and nothing that is left of them is lost.
+    Their steps can then be written again, and what is left of them is not lost.
     """
     moved = []
     for step, _ in damaged:
@@ -298,19 +295,19 @@ def set_aside(folder: Folder, damaged: Sequence[Skipped]) -> list[Path]:
 
 
 def verify(path: str | os.PathLike[str]) -> manifest.Manifest:
-    """Returns what a checkpoint says of itself after comparing all of it.
+    """Returns the manifest of a checkpoint after comparing all of it.
 
     Args:
       path: of the checkpoint, <folder>/<step>.
 
     Raises:
-      CheckpointError: it is not what was written there.
+      CheckpointError: it is damaged.
     """
     return orbax_files.read(Path(path))[0]
 
 
 def _place_of(path: Path) -> tuple[int, int]:
-    """Which folder is at a path; (0, 0) where there is none."""
+    """Returns device and inode of a folder; (0, 0) where there is none."""
     with suppress(OSError):
         found = path.stat()
         return found.st_dev, found.st_ino
@@ -318,7 +315,7 @@ def _place_of(path: Path) -> tuple[int, int]:
 
 
 def _read_everywhere(path: Path) -> tuple[manifest.Manifest, dict[str, np.ndarray]]:
-    """As `stored.read`; where one host finds it damaged it is so for all."""
+    """As `orbax_files.read`, but damaged for all hosts where it is for one."""
     if jax.process_count() == 1:
         return orbax_files.read(path)
     error: orbax_files.DamagedError | None = None
@@ -341,40 +338,36 @@ def _placed(arrays: dict[str, np.ndarray], like: PyTree, sharding: PyTree) -> Py
     paths = jax.tree.unflatten(jax.tree.structure(like), trees.by_path(like))
 
     def place(path: str, leaf: Any, at: jax.sharding.Sharding) -> jax.Array:
-        return _place(arrays.pop(path), leaf, at)
+        array = arrays.pop(path)
+        placed = jax.make_array_from_callback(array.shape, at, array.__getitem__)
+        if not manifest.is_key(leaf):
+            return placed
+        return jax.random.wrap_key_data(placed, impl=leaf.dtype)
 
     return jax.tree.map(place, paths, like, sharding)
 
 
-def _place(array: np.ndarray, like: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Returns an array on its devices, as the leaf that it was."""
-    placed = jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
-    if not manifest.is_key(like):
-        return placed
-    return jax.random.wrap_key_data(placed, impl=like.dtype)
-
-
 def _of_one_device(x: Any) -> Any:
-    """Returns an array that every device has whole as that of the first.
+    """Returns the first device's copy of an array that every device has whole.
 
-    To choose among copies orbax would compile a program for each shape, and take two
-    seconds for the first checkpoint. On several hosts it has to.
+    To choose among copies orbax would compile a program for each shape, two seconds for
+    the first checkpoint. On several hosts it has to.
     """
     shared = isinstance(x, jax.Array) and x.is_fully_replicated
     return x.addressable_data(0) if shared and jax.process_count() == 1 else x
 
 
 def _check_fits(path: Path, held: Mapping[str, manifest.Leaf], like: PyTree) -> None:
-    """Raises CheckpointError unless what is stored has the leaves of `like`.
+    """Raises CheckpointError unless a checkpoint has the leaves of `like`.
 
-    Orbax itself casts another dtype without a word.
+    Orbax itself casts another dtype silently.
     """
     wanted = trees.by_path(like)
     if wrong := trees.misfits(held, wanted):
         raise CheckpointError(
             f"checkpoint {path} must fit the network and the optimizer of this "
             f"configuration; got {len(wrong)} of {len(held.keys() | wanted.keys())} "
-            f"leaves that do not: {first_of(wrong, LISTED)}. Use the "
+            f"leaves that do not: {first_of(wrong, 10)}. Use the "
             "configuration that wrote it, or a new folder."
         )
 
@@ -383,8 +376,8 @@ def _unwritable(what: str, path: Any, error: Exception) -> CheckpointError:
     inner: BaseException = error
     while inner := inner.__cause__ or inner.__context__:  # type: ignore[assignment]
         if isinstance(inner, OSError):
-            error = inner  # what the disk did; the rest is what became of it
-    # Of tensorstore, which says where in its layers it was, what the disk said.
+            error = inner  # the first cause; the others follow from it
+    # tensorstore has the code of the system's error in a long text.
     code = re.search(r"os_error_code='(\d+)'", str(error))
     said = (
         os.strerror(int(code[1])) if code else str(error).strip().split("\n")[0][:200]
@@ -392,5 +385,5 @@ def _unwritable(what: str, path: Any, error: Exception) -> CheckpointError:
     said = said or type(error).__name__
     return CheckpointError(
         f"{what} must be written whole to {path}; got {said}. Make room there or check "
-        "the permissions, and start again: the run goes on from the last whole one."
+        "the permissions, and start again: the run resumes from the last whole one."
     )

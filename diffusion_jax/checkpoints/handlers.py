@@ -1,6 +1,7 @@
-"""What orbax is given: the manifest as a part of what it writes, and no leak.
+"""Additions to orbax: the manifest as an item of a checkpoint, and a leak mended.
 
-So that both manifest and arrays are there, or none.
+Orbax renames a checkpoint when all items are written: there is no manifest without
+arrays, nor arrays without a manifest.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from diffusion_jax.checkpoints import manifest
 
 
 class _ManifestHandler(ocp.AsyncCheckpointHandler):
-    """Writes the manifest in the background, as part of the checkpoint."""
+    """Writes the manifest in the background, as an item of the checkpoint."""
 
     async def async_save(self, directory: Any, args: Any) -> list[Any]:
         async def write() -> None:
@@ -38,7 +39,7 @@ class _ManifestHandler(ocp.AsyncCheckpointHandler):
 @ocp.args.register_with_handler(_ManifestHandler, for_save=True)
 @dataclasses.dataclass
 class ManifestSave(ocp.args.CheckpointArgs):
-    """What a manifest is made of, see `manifest.describe`."""
+    """The content of a manifest, see `manifest.describe`."""
 
     leaves: dict[str, Any]
     held: dict[str, list[manifest.Part]]
@@ -49,11 +50,11 @@ class ManifestSave(ocp.args.CheckpointArgs):
 @ocp.args.register_with_handler(_ManifestHandler, for_restore=True)
 @dataclasses.dataclass
 class _ManifestRestore(ocp.args.CheckpointArgs):
-    """Orbax wants one of each handler."""
+    """Required by orbax of every handler, and not used."""
 
 
 class _Spec:
-    """A specification of a store as JSON, which it stays."""
+    """Stands in for tensorstore's specification, and keeps its JSON as it is."""
 
     def __init__(self, json: dict[str, Any]) -> None:
         self.json = json
@@ -63,13 +64,13 @@ class _Spec:
 
 
 def stop_leaks() -> None:
-    """Keeps orbax from asking tensorstore for JSON, of which none is ever freed.
+    """Keeps orbax from asking tensorstore for JSON, which is never freed.
 
     Every string and object in it has a reference too many (tensorstore 0.1.67 to
     0.1.86). Orbax (0.12) asks for a specification that it has just made itself, once a
-    leaf, and for counters that it only logs, some times a save: 40 KB of 60 leaves.
+    leaf, and for counters that it only logs: 40 KB a save of 60 leaves.
     """
-    with suppress(ImportError):  # elsewhere in another version: then it leaks, no more
+    with suppress(ImportError):  # of another version, where the leak stays
         from orbax.checkpoint._src.serialization import tensorstore_utils
 
         tensorstore_utils.ts = SimpleNamespace(

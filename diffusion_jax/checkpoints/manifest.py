@@ -1,10 +1,9 @@
-"""What a checkpoint must hold: type, shape and sha256 of every leaf.
+"""The manifest of a checkpoint: type, shape and sha256 of every leaf.
 
-Orbax gives back flipped bytes without a word. So every process writes, into the
-checkpoint and before it counts as whole, a manifest of what it has put there: of each
-leaf the parts that it holds (all of it, where devices have copies) with the digest of
-their bytes. Who reads a checkpoint reads all manifests, and believes no byte that they
-do not vouch for.
+Orbax returns damaged bytes without an error. So every process writes, as a part of the
+checkpoint, a manifest of what it has written: the parts of each leaf that it holds (all
+of it, where devices have copies), with the digests of their bytes. A checkpoint is read
+with all its manifests, and every byte must be covered by a digest.
 """
 
 import hashlib
@@ -20,13 +19,13 @@ import numpy as np
 from diffusion_jax.errors import first_of
 
 FORMAT = 1
-"""Of the manifest, and with it of the whole checkpoint."""
+"""Version of the manifest, and with it of the whole checkpoint."""
 THREADS = 4
-"""Digests that are taken at a time."""
+"""Digests computed at a time."""
 
 
 class Part(NamedTuple):
-    """A block of a leaf, as the host has it."""
+    """A block of a leaf, on the host."""
 
     start: tuple[int, ...]
     stop: tuple[int, ...]
@@ -37,29 +36,28 @@ class Leaf(NamedTuple):
     """A leaf as a manifest describes it."""
 
     dtype: str
-    """Of the leaf: 'float32', 'key<fry>'."""
+    """Such as 'float32' or, of a random key, 'key<fry>'."""
     shape: tuple[int, ...]
-    """Of the leaf."""
     parts: list[tuple[list[int], list[int], str]]
-    """Of what is stored (a key's numbers, say): first index, last plus one, sha256."""
+    """Start, stop and sha256 of each part, in the stored array (a key's numbers)."""
 
 
 class Manifest(NamedTuple):
-    """All manifests of a checkpoint, put together."""
+    """The manifests of all processes of a checkpoint together."""
 
     leaves: dict[str, Leaf]
     meta: dict[str, Any]
     """What was saved beside the state."""
     score: float | None
-    """By which the best checkpoint is known: the lowest."""
+    """The best checkpoint is the one of the lowest."""
 
 
 class UnverifiedError(Exception):
-    """What is stored is not what was written; str() says in a few words why."""
+    """What is stored is not what was written; its text is the reason in short."""
 
 
 def stored(leaf: Any) -> Any:
-    """Returns a leaf as an array of numbers, which a random key has within."""
+    """Returns a leaf as the array of numbers to store; of a random key, its data."""
     if is_key(leaf):
         return jax.random.key_data(leaf)
     return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
@@ -72,10 +70,10 @@ def is_key(leaf: Any) -> bool:
 
 
 def parts(array: Any) -> list[Part]:
-    """Returns the blocks of an array that this process answers for, on the host.
+    """Returns the blocks of an array that this process has to write, on the host.
 
-    Of copies on several devices, the first; of a leaf without a device, the first
-    process's.
+    Of copies on several devices the first is written, and of a NumPy array that of the
+    first process.
     """
     if not isinstance(array, jax.Array):
         if jax.process_index():
@@ -87,8 +85,8 @@ def parts(array: Any) -> list[Part]:
             cuts = zip(shard.index, array.shape, strict=True)
             bounds = [cut.indices(size) for cut, size in cuts]
             start, stop = (tuple(bound[end] for bound in bounds) for end in (0, 1))
-            # The next step uses up what is on the device. This is a copy of it; on CPU
-            # it is the same memory, which JAX leaves alone while it is held.
+            # A copy, since the next step uses up what is on the device. On CPU it is
+            # the same memory, which JAX does not reuse while it is held.
             found.append(Part(start, stop, np.asarray(shard.data)))
     return found
 
@@ -103,7 +101,7 @@ def describe(
 
     Args:
       like: the leaves by path.
-      held: the parts of each that this process answers for, from `parts`.
+      held: `parts` of each.
       meta: what is saved beside the state.
       score: see `Manifest`.
     """
@@ -133,7 +131,7 @@ def digest(array: np.ndarray) -> str:
 
 
 def read(folder: Path) -> Manifest:
-    """Returns what the manifests in a folder say together.
+    """Returns the manifests in a folder as one.
 
     Raises:
       UnverifiedError: one is missing or damaged.
@@ -154,24 +152,19 @@ def read(folder: Path) -> Manifest:
             raise UnverifiedError(f"{len(files)} manifests for {count} processes")
         first = min(files, key=lambda file: int(file["process"]))
         leaves = {
-            path: Leaf(
-                leaf["dtype"],
-                tuple(leaf["shape"]),
-                [
-                    tuple(part)
-                    for file in files
-                    for part in file["leaves"][path]["parts"]
-                ],
-            )
+            path: Leaf(leaf["dtype"], tuple(leaf["shape"]), [])
             for path, leaf in first["leaves"].items()
         }
+        for path, leaf in leaves.items():
+            for file in files:
+                leaf.parts.extend(map(tuple, file["leaves"][path]["parts"]))
         return Manifest(leaves, first["meta"], first["score"])
     except (KeyError, TypeError, AttributeError) as error:
         raise UnverifiedError(f"a manifest without {error}") from error
 
 
 def check(leaves: Mapping[str, Leaf], arrays: Mapping[str, np.ndarray]) -> None:
-    """Raises UnverifiedError unless every leaf is, to the bit, what was written.
+    """Raises UnverifiedError unless every leaf has exactly the bytes that were written.
 
     Args:
       leaves: from `read`.
@@ -203,12 +196,12 @@ def check(leaves: Mapping[str, Leaf], arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _seal(body: dict[str, Any]) -> str:
-    """The text of a manifest, with the digest of the rest of it."""
+    """Returns the text of a manifest, with a digest of itself."""
     return json.dumps({**body, "sha256": _sum(body)})
 
 
 def _unseal(path: Path) -> dict[str, Any]:
-    """What `_seal` made a text of."""
+    """Returns what `_seal` wrote, after comparing the digest."""
     try:
         body = json.loads(path.read_bytes())
         said = body.pop("sha256")

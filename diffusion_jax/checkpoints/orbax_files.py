@@ -1,4 +1,4 @@
-"""One checkpoint on the disk: how it is read, and what is compared."""
+"""The files of one checkpoint: read and compared, and flushed to disk."""
 
 import ctypes
 import os
@@ -14,9 +14,9 @@ import numpy as np
 from diffusion_jax.checkpoints import manifest
 
 PARTIAL = ".orbax-checkpoint-tmp"
-"""In the name of a checkpoint that is being written."""
+"""Part of the name of a checkpoint that is being written."""
 NOT_NOW = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "Too many open files")
-"""In what tensorstore says of data that may be whole all the same."""
+"""Parts of tensorstore's errors where the data may be whole."""
 
 
 class CheckpointError(RuntimeError):
@@ -24,7 +24,7 @@ class CheckpointError(RuntimeError):
 
 
 class DamagedError(CheckpointError):
-    """One that is not what was written. An older one may be."""
+    """A checkpoint that is not what was written. An older one may be whole."""
 
     def __init__(self, path: Path, why: str) -> None:
         self.why = why
@@ -35,8 +35,12 @@ class DamagedError(CheckpointError):
 
 
 def read(path: Path) -> tuple[manifest.Manifest, dict[str, np.ndarray]]:
-    """Returns what a checkpoint says of itself, and its arrays, compared."""
-    import orbax.checkpoint as ocp  # a third of a second, which `--help` need not wait
+    """Returns the manifest of a checkpoint and its arrays, compared with it.
+
+    Raises:
+      CheckpointError: it is damaged, of another format, or cannot be read now.
+    """
+    import orbax.checkpoint as ocp  # takes a third of a second, too long for `--help`
     from etils import epath
 
     try:
@@ -44,7 +48,7 @@ def read(path: Path) -> tuple[manifest.Manifest, dict[str, np.ndarray]]:
         empty = {p: x for p, x in about.leaves.items() if 0 in x.shape}
         target = dict.fromkeys(about.leaves.keys() - empty.keys(), 0)
         how = dict.fromkeys(target, ocp.RestoreArgs(restore_type=np.ndarray))
-        with _whatever_is_damaged(target):
+        with _damage_as_unverified(target):
             arrays = ocp.PyTreeCheckpointHandler().restore(
                 epath.Path(path.resolve()) / "state",
                 args=ocp.args.PyTreeRestore(item=target, restore_args=how),
@@ -57,18 +61,18 @@ def read(path: Path) -> tuple[manifest.Manifest, dict[str, np.ndarray]]:
         raise CheckpointError(str(error)) from error
     except (OSError, MemoryError) as error:
         raise CheckpointError(
-            f"checkpoint {path} must be readable now; got {error or 'no memory'}. It "
-            "may be whole: mend that, and start again."
+            f"cannot read checkpoint {path} now: {error or 'no memory'}. It may be "
+            "whole: solve that, and start again."
         ) from error
     return about, arrays
 
 
 @contextmanager
-def _whatever_is_damaged(leaves: Iterable[str]) -> Iterator[None]:
-    """Raises UnverifiedError for all kinds that orbax raises for damaged data."""
+def _damage_as_unverified(leaves: Iterable[str]) -> Iterator[None]:
+    """Raises UnverifiedError for the many errors that orbax has for damaged data."""
     hook = sys.unraisablehook
-    # After the first error the other reads, in threads of tensorstore, end into an
-    # event loop that is closed, and say so on stderr.
+    # After the first error, other reads of tensorstore's threads find the event loop
+    # closed, and print errors.
     sys.unraisablehook = lambda _: None
     try:
         yield
@@ -77,7 +81,7 @@ def _whatever_is_damaged(leaves: Iterable[str]) -> Iterator[None]:
     except Exception as error:
         if any(word in str(error) for word in NOT_NOW):
             raise OSError(str(error)) from error
-        time.sleep(0.02)  # by then they have ended
+        time.sleep(0.02)  # until they have ended
         named = [leaf for leaf in leaves if f'"{leaf}/' in str(error)]
         where = f" in {named[0]}" if named else ""
         raise manifest.UnverifiedError(f"data that cannot be read{where}") from error
@@ -85,20 +89,20 @@ def _whatever_is_damaged(leaves: Iterable[str]) -> Iterator[None]:
         sys.unraisablehook = hook
 
 
-def give_back() -> None:
-    """Gives memory that was freed back to the system.
+def trim_memory() -> None:
+    """Returns freed memory to the system.
 
-    glibc keeps what lies between what is held, for each thread: a process would grow by
-    30 KB a save. Other libraries have no such function, and keep less.
+    glibc keeps free memory between used blocks, for each thread: a process would grow
+    by 30 KB a save. Other C libraries have no such function, and keep less.
     """
     with suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def to_disk(folder: Path) -> None:
-    """Has on the disk what is being written, before it gets its name.
+    """Flushes a checkpoint that is being written to disk, before it is renamed.
 
-    A machine without power would else have the name, and nothing behind it.
+    Otherwise a power failure might leave its name without its content.
     """
     for partial in folder.glob(f"*{PARTIAL}*"):
         for path in (*partial.rglob("*"), partial):

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest, the best, and every k-th for good."""
+"""Which checkpoints are kept: the newest, the best, and every k-th for good."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,20 +10,20 @@ from diffusion_jax.checkpoints import manifest
 
 @dataclasses.dataclass
 class Keep:
-    """Which checkpoints stay, as orbax asks for it."""
+    """A preservation policy of orbax."""
 
     newest: int
-    """How many of the newest."""
+    """How many of the newest are kept."""
     every: int | None
-    """Multiples of it stay for good."""
+    """Multiples of it are kept for good."""
     scores: dict[int, float | None]
-    """By step, of which the lowest is the best; what is not here is read."""
+    """By step, of which the lowest is the best; others are read from `directory`."""
     directory: Path
 
     def should_preserve(
         self, checkpoints: Sequence[Any], *, context: Any
     ) -> Sequence[bool]:
-        """Returns for each checkpoint, from the oldest on, whether it stays."""
+        """Returns for each checkpoint, from the oldest on, whether it is kept."""
         steps = [info.step for info in checkpoints]
         chosen = {*steps[-self.newest :], best({s: self._score(s) for s in steps})}
         every = self.every

@@ -1,9 +1,9 @@
 """The blocks of the U-Net, in the forms that move least memory.
 
-Between blocks an activation is several parts that are never joined, a skip connection
-beside what it meets, and a shift that is never written, the sum of the biases since the
-parts were: the normalisation that follows takes both. Products and convolutions are
-taken without their biases, which so cost no pass, nor do their gradients.
+Between blocks an activation is a few arrays that are never concatenated, such as a skip
+connection and what it joins, and a shift that is never added to them, the sum of the
+biases so far: the next normalisation takes both. Convolutions and products leave out
+their biases, so that neither these nor their gradients cost a pass over memory.
 """
 
 from collections.abc import Iterable
@@ -25,16 +25,16 @@ from diffusion_jax.nets.products import attend, product
 
 Dtype = Any
 FEW = 4
-"""Channels at most of which a GPU convolves faster by a product of neighbourhoods."""
+"""Up to so many input channels, a GPU is faster by `patches` times the kernel."""
 
 
 class Activation(NamedTuple):
-    """An activation of C channels, [B, H, W, C], before it is put together."""
+    """An activation, [B, H, W, C], as parts and a shift that are not joined yet."""
 
     parts: tuple[jax.Array, ...]
-    """[B, H, W, C_i] each; C is the sum of their channels."""
+    """Its channels, [B, H, W, C_i] each; C is the sum of the C_i."""
     shift: jax.Array
-    """What is still to be added to each channel, [C], in float32."""
+    """Still to be added to each channel, [C], in float32."""
 
     def whole(self) -> jax.Array:
         """Returns the activation as one array."""
@@ -42,17 +42,12 @@ class Activation(NamedTuple):
         return (x + self.shift[None, None, None]).astype(x.dtype)
 
     def settled(self) -> "Activation":
-        """Returns the same activation as one part, with nothing to be added."""
+        """Returns the same activation as one part with a shift of 0."""
         return Activation((self.whole(),), jnp.zeros_like(self.shift))
 
 
-def start(x: jax.Array, bias: jax.Array) -> Activation:
-    """Returns what a convolution gives as an activation."""
-    return Activation((x,), bias)
-
-
 def beside(x: Activation, other: Activation) -> Activation:
-    """Returns the channels of both, one after the other."""
+    """Returns both, concatenated along the channels."""
     shift = jnp.concatenate([x.shift, other.shift])
     return Activation(x.parts + other.parts, shift)
 
@@ -63,27 +58,26 @@ class Variant(NamedTuple):
     epsilon: float
     """Of every GroupNorm."""
     frequency_shift: int
-    """Of the time embedding: its slowest frequency is 1e-4 with 1."""
+    """The `shift` of `embeddings.time_embedding`, and its `cosine_first`."""
     cosine_first: bool
-    """Whether the time embedding is [cos, sin] rather than [sin, cos]."""
     before: int
-    """Rows above and columns to the left that stride 2 pads, beside the one below and
-    to the right."""
+    """Rows that stride 2 pads above and columns to the left; it pads one below and one
+    to the right in any case."""
     head_width: int | None
-    """Channels of a head of attention; None for a single head."""
+    """Channels of an attention head; None for a single head."""
 
 
 VARIANTS = {
     # The authors' code, and diffusers' conversions of what they released.
     "official": Variant(1e-6, 1, False, 0, None),
-    # What diffusers' UNet2DModel has where its configuration says nothing.
+    # The defaults of diffusers' UNet2DModel.
     "diffusers": Variant(1e-5, 0, True, 1, 8),
 }
 OFFICIAL = VARIANTS["official"]
 
 
-# The official code asks for scale 0 and gets 1e-10: small, but with a gradient in
-# both directions from the first step.
+# Scale 0 of the official code comes out as 1e-10: small, but gradients pass from the
+# first step on.
 near_zero = fresh.kernel(1e-10)
 unit = fresh.kernel()
 as_embedding = fresh.Noted(nn.linear.default_embed_init)
@@ -105,65 +99,64 @@ class GroupNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """The parameters of a linear layer; its product is taken by who asks for them."""
+    """The parameters of a linear layer, for callers that multiply by themselves."""
 
     channels: int
     kernel_init: nn.initializers.Initializer = unit
 
     @nn.compact
     def __call__(self, inputs: int) -> tuple[jax.Array, jax.Array]:
-        """Returns kernel [inputs, channels] and bias [channels] as `nn.Dense` has."""
+        """Returns the kernel, [inputs, channels], and the bias, [channels]."""
         kernel = self.param("kernel", self.kernel_init, (inputs, self.channels))
         bias = self.param("bias", nn.initializers.zeros, (self.channels,), jnp.float32)
         return kernel, bias
 
 
 class Conv(nn.Module):
-    """3x3 convolution with "SAME" padding, apart from its bias."""
+    """3x3 convolution with "SAME" padding that leaves its bias to the caller."""
 
     channels: int
     method: str
     dtype: Dtype
     strides: int = 1
     before: int = OFFICIAL.before
-    """Rows and columns that stride 2 pads above and to the left."""
+    """As `Variant.before`."""
     kernel_init: nn.initializers.Initializer = unit
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the convolution of x [B, H, W, C], and the bias that is to be added.
+        """Returns the convolution of x, and the bias that is still to be added.
 
-        They are [B, H / strides, W / strides, channels], and [channels] in float32.
+        They are [B, H / strides, W / strides, channels], of x [B, H, W, C], and
+        [channels], in float32.
         """
         shape = (3, 3, x.shape[-1], self.channels)
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.channels,), jnp.float32)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         before = 1 if self.strides == 1 else self.before
-        if self.method == "matmul":
-            rows = kernel.reshape(-1, self.channels)
-            return patches(x, self.strides, before) @ rows, bias
-        if self.method == "taps":
-            return by_taps(x, kernel), bias
-        if self.method == "doubled":
-            return doubled(x, kernel), bias
-        steps, edges = (self.strides,) * 2, ((before, 1),) * 2
-
-        def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
-            return convolved(x, kernel, edges, window_strides=steps)
-
-        if x.shape[-1] > FEW:
-            return plain(x, kernel), bias
 
         def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
             rows = kernel.reshape(-1, self.channels)
             return patches(x, self.strides, before) @ rows
 
+        def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            steps, edges = (self.strides,) * 2, ((before, 1),) * 2
+            return convolved(x, kernel, edges, window_strides=steps)
+
+        if self.method == "matmul":
+            return product(x, kernel), bias
+        if self.method == "taps":
+            return by_taps(x, kernel), bias
+        if self.method == "doubled":
+            return doubled(x, kernel), bias
+        if x.shape[-1] > FEW:
+            return plain(x, kernel), bias
         return jax.lax.platform_dependent(x, kernel, cpu=plain, default=product), bias
 
 
 class ResBlock(nn.Module):
-    """Two convolutions around the time embedding, and a shortcut."""
+    """Two convolutions with the time embedding added in between, and a shortcut."""
 
     channels: int
     groups: int
@@ -182,10 +175,6 @@ class ResBlock(nn.Module):
         self.conv2 = Conv(self.channels, self.conv, self.dtype, kernel_init=near_zero)
         self.shortcut = Linear(self.channels)
 
-    def of_time(self, inputs: int) -> tuple[jax.Array, jax.Array]:
-        """Returns kernel and bias that make the block's shift of the time embedding."""
-        return self.time(inputs)
-
     def __call__(
         self, x: Activation, time: jax.Array, key: jax.Array | None
     ) -> Activation:
@@ -193,26 +182,25 @@ class ResBlock(nn.Module):
 
         Args:
           x: the activation.
-          time: what is added between the convolutions, [B, channels], in float32.
-          key: of dropout; None for none.
+          time: added between the convolutions, [B, channels], in float32; the time
+            embedding times the parameters that `self.time` holds.
+          key: of dropout; None without.
         """
         h = self.norm1(x.parts, silu=True, shift=x.shift)
         h, bias = self.conv1(h)
         options: dict[str, Any] = {"shift": bias, "of_images": time}
         if key is not None and self.dropout:
-            made = dropout.mask(key, h.shape, self.dropout)
-            options["mask"], options["keep"] = made
+            packed, keep = dropout.mask(key, h.shape, self.dropout)
+            options |= {"mask": packed, "keep": keep}
         h, bias = self.conv2(self.norm2((h,), silu=True, **options))
-        if len(x.parts) > 1 or x.shift.size != self.channels:
-            x = self._projected(x)
-        return Activation((h + x.parts[0],), x.shift + bias)
-
-    def _projected(self, x: Activation) -> Activation:
-        kernel, bias = self.shortcut(x.shift.size)
-        # Of what is written the product is by the kernel as the activation is typed.
-        as_typed = kernel.astype(self.dtype).astype(x.shift.dtype)
-        shift = _product(x.shift, as_typed) + bias
-        return Activation((product(x.parts, kernel),), shift)
+        (residual, *others), shift = x
+        if others or shift.size != self.channels:
+            kernel, of_shortcut = self.shortcut(shift.size)
+            # The shift meets the kernel as the parts do: rounded to their type.
+            rounded = kernel.astype(self.dtype).astype(shift.dtype)
+            shift = _product(shift, rounded) + of_shortcut
+            residual = product(x.parts, kernel)
+        return Activation((h + residual,), shift + bias)
 
 
 class Attention(nn.Module):
@@ -230,7 +218,7 @@ class Attention(nn.Module):
         self.out = Linear(self.channels, near_zero)
 
     def weights(self) -> list[tuple[jax.Array, jax.Array]]:
-        """Returns kernels and biases of query, key, value and output."""
+        """Returns the kernels and biases of query, key, value and output."""
         layers = self.query, self.key, self.value, self.out
         return [layer(self.channels) for layer in layers]
 
@@ -239,7 +227,7 @@ class Attention(nn.Module):
 
         Args:
           x: the activation, of one part.
-          weights: `folded` of `weights`.
+          weights: its own, from `folded`.
         """
         (residual,), w = x.parts, weights
         h = self.norm(x.parts, shift=x.shift)
@@ -250,13 +238,13 @@ class Attention(nn.Module):
 
 
 class Folded(NamedTuple):
-    """What attention multiplies with, of the parameters of its four layers."""
+    """The parameters of an attention's four layers, multiplied where they can be."""
 
     query: jax.Array
     bias: jax.Array
     """Of the queries, [C]."""
     key: jax.Array | None
-    """None where keys are the tokens themselves."""
+    """None where the keys are the tokens themselves; so of the values."""
     value: jax.Array | None
     out: jax.Array
     shift: jax.Array
@@ -264,12 +252,12 @@ class Folded(NamedTuple):
 
 
 def folded(attentions: Iterable[Attention]) -> list[Folded]:
-    """Returns what each block multiplies with, by products for all of a width at once.
+    """Returns the multiplied parameters of each block.
 
     With tokens h and one head, scores are (h Wq + bq) (h Wk + bk)^T, which is
-    (h Wq Wk^T + bq Wk^T) h^T but for what is the same for all keys, and so nothing to a
-    softmax. Its rows add up to 1, so values and output are A h (Wv Wo) + (bv Wo + bo).
-    So two products of tokens are left of four.
+    (h Wq Wk^T + bq Wk^T) h^T up to terms that are the same for all keys, which the
+    softmax ignores. Its rows sum to 1, so the output is A h (Wv Wo) + (bv Wo + bo). Two
+    of four products with the tokens are left. Blocks of one width share theirs.
     """
     blocks = list(attentions)
     found: dict[int, Folded] = {}
@@ -282,14 +270,14 @@ def folded(attentions: Iterable[Attention]) -> list[Folded]:
         )
         one_head = heads(blocks[chosen[0]].variant, width) == 1
         with_bias = jnp.concatenate([wv, bv[:, None]], axis=1)
-        made = _product(with_bias, wo)
-        shifts = made[:, -1] + bo
+        outs = _product(with_bias, wo)
+        shifts = outs[:, -1] + bo
         queries = jnp.concatenate([wq, bq[:, None]], axis=1)
         if one_head:
             queries = _product(queries, wk.mT)
         for n, i in enumerate(chosen):
             key, value, out = (
-                (None, None, made[n, :-1]) if one_head else (wk[n], wv[n], wo[n])
+                (None, None, outs[n, :-1]) if one_head else (wk[n], wv[n], wo[n])
             )
             query, bias = queries[n, :-1], queries[n, -1]
             found[i] = Folded(query, bias, key, value, out, shifts[n])
@@ -312,8 +300,9 @@ class Downsample(nn.Module):
     def __call__(self, x: jax.Array) -> Activation:
         """Returns [B, H/2, W/2, C]; the official one pads only below and right."""
         before = VARIANTS[self.variant].before
-        made = Conv(x.shape[-1], self.conv, self.dtype, 2, before, name="conv")(x)
-        return start(*made)
+        conv = Conv(x.shape[-1], self.conv, self.dtype, 2, before, name="conv")
+        y, bias = conv(x)
+        return Activation((y,), bias)
 
 
 class Upsample(nn.Module):
@@ -328,20 +317,19 @@ class Upsample(nn.Module):
         method = "doubled" if self.conv == "xla" else self.conv
         if method != "doubled":
             x = repeated(x)
-        return start(*Conv(x.shape[-1], method, self.dtype, name="conv")(x))
+        y, bias = Conv(x.shape[-1], method, self.dtype, name="conv")(x)
+        return Activation((y,), bias)
 
 
 def _attended(q: jax.Array, k: jax.Array, v: jax.Array, count: int) -> jax.Array:
-    """Returns the attention of so many heads, as q, k and v are shaped."""
+    """Returns the attention of so many heads; all are [B, H, W, C]."""
     shape, each = q.shape, q.shape[-1] // count
+    scale = each**-0.5
     q, k, v = (a.reshape(len(a), -1, count, each) for a in (q, k, v))
-
-    def one(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return attend(q, k, v, each**-0.5)
-
     if count == 1:
-        return one(q[:, :, 0], k[:, :, 0], v[:, :, 0]).reshape(shape)
-    return jax.vmap(one, 2, 2)(q, k, v).reshape(shape)
+        return attend(q[:, :, 0], k[:, :, 0], v[:, :, 0], scale).reshape(shape)
+    of_heads = jax.vmap(lambda q, k, v: attend(q, k, v, scale), 2, 2)
+    return of_heads(q, k, v).reshape(shape)
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

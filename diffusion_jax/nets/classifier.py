@@ -1,7 +1,7 @@
 """A small classifier of small images: labels for samples, and features to compare.
 
-For data that the Inception network knows nothing of, and for machines without its
-weights. Distances in its features are no FID and are never called so.
+For images that the Inception network was not trained on, and for machines without its
+weights. A distance in its features is not FID and is never called so.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 
 class Features(NamedTuple):
-    """What the network says of each image."""
+    """The outputs of the network for each image."""
 
     features: jax.Array
     """Activations before the last layer, [B, width]."""

@@ -1,7 +1,7 @@
-"""3x3 convolutions, in the forms that have been measured to be fast.
+"""3x3 convolutions, each in the form that was measured to be fast.
 
 Kernels are [3, 3, C, C'], and padding is "SAME". Sizes are even, so that this is one
-row and column all around, and with stride 2 one below and to the right.
+row and column on every side, or with stride 2 one below and to the right.
 """
 
 from collections.abc import Sequence
@@ -11,17 +11,17 @@ import jax
 import jax.numpy as jnp
 
 LARGE = 16 * 16
-"""Pixels from which a GPU doubles an image faster by corners."""
+"""From so many pixels a GPU is faster by `_by_corners`."""
 
 
 def convolved(
     x: jax.Array,
     kernel: jax.Array,
-    edges: Sequence[tuple[int, int]],
+    edges: str | Sequence[tuple[int, int]],
     window_strides: Sequence[int] = (1, 1),
     **options: Any,
 ) -> jax.Array:
-    """Returns the convolution with so much padding, with options of JAX."""
+    """Returns the convolution with such padding; options are `jax.lax`'s."""
     names = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(
         x, kernel, window_strides, edges, dimension_numbers=names, **options
@@ -41,8 +41,8 @@ def _after_repeating(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def doubled(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Returns the convolution of `repeated(x)`, in 4 / 9 of its arithmetic.
 
-    Of its 3x3 neighbours, the four of a square are the same: what reads them are 4x4
-    sums of the kernel, from every second pixel. What is faster where has been measured.
+    The four pixels of a square are the same: sums of the kernel, 4x4, read every second
+    pixel in place of all. Which form is faster where has been measured.
     """
     large = x.shape[1] * x.shape[2] >= LARGE
     return jax.lax.platform_dependent(
@@ -71,7 +71,7 @@ doubled.defvjp(_doubled_forward, _doubled_backward)
 
 
 def _four(kernel: jax.Array) -> jax.Array:
-    """Returns what a 3x3 kernel is between pixels that are repeated, [4, 4, C, C']."""
+    """Returns the sums of a 3x3 kernel that repeated pixels meet, [4, 4, C, C']."""
     wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
     for axis in range(2):
         edges = [[(0, 0)] * 4, [(0, 0)] * 4]
@@ -100,10 +100,10 @@ def _by_corners(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def by_taps(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Returns a convolution to few channels, in float32: a product, then nine shifts.
+    """Returns a convolution to few channels, in float32, as a product and nine shifts.
 
-    What a pixel gives to each of its neighbours is one product of all pixels, summed
-    and left in float32. A convolution would read x nine times for a few channels.
+    One product gives what every pixel adds to each of its neighbours, summed and left
+    in float32. A convolution would read x nine times for a few channels.
     """
     _, height, width, _ = x.shape
     rows = kernel.transpose(2, 0, 1, 3).reshape(x.shape[-1], -1)

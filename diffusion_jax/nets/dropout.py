@@ -1,4 +1,4 @@
-"""Dropout's mask: 16 random bits a value, and one bit to keep."""
+"""The mask of dropout: drawn from 16 random bits a value, kept as one bit."""
 
 import functools
 import math
@@ -11,12 +11,11 @@ from jax.extend.random import threefry2x32_p
 def mask(
     key: jax.Array, shape: tuple[int, ...], rate: float
 ) -> tuple[jax.Array, float]:
-    """Returns which values dropout keeps, packed, and the probability that one is kept.
+    """Returns the packed mask of what dropout keeps, and the probability to be kept.
 
-    Each is kept with a probability of k / 65536, the nearest to 1 - rate. Divided by
-    that, what is kept has the mean of the values, exactly. Eight values share four
-    words of the generator, which takes longer than all else that dropout does, and one
-    byte, which the backward pass reads again.
+    That probability is k / 65536, the nearest to 1 - rate. Kept values divided by it
+    have the mean of all, exactly. Eight values share four words of the generator, which
+    takes longer than all else in dropout, and one byte for the backward pass.
 
     Args:
       key: one key, of any generator.
@@ -39,14 +38,14 @@ def mask(
     return _mask(key, shape, kept), kept / 2**16
 
 
-# A network has many masks of few shapes: as a program each shape is traced once.
+# A network has many masks of few shapes: with a jit, each shape is traced once.
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _mask(key: jax.Array, shape: tuple[int, ...], kept: int) -> jax.Array:
     size = *shape[:-1], -(-shape[-1] // 8)
     place = jnp.arange(math.prod(size), dtype=jnp.uint32).reshape(size)
     packed = jnp.zeros(size, jnp.uint8)
     for drawing in range(2):
-        # Both words that a place is turned into, of which `jax.random.bits` gives one.
+        # Both words that the generator makes of a place; `jax.random.bits` has one.
         words = threefry2x32_p.bind(
             *jax.random.bits(key, (2,), jnp.uint32),
             place,
@@ -56,7 +55,7 @@ def _mask(key: jax.Array, shape: tuple[int, ...], kept: int) -> jax.Array:
             for half, bits in enumerate((word & 0xFFFF, word >> 16)):
                 chosen = (bits < kept).astype(jnp.uint8)
                 packed |= chosen << (4 * drawing + 2 * n + half)
-    # A barrier, or each value of a byte would draw all of its words.
+    # A barrier, or each of the eight values of a byte would draw its words anew.
     return jax.lax.optimization_barrier(packed)
 
 

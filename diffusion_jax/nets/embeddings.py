@@ -1,4 +1,4 @@
-"""Embeddings of what a network is given: times, and the fine detail of images."""
+"""Features of a network's inputs: embeddings of time, fine detail of images."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ def time_embedding(
     """Returns the sinusoidal embedding of time, [B, channels], in float32.
 
     [sin(t f_k), cos(t f_k)], f_k = 10000^(-k / (half - shift)), half = channels // 2
-    (Sec. 3.5, Vaswani et al. 2017); an odd count is filled with a zero.
+    (Sec. 3.5, Vaswani et al. 2017); an odd number of channels ends with a zero.
 
     Args:
       t: times as the network counts them, [B]; DDPM's are 0..T-1.
@@ -36,7 +36,7 @@ def fourier_features(x: jax.Array, powers: Sequence[int]) -> jax.Array:
     """Returns [sin(2^n pi x), cos(2^n pi x)], [B, H, W, 2 C N], in float32.
 
     App. C, Kingma et al. 2021, whose n are 7 and 8: they show the last bits of a pixel.
-    All n of a channel are beside each other, all sines before all cosines.
+    All sines come before all cosines, and of either all n of a channel together.
 
     Args:
       x: images, [B, H, W, C].

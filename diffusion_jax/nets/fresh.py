@@ -1,16 +1,14 @@
-"""First weights: how a kernel is drawn, and all of a network without compiling it.
+"""Initial weights: how a kernel is drawn, and all of a network without compiling it.
 
-XLA takes longer for the program that draws the weights of a network, hundreds of small
-pieces, than for all of the drawing. `params` draws them one by one on the host from a
-handful of programs, and gives what `init` of the network does to the bit.
+XLA takes longer to compile the program that draws the weights of a network, which has
+hundreds of small pieces, than to run it. `params` draws them one by one from a handful
+of programs, and gives what the network's `init` does, to the bit.
 """
 
-import contextlib
 import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,17 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core.scope import LazyRng
 
-_noted: contextvars.ContextVar[dict[int, tuple[Any, "Noted"]] | None]
-_noted = contextvars.ContextVar("noted", default=None)
+_noted: contextvars.ContextVar[dict[int, tuple[Any, "Noted"]]]
+_noted = contextvars.ContextVar("noted")
 REST = {"bias": 0.0, "scale": 1.0}
-"""What parameters that are not drawn begin with, by their names."""
+"""Initial values of parameters that are not drawn, by their names."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Noted:
-    """An initialiser by which `params` knows what it is to draw.
+    """An initialiser that tells `params` which parameters it has drawn.
 
-    Its parameter is to be the first of its module: `params` counts on that.
+    Its parameter must be the first of its module: `params` relies on that.
     """
 
     init: nn.initializers.Initializer
@@ -37,39 +35,38 @@ class Noted:
     def __call__(self, key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> Any:
         """Returns what `init` does."""
         value = self.init(key, shape, dtype)
-        if (noted := _noted.get()) is not None:
-            noted[id(value)] = value, self  # held, for its id to stay its own
+        if (noted := _noted.get(None)) is not None:
+            noted[id(value)] = value, self  # held, so that no other gets its id
         return value
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel(Noted):
-    """That of every kernel, [..., in, out]: uniform, of variance scale / mean fan."""
+    """Draws a kernel, [..., in, out], uniformly, of variance scale / mean fan."""
 
     scale: float
 
 
 def kernel(scale: float = 1.0) -> Kernel:
-    """Returns the initialiser of a kernel, by the scale of its variance."""
+    """Returns the initialiser of a kernel with a scale of its variance."""
     init = nn.initializers.variance_scaling(scale, "fan_avg", "uniform")
     return Kernel(init, scale)
 
 
 class _Leaf(NamedTuple):
-    """A parameter before it is drawn."""
-
     names: tuple[str, ...]
     shape: tuple[int, ...]
     init: Noted | None
 
 
 def params(net: nn.Module, key: jax.Array, *inputs: Any) -> Any:
-    """Returns `net.init(key, *inputs)["params"]`, NumPy arrays.
+    """Returns `net.init(key, *inputs)["params"]`, as NumPy arrays.
 
     Args:
-      net: which draws by `Noted` initialisers; scales begin at 1, biases at 0.
+      net: a network whose initialisers are `Noted`, but for scales, which begin at 1,
+        and biases, at 0.
       key: of the seed.
-      *inputs: of the network; `jax.ShapeDtypeStruct` are enough.
+      *inputs: of the network, or `jax.ShapeDtypeStruct` of them.
 
     Raises:
       KeyError: a parameter that begins otherwise.
@@ -79,45 +76,37 @@ def params(net: nn.Module, key: jax.Array, *inputs: Any) -> Any:
 
 
 def shapes(net: nn.Module, *inputs: Any) -> Any:
-    """Returns `jax.ShapeDtypeStruct` in place of the arrays of `params`."""
+    """Returns the shapes of `params`, as `jax.ShapeDtypeStruct`."""
     plan, structure = _plan(net, inputs)
     leaves = [jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for leaf in plan]
     return jax.tree.unflatten(structure, leaves)
 
 
 def _plan(net: nn.Module, inputs: tuple[Any, ...]) -> tuple[list[_Leaf], Any]:
-    like = [None if x is None else (x.shape, x.dtype) for x in inputs]
-    return _planned(net, tuple(like))
+    shape = jax.ShapeDtypeStruct
+    like = (None if x is None else shape(x.shape, x.dtype) for x in inputs)
+    return _planned(net, *like)
 
 
 @functools.cache
-def _planned(net: nn.Module, like: tuple[Any, ...]) -> tuple[list[_Leaf], Any]:
+def _planned(net: nn.Module, *inputs: Any) -> tuple[list[_Leaf], Any]:
     inits: list[Noted | None] = []
 
     def init(*inputs: Any) -> Any:
-        with _noting() as noted:
-            made = net.init(jax.random.key(0), *inputs)["params"]
+        noted: dict[int, tuple[Any, Noted]] = {}
+        context = contextvars.copy_context()
+        context.run(_noted.set, noted)
+        made = context.run(net.init, jax.random.key(0), *inputs)["params"]
         leaves = jax.tree.leaves(made)
         inits.extend(noted.get(id(leaf), (leaf, None))[1] for leaf in leaves)
         return made
 
-    inputs = [x if x is None else jax.ShapeDtypeStruct(*x) for x in like]
     leaves, structure = jax.tree.flatten_with_path(jax.eval_shape(init, *inputs))
     plan = [
         _Leaf(tuple(part.key for part in path), leaf.shape, init)
         for (path, leaf), init in zip(leaves, inits, strict=True)
     ]
     return plan, structure
-
-
-@contextlib.contextmanager
-def _noting() -> Iterator[dict[int, tuple[Any, Noted]]]:
-    noted: dict[int, tuple[Any, Noted]] = {}
-    token = _noted.set(noted)
-    try:
-        yield noted
-    finally:
-        _noted.reset(token)
 
 
 def _draw(key: jax.Array, leaf: _Leaf) -> Any:
@@ -132,7 +121,8 @@ def _draw(key: jax.Array, leaf: _Leaf) -> Any:
     fan = math.prod(window) * (inputs + outputs) / 2
     width = np.sqrt(3 * np.float32(leaf.init.scale / fan), dtype=np.float32)
     size = math.prod(leaf.shape)
-    # Numbers from a key begin alike, however many are drawn: a few sizes do for all.
+    # The first numbers of a key are the same however many are drawn, so that a few
+    # sizes, and programs, are enough for all kernels.
     enough = 4 ** math.ceil(math.log(max(size, 2**12), 4))
     return np.asarray(_uniform(key, enough))[:size].reshape(leaf.shape) * width
 

@@ -1,17 +1,17 @@
 """The Inception network of the Frechet distance: the one released 2015-12-05.
 
-FID and the Inception score are defined by this very network (Heusel et al. 2017,
-Salimans et al. 2016), not by the InceptionV3 of today's libraries. It has 94
-convolutions and 23,850,960 parameters. Where it differs, and where that is here:
+FID and the Inception score are defined by this network (Heusel et al. 2017, Salimans et
+al. 2016), not by the InceptionV3 of today's libraries. It has 94 convolutions and
+23,850,960 parameters. Where it differs, and where that is here:
 
   - averages over 3x3 pixels count no padding                       `Block`
-  - the last block takes a maximum where all others average         `Inception`
-  - 1008 classes; the Inception score leaves their bias out         `Inception`
+  - the last block takes a maximum where all others average         `BLOCKS`
+  - 1008 classes, whose bias the Inception score leaves out         `Softmax`
   - images are scaled by (x - 128) / 128, after a resize that puts
     the first pixel on the first pixel, not centre on centre        `preprocess`
 
-Modules are called what the released graph calls them ("mixed_9/tower/mixed/conv_1"),
-so that its tensors are found by name; `nets.inception_weights` reads them.
+Modules have the names of the released graph ("mixed_9/tower/mixed/conv_1"), by which
+`interop.inception_weights` finds its tensors.
 """
 
 from typing import Any, NamedTuple
@@ -21,17 +21,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax.errors import raise_unknown
+from diffusion_jax.nets.convolutions import convolved
+
 SIDE = 299
 PREPROCESSING = ("tensorflow", "pytorch-fid")
 
 
 class Features(NamedTuple):
-    """What the network says of each image."""
+    """The outputs of the network for each image."""
 
     pool3: jax.Array
-    """Means over the 8x8 last activations, [B, 2048]: what FID compares."""
+    """Means over the 8x8 last activations, [B, 2048]: the features of FID."""
     logits: jax.Array
-    """Scores of the classes, [B, 1008]: what the Inception score is made of."""
+    """Scores of the classes, [B, 1008], without their bias: for the Inception score."""
 
 
 class Layer(NamedTuple):
@@ -52,7 +55,7 @@ class Conv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns max(0, (w * x - mean) / sqrt(var + 1e-3) scale + bias).
 
-        `mean` and `var` lie in the collection "batch_stats"; nothing updates them.
+        `mean` and `var` are in the collection "batch_stats"; nothing updates them.
         """
         channels, size, strides, padding = self.layer
         shape = (*size, x.shape[-1], channels)
@@ -61,14 +64,7 @@ class Conv(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,)).value
         var = self.variable("batch_stats", "var", jnp.ones, (channels,)).value
-        x = jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (strides, strides),
-            padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=jax.lax.Precision.HIGHEST,
-        )
+        x = convolved(x, kernel, padding, (strides, strides), precision="highest")
         a = scale / jnp.sqrt(var + 1e-3)
         x = (x - mean[None, None, None]) * a[None, None, None]
         return nn.relu(x + bias[None, None, None])
@@ -88,7 +84,7 @@ class Split(nn.Module):
 
 
 class Tower(nn.Module):
-    """Convolutions one after another, and possibly a split at the end."""
+    """Convolutions one after another, with a split at the end where it has channels."""
 
     layers: tuple[Layer, ...]
     split: int = 0
@@ -103,14 +99,14 @@ class Tower(nn.Module):
 
 
 class Block(nn.Module):
-    """A convolution, towers and a pooling side by side, joined channel by channel."""
+    """A convolution, towers and a pooling of one input, their channels concatenated."""
 
     conv: Layer | None
     towers: tuple[tuple[Layer, ...], ...]
     split: int = 0
     pool: str = "average"
-    """The "average" or the "max" of 3x3 pixels, padding not counted, and a convolution;
-    or "halve", the maximum with stride 2 and no convolution."""
+    """"average" or "max" of 3x3 pixels, not counting padding, before a convolution; or
+    "halve", the maximum with stride 2 and no convolution."""
     pool_channels: int = 192
 
     @nn.compact
@@ -134,16 +130,17 @@ class Block(nn.Module):
 class Softmax(nn.Module):
     """The linear layer below the released network's softmax."""
 
-    biased: bool
-
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns x kernel, [B, 1008], plus the bias where `biased` says so."""
+        """Returns x kernel, [B, 1008].
+
+        The bias is a parameter, since the released network has it, but is not added:
+        the Inception score is by custom computed without (Salimans et al. 2016).
+        """
         shape = (x.shape[-1], 1008)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros, (shape[-1],))
-        logits = jnp.matmul(x, kernel, precision=jax.lax.Precision.HIGHEST)
-        return logits + bias[None] if self.biased else logits
+        self.param("bias", nn.initializers.zeros, (shape[-1],))
+        return jnp.matmul(x, kernel, precision="highest")
 
 
 class Inception(nn.Module):
@@ -154,10 +151,7 @@ class Inception(nn.Module):
     """
 
     preprocessing: str = "tensorflow"
-    """The metrics' own "tensorflow", or "pytorch-fid": see `preprocess`."""
-    biased_logits: bool = False
-    """Whether the logits have their bias. The Inception score is by custom
-    computed without (Salimans et al. 2016 and all who follow their code)."""
+    """"tensorflow", by which the metrics are defined, or "pytorch-fid"."""
 
     @nn.compact
     def __call__(self, images: jax.Array) -> Features:
@@ -181,15 +175,15 @@ class Inception(nn.Module):
         for name, options in BLOCKS.items():
             x = Block(**options, name=name)(x)
         pool3 = x.mean((1, 2))
-        return Features(pool3, Softmax(self.biased_logits, name="softmax")(pool3))
+        return Features(pool3, Softmax(name="softmax")(pool3))
 
 
 def preprocess(images: jax.Array, *, preprocessing: str = "tensorflow") -> jax.Array:
-    """Returns images as the network wants them, [B, 299, 299, 3], float32 in [-1, 1].
+    """Returns resized images in [-1, 1], float32 [B, 299, 299, 3].
 
-    "tensorflow" is what the released graph does itself: a bilinear resize in which
-    output pixel i lies at i H / 299, then (x - 128) / 128. "pytorch-fid" is what that
-    much-used program does: output pixel i lies at (i + 1/2) H / 299 - 1/2, then
+    "tensorflow" is what the released graph does: a bilinear resize in which output
+    pixel i lies at i H / 299, then (x - 128) / 128. "pytorch-fid" is what the program
+    of that name does: output pixel i lies at (i + 1/2) H / 299 - 1/2, then
     2 x / 255 - 1. On CIFAR-10 the two change FID by about 0.001.
 
     Args:
@@ -203,10 +197,7 @@ def preprocess(images: jax.Array, *, preprocessing: str = "tensorflow") -> jax.A
     [0.5, 0.5, 0.5]
     """
     if preprocessing not in PREPROCESSING:
-        raise ValueError(
-            f"preprocessing must be one of {', '.join(PREPROCESSING)}; got "
-            f"{preprocessing!r}. The first is the definition of the metrics."
-        )
+        raise_unknown("preprocessing", preprocessing, PREPROCESSING)
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
         raise ValueError(
             "images must have shape [B, H, W, 3] or [B, H, W, 1]; got "
@@ -215,7 +206,7 @@ def preprocess(images: jax.Array, *, preprocessing: str = "tensorflow") -> jax.A
     if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(
             f"images must be uint8, or floating point 0..255; got {images.dtype}. "
-            "Round and convert them: evaluation.images.to_uint8 does."
+            "Round and convert them: evaluation.pictures.to_uint8 does."
         )
     x = jnp.asarray(images).astype(jnp.float32)
     x = jnp.broadcast_to(x, (*x.shape[:-1], 3))
@@ -225,14 +216,15 @@ def preprocess(images: jax.Array, *, preprocessing: str = "tensorflow") -> jax.A
 
 
 def resize(x: jax.Array, *, half_pixel: bool = False, side: int = SIDE) -> jax.Array:
-    """Returns images resized between the two nearest pixels of each axis.
+    """Returns images resized by linear interpolation of the two nearest pixels.
 
-    Nothing is averaged where images shrink, as in both programs that are followed.
-    `jax.image.resize` does neither of this.
+    Where images shrink nothing is averaged. Both are as in the programs followed here,
+    and unlike `jax.image.resize`.
 
     Args:
       x: floating point, [B, H, W, C].
-      half_pixel: centres on centres, instead of the first pixel on the first.
+      half_pixel: whether pixels are matched by their centres, and not the first to
+        the first.
       side: height and width of the result.
 
     >>> ramp = jnp.arange(2.0).reshape(1, 1, 2, 1)
@@ -254,12 +246,10 @@ def _taps(
     old: int, new: int, half_pixel: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the two pixels that each new one lies between, and the second's share."""
-    # float32 from the start: so do both programs, and no pixel falls otherwise.
+    # In float32, as in both programs: rounding decides between which pixels one lies.
     place, scale = np.arange(new, dtype=np.float32), np.float32(old) / np.float32(new)
-    half = np.float32(0.5)
-    place = (
-        np.maximum((place + half) * scale - half, 0) if half_pixel else place * scale
-    )
+    half = np.float32(0.5 if half_pixel else 0)
+    place = np.maximum((place + half) * scale - half, 0)
     low = np.minimum(np.floor(place), old - 1)
     high = np.minimum(low + 1, old - 1)
     return low.astype(np.int32), high.astype(np.int32), place - low
@@ -270,19 +260,17 @@ def _numbered(name: str, i: int) -> str:
     return f"{name}_{i}" if i else name
 
 
+# The options of blocks at 35x35, 17x17 and 8x8 pixels.
+
+
 def _block_35(pool_channels: int) -> dict[str, Any]:
-    """Returns the options of a block at 35x35 pixels."""
     five = (Layer(48), Layer(64, (5, 5)))
     three = (Layer(64), Layer(96, (3, 3)), Layer(96, (3, 3)))
-    return {
-        "conv": Layer(64),
-        "towers": (five, three),
-        "pool_channels": pool_channels,
-    }
+    towers = (five, three)
+    return {"conv": Layer(64), "towers": towers, "pool_channels": pool_channels}
 
 
 def _block_17(channels: int) -> dict[str, Any]:
-    """Returns the options of a block at 17x17 pixels."""
     wide, high = Layer(channels, (1, 7)), Layer(channels, (7, 1))
     once = (Layer(channels), wide, Layer(192, (7, 1)))
     twice = (Layer(channels), high, wide, high, Layer(192, (1, 7)))
@@ -290,12 +278,10 @@ def _block_17(channels: int) -> dict[str, Any]:
 
 
 def _block_8(pool: str) -> dict[str, Any]:
-    """Returns the options of a block at 8x8 pixels."""
     towers = ((Layer(384),), (Layer(448), Layer(384, (3, 3))))
     return {"conv": Layer(320), "towers": towers, "split": 384, "pool": pool}
 
 
-# From 35x35 pixels over 17x17 to 8x8.
 BLOCKS: dict[str, dict[str, Any]] = {
     "mixed": _block_35(32),
     "mixed_1": _block_35(64),

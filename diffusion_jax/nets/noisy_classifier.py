@@ -1,4 +1,4 @@
-"""A classifier of noisy images that knows how noisy they are.
+"""A classifier of noisy images that is told their times.
 
 Its gradient with respect to the image guides samples towards a class, so every layer is
 smooth.
@@ -17,7 +17,7 @@ GROUPS = 8
 class NoisyClassifier(nn.Module):
     """Convolutions that halve the resolution until it is 4x4 or less.
 
-    Parameters are those of one image size: the last activations are laid out flat.
+    Its parameters fit one image size, since the last activations are flattened.
     """
 
     num_classes: int
@@ -61,7 +61,7 @@ class NoisyClassifier(nn.Module):
     def _block(
         self, x: jax.Array, time: jax.Array, channels: int, name: str
     ) -> jax.Array:
-        """Returns x and what a convolution around the time adds to it."""
+        """Returns x plus two convolutions of it with the time in between."""
         h = GroupNorm(GROUPS, name=f"{name}_norm1")((x,), silu=True)
         h = conv(channels, f"{name}_conv1")(h)
         shift = dense(channels, f"{name}_time")(time)

@@ -1,18 +1,18 @@
-"""Group normalisation with SiLU, in few passes over what it normalises.
+"""Group normalisation with SiLU and dropout, in few passes over memory.
 
-It takes several parts, whose channels together are normalised: a group may begin in one
-part and end in the next. So a skip connection need not be joined to what it meets; the
-result is one array. What is added to each channel before, and dropout after, are part
+It takes an activation in several parts, such as a skip connection and what it joins,
+and normalises them as if they were concatenated: a group may begin in one part and end
+in the next. The result is one array. The biases before and the dropout after are part
 of the same passes.
 
-How often they read (r) and write (w) an activation: forward r (statistics), r w; the
-backward pass reads the gradient beside x: r r (sums), r r w. Written down plainly, with
-the derivatives that JAX takes, the forward pass alone keeps several activations in
-float32.
+The forward pass reads the activation for the statistics, then reads and writes it; the
+backward pass reads it and the gradient twice, and writes once. Left to JAX, the forward
+pass alone would keep several activations in float32.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ from diffusion_jax.nets import dropout
 
 Parts = tuple[jax.Array, ...]
 COMPUTED, READ = 128, 1024
-"""Pixels that a GPU adds up at a time: of what is computed for it, of what is read."""
+"""Pixels a GPU sums at a time: of values computed on the way, of values only read."""
 
 
 def group_norm(
@@ -41,17 +41,16 @@ def group_norm(
     """Returns the normalised parts as one array, [B, H, W, C].
 
     y = (x + shift - mean) / sqrt(variance + epsilon) scale + bias, with mean and
-    variance of each image's groups; SiLU and dropout of that where they are asked for
-    (Wu and He 2018). Statistics are in float32, the result is in the type of the parts.
+    variance of each image's groups (Wu and He 2018), then SiLU and dropout where they
+    are asked for. Statistics are in float32, the result is in the type of the parts.
 
-    The sums of a channel are of x - c and (x - c)^2, with c its middle pixel: the mean
-    may be any multiple of the deviation. Where n pixels have the deviation s, c is at
-    most sqrt(n) s from their mean, so the variance of a channel has a relative error of
-    n times that of a sum at worst, where all pixels but c are alike, and of a few
-    roundings otherwise.
+    A channel's sums are of x - c and (x - c)^2, with c its middle pixel, so the mean
+    may be any multiple of the deviation. With n pixels of deviation s, c is at most
+    sqrt(n) s from their mean: at worst, where all pixels but c are alike, the variance
+    has n times the relative error of a sum, and otherwise that of a few roundings.
 
-    Kept for the backward pass are the parts, the mask, and a few numbers a channel. The
-    backward pass is our own, so there is no forward derivative (`jax.jvp`).
+    The backward pass is our own and keeps the parts, the mask and a few numbers a
+    channel. There is no forward derivative (`jax.jvp`).
 
     Args:
       parts: activations, each [B, H, W, C_i]; C is the sum of their channels.
@@ -60,10 +59,10 @@ def group_norm(
       groups: number of groups.
       epsilon: added to the variance.
       silu: whether SiLU follows.
-      shift: added to each channel before it is normalised, [C].
-      of_images: added to each channel of each image before, [B, C].
-      mask: what dropout keeps of the result, packed as `dropout.mask` gives it.
-      keep: the probability that it does, by which what is kept is divided.
+      shift: added to each channel before the normalisation, [C].
+      of_images: added to each channel of each image before it, [B, C].
+      mask: of dropout, packed by `dropout.mask`.
+      keep: of dropout, the probability that a value is kept.
 
     >>> x = jax.random.normal(jax.random.key(0), [2, 4, 4, 8])
     >>> y = group_norm((x,), jnp.ones(8), jnp.zeros(8), 4, 1e-6)
@@ -88,7 +87,7 @@ class Inputs(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """The rest of what it takes, known when a program is made."""
+    """Its other arguments, known when the program is compiled."""
 
     groups: int
     epsilon: float
@@ -97,18 +96,18 @@ class Constants(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the backward pass needs."""
+    """What is kept for the backward pass."""
 
     given: Inputs
     line: "Line"
     rstd: jax.Array
     """1 / sqrt(variance + epsilon) of each channel's group, [B, C]."""
     off: jax.Array
-    """How far each channel's own mean is from that of its group, [B, C]."""
+    """The mean of each channel less that of its group, [B, C]."""
 
 
 class Line(NamedTuple):
-    """What is normalised, y, as a line in x: (x - mean) slope + bias; [B, C] each."""
+    """The normalised value as a function of x: (x - mean) slope + bias, [B, C]."""
 
     mean: jax.Array
     """Of each channel's group, less the channel's shift."""
@@ -121,49 +120,49 @@ def _group_norm(how: Constants, given: Inputs) -> jax.Array:
     return _forward(how, given)[0]
 
 
-# A network has many of few shapes: as a program of its own each shape is traced once.
+# A network has many of few shapes: with a jit of its own, each shape is traced once.
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(how: Constants, given: Inputs) -> tuple[jax.Array, Kept]:
     kept = _statistics(how, given)
-    x = _joined(given.parts)
+    x = jnp.concatenate(given.parts, axis=-1)
     _, y = _normalised(_wide(x), kept.line)
     y = jax.nn.silu(y) if how.silu else y
-    return _dropped(y, _mask(given, 0), how.keep).astype(x.dtype), kept
+    return _dropped(y, how, given, 0).astype(x.dtype), kept
 
 
 def _statistics(how: Constants, given: Inputs) -> Kept:
-    """Returns what is known of each channel from one pass over the parts."""
+    """Returns the statistics of each channel, from one pass over the parts."""
     size = len(given.scale) // how.groups
     moments = zip(*map(_moments, given.parts), strict=True)
-    own, variance = (_joined(of_parts) for of_parts in moments)
+    own, variance = (jnp.concatenate(of_parts, axis=-1) for of_parts in moments)
     shift = given.shift[None]
     if given.of_images is not None:
         shift += given.of_images
     own += shift
-    # Within a group, distances from its first channel: one sum over the group will do.
+    # Relative to the first channel of the group, so that one sum over it is enough.
     start = own[:, ::size].repeat(size, axis=-1)
     apart = own - start
     between, spread = _of_groups((apart, variance + jnp.square(apart)), size)
     rstd = jax.lax.rsqrt(spread - jnp.square(between) + how.epsilon)
     mean, slope = start + between - shift, rstd * given.scale[None]
     bias = jnp.broadcast_to(given.bias[None], slope.shape)
-    # A barrier, or a pass over an activation would take each apart into what it is of.
+    # A barrier, or XLA would compute these anew for every pixel.
     line = Line(*jax.lax.optimization_barrier((mean, slope, bias)))
     return Kept(given, line, rstd, apart - between)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(how: Constants, kept: Kept, gradient: jax.Array) -> tuple[Inputs]:
-    """Returns the gradients with respect to parts, scale, bias and shift.
+    """Returns the gradients with respect to the inputs.
 
     With u = (x - mean) / deviation and d the gradient by y = scale u + bias, that by x
     is (scale d - M(scale d) - u M(scale d u)) / deviation, with M the mean over a
     group. The sums of d and d u over a channel give M, and over the batch the gradients
-    by bias and scale. That by the shift is the sum of the first over the pixels, which
-    takes no pass of its own: the mean of u is known.
+    by bias and scale. That by the shift is the sum over the pixels of that by x, which
+    takes no pass of its own, since the mean of u is known.
     """
     given, scale, rstd = kept.given, kept.given.scale, kept.rstd
-    size, pixels = len(scale) // how.groups, _pixels(given.parts)
+    size, pixels = len(scale) // how.groups, _pixels(given.parts[0])
 
     def at_y(y: jax.Array, g: jax.Array, copy: int) -> Any:
         if not how.silu:
@@ -173,21 +172,22 @@ def _backward(how: Constants, kept: Kept, gradient: jax.Array) -> tuple[Inputs]:
         return g * s * (1 + y * (1 - s))
 
     first, second, third = (
-        _dropped(_wide(gradient), _mask(given, copy), how.keep) for copy in (1, 2, 3)
+        _dropped(_wide(gradient), how, given, copy) for copy in (1, 2, 3)
     )
-    z, y = _normalised(_wide(_joined(given.parts)), kept.line)
+    z, y = _normalised(_wide(jnp.concatenate(given.parts, axis=-1)), kept.line)
     sums = _sums(at_y(y, first, 1), at_y(y, second, 2) * z, COMPUTED)
     of_d, of_dz = jax.lax.optimization_barrier(sums)
     of_du = rstd * of_dz
     groups = _of_groups((of_d * scale[None], of_du * scale[None]), size)
     p, q = (rstd / pixels * mean for mean in groups)
-    # Part by part: what goes back to each is read by others.
-    cut = [_cut(v, given.parts) for v in (third, p, rstd * q, *kept.line)]
+    # Part by part, since the gradient of each is read by other operations.
+    values, where = (third, p, rstd * q, *kept.line), spans(given.parts)
+    cut = [[v[..., at] for at in where] for v in values]
     of_parts = []
     for x, g_i, *pq, mean, slope, bias in zip(given.parts, *cut, strict=True):
         z, y = _normalised(_wide(x), Line(mean, slope, bias))
-        p_i, q_i = map(_like, pq)
-        of_x = _like(slope) * at_y(y, g_i, 3) - p_i - z * q_i
+        p_i, q_i = (v[:, None, None] for v in pq)
+        of_x = slope[:, None, None] * at_y(y, g_i, 3) - p_i - z * q_i
         of_parts.append(of_x.astype(x.dtype))
     of_shift = kept.line.slope * of_d - pixels * (p + q * kept.off * rstd)
     of_scale, of_bias, of_all = (
@@ -204,15 +204,15 @@ _group_norm.defvjp(_forward, _backward)
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _again(x: jax.Array, copy: int) -> jax.Array:
-    """Returns x, which a compiler for GPUs does not know to be x.
+    """Returns x, hidden from XLA so that what is computed of it is computed again.
 
-    What is computed of it is computed again: of what is equal XLA computes one, and
-    writes it in float32 for all who read it. Where both end up in one kernel, the next
-    compiler finds them equal, and computes one. A CPU has caches, and no gain.
+    Of two equal computations XLA keeps one and writes its result to memory, in float32,
+    for all that read it. Where both end up in one kernel, a later compiler finds them
+    equal and computes one. A CPU has caches, and gains nothing.
 
     Args:
       x: an array.
-      copy: a number of its own for each.
+      copy: another number for each use.
     """
 
     def other(x: jax.Array) -> jax.Array:
@@ -232,26 +232,26 @@ def _again_jvp(copy: int, primals: Any, tangents: Any) -> Any:
 def _sums(one: jax.Array, other: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
     """Returns the sums of two activations over the pixels, [B, C] each.
 
-    Both from one pass, over so many of the pixels first.
+    Both from one pass, over rows of at most so many pixels first.
     """
-    # A CPU adds one by one: the fewer at a time, the fewer roundings.
+    # A CPU adds one by one: the shorter the rows, the fewer the roundings.
     few, many = (functools.partial(_in_rows, most=n) for n in (16, most))
     return jax.lax.platform_dependent(one, other, cpu=few, default=many)
 
 
 @_sums.defjvp
 def _sums_jvp(most: int, primals: Any, tangents: Any) -> Any:
-    # For second derivatives: JAX has none of a reduction of two arrays.
+    # For second derivatives: JAX cannot derive a reduction of two arrays.
     return _sums(*primals, most), tuple(x.sum((1, 2)) for x in tangents)
 
 
 def _in_rows(
     one: jax.Array, other: jax.Array, *, most: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the sums of rows of at most so many pixels, added up, [B, C] each."""
-    pixels = _pixels((one,))
+    pixels = _pixels(one)
     over = max(n for n in range(1, min(pixels, most) + 1) if pixels % n == 0)
-    first, second = _reduced(_reduced((_rows(x, over) for x in (one, other)), 2), 1)
+    rows = (x.reshape(len(x), -1, over, x.shape[-1]) for x in (one, other))
+    first, second = _reduced(_reduced(rows, 2), 1)
     return first, second
 
 
@@ -268,7 +268,7 @@ def _reduced(arrays: Iterable[jax.Array], axis: int) -> tuple[jax.Array, ...]:
 
 def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns mean and variance of each channel, [B, C], from one pass over x."""
-    pixels = _pixels((x,))
+    pixels = _pixels(x)
     middle = _wide(x[:, x.shape[1] // 2, x.shape[2] // 2])
     centred = _wide(x) - middle[:, None, None]
     first, second = (
@@ -277,37 +277,28 @@ def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return middle + first, jnp.maximum(second - jnp.square(first), 0)
 
 
-def _rows(x: jax.Array, over: int) -> jax.Array:
-    """Returns the pixels in rows of so many, [B, rows, over, C]."""
-    return x.reshape(len(x), -1, over, x.shape[-1])
-
-
-def _pixels(parts: Sequence[jax.Array]) -> int:
-    return parts[0].shape[1] * parts[0].shape[2]
+def _pixels(x: jax.Array) -> int:
+    return x.shape[1] * x.shape[2]
 
 
 def _normalised(x: jax.Array, line: Line) -> tuple[jax.Array, jax.Array]:
-    """Returns x - mean, and y."""
-    # Not x slope + b with b = bias - mean slope: the difference of two large numbers
+    """Returns x - mean, and the normalised value."""
+    # Not x slope + b with b = bias - mean slope, the difference of two large numbers
     # where the mean is large. A pass over x costs the same.
-    z = x - _like(line.mean)
-    return z, z * _like(line.slope) + _like(line.bias)
+    z = x - line.mean[:, None, None]
+    return z, z * line.slope[:, None, None] + line.bias[:, None, None]
 
 
-def _mask(given: Inputs, copy: int) -> jax.Array | None:
-    """Returns what dropout keeps, True or False; None without dropout."""
+def _dropped(x: jax.Array, how: Constants, given: Inputs, copy: int) -> jax.Array:
+    """Returns x after dropout, if there is any; `copy` as in `_again`."""
     if given.mask is None:
-        return None
-    return dropout.unpacked(_again(given.mask, copy), len(given.scale))
-
-
-def _dropped(x: jax.Array, mask: jax.Array | None, keep: float) -> jax.Array:
-    """Returns x / keep where the mask is True, and 0 elsewhere; x without a mask."""
-    return x if mask is None else jnp.where(mask, x / keep, 0)
+        return x
+    kept = dropout.unpacked(_again(given.mask, copy), len(given.scale))
+    return jnp.where(kept, x / how.keep, 0)
 
 
 def _of_groups(values: tuple[jax.Array, ...], size: int) -> tuple[jax.Array, ...]:
-    """Returns at each channel the mean over the `size` of its group, [B, C]."""
+    """Returns the means over groups of `size` channels, at each channel, [B, C]."""
     means = (v.reshape(len(v), -1, size).mean(-1) for v in values)
     return tuple(mean.repeat(size, axis=-1) for mean in means)
 
@@ -317,30 +308,18 @@ def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _joined(of_parts: Iterable[jax.Array]) -> jax.Array:
-    """Returns values of the channels of all parts, [..., C]."""
-    return jnp.concatenate(list(of_parts), axis=-1)
-
-
-def _cut(x: jax.Array, parts: Parts) -> list[jax.Array]:
-    """Returns the channels of x that are those of each part."""
-    begin, found = 0, []
-    for part in parts:
-        found.append(x[..., begin : begin + part.shape[-1]])
-        begin += part.shape[-1]
-    return found
-
-
-def _like(values: jax.Array) -> jax.Array:
-    """Returns values of channels, [B, C], to meet an activation: [B, 1, 1, C]."""
-    return values[:, None, None]
+def spans(parts: Parts) -> list[slice]:
+    """Returns which of the C channels those of each part are."""
+    sizes = [part.shape[-1] for part in parts]
+    ends = itertools.accumulate(sizes)
+    return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
 def as_varying(vector: jax.Array, x: jax.Array) -> jax.Array:
-    """Returns the vector as one that may differ between devices where x does.
+    """Returns the vector, cast to vary over the devices where x does.
 
-    Inside a `jax.shard_map` that checks what differs, a derivative of our own must have
-    the type of its argument; JAX sums that of this cast over the devices.
+    In a `jax.shard_map` with check_vma, a custom derivative must have the type of its
+    argument; JAX then sums the derivative of this cast over the devices.
     """
     theirs, own = (
         getattr(jax.typeof(a), "manual_axis_type", None) for a in (x, vector)

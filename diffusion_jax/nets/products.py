@@ -1,24 +1,23 @@
-"""Products of activations whose derivatives move less memory than those JAX takes."""
+"""Products of activations, with derivatives that move less memory than JAX's own."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.nets.norm import as_varying
-
-Parts = tuple[jax.Array, ...]
+from diffusion_jax.nets.convolutions import convolved
+from diffusion_jax.nets.norm import Parts, as_varying, spans
 
 
 def product(parts: Parts, kernel: jax.Array) -> jax.Array:
     """Returns the product of an activation with a kernel, [B, H, W, C'].
 
-    The parts stay apart, and so do their gradients, but those are made by one product.
+    The parts are not concatenated, nor are their gradients, which come of one product.
     The gradient of the kernel is summed and left in float32.
 
     Args:
       parts: the activation, [B, H, W, C_i] each; C is the sum of their channels.
-      kernel: [C, C'], in float32, or as the parts are typed.
+      kernel: [C, C'], in float32 or the type of the parts.
 
     >>> x = jnp.ones([2, 1, 1, 3])
     >>> print(product((x, x), jnp.ones([6, 1])).ravel())
@@ -29,22 +28,17 @@ def product(parts: Parts, kernel: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _product(parts: Parts, kernel: jax.Array) -> jax.Array:
-    kernel, begin, sums = kernel.astype(parts[0].dtype), 0, []
-    for x in parts:
-        rows = kernel[begin : begin + x.shape[-1]]
-        # Elsewhere a convolution: for GPUs what is added to one is part of its pass.
-        sums.append(
-            jax.lax.platform_dependent(x, rows, cpu=jnp.matmul, default=_pointwise)
-        )
-        begin += x.shape[-1]
+    kernel = kernel.astype(parts[0].dtype)
+    # On a GPU a convolution, since a sum with its result is part of the same pass.
+    sums = [
+        jax.lax.platform_dependent(x, kernel[at], cpu=jnp.matmul, default=_pointwise)
+        for x, at in zip(parts, spans(parts), strict=True)
+    ]
     return functools.reduce(lambda total, y: y + total, sums)
 
 
 def _pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    names = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(
-        x, kernel[None, None], (1, 1), "VALID", dimension_numbers=names
-    )
+    return convolved(x, kernel[None, None], ((0, 0), (0, 0)))
 
 
 def _product_forward(
@@ -58,10 +52,7 @@ def _product_backward(
 ) -> tuple[Parts, jax.Array]:
     parts, kernel = kept
     back = jnp.einsum("...d,cd->...c", gradient, kernel.astype(gradient.dtype))
-    of_parts, begin = [], 0
-    for x in parts:
-        of_parts.append(back[..., begin : begin + x.shape[-1]])
-        begin += x.shape[-1]
+    of_parts = tuple(back[..., at] for at in spans(parts))
     flat = gradient.reshape(-1, gradient.shape[-1])
     rows = [
         jnp.einsum(
@@ -72,7 +63,7 @@ def _product_backward(
         )
         for x in parts
     ]
-    return tuple(of_parts), jnp.concatenate(rows).astype(kernel.dtype)
+    return of_parts, jnp.concatenate(rows).astype(kernel.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)
@@ -80,10 +71,10 @@ _product.defvjp(_product_forward, _product_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
-    """Returns softmax(scale q k^T) v, [B, T, C], as v is typed.
+    """Returns softmax(scale q k^T) v, [B, T, C], in the type of v.
 
-    The softmax is taken in float32 whatever the type. Kept for the backward pass are
-    its result and that of the whole, as v is typed, and no scores (Dao et al. 2022).
+    The softmax is computed in float32 whatever the type. The backward pass keeps its
+    result and the output, in the type of v, but no scores (Dao et al. 2022).
 
     Args:
       q: queries, [B, T, C].
@@ -110,7 +101,7 @@ def _attend_backward(
     q, k, v, weights, out = kept
     wide = _wide(q)
     of_weights = jnp.einsum("bqc,bkc->bqk", gradient, v, preferred_element_type=wide)
-    # The mean of the last by the weights, of what was kept.
+    # The mean of these by the weights, from the output.
     mean = (gradient.astype(wide) * out.astype(wide)).sum(-1, keepdims=True)
     of_scores = weights.astype(wide) * (of_weights - mean) * scale
     of_scores = of_scores.astype(q.dtype)

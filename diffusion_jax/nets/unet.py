@@ -1,15 +1,16 @@
-"""The U-Net of DDPM (App. B, Ho et al. 2020), to the constant of the official code.
+"""The U-Net of DDPM (App. B, Ho et al. 2020), with all constants of the official code.
 
-35,746,307 parameters for CIFAR-10. What other implementations get wrong, and where it
-is here:
+35,746,307 parameters for CIFAR-10. What other implementations often get wrong, and
+where it is here:
 
   - GroupNorm has epsilon 1e-6 and 32 groups                        `blocks.GroupNorm`
   - the last layer of each block starts near zero, not at zero      `blocks.near_zero`
   - down-sampling pads one row below and one column to the right    `blocks.Downsample`
   - the time embedding is [sin, cos], its slowest frequency 1e-4    `embeddings`
-  - skip connections carry what comes after the attention           `UNet`
+  - skip connections start after the attention                      `UNet`
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax.errors import raise_unknown
 from diffusion_jax.nets.blocks import (
     VARIANTS,
     Activation,
@@ -32,20 +34,19 @@ from diffusion_jax.nets.blocks import (
     beside,
     folded,
     near_zero,
-    start,
     unit,
 )
 from diffusion_jax.nets.embeddings import fourier_features, time_embedding
 
 
 class UNet(nn.Module):
-    """The network: noisy images and times in, one value a pixel and channel out.
+    """The network: from noisy images and times to one value a pixel and channel.
 
     The defaults are the CIFAR-10 network of the paper.
     """
 
     out_channels: int = 3
-    """Channels of the output: those of the image, twice that with learned variance."""
+    """Channels of the output: those of the image, or twice that to learn variances."""
     channels: int = 128
     """Width of the first level."""
     multipliers: Sequence[int] = (1, 2, 2, 2)
@@ -60,8 +61,8 @@ class UNet(nn.Module):
     groups: int = 32
     """Groups of every GroupNorm."""
     num_classes: int = 0
-    """Rows of the label embedding; 0 for a network without labels. One that is trained
-    with dropped labels has a row more than there are classes: the last is no label."""
+    """Rows of the label embedding; 0 for a network without labels. One trained with
+    dropped labels has one row more than there are classes, the last, for no label."""
     dtype: Dtype = jnp.float32
     """Type of the activations; parameters and output stay float32."""
     conv: str = "xla"
@@ -70,11 +71,11 @@ class UNet(nn.Module):
     remat: bool = False
     """Whether blocks are computed again in the backward pass instead of stored."""
     variant: str = "official"
-    """Whose constants: "official", or "diffusers", of networks that were trained with
-    the defaults of that library; see `VARIANTS`."""
+    """Whose constants, see `VARIANTS`: "official", or "diffusers" for networks trained
+    with the defaults of that library."""
     fourier: Sequence[int] = ()
-    """The n of the features sin(2^n pi x) and cos(2^n pi x) that the first convolution
-    sees beside x; see `fourier_features`."""
+    """The n of the features sin(2^n pi x) and cos(2^n pi x) that are concatenated to x;
+    see `fourier_features`."""
 
     @nn.compact
     def __call__(
@@ -91,7 +92,7 @@ class UNet(nn.Module):
           x: noisy images, [B, H, W, C]; H and W multiples of 2^(levels - 1).
           t: times as the network counts them, [B].
           label: classes in 0..num_classes-1, [B], where num_classes > 0. Another one
-            raises when it is known, and gives nan when it is traced.
+            raises an error, or gives nan where the label is traced.
           train: whether dropout is on; needs a "dropout" key.
 
         Raises:
@@ -129,14 +130,15 @@ class UNet(nn.Module):
         if self.fourier:
             features = fourier_features(x, self.fourier)
             x = jnp.concatenate([x.astype(jnp.float32), features], axis=-1)
-        h = start(*Conv(self.channels, self.conv, self.dtype, name="conv_in")(x))
+        x, bias = Conv(self.channels, self.conv, self.dtype, name="conv_in")(x)
+        h = Activation((x,), bias)
         skips = [h]
         levels = len(self.multipliers)
         for i in range(levels):
             for j in range(self.blocks):
                 h = level(h, f"down{i}_block{j}")
                 last = j == self.blocks - 1 and i < levels - 1
-                # What a convolution reads is put together once, for all who read it.
+                # Joined once, for the convolution and the skip connection.
                 h = h.settled() if last else h
                 skips.append(h)
             if i < levels - 1:
@@ -165,10 +167,10 @@ class UNet(nn.Module):
         return y + bias[None, None, None]
 
     def _plan(self, side: int) -> Iterator[tuple[str, int, str | None]]:
-        """Yields name, width and attention, if it has one, of each residual block.
+        """Yields each residual block's name and width, and its attention's name.
 
         Args:
-          side: of the images, the shorter one.
+          side: the shorter side of the images.
         """
         widths = [self.channels * multiplier for multiplier in self.multipliers]
 
@@ -184,7 +186,7 @@ class UNet(nn.Module):
             yield from (level(f"up{i}_block{j}", i) for j in range(self.blocks + 1))
 
     def _time(self, t: jax.Array, label: jax.Array | None) -> jax.Array:
-        """Returns the embedding of times and labels after its SiLU, [B, 4 channels]."""
+        """Returns SiLU of the embedding of times and labels, [B, 4 channels]."""
         _, shift, cosine_first, *_ = VARIANTS[self.variant]
         time = time_embedding(t, self.channels, shift=shift, cosine_first=cosine_first)
         for name in ("time1", "time2"):
@@ -206,11 +208,11 @@ class UNet(nn.Module):
         return nn.silu(time)
 
     def _shifts(self, blocks: Sequence[ResBlock], time: jax.Array) -> list[jax.Array]:
-        """Returns what each block adds of the time, [B, its channels], in float32.
+        """Returns what each block adds for the time, [B, its channels], in float32.
 
         By one product for all blocks.
         """
-        made = [block.of_time(time.shape[-1]) for block in blocks]
+        made = [block.time(time.shape[-1]) for block in blocks]
         kernel, bias = (
             jnp.concatenate(leaves, axis=-1) for leaves in zip(*made, strict=True)
         )
@@ -224,10 +226,10 @@ class UNet(nn.Module):
 def cast(params: Any, dtype: Dtype) -> Any:
     """Returns the parameters in the types that a network of this type computes in.
 
-    Kernels and embeddings are cast. The others stay as they are: vectors, which are
-    used in float32, and the kernels of attention, which are multiplied with each other
-    first. The network casts each where it uses it, so its output is the same to the
-    bit, but a chain of many evaluations casts them once.
+    Kernels and embeddings are cast, which the network else does at each use: its output
+    is the same to the bit, but a chain of many evaluations casts them once. Vectors,
+    used in float32, and the kernels of attention, first multiplied by each other, stay
+    as they are.
 
     Args:
       params: of a `UNet`.
@@ -263,28 +265,16 @@ def check(net: UNet, x: jax.Array, t: jax.Array, label: jax.Array | None) -> Non
             f"t must have shape [B], one time an image; got {t.shape} for images "
             f"{x.shape}. Broadcast it: jnp.full(len(x), t)."
         )
+    for name, allowed in (("conv", ("xla", "matmul")), ("variant", tuple(VARIANTS))):
+        if getattr(net, name) not in allowed:
+            raise_unknown(name, getattr(net, name), allowed)
+    each = math.lcm(net.groups, VARIANTS[net.variant].head_width or 1)
     for width in {net.channels * multiplier for multiplier in net.multipliers}:
-        if width % net.groups:
+        if width % each:
             raise ValueError(
-                f"every level's width must be a multiple of groups={net.groups}; got "
-                f"{width}. Change channels, multipliers or groups."
+                f"every level's width must be a multiple of {each}, for its groups and "
+                f"attention heads; got {width}. Change channels, multipliers or groups."
             )
-    if net.conv not in ("xla", "matmul"):
-        raise ValueError(
-            f"conv must be 'xla' or 'matmul'; got {net.conv!r}. Leave it at 'xla'."
-        )
-    if net.variant not in VARIANTS:
-        raise ValueError(
-            f"variant must be one of {', '.join(VARIANTS)}; got {net.variant!r}. The "
-            "paper's is official."
-        )
-    each = VARIANTS[net.variant].head_width
-    if each and any(net.channels * m % each for m in net.multipliers):
-        raise ValueError(
-            f"every level's width must be a multiple of {each}, the channels of a head "
-            f"of attention with variant={net.variant!r}; got channels={net.channels}. "
-            "Change channels or multipliers."
-        )
     if net.channels < 4:
         raise ValueError(
             f"channels must be at least 4; got {net.channels}. The paper uses 128."
@@ -308,7 +298,7 @@ def _check_label(count: int, x: jax.Array, label: jax.Array) -> None:
         )
     if isinstance(label, jax.core.Tracer) or not label.size:
         return
-    # As NumPy: inside a trace JAX would trace the check too.
+    # By NumPy: in a trace JAX would trace the check too.
     values = np.asarray(label)
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= count:

@@ -1,10 +1,10 @@
-"""Averages of the weights: profiles to track, and any other length afterwards.
+"""Averages of the weights (EMA): profiles to track, and any other length afterwards.
 
-A profile says how fast an average forgets. The training step moves an average by
+A profile is the decay of an average as a function of the step. Training does
 
   average <- decay(step) average + (1 - decay(step)) params
 
-with the number of updates made before this one as its step, 0 for the first.
+where step is the number of updates before this one, 0 for the first.
 
 The power-function average of Karras et al. 2024 (Sec. 3.1, "Analyzing and improving
 the training dynamics of diffusion models") forgets in proportion to how long training
@@ -14,9 +14,9 @@ has gone on. With p = gamma + 1, after n updates the weights of update k or earl
   (2)  sigma^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3))
 
 and sigma, the standard deviation of the profile in units of n, is the average's
-relative length. (1) is no limit of many updates: the product of the decays
-(1 - 1/n)^p telescopes to it. So the formulas in continuous time that `solve` rests on
-hold for any number of updates.
+relative length. (1) is exact, not a limit of many updates: the product of the decays
+(1 - 1/n)^p telescopes to it. So the formulas of `solve`, in continuous time, hold for
+any number of updates.
 """
 
 import json
@@ -39,7 +39,7 @@ LONGEST = 0.28
 
 FORMAT = "diffusion_jax.average"
 VERSION = 1
-# What JSON of another kind ends in, be it nested without end or a number without one.
+# Whatever JSON of another kind leads to, such as endless nesting or an infinite number.
 _DAMAGE = (
     *(ValueError, KeyError, TypeError),
     *(AttributeError, OverflowError, RecursionError),
@@ -47,7 +47,7 @@ _DAMAGE = (
 
 
 class Snapshot(NamedTuple):
-    """Which average a file or a tree of weights is."""
+    """The step and the length of an average."""
 
     step: int
     """Number of updates made."""
@@ -61,8 +61,8 @@ def exponential(decay: float, *, ramp: bool = False) -> Profile:
     Args:
       decay: of the average a step.
       ramp: whether the decay rises from 0.1 as (1 + step) / (10 + step) until it
-        reaches `decay`. Without, the average starts as a copy of the weights after
-        the first update, as in the official code of DDPM.
+        reaches `decay`. Without, the average after the first update is a copy of the
+        weights, as in the official code of DDPM.
 
     Raises:
       ValueError: a decay outside [0, 1).
@@ -76,7 +76,7 @@ def exponential(decay: float, *, ramp: bool = False) -> Profile:
             "longer the average: 0.9999 spans 10,000 steps."
         )
 
-    # The result is weakly typed, so that an average keeps the type of its weights.
+    # Its result is weakly typed, so that an average keeps the type of its weights.
     def profile(step: jax.Array) -> jax.Array:
         if ramp:
             return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
@@ -133,22 +133,22 @@ def gamma(length: float) -> float:
 def solve(
     snapshots: Sequence[tuple[int, float]], step: int, length: float
 ) -> np.ndarray:
-    """Returns weights of snapshots whose sum is closest to an average not tracked.
+    """Returns the weights whose sum of snapshots is closest to an average not tracked.
 
     With the running sums P_i of equation (1), which are 1 after t_i:
 
       minimise  int_0^step (sum_i w_i P_i(t) - P(t))^2 dt   where  sum_i w_i = 1
 
-    This is Sec. 3.2 of Karras et al. 2024 but for two things. Their App. C.3 compares
-    the profiles, not their running sums: right for weights that are noise about a fixed
-    point, where this is right for weights that wander, with independent updates. And
-    only with a sum of 1 does an average of equal weights stay what they are.
+    This differs from Sec. 3.2 of Karras et al. 2024 in two ways. Their App. C.3
+    compares the profiles, not their running sums: right for weights that are noise
+    about a fixed point, where this is right for a random walk. And only with a sum of 1
+    is the average of equal weights the same.
 
     Args:
       snapshots: (step, length) of averages that were tracked; the more steps, the
         closer. See `expected_error`.
-      step: number of updates after which to have the average; there has to be a
-        snapshot of it, and none later.
+      step: number of updates of the average sought; there must be a snapshot of it, and
+        none later.
       length: its relative length.
 
     Returns:
@@ -165,8 +165,8 @@ def solve(
     """
     _check(snapshots, step, length)
     products, targets, _ = _system(snapshots, step, length)
-    # With profiles of norm 1 and the constraint as one more row and column (of a
-    # Lagrange multiplier), the numbers are of one size.
+    # Profiles are scaled to norm 1; the constraint is one more row and column, of a
+    # Lagrange multiplier, scaled to the same size.
     scale = 1 / np.sqrt(np.diag(products))
     count = len(scale)
     matrix = np.zeros((count + 1, count + 1))
@@ -184,17 +184,17 @@ def expected_error(
     step: int,
     length: float,
 ) -> float:
-    """Returns how far off a reconstruction is, for weights that wander.
+    """Returns the expected error of a reconstruction, for weights in a random walk.
 
-    It is the norm of its error over the distance between the average and the last
-    weights, each the root of its mean square where updates are independent and alike:
+    It is relative to the distance between the average and the last weights, both as the
+    root of the mean square where updates are independent and alike:
 
       sqrt( int (sum_i w_i P_i - P)^2 dt / int P^2 dt )
 
     Args:
       snapshots: (step, length) of what was tracked.
       weights: from `solve`.
-      step: number of updates after which to have the average.
+      step: number of updates of the average.
       length: its relative length.
 
     Raises:
@@ -203,7 +203,7 @@ def expected_error(
     _check(snapshots, step, length)
     products, targets, itself = _system(snapshots, step, length)
     square = weights @ products @ weights - 2 * weights @ targets + itself
-    # Below the rounding of its three terms it may come out negative.
+    # Rounding may make the sum of the three terms negative.
     return float(np.sqrt(max(square, 0.0) * (2 * gamma(length) + 3)))
 
 
@@ -211,8 +211,7 @@ def reconstruct(trees: Iterable[PyTree], weights: Sequence[float]) -> PyTree:
     """Returns the weighted sum of trees, summed in float64 on the host.
 
     Args:
-      trees: parameters of one structure; read one after the other, so that a
-        generator keeps no more than one of them in memory.
+      trees: parameters of one structure; of a generator, one is in memory at a time.
       weights: one number a tree.
 
     Returns:
@@ -242,7 +241,7 @@ def reconstruct(trees: Iterable[PyTree], weights: Sequence[float]) -> PyTree:
 
 
 def save(path: Path, params: PyTree, step: int, length: float) -> Path:
-    """Returns the path of a snapshot after writing it, as safetensors of float32.
+    """Returns the path of a snapshot that it writes, safetensors of float32.
 
     Args:
       path: the file; its folder is made.
@@ -266,7 +265,7 @@ def save(path: Path, params: PyTree, step: int, length: float) -> Path:
 
 
 def header(path: Path) -> Snapshot:
-    """Returns which average a file holds, without reading it.
+    """Returns the step and the length of a snapshot, without reading its weights.
 
     Raises:
       ValueError: it is damaged or not a snapshot of this version.
@@ -329,9 +328,9 @@ def _some(snapshots: Sequence[tuple[int, float]]) -> str:
 def _system(
     snapshots: Sequence[tuple[int, float]], step: int, length: float
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Inner products of the profiles, with the one sought, and of that with itself.
+    """Returns the inner products of the profiles, with the one sought, of that itself.
 
-    Those of 1 - P_i, which unlike P_i end; where the weights sum to 1 it is the same.
+    They are of 1 - P_i, which is 0 after t_i; with weights of sum 1 it is the same.
     """
     t = np.array([s for s, _ in snapshots], np.float64) / step
     p = np.array([gamma(one) + 1 for _, one in snapshots])
@@ -341,7 +340,7 @@ def _system(
 
 
 def _inner(t_a: Any, p_a: Any, t_b: Any, p_b: Any) -> np.ndarray:
-    """The integral of (1 - P_a) (1 - P_b) up to t, the earlier of the two ends.
+    """Returns the integral of (1 - P_a) (1 - P_b) up to t, the earlier of the two ends.
 
     With r = (t / t_later)^q, q the exponent of the later:
     t (1 - 1 / (p + 1) - r / (q + 1) + r / (p + q + 1)).

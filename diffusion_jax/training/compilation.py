@@ -1,4 +1,4 @@
-"""What the compiler is told, and how many programs it made or the cache on disk had.
+"""Options of the compiler, and how many programs it compiled or read from its cache.
 
 Programs are counted from the first call of `count` on, in the whole process.
 """
@@ -9,23 +9,23 @@ from typing import NamedTuple
 
 import jax
 
-# As JAX names them: one event for each program that was asked for, whether it was
-# compiled or read, and one for each that was read.
+from diffusion_jax.errors import counted
+
+# JAX has an event for each program, compiled or read, and one for each that was read.
 ASKED = "/jax/core/compile/backend_compile_duration"
 READ = "/jax/compilation_cache/cache_hits"
 
 Options = dict[str, bool | int | float | str]
-"""Of XLA, by their names without the dashes of XLA_FLAGS."""
+"""Options of XLA by their names, without the dashes of XLA_FLAGS."""
 
 OPTIONS: dict[str, Options] = {"cpu": {"xla_backend_optimization_level": 1}}
-"""What the large programs, training steps and chains, are compiled with on a platform,
-as JAX names it: "cpu", "gpu", "tpu". An option comes in once it has been measured: on a
-CPU a training step takes a quarter less to compile, and as long to run. (A program with
-options cannot be part of another `jit`.)"""
+"""Options of large programs, training steps and sampling, by JAX's name of a platform:
+"cpu", "gpu", "tpu". Each was measured: on a CPU a training step takes a quarter less to
+compile, and as long to run. A program with options cannot be part of another `jit`."""
 
 
 class Programs(NamedTuple):
-    """Programs of this process."""
+    """Numbers of programs of this process."""
 
     compiled: int
     cached: int
@@ -33,9 +33,9 @@ class Programs(NamedTuple):
 
 
 def options(device: jax.Device) -> Options:
-    """Returns what a large program for a device is compiled with.
+    """Returns the options of large programs for a device.
 
-    Nothing where JAX is told to optimise little, as tests do.
+    None where JAX is told to optimise little, as in tests.
 
     >>> options(jax.devices()[0])
     {}
@@ -48,14 +48,14 @@ def options(device: jax.Device) -> Options:
 def count() -> Programs:
     """Returns how many programs there have been since the first call of this.
 
-    A version of JAX that has other names for its events gives none of either.
+    Both are 0 with a version of JAX that has other names for its events.
     """
     seen = _listen()
     return Programs(max(seen[ASKED] - seen[READ], 0), seen[READ])
 
 
 def since(before: Programs) -> str:
-    """Returns what there has been since an earlier `count`, in words; "" where none.
+    """Returns the programs since an earlier `count`, in words; "" where none.
 
     >>> since(Programs(*(n - 1 for n in count())))
     '1 program compiled, 1 from the cache'
@@ -63,13 +63,12 @@ def since(before: Programs) -> str:
     compiled, cached = (b - a for a, b in zip(before, count(), strict=True))
     if not compiled + cached:
         return ""
-    programs = "program" if compiled == 1 else "programs"
-    return f"{compiled} {programs} compiled, {cached} from the cache"
+    return f"{counted(compiled, 'program')} compiled, {cached} from the cache"
 
 
 @functools.cache
 def _listen() -> Counter[str]:
-    """What has happened how often, from now on."""
+    """Returns the numbers of all events of JAX from the first call on."""
     seen: Counter[str] = Counter()
 
     def event(event: str, **_: str | int) -> None:

@@ -1,6 +1,6 @@
-"""The same bits in every run on a GPU, where XLA would otherwise take what is fastest.
+"""The same bits in every run on a GPU, at some cost of speed.
 
-XLA times several kernels when it compiles, and may choose others another time; and some
+XLA times several kernels when it compiles and may choose others another time, and some
 kernels add in any order. The flag `xla_gpu_deterministic_ops` forbids both. A CPU
 computes the same bits without it.
 """
@@ -29,7 +29,7 @@ def ask(env: MutableMapping[str, str] = os.environ) -> None:
     given = re.findall(rf"{FLAG}(?:=(\S+))?(?=\s|$)", flags)
     if given and given[-1].lower() in ("false", "0"):
         raise ValueError(
-            f"XLA_FLAGS must not forbid what is asked for; got {FLAG}={given[-1]}. "
+            f"XLA_FLAGS must not forbid deterministic kernels; got {FLAG}={given[-1]}. "
             "Take it out of XLA_FLAGS."
         )
     if given:
@@ -44,7 +44,7 @@ def ask(env: MutableMapping[str, str] = os.environ) -> None:
 
 
 def _started() -> bool:
-    """Whether JAX has looked for devices: this setting cannot be changed from then."""
+    """Returns whether JAX has looked for devices, since when this setting is fixed."""
     before = jax.config.values["jax_num_cpu_devices"]
     try:
         jax.config.update("jax_num_cpu_devices", before + 1)

@@ -7,12 +7,12 @@
     for batch in feed.batches(0, 1000):
         state, metrics = step(state, batch)
 
-  device  All images lie on every device, and the compiled step is given indices.
-  grain   The library of that name prepares batches in threads; each is on its way to
-          the devices a step before it is needed.
-  host    Each batch is gathered before its step, while the device is at the last one.
+  device  All images are on every device, and the compiled step is given indices.
+  grain   The library of that name prepares batches in threads, and each is sent to the
+          devices a step before it is needed.
+  host    Each batch is gathered before its step, while the devices run the last one.
 
-What step k sees is the same by all three, to the bit: a pure function of (seed, k).
+Step k sees the same by all three, to the bit: a pure function of (seed, k).
 """
 
 from collections.abc import Callable, Generator
@@ -37,9 +37,9 @@ Source = Literal["auto", "device", "grain", "host"]
 SHARE = 1 / 8
 """Of a device's memory, for images that stay on it."""
 LIMIT = 2**31
-"""Bytes for all copies of them, where devices do not say how much memory they have."""
+"""Bytes for all copies of them, where the memory of devices is not known."""
 THREADS, WAITING = 2, 4
-"""Of grain: threads, and batches that wait to be used."""
+"""Threads of grain, and batches that they prepare ahead."""
 
 
 class Feed(NamedTuple):
@@ -48,10 +48,10 @@ class Feed(NamedTuple):
     source: str
     """device, grain or host."""
     batches: Callable[[int, int], Batches]
-    """From the first step and the one after the last to their batches, in order. Close
-    what it returns where it is left before its end: grain has threads."""
+    """From the first step and the one after the last to their batches, in order. A
+    generator that is left before its end must be closed: grain has threads."""
     stored: Any = None
-    """Images, and labels where they are used, on every device; of device alone."""
+    """With "device", the images, and labels if used, on every device."""
 
 
 def make(
@@ -71,9 +71,9 @@ def make(
       mesh: the devices.
       seed: of the order of the images.
       batch_size: of the whole batch, over all hosts.
-      labels: whether batches have the labels too.
+      labels: whether batches have labels.
       source: "device", "grain" or "host"; "auto" is the device where the images fit,
-        else grain where it is installed, else the host.
+        else grain if it is installed, else the host.
       strategy: that of `parallel.data_parallel`.
 
     Raises:
@@ -85,7 +85,7 @@ def make(
     indices_of = partial(indices_at, dataset, seed, batch_size)
 
     def put(batch: Batch) -> Batch:
-        # pmap cuts what lies on the host.
+        # pmap takes batches that are on the host.
         return batch if strategy == "pmap" else parallel.shard(batch, mesh)
 
     def in_turn(of: Callable[[int], Batch], begin: int, end: int) -> Batches:
@@ -103,26 +103,25 @@ def make(
 
 
 def choose(source: Source, dataset: datasets.Dataset, mesh: Mesh) -> Source:
-    """Returns "device", "grain" or "host": which "auto" is here; errors as `make`."""
+    """Returns the source, or the one that "auto" stands for; raises as `make`."""
     allowed = size_limit(mesh)
     held = 0 if isinstance(dataset.images, LazyImages) else dataset.images.nbytes
     fits = 0 < held <= allowed
-    installed = find_spec("grain") is not None
     if source == "device" and not fits:
         got = f"{held / 2**20:.3g} MiB" if held else "images that are read as needed"
         raise ValueError(
             f"images on the device must be in memory, at most {allowed / 2**20:.3g} "
-            f"MiB; got {got}. Let the input be grain or host."
+            f"MiB; got {got}. Use grain or host as the input."
         )
     if source == "grain":
         needs("grain", "prepare batches in the background", "grain")
     if source == "auto":
-        return "device" if fits else "grain" if installed else "host"
+        return "device" if fits else "grain" if find_spec("grain") else "host"
     return source
 
 
 def describe(feed: Feed) -> str:
-    """Returns where the batches come from, in words."""
+    """Returns a feed's source in words."""
     if feed.source == "device":
         size = sum(x.nbytes for x in jax.tree.leaves(feed.stored)) / 2**20
         return f"images stay on the device, {size:.3g} MiB on each"
@@ -167,9 +166,9 @@ def gathering(step: Callable[..., Any]) -> Callable[..., Any]:
 
     def gathered(state: Any, batch: Batch, stored: Any) -> Any:
         rest = {name: x for name, x in batch.items() if name != "index"}
-        at = batch["index"]  # always within: no check
+        at = batch["index"]  # always in bounds
         found = {k: x.at[at].get(mode="promise_in_bounds") for k, x in stored.items()}
-        # What follows is compiled as if the batch had come from the host: equal bits.
+        # A barrier, to compile the step as for batches of the host: equal bits.
         return step(state, rest | jax.lax.optimization_barrier(found))
 
     return gathered
@@ -182,7 +181,7 @@ def in_background(
 
     Args:
       batch_of: from a step to its batch; called in threads.
-      put: starts the way of a batch to the devices, one step before it is yielded.
+      put: starts the transfer of a batch, one step before it is yielded.
       ends: the first step, and the one after the last.
     """
     import grain
@@ -194,7 +193,7 @@ def in_background(
     with closing(iter(steps.map(batch_of).to_iter_dataset(options))) as batches:
         waiting = put(next(batches))
         for batch in batches:
-            # In this order the next one is on its way before this one is used.
+            # The transfer of the next one starts before this one is used.
             now, waiting = waiting, put(batch)
             yield now
         yield waiting

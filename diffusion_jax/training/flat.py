@@ -1,12 +1,10 @@
 """A tree of parameters as one vector, so that an optimizer step is a few operations.
 
-An update of Adam, a moving average and a norm over a tree are an operation for each
-of its leaves, a thousand in all, each of which a GPU has to be told to start. Over a
-vector they are one each.
+Over a tree, Adam, a moving average and a norm are one operation for each of its leaves,
+a thousand in all that a GPU has to start. Over a vector they are one each.
 
-`pack` and `unpack` go between the two. `pack_all` and `unpack_all` do so wherever trees
-like the parameters stand in a larger state: what is stored on disk then does not depend
-on how a run keeps its parameters.
+`pack` and `unpack` convert a tree. `pack_all` and `unpack_all` convert all trees like
+the parameters in a larger state, such as the moments of Adam: checkpoints have trees.
 """
 
 import dataclasses
@@ -33,26 +31,21 @@ class Flat:
     """A tree of arrays of one type as a vector, [N]; itself a tree, of one leaf."""
 
     vector: jax.Array
-    structure: jax.tree_util.PyTreeDef
-    shapes: Shapes
+    structure: jax.tree_util.PyTreeDef = dataclasses.field(repr=False)
+    shapes: Shapes = dataclasses.field(repr=False)
     """Of the leaves, in the order of the structure."""
-
-    def __repr__(self) -> str:
-        """Returns a few words: in full, the structure would fill pages."""
-        size = sum(math.prod(shape) for shape in self.shapes)
-        return f"Flat({size:,} numbers of {len(self.shapes)} arrays)"
 
 
 def pack(tree: PyTree, multiple: int = 1) -> Flat:
     """Returns a tree of arrays of one type as a vector.
 
     Kernels of convolutions, [height, width, in, out], are stored with `out` first, as
-    cuDNN wants them: the vector is then cut into kernels without turning any.
+    cuDNN takes them, so that none is transposed when the vector is cut.
 
     Args:
-      tree: the arrays; a vector of NumPy's is made of NumPy's.
-      multiple: of which the length of the vector is one, by zeros at its end: the
-        devices that share it have equal parts.
+      tree: the arrays; of NumPy arrays the vector is one too.
+      multiple: number of devices that share the vector, which is filled up with zeros
+        to a multiple of it.
 
     Raises:
       ValueError: leaves of several types, or none.
@@ -77,8 +70,8 @@ def pack(tree: PyTree, multiple: int = 1) -> Flat:
 def unpack(flat: Flat) -> PyTree:
     """Returns the tree of a vector.
 
-    Its derivative packs the tree of cotangents in one pass. That of slices would add
-    up as many vectors of full length as there are leaves.
+    Its derivative packs the cotangents in one pass. That of slices would sum as many
+    vectors of full length as there are leaves.
     """
     leaves = _cut(flat.vector, flat.shapes)
     return jax.tree.unflatten(flat.structure, leaves)
@@ -92,7 +85,7 @@ def pack_all(
     Args:
       state: the state.
       like: the parameters, or a tree of their structure.
-      pack: as `pack`; compiled, it is one program for all trees.
+      pack: `pack`, or a compiled form of it: one program for all trees.
     """
     structure: Any = jax.tree.structure(like)
 
@@ -100,14 +93,12 @@ def pack_all(
         return bool(jax.tree.structure(part) == structure)
 
     return jax.tree.map(
-        lambda part: pack(part) if is_like(part) else part,
-        state,
-        is_leaf=is_like,
+        lambda part: pack(part) if is_like(part) else part, state, is_leaf=is_like
     )
 
 
 def unpack_all(state: PyTree, unpack: Callable[[Flat], PyTree] = unpack) -> PyTree:
-    """Returns a state in which each vector is a tree again; unpack as in `pack_all`."""
+    """Returns a state in which each vector is a tree again, with an `unpack` to use."""
 
     def is_flat(part: PyTree) -> bool:
         return isinstance(part, Flat)
@@ -118,22 +109,19 @@ def unpack_all(state: PyTree, unpack: Callable[[Flat], PyTree] = unpack) -> PyTr
 
 
 def of_tree(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a loss of packed parameters, its first argument, from one of a tree."""
+    """Returns a loss whose first argument is packed, from one that takes a tree."""
     return lambda flat, *rest: loss_fn(unpack(flat), *rest)
 
 
 def _join(leaves: list[Any], multiple: int) -> Any:
-    pieces: list[Any] = [_turn(leaf).ravel() for leaf in leaves]
+    turned = (x.transpose(3, 0, 1, 2) if x.ndim == 4 else x for x in leaves)
+    pieces: list[Any] = [x.ravel() for x in turned]
     missing = -sum(leaf.size for leaf in leaves) % multiple
     if missing:
         pieces.append(np.zeros(missing, pieces[0].dtype))
-    # Those of NumPy stay there: a program would have an argument for each.
+    # NumPy arrays by NumPy: a program would take an argument for each.
     host = all(isinstance(piece, np.ndarray) for piece in pieces)
     return np.concatenate(pieces) if host else jnp.concatenate(pieces)
-
-
-def _turn(leaf: jax.Array) -> jax.Array:
-    return leaf.transpose(3, 0, 1, 2) if leaf.ndim == 4 else leaf
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -156,8 +144,8 @@ def _cut_forward(vector: jax.Array, shapes: Shapes) -> tuple[list[jax.Array], in
 def _cut_backward(
     shapes: Shapes, size: int, cotangents: list[jax.Array]
 ) -> tuple[jax.Array]:
-    # As long as the vector, which may end in zeros. Behind a barrier, for whoever reads
-    # it to find one vector, not its pieces.
+    # As long as the vector, which may end in zeros. A barrier, or XLA would read the
+    # pieces in place of one vector.
     return (jax.lax.optimization_barrier(_join(cotangents, size)),)
 
 

@@ -5,14 +5,14 @@
              number of devices.
   pmap       `jax.pmap`: each device runs the step on its share of the batch and takes
              part in a `pmean` by name. JAX keeps pmap in maintenance mode.
-  shard_map  the same program as pmap on JAX's present interface.
+  shard_map  the same as pmap by JAX's present interface.
 
 pmap and shard_map need a step that averages over the axis "data"
 (`make_step(..., axis_name=parallel.AXIS)`).
 
 With a second axis, "fsdp", the devices along it share one copy of the state: each holds
-a part of every large array (`state_sharding`), parameters are put together for the loss
-and its gradient is cut again (`gathered`). Only "mesh" can do that.
+a part of every large array (`state_sharding`); parameters are gathered for the loss and
+its gradient is cut again (`gathered`). Only "mesh" can do that.
 """
 
 import contextlib
@@ -25,13 +25,14 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from diffusion_jax.errors import raise_unknown
 from diffusion_jax.training import compilation
 
 AXIS, FSDP = "data", "fsdp"
 SMALL = 1024
-"""Elements below which an array is not worth cutting: what it costs is the message."""
+"""Arrays of fewer elements are not cut: a message costs more than they take."""
 CPU_SHARE = 32
-"""Images a step that a core is given at least."""
+"""Least number of images a step for each CPU core."""
 STRATEGIES = ("mesh", "pmap", "shard_map")
 
 PyTree = Any
@@ -42,14 +43,14 @@ def make_mesh(
 ) -> Mesh:
     """Returns a mesh over the devices of all hosts: ("data",), or ("data", "fsdp").
 
-    The devices are in the order of their hosts. So the rows of a batch on one host
-    follow each other, and those that share a copy of the state are near each other.
+    Devices are in the order of their hosts, so that the rows of a batch on one host are
+    neighbours, and so are devices that share a copy of the state.
 
     Args:
       devices: how many devices to use; all when not given.
-      fsdp: how many of them share one copy of the state; 1 for a copy on each, and no
-        second axis.
-      found: the devices there are; those of JAX when not given.
+      fsdp: how many of them share one copy of the state; with 1 there is no second
+        axis.
+      found: the devices to choose from; those of JAX when not given.
 
     Raises:
       ValueError: there are not that many, some hosts would have none, or fsdp does not
@@ -84,12 +85,12 @@ def make_mesh(
 def split_cpu(batch_size: int | None = None) -> None:
     """Makes every CPU core a device of its own, where there is no accelerator.
 
-    XLA runs much of a small network on one core: it is faster by a core each. Nothing
-    happens once JAX has looked for devices, or where XLA_FLAGS says how many there are.
+    XLA runs much of a small network on one core, so that a device for each is faster.
+    Nothing happens once JAX has looked for devices, or where XLA_FLAGS has a number.
 
     Args:
       batch_size: of training, which the devices have to share, at least `CPU_SHARE`
-        images each; None for chains, of which any number can be drawn.
+        images each; None for sampling, which fits any number.
     """
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
@@ -105,20 +106,18 @@ def cores() -> list[int]:
     """Returns the CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))  # as on macOS, which ties nobody down
+    return list(range(os.cpu_count() or 1))  # macOS
 
 
 def take_cores(chosen: set[int]) -> None:
-    """Ties this process to some cores, where the system can do that."""
+    """Runs this process on these cores alone, where the system can do that."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, chosen)
 
 
 def local_mesh() -> Mesh:
     """Returns a mesh with one axis, "data", over the devices of this host alone."""
-    found = jax.local_devices()
-    axis_types = (AxisType.Auto,)
-    return jax.make_mesh((len(found),), (AXIS,), axis_types=axis_types, devices=found)
+    return make_mesh(found=jax.local_devices())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -134,8 +133,8 @@ def sharded(mesh: Mesh) -> NamedSharding:
 def state_sharding(tree: PyTree, mesh: Mesh) -> PyTree:
     """Returns how each array of a state lies on the devices, a tree of shardings.
 
-    A large array is cut along the longest of its axes that the devices of the axis
-    "fsdp" can share; all others, and all on a mesh without that axis, are copied.
+    A large array is cut along its longest axis that divides by the size of the mesh's
+    axis "fsdp"; other arrays, and all on a mesh without that axis, are copied.
 
     Args:
       tree: arrays or `jax.ShapeDtypeStruct`.
@@ -159,21 +158,20 @@ def state_sharding(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def place(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Returns arrays that lie on the devices as a tree of shardings says.
+    """Returns arrays placed on the devices by a tree of shardings.
 
-    On several hosts all must call it alike, with the same values: it is not checked.
+    On several hosts all must call it with the same values, which is not checked.
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
-    # device_put compares the values of all hosts one by one, and takes no typed keys.
+    # device_put compares the values of all hosts one by one, and takes no random keys.
     return jax.jit(lambda x: x, out_shardings=shardings)(tree)
 
 
 def whole(tree: PyTree) -> PyTree:
     """Returns a tree of which every device has a copy, so that every host can read it.
 
-    On several hosts all must call it alike. Arrays that are on one mesh as it is, and
-    copied, are given back as they are.
+    On several hosts all must call it. A tree that is copied already is returned as is.
     """
     leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
     if all(x.is_fully_replicated for x in leaves):
@@ -185,11 +183,11 @@ def whole(tree: PyTree) -> PyTree:
 def gathered(loss_fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """Returns a loss of parameters that are cut over the axis "fsdp".
 
-    They are put together before the loss sees them; its gradient is cut as they are.
+    They are gathered for the loss; its gradient is cut as they are.
 
     Args:
       loss_fn: from (params, ...) to anything.
-      mesh: the devices; without that axis the loss stays as it is.
+      mesh: the devices; without that axis the loss is returned as is.
     """
     if FSDP not in mesh.shape:
         return loss_fn
@@ -202,8 +200,8 @@ def gathered(loss_fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
         return gather(params), None
 
     def backward(_: None, grad: PyTree) -> tuple[PyTree]:
-        # Not the transpose of forward, which would have the whole sum on every device:
-        # each needs the sum of its own part alone.
+        # The transpose of forward would sum the whole gradient on every device, of
+        # which each needs its own part alone.
         return (jax.lax.with_sharding_constraint(grad, state_sharding(grad, mesh)),)
 
     gather.defvjp(forward, backward)
@@ -236,9 +234,9 @@ class Step:
 
     program: Any
     put: Callable[[PyTree], PyTree]
-    """From a batch as in `shard` to what the program takes."""
+    """From a batch as in `shard` to the program's second argument."""
     rest: tuple[PyTree, ...]
-    """What the program takes beside."""
+    """The program's further arguments."""
 
     def __call__(self, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
         """Returns the next state and the metrics."""
@@ -250,7 +248,7 @@ class Step:
         """Compiles it ahead of the first call.
 
         Args:
-          state: of which `jax.ShapeDtypeStruct` are enough.
+          state: the state, or `jax.ShapeDtypeStruct` of it.
           batch: as in a call.
         """
         self.program.lower(state, self.put(batch), *self.rest).compile()
@@ -273,31 +271,27 @@ def data_parallel(
       mesh: the devices.
       strategy: "mesh", "pmap" or "shard_map"; the latter two need a step that
         averages over the axis "data".
-      stored: what the step takes as its third argument, a copy on every device: images,
-        say, of which the batch names some. With None it takes two.
+      stored: the step's third argument, copied to every device, such as images that the
+        batch has indices of; with None the step has two arguments.
       options: of the compiler, which "pmap" does not take; when not given, those of
         `compilation.OPTIONS`.
 
     Returns:
       A function of (state, batch) with batch as in `shard`. Under "mesh" and
-      "shard_map" the state passed in is used up.
+      "shard_map" the arrays of the state are donated.
 
     Raises:
       ValueError: an unknown strategy, one that cannot cut the state, or a batch that
         the devices cannot share.
     """
     if strategy not in STRATEGIES:
-        raise ValueError(
-            f"strategy must be one of {', '.join(STRATEGIES)}; got {strategy!r}. "
-            "Use 'mesh' unless you need per-device semantics."
-        )
+        raise_unknown("strategy", strategy, STRATEGIES)
     if strategy != "mesh" and FSDP in mesh.shape:
         raise ValueError(
             "strategy must be 'mesh' where devices share a copy of the state; got "
             f"{strategy!r} with fsdp {mesh.shape[FSDP]}. Use 'mesh', or an fsdp of 1."
         )
-    count = mesh.size
-    # An argument of the program: what it closes over would be compiled into it.
+    # An argument, since XLA would make a constant of what the program closes over.
     rest = () if stored is None else (stored,)
     if strategy == "pmap":
         program: Any = jax.pmap(
@@ -308,14 +302,19 @@ def data_parallel(
             devices=list(mesh.devices.flat),
         )
     else:
-        inner = on_each(step, mesh, len(rest)) if strategy == "shard_map" else step
-        if FSDP in mesh.shape:
-            inner = _cut(step, mesh)
-        copied = None if FSDP in mesh.shape else replicated(mesh)
+        copied: Any = replicated(mesh)
+        specs = (copied.spec, PartitionSpec(AXIS), copied.spec)[: 2 + len(rest)]
+        if strategy == "shard_map":
+            # check_vma would sum gradients that the step averages by itself.
+            step = jax.shard_map(
+                step, mesh=mesh, in_specs=specs, out_specs=copied.spec, check_vma=False
+            )
+        elif FSDP in mesh.shape:
+            step, copied = _cut(step, mesh), None
         if options is None:
             options = compilation.options(mesh.devices.flat[0])
         program = jax.jit(
-            inner,
+            step,
             in_shardings=(copied, sharded(mesh), replicated(mesh))[: 2 + len(rest)],
             out_shardings=(copied, replicated(mesh)),
             donate_argnums=0,
@@ -323,7 +322,7 @@ def data_parallel(
         )
 
     def put(batch: PyTree) -> PyTree:
-        local = count // jax.process_count()
+        local = mesh.size // jax.process_count()
         check_batch_size(len(jax.tree.leaves(batch)[0]), local)
         if strategy == "pmap":
             return jax.tree.map(lambda x: x.reshape(local, -1, *x.shape[1:]), batch)
@@ -332,26 +331,8 @@ def data_parallel(
     return Step(program, put, rest)
 
 
-def on_each(step: Callable[..., Any], mesh: Mesh, more: int = 0) -> Callable[..., Any]:
-    """Returns the step as each device runs it on its share of the batch.
-
-    Args:
-      step: from (state, batch, ...) to (state, metrics), which averages over "data".
-      mesh: the devices.
-      more: how many arguments follow, of which every device has all.
-    """
-    return jax.shard_map(
-        step,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(AXIS), *[PartitionSpec()] * more),
-        out_specs=PartitionSpec(),
-        # The step's own mean is the only one there is.
-        check_vma=False,
-    )
-
-
 def _cut(step: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """The step, from a state that is cut to one that is cut alike."""
+    """Returns the step from a state that is cut to one that is cut alike."""
 
     def cut(state: PyTree) -> PyTree:
         return jax.lax.with_sharding_constraint(state, state_sharding(state, mesh))
@@ -377,11 +358,11 @@ def check_batch_size(batch_size: int, devices: int) -> None:
 def persistent_cache(directory: str | os.PathLike[str]) -> None:
     """Keeps compiled programs in a folder, so that a second start compiles nothing.
 
-    A folder that was chosen before, as by JAX_COMPILATION_CACHE_DIR, stays.
+    One that was chosen before, as by JAX_COMPILATION_CACHE_DIR, is left.
     """
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     jax.config.update("jax_compilation_cache_dir", os.fspath(directory))
-    # All of them, be they small and quickly compiled: there are many such.
+    # Small ones too: there are many.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

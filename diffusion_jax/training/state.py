@@ -14,27 +14,27 @@ import numpy as np
 import optax
 
 from diffusion_jax.training import flat
+from diffusion_jax.training.averages import Profile
 
 PyTree = Any
 LossFn = Callable[..., Any]
-Profile = Callable[[jax.Array], jax.Array]
 Metrics = dict[str, jax.Array]
 
 CAUSES = ("", "batch", "loss", "gradient", "update")
-"""Of a step that was skipped, by the number in its metrics; "" of one that was not."""
+"""Why a step was skipped, by the "cause" in its metrics; "" where it was not."""
 
 
 class TrainState(NamedTuple):
     """All that training carries from one step to the next."""
 
     step: jax.Array
-    """Steps made, int32; those that were skipped count too."""
+    """Steps made, int32, including skipped ones."""
     params: PyTree
     averages: tuple[PyTree, ...]
     """Moving averages of params, one a profile; the first is the one to sample from."""
     opt_state: PyTree
     memory: PyTree
-    """What the loss carries on from what it has seen; () where it carries nothing."""
+    """What the loss carries from step to step; () for nothing."""
     key: jax.Array
     """The run's key; never changes."""
 
@@ -57,15 +57,14 @@ def init(
 ) -> TrainState:
     """Returns the state before the first step; every average starts at params.
 
-    Everything is a copy: a compiled step uses its state up, and params stay the
-    caller's.
+    All arrays are copies, since a compiled step donates those of its state.
 
     Args:
       key: the run's key.
       params: the first parameters.
       optimizer: an optax transformation.
-      averages: how many; as many as `make_step` has profiles.
-      memory: what the loss carries on, at first.
+      averages: how many, as many as `make_step` has profiles.
+      memory: the first memory of the loss.
     """
     params, *copies = (jax.tree.map(jnp.copy, params) for _ in range(1 + averages))
     zero, memory = jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, memory)
@@ -88,9 +87,9 @@ def make_step(
 ) -> StepFn:
     """Returns the training step: gradient, clip, update, averages.
 
-    A step in which a number of the batch, the loss, the gradient's norm or the update
-    is not finite changes nothing but the step number. The device decides that by
-    itself: the host may read the metrics whenever it likes.
+    A step in which the batch, the loss, the gradient's norm or the update is not finite
+    changes nothing but the step number. The device decides that, so the host may read
+    the metrics later.
 
     Args:
       loss_fn: from (params, batch, key) to the mean loss of the batch, a scalar. Every
@@ -107,22 +106,21 @@ def make_step(
         their mean. Memory goes down, time goes up a little.
       axis_name: the axis to average over under `pmap` or `shard_map`; None under
         `jit`, where the batch is whole.
-      remember: for a loss that carries something on: from state.memory and what the
-        loss has seen of the whole batch, in its order, to the next memory. The loss is
-        then from (params, batch, key, memory) to (mean loss, seen), where seen is a
-        tree of arrays with the example as the leading axis.
+      remember: for a loss with a memory: from state.memory and what the loss has seen
+        of the whole batch, in its order, to the next memory. The loss is then from
+        (params, batch, key, memory) to (mean loss, seen), where seen is a tree of
+        arrays with the example as the leading axis.
       report: from what such a loss has seen to further metrics.
-      check_update: whether to look for numbers that are not finite among the new
-        parameters and moments too. The answer has to be there before any of them is
-        kept, so gradient, moments and parameters are read once more, which no fusion
-        can spare. False is for an optimizer whose update cannot overflow.
+      check_update: whether new parameters and moments must be finite too, which takes
+        one more pass over gradient, moments and parameters. False is for an optimizer
+        whose update cannot overflow.
 
     Returns:
       A function of (state, batch), where the leading axis of every array in the batch
       is the example. Its metrics are scalars: the mean "loss", the "grad_norm" before
-      clipping, "skipped", 1 where nothing was changed, the "cause" of that, an index of
-      `CAUSES`, and "tensor": where the cause is the gradient, which leaf of params is
-      the first whose gradient is not finite; -1 where no leaf is to blame.
+      clipping, "skipped", which is 1 where nothing was changed, the "cause" of that, an
+      index of `CAUSES`, and "tensor", the first leaf of params whose gradient is not
+      finite, or -1.
 
     >>> from diffusion_jax.training import averages
     >>> half = averages.exponential(0.5)
@@ -163,8 +161,8 @@ def make_step(
             seen = jax.lax.all_gather(seen, axis_name, tiled=True)
             if _floating(batch):
                 wrong = jax.lax.pmax(wrong.astype(jnp.int32), axis_name) > 0
-        norm = optax.tree.norm(grad)  # as `clip` needs it: it is computed once
-        # Clipped one by one, all leaves of a bad gradient are bad.
+        norm = optax.tree.norm(grad)  # `clip` has the same: XLA computes one
+        # `clip` has made all leaves of a bad gradient NaN.
         tensor = _first_bad(() if clip_each else grad)
         if not clip_each:
             grad = clip(grad, clip_norm)
@@ -197,8 +195,8 @@ def make_step(
 def clip(grad: PyTree, norm: float | None) -> PyTree:
     """Returns the gradient scaled down to a global norm of at most `norm`.
 
-    One whose norm is not finite becomes NaN: scaled to 0, it would pass for a small one
-    among the others of a batch.
+    One whose norm is not finite becomes NaN: scaled to 0, it would be averaged with
+    others unnoticed.
 
     >>> print(clip(jnp.array([3.0, 4.0]), 1.0), clip(jnp.array([1e30, 0.0]), 1.0))
     [0.6 0.8] [nan nan]
@@ -239,12 +237,8 @@ def tf_adam(
     """Returns Adam as TensorFlow 1 has it, with "epsilon hat".
 
     rate sqrt(1 - b2^n) / (1 - b1^n) m / (sqrt(v) + eps): the last form of Sec. 2,
-    Kingma and Ba 2015. Against `optax.adam`, eps weighs more in the early steps.
+    Kingma and Ba 2015. In `optax.adam` eps weighs less in the early steps.
     """
-
-    def init_fn(params: PyTree) -> optax.ScaleByAdamState:
-        mu, nu = optax.tree.zeros_like(params), optax.tree.zeros_like(params)
-        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
 
     def update_fn(
         grad: PyTree, state: optax.ScaleByAdamState, params: PyTree = None
@@ -257,7 +251,7 @@ def tf_adam(
         updates = jax.tree.map(lambda m, v: scale * m / (jnp.sqrt(v) + eps), mu, nu)
         return updates, optax.ScaleByAdamState(count, mu, nu)
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return optax.GradientTransformation(optax.scale_by_adam().init, update_fn)
 
 
 def _check_averages(averages: Sequence[Profile], state: TrainState) -> None:
@@ -299,19 +293,19 @@ def _accumulate(
 
 
 def _floating(tree: PyTree) -> list[jax.Array]:
-    """The leaves that may hold something else than finite numbers."""
+    """Returns the leaves of a type that has NaN and infinity."""
     leaves = map(jnp.asarray, jax.tree.leaves(tree))
     return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
 
 
 def _not_finite(tree: PyTree) -> jax.Array:
-    """Whether any number of a tree is NaN or infinite."""
+    """Returns whether any number of a tree is NaN or infinite."""
     bad = [~jnp.isfinite(x).all() for x in _floating(tree)]
     return jnp.stack(bad).any() if bad else jnp.zeros((), bool)
 
 
 def _first_bad(grad: PyTree) -> jax.Array:
-    """The index of the first leaf that is not finite, int32; -1 where all are."""
+    """Returns the index of the first leaf that is not finite, int32; -1 without any."""
     if isinstance(grad, flat.Flat):
         vector, sizes = grad.vector, [math.prod(shape) for shape in grad.shapes]
         at = jnp.where(jnp.isfinite(vector), len(vector), jnp.arange(len(vector)))

@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from processes import no_file_beyond
+from test_checkpoint import on
 
 from diffusion_jax.checkpoints import checkpoint, manifest, orbax_files
 from diffusion_jax.lab.run_folder import runs
@@ -21,7 +22,7 @@ from diffusion_jax.training import parallel
 from experiments import checkpoints
 from experiments.configs import EXPERIMENTS
 
-FLIPS = 200
+FLIPS = 100
 
 
 def state(step):
@@ -44,14 +45,10 @@ def save(path, step, tree, **options):
         checkpoint.save(folder, step, tree, {"pending": [{"loss": step}]}, **options)
 
 
-def on(devices=1):
-    return parallel.replicated(parallel.make_mesh(devices))
-
-
 def restore(path, **options):
     like = jax.eval_shape(lambda: state(0))
     with checkpoint.open_folder(path, read_only=True) as folder:
-        return checkpoint.restore(folder, like, on(), **options)
+        return checkpoint.restore(folder, like, on(1), **options)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +98,11 @@ def test_no_flipped_bit_comes_back(folder):
     assert outcome(folder) == 2
     # A manifest vouches for itself; data files for nothing.
     assert set(seen[".json"]) == {1}
-    assert seen["d"].count(1) > 20
+    assert seen["d"].count(1) > 10
+    # Nor is a number of the manifest believed that no leaf depends on.
+    path = folder / "2" / "manifest" / "process_0.json"
+    path.write_text(path.read_text().replace('"loss": 2', '"loss": 3'))
+    assert outcome(folder) == 1
 
 
 @pytest.mark.parametrize("options", [{"strict": True}, {"step": 2}], ids=str)
@@ -132,7 +133,13 @@ def test_no_lost_or_shortened_file_comes_back(folder):
 def test_every_leaf_is_vouched_for(folder):
     # As if the manifest itself had been written of other values, or of too few.
     path = folder / "2" / "manifest" / "process_0.json"
-    _, arrays = orbax_files.read(folder / "2")
+    about, arrays = orbax_files.read(folder / "2")
+    w = arrays["params/w"]
+    # Equal bytes of another type or shape are not the same.
+    for other, what in ((w.view(np.int32), "type"), (w[..., None], "shape")):
+        said = f"another {what} in params/w"
+        with pytest.raises(manifest.UnverifiedError, match=said):
+            manifest.check(about.leaves, {**arrays, "params/w": other})
     body = json.loads(path.read_text())
     del body["sha256"]
     for name, about in body["leaves"].items():
@@ -191,7 +198,7 @@ def test_all_that_does_not_fit_is_listed(folder):
         checkpoint.open_folder(folder, read_only=True) as opened,
         pytest.raises(checkpoint.CheckpointError, match="must fit the net") as caught,
     ):
-        checkpoint.restore(opened, like, on())
+        checkpoint.restore(opened, like, on(1))
     said = (
         "got 4 of 7 leaves that do not: count: int32[] for nothing; more: nothing for "
         "int32[]; params/half: bfloat16[5] for float32[5]; "
@@ -230,26 +237,6 @@ def test_parts_of_devices_are_vouched_for_each(tmp_path):
 BIG = {"w": np.random.default_rng(0).random(2**18)}
 
 
-def test_a_failing_disk_is_named_and_the_last_one_stays(folder):
-    with (
-        no_file_beyond(2**16),
-        pytest.raises(checkpoint.CheckpointError, match="must be written whole"),
-    ):
-        save(folder, 3, {**state(3), "params": BIG})
-    assert outcome(folder) == 2
-    save(folder, 3, state(3))
-    assert outcome(folder) == 3
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").touch()
-    with (
-        pytest.raises(checkpoint.CheckpointError, match=r"got .*Not a directory"),
-        checkpoint.open_folder(tmp_path / "file" / "c"),
-    ):
-        pass
-
-
 def test_the_list_says_what_each_is_good_for(folder, capsys, monkeypatch):
     run = runs.Run(folder.parent / "run")
     runs.write_json(run.config, config.to_dict(EXPERIMENTS["digits"].config))
@@ -270,26 +257,15 @@ def test_the_list_says_what_each_is_good_for(folder, capsys, monkeypatch):
     assert checkpoints.main([run.folder.name]) == 0
 
 
-def test_equal_bytes_of_another_type_or_shape_are_not_the_same(folder):
-    about, arrays = orbax_files.read(folder / "2")
-    w = arrays["params/w"]
-    for other, what in (
-        (w.view(np.int32), "type"),
-        (w[..., None], "shape"),
-        (w.reshape(-1), "shape"),
-    ):
-        said = f"another {what} in params/w"
-        with pytest.raises(manifest.UnverifiedError, match=said):
-            manifest.check(about.leaves, {**arrays, "params/w": other})
-
-
 def test_what_cannot_be_read_now_is_not_taken_for_damaged(folder, monkeypatch):
     def fails(*_, **__):
         raise ValueError("RESOURCE_EXHAUSTED: no memory for it")
 
     with monkeypatch.context() as patch:
         patch.setattr(ocp.PyTreeCheckpointHandler, "restore", fails)
-        with pytest.raises(checkpoint.CheckpointError, match="must be readable now"):
+        with pytest.raises(
+            checkpoint.CheckpointError, match=r"cannot read checkpoint .*RESOURCE"
+        ):
             restore(folder)
     path = folder / "2" / "manifest" / "process_0.json"
     body = json.loads(path.read_text())
@@ -304,7 +280,7 @@ def test_one_that_is_deleted_meanwhile_is_no_damage(folder):
     with checkpoint.open_folder(folder, read_only=True) as opened:
         shutil.rmtree(folder / "2")
         like = jax.eval_shape(lambda: state(0))
-        found = checkpoint.restore(opened, like, on())
+        found = checkpoint.restore(opened, like, on(1))
     assert (found.step, found.skipped) == (1, [])
 
 
@@ -322,6 +298,10 @@ def test_a_failed_save_is_known_before_the_next(folder):
     said = "got File too large"
     with no_file_beyond(2**16), pytest.raises(checkpoint.CheckpointError, match=said):
         save_and_look()
+    # And the last one stays.
+    assert outcome(folder) == 2
+    save(folder, 3, state(3))
+    assert outcome(folder) == 3
 
 
 def test_all_is_on_the_disk_before_it_has_its_name(folder, monkeypatch):

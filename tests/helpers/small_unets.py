@@ -77,13 +77,6 @@ def assert_close(actual, expected, tolerance=TOLERANCE):
     assert error <= tolerance, f"relative error {error:.2e}"
 
 
-def activation(x, shift=None):
-    """An activation of one part."""
-    x = jnp.asarray(x)
-    shift = jnp.zeros(x.shape[-1]) if shift is None else jnp.asarray(shift)
-    return blocks.Activation((x,), shift)
-
-
 def whole(value):
     """What a module takes or gives as one array, None where it is none."""
     match value:

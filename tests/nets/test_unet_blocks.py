@@ -49,7 +49,7 @@ class WithTime(nn.Module):
     block: blocks.ResBlock
 
     def __call__(self, parts, shift, time, key=None):
-        kernel, bias = self.block.of_time(time.shape[-1])
+        kernel, bias = self.block.time(time.shape[-1])
         x = blocks.Activation(parts, shift)
         return self.block(x, jax.nn.silu(time) @ kernel + bias[None], key).whole()
 
@@ -93,12 +93,7 @@ def slopes(run, args, truth):
 
 @pytest.mark.parametrize(
     ("name", "width", "conv"),
-    [
-        ("one", 8, "xla"),
-        ("one", 12, "xla"),
-        ("two", 12, "matmul"),
-        ("straddling", 8, "xla"),
-    ],
+    [("one", 8, "xla"), ("two", 12, "matmul"), ("straddling", 8, "xla")],
 )
 def test_res_block_equals_numpy(name, width, conv):
     block, args, params = given_block(PARTS[name], width, conv=conv)
@@ -106,21 +101,9 @@ def test_res_block_equals_numpy(name, width, conv):
     assert_close(apply(block, params, *args), true_block(double(params), *args))
 
 
-@pytest.mark.parametrize(("name", "width"), [("one", 8), ("straddling", 8)])
-def test_gradient_of_a_res_block_equals_numpy(name, width):
-    block, args, params = given_block(PARTS[name], width)
-
-    def run(params, *args):
-        return block.apply({"params": params}, *args)
-
-    found, expected, length = slopes(run, (params, *args), true_block)
-    assert abs(found - expected) < 1e-5 * length
-
-
-@pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_dropout_is_of_what_the_last_convolution_reads(rate):
+def test_dropout_is_of_what_the_last_convolution_reads():
+    rate, read = 0.1, []
     block, args, params = given_block((8,), 8, dropout=rate)
-    read = []
 
     def listen(module, args, kwargs, context):
         if context.module.name == "conv2":
@@ -150,29 +133,23 @@ class Attended(nn.Module):
         return self.block(blocks.Activation((x,), shift), weights).whole()
 
 
-def true_attention(params, x, shift):
-    return numpy_unet.attention(params["block"], x + shift, 4)
-
-
-def given_attention(dtype=jnp.float32):
-    block = Attended(blocks.Attention(channels=8, groups=4, dtype=dtype))
+def test_gradients_of_blocks_equal_numpy():
+    """Those of a residual block and of attention, by all that they are given."""
+    attention = Attended(blocks.Attention(channels=8, groups=4, dtype=jnp.float32))
     args = normal(2, 4, 6, 8), normal(8, seed=4)
-    return block, args, parameters(block, *args)
 
+    def true_attention(params, x, shift):
+        return numpy_unet.attention(params["block"], x + shift, 4)
 
-def test_attention_equals_numpy():
-    block, args, params = given_attention()
-    assert_close(apply(block, params, *args), true_attention(double(params), *args))
+    of_attention = attention, args, parameters(attention, *args), true_attention
+    of_block = *given_block(PARTS["straddling"], 8), true_block
+    for block, args, params, truth in (of_attention, of_block):
 
+        def run(params, *args, block=block):
+            return block.apply({"params": params}, *args)
 
-def test_gradient_of_attention_equals_numpy():
-    block, args, params = given_attention()
-
-    def run(params, *args):
-        return block.apply({"params": params}, *args)
-
-    found, expected, length = slopes(run, (params, *args), true_attention)
-    assert abs(found - expected) < 1e-5 * length
+        found, expected, length = slopes(run, (params, *args), truth)
+        assert abs(found - expected) < 1e-5 * length
 
 
 def test_softmax_is_float32_in_bfloat16():

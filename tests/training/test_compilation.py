@@ -6,7 +6,6 @@ import pytest
 from test_parallel import TINY
 
 from diffusion_jax.lab.schema import config
-from diffusion_jax.lab.wiring import build, chains
 from diffusion_jax.training import compilation, parallel
 from experiments import compiled
 
@@ -42,13 +41,6 @@ def test_options_that_are_given_stand_in_for_those_of_the_platform(wished):
     other = parallel.data_parallel(add, mesh, options={"xla_hope": True})
     with pytest.raises(jax.errors.JaxRuntimeError, match="'xla_hope'"):
         other(jnp.zeros(()), jnp.ones(4))
-
-
-def test_chains_are_compiled_with_the_options_of_their_platform(wished):
-    params = build.init_params(TINY, jax.random.key(0))
-    draw = chains.make_draw(TINY, 2, parallel.make_mesh(1))
-    with pytest.raises(jax.errors.JaxRuntimeError, match=UNKNOWN):
-        draw(chains.Drawable(params), jax.random.key(0))
 
 
 @pytest.mark.parametrize("lower", [compiled.training, compiled.sampling])

@@ -4,6 +4,7 @@ import re
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -84,10 +85,9 @@ def steps(source, devices):
     return [np.asarray(x).tobytes() for x in jax.tree.leaves((now, seen))]
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_states_and_metrics_are_bitwise_the_same_from_every_source(devices):
+def test_states_and_metrics_are_bitwise_the_same_from_every_source():
     pytest.importorskip("grain")
-    first, *others = (steps(source, devices) for source in SOURCES)
+    first, *others = (steps(source, 8) for source in SOURCES)
     assert all(other == first for other in others)
 
 
@@ -111,7 +111,8 @@ def seen_by(source, strategy, devices, known):
 @pytest.mark.parametrize("source", SOURCES)
 def test_step_k_sees_the_batch_of_k_by_every_strategy(source, strategy):
     known = dataset()
-    seen = seen_by(source, strategy, 8, known)
+    # Those that are read as needed too.
+    seen = seen_by(source, strategy, 8, known if source == "device" else lazily(known))
     assert len(seen) == 6
     for step, batch in enumerate(seen, 3):
         index = datasets.batch_indices(3, step, len(known.images), 8)
@@ -119,16 +120,6 @@ def test_step_k_sees_the_batch_of_k_by_every_strategy(source, strategy):
         np.testing.assert_array_equal(batch["label"], known.labels[index])
         np.testing.assert_array_equal(batch["position"], np.arange(8))
         assert batch["image"].dtype == np.uint8
-
-
-@pytest.mark.parametrize("source", ["host", "grain"])
-def test_images_that_are_read_as_needed_are_the_same(source):
-    known, mesh = dataset(), parallel.make_mesh(2)
-    expected = [jax.device_get(b) for b in make("host", mesh).batches(0, 5)]
-    found = [jax.device_get(b) for b in make(source, mesh, lazily(known)).batches(0, 5)]
-    for a, b in zip(expected, found, strict=True):
-        assert a.keys() == b.keys()
-        jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_images_are_an_argument_of_the_program_and_not_part_of_it():
@@ -149,10 +140,8 @@ def test_images_are_an_argument_of_the_program_and_not_part_of_it():
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_without_labels_there_are_none(source):
-    mesh = parallel.make_mesh(1)
-    fed = make(source, mesh, labels=False)
-    assert "label" not in next(fed.batches(0, 1))
-    assert fed.stored is None or set(fed.stored) == {"image"}
+    fed = make(source, parallel.make_mesh(1), labels=False)
+    assert "label" not in next(fed.batches(0, 1)) | (fed.stored or {})
     assert list(fed.batches(7, 7)) == []
 
 
@@ -178,6 +167,8 @@ def test_what_cannot_be_had_is_named(monkeypatch, refuses):
     known, mesh = dataset(), parallel.make_mesh(8)
     with refuses("images that are read as needed"):
         make("device", mesh, lazily(known))
+    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 800})
+    assert feed.size_limit(SimpleNamespace(local_devices=(device,))) == 800 / 8
     # All eight copies are in the memory of the host.
     monkeypatch.setattr(feed, "LIMIT", 8 * known.images.nbytes - 8)
     with refuses("0.00226 MiB"):
@@ -188,17 +179,6 @@ def test_what_cannot_be_had_is_named(monkeypatch, refuses):
         errors.ConfigError, match=r"(?s)grain is missing.*--train\.input"
     ):
         beginning.feed_of(chosen, known, mesh)
-
-
-def test_a_device_that_says_how_much_memory_it_has_gives_an_eighth():
-    class Device:
-        def memory_stats(self):
-            return {"bytes_limit": 800}
-
-    class Mesh:
-        local_devices = (Device(),)
-
-    assert feed.size_limit(Mesh()) == 100
 
 
 def test_errors_in_the_background_come_out_as_they_are():

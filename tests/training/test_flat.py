@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from small_networks import same
 
@@ -21,11 +20,14 @@ TREE = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), TREE)
 def test_a_tree_comes_back_to_the_bit():
     packed = flat.pack(TREE)
     assert packed.vector.shape == (3 * 3 * 2 * 5 + 5 + 1 + 20,)
+    # Kernels of convolutions are stored with their outputs first.
+    kernel = TREE["conv"]["kernel"].transpose(3, 0, 1, 2)
+    np.testing.assert_array_equal(packed.vector[5:95], kernel.ravel())
     same(flat.unpack(packed), TREE)
     same(jax.jit(lambda tree: flat.unpack(flat.pack(tree)))(TREE), TREE)
 
 
-@pytest.mark.parametrize("multiple", [2, 8, 116, 1000])
+@pytest.mark.parametrize("multiple", [8, 116, 1000])
 def test_a_vector_is_filled_up_with_zeros_to_be_cut(multiple):
     packed, size = flat.pack(TREE, multiple), 116
     assert packed.vector.shape == (-(-size // multiple) * multiple,)
@@ -34,12 +36,6 @@ def test_a_vector_is_filled_up_with_zeros_to_be_cut(multiple):
     grad = jax.grad(flat.of_tree(lambda tree: tree["scalar"]))(packed)
     assert grad.vector.shape == packed.vector.shape
     assert float(grad.vector.sum()) == 1
-
-
-def test_kernels_of_convolutions_are_stored_with_their_outputs_first():
-    kernel = TREE["conv"]["kernel"]
-    vector = flat.pack({"kernel": kernel}).vector
-    np.testing.assert_array_equal(vector, kernel.transpose(3, 0, 1, 2).ravel())
 
 
 def loss(tree, x, key=None):
@@ -61,9 +57,8 @@ def test_the_gradient_is_that_of_the_tree():
     grad = jax.jit(jax.grad(flat.of_tree(loss)))(flat.pack(TREE), X)
     assert isinstance(grad, flat.Flat)
     truth = jax.jit(jax.grad(loss))(TREE, X)
-    for x, y in zip(
-        jax.tree.leaves(flat.unpack(grad)), jax.tree.leaves(truth), strict=True
-    ):
+    pair = map(jax.tree.leaves, (flat.unpack(grad), truth))
+    for x, y in zip(*pair, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
     assert min(jnp.abs(x).max() for x in jax.tree.leaves(truth) if x.size) > 1e-3
 
@@ -76,16 +71,12 @@ def test_the_gradient_is_joined_once_and_not_added_up():
     assert "= pad[" not in jaxpr
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "accumulate"),
-    [(optax.adam(1e-2), 2), (state.tf_adam(1e-2, eps=1e-8), 1)],
-    ids=["adam", "tf_adam"],
-)
-def test_steps_are_those_of_the_tree(optimizer, accumulate):
+def test_steps_are_those_of_the_tree():
+    optimizer = state.tf_adam(1e-2, eps=1e-8)
     options = {
         "averages": [averages.exponential(0.9), averages.power(0.1)],
         "clip_norm": 0.05,
-        "accumulate": accumulate,
+        "accumulate": 2,
     }
     plain = jax.jit(state.make_step(loss, optimizer, **options))
     packed = jax.jit(state.make_step(flat.of_tree(loss), optimizer, **options))
@@ -102,12 +93,8 @@ def test_steps_are_those_of_the_tree(optimizer, accumulate):
     assert sizes == {0, 1}
     again = flat.unpack_all(two)
     assert jax.tree.structure(again) == jax.tree.structure(one)
-    keyless = jnp.zeros(())
-    for x, y in zip(
-        jax.tree.leaves(again._replace(key=keyless)),
-        jax.tree.leaves(one._replace(key=keyless)),
-        strict=True,
-    ):
+    pair = (jax.tree.leaves(x._replace(key=0)) for x in (again, one))
+    for x, y in zip(*pair, strict=True):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-7)
 
 
@@ -117,10 +104,6 @@ def test_a_tree_in_a_tuple_in_a_state_is_found_and_others_are_left():
     assert [type(x) for x in (packed["a"][0], packed["b"][0])] == [flat.Flat] * 2
     np.testing.assert_array_equal(packed["a"][1], jnp.ones(3))
     same(flat.unpack_all(packed), inside)
-
-
-def test_what_is_printed_of_a_vector_is_short():
-    assert repr(flat.pack(TREE)) == "Flat(116 numbers of 5 arrays)"
 
 
 def test_leaves_of_several_types_are_refused(refuses):
