@@ -21,7 +21,6 @@ from diffusion_jax.errors import DataError, needs
 from diffusion_jax.storage import download as downloading
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-_CIFAR10_BYTES = 170_052_171
 _CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 
 # Where Debian's package dataset-fashion-mnist puts its files.
@@ -91,7 +90,6 @@ def cifar10(
                 CIFAR10_URL,
                 cache / CIFAR10_ARCHIVES[0],
                 sha256=_CIFAR10_SHA256,
-                size=_CIFAR10_BYTES,
                 progress=progress,
             )
         except DataError as error:

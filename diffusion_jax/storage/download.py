@@ -31,7 +31,6 @@ def fetch(
     path: str | os.PathLike[str],
     *,
     sha256: str | None,
-    size: int | None = None,
     most: int = 2**30,
     connect_timeout: float = 5.0,
     read_timeout: float = 30.0,
@@ -47,8 +46,7 @@ def fetch(
       path: where the file shall lie; its folder is made if need be.
       sha256: the digest the content must have, in hexadecimal; None where none is
         known, and then only the length that the server states is checked.
-      size: the number of bytes it must have, if known.
-      most: bytes that it may have where that is not known.
+      most: bytes that it may have.
       connect_timeout: seconds in all until the answer begins: name look-up,
         connection, encryption, redirects.
       read_timeout: seconds without a single byte after which a transfer has stalled.
@@ -68,15 +66,13 @@ ftp://example.org/a. Download it by hand.
     path = Path(path)
     try:
         with files.replacing(path) as file:
-            request = urllib.request.Request(
-                url, headers={"User-Agent": "diffusion_jax"}
-            )
+            headers = {"User-Agent": "diffusion_jax"}
+            request = urllib.request.Request(url, headers=headers)
             opener = urllib.request.build_opener(_Redirects)
-            response = within(
+            with within(
                 connect_timeout, lambda: opener.open(request, timeout=read_timeout)
-            )
-            with response:
-                digest = _copy(response, file, url, size, most, progress)
+            ) as response:
+                digest = _copy(response, file, url, most, progress)
             if sha256 is not None and digest != sha256.lower():
                 raise DataError(
                     f"the file at {url} must have SHA-256 {sha256}; got {digest}. "
@@ -88,7 +84,9 @@ ftp://example.org/a. Download it by hand.
             f"at least every {read_timeout:g} s; got none from {url} for that long. "
             "Check the network and try again, or download it by hand."
         ) from error
-    except (OSError, http.client.HTTPException, UnicodeError) as error:
+    except DataError:
+        raise
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise DataError(
             f"{url} must be within reach and {path.parent} writable; got {error}. "
             f"Check the address, the network and the disk, or download it by hand to "
@@ -97,7 +95,7 @@ ftp://example.org/a. Download it by hand.
     return path
 
 
-def check_address(url: str, before: str | None = None) -> None:
+def check_address(url: str, before: str = "") -> None:
     """Raises DataError for an address at which others could change what is fetched.
 
     Args:
@@ -113,17 +111,13 @@ def check_address(url: str, before: str | None = None) -> None:
         raise DataError(
             f"a URL must be an address; got {url} ({error}). Correct it."
         ) from error
-    # What never leaves this machine needs no encryption; but nobody else leads to it.
-    here = parts.scheme == "http" and _is_here(url) and _is_here(before or url)
-    if parts.scheme != "https" and not here:
+    # What never leaves this machine needs no encryption.
+    here = parts.hostname in ("127.0.0.1", "::1", "localhost")
+    if parts.scheme != "https" and not (parts.scheme == "http" and here):
         led = f", where {before} leads" if before else ""
         raise DataError(
             f"a URL must begin with https://; got {url}{led}. Download it by hand."
         )
-
-
-def _is_here(url: str) -> bool:
-    return urllib.parse.urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -155,24 +149,10 @@ def within(seconds: float, work: Callable[[], T]) -> T:
     return answer.result(timeout=seconds)
 
 
-def _copy(
-    response: Any, file: Any, url: str, size: int | None, most: int, progress: bool
-) -> str:
+def _copy(response: Any, file: Any, url: str, most: int, progress: bool) -> str:
     """Returns the SHA-256 of the bytes copied, having checked how many they were."""
-
-    def wrong(must: str, got: object) -> DataError:
-        return DataError(
-            f"the file at {url} must have {must} bytes; got {got}. The transfer was "
-            "cut off or the file is another one: try again, or download it by hand."
-        )
-
-    stated = response.headers.get("Content-Length", "")
-    known = stated.isascii() and stated.isdecimal() and len(stated) < 20
-    expected = int(stated) if known else size
-    if size is not None and expected != size:
-        raise wrong(f"{size}", expected)
-    if size is None and (expected or 0) > most:
-        raise wrong(f"at most {most}", expected)
+    stated = response.headers.get("Content-Length")
+    expected = int(stated) if stated else None
     digest, done = hashlib.sha256(), 0
     with tqdm(
         total=expected,
@@ -182,13 +162,15 @@ def _copy(
         # None means: only where standard error is a terminal.
         disable=None if progress else True,
     ) as bar:
-        while done <= (expected or most) and (chunk := response.read(_CHUNK)):
+        while done <= most and (chunk := response.read(_CHUNK)):
             done += len(chunk)
             file.write(chunk)
             digest.update(chunk)
             bar.update(len(chunk))
-    if expected is not None and done != expected:
-        raise wrong(f"{expected}", done)
-    if expected is None and done > most:
-        raise wrong(f"at most {most}", "more")
+    if done > most or expected not in (None, done):
+        must = f"at most {most}" if done > most else f"{expected}"
+        raise DataError(
+            f"the file at {url} must have {must} bytes; got {done}. The transfer was "
+            "cut off or the file is another one: try again, or download it by hand."
+        )
     return digest.hexdigest()
