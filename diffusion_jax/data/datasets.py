@@ -24,7 +24,7 @@ from diffusion_jax.data import image_files, image_folders, parquet
 from diffusion_jax.data.formats import read_npz
 from diffusion_jax.data.image_files import LazyImages
 from diffusion_jax.data.prepared_tfds import read_tfds
-from diffusion_jax.data.sizes import Size, fitter
+from diffusion_jax.data.sizes import Size, fitter, sides
 from diffusion_jax.data.sources import cifar10, digits, idx, mnist
 from diffusion_jax.errors import DataError
 
@@ -219,20 +219,14 @@ def _check_arguments(
 ) -> None:
     """Raises where the source is unknown or is given what it does not take."""
     check_source(source)
-    if kind in ("digits", "folder", "npz", "idx") and split != "train":
+    alone = kind in ("digits", "folder", "npz", "idx")
+    splits = ("train",) if alone else ("train", "test")
+    if kind != "tfds" and split not in splits:
         raise DataError(
-            f"split of {kind} must be 'train': it has no official test split; got "
-            f"{split!r}. Give 'train', or hold images out by index."
+            f"split of {kind} must be {' or '.join(map(repr, splits))}; got {split!r}. "
+            "Give one of these, or hold images out with --data.hold-out."
         )
-    if kind in ("cifar10", "mnist", "fashion_mnist", "hf") and split not in (
-        "train",
-        "test",
-    ):
-        raise DataError(
-            f"split of {kind} must be 'train' or 'test'; got {split!r}. "
-            "Give one of the two, or select by index."
-        )
-    if kind in ("digits", "folder", "hf", "npz", "idx") and data_dir is not None:
+    if (alone or kind == "hf") and data_dir is not None:
         raise DataError(
             f"data_dir must not be given for {kind}; got {os.fspath(data_dir)!r}. "
             "Put the path in the source, after the colon."
@@ -243,14 +237,13 @@ def _folder_size(
     argument: str, image_size: Size | None, fit: str | None, channels: int | None
 ) -> Size:
     """Returns the image size of a folder, having checked what goes with it."""
-    if image_size is None or fit == "pad" or channels not in (None, 1, 3):
+    if image_size is None or fit not in (None, "crop") or channels not in (None, 1, 3):
         raise DataError(
             "image files must be loaded with image_size, fit='crop' (or none) and "
             f"channels 1 or 3; got image_size={image_size}, fit={fit!r}, "
             f"channels={channels} for {argument}. Give for instance image_size=64."
         )
-    fitter((None, None, channels or 3), image_size, "crop", argument)
-    return image_size
+    return sides(image_size)
 
 
 def _fit(

@@ -49,11 +49,6 @@ class LazyImages:
         if isinstance(indices, slice):
             indices = range(*indices.indices(len(self)))
         indices = np.asarray(indices, np.int64)
-        if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
-            raise IndexError(
-                f"indices must lie in 0..{len(self) - 1}; got "
-                f"{indices.min()}..{indices.max()}. Take them modulo the length."
-            )
         flat = indices.ravel().tolist()
         out = np.empty((len(flat), *self.shape[1:]), np.uint8)
         with ThreadPoolExecutor(os.cpu_count()) as pool:

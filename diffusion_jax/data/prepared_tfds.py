@@ -5,9 +5,9 @@ Only what is on this machine is read: nothing here downloads or prepares.
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,37 +69,23 @@ def read_tfds(
     labelled = "label" in features and np.issubdtype(
         features["label"].np_dtype, np.integer
     )
-    size = len(source) * int(np.prod(fitted))
-    lazy = size > memory_limit
-    images = np.empty((0 if lazy else len(source), *fitted), np.uint8)
-    labels = np.empty(len(source), np.int32) if labelled else None
-    if lazy and labelled:
-        # Labels are always held in memory; their pass need not decode the images.
-        source_of_labels = _source(builder, split, name, folder, skip_images=True)
-    else:
-        source_of_labels = source
-    if not lazy or labelled:
-        bar = tqdm(
-            range(len(source)),
-            desc=f"reading {name}",
-            unit=" images",
-            disable=None if progress else True,
-        )
-        for i in bar:
-            example = source_of_labels[i]
-            if not lazy:
-                images[i] = fit_image(example["image"])
-            if labels is not None:
-                labels[i] = example["label"]
-    if not lazy:
-        return images, labels
-    return LazyImages(_reader(source, fit_image), (len(source), *fitted)), labels
-
-
-def _reader(
-    source: Any, fit_image: Callable[[np.ndarray], np.ndarray]
-) -> Callable[[int], np.ndarray]:
-    return lambda i: fit_image(source[i]["image"])
+    shape_of_all = (len(source), *fitted)
+    images = LazyImages(lambda i: fit_image(source[i]["image"]), shape_of_all)
+    lazy = math.prod(shape_of_all) > memory_limit
+    if lazy and not labelled:
+        return images, None
+    # Labels are always held in memory; a pass for them alone need not decode images.
+    seen = _source(builder, split, name, folder, skip_images=True) if lazy else source
+    held = np.empty((0 if lazy else len(source), *fitted), np.uint8)
+    labels = np.empty(len(source), np.int32)
+    title, disable = f"reading {name}", None if progress else True
+    for i in tqdm(range(len(source)), title, unit=" images", disable=disable):
+        example = seen[i]
+        if not lazy:
+            held[i] = fit_image(example["image"])
+        if labelled:
+            labels[i] = example["label"]
+    return images if lazy else held, labels if labelled else None
 
 
 def _builder(name: str, folder: Path) -> Any:

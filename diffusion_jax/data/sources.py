@@ -45,11 +45,6 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     return images.reshape(-1, 8, 8, 1), rows[:, 64].astype(np.int32)
 
 
-def _cache_folder() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "diffusion_jax"
-
-
 def cifar10(
     split: str = "train",
     data_dir: str | os.PathLike[str] | None = None,
@@ -81,7 +76,7 @@ def cifar10(
     # A path that was given is meant: nothing else stands in for it.
     if data_dir is not None:
         raise _no_cifar10(got)
-    cache = _cache_folder()
+    cache = downloading.cache_folder()
     if find_cifar10(cache) is None:
         if not download:
             raise _no_cifar10(f"{got}, nothing at {cache}, and download=False")
@@ -103,7 +98,7 @@ def _no_cifar10(got: str) -> DataError:
         f"CIFAR-10 must be on this machine or within reach; got {got}\n"
         "Do one of these:\n"
         f"  - download {CIFAR10_URL} (162 MiB) where there is a network, and give its "
-        f"path as data_dir, or put it in {_cache_folder()};\n"
+        f"path as data_dir, or put it in {downloading.cache_folder()};\n"
         f"  - give as data_dir a {CIFAR10_ARCHIVES[1]}, or the folder "
         "cifar-10-batches-bin or cifar-10-batches-py extracted from an archive;\n"
         "  - prepare it with tensorflow-datasets (needs TensorFlow, once): "
@@ -117,8 +112,7 @@ def mnist(
     kind: str, split: str, data_dir: str | os.PathLike[str] | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns MNIST or Fashion-MNIST from its folder of IDX files."""
-    default = FASHION_MNIST_FOLDER if kind == "fashion_mnist" else None
-    where = data_dir or default
+    where = data_dir or (FASHION_MNIST_FOLDER if kind == "fashion_mnist" else None)
     folder = Path(where) if where else None
     prefix = "train" if split == "train" else "t10k"
     found = []
@@ -129,14 +123,12 @@ def mnist(
         found += [path for path in paths if path.is_file()][:1]
     if len(found) == 2:
         return _images_and_labels(found[0], found[1])
-    debian = (
-        "Install Debian's package dataset-fashion-mnist, or give"
-        if kind == "fashion_mnist"
-        else "Give"
-    )
+    give = "Give"
+    if kind == "fashion_mnist":
+        give = "Install Debian's package dataset-fashion-mnist, or give"
     raise DataError(
         f"{kind} must have {prefix}-images-idx3-ubyte and {prefix}-labels-idx1-ubyte "
-        f"(or .gz); got {folder or 'no data_dir'}, which does not hold both. {debian} "
+        f"(or .gz); got {folder or 'no data_dir'}, which does not hold both. {give} "
         f"as data_dir the folder that holds them, or prepare it with "
         f"tensorflow-datasets and load 'tfds:{kind}'."
     )

@@ -32,7 +32,7 @@ from diffusion_jax.interop import graphdef, renaming
 from diffusion_jax.interop.renaming import Names, Place
 from diffusion_jax.nets import inception
 from diffusion_jax.storage import archives, tensor_files, trees
-from diffusion_jax.storage.download import fetch
+from diffusion_jax.storage import download as downloading
 
 VARIABLE = "DIFFUSION_JAX_INCEPTION"
 URL = (
@@ -101,8 +101,7 @@ def find(path: str | os.PathLike[str] | None = None, *, download: bool = False) 
                     "which is none. Correct it, or leave it out to search the cache."
                 )
             return Path(named)
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = folder / "diffusion_jax"
+    folder = downloading.cache_folder()
     for name in FILES:
         if (folder / name).is_file():
             return folder / name
@@ -112,7 +111,7 @@ def find(path: str | os.PathLike[str] | None = None, *, download: bool = False) 
             f"{folder}; got none of {', '.join(FILES)} there. Allow the download, or "
             f"put there by hand what lies at {URL}."
         )
-    got = fetch(URL, folder / FILES[1], sha256=None, most=_MAX_BYTES)
+    got = downloading.fetch(URL, folder / FILES[1], sha256=None, most=_MAX_BYTES)
     digest = hashlib.sha256(got.read_bytes()).hexdigest()
     _noted(got).write_text(f"{digest}  {got.name}\n")
     warnings.warn(

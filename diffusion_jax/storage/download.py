@@ -26,6 +26,15 @@ _CHUNK = 2**18
 T = TypeVar("T")
 
 
+def cache_folder() -> Path:
+    """Returns the folder diffusion_jax of the user's cache.
+
+    That is in `XDG_CACHE_HOME`, else in `~/.cache`.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "diffusion_jax"
+
+
 def fetch(
     url: str,
     path: str | os.PathLike[str],

@@ -253,7 +253,7 @@ def test_download_is_noted_and_held_to_its_digest(cache, monkeypatch, refuses):
         path.write_bytes(b"graph")
         return path
 
-    monkeypatch.setattr(inception_weights, "fetch", fetch)
+    monkeypatch.setattr(inception_weights.downloading, "fetch", fetch)
     digest = hashlib.sha256(b"graph").hexdigest()
     with pytest.warns(UserWarning, match=digest):
         path = inception_weights.find(download=True)

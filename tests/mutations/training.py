@@ -236,8 +236,8 @@ TRAINING = [
     Breakage(
         "prepared-lazy-ones-do-not-fit",
         "diffusion_jax/data/prepared_tfds.py",
-        'return lambda i: fit_image(source[i]["image"])',
-        'return lambda i: source[i]["image"]',
+        'lambda i: fit_image(source[i]["image"])',
+        'lambda i: source[i]["image"]',
         "tests/data/test_prepared.py",
     ),
     Breakage(
