@@ -125,18 +125,18 @@ def read_config(config: Mapping[str, Any], *, where: str) -> Architecture:
     ]
     size = _size(values["sample_size"])
     wrong += _wrong_kinds(values) or _wrong_shape(values, size)
-    variant = _variant(values)
-    if variant is None:
-        wrong.append(_wrong_constants(values))
+    constants = {name: _constants(each) for name, each in VARIANTS.items()}
+    said = {field: values[field] for field in _constants(VARIANTS["official"])}
+    variants = [name for name, known in constants.items() if said == known]
+    if not variants:
+        wrong.append(f"{said}, neither {' nor '.join(map(str, constants.values()))}")
     if wrong:
         raise ValueError(
             f"{where} must have only what this U-Net supports; got {'; '.join(wrong)}. "
             "Such a network cannot be converted: train one without these."
         )
     widths = values["block_out_channels"]
-    # Or they would be among what is wrong.
-    assert variant is not None
-    assert size is not None
+    assert size is not None  # or it would be among what is wrong
     attended = [kind.endswith(_ATTENTION[0]) for kind in values["down_block_types"]]
     net = UNet(
         out_channels=values["out_channels"],
@@ -147,7 +147,7 @@ def read_config(config: Mapping[str, Any], *, where: str) -> Architecture:
         dropout=values["dropout"],
         groups=values["norm_num_groups"],
         num_classes=values["num_class_embeds"] or 0,
-        variant=variant,
+        variant=variants[0],
     )
     height, width = size
     each = height if height == width else size
@@ -282,17 +282,3 @@ def _constants(variant: Variant) -> dict[str, Any]:
         "downsample_padding": variant.before,
         "attention_head_dim": variant.head_width,
     }
-
-
-def _variant(values: Mapping[str, Any]) -> str | None:
-    for name, variant in VARIANTS.items():
-        known = _constants(variant)
-        if all(values[key] == known[key] for key in known):
-            return name
-    return None
-
-
-def _wrong_constants(values: Mapping[str, Any]) -> str:
-    sets = [_constants(variant) for variant in VARIANTS.values()]
-    given = {key: values[key] for key in sets[0]}
-    return f"{given}, neither {' nor '.join(map(str, sets))}"

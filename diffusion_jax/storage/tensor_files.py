@@ -99,15 +99,13 @@ def read(path: str | os.PathLike[str], *, progress: bool = False) -> Tensors:
         return _read_safetensors(path, progress)
     if kind == "pytorch":
         return _read_pytorch(path, progress)
-    if kind == "pickle":
-        raise DataError(
-            f"{path} must be data; got a pickle, which is a program. It was not run. "
-            "Save its tensors as safetensors where it comes from."
-        )
+    got = "a pickle, which is a program. It was not run"
+    if kind != "pickle":
+        got = f"a file that begins with {head[:24]!r}"
     raise DataError(
         f"{path} must be a safetensors file, one of PyTorch or the prefix of a "
-        f"TensorFlow checkpoint; got a file that begins with {head[:24]!r}. Download "
-        "it again, or save its tensors as safetensors."
+        f"TensorFlow checkpoint; got {got}. Download it again, or save its tensors as "
+        "safetensors where it comes from."
     )
 
 
@@ -201,14 +199,6 @@ def _kind(head: bytes) -> str:
     return "safetensors" if braced and head[9:10] in (b'"', b"}") else "unknown"
 
 
-def _bar(paths: list[Path], progress: bool) -> tqdm:
-    """Returns a bar of the bytes that are read of files."""
-    total = sum(path.stat().st_size for path in paths)
-    # None means: only where standard error is a terminal.
-    disable = None if progress else True
-    return tqdm(total=total, desc="reading", unit="B", unit_scale=True, disable=disable)
-
-
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """A safetensors file whose header was found to fit its length."""
@@ -255,9 +245,14 @@ def _check_names(path: Path) -> None:
 
 
 def _digest(paths: list[Path], progress: bool) -> str:
-    """Returns the SHA-256 of files, one after the other."""
+    """Returns the SHA-256 of files, one after the other, with a bar of their bytes."""
     digest = hashlib.sha256()
-    with _bar(paths, progress) as bar:
+    total = sum(path.stat().st_size for path in paths)
+    # None means: only where standard error is a terminal.
+    disable = None if progress else True
+    with tqdm(
+        None, "reading", total, unit="B", unit_scale=True, disable=disable
+    ) as bar:
         for path in paths:
             with path.open("rb") as content:
                 while chunk := content.read(_CHUNK):
@@ -304,6 +299,5 @@ def _from_torch(name: Any, tensor: Any, torch: Any) -> np.ndarray:
 def _read_tensorflow(prefix: Path, progress: bool) -> Tensors:
     paths = tensorflow_checkpoint.data_files(prefix)
     digest = _digest(paths, progress)
-    with _bar(paths, progress) as bar:
-        arrays = tensorflow_checkpoint.variables(prefix, bar.update)
+    arrays = tensorflow_checkpoint.variables(prefix)
     return Tensors(arrays, {}, "tensorflow", digest)

@@ -5,7 +5,6 @@ name say what has to be known of the tree.
 """
 
 import hashlib
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,8 +89,7 @@ def check(params: Any, like: Any, path: Path) -> None:
     wrong = misfits(by_path(params, "."), by_path(like, "."))
     if wrong:
         raise DataError(
-            f"{path} must hold the parameters of its network; got "
-            f"{first_of(wrong)}. "
+            f"{path} must hold the parameters of its network; got {first_of(wrong)}. "
             "Write it again."
         )
 
@@ -116,9 +114,8 @@ def read(path: Path) -> Stored:
     from flax import traverse_util  # a fifth of a second, which `--help` need not wait
 
     found = tensor_files.read(path)
-    # With its dot, a name comes right before the names of what is below it.
-    names = itertools.pairwise(sorted(f"{name}." for name in found.arrays))
-    within = [name[:-1] for name, after in names if after.startswith(name)]
+    names = found.arrays
+    within = [n for n in names if any(other.startswith(f"{n}.") for other in names)]
     if within:
         raise DataError(
             f"{path} must hold a tree, whose tensors have none below them; got some "
