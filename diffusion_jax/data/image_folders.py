@@ -72,30 +72,23 @@ def find(where: str | Path) -> Files:
     """
     where = Path(where)
     read: Callable[[str], bytes]
+    opened: Callable[[str], Path | BinaryIO]
     if where.is_dir():
         seen = [
             file.relative_to(where).as_posix()
             for file in where.rglob("*")
             if file.is_file() or (file.is_symlink() and not file.exists())
         ]
-        names = _images(seen, where)
+        opened = lambda name: where / name  # noqa: E731
         read = lambda name: (where / name).read_bytes()  # noqa: E731
-        return Files(
-            where,
-            names,
-            lambda i: where / names[i],
-            partial(_labels, where, seen, names, read),
-        )
-    archive = _archive(where)
-    members = [info.filename for info in archive.infolist() if not info.is_dir()]
-    names = _images(members, where)
-    read = partial(_member, archive)
-    return Files(
-        where,
-        names,
-        lambda i: io.BytesIO(read(names[i])),
-        partial(_labels, where, members, names, read),
-    )
+    else:
+        archive = _archive(where)
+        seen = [info.filename for info in archive.infolist() if not info.is_dir()]
+        read = partial(_member, archive)
+        opened = lambda name: io.BytesIO(read(name))  # noqa: E731
+    names = _images(seen, where)
+    labels = partial(_labels, where, seen, names, read)
+    return Files(where, names, lambda i: opened(names[i]), labels)
 
 
 def _images(seen: list[str], where: Path) -> list[str]:
@@ -128,20 +121,12 @@ def _archive(where: Path) -> zipfile.ZipFile:
             "which is neither. Check the path."
         )
     try:
-        archive = zipfile.ZipFile(where)
+        return zipfile.ZipFile(where)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{where} must be a whole zip archive; got {error}. It was cut off or "
             "damaged: make or download it again."
         ) from error
-    names = archive.namelist()
-    if len(names) > len({*names}):
-        (name, count), *_ = Counter(names).most_common(1)
-        raise DataError(
-            f"each member of {where} must have a name of its own; got {count} named "
-            f"{name}. Make the archive anew."
-        )
-    return archive
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> bytes:

@@ -97,13 +97,8 @@ def _builder(name: str, folder: Path) -> Any:
             f"a tfds name must be like cifar10, lsun/bedroom or cifar10:3.0.2; got "
             f"{name!r}. Prepare the data set with tfds first, then name it so."
         )
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise DataError(
-            f"tfds:{name} needs tensorflow-datasets; got {error}. Run "
-            "pip install tensorflow-datasets importlib_resources."
-        ) from error
+    import tensorflow_datasets as tfds
+
     try:
         return tfds.builder(name, data_dir=str(folder))
     except Exception as error:

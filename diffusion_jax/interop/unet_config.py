@@ -6,7 +6,7 @@ the defaults of the library, with which its own training script trains.
 """
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,8 +67,6 @@ _AVERAGE = (
 )
 # 4096 pixels a side, halved to one.
 _MOST_LEVELS = 13
-_COUNTS = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups")
-_LISTS = ("block_out_channels", "down_block_types", "up_block_types")
 _PLAIN, _ATTENTION = ("DownBlock2D", "UpBlock2D"), ("AttnDownBlock2D", "AttnUpBlock2D")
 
 
@@ -124,7 +122,12 @@ def read_config(config: Mapping[str, Any], *, where: str) -> Architecture:
         if values[name] != _DEFAULTS[name]
     ]
     size = _size(values["sample_size"])
-    wrong += _wrong_kinds(values) or _wrong_shape(values, size)
+    kinds = [
+        f"{name} {reprlib.repr(values[name])}, not {must}"
+        for name, (fits, must) in _KINDS.items()
+        if not fits(values[name])
+    ]
+    wrong += kinds or _wrong_shape(values, size)
     constants = {name: _constants(each) for name, each in VARIANTS.items()}
     said = {field: values[field] for field in _constants(VARIANTS["official"])}
     variants = [name for name, known in constants.items() if said == known]
@@ -214,30 +217,32 @@ def _size(size: Any) -> tuple[int, int] | None:
     return sides[0], sides[-1]
 
 
-def _wrong_kinds(values: Mapping[str, Any]) -> list[str]:
-    """Returns what is no number or no list where there has to be one."""
-    wrong = [
-        f"{name} {values[name]!r}, not a whole number above 0"
-        for name in _COUNTS
-        if not _is_count(values[name])
-    ]
-    wrong += [
-        f"{name} {reprlib.repr(values[name])}, not a list with an entry a level"
-        for name in _LISTS
-        if not (
-            isinstance(values[name], list | tuple)
-            and 0 < len(values[name]) <= _MOST_LEVELS
-        )
-    ]
-    widths = values["block_out_channels"]
-    if isinstance(widths, list | tuple) and not all(map(_is_count, widths)):
-        wrong.append(f"block_out_channels {widths!r}, not whole numbers above 0")
-    classes, dropout = values["num_class_embeds"], values["dropout"]
-    if not (classes is None or _is_count(classes)):
-        wrong.append(f"num_class_embeds {classes!r}, not null or a number above 0")
-    if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
-        wrong.append(f"dropout {dropout!r}, not a share below 1")
-    return wrong
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) and 0 < len(value) <= _MOST_LEVELS
+
+
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"),
+        (_is_count, "a whole number above 0"),
+    ),
+    **dict.fromkeys(
+        ("down_block_types", "up_block_types"),
+        (_is_list, "a list with an entry a level"),
+    ),
+    "block_out_channels": (
+        lambda value: _is_list(value) and all(map(_is_count, value)),
+        "a list of whole numbers above 0, one a level",
+    ),
+    "num_class_embeds": (
+        lambda value: value is None or _is_count(value),
+        "null or a number above 0",
+    ),
+    "dropout": (
+        lambda value: isinstance(value, int | float) and 0 <= value < 1,
+        "a share below 1",
+    ),
+}
 
 
 def _wrong_shape(values: Mapping[str, Any], size: tuple[int, int] | None) -> list[str]:

@@ -17,7 +17,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,11 +36,8 @@ _HEAD = 512
 _MAX_HEADER = 10**8
 # How PyTorch began its files before 2020: the pickle of one known number.
 _PYTORCH_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
-# Pickles of protocol 2 and later; then what those of 0 and 1 usually begin with: a
-# function to call, or a container that is remembered.
-_PICKLE = re.compile(
-    rb"\x80[\x02-\x05]|c[\w.]+\n[\w.]+\n|[(][dl]p\d+\n|[(]i[\w.]+\n|[\]})]q\x00"
-)
+# How pickles begin, of protocol 2 and later.
+_PICKLES = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 
 
 class Tensors(NamedTuple):
@@ -172,7 +168,6 @@ def write_safetensors(
 
 
 def _head(path: Path) -> bytes:
-    """Returns the first bytes of a file."""
     try:
         with path.open("rb") as file:
             return file.read(_HEAD)
@@ -193,7 +188,7 @@ def _kind(head: bytes) -> str:
     zipped = head.startswith(b"PK\x03\x04") and b"data.pkl" in head[:256]
     if zipped or head.startswith(_PYTORCH_MAGIC):
         return "pytorch"
-    if _PICKLE.match(head):
+    if head.startswith(_PICKLES):
         return "pickle"
     # With a length that cannot be: damaged, but meant as such.
     return "safetensors" if braced and head[9:10] in (b'"', b"}") else "unknown"

@@ -363,7 +363,10 @@ UNSUPPORTED = [
 
 NO_NUMBERS = (None, True, -1, 0, 1.5, "3", [3], {}, float("nan"))
 KINDS = {
-    **dict.fromkeys(unet_config._COUNTS, NO_NUMBERS),
+    "in_channels": NO_NUMBERS,
+    "out_channels": NO_NUMBERS,
+    "layers_per_block": NO_NUMBERS,
+    "norm_num_groups": NO_NUMBERS,
     "num_class_embeds": NO_NUMBERS[1:],
     "dropout": (None, -1, 2, "little", [], {}, float("nan"), float("inf")),
     "norm_eps": (None, "x", -1, 1, [], {}, float("nan")),
