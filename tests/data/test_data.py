@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -66,18 +64,6 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     # Independent permutations agree in one place on average.
     agree = [np.mean(a == b) for a in orders for b in orders if a is not b]
     assert np.mean(agree) < 3 / 200
-
-
-def test_another_process_sees_the_same_order_and_reads_no_data_library():
-    """tfds and scikit-learn are imported by the functions that use them."""
-    call = "batch_indices(7, 10**15, 50_000, 128).tolist()"
-    code = (
-        f"from diffusion_jax.data.datasets import *; print({call}); import sys\n"
-        "heavy = {'tensorflow_datasets', 'sklearn', 'tensorflow'}\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
-    )
-    other = subprocess.check_output([sys.executable, "-c", code], text=True)
-    assert eval(other) == datasets.batch_indices(7, 10**15, 50_000, 128).tolist()
 
 
 def test_indices_are_cheap_and_the_callers_own():

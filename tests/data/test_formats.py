@@ -169,17 +169,12 @@ def test_cifar10_links_are_not_followed(tmp_path):
         formats.read_cifar10(path, "test")
 
 
-@pytest.mark.parametrize("keep", [0.0, 0.5, 0.9])
-def test_cifar10_archive_cut_off(tmp_path, keep):
-    path = archive(tmp_path / "a.tar.gz", binary_members())
-    raw = path.read_bytes()
-    path.write_bytes(raw[: int(keep * len(raw))])
-    with pytest.raises(DataError, match="whole tar archive"):
-        formats.read_cifar10(path, "train")
-
-
 def test_cifar10_missing_batch_and_path(tmp_path):
     content = binary_members()
+    path = archive(tmp_path / "cut.tar.gz", content)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(DataError, match="whole tar archive"):
+        formats.read_cifar10(path)
     del content["cifar-10-batches-bin/data_batch_3.bin"]
     path = archive(tmp_path / "a.tar.gz", content)
     with pytest.raises(DataError, match="data_batch_3"):
@@ -252,15 +247,13 @@ GOOD = np.zeros((3, 5, 4), np.uint8)
     [
         ({"images": GOOD + np.float32(1.5)}, "got float32 from 1.5 to 1.5. Convert"),
         ({"images": np.full((1, 4, 4), np.float16(0.7))}, "float16 from 0.7"),  # scale?
-        ({"images": GOOD + np.float16(np.nan)}, "float16 from nan"),
         ({"images": np.ones((3, 5, 4), int)}, "int64 from 1 to 1"),
         ({"images": GOOD.astype("M8[s]")}, "got datetime64"),
         ({"images": GOOD[0]}, r"must be uint8 of shape .*got uint8 of shape \(5, 4\)"),
-        ({"images": GOOD[:0]}, r"\(0, 5, 4\)"),
+        ({"images": GOOD[..., None].repeat(4, 3)}, r"5x4 with 4\. Of RGBA"),
         ({"a": GOOD, "b": GOOD}, "got a, b"),
         ({"images": GOOD.astype(object)}, "plain arrays"),
         ({"images": GOOD, "labels": np.arange(2)}, "3 whole numbers"),
-        ({"images": GOOD, "labels": np.zeros(3)}, "float64"),
         ({"images": GOOD, "labels": np.array([1, 2, 2**40])}, "2\\*\\*31"),
     ],
 )

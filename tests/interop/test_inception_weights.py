@@ -104,24 +104,6 @@ def load(path, content, refuses, *all_said):
             raise caught.value
 
 
-def test_all_that_is_wrong_with_a_graph_is_said_at_once(graph, tmp_path, refuses):
-    nodes = dict(graph)
-    del nodes["mixed_10/tower/mixed/conv_1/conv2d_params"], nodes["softmax/biases"]
-    for name, array in (
-        ("conv/conv2d_params", np.zeros((3, 3, 1, 2))),
-        ("conv_1/batchnorm/beta", np.full(32, np.nan)),
-    ):
-        nodes[name] = constant(name, array)
-    content = b"".join(nodes.values())
-    all_said = (
-        "mixed_10/tower/mixed/conv_1/conv2d_params: nothing for float32[3,1,384,384]",
-        "softmax/biases: nothing for float32[1008]",
-        "conv/conv2d_params: float32[3,3,1,2] for float32[3,3,3,32]",
-        "conv_1/batchnorm/beta: values that are not finite",
-    )
-    load(tmp_path / "a.pb", content, refuses, *all_said)
-
-
 def test_all_that_is_wrong_with_safetensors_is_said_at_once(tensors, tmp_path, refuses):
     tensors = dict(tensors)
     kernel = tensors.pop("mixed/tower/conv/kernel")
@@ -129,12 +111,14 @@ def test_all_that_is_wrong_with_safetensors_is_said_at_once(tensors, tmp_path, r
     tensors["softmax/kernel"] = tensors["softmax/kernel"].T.copy()
     tensors["conv/bias"] = tensors["conv/bias"].astype(np.float16)
     tensors["conv_1/var"] = -tensors["conv_1/var"]
+    tensors["conv_1/mean"] = np.full(32, np.nan, np.float32)
     all_said = (
         "mixed/tower/conv/kernel: nothing for float32[1,1,192,48]",
         "mixed/tower/conv/weight: float32[1,1,192,48] for nothing",
         "softmax/kernel: float32[1008,2048] for float32[2048,1008]",
         "conv/bias: float16[32] for float32[32]",
         "conv_1/var: some below 0",
+        "conv_1/mean: values that are not finite",
     )
     content = safetensors.numpy.save(tensors)
     load(tmp_path / "a.safetensors", content, refuses, *all_said)

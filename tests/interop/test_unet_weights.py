@@ -198,40 +198,30 @@ def test_variables_of_training_are_left_out_and_no_others(table, refuses):
 
 
 def test_all_that_is_wrong_is_named_at_once(refuses):
-    found = exported()
-    missing = ["conv_in.bias", "mid_block.attentions.0.to_q.weight"]
-    for name in missing:
-        del found[name]
-    unknown = ["conv_in.scale", "up_blocks.7.resnets.0.conv1.bias"]
-    found |= {name: np.zeros(3, np.float32) for name in unknown}
+    found, zeros = exported(), np.zeros(3, np.float32)
+    shortcut = "down_blocks.1.resnets.0.conv_shortcut.weight"
+    del found["conv_in.bias"], found["mid_block.attentions.0.to_q.weight"]
+    found |= {"conv_in.scale": zeros, "up_blocks.7.resnets.0.conv1.bias": zeros}
     # Of the shape that is ours, but for the order of axes.
     found["conv_in.weight"] = found["conv_in.weight"].transpose(2, 3, 1, 0)
-    shortcut = "down_blocks.1.resnets.0.conv_shortcut.weight"
     found[shortcut] = found[shortcut][:, :, 0, 0]
-    of_type = {
-        "time_embedding.linear_1.bias": np.float64,
-        "time_embedding.linear_2.bias": np.int32,
-    }
-    for name, dtype in of_type.items():
-        found[name] = np.zeros(found[name].shape, dtype)
-    for name, value in {"conv_out.bias": np.nan, "conv_norm_out.bias": np.inf}.items():
-        found[name] = found[name].copy()
-        found[name][1] = value
+    found["time_embedding.linear_1.bias"] = np.zeros(32)
+    found["conv_out.bias"] = np.float32([0, np.nan, 0])
     with pytest.raises(ValueError) as caught:
         read(found)
     lines = (
-        *(f"{name}: nothing for float32" for name in missing),
-        *(f"{name}: float32[3] for nothing" for name in unknown),
+        "conv_in.bias: nothing for float32",
+        "mid_block.attentions.0.to_q.weight: nothing for float32",
+        "conv_in.scale: float32[3] for nothing",
+        "up_blocks.7.resnets.0.conv1.bias: float32[3] for nothing",
         "conv_in.weight: float32[3,3,3,8] for float32[8,3,3,3]",
         f"{shortcut}: float32[16,8] for float32[16,8,1,1]",
-        *(f"{name}: {np.dtype(dtype)}[" for name, dtype in of_type.items()),
+        "time_embedding.linear_1.bias: float64[",
         "conv_out.bias: values that are not finite",
-        "conv_norm_out.bias: values that are not finite",
     )
     with refuses(f"{len(lines)} that do not fit"):
         raise caught.value
-    for line in lines:
-        assert line in str(caught.value)
+    assert [line for line in lines if line not in str(caught.value)] == []
 
 
 # Configurations.

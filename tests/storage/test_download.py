@@ -163,20 +163,6 @@ def test_unwritable_folder_is_named(tmp_path, server):
         download.fetch(f"{server}/whole", tmp_path / "file" / "a", sha256=SHA256)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left")])
-def test_interruption_leaves_nothing(tmp_path, server, monkeypatch, error):
-    real = download._copy
-
-    def interrupted(response, file, *arguments):
-        real(response, file, *arguments)
-        raise error
-
-    monkeypatch.setattr(download, "_copy", interrupted)
-    with pytest.raises((KeyboardInterrupt, DataError)):
-        download.fetch(f"{server}/whole", tmp_path / "a.bin", sha256=SHA256)
-    assert files_under(tmp_path) == []
-
-
 def test_concurrent_downloads_do_not_mix(tmp_path, server):
     path = tmp_path / "a.bin"
     fetch = functools.partial(download.fetch, sha256=SHA256)
