@@ -1,4 +1,4 @@
-"""Arrays as images and labels: which types, orders of axes and scales are plain."""
+"""Checks arrays of images and labels, and brings them into one form."""
 
 import math
 import os
@@ -53,7 +53,7 @@ def as_images(images: np.ndarray, what: str | os.PathLike[str]) -> np.ndarray:
 
 
 def as_uint8(images: np.ndarray, what: str | os.PathLike[str]) -> np.ndarray:
-    """Returns images of any type as uint8, where their scale is plain.
+    """Returns images of any type as uint8, where their scale is unambiguous.
 
     Args:
       images: uint8; whole numbers in 0..255, some above 1; or floats in [0, 1], or in
@@ -94,7 +94,7 @@ def as_uint8(images: np.ndarray, what: str | os.PathLike[str]) -> np.ndarray:
 def as_labels(
     labels: np.ndarray | None, num_images: int, what: str | os.PathLike[str]
 ) -> np.ndarray | None:
-    """Returns labels as int32 [N], having checked that there is one an image."""
+    """Returns labels as int32 [N], after checking that each image has one."""
     if labels is None:
         return None
     fits = labels.dtype.kind in "iu" and labels.shape == (num_images,)
@@ -108,7 +108,7 @@ def as_labels(
 
 
 def _to_uint8(low: float, high: float) -> str:
-    """Returns how images with values in a range, or NaN, become uint8."""
+    """Returns advice on converting images with values in a range to uint8."""
     if not math.isfinite(low + high):
         return "Find out where they stopped being finite."
     if 0 <= low <= high <= 1:

@@ -59,7 +59,7 @@ class Dataset(NamedTuple):
         has `shape`, `len` and indexing by an array of integers.
       labels: int32 [N], or None.
       name: the source, as it was given to `load`.
-      classes: what the labels 0, 1, ... stand for; empty where nobody says it.
+      classes: names of the classes 0, 1, ...; empty where unknown.
     """
 
     images: np.ndarray | LazyImages
@@ -236,7 +236,7 @@ def _check_arguments(
 def _folder_size(
     argument: str, image_size: Size | None, fit: str | None, channels: int | None
 ) -> Size:
-    """Returns the image size of a folder, having checked what goes with it."""
+    """Returns the image size of a folder, after checking its options."""
     if image_size is None or fit not in (None, "crop") or channels not in (None, 1, 3):
         raise DataError(
             "image files must be loaded with image_size, fit='crop' (or none) and "
@@ -371,7 +371,7 @@ def batch_at(dataset: Dataset, indices: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _whole(name: str, value: int, low: int, high: int | None = None) -> int:
-    """Returns value as a Python int, which cannot overflow; raises if out of range."""
+    """Returns value as a Python int, which cannot overflow."""
     try:
         number = operator.index(value)
     except TypeError:

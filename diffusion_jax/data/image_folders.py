@@ -1,4 +1,4 @@
-"""Which images a folder or a zip archive holds, and of which class each is.
+"""Finds the images in a folder or a zip archive, and the class of each.
 
 The class is what `dataset.json` says, as StyleGAN and EDM write it,
 
@@ -63,9 +63,8 @@ class Files(NamedTuple):
 def find(where: str | Path) -> Files:
     """Returns the images in a folder or a zip archive, with all its subfolders.
 
-    In the order of their paths, so the same on every machine; hidden ones are left out,
-    and what else is there is warned of, by ending. Links to nothing are among them, to
-    be named with what cannot be read.
+    They are sorted by path; hidden ones are left out, and other files are warned of, by
+    ending. Broken links are among them, to be named with what cannot be read.
 
     Raises:
       DataError: nothing of the kind is there, or no image is in it.
@@ -92,7 +91,7 @@ def find(where: str | Path) -> Files:
 
 
 def _images(seen: list[str], where: Path) -> list[str]:
-    """Returns those of some paths that are images, in order."""
+    """Returns the paths of images among those seen, sorted."""
     seen = [name for name in seen if not any(p[:1] == "." for p in name.split("/"))]
     endings = {name: Path(name).suffix.lower() for name in seen}
     images = sorted(name for name in seen if endings[name] in IMAGE_ENDINGS)
@@ -114,7 +113,6 @@ def _images(seen: list[str], where: Path) -> list[str]:
 
 
 def _archive(where: Path) -> zipfile.ZipFile:
-    """Returns an archive, which is read from for as long as somebody has it."""
     if not where.is_file() or not zipfile.is_zipfile(where):
         raise DataError(
             f"a folder of images, or a zip archive of one, must exist; got {where}, "
@@ -145,7 +143,7 @@ def _labels(
 
 
 def _of_subfolders(where: Path, names: list[str]) -> Labels:
-    """Returns the class of each image: its subfolder, counted in their order."""
+    """Returns the class of each image: the index of its subfolder."""
     top = [name for name in names if "/" not in name]
     if top:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Data sets that tensorflow-datasets has prepared on disk, read without TensorFlow.
+"""Reads data sets that tensorflow-datasets has prepared, without TensorFlow.
 
 Only what is on this machine is read: nothing here downloads or prepares.
 """
@@ -89,7 +89,7 @@ def read_tfds(
 
 
 def _builder(name: str, folder: Path) -> Any:
-    """Returns the tfds builder of a name, without ever touching the network."""
+    """Returns the tfds builder of a name, without using the network."""
     _, _, version = name.partition(":")
     if version and not re.fullmatch(r"[\d.*]+", version):
         # A prefix such as huggingface: or kaggle: makes tfds go to the network.

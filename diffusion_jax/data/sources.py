@@ -1,4 +1,4 @@
-"""Data sets that are known by name, and where each is found."""
+"""Finds and reads the data sets that are known by name."""
 
 from __future__ import annotations
 
@@ -93,7 +93,6 @@ def cifar10(
 
 
 def _no_cifar10(got: str) -> DataError:
-    """Returns the error that names every way to get CIFAR-10."""
     return DataError(
         f"CIFAR-10 must be on this machine or within reach; got {got}\n"
         "Do one of these:\n"

@@ -15,7 +15,7 @@ from diffusion_jax.storage import archives, files
 
 
 class Statistics(NamedTuple):
-    """What is known of the features so far. All in float64."""
+    """Sums over the features so far, in float64."""
 
     number: int
     """How many features were seen."""
@@ -147,7 +147,7 @@ def as_features(
     least: int = 1,
     dimension: int | None = None,
 ) -> np.ndarray:
-    """Returns features as an array [N, D], having checked that they are finite.
+    """Returns features as an array [N, D], after checking that they are finite.
 
     Args:
       features: [N, D].
@@ -181,7 +181,7 @@ def as_features(
 def as_moments(
     mean: ArrayLike, matrix: ArrayLike, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a mean [D] and a symmetric matrix [D, D] in float64, having checked them.
+    """Returns a mean [D] and a symmetric matrix [D, D] in float64, checked.
 
     `name` is what an error calls them. The matrix may be off symmetry by 1e-5 of its
     largest entry, as those summed in float32 are; what is returned is its symmetric

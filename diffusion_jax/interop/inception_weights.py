@@ -1,4 +1,4 @@
-"""Weights of the Inception network: found, read by content, checked and saved.
+"""Finds, reads, checks and saves the weights of the Inception network.
 
 The network was released once, 2015-12-05, and lives on in several files. Read are
 
@@ -67,7 +67,7 @@ _BLOCKS = (
 
 
 class Weights(NamedTuple):
-    """What a file holds."""
+    """The content of a file."""
 
     variables: dict[str, Any]
     """`params` and `batch_stats`, as `inception.Inception.apply` takes them."""

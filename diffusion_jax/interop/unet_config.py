@@ -1,4 +1,4 @@
-"""The configuration of diffusers' UNet2DModel, read as our U-Net and written of it.
+"""Converts configurations of diffusers' UNet2DModel to our U-Net, and back.
 
 Its networks are ours where the two are made of the same parts. Two sets of constants
 are known (`blocks.VARIANTS`): those of the conversions of the authors' networks, and
@@ -246,7 +246,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def _wrong_shape(values: Mapping[str, Any], size: tuple[int, int] | None) -> list[str]:
-    """Returns what of widths, blocks and sizes our network cannot have."""
+    """Lists the widths, blocks and sizes that our network cannot have."""
     widths, channels = values["block_out_channels"], values["in_channels"]
     wrong, factor = [], 2 ** (len(widths) - 1)
     if size is None or any(side % factor for side in size):

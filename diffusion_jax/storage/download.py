@@ -1,4 +1,4 @@
-"""The one download: to a temporary file, checked, then renamed into place.
+"""Downloads a file: to a temporary place, checked, then renamed.
 
 Either the whole file with the right digest appears under its name, or nothing does
 and a `DataError` says why, within seconds where there is no network.
@@ -141,7 +141,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def within(seconds: float, work: Callable[[], T]) -> T:
-    """Returns what a function does, or raises TimeoutError when it is not done in time.
+    """Returns a function's value, or raises TimeoutError when that takes too long.
 
     Look-ups of names have no timeout of their own and a host may have many addresses
     that each hang, so the whole of it runs in a thread that is waited for.

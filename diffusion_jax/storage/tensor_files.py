@@ -1,13 +1,13 @@
-"""Tensors by name in files: read by content, whatever a file is called, and written.
+"""Reads tensors by name from files of several formats, and writes safetensors.
 
-Read are
+The format is told from the content, whatever a file is called:
 
-  safetensors   with what the file says of itself
+  safetensors   with its metadata
   pytorch       state of a module (.bin, .pt, .pth), where PyTorch is installed
   tensorflow    a checkpoint of variables, where TensorFlow is installed
 
-and safetensors are written. Nothing in a file is ever executed: of pickles only
-PyTorch's are opened, by its own `weights_only` reader.
+Nothing in a file is ever executed: of pickles only PyTorch's are opened, by its own
+`weights_only` reader.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _PICKLES = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 
 
 class Tensors(NamedTuple):
-    """What a file holds."""
+    """The content of a file."""
 
     arrays: dict[str, np.ndarray]
     """By the names that they have there; of the types that they have there."""
     meta: dict[str, str]
-    """What a safetensors file says of itself; empty for others."""
+    """Metadata of a safetensors file; empty for others."""
     format: str
     """One of "safetensors", "pytorch" and "tensorflow"."""
     sha256: str
@@ -106,7 +106,7 @@ def read(path: str | os.PathLike[str], *, progress: bool = False) -> Tensors:
 
 
 def read_meta(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Returns what a safetensors file says of itself; no tensor is read.
+    """Returns the metadata of a safetensors file; no tensor is read.
 
     Raises:
       DataError: no such file, another format, or damage.
@@ -129,13 +129,13 @@ def write_safetensors(
 ) -> str:
     """Returns the SHA-256 of the safetensors file that now holds the arrays.
 
-    The same arrays and words are the same file, to the byte.
+    The same arrays and metadata give the same file, to the byte.
 
     Args:
       path: where the file shall lie, whose folder is made; whatever was there is
         replaced at the end, and stays if anything fails.
       arrays: by name, of any type that safetensors has.
-      meta: words by name, to be read by `read_meta`.
+      meta: metadata, text by name.
 
     Raises:
       DataError: a type that safetensors lacks.
@@ -151,7 +151,7 @@ def write_safetensors(
             f"what {path} is to hold must be arrays of numbers, and words of text; got "
             f"{type(error).__name__}: {error}. Convert them first."
         ) from error
-    # Words come out in another order each time.
+    # The library writes metadata in another order each time.
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     if meta:

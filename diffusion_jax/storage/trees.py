@@ -1,7 +1,6 @@
-"""Trees of arrays: names of their leaves, what of them does not fit, and their files.
+"""Trees of arrays (pytrees): their leaves by name, and .safetensors files of them.
 
-A file is .safetensors; a leaf in it is called by its keys, joined by dots, and words by
-name say what has to be known of the tree.
+In a file a leaf is called by its keys, joined by dots; metadata are text by name.
 """
 
 import hashlib
@@ -17,7 +16,7 @@ from diffusion_jax.storage import tensor_files
 
 
 class Stored(NamedTuple):
-    """What was in a file."""
+    """The content of a file."""
 
     params: Any
     """A tree of arrays, each of the shape and type that it was written with."""
@@ -50,7 +49,7 @@ def by_path(tree: Any, separator: str = "/") -> dict[str, Any]:
 
 
 def misfits(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Returns what of leaves by path is not as it has to be, a few words each.
+    """Lists the leaves that are missing, unknown or wrong, a few words each.
 
     Types and shapes have to be the same, and values finite where there are values.
 
@@ -79,7 +78,7 @@ def _in_words(leaf: Any) -> str:
 
 
 def check(params: Any, like: Any, path: Path) -> None:
-    """Raises DataError where parameters are not those of a network, or not finite.
+    """Raises DataError where parameters do not fit a network, or are not finite.
 
     Args:
       params: what `read` returned.
