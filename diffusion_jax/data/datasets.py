@@ -80,7 +80,6 @@ def load(
     skip_unreadable: bool = False,
     labelled: bool = False,
     memory_limit: int = 2**31,
-    progress: bool = True,
 ) -> Dataset:
     """Returns the images and labels of a source.
 
@@ -107,7 +106,6 @@ def load(
         what `dataset.json` says, else the place of its subfolder; of hf the column.
         Others have theirs anyway.
       memory_limit: bytes; folders and tfds beyond it are read batch by batch.
-      progress: show bars on standard error, where that is a terminal.
 
     Raises:
       DataError: the source is unknown, missing or damaged, or does not fit.
@@ -123,7 +121,7 @@ def load(
     if kind == "digits":
         images, labels = digits()
     elif kind == "cifar10":
-        images, labels = cifar10(split, data_dir, download=download, progress=progress)
+        images, labels = cifar10(split, data_dir, download=download)
     elif kind in ("mnist", "fashion_mnist"):
         images, labels = mnist(kind, split, data_dir)
     elif kind == "tfds":
@@ -134,7 +132,6 @@ def load(
             image_size=image_size,
             fit=fit,
             memory_limit=memory_limit,
-            progress=progress,
         )
     elif kind in ("folder", "hf"):
         size = _folder_size(argument, image_size, fit, channels)
@@ -150,7 +147,6 @@ def load(
             channels=channels or 3,
             skip_unreadable=skip_unreadable,
             memory_limit=memory_limit,
-            progress=progress,
         )
         labels = None if labels is None else labels[kept]
     elif kind == "npz":

@@ -162,7 +162,6 @@ def read(
     channels: int = 3,
     skip_unreadable: bool = False,
     memory_limit: int = 2**31,
-    progress: bool = True,
 ) -> tuple[np.ndarray | LazyImages, list[int]]:
     """Returns images, uint8 [N, H, W, channels], and the index of the file of each.
 
@@ -176,7 +175,6 @@ def read(
       skip_unreadable: leave out files that cannot be decoded, with a warning; every
         file is then decoded once now, even beyond `memory_limit`.
       memory_limit: bytes of decoded images to hold in memory at most.
-      progress: show a bar on standard error, where that is a terminal.
 
     Raises:
       DataError: unreadable ones (the first ten are named).
@@ -191,7 +189,7 @@ def read(
     kept: list[int] = []
     unreadable: list[str] = []
     own: list[tuple[int, int]] = []
-    for place, outcome in enumerate(_in_threads(look, files, progress)):
+    for place, outcome in enumerate(_in_threads(look, files)):
         if isinstance(outcome, Exception):
             unreadable.append(f"{files.names[place]} ({_reason(outcome)})")
             continue
@@ -213,7 +211,7 @@ def read(
 
 
 def _in_threads(
-    function: Callable[[Path | BinaryIO], Any], files: Files, progress: bool
+    function: Callable[[Path | BinaryIO], Any], files: Files
 ) -> Iterator[Any]:
     """Yields, in order, the function's value of each file or what it raised."""
 
@@ -224,10 +222,10 @@ def _in_threads(
             return error
 
     total, title = len(files.names), f"reading {files.where}"
-    disable = None if progress else True
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=total, desc=title, unit=" images", disable=disable) as bar,
+        # disable=None shows it only where standard error is a terminal.
+        tqdm(total=total, desc=title, unit=" images", disable=None) as bar,
     ):
         for start in range(0, total, _CHUNK):
             for outcome in pool.map(attempt, range(start, min(start + _CHUNK, total))):

@@ -68,11 +68,7 @@ def _shards(where: Path, split: str) -> list[Path]:
     """Returns the files of a split, in order."""
     if where.is_file() and split == "train":
         return [where]
-    found = sorted(
-        file
-        for file in where.rglob("*.parquet")
-        if not any(p.startswith(".") for p in file.relative_to(where).parts)
-    )
+    found = sorted(where.rglob("*.parquet"))
     if not found:
         raise DataError(
             "a data set of Parquet must be a file, or a folder of files ending in "

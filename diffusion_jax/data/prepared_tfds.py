@@ -44,7 +44,6 @@ def read_tfds(
     image_size: Size | None = None,
     fit: str | None = None,
     memory_limit: int = 2**31,
-    progress: bool = True,
 ) -> tuple[np.ndarray | LazyImages, np.ndarray | None]:
     """Returns `(images uint8 [N, H, W, C], labels int32 [N] or None)`.
 
@@ -55,7 +54,6 @@ def read_tfds(
       data_dir: see `tfds_folder`.
       image_size: see `sizes.fitter`, also for `fit`.
       memory_limit: bytes of images to hold in memory; more are read as asked for.
-      progress: show a bar on standard error, where that is a terminal.
 
     Raises:
       DataError: it was not prepared in random-access form, or has no such feature.
@@ -78,8 +76,9 @@ def read_tfds(
     seen = _source(builder, split, name, folder, skip_images=True) if lazy else source
     held = np.empty((0 if lazy else len(source), *fitted), np.uint8)
     labels = np.empty(len(source), np.int32)
-    title, disable = f"reading {name}", None if progress else True
-    for i in tqdm(range(len(source)), title, unit=" images", disable=disable):
+    # disable=None shows it only where standard error is a terminal.
+    places = tqdm(range(len(source)), f"reading {name}", unit=" images", disable=None)
+    for i in places:
         example = seen[i]
         if not lazy:
             held[i] = fit_image(example["image"])

@@ -50,7 +50,6 @@ def cifar10(
     data_dir: str | os.PathLike[str] | None = None,
     *,
     download: bool = True,
-    progress: bool = True,
 ) -> tuple[np.ndarray | LazyImages, np.ndarray | None]:
     """Returns CIFAR-10's `(images, labels)` from the first place that has it.
 
@@ -59,7 +58,6 @@ def cifar10(
       data_dir: look here and nowhere else: the official archive, or a folder that
         holds it, what was extracted from it, or what tensorflow-datasets prepared.
       download: fetch the official archive into the cache where it is nowhere else.
-      progress: show bars on standard error, where that is a terminal.
 
     Raises:
       DataError: it is nowhere and cannot be fetched, or is damaged.
@@ -70,7 +68,7 @@ def cifar10(
         prepared = tfds_folder(data_dir)
         got = f"nothing at {prepared}"
         if (prepared / "cifar10").is_dir():
-            return read_tfds("cifar10", split, data_dir=prepared, progress=progress)
+            return read_tfds("cifar10", split, data_dir=prepared)
     except DataError as error:  # there may still be a copy elsewhere
         got = str(error)
     # A path that was given is meant: nothing else stands in for it.
@@ -81,12 +79,8 @@ def cifar10(
         if not download:
             raise _no_cifar10(f"{got}, nothing at {cache}, and download=False")
         try:
-            downloading.fetch(
-                CIFAR10_URL,
-                cache / CIFAR10_ARCHIVES[0],
-                sha256=_CIFAR10_SHA256,
-                progress=progress,
-            )
+            archive = cache / CIFAR10_ARCHIVES[0]
+            downloading.fetch(CIFAR10_URL, archive, sha256=_CIFAR10_SHA256)
         except DataError as error:
             raise _no_cifar10(f"{got}, nothing at {cache}, and: {error}") from error
     return read_cifar10(cache, split)

@@ -23,6 +23,9 @@ from diffusion_jax.errors import DataError
 from diffusion_jax.storage import files
 
 _CHUNK = 2**18
+# Seconds in all until an answer begins (name look-up, connection, encryption,
+# redirects), and without a single byte until a transfer has stalled.
+_CONNECT, _STALL = 5.0, 30.0
 T = TypeVar("T")
 
 
@@ -41,9 +44,6 @@ def fetch(
     *,
     sha256: str | None,
     most: int = 2**30,
-    connect_timeout: float = 5.0,
-    read_timeout: float = 30.0,
-    progress: bool = True,
 ) -> Path:
     """Returns `path`, at which the file behind `url` now lies whole and checked.
 
@@ -56,10 +56,6 @@ def fetch(
       sha256: the digest the content must have, in hexadecimal; None where none is
         known, and then only the length that the server states is checked.
       most: bytes that it may have.
-      connect_timeout: seconds in all until the answer begins: name look-up,
-        connection, encryption, redirects.
-      read_timeout: seconds without a single byte after which a transfer has stalled.
-      progress: show a bar on standard error, where that is a terminal.
 
     Raises:
       DataError: no answer, a refusal, a stall, or other bytes than expected. Nothing
@@ -78,10 +74,9 @@ ftp://example.org/a. Download it by hand.
             headers = {"User-Agent": "diffusion_jax"}
             request = urllib.request.Request(url, headers=headers)
             opener = urllib.request.build_opener(_Redirects)
-            with within(
-                connect_timeout, lambda: opener.open(request, timeout=read_timeout)
-            ) as response:
-                digest = _copy(response, file, url, most, progress)
+            opened = within(_CONNECT, lambda: opener.open(request, timeout=_STALL))
+            with opened as response:
+                digest = _copy(response, file, url, most)
             if sha256 is not None and digest != sha256.lower():
                 raise DataError(
                     f"the file at {url} must have SHA-256 {sha256}; got {digest}. "
@@ -89,8 +84,8 @@ ftp://example.org/a. Download it by hand.
                 )
     except TimeoutError as error:
         raise DataError(
-            f"a server must answer within {connect_timeout:g} s, and then send bytes "
-            f"at least every {read_timeout:g} s; got none from {url} for that long. "
+            f"a server must answer within {_CONNECT:g} s, and then send bytes at "
+            f"least every {_STALL:g} s; got none from {url} for that long. "
             "Check the network and try again, or download it by hand."
         ) from error
     except DataError:
@@ -158,7 +153,7 @@ def within(seconds: float, work: Callable[[], T]) -> T:
     return answer.result(timeout=seconds)
 
 
-def _copy(response: Any, file: Any, url: str, most: int, progress: bool) -> str:
+def _copy(response: Any, file: Any, url: str, most: int) -> str:
     """Returns the SHA-256 of the bytes copied, having checked how many they were."""
     stated = response.headers.get("Content-Length")
     expected = int(stated) if stated else None
@@ -168,8 +163,7 @@ def _copy(response: Any, file: Any, url: str, most: int, progress: bool) -> str:
         unit="B",
         unit_scale=True,
         desc=f"downloading {url.rsplit('/', 1)[-1]}",
-        # None means: only where standard error is a terminal.
-        disable=None if progress else True,
+        disable=None,  # shows it only where standard error is a terminal
     ) as bar:
         while done <= most and (chunk := response.read(_CHUNK)):
             done += len(chunk)

@@ -221,7 +221,7 @@ def test_cifar10_without_network_names_every_way(tmp_path, monkeypatch, network)
 def test_cifar10_is_downloaded_once(tmp_path, monkeypatch):
     calls = []
 
-    def fetch(url, path, *, sha256, progress):
+    def fetch(url, path, *, sha256):
         calls.append((url, path.name, sha256[:4]))
         archive(path, binary_members())
 
