@@ -87,7 +87,7 @@ def load(
       source: one of `SOURCES`. "digits" (1,797 8x8 digits) comes with scikit-learn.
         "cifar10" is looked for in `data_dir` if given, else among what
         tensorflow-datasets has prepared, else in the cache folder
-        (`XDG_CACHE_HOME` or `~/.cache`)/diffusion_jax, else downloaded into it.
+        (`XDG_CACHE_HOME` or `~/.cache`)/diffusion_jax, else downloaded into that.
       split: "train" or "test"; for "tfds:" any split expression, such as
         "train[:10%]"; for "hf:" the files so named. Folders, npz and idx files, and
         digits are all "train".
@@ -343,23 +343,7 @@ def batch_at(dataset: Dataset, indices: np.ndarray) -> dict[str, np.ndarray]:
     Args:
       dataset: what `load` returned.
       indices: integers [B], 0 <= index < N.
-
-    Raises:
-      DataError: an index lies outside the data set.
     """
-    indices = np.asarray(indices)
-    size = len(dataset.images)
-    if indices.dtype.kind not in "iu" or indices.ndim != 1:
-        raise DataError(
-            f"indices must be integers of shape [B]; got {indices.dtype} of shape "
-            f"{indices.shape}. Use batch_indices."
-        )
-    if indices.size and (indices.min() < 0 or indices.max() >= size):
-        raise DataError(
-            f"indices must lie in 0..{size - 1}, the images of {dataset.name}; got "
-            f"{indices.min()}..{indices.max()}. Give batch_indices this data set's "
-            "own length."
-        )
     batch = {"image": dataset.images[indices]}
     if dataset.labels is not None:
         batch["label"] = dataset.labels[indices]

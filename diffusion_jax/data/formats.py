@@ -101,7 +101,7 @@ def _batches(found: Path, split: str) -> dict[str, bytes]:
         there = [found / name for names in kinds.values() for name in names]
         content = {file.name: file.read_bytes() for file in there if file.is_file()}
     else:
-        # By their whole names, so one that is called "../test_batch" is not looked at.
+        # Matched by their whole names: "../test_batch" is none of them.
         wanted = {f"{folder}/{name}" for folder in kinds for name in kinds[folder]}
         content = _members(found, lambda name: name.removeprefix("./") in wanted)
     names = max(kinds.values(), key=lambda names: len(content.keys() & {*names}))
@@ -115,7 +115,7 @@ def _batches(found: Path, split: str) -> dict[str, bytes]:
 
 
 def _members(path: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
-    """Returns what is wanted of an archive, by the names without their folders."""
+    """Returns the wanted files of an archive, by their names without folders."""
     try:
         with path.open("rb") as file:
             found = archives.read_tar(file, wanted, most=_MAX_ARCHIVE_BYTES)

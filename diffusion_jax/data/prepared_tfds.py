@@ -115,12 +115,6 @@ def _source(
     decoders = {"image": tfds.decode.SkipDecoding()} if skip_images else None
     try:
         return builder.as_data_source(split, decoders=decoders)
-    except NotImplementedError as error:
-        if builder.data_path.exists():
-            got = f"another format at {builder.data_path}, which needs TensorFlow"
-        else:
-            got = f"nothing at {builder.data_path}"
-        raise _not_prepared(name, folder, got) from error
     except ValueError as error:
         raise DataError(
             f"split must name a part of {name}, as in 'train' or 'test[:10%]'; got "
@@ -128,6 +122,10 @@ def _source(
         ) from error
     except Exception as error:
         got = f"{type(error).__name__}: {str(error)[:200]}"
+        if isinstance(error, NotImplementedError):
+            got = f"nothing at {builder.data_path}"
+            if builder.data_path.exists():
+                got = f"another format at {builder.data_path}, which needs TensorFlow"
         raise _not_prepared(name, folder, got) from error
 
 

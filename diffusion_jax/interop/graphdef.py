@@ -14,7 +14,7 @@ import numpy as np
 
 from diffusion_jax.errors import DataError
 
-# The fields of each message: names, numbers and types; a star is for any number of it.
+# The fields of each message: names, numbers and types; a star means repeated.
 _MESSAGES = {
     "Dim": {"size": (1, "int64")},
     "Shape": {"dim": (2, "Dim*")},
@@ -62,7 +62,7 @@ def read(content: bytes, what: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 @functools.cache
 def _graph() -> Any:
-    """Returns the class of a graph."""
+    """Returns the message class of a graph."""
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
     file = descriptor_pb2.FileDescriptorProto(name="graph.proto", syntax="proto3")
@@ -81,7 +81,6 @@ def _graph() -> Any:
 
 
 def _array(tensor: Any, name: str) -> np.ndarray:
-    """Returns a tensor of type float32."""
     shape = [dim.size for dim in tensor.shape.dim]
     size = math.prod(shape)
     if tensor.content:

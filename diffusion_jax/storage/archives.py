@@ -19,7 +19,7 @@ _SMALL, _LEAST_SHARE = 2**28, 200
 
 
 class ArchiveError(ValueError):
-    """What an archive is, in place of what it must be: a few words."""
+    """An archive is damaged, too large or of another kind; says which, in few words."""
 
 
 def read_tar(
@@ -44,7 +44,7 @@ def read_tar(
                 content = archive.extractfile(member)
                 found[member.name] = content.read() if content else b""
         while archive.fileobj and archive.fileobj.read(2**20):
-            pass  # at its end is the checksum of all
+            pass  # at the end the checksum is compared
     return found
 
 
@@ -97,9 +97,8 @@ def read_npz(
 def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, length: int) -> np.ndarray:
     check_packed(info.file_size, min(info.compress_size, length), info.filename)
     with archive.open(info) as stream:
-        # It makes room for what a header promises, but fills none that is not there.
+        # NumPy makes room for what the header promises, and reads what is there.
         array: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
-        # At its end the checksum is looked at.
-        if stream.read(1):
+        if stream.read(1):  # which compares the checksum, at the end
             raise ArchiveError(f"{info.filename} with more than its array")
     return array
