@@ -220,7 +220,7 @@ def _check_arguments(
     if kind != "tfds" and split not in splits:
         raise DataError(
             f"split of {kind} must be {' or '.join(map(repr, splits))}; got {split!r}. "
-            "Give one of these, or hold images out with --data.hold-out."
+            "Give one of these, or hold images out in training: --data.hold-out 0.1."
         )
     if (alone or kind == "hf") and data_dir is not None:
         raise DataError(

@@ -113,9 +113,8 @@ def read(path: Path) -> Stored:
     from flax import traverse_util  # a fifth of a second, which `--help` need not wait
 
     found = tensor_files.read(path)
-    names = found.arrays
-    within = [n for n in names if any(other.startswith(f"{n}.") for other in names)]
-    if within:
+    above = {name[:i] for name in found.arrays for i, c in enumerate(name) if c == "."}
+    if within := sorted(found.arrays.keys() & above):
         raise DataError(
             f"{path} must hold a tree, whose tensors have none below them; got some "
             f"below {first_of(within)}. Write it again."
