@@ -270,7 +270,6 @@ def test_fields_that_are_missing_are_those_of_diffusers():
     [
         {"act_fn": "swish"},
         {"sample_size": [8, 8]},
-        {"sample_size": (8, 8)},
         {"time_embedding_dim": 32},
         {"attn_norm_num_groups": 4},
         {"mid_block_scale_factor": 1.0},
@@ -330,9 +329,7 @@ LEVELS = [
 NO_NUMBERS = (None, True, -1, 0, 1.5, "3", [3], {}, float("nan"))
 KINDS = {
     "in_channels": NO_NUMBERS,
-    "out_channels": NO_NUMBERS,
     "layers_per_block": NO_NUMBERS,
-    "norm_num_groups": NO_NUMBERS,
     "num_class_embeds": NO_NUMBERS[1:],
     "dropout": (None, -1, 2, "little", [], {}, float("nan"), float("inf")),
     "norm_eps": (None, "x", -1, 1, [], {}, float("nan")),
