@@ -1,1 +1,1 @@
-"""Data sets: found by name or path, read, and in which order a step sees them."""
+"""Data sets: found by name or path, read, and shuffled."""

@@ -1,4 +1,4 @@
-"""Arrays as images and labels: which types, orders of axes and scales are plain."""
+"""Checks arrays of images and labels, and brings them into one form."""
 
 import math
 import os
@@ -13,8 +13,8 @@ def as_images(images: np.ndarray, what: str | os.PathLike[str]) -> np.ndarray:
     """Returns images as [N, H, W, C], having checked type and axes.
 
     Args:
-      images: uint8, [N, H, W, C], [N, H, W], or [N, C, H, W] where C is 1 or 3 and W
-        neither.
+      images: uint8, [N, H, W, C], [N, H, W], or [N, C, H, W] where W is not 1 or 3; C
+        is 1 or 3.
       what: the name of the images, for errors.
 
     Raises:
@@ -37,14 +37,23 @@ def as_images(images: np.ndarray, what: str | os.PathLike[str]) -> np.ndarray:
             f"{got}. {advice}"
         )
     if images.ndim == 3:
-        return images[..., np.newaxis]
-    if images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
-        return np.ascontiguousarray(np.moveaxis(images, 1, 3))
+        images = images[..., np.newaxis]
+    elif images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
+        images = np.ascontiguousarray(np.moveaxis(images, 1, 3))
+    _, height, width, channels = images.shape
+    if channels not in (1, 3):
+        advice = "Convert them to grey or RGB."
+        if channels == 4:
+            advice = "Of RGBA take images[..., :3]."
+        raise DataError(
+            f"images in {what} must have 1 or 3 channels; got {height}x{width} with "
+            f"{channels}. {advice}"
+        )
     return images
 
 
 def as_uint8(images: np.ndarray, what: str | os.PathLike[str]) -> np.ndarray:
-    """Returns images of any type as uint8, where their scale is plain.
+    """Returns images of any type as uint8, where their scale is unambiguous.
 
     Args:
       images: uint8; whole numbers in 0..255, some above 1; or floats in [0, 1], or in
@@ -65,7 +74,7 @@ def as_uint8(images: np.ndarray, what: str | os.PathLike[str]) -> np.ndarray:
         scale, shift, said = 255.0, 0.0, "[0, 1]"
     elif floats and -1 <= low < 0 and high <= 1:
         scale, shift, said = 127.5, 127.5, "[-1, 1]"
-    elif low >= 0 and 1 < high <= 255 and all(_whole(part) for part in images):
+    elif low >= 0 and 1 < high <= 255 and all((i == np.rint(i)).all() for i in images):
         return images.astype(np.uint8)
     if scale is None:
         raise DataError(
@@ -85,7 +94,7 @@ def as_uint8(images: np.ndarray, what: str | os.PathLike[str]) -> np.ndarray:
 def as_labels(
     labels: np.ndarray | None, num_images: int, what: str | os.PathLike[str]
 ) -> np.ndarray | None:
-    """Returns labels as int32 [N], having checked that there is one an image."""
+    """Returns labels as int32 [N], after checking that each image has one."""
     if labels is None:
         return None
     fits = labels.dtype.kind in "iu" and labels.shape == (num_images,)
@@ -99,7 +108,7 @@ def as_labels(
 
 
 def _to_uint8(low: float, high: float) -> str:
-    """Returns how images with values in a range, or NaN, become uint8."""
+    """Returns advice on converting images with values in a range to uint8."""
     if not math.isfinite(low + high):
         return "Find out where they stopped being finite."
     if 0 <= low <= high <= 1:
@@ -114,7 +123,3 @@ def _to_uint8(low: float, high: float) -> str:
     if 0 <= low <= high <= 255:
         return "Convert them: np.round(images).astype(np.uint8)."
     return "Scale them to 0..255, then np.round(images).astype(np.uint8)."
-
-
-def _whole(values: np.ndarray) -> bool:
-    return bool((values == np.rint(values)).all())

@@ -24,7 +24,7 @@ from diffusion_jax.data import image_files, image_folders, parquet
 from diffusion_jax.data.formats import read_npz
 from diffusion_jax.data.image_files import LazyImages
 from diffusion_jax.data.prepared_tfds import read_tfds
-from diffusion_jax.data.sizes import Size, fitter
+from diffusion_jax.data.sizes import Size, fitter, sides
 from diffusion_jax.data.sources import cifar10, digits, idx, mnist
 from diffusion_jax.errors import DataError
 
@@ -59,7 +59,7 @@ class Dataset(NamedTuple):
         has `shape`, `len` and indexing by an array of integers.
       labels: int32 [N], or None.
       name: the source, as it was given to `load`.
-      classes: what the labels 0, 1, ... stand for; empty where nobody says it.
+      classes: names of the classes 0, 1, ...; empty where unknown.
     """
 
     images: np.ndarray | LazyImages
@@ -80,7 +80,6 @@ def load(
     skip_unreadable: bool = False,
     labelled: bool = False,
     memory_limit: int = 2**31,
-    progress: bool = True,
 ) -> Dataset:
     """Returns the images and labels of a source.
 
@@ -88,7 +87,7 @@ def load(
       source: one of `SOURCES`. "digits" (1,797 8x8 digits) comes with scikit-learn.
         "cifar10" is looked for in `data_dir` if given, else among what
         tensorflow-datasets has prepared, else in the cache folder
-        (`XDG_CACHE_HOME` or `~/.cache`)/diffusion_jax, else downloaded into it.
+        (`XDG_CACHE_HOME` or `~/.cache`)/diffusion_jax, else downloaded into that.
       split: "train" or "test"; for "tfds:" any split expression, such as
         "train[:10%]"; for "hf:" the files so named. Folders, npz and idx files, and
         digits are all "train".
@@ -107,7 +106,6 @@ def load(
         what `dataset.json` says, else the place of its subfolder; of hf the column.
         Others have theirs anyway.
       memory_limit: bytes; folders and tfds beyond it are read batch by batch.
-      progress: show bars on standard error, where that is a terminal.
 
     Raises:
       DataError: the source is unknown, missing or damaged, or does not fit.
@@ -123,7 +121,7 @@ def load(
     if kind == "digits":
         images, labels = digits()
     elif kind == "cifar10":
-        images, labels = cifar10(split, data_dir, download=download, progress=progress)
+        images, labels = cifar10(split, data_dir, download=download)
     elif kind in ("mnist", "fashion_mnist"):
         images, labels = mnist(kind, split, data_dir)
     elif kind == "tfds":
@@ -134,7 +132,6 @@ def load(
             image_size=image_size,
             fit=fit,
             memory_limit=memory_limit,
-            progress=progress,
         )
     elif kind in ("folder", "hf"):
         size = _folder_size(argument, image_size, fit, channels)
@@ -150,7 +147,6 @@ def load(
             channels=channels or 3,
             skip_unreadable=skip_unreadable,
             memory_limit=memory_limit,
-            progress=progress,
         )
         labels = None if labels is None else labels[kept]
     elif kind == "npz":
@@ -236,20 +232,14 @@ def _check_arguments(
 ) -> None:
     """Raises where the source is unknown or is given what it does not take."""
     check_source(source)
-    if kind in ("digits", "folder", "npz", "idx") and split != "train":
+    alone = kind in ("digits", "folder", "npz", "idx")
+    splits = ("train",) if alone else ("train", "test")
+    if kind != "tfds" and split not in splits:
         raise DataError(
-            f"split of {kind} must be 'train': it has no official test split; got "
-            f"{split!r}. Give 'train', or hold images out by index."
+            f"split of {kind} must be {' or '.join(map(repr, splits))}; got {split!r}. "
+            "Give one of these, or hold images out in training: --data.hold-out 0.1."
         )
-    if kind in ("cifar10", "mnist", "fashion_mnist", "hf") and split not in (
-        "train",
-        "test",
-    ):
-        raise DataError(
-            f"split of {kind} must be 'train' or 'test'; got {split!r}. "
-            "Give one of the two, or select by index."
-        )
-    if kind in ("digits", "folder", "hf", "npz", "idx") and data_dir is not None:
+    if (alone or kind == "hf") and data_dir is not None:
         raise DataError(
             f"data_dir must not be given for {kind}; got {os.fspath(data_dir)!r}. "
             "Put the path in the source, after the colon."
@@ -259,15 +249,14 @@ def _check_arguments(
 def _folder_size(
     argument: str, image_size: Size | None, fit: str | None, channels: int | None
 ) -> Size:
-    """Returns the image size of a folder, having checked what goes with it."""
-    if image_size is None or fit == "pad" or channels not in (None, 1, 3):
+    """Returns the image size of a folder, after checking its options."""
+    if image_size is None or fit not in (None, "crop") or channels not in (None, 1, 3):
         raise DataError(
             "image files must be loaded with image_size, fit='crop' (or none) and "
             f"channels 1 or 3; got image_size={image_size}, fit={fit!r}, "
             f"channels={channels} for {argument}. Give for instance image_size=64."
         )
-    fitter((None, None, channels or 3), image_size, "crop", argument)
-    return image_size
+    return sides(image_size)
 
 
 def _fit(
@@ -371,23 +360,7 @@ def batch_at(dataset: Dataset, indices: np.ndarray) -> dict[str, np.ndarray]:
     Args:
       dataset: what `load` returned.
       indices: integers [B], 0 <= index < N.
-
-    Raises:
-      DataError: an index lies outside the data set.
     """
-    indices = np.asarray(indices)
-    size = len(dataset.images)
-    if indices.dtype.kind not in "iu" or indices.ndim != 1:
-        raise DataError(
-            f"indices must be integers of shape [B]; got {indices.dtype} of shape "
-            f"{indices.shape}. Use batch_indices."
-        )
-    if indices.size and (indices.min() < 0 or indices.max() >= size):
-        raise DataError(
-            f"indices must lie in 0..{size - 1}, the images of {dataset.name}; got "
-            f"{indices.min()}..{indices.max()}. Give batch_indices this data set's "
-            "own length."
-        )
     batch = {"image": dataset.images[indices]}
     if dataset.labels is not None:
         batch["label"] = dataset.labels[indices]
@@ -395,7 +368,7 @@ def batch_at(dataset: Dataset, indices: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _whole(name: str, value: int, low: int, high: int | None = None) -> int:
-    """Returns value as a Python int, which cannot overflow; raises if out of range."""
+    """Returns value as a Python int, which cannot overflow."""
     try:
         number = operator.index(value)
     except TypeError:

@@ -1,24 +1,20 @@
-"""Parsers of data files: CIFAR-10 archives, IDX (MNIST), npz.
+"""Readers of data files: CIFAR-10 batches, IDX (MNIST), npz.
 
-Each reader takes a path and returns NumPy arrays; a file that is not what it should
-be raises `DataError`, whose message says what must hold, what was got and what to do.
-Nothing here trusts its input: archive members are read without being extracted,
-pickles can build plain containers and uint8 arrays only, and the size of everything
-is checked before it is believed.
+Each takes a path and returns NumPy arrays; a file that is not what it should be raises
+`DataError`. Archives are read without being extracted, and pickles without being run.
 """
 
-from __future__ import annotations
-
 import gzip
-import io
+import itertools
 import math
 import os
-import pickle
 import pickletools
+import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 
@@ -28,20 +24,18 @@ from diffusion_jax.storage import archives
 
 CIFAR10_ARCHIVES = ("cifar-10-binary.tar.gz", "cifar-10-python.tar.gz")
 
-# Of the two archives, with what the names of batches in them end in.
-_CIFAR10_FOLDERS = {"cifar-10-batches-bin": ".bin", "cifar-10-batches-py": ""}
-_CIFAR10_BATCHES = {
+# What the two archives hold, with what the names of batches in them end in.
+_FOLDERS = {"cifar-10-batches-bin": ".bin", "cifar-10-batches-py": ""}
+_BATCHES = {
     "train": tuple(f"data_batch_{i}" for i in range(1, 6)),
     "test": ("test_batch",),
 }
-_CIFAR10_PIXELS = 3 * 32 * 32
-_CIFAR10_BATCH_LENGTH = 10_000
-# An official batch holds 31 MB, an archive 186 MB, one of both
-# formats 370 MB; what is far larger is a bomb.
-_MAX_BATCH_BYTES = 64 * 2**20
+_PIXELS = 3 * 32 * 32
+_BATCH_LENGTH = 10_000
+# Unpacked the archives have 186 MB.
 _MAX_ARCHIVE_BYTES = 2**29
-# Steps of the machine that a pickle is a program for; an official batch takes 60,000.
-_MAX_PICKLE_STEPS = 1_000_000
+# Operations of a pickle; an official batch has 60,000.
+_MAX_OPERATIONS = 200_000
 
 
 def read_cifar10(
@@ -56,35 +50,28 @@ def read_cifar10(
       split: "train" (five batches, in their order) or "test" (one).
 
     Raises:
-      DataError: nothing of the kind is there, a batch is missing or damaged, or a
-        pickle refers to anything but plain containers and arrays.
+      DataError: nothing of the kind is there, or a batch is missing or damaged.
     """
-    if split not in _CIFAR10_BATCHES:
-        raise DataError(
-            f"split of CIFAR-10 must be 'train' or 'test'; got {split!r}. "
-            "Give one of the two."
-        )
     found = find_cifar10(path)
     if found is None:
         raise DataError(
             f"CIFAR-10 must be an official archive or a folder that holds one; got "
             f"{path}, in which there is none. Put {CIFAR10_ARCHIVES[0]} there, or the "
-            f"folder {next(iter(_CIFAR10_FOLDERS))} extracted from it."
+            f"folder {next(iter(_FOLDERS))} extracted from it."
         )
-    read = _cifar10_archive if found.is_file() else _cifar10_folder
     parsed = [
-        _parse_batch(raw, f"{path}: {member}", binary=member.endswith(".bin"))
-        for member, raw in read(found, split).items()
+        _parse_batch(raw, f"{path}: {name}", binary=name.endswith(".bin"))
+        for name, raw in _batches(found, split).items()
     ]
     counts = [len(labels) for _, labels in parsed]
-    if any(count != _CIFAR10_BATCH_LENGTH for count in counts):
+    if any(count != _BATCH_LENGTH for count in counts):
         warnings.warn(
             f"each batch of the official CIFAR-10 holds 10000 images; {path} holds "
             f"{counts}. Scores on it do not compare with published ones.",
             stacklevel=2,
         )
-    images = np.concatenate([images for images, _ in parsed])
-    return images, np.concatenate([labels for _, labels in parsed])
+    images, labels = zip(*parsed, strict=True)
+    return np.concatenate(images), np.concatenate(labels)
 
 
 def find_cifar10(path: str | os.PathLike[str]) -> Path | None:
@@ -96,72 +83,48 @@ def find_cifar10(path: str | os.PathLike[str]) -> Path | None:
     folder = Path(path)
     if folder.is_file():
         return folder
-    first = _CIFAR10_BATCHES["test"][0]
-    for candidate in (folder, *(folder / name for name in _CIFAR10_FOLDERS)):
-        if any((candidate / f"{first}{ending}").is_file() for ending in (".bin", "")):
+    for candidate in (folder, *(folder / name for name in _FOLDERS)):
+        if any((candidate / f"test_batch{end}").is_file() for end in (".bin", "")):
             return candidate
-    for name in CIFAR10_ARCHIVES:
-        if (folder / name).is_file():
-            return folder / name
-    return None
+    return next(
+        (folder / name for name in CIFAR10_ARCHIVES if (folder / name).is_file()), None
+    )
 
 
-def _cifar10_folder(folder: Path, split: str) -> dict[str, bytes]:
-    """Returns the raw batches `{file name: bytes}` of a split from a folder."""
-    names = _CIFAR10_BATCHES[split]
-    ending = ".bin" if (folder / f"{_CIFAR10_BATCHES['test'][0]}.bin").exists() else ""
-    batches = {}
-    for name in (f"{name}{ending}" for name in names):
-        if not (folder / name).is_file():
-            raise _missing_batches(folder, [name])
-        size = (folder / name).stat().st_size
-        if size > _MAX_BATCH_BYTES:
-            raise DataError(
-                f"a CIFAR-10 batch must be at most {_MAX_BATCH_BYTES} bytes; got "
-                f"{size} in {folder / name}. Use the official archive."
-            )
-        batches[name] = (folder / name).read_bytes()
-    return batches
+def _batches(found: Path, split: str) -> dict[str, bytes]:
+    """Returns the content of the batches of a split by their names, in order."""
+    kinds = {
+        folder: [f"{name}{end}" for name in _BATCHES[split]]
+        for folder, end in _FOLDERS.items()
+    }
+    if found.is_dir():
+        there = [found / name for names in kinds.values() for name in names]
+        content = {file.name: file.read_bytes() for file in there if file.is_file()}
+    else:
+        # Matched by their whole names: "../test_batch" is none of them.
+        wanted = {f"{folder}/{name}" for folder in kinds for name in kinds[folder]}
+        content = _members(found, lambda name: name.removeprefix("./") in wanted)
+    names = max(kinds.values(), key=lambda names: len(content.keys() & {*names}))
+    if missing := [name for name in names if name not in content]:
+        raise DataError(
+            f"CIFAR-10 at {found} must hold every batch of the split; got none named "
+            f"{', '.join(missing)}. Download the official archive again, or name the "
+            "folder that was extracted from it."
+        )
+    return {name: content[name] for name in names}
 
 
-def _cifar10_archive(path: Path, split: str) -> dict[str, bytes]:
-    """Returns the raw batches `{member: bytes}` of a split from a tar archive.
-
-    Members are read in memory and matched by their whole official name, so one that
-    is called "../data_batch_1" is never looked at, and nothing touches the disk.
-    """
-    kinds = [
-        [f"{folder}/{name}{ending}" for name in _CIFAR10_BATCHES[split]]
-        for folder, ending in _CIFAR10_FOLDERS.items()
-    ]
-    wanted = {name for names in kinds for name in names}
+def _members(path: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
+    """Returns the wanted files of an archive, by their names without folders."""
     try:
         with path.open("rb") as file:
-            members = archives.read_tar(
-                file,
-                lambda name: name.removeprefix("./") in wanted,
-                most=_MAX_BATCH_BYTES,
-                total=_MAX_ARCHIVE_BYTES,
-            )
+            found = archives.read_tar(file, wanted, most=_MAX_ARCHIVE_BYTES)
     except (archives.ArchiveError, OSError) as error:
         raise DataError(
             f"{path} must be a whole tar archive of CIFAR-10; got {error}. "
             "Download it again: it may have been cut off."
         ) from error
-    found = {name.removeprefix("./"): raw for name, raw in members.items()}
-    for names in kinds:
-        if all(name in found for name in names):
-            return {name: found[name] for name in names}
-    raise _missing_batches(path, sorted(wanted - set(found)))
-
-
-def _missing_batches(where: Path, missing: list[str]) -> DataError:
-    """Returns the error for an archive or folder that lacks batches."""
-    return DataError(
-        f"CIFAR-10 at {where} must hold every batch of the split; got none named "
-        f"{', '.join(missing)}. Download the official archive again, or name the "
-        "folder that was extracted from it."
-    )
+    return {name.rpartition("/")[2]: raw for name, raw in found.items()}
 
 
 def _parse_batch(
@@ -169,32 +132,25 @@ def _parse_batch(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns `(images uint8 [N, 32, 32, 3], labels int32 [N])` of one batch."""
     if binary:
-        if not raw or len(raw) % (1 + _CIFAR10_PIXELS):
+        if not raw or len(raw) % (1 + _PIXELS):
             raise DataError(
                 f"{what} must hold whole records of 3073 bytes; got {len(raw)} bytes. "
                 "The file is cut off or is no CIFAR-10 batch: download it again."
             )
-        records = np.frombuffer(raw, np.uint8).reshape(-1, 1 + _CIFAR10_PIXELS)
+        records = np.frombuffer(raw, np.uint8).reshape(-1, 1 + _PIXELS)
         pixels, labels = records[:, 1:], records[:, 0].astype(np.int32)
     else:
-        content = _unpickle(raw, what)
         try:
-            pixels = _array_of(content[b"data"])
-            listed = content[b"labels"]
-            # Lists of lists of one list have more entries than there is memory.
-            if not all(type(label) is int for label in listed):
-                raise TypeError("labels that are no whole numbers")
-            labels = np.asarray(listed, np.int32)
-        except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as e:
+            pixels, labels = _look_through(raw)
+        except ValueError as error:
             raise DataError(
-                f"{what} must be a dict with an array b'data' and a list b'labels'; "
-                f"got {_describe(e)}. Download the official archive again."
-            ) from e
-        if pixels.shape != (labels.size, _CIFAR10_PIXELS) or not labels.size:
+                f"{what} must be a whole pickle; got {error}. Download the official "
+                "archive again."
+            ) from error
+        if not labels.size or pixels.size != labels.size * _PIXELS:
             raise DataError(
-                f"{what} must hold data of shape (N, 3072) and N labels; got data of "
-                f"shape {pixels.shape} and {labels.size} labels. Download the "
-                "official archive again."
+                f"{what} must hold labels and 3072 pixels for each; got {labels.size} "
+                f"labels and {pixels.size} bytes. Download the official archive again."
             )
     if labels.min() < 0 or labels.max() > 9:
         raise DataError(
@@ -206,82 +162,23 @@ def _parse_batch(
     return np.ascontiguousarray(images), labels
 
 
-class _Pickled:
-    """Stands for NumPy's arrays and types in a pickle: keeps what it is given.
+def _look_through(raw: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Returns all pixels and labels in the pickle of a batch, which is never run.
 
-    NumPy's own trust a file with the layout of memory, so they never see one from
-    outside.
+    The pixels are the longest string of it; labels are the integers that come between
+    the string "labels" and the next one.
     """
-
-    def __init__(self, *given: Any):
-        self.given = given
-        self.state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-def _array_of(pickled: _Pickled) -> np.ndarray:
-    """Returns the uint8 array that a stand-in is of; raises where it is none."""
-    if pickled.state:
-        _, shape, dtype, fortran, raw = pickled.state
-    else:  # as pickle protocol 5 spells it
-        raw, dtype, shape, order = pickled.given
-        fortran = order == "F"
-    name = dtype.given[0]
-    name = name.decode("latin1") if isinstance(name, bytes) else name
-    if name not in ("u1", "uint8", "|u1"):
-        raise ValueError(f"an array of type {name}")
-    if not isinstance(raw, bytes | bytearray):  # of a number it makes zeros
-        raise TypeError(f"a {type(raw).__name__} in place of bytes")
-    flat = np.frombuffer(raw, np.uint8)
-    return flat.reshape(shape, order="F" if fortran else "C")
-
-
-# The only names that a pickle may refer to: NumPy's constructors, under their paths
-# before and since NumPy 2.
-_CONSTRUCTORS = {
-    *(("numpy", name) for name in ("ndarray", "dtype")),
-    *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
-    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
-}
-
-
-class _RestrictedUnpickler(pickle.Unpickler):
-    """Unpickler of plain containers and stand-ins; refuses all else unrun."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _CONSTRUCTORS:
-            return _Pickled
-        raise DataError(
-            "a CIFAR-10 pickle must hold only dicts, lists, strings, numbers and NumPy "
-            f"arrays; got a reference to {module}.{name}. It was not run. Do not open "
-            "this file elsewhere: download the official archive."
-        )
-
-
-def _unpickle(raw: bytes, what: str) -> Any:
-    """Returns the content of a pickle of plain containers and arrays."""
-    try:
-        _check_steps(raw)
-        return _RestrictedUnpickler(io.BytesIO(raw), encoding="bytes").load()
-    except DataError as error:
-        raise DataError(f"{what}: {error}") from None
-    # A damaged pickle can fail in any operation of the machine it is a program for.
-    except Exception as error:
-        raise DataError(
-            f"{what} must be a whole pickle; got {_describe(error)}. "
-            "Download the official archive again."
-        ) from error
-
-
-def _check_steps(raw: bytes) -> None:
-    """Raises where a pickle would take much time, or memory that it has not filled."""
-    for count, (operation, argument, _) in enumerate(pickletools.genops(raw)):
-        # The memo is an array as long as the largest place in it.
-        far = "PUT" in operation.name and int(argument or 0) > _MAX_PICKLE_STEPS
-        if far or count > _MAX_PICKLE_STEPS:
-            raise ValueError(f"more than {_MAX_PICKLE_STEPS} steps or places")
+    pixels, labels, last = b"", [], b""
+    operations = itertools.islice(pickletools.genops(raw), _MAX_OPERATIONS)
+    for operation, argument, _ in operations:
+        if isinstance(argument, str):
+            argument = argument.encode("latin1")
+        if isinstance(argument, bytes | bytearray):
+            last = bytes(argument)
+            pixels = max(pixels, last, key=len)
+        elif last == b"labels" and operation.name.startswith("BININT"):
+            labels.append(argument)
+    return np.frombuffer(pixels, np.uint8), np.array(labels, np.int32)
 
 
 def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
@@ -295,42 +192,32 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
     """
     path = Path(path)
     try:
-        if path.exists() and not path.is_file():
-            raise archives.ArchiveError("no regular file")
         with path.open("rb") as plain:
             zipped = plain.read(2) == b"\x1f\x8b"
-        with gzip.open(path, "rb") if zipped else path.open("rb") as stream:
-            return _parse_idx(stream, path, zipped=zipped)  # type: ignore[arg-type]
-    except FileNotFoundError:
-        raise DataError(
-            f"an IDX file must exist; got {path}, which does not. Check the path."
-        ) from None
+        with gzip.open(path) if zipped else path.open("rb") as file:
+            return _parse_idx(cast(BinaryIO, file), path)
     except DataError:
         raise
-    except (OSError, ValueError, EOFError, zlib.error) as error:
+    except (OSError, ValueError, EOFError, MemoryError, zlib.error, struct.error) as e:
         raise DataError(
-            f"{path} must be a readable, whole file; got {_describe(error)}. "
-            "Download it again."
-        ) from error
+            f"{path} must be a readable, whole IDX file; got {type(e).__name__}: {e}. "
+            "Check the path, or download it again."
+        ) from e
 
 
-def _parse_idx(stream: BinaryIO, path: Path, *, zipped: bool) -> np.ndarray:
-    head = stream.read(4)
+def _parse_idx(file: BinaryIO, path: Path) -> np.ndarray:
+    head = file.read(4)
     if len(head) < 4 or head[:3] != b"\x00\x00\x08" or not 1 <= head[3] <= 4:
         raise DataError(
             "an IDX file of unsigned bytes must begin with 00 00 08 and its number "
             f"of axes (1 to 4); got {head.hex(' ') or 'nothing'} in {path}. "
             "Give one of MNIST's *-ubyte files."
         )
-    sizes = stream.read(4 * head[3])
-    shape = tuple(int(n) for n in np.frombuffer(sizes[: len(sizes) // 4 * 4], ">u4"))
-    count = math.prod(shape) if len(shape) == head[3] else 0
-    length = path.stat().st_size
-    if zipped:
-        archives.check_packed(count, length, "an array")
-    # One byte more than wanted shows a file that goes on; no more is ever unpacked.
-    raw = stream.read(count + 1 if zipped else min(count + 1, length))
-    if len(shape) != head[3] or len(raw) != count:
+    shape = struct.unpack(f">{head[3]}I", file.read(4 * head[3]))
+    count = math.prod(shape)
+    archives.check_packed(count, path.stat().st_size, "an array")
+    raw = file.read(count + 1)  # one more shows a file that goes on
+    if len(raw) != count:
         got = "more" if len(raw) > count else str(len(raw))
         raise DataError(
             f"{path} must hold {count} bytes for its shape {shape}; got {got}. "
@@ -354,32 +241,23 @@ def read_npz(
 
     def choose(names: list[str]) -> list[str]:
         others = [name for name in names if name != "labels"]
-        # By these names in turn; failing them, the only array there is.
-        only = others if len(others) == 1 else []
-        keys = [k for k in ("images", "arr_0") if k in names] + only
-        if not keys:
+        likely = [name for name in ("images", "arr_0") if name in others]
+        chosen = likely or (others if len(others) == 1 else [])
+        if not chosen:
             raise archives.ArchiveError(
                 f"{', '.join(names[:8]) or 'none'}, of which no array is named "
                 "images or arr_0, nor alone"
             )
-        return [keys[0], *(name for name in names if name == "labels")]
+        return [chosen[0], *(name for name in names if name == "labels")]
 
     try:
         found = archives.read_npz(path, choose)
-    except FileNotFoundError:
+    except (archives.ArchiveError, OSError) as error:
         raise DataError(
-            f"an npz file must exist; got {path}, which does not. Check the path."
-        ) from None
-    except (archives.ArchiveError, ValueError, OSError) as error:
-        raise DataError(
-            f"{path} must be an npz file of plain arrays; got {error}. "
-            "Save it with np.savez(path, images=images), images being uint8."
+            f"{path} must be an npz file of plain arrays; got {error}. Check the path, "
+            "or save it with np.savez(path, images=images), images being uint8."
         ) from error
     labels = found.pop("labels", None)
     (images,) = found.values()
     images = arrays.as_images(arrays.as_uint8(images, path), path)
     return images, arrays.as_labels(labels, len(images), path)
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error)[:200]}"

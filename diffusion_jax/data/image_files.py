@@ -1,7 +1,7 @@
-"""Images as uint8 pixels: decoded from files, all of a set read.
+"""Decodes image files into uint8 pixels.
 
-What does not fit in memory is a `LazyImages`, which decodes the images that are asked
-for, in threads; it is indexed like the array that it stands for.
+Images that do not fit in memory are a `LazyImages`, which is indexed like an array and
+decodes the images that are asked for, in threads.
 """
 
 from __future__ import annotations
@@ -49,11 +49,6 @@ class LazyImages:
         if isinstance(indices, slice):
             indices = range(*indices.indices(len(self)))
         indices = np.asarray(indices, np.int64)
-        if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
-            raise IndexError(
-                f"indices must lie in 0..{len(self) - 1}; got "
-                f"{indices.min()}..{indices.max()}. Take them modulo the length."
-            )
         flat = indices.ravel().tolist()
         out = np.empty((len(flat), *self.shape[1:]), np.uint8)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -82,10 +77,9 @@ def read_image(path: str | Path, size: Size, channels: int = 3) -> np.ndarray:
 def _read(
     name: str, opened: Callable[[], Path | BinaryIO], size: Size, channels: int
 ) -> np.ndarray:
-    """Returns `read_image` of what an image file is opened as."""
     try:
         return _decode(opened(), sides(size), channels)[0]
-    # Decoders fail in many ways on damaged files; each becomes the one typed error.
+    # Decoders fail in many ways on damaged files.
     except Exception as error:
         raise DataError(
             f"every image must be readable; got {name} ({_reason(error)}). "
@@ -107,7 +101,7 @@ def _decode(
 
 
 def _probe(file: Path | BinaryIO) -> tuple[None, tuple[int, int]]:
-    """Returns `(None, height and width)`, from the file's header alone."""
+    """Returns `(None, (height, width))`, from the file's header alone."""
     with Image.open(file) as image:
         _check_bomb(image)
         return None, upright_size(image)
@@ -122,7 +116,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _check_bomb(image: Image.Image) -> None:
-    # For which Pillow starts an interpreter, as soon as pixels are asked for.
+    # Pillow would run an interpreter on it as soon as pixels are asked for.
     if image.format == "EPS":
         raise ValueError("PostScript, which is a program; it was not run")
     # Pillow raises at twice its limit and only warns at once: here both are errors.
@@ -143,7 +137,7 @@ def _check_transparent(image: Image.Image) -> None:
 
 
 def _convert(image: Image.Image, channels: int) -> Image.Image:
-    """Returns the image in RGB or grey, 8 bits, from whatever mode it is in."""
+    """Returns an image of any mode in RGB or grey, 8 bits."""
     if image.mode.startswith("I"):
         # Pillow clips 16 bits to 8 in some releases and shifts in others: divide.
         values = np.asarray(image).astype(np.int64)
@@ -168,13 +162,11 @@ def read(
     channels: int = 3,
     skip_unreadable: bool = False,
     memory_limit: int = 2**31,
-    progress: bool = True,
 ) -> tuple[np.ndarray | LazyImages, list[int]]:
-    """Returns images, uint8 [N, H, W, channels], and which they are.
+    """Returns images, uint8 [N, H, W, channels], and the index of the file of each.
 
-    The second are their places among the files: all, unless some are left out. Within
-    `memory_limit` every file is decoded now. Beyond it only headers are looked at and
-    files are decoded as they are asked for.
+    Within `memory_limit` every file is decoded now. Beyond it only headers are read
+    now, and files are decoded as they are asked for.
 
     Args:
       files: what to read.
@@ -183,7 +175,6 @@ def read(
       skip_unreadable: leave out files that cannot be decoded, with a warning; every
         file is then decoded once now, even beyond `memory_limit`.
       memory_limit: bytes of decoded images to hold in memory at most.
-      progress: show a bar on standard error, where that is a terminal.
 
     Raises:
       DataError: unreadable ones (the first ten are named).
@@ -198,7 +189,7 @@ def read(
     kept: list[int] = []
     unreadable: list[str] = []
     own: list[tuple[int, int]] = []
-    for place, outcome in enumerate(_in_threads(look, files, progress)):
+    for place, outcome in enumerate(_in_threads(look, files)):
         if isinstance(outcome, Exception):
             unreadable.append(f"{files.names[place]} ({_reason(outcome)})")
             continue
@@ -220,7 +211,7 @@ def read(
 
 
 def _in_threads(
-    function: Callable[[Path | BinaryIO], Any], files: Files, progress: bool
+    function: Callable[[Path | BinaryIO], Any], files: Files
 ) -> Iterator[Any]:
     """Yields, in order, the function's value of each file or what it raised."""
 
@@ -231,10 +222,10 @@ def _in_threads(
             return error
 
     total, title = len(files.names), f"reading {files.where}"
-    disable = None if progress else True
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=total, desc=title, unit=" images", disable=disable) as bar,
+        # disable=None shows it only where standard error is a terminal.
+        tqdm(total=total, desc=title, unit=" images", disable=None) as bar,
     ):
         for start in range(0, total, _CHUNK):
             for outcome in pool.map(attempt, range(start, min(start + _CHUNK, total))):
@@ -245,7 +236,6 @@ def _in_threads(
 def _report_unreadable(
     folder: Path, unreadable: list[str], total: int, skip: bool
 ) -> None:
-    """Raises or warns of unreadable images."""
     if not unreadable:
         return
     named = first_of(unreadable, _NAMED_AT_MOST)

@@ -1,4 +1,4 @@
-"""Which images a folder or a zip archive holds, and of which class each is.
+"""Finds the images in a folder or a zip archive, and the class of each.
 
 The class is what `dataset.json` says, as StyleGAN and EDM write it,
 
@@ -63,43 +63,35 @@ class Files(NamedTuple):
 def find(where: str | Path) -> Files:
     """Returns the images in a folder or a zip archive, with all its subfolders.
 
-    In the order of their paths, so the same on every machine; hidden ones are left out,
-    and what else is there is warned of, by ending. Links to nothing are among them, to
-    be named with what cannot be read.
+    They are sorted by path; hidden ones are left out, and other files are warned of, by
+    ending. Broken links are among them, to be named with what cannot be read.
 
     Raises:
       DataError: nothing of the kind is there, or no image is in it.
     """
     where = Path(where)
     read: Callable[[str], bytes]
+    opened: Callable[[str], Path | BinaryIO]
     if where.is_dir():
         seen = [
             file.relative_to(where).as_posix()
             for file in where.rglob("*")
             if file.is_file() or (file.is_symlink() and not file.exists())
         ]
-        names = _images(seen, where)
+        opened = lambda name: where / name  # noqa: E731
         read = lambda name: (where / name).read_bytes()  # noqa: E731
-        return Files(
-            where,
-            names,
-            lambda i: where / names[i],
-            partial(_labels, where, seen, names, read),
-        )
-    archive = _archive(where)
-    members = [info.filename for info in archive.infolist() if not info.is_dir()]
-    names = _images(members, where)
-    read = partial(_member, archive)
-    return Files(
-        where,
-        names,
-        lambda i: io.BytesIO(read(names[i])),
-        partial(_labels, where, members, names, read),
-    )
+    else:
+        archive = _archive(where)
+        seen = [info.filename for info in archive.infolist() if not info.is_dir()]
+        read = partial(_member, archive)
+        opened = lambda name: io.BytesIO(read(name))  # noqa: E731
+    names = _images(seen, where)
+    labels = partial(_labels, where, seen, names, read)
+    return Files(where, names, lambda i: opened(names[i]), labels)
 
 
 def _images(seen: list[str], where: Path) -> list[str]:
-    """Returns those of some paths that are images, in order."""
+    """Returns the paths of images among those seen, sorted."""
     seen = [name for name in seen if not any(p[:1] == "." for p in name.split("/"))]
     endings = {name: Path(name).suffix.lower() for name in seen}
     images = sorted(name for name in seen if endings[name] in IMAGE_ENDINGS)
@@ -121,27 +113,18 @@ def _images(seen: list[str], where: Path) -> list[str]:
 
 
 def _archive(where: Path) -> zipfile.ZipFile:
-    """Returns an archive, which is read from for as long as somebody has it."""
     if not where.is_file() or not zipfile.is_zipfile(where):
         raise DataError(
             f"a folder of images, or a zip archive of one, must exist; got {where}, "
             "which is neither. Check the path."
         )
     try:
-        archive = zipfile.ZipFile(where)
+        return zipfile.ZipFile(where)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{where} must be a whole zip archive; got {error}. It was cut off or "
             "damaged: make or download it again."
         ) from error
-    names = archive.namelist()
-    if len(names) > len({*names}):
-        (name, count), *_ = Counter(names).most_common(1)
-        raise DataError(
-            f"each member of {where} must have a name of its own; got {count} named "
-            f"{name}. Make the archive anew."
-        )
-    return archive
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> bytes:
@@ -160,7 +143,7 @@ def _labels(
 
 
 def _of_subfolders(where: Path, names: list[str]) -> Labels:
-    """Returns the class of each image: its subfolder, counted in their order."""
+    """Returns the class of each image: the index of its subfolder."""
     top = [name for name in names if "/" not in name]
     if top:
         raise DataError(

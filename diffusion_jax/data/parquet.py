@@ -68,11 +68,7 @@ def _shards(where: Path, split: str) -> list[Path]:
     """Returns the files of a split, in order."""
     if where.is_file() and split == "train":
         return [where]
-    found = sorted(
-        file
-        for file in where.rglob("*.parquet")
-        if not any(p.startswith(".") for p in file.relative_to(where).parts)
-    )
+    found = sorted(where.rglob("*.parquet"))
     if not found:
         raise DataError(
             "a data set of Parquet must be a file, or a folder of files ending in "
@@ -99,14 +95,14 @@ def _shards(where: Path, split: str) -> list[Path]:
 
 
 def _split_of(file: Path, where: Path) -> str | None:
-    """Returns the split that a file's name says, or its folder's; None for neither."""
+    """Returns the split in a file's or its folder's name, or None."""
     words = [re.split(r"[-.]", file.name)[0]]
     words += [file.parent.name] if file.parent != where else []
     return next((word for word in words if word in SPLITS), None)
 
 
 def _check_whole(where: Path, shards: Sequence[Path]) -> None:
-    """Raises DataError where some of the files that names tell of are not there."""
+    """Raises DataError where a shard is missing, by the counts in their names."""
     numbered = [match for file in shards if (match := _SHARD.search(file.name))]
     numbers = [int(match[1]) for match in numbered]
     totals = {int(match[2]) for match in numbered}
@@ -152,7 +148,7 @@ def _damaged(shard: Path, error: Exception) -> NoReturn:
 
 
 def _image_column(where: Path, columns: Any) -> str:
-    """Returns the one column of images; of several that called image."""
+    """Returns the only column of images, or the one called image."""
     import pyarrow
 
     found = [
@@ -176,7 +172,7 @@ def _image_column(where: Path, columns: Any) -> str:
 def _opener(
     groups: list[tuple[Path, int, int]], image: str
 ) -> Callable[[int], BinaryIO]:
-    """Returns the function from a row to the file that is in it."""
+    """Returns the function from a row to the image file in it."""
     import pyarrow.parquet
 
     starts = np.cumsum([0, *(count for _, _, count in groups)])
@@ -200,7 +196,6 @@ def _opener(
 
 
 def _labels(where: Path, shards: Sequence[Path], columns: Any, label: str) -> Labels:
-    """Returns the labels of all rows, and what the classes are called."""
     import pyarrow.parquet
 
     named = _class_names(columns)
@@ -232,7 +227,7 @@ def _labels(where: Path, shards: Sequence[Path], columns: Any, label: str) -> La
 
 
 def _class_names(columns: Any) -> dict[str, tuple[str, ...]]:
-    """Returns what Hugging Face's own words in a file say of classes, by column."""
+    """Returns the class names in Hugging Face's metadata, by column."""
     try:
         words = json.loads((columns.metadata or {})[b"huggingface"])
         features = words["info"]["features"]

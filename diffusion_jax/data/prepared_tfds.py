@@ -1,13 +1,13 @@
-"""Data sets that tensorflow-datasets has prepared on disk, read without TensorFlow.
+"""Reads data sets that tensorflow-datasets has prepared, without TensorFlow.
 
 Only what is on this machine is read: nothing here downloads or prepares.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,6 @@ def read_tfds(
     image_size: Size | None = None,
     fit: str | None = None,
     memory_limit: int = 2**31,
-    progress: bool = True,
 ) -> tuple[np.ndarray | LazyImages, np.ndarray | None]:
     """Returns `(images uint8 [N, H, W, C], labels int32 [N] or None)`.
 
@@ -55,7 +54,6 @@ def read_tfds(
       data_dir: see `tfds_folder`.
       image_size: see `sizes.fitter`, also for `fit`.
       memory_limit: bytes of images to hold in memory; more are read as asked for.
-      progress: show a bar on standard error, where that is a terminal.
 
     Raises:
       DataError: it was not prepared in random-access form, or has no such feature.
@@ -69,41 +67,28 @@ def read_tfds(
     labelled = "label" in features and np.issubdtype(
         features["label"].np_dtype, np.integer
     )
-    size = len(source) * int(np.prod(fitted))
-    lazy = size > memory_limit
-    images = np.empty((0 if lazy else len(source), *fitted), np.uint8)
-    labels = np.empty(len(source), np.int32) if labelled else None
-    if lazy and labelled:
-        # Labels are always held in memory; their pass need not decode the images.
-        source_of_labels = _source(builder, split, name, folder, skip_images=True)
-    else:
-        source_of_labels = source
-    if not lazy or labelled:
-        bar = tqdm(
-            range(len(source)),
-            desc=f"reading {name}",
-            unit=" images",
-            disable=None if progress else True,
-        )
-        for i in bar:
-            example = source_of_labels[i]
-            if not lazy:
-                images[i] = fit_image(example["image"])
-            if labels is not None:
-                labels[i] = example["label"]
-    if not lazy:
-        return images, labels
-    return LazyImages(_reader(source, fit_image), (len(source), *fitted)), labels
-
-
-def _reader(
-    source: Any, fit_image: Callable[[np.ndarray], np.ndarray]
-) -> Callable[[int], np.ndarray]:
-    return lambda i: fit_image(source[i]["image"])
+    shape_of_all = (len(source), *fitted)
+    images = LazyImages(lambda i: fit_image(source[i]["image"]), shape_of_all)
+    lazy = math.prod(shape_of_all) > memory_limit
+    if lazy and not labelled:
+        return images, None
+    # Labels are always held in memory; a pass for them alone need not decode images.
+    seen = _source(builder, split, name, folder, skip_images=True) if lazy else source
+    held = np.empty((0 if lazy else len(source), *fitted), np.uint8)
+    labels = np.empty(len(source), np.int32)
+    # disable=None shows it only where standard error is a terminal.
+    places = tqdm(range(len(source)), f"reading {name}", unit=" images", disable=None)
+    for i in places:
+        example = seen[i]
+        if not lazy:
+            held[i] = fit_image(example["image"])
+        if labelled:
+            labels[i] = example["label"]
+    return images if lazy else held, labels if labelled else None
 
 
 def _builder(name: str, folder: Path) -> Any:
-    """Returns the tfds builder of a name, without ever touching the network."""
+    """Returns the tfds builder of a name, without using the network."""
     _, _, version = name.partition(":")
     if version and not re.fullmatch(r"[\d.*]+", version):
         # A prefix such as huggingface: or kaggle: makes tfds go to the network.
@@ -111,13 +96,8 @@ def _builder(name: str, folder: Path) -> Any:
             f"a tfds name must be like cifar10, lsun/bedroom or cifar10:3.0.2; got "
             f"{name!r}. Prepare the data set with tfds first, then name it so."
         )
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise DataError(
-            f"tfds:{name} needs tensorflow-datasets; got {error}. Run "
-            "pip install tensorflow-datasets importlib_resources."
-        ) from error
+    import tensorflow_datasets as tfds
+
     try:
         return tfds.builder(name, data_dir=str(folder))
     except Exception as error:
@@ -135,12 +115,6 @@ def _source(
     decoders = {"image": tfds.decode.SkipDecoding()} if skip_images else None
     try:
         return builder.as_data_source(split, decoders=decoders)
-    except NotImplementedError as error:
-        if builder.data_path.exists():
-            got = f"another format at {builder.data_path}, which needs TensorFlow"
-        else:
-            got = f"nothing at {builder.data_path}"
-        raise _not_prepared(name, folder, got) from error
     except ValueError as error:
         raise DataError(
             f"split must name a part of {name}, as in 'train' or 'test[:10%]'; got "
@@ -148,6 +122,10 @@ def _source(
         ) from error
     except Exception as error:
         got = f"{type(error).__name__}: {str(error)[:200]}"
+        if isinstance(error, NotImplementedError):
+            got = f"nothing at {builder.data_path}"
+            if builder.data_path.exists():
+                got = f"another format at {builder.data_path}, which needs TensorFlow"
         raise _not_prepared(name, folder, got) from error
 
 

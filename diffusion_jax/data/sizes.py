@@ -1,4 +1,4 @@
-"""Images made of one size: padded, or cut to a shape and resampled."""
+"""Brings images to one size: padded, or cropped and resampled."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def fitter(
     Args:
       shape: the images' own (H, W, C); H and W are None where they differ.
       image_size: the size wanted, in pixels; None keeps the images as they are.
-      fit: "pad" (or None) centres images on black, "crop" cuts the largest rectangle
-        of the shape wanted from the middle and resamples it.
+      fit: "pad" (or None) centres images on black, "crop" takes the largest centred
+        crop of the aspect ratio wanted and resamples it.
       what: the name of the images, for errors.
 
     Raises:
@@ -87,7 +87,7 @@ def _same(images: np.ndarray) -> np.ndarray:
 
 
 def pad(images: np.ndarray, size: Size) -> np.ndarray:
-    """Returns images of a size, [..., H, W, C], black around those given in the middle.
+    """Returns images [..., H, W, C] of a size: those given, centred on black.
 
     An odd difference puts the larger border at the bottom and right.
 
@@ -101,10 +101,7 @@ def pad(images: np.ndarray, size: Size) -> np.ndarray:
 
 
 def crop(images: np.ndarray, size: Size) -> np.ndarray:
-    """Returns uint8 images of a size, [..., H, W, C]: the middle, resampled.
-
-    The middle is the largest rectangle of that shape, at whole pixels.
-    """
+    """Returns uint8 images [..., H, W, C] of a size: their `middle`, resampled."""
     if images.ndim > 3:
         return np.stack([crop(image, size) for image in images])
     if images.shape[-1] not in (1, 3):
@@ -117,14 +114,14 @@ def crop(images: np.ndarray, size: Size) -> np.ndarray:
 
 
 def middle(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Returns the largest rectangle from the middle of the shape of a size."""
+    """Returns the largest centred crop with the aspect ratio of a size."""
     height, width = largest((image.height, image.width), size)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 
 
 def largest(own: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """Returns the largest (height, width) within an image of the shape of a size.
+    """Returns (height, width) of the largest crop with the aspect ratio of a size.
 
     >>> largest((100, 150), (8, 8)), largest((100, 150), (8, 16))
     ((100, 100), (75, 150))
@@ -136,7 +133,7 @@ def largest(own: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
 
 
 def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Returns the image at a size, filtered over all the pixels it covers.
+    """Returns an image resampled to a size, without aliasing.
 
     Bicubic: Pillow widens the filter as it shrinks, so nothing aliases; Lanczos
     rings more at hard edges, and the statistics FID compares with are made with
@@ -149,6 +146,6 @@ def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def pixels(image: Image.Image) -> np.ndarray:
-    """Returns what an image holds, uint8 [H, W, C]."""
+    """Returns the pixels of an image, uint8 [H, W, C]."""
     array = np.array(image, np.uint8)
     return array if array.ndim == 3 else array[..., np.newaxis]

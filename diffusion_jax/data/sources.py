@@ -1,4 +1,4 @@
-"""Data sets that are known by name, and where each is found."""
+"""Finds and reads the data sets that are known by name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from diffusion_jax.errors import DataError, needs
 from diffusion_jax.storage import download as downloading
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-_CIFAR10_BYTES = 170_052_171
 _CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 
 # Where Debian's package dataset-fashion-mnist puts its files.
@@ -46,17 +45,11 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     return images.reshape(-1, 8, 8, 1), rows[:, 64].astype(np.int32)
 
 
-def _cache_folder() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "diffusion_jax"
-
-
 def cifar10(
     split: str = "train",
     data_dir: str | os.PathLike[str] | None = None,
     *,
     download: bool = True,
-    progress: bool = True,
 ) -> tuple[np.ndarray | LazyImages, np.ndarray | None]:
     """Returns CIFAR-10's `(images, labels)` from the first place that has it.
 
@@ -65,7 +58,6 @@ def cifar10(
       data_dir: look here and nowhere else: the official archive, or a folder that
         holds it, what was extracted from it, or what tensorflow-datasets prepared.
       download: fetch the official archive into the cache where it is nowhere else.
-      progress: show bars on standard error, where that is a terminal.
 
     Raises:
       DataError: it is nowhere and cannot be fetched, or is damaged.
@@ -76,36 +68,30 @@ def cifar10(
         prepared = tfds_folder(data_dir)
         got = f"nothing at {prepared}"
         if (prepared / "cifar10").is_dir():
-            return read_tfds("cifar10", split, data_dir=prepared, progress=progress)
+            return read_tfds("cifar10", split, data_dir=prepared)
     except DataError as error:  # there may still be a copy elsewhere
         got = str(error)
     # A path that was given is meant: nothing else stands in for it.
     if data_dir is not None:
         raise _no_cifar10(got)
-    cache = _cache_folder()
+    cache = downloading.cache_folder()
     if find_cifar10(cache) is None:
         if not download:
             raise _no_cifar10(f"{got}, nothing at {cache}, and download=False")
         try:
-            downloading.fetch(
-                CIFAR10_URL,
-                cache / CIFAR10_ARCHIVES[0],
-                sha256=_CIFAR10_SHA256,
-                size=_CIFAR10_BYTES,
-                progress=progress,
-            )
+            archive = cache / CIFAR10_ARCHIVES[0]
+            downloading.fetch(CIFAR10_URL, archive, sha256=_CIFAR10_SHA256)
         except DataError as error:
             raise _no_cifar10(f"{got}, nothing at {cache}, and: {error}") from error
     return read_cifar10(cache, split)
 
 
 def _no_cifar10(got: str) -> DataError:
-    """Returns the error that names every way to get CIFAR-10."""
     return DataError(
         f"CIFAR-10 must be on this machine or within reach; got {got}\n"
         "Do one of these:\n"
         f"  - download {CIFAR10_URL} (162 MiB) where there is a network, and give its "
-        f"path as data_dir, or put it in {_cache_folder()};\n"
+        f"path as data_dir, or put it in {downloading.cache_folder()};\n"
         f"  - give as data_dir a {CIFAR10_ARCHIVES[1]}, or the folder "
         "cifar-10-batches-bin or cifar-10-batches-py extracted from an archive;\n"
         "  - prepare it with tensorflow-datasets (needs TensorFlow, once): "
@@ -119,8 +105,7 @@ def mnist(
     kind: str, split: str, data_dir: str | os.PathLike[str] | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns MNIST or Fashion-MNIST from its folder of IDX files."""
-    default = FASHION_MNIST_FOLDER if kind == "fashion_mnist" else None
-    where = data_dir or default
+    where = data_dir or (FASHION_MNIST_FOLDER if kind == "fashion_mnist" else None)
     folder = Path(where) if where else None
     prefix = "train" if split == "train" else "t10k"
     found = []
@@ -131,14 +116,12 @@ def mnist(
         found += [path for path in paths if path.is_file()][:1]
     if len(found) == 2:
         return _images_and_labels(found[0], found[1])
-    debian = (
-        "Install Debian's package dataset-fashion-mnist, or give"
-        if kind == "fashion_mnist"
-        else "Give"
-    )
+    give = "Give"
+    if kind == "fashion_mnist":
+        give = "Install Debian's package dataset-fashion-mnist, or give"
     raise DataError(
         f"{kind} must have {prefix}-images-idx3-ubyte and {prefix}-labels-idx1-ubyte "
-        f"(or .gz); got {folder or 'no data_dir'}, which does not hold both. {debian} "
+        f"(or .gz); got {folder or 'no data_dir'}, which does not hold both. {give} "
         f"as data_dir the folder that holds them, or prepare it with "
         f"tensorflow-datasets and load 'tfds:{kind}'."
     )

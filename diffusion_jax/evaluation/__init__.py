@@ -1,4 +1,4 @@
-"""What is made of samples: pictures and numbers."""
+"""Scores and pictures of samples."""
 
 from typing import TYPE_CHECKING
 

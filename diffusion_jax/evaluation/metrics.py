@@ -65,11 +65,7 @@ def frechet_distance(
 
 
 def inception_score(
-    logits: ArrayLike,
-    *,
-    splits: int = 10,
-    seed: int | None = None,
-    from_logits: bool = True,
+    logits: ArrayLike, *, splits: int = 10, seed: int | None = None
 ) -> tuple[float, float]:
     """Returns `(mean, standard deviation)` over the splits of exp(E KL(p(y|x), p(y))).
 
@@ -81,24 +77,21 @@ def inception_score(
       logits: [N, C].
       splits: parts of the samples, each scored for itself, in the order of the file.
       seed: shuffles the samples first; without, a file sorted by class scores low.
-      from_logits: False where `logits` are probabilities, the rows of which sum to 1.
 
     Raises:
-      ValueError: fewer samples than splits, or no logits or probabilities.
+      ValueError: fewer samples than splits, or no logits.
 
-    >>> mean, std = inception_score(np.eye(4), splits=1, from_logits=False)
+    >>> mean, std = inception_score(99 * np.eye(4), splits=1)
     >>> print(f"{mean:.3f} {std:.3f}")
     4.000 0.000
     """
-    logits = moments.as_features(logits, "logits" if from_logits else "probabilities")
+    logits = moments.as_features(logits, "logits")
     count = len(logits)
     if not 1 <= splits <= count:
         raise ValueError(
             f"splits must be between 1 and the number of samples, {count}; got "
             f"{splits}. Draw more samples, or pass splits=1."
         )
-    if not from_logits:
-        _check_probabilities(logits)
     order = np.arange(count)
     if seed is not None:
         order = np.random.default_rng(seed).permutation(count)
@@ -107,8 +100,7 @@ def inception_score(
         # The same parts as the original code's where splits do not divide the count.
         part = logits[order[i * count // splits : (i + 1) * count // splits]]
         p = part.astype(np.float64)
-        if from_logits:
-            p = np.exp(p - p.max(axis=1, keepdims=True))
+        p = np.exp(p - p.max(axis=1, keepdims=True))
         p /= p.sum(axis=1, keepdims=True)
         scores.append(np.exp(_entropy(p.mean(axis=0)) - _entropy(p).mean()))
     return float(np.mean(scores)), float(np.std(scores))
@@ -256,16 +248,6 @@ def _root(covariance: np.ndarray, name: str) -> np.ndarray:
     rounding = len(values) * np.finfo(np.float64).eps * values[-1]
     kept = values > rounding
     return vectors[:, kept] * np.sqrt(values[kept])
-
-
-def _check_probabilities(p: np.ndarray) -> None:
-    total = p.sum(axis=1, dtype=np.float64)
-    if p.min() < 0 or np.abs(total - 1).max() > 1e-3:
-        raise ValueError(
-            "probabilities must be at least 0 and sum to 1 in every row; got a least "
-            f"one of {p.min():.3g} and sums from {total.min():.6g} to "
-            f"{total.max():.6g}. For logits, pass from_logits=True."
-        )
 
 
 def _entropy(p: np.ndarray) -> np.ndarray:

@@ -1,12 +1,12 @@
 """Mean and covariance of features, in one pass over batches of any size.
 
-What is carried is small (33.6 MB for 2048 features, however many images), adds up over
-hosts, and goes to a file from which an interrupted evaluation goes on.
+What is carried is small (33.6 MB for 2048 features, however many images) and adds up
+over hosts.
 """
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,7 +15,7 @@ from diffusion_jax.storage import archives, files
 
 
 class Statistics(NamedTuple):
-    """What is known of the features so far. All in float64."""
+    """Sums over the features so far, in float64."""
 
     number: int
     """How many features were seen."""
@@ -39,34 +39,20 @@ def init(dimension: int) -> Statistics:
     return Statistics(0, np.zeros(dimension), np.zeros((dimension, dimension)))
 
 
-def update(
-    stats: Statistics, features: ArrayLike, mask: ArrayLike | None = None
-) -> Statistics:
+def update(stats: Statistics, features: ArrayLike) -> Statistics:
     """Returns the statistics after one more batch.
 
     Args:
       stats: those before it.
       features: [B, D], of any type; summed in float64.
-      mask: [B] of bool, False for rows that only fill the batch up to its fixed size;
-        those may hold anything.
 
     Raises:
       ValueError: another shape, or a feature that is not finite.
 
-    >>> stats = update(init(1), [[1.0], [3.0], [99.0]], mask=[True, True, False])
+    >>> stats = update(init(1), [[1.0], [3.0]])
     >>> stats.number, stats.mean
     (2, array([2.]))
     """
-    features = np.asarray(features)
-    if mask is not None:
-        mask = np.asarray(mask)
-        if mask.dtype != bool or mask.shape != features.shape[:1]:
-            raise ValueError(
-                f"mask must be bool of shape {features.shape[:1]}, one for each row of "
-                f"features; got {mask.dtype} of shape {mask.shape}. Pass True for rows "
-                "that count and False for padding."
-            )
-        features = features[mask]
     features = as_features(features, least=0, dimension=len(stats.mean))
     if len(features) == 0:
         return stats
@@ -119,41 +105,19 @@ def finish(stats: Statistics) -> tuple[np.ndarray, np.ndarray]:
 
 
 def save(stats: Statistics, path: str | os.PathLike[str]) -> Path:
-    """Writes statistics to an .npz file, whole or not at all; returns the path.
+    """Writes mean and covariance to an .npz file, whole or not at all.
 
-    The arrays are `number`, `mu` and `scatter`, from which `load` goes on to the bit,
-    and, from two features on, `sigma`: with `mu` what other tools call reference
-    statistics.
-    """
-    path = Path(path)
-    arrays: dict[str, Any] = {
-        "number": stats.number,
-        "mu": stats.mean,
-        "scatter": stats.scatter,
-    }
-    if stats.number > 1:
-        arrays["sigma"] = finish(stats)[1]
-    with files.replacing(path) as file:
-        np.savez(file, **arrays)
-    return path
-
-
-def load(path: str | os.PathLike[str]) -> Statistics:
-    """Returns the statistics that `save` wrote, to the bit.
+    The arrays are `mu` and `sigma`, as other tools call reference statistics, and
+    `number`. Returns the path.
 
     Raises:
-      ValueError: a file without them, or a damaged one.
-      FileNotFoundError: no such file.
+      ValueError: of fewer than two features.
     """
-    arrays = _read(path, ("number", "mu", "scatter"))
-    number = arrays["number"]
-    if number.shape or not np.issubdtype(number.dtype, np.integer) or number < 0:
-        raise ValueError(
-            f"number in {path} must be one integer of at least 0; got {number.dtype} "
-            f"of shape {list(number.shape)}. Write the file with moments.save."
-        )
-    mean, scatter = as_moments(arrays["mu"], arrays["scatter"], f"in {path}")
-    return Statistics(int(number), mean, scatter)
+    path = Path(path)
+    mean, covariance = finish(stats)
+    with files.replacing(path) as file:
+        np.savez(file, number=stats.number, mu=mean, sigma=covariance)
+    return path
 
 
 def load_reference(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -166,7 +130,13 @@ def load_reference(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray
       ValueError: a file without them, or a damaged one.
       FileNotFoundError: no such file.
     """
-    arrays = _read(path, ("mu", "sigma"))
+    try:
+        arrays = archives.read_npz(path, lambda _: ("mu", "sigma"))
+    except archives.ArchiveError as error:
+        raise ValueError(
+            f"{path} must be an .npz file of plain arrays mu and sigma; got {error}. "
+            "Write it with moments.save."
+        ) from error
     return as_moments(arrays["mu"], arrays["sigma"], f"in {path}")
 
 
@@ -177,7 +147,7 @@ def as_features(
     least: int = 1,
     dimension: int | None = None,
 ) -> np.ndarray:
-    """Returns features as an array [N, D], having checked that they are finite.
+    """Returns features as an array [N, D], after checking that they are finite.
 
     Args:
       features: [N, D].
@@ -202,8 +172,8 @@ def as_features(
     if not finite.all():
         raise ValueError(
             f"{name} must be finite; got {len(finite) - finite.sum()} rows that are "
-            f"not, the first at {finite.argmin()}. Look at that image, and mask rows "
-            "that are padding."
+            f"not, the first at {finite.argmin()}. Look at that image, and leave out "
+            "rows that are padding."
         )
     return features
 
@@ -211,7 +181,7 @@ def as_features(
 def as_moments(
     mean: ArrayLike, matrix: ArrayLike, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a mean [D] and a symmetric matrix [D, D] in float64, having checked them.
+    """Returns a mean [D] and a symmetric matrix [D, D] in float64, checked.
 
     `name` is what an error calls them. The matrix may be off symmetry by 1e-5 of its
     largest entry, as those summed in float32 are; what is returned is its symmetric
@@ -248,19 +218,3 @@ def as_moments(
             "it with moments.finish, or np.cov(features, rowvar=False)."
         )
     return mean, matrix if skew == 0 else (matrix + matrix.T) / 2
-
-
-def _read(
-    path: str | os.PathLike[str], names: tuple[str, ...]
-) -> dict[str, np.ndarray]:
-    """Returns the arrays of these names in an .npz file; no others are opened."""
-    try:
-        return archives.read_npz(path, lambda _: names)
-    except FileNotFoundError:
-        raise
-    except (ValueError, OSError) as error:
-        got = str(error).strip().rstrip(".") or type(error).__name__
-        raise ValueError(
-            f"{path} must be an .npz file of plain arrays {', '.join(names)}; got "
-            f"{got}. Write it with moments.save."
-        ) from error

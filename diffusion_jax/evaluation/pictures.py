@@ -73,14 +73,14 @@ TEXT = 12
 def labelled(
     picture: Image.Image, *, above: Sequence[str] = (), left: Sequence[str] = ()
 ) -> Image.Image:
-    """Returns a grid with words at its sides.
+    """Returns a grid with labels at its sides.
 
     The grid is the lower right part of it, pixel for pixel.
 
     Args:
       picture: of columns of one width and rows of one height.
-      above: a word for each column, or none at all.
-      left: a word for each row, or none at all.
+      above: the label of each column, or none at all.
+      left: the label of each row, or none at all.
 
     >>> labelled(Image.new("L", (8, 4)), above=["t = 0"]).size
     (8, 22)
@@ -273,7 +273,7 @@ def check_plots() -> None:
 
 
 def _figure(count: int) -> tuple[Any, list[Any]]:
-    """Returns a figure with so many plots side by side."""
+    """Returns a figure with some plots side by side."""
     check_plots()
     # Imported here because it takes a second, which `--help` should not.
     from matplotlib.figure import Figure
@@ -288,7 +288,7 @@ def _figure(count: int) -> tuple[Any, list[Any]]:
 
 
 def _plain_numbers(axis: Any, values: Sequence[float]) -> None:
-    """Numbers in full on a logarithmic axis; between the powers too where few fit."""
+    """Labels a logarithmic axis with plain numbers, not with powers of ten."""
     axis.set_major_formatter("{x:g}")
     few = len(values) > 0 and max(values) < 10 * min(values)
     axis.set_minor_formatter("{x:g}" if few else "")

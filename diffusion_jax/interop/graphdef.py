@@ -14,7 +14,7 @@ import numpy as np
 
 from diffusion_jax.errors import DataError
 
-# The fields of each message: names, numbers and types; a star is for any number of it.
+# The fields of each message: names, numbers and types; a star means repeated.
 _MESSAGES = {
     "Dim": {"size": (1, "int64")},
     "Shape": {"dim": (2, "Dim*")},
@@ -32,8 +32,6 @@ _MESSAGES = {
 _FLOAT = 1
 # Elements of a tensor that is written down as one number, repeated: a bias has some.
 _MAX_REPEATED = 2**20
-# Bytes by which the numbers of a whole file may so become more than the file.
-_MAX_ADDED = 2**26
 
 
 def read(content: bytes, what: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -48,17 +46,12 @@ def read(content: bytes, what: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """
     from google.protobuf.message import DecodeError
 
-    constants, room = {}, len(content) + _MAX_ADDED
+    constants = {}
     try:
         for node in _graph().FromString(content).node:
             values = [a.value.tensor for a in node.attr if a.key == "value"]
-            if node.op != "Const" or not values or values[-1].dtype != _FLOAT:
-                continue
-            array = _array(values[-1], node.name)
-            room -= array.nbytes
-            if room < 0:
-                raise ValueError(f"numbers repeated beyond {_MAX_ADDED} bytes")
-            constants[node.name] = array
+            if node.op == "Const" and values and values[-1].dtype == _FLOAT:
+                constants[node.name] = _array(values[-1], node.name)
     except (DecodeError, ValueError, MemoryError) as error:
         raise DataError(
             f"{what} must be a whole TensorFlow GraphDef; got {error}. Download it "
@@ -69,7 +62,7 @@ def read(content: bytes, what: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 @functools.cache
 def _graph() -> Any:
-    """Returns the class of a graph."""
+    """Returns the message class of a graph."""
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
     file = descriptor_pb2.FileDescriptorProto(name="graph.proto", syntax="proto3")
@@ -88,7 +81,6 @@ def _graph() -> Any:
 
 
 def _array(tensor: Any, name: str) -> np.ndarray:
-    """Returns a tensor of type float32."""
     shape = [dim.size for dim in tensor.shape.dim]
     size = math.prod(shape)
     if tensor.content:

@@ -1,4 +1,4 @@
-"""Weights of the Inception network: found, read by content, checked and saved.
+"""Finds, reads, checks and saves the weights of the Inception network.
 
 The network was released once, 2015-12-05, and lives on in several files. Read are
 
@@ -18,7 +18,7 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ from diffusion_jax.interop import graphdef, renaming
 from diffusion_jax.interop.renaming import Names, Place
 from diffusion_jax.nets import inception
 from diffusion_jax.storage import archives, tensor_files, trees
-from diffusion_jax.storage.download import fetch
+from diffusion_jax.storage import download as downloading
 
 VARIABLE = "DIFFUSION_JAX_INCEPTION"
 URL = (
@@ -67,7 +67,7 @@ _BLOCKS = (
 
 
 class Weights(NamedTuple):
-    """What a file holds."""
+    """The content of a file."""
 
     variables: dict[str, Any]
     """`params` and `batch_stats`, as `inception.Inception.apply` takes them."""
@@ -101,8 +101,7 @@ def find(path: str | os.PathLike[str] | None = None, *, download: bool = False) 
                     "which is none. Correct it, or leave it out to search the cache."
                 )
             return Path(named)
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = folder / "diffusion_jax"
+    folder = downloading.cache_folder()
     for name in FILES:
         if (folder / name).is_file():
             return folder / name
@@ -112,7 +111,7 @@ def find(path: str | os.PathLike[str] | None = None, *, download: bool = False) 
             f"{folder}; got none of {', '.join(FILES)} there. Allow the download, or "
             f"put there by hand what lies at {URL}."
         )
-    got = fetch(URL, folder / FILES[1], sha256=None, most=_MAX_BYTES)
+    got = downloading.fetch(URL, folder / FILES[1], sha256=None, most=_MAX_BYTES)
     digest = hashlib.sha256(got.read_bytes()).hexdigest()
     _noted(got).write_text(f"{digest}  {got.name}\n")
     warnings.warn(
@@ -151,24 +150,30 @@ def load(path: str | os.PathLike[str]) -> Weights:
         ) from error
     digest = hashlib.sha256(content).hexdigest()
     _check_digest(path, digest)
-    kind = _format(path, content)
-    if kind == "tgz":
+    kind = tensor_files.kind_of(path)
+    if content[:2] == b"\x1f\x8b":
         content = _from_archive(content, path)
-        kind = "graphdef" if content[:1] == b"\n" else "unknown"
-    if kind == "graphdef":
-        found, names = graphdef.read(content, path), _graph_names()
+    if kind in ("safetensors", "pytorch"):
+        found, names = tensor_files.read(path).arrays, _own_names()
+        if kind == "pytorch" or any(name.endswith(".conv.weight") for name in found):
+            names = _names(_PYTORCH, _pytorch_module)
+    elif kind == "unknown" and content[:1] == b"\n":
+        kind, names = "graphdef", _names(_GRAPH, str)
+        found = graphdef.read(content, path)
         # Scales were not trained: they are all ones, and may be left out.
         for own, place in names.items():
-            if own.endswith("/scale") and place.name not in found:
-                found[place.name] = np.ones(shapes()[own], np.float32)
+            if own.endswith("/scale"):
+                found.setdefault(place.name, np.ones(shapes()[own], np.float32))
         known = {place.name for place in names.values()}
         found = {name: array for name, array in found.items() if name in known}
-    elif kind in ("safetensors", "pytorch"):
-        found = _read(path)
-        theirs = any(name.endswith(".conv.weight") for name in found)
-        names = _pytorch_names() if theirs or kind == "pytorch" else _own_names()
     else:
-        raise _refusal(path, kind, content)
+        got = "a pickle, which is a program. It was not run"
+        if kind != "pickle":
+            got = f"a file that begins with {content[:8]!r}"
+        raise DataError(
+            f"{path} must be a TensorFlow GraphDef (.pb, or in a .tgz), safetensors or "
+            f"a PyTorch file; got {got}. Give the released graph: {URL}."
+        )
     return Weights(_assemble(found, names, path), digest, kind)
 
 
@@ -207,38 +212,6 @@ def shapes() -> Mapping[str, tuple[int, ...]]:
     return {name: leaf.shape for name, leaf in _by_name(made).items()}
 
 
-def _format(path: Path, content: bytes) -> str:
-    """Returns what the first bytes say: a format, "tgz", "pickle" or "unknown"."""
-    if content[:2] == b"\x1f\x8b":
-        return "tgz"
-    kind = tensor_files.kind_of(path)
-    return "graphdef" if kind == "unknown" and content[:1] == b"\n" else kind
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-    """Returns the tensors of a safetensors file or of PyTorch's."""
-    try:
-        return tensor_files.read(path).arrays
-    except DataError as error:
-        raise DataError(
-            f"{error} Of Inception that is the file that pytorch-fid publishes, and "
-            "python -m experiments.convert IN OUT.safetensors --inception."
-        ) from error
-
-
-def _refusal(path: Path, kind: str, content: bytes) -> DataError:
-    if kind == "pickle" or path.suffix in (".pkl", ".pickle"):
-        return DataError(
-            f"{path} must be data; got a pickle, which is a program. It was not run. "
-            f"Give the released graph instead: {URL}."
-        )
-    return DataError(
-        f"{path} must be a TensorFlow GraphDef (.pb, or in a .tgz), safetensors or a "
-        f"PyTorch file; got one that begins with {content[:8]!r}. Give the released "
-        f"graph: {URL}."
-    )
-
-
 def _noted(path: Path) -> Path:
     """Returns where the digest of a downloaded file is written."""
     return path.with_name(f"{path.name}.sha256")
@@ -265,8 +238,7 @@ def _from_archive(content: bytes, path: Path) -> bytes:
         found = archives.read_tar(
             io.BytesIO(content),
             lambda name: PurePosixPath(name).name == wanted,
-            most=_MAX_BYTES,
-            total=2 * _MAX_BYTES,
+            most=2 * _MAX_BYTES,
         )
     except archives.ArchiveError as error:
         raise DataError(
@@ -284,42 +256,35 @@ def _own_names() -> Names:
     return {name: Place(name) for name in shapes()}
 
 
-def _graph_names() -> Names:
-    """Returns where the released graph has each tensor."""
-    leaves = {
-        "kernel": "conv2d_params",
-        "scale": "batchnorm/gamma",
-        "bias": "batchnorm/beta",
-        "mean": "batchnorm/moving_mean",
-        "var": "batchnorm/moving_variance",
-    }
-    names = {
-        "softmax/kernel": Place("softmax/weights"),
-        "softmax/bias": Place("softmax/biases"),
-    }
-    for own in sorted(shapes().keys() - names.keys()):
-        module, leaf = own.rsplit("/", 1)
-        names[own] = Place(f"{module}/{leaves[leaf]}")
-    return names
+# Where others have the tensors of a layer, and in which order of our axes: of the
+# released graph, and of pytorch-fid (OIHW, and torchvision's names).
+_GRAPH = {
+    "softmax/kernel": Place("softmax/weights"),
+    "softmax/bias": Place("softmax/biases"),
+    "kernel": Place("{}/conv2d_params"),
+    "scale": Place("{}/batchnorm/gamma"),
+    "bias": Place("{}/batchnorm/beta"),
+    "mean": Place("{}/batchnorm/moving_mean"),
+    "var": Place("{}/batchnorm/moving_variance"),
+}
+_PYTORCH = {
+    "softmax/kernel": Place("fc.weight", (1, 0)),
+    "softmax/bias": Place("fc.bias"),
+    "kernel": Place("{}.conv.weight", (3, 2, 0, 1)),
+    "scale": Place("{}.bn.weight"),
+    "bias": Place("{}.bn.bias"),
+    "mean": Place("{}.bn.running_mean"),
+    "var": Place("{}.bn.running_var"),
+}
 
 
-def _pytorch_names() -> Names:
-    """Returns where pytorch-fid has each tensor: OIHW, and torchvision's names."""
-    leaves = {
-        "kernel": ("conv.weight", (3, 2, 0, 1)),
-        "scale": ("bn.weight", None),
-        "bias": ("bn.bias", None),
-        "mean": ("bn.running_mean", None),
-        "var": ("bn.running_var", None),
-    }
-    names = {
-        "softmax/kernel": Place("fc.weight", (1, 0)),
-        "softmax/bias": Place("fc.bias"),
-    }
-    for own in sorted(shapes().keys() - names.keys()):
+def _names(table: Mapping[str, Place], module_name: Callable[[str], str]) -> Names:
+    """Returns where others have each tensor, by a table and their names of modules."""
+    names = {}
+    for own in shapes():
         module, leaf = own.rsplit("/", 1)
-        name, axes = leaves[leaf]
-        names[own] = Place(f"{_pytorch_module(module)}.{name}", axes)
+        place = table.get(own) or table[leaf]
+        names[own] = place._replace(name=place.name.format(module_name(module)))
     return names
 
 

@@ -1,4 +1,4 @@
-"""Tensors under the names and in the layouts of others, and back.
+"""Converts tensors to the names and layouts of other libraries, and back.
 
 Our own name is the path of a parameter, "down0_block0/conv1/kernel"; a table says where
 someone else has it, and how they lay it out. Values are never changed, only names and

@@ -1,4 +1,4 @@
-"""The configuration of diffusers' UNet2DModel, read as our U-Net and written of it.
+"""Converts configurations of diffusers' UNet2DModel to our U-Net, and back.
 
 Its networks are ours where the two are made of the same parts. Two sets of constants
 are known (`blocks.VARIANTS`): those of the conversions of the authors' networks, and
@@ -6,7 +6,7 @@ the defaults of the library, with which its own training script trains.
 """
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,8 +67,6 @@ _AVERAGE = (
 )
 # 4096 pixels a side, halved to one.
 _MOST_LEVELS = 13
-_COUNTS = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups")
-_LISTS = ("block_out_channels", "down_block_types", "up_block_types")
 _PLAIN, _ATTENTION = ("DownBlock2D", "UpBlock2D"), ("AttnDownBlock2D", "AttnUpBlock2D")
 
 
@@ -124,19 +122,24 @@ def read_config(config: Mapping[str, Any], *, where: str) -> Architecture:
         if values[name] != _DEFAULTS[name]
     ]
     size = _size(values["sample_size"])
-    wrong += _wrong_kinds(values) or _wrong_shape(values, size)
-    variant = _variant(values)
-    if variant is None:
-        wrong.append(_wrong_constants(values))
+    kinds = [
+        f"{name} {reprlib.repr(values[name])}, not {must}"
+        for name, (fits, must) in _KINDS.items()
+        if not fits(values[name])
+    ]
+    wrong += kinds or _wrong_shape(values, size)
+    constants = {name: _constants(each) for name, each in VARIANTS.items()}
+    said = {field: values[field] for field in _constants(VARIANTS["official"])}
+    variants = [name for name, known in constants.items() if said == known]
+    if not variants:
+        wrong.append(f"{said}, neither {' nor '.join(map(str, constants.values()))}")
     if wrong:
         raise ValueError(
             f"{where} must have only what this U-Net supports; got {'; '.join(wrong)}. "
             "Such a network cannot be converted: train one without these."
         )
     widths = values["block_out_channels"]
-    # Or they would be among what is wrong.
-    assert variant is not None
-    assert size is not None
+    assert size is not None  # or it would be among what is wrong
     attended = [kind.endswith(_ATTENTION[0]) for kind in values["down_block_types"]]
     net = UNet(
         out_channels=values["out_channels"],
@@ -147,7 +150,7 @@ def read_config(config: Mapping[str, Any], *, where: str) -> Architecture:
         dropout=values["dropout"],
         groups=values["norm_num_groups"],
         num_classes=values["num_class_embeds"] or 0,
-        variant=variant,
+        variant=variants[0],
     )
     height, width = size
     each = height if height == width else size
@@ -214,34 +217,36 @@ def _size(size: Any) -> tuple[int, int] | None:
     return sides[0], sides[-1]
 
 
-def _wrong_kinds(values: Mapping[str, Any]) -> list[str]:
-    """Returns what is no number or no list where there has to be one."""
-    wrong = [
-        f"{name} {values[name]!r}, not a whole number above 0"
-        for name in _COUNTS
-        if not _is_count(values[name])
-    ]
-    wrong += [
-        f"{name} {reprlib.repr(values[name])}, not a list with an entry a level"
-        for name in _LISTS
-        if not (
-            isinstance(values[name], list | tuple)
-            and 0 < len(values[name]) <= _MOST_LEVELS
-        )
-    ]
-    widths = values["block_out_channels"]
-    if isinstance(widths, list | tuple) and not all(map(_is_count, widths)):
-        wrong.append(f"block_out_channels {widths!r}, not whole numbers above 0")
-    classes, dropout = values["num_class_embeds"], values["dropout"]
-    if not (classes is None or _is_count(classes)):
-        wrong.append(f"num_class_embeds {classes!r}, not null or a number above 0")
-    if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
-        wrong.append(f"dropout {dropout!r}, not a share below 1")
-    return wrong
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) and 0 < len(value) <= _MOST_LEVELS
+
+
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"),
+        (_is_count, "a whole number above 0"),
+    ),
+    **dict.fromkeys(
+        ("down_block_types", "up_block_types"),
+        (_is_list, "a list with an entry a level"),
+    ),
+    "block_out_channels": (
+        lambda value: _is_list(value) and all(map(_is_count, value)),
+        "a list of whole numbers above 0, one a level",
+    ),
+    "num_class_embeds": (
+        lambda value: value is None or _is_count(value),
+        "null or a number above 0",
+    ),
+    "dropout": (
+        lambda value: isinstance(value, int | float) and 0 <= value < 1,
+        "a share below 1",
+    ),
+}
 
 
 def _wrong_shape(values: Mapping[str, Any], size: tuple[int, int] | None) -> list[str]:
-    """Returns what of widths, blocks and sizes our network cannot have."""
+    """Lists the widths, blocks and sizes that our network cannot have."""
     widths, channels = values["block_out_channels"], values["in_channels"]
     wrong, factor = [], 2 ** (len(widths) - 1)
     if size is None or any(side % factor for side in size):
@@ -282,17 +287,3 @@ def _constants(variant: Variant) -> dict[str, Any]:
         "downsample_padding": variant.before,
         "attention_head_dim": variant.head_width,
     }
-
-
-def _variant(values: Mapping[str, Any]) -> str | None:
-    for name, variant in VARIANTS.items():
-        known = _constants(variant)
-        if all(values[key] == known[key] for key in known):
-            return name
-    return None
-
-
-def _wrong_constants(values: Mapping[str, Any]) -> str:
-    sets = [_constants(variant) for variant in VARIANTS.values()]
-    given = {key: values[key] for key in sets[0]}
-    return f"{given}, neither {' nor '.join(map(str, sets))}"

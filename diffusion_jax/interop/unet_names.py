@@ -1,4 +1,4 @@
-"""Weights of the U-Net under the names of others, and back.
+"""Converts the U-Net's weights to the names of other libraries, and back.
 
 Two tables say where others have each of our tensors, and how they lay it out:
 

@@ -183,27 +183,21 @@ def data_of(config: Config, images: Any, given: Any, labels: Any) -> Data:
       labels: int32 [N] or None.
 
     Raises:
-      ConfigError: the number of channels is neither 1 nor 3, or ambiguous.
+      ConfigError: nobody can tell which axis is which, or all are black.
     """
     count, height, width, channels = images.shape
-    three_axes = np.ndim(given) == 3 and not isinstance(given, list | tuple)
-    if three_axes and count == 3:
-        raise ConfigError(
-            f"images must be [N, H, W, C]; got {images.shape[:3]}, which is three grey "
-            "ones, or one in colours with its channels first. Give images[..., None], "
-            "or images.transpose(1, 2, 0)[None]."
-        )
-    single = three_axes and width in (1, 3, 4)
-    if single or channels not in (1, 3):
-        advice = "Convert them to grey or RGB."
-        if single:
-            advice = "Of a single image give images[None]."
-        elif channels == 4:
-            advice = "Of RGBA take images[..., :3]."
-        raise ConfigError(
-            f"images must have 1 or 3 channels; got {height}x{width} with {channels}. "
-            f"{advice}"
-        )
+    if np.ndim(given) == 3 and not isinstance(given, list | tuple):
+        if count == 3:
+            raise ConfigError(
+                f"images must be [N, H, W, C]; got {images.shape[:3]}, which is three "
+                "grey ones, or one in colours with its channels first. Give "
+                "images[..., None], or images.transpose(1, 2, 0)[None]."
+            )
+        if width in (1, 3, 4):
+            raise ConfigError(
+                f"images must be [N, H, W, C]; got {height}x{width} with 1. Of a "
+                "single image give images[None]."
+            )
     if images.max() <= 1:
         raise ConfigError(
             "images must be in 0..255, from black to white; got all of 0 and 1. Of "

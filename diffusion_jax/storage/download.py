@@ -1,4 +1,4 @@
-"""The one download: to a temporary file, checked, then renamed into place.
+"""Downloads a file: to a temporary place, checked, then renamed.
 
 Either the whole file with the right digest appears under its name, or nothing does
 and a `DataError` says why, within seconds where there is no network.
@@ -23,7 +23,19 @@ from diffusion_jax.errors import DataError
 from diffusion_jax.storage import files
 
 _CHUNK = 2**18
+# Seconds in all until an answer begins (name look-up, connection, encryption,
+# redirects), and without a single byte until a transfer has stalled.
+_CONNECT, _STALL = 5.0, 30.0
 T = TypeVar("T")
+
+
+def cache_folder() -> Path:
+    """Returns the folder diffusion_jax of the user's cache.
+
+    That is in `XDG_CACHE_HOME`, else in `~/.cache`.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "diffusion_jax"
 
 
 def fetch(
@@ -31,11 +43,7 @@ def fetch(
     path: str | os.PathLike[str],
     *,
     sha256: str | None,
-    size: int | None = None,
     most: int = 2**30,
-    connect_timeout: float = 5.0,
-    read_timeout: float = 30.0,
-    progress: bool = True,
 ) -> Path:
     """Returns `path`, at which the file behind `url` now lies whole and checked.
 
@@ -47,12 +55,7 @@ def fetch(
       path: where the file shall lie; its folder is made if need be.
       sha256: the digest the content must have, in hexadecimal; None where none is
         known, and then only the length that the server states is checked.
-      size: the number of bytes it must have, if known.
-      most: bytes that it may have where that is not known.
-      connect_timeout: seconds in all until the answer begins: name look-up,
-        connection, encryption, redirects.
-      read_timeout: seconds without a single byte after which a transfer has stalled.
-      progress: show a bar on standard error, where that is a terminal.
+      most: bytes that it may have.
 
     Raises:
       DataError: no answer, a refusal, a stall, or other bytes than expected. Nothing
@@ -68,15 +71,12 @@ ftp://example.org/a. Download it by hand.
     path = Path(path)
     try:
         with files.replacing(path) as file:
-            request = urllib.request.Request(
-                url, headers={"User-Agent": "diffusion_jax"}
-            )
+            headers = {"User-Agent": "diffusion_jax"}
+            request = urllib.request.Request(url, headers=headers)
             opener = urllib.request.build_opener(_Redirects)
-            response = within(
-                connect_timeout, lambda: opener.open(request, timeout=read_timeout)
-            )
-            with response:
-                digest = _copy(response, file, url, size, most, progress)
+            opened = within(_CONNECT, lambda: opener.open(request, timeout=_STALL))
+            with opened as response:
+                digest = _copy(response, file, url, most)
             if sha256 is not None and digest != sha256.lower():
                 raise DataError(
                     f"the file at {url} must have SHA-256 {sha256}; got {digest}. "
@@ -84,11 +84,13 @@ ftp://example.org/a. Download it by hand.
                 )
     except TimeoutError as error:
         raise DataError(
-            f"a server must answer within {connect_timeout:g} s, and then send bytes "
-            f"at least every {read_timeout:g} s; got none from {url} for that long. "
+            f"a server must answer within {_CONNECT:g} s, and then send bytes at "
+            f"least every {_STALL:g} s; got none from {url} for that long. "
             "Check the network and try again, or download it by hand."
         ) from error
-    except (OSError, http.client.HTTPException, UnicodeError) as error:
+    except DataError:
+        raise
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise DataError(
             f"{url} must be within reach and {path.parent} writable; got {error}. "
             f"Check the address, the network and the disk, or download it by hand to "
@@ -97,7 +99,7 @@ ftp://example.org/a. Download it by hand.
     return path
 
 
-def check_address(url: str, before: str | None = None) -> None:
+def check_address(url: str, before: str = "") -> None:
     """Raises DataError for an address at which others could change what is fetched.
 
     Args:
@@ -113,17 +115,13 @@ def check_address(url: str, before: str | None = None) -> None:
         raise DataError(
             f"a URL must be an address; got {url} ({error}). Correct it."
         ) from error
-    # What never leaves this machine needs no encryption; but nobody else leads to it.
-    here = parts.scheme == "http" and _is_here(url) and _is_here(before or url)
-    if parts.scheme != "https" and not here:
+    # What never leaves this machine needs no encryption.
+    here = parts.hostname in ("127.0.0.1", "::1", "localhost")
+    if parts.scheme != "https" and not (parts.scheme == "http" and here):
         led = f", where {before} leads" if before else ""
         raise DataError(
             f"a URL must begin with https://; got {url}{led}. Download it by hand."
         )
-
-
-def _is_here(url: str) -> bool:
-    return urllib.parse.urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -138,7 +136,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def within(seconds: float, work: Callable[[], T]) -> T:
-    """Returns what a function does, or raises TimeoutError when it is not done in time.
+    """Returns a function's value, or raises TimeoutError when that takes too long.
 
     Look-ups of names have no timeout of their own and a host may have many addresses
     that each hang, so the whole of it runs in a thread that is waited for.
@@ -155,40 +153,27 @@ def within(seconds: float, work: Callable[[], T]) -> T:
     return answer.result(timeout=seconds)
 
 
-def _copy(
-    response: Any, file: Any, url: str, size: int | None, most: int, progress: bool
-) -> str:
+def _copy(response: Any, file: Any, url: str, most: int) -> str:
     """Returns the SHA-256 of the bytes copied, having checked how many they were."""
-
-    def wrong(must: str, got: object) -> DataError:
-        return DataError(
-            f"the file at {url} must have {must} bytes; got {got}. The transfer was "
-            "cut off or the file is another one: try again, or download it by hand."
-        )
-
-    stated = response.headers.get("Content-Length", "")
-    known = stated.isascii() and stated.isdecimal() and len(stated) < 20
-    expected = int(stated) if known else size
-    if size is not None and expected != size:
-        raise wrong(f"{size}", expected)
-    if size is None and (expected or 0) > most:
-        raise wrong(f"at most {most}", expected)
+    stated = response.headers.get("Content-Length")
+    expected = int(stated) if stated else None
     digest, done = hashlib.sha256(), 0
     with tqdm(
         total=expected,
         unit="B",
         unit_scale=True,
         desc=f"downloading {url.rsplit('/', 1)[-1]}",
-        # None means: only where standard error is a terminal.
-        disable=None if progress else True,
+        disable=None,  # shows it only where standard error is a terminal
     ) as bar:
-        while done <= (expected or most) and (chunk := response.read(_CHUNK)):
+        while done <= most and (chunk := response.read(_CHUNK)):
             done += len(chunk)
             file.write(chunk)
             digest.update(chunk)
             bar.update(len(chunk))
-    if expected is not None and done != expected:
-        raise wrong(f"{expected}", done)
-    if expected is None and done > most:
-        raise wrong(f"at most {most}", "more")
+    if done > most or expected not in (None, done):
+        must = f"at most {most}" if done > most else f"{expected}"
+        raise DataError(
+            f"the file at {url} must have {must} bytes; got {done}. The transfer was "
+            "cut off or the file is another one: try again, or download it by hand."
+        )
     return digest.hexdigest()

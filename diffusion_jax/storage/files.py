@@ -1,4 +1,4 @@
-"""Files that are at any moment the old one or the new one, whole."""
+"""Replaces files atomically."""
 
 import os
 import secrets
@@ -12,15 +12,15 @@ from typing import IO
 def replacing(
     path: str | os.PathLike[str], *, durable: bool = False
 ) -> Iterator[IO[bytes]]:
-    """Gives a file that takes the place of another when all of it is written.
+    """Opens a file that replaces another once all of it is written.
 
     Until then it is .<name>.<process>.<random>.tmp beside it: several hosts that share
     the folder may write it at once, and the last to finish wins.
 
     Args:
       path: of the file; its folder is made.
-      durable: whether it must be on the disk before it has its name: a machine without
-        power would else have the name, and nothing behind it. It takes milliseconds.
+      durable: whether to sync it to the disk before it is renamed, so that it survives
+        a power failure; that takes milliseconds.
 
     Raises:
       OSError: it cannot be written, with its path. Nothing is left of it, and what was

@@ -1,13 +1,13 @@
-"""Tensors by name in files: read by content, whatever a file is called, and written.
+"""Reads tensors by name from files of several formats, and writes safetensors.
 
-Read are
+The format is told from the content, whatever a file is called:
 
-  safetensors   with what the file says of itself
+  safetensors   with its metadata
   pytorch       state of a module (.bin, .pt, .pth), where PyTorch is installed
   tensorflow    a checkpoint of variables, where TensorFlow is installed
 
-and safetensors are written. Nothing in a file is ever executed: of pickles only
-PyTorch's are opened, by its own `weights_only` reader.
+Nothing in a file is ever executed: of pickles only PyTorch's are opened, by its own
+`weights_only` reader.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,20 +36,17 @@ _HEAD = 512
 _MAX_HEADER = 10**8
 # How PyTorch began its files before 2020: the pickle of one known number.
 _PYTORCH_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
-# Pickles of protocol 2 and later; then what those of 0 and 1 usually begin with: a
-# function to call, or a container that is remembered.
-_PICKLE = re.compile(
-    rb"\x80[\x02-\x05]|c[\w.]+\n[\w.]+\n|[(][dl]p\d+\n|[(]i[\w.]+\n|[\]})]q\x00"
-)
+# How pickles begin, of protocol 2 and later.
+_PICKLES = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 
 
 class Tensors(NamedTuple):
-    """What a file holds."""
+    """The content of a file."""
 
     arrays: dict[str, np.ndarray]
     """By the names that they have there; of the types that they have there."""
     meta: dict[str, str]
-    """What a safetensors file says of itself; empty for others."""
+    """Metadata of a safetensors file; empty for others."""
     format: str
     """One of "safetensors", "pytorch" and "tensorflow"."""
     sha256: str
@@ -99,20 +95,18 @@ def read(path: str | os.PathLike[str], *, progress: bool = False) -> Tensors:
         return _read_safetensors(path, progress)
     if kind == "pytorch":
         return _read_pytorch(path, progress)
-    if kind == "pickle":
-        raise DataError(
-            f"{path} must be data; got a pickle, which is a program. It was not run. "
-            "Save its tensors as safetensors where it comes from."
-        )
+    got = "a pickle, which is a program. It was not run"
+    if kind != "pickle":
+        got = f"a file that begins with {head[:24]!r}"
     raise DataError(
         f"{path} must be a safetensors file, one of PyTorch or the prefix of a "
-        f"TensorFlow checkpoint; got a file that begins with {head[:24]!r}. Download "
-        "it again, or save its tensors as safetensors."
+        f"TensorFlow checkpoint; got {got}. Download it again, or save its tensors as "
+        "safetensors where it comes from."
     )
 
 
 def read_meta(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Returns what a safetensors file says of itself; no tensor is read.
+    """Returns the metadata of a safetensors file; no tensor is read.
 
     Raises:
       DataError: no such file, another format, or damage.
@@ -135,13 +129,13 @@ def write_safetensors(
 ) -> str:
     """Returns the SHA-256 of the safetensors file that now holds the arrays.
 
-    The same arrays and words are the same file, to the byte.
+    The same arrays and metadata give the same file, to the byte.
 
     Args:
       path: where the file shall lie, whose folder is made; whatever was there is
         replaced at the end, and stays if anything fails.
       arrays: by name, of any type that safetensors has.
-      meta: words by name, to be read by `read_meta`.
+      meta: metadata, text by name.
 
     Raises:
       DataError: a type that safetensors lacks.
@@ -157,7 +151,7 @@ def write_safetensors(
             f"what {path} is to hold must be arrays of numbers, and words of text; got "
             f"{type(error).__name__}: {error}. Convert them first."
         ) from error
-    # Words come out in another order each time.
+    # The library writes metadata in another order each time.
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     if meta:
@@ -174,7 +168,6 @@ def write_safetensors(
 
 
 def _head(path: Path) -> bytes:
-    """Returns the first bytes of a file."""
     try:
         with path.open("rb") as file:
             return file.read(_HEAD)
@@ -195,18 +188,10 @@ def _kind(head: bytes) -> str:
     zipped = head.startswith(b"PK\x03\x04") and b"data.pkl" in head[:256]
     if zipped or head.startswith(_PYTORCH_MAGIC):
         return "pytorch"
-    if _PICKLE.match(head):
+    if head.startswith(_PICKLES):
         return "pickle"
     # With a length that cannot be: damaged, but meant as such.
     return "safetensors" if braced and head[9:10] in (b'"', b"}") else "unknown"
-
-
-def _bar(paths: list[Path], progress: bool) -> tqdm:
-    """Returns a bar of the bytes that are read of files."""
-    total = sum(path.stat().st_size for path in paths)
-    # None means: only where standard error is a terminal.
-    disable = None if progress else True
-    return tqdm(total=total, desc="reading", unit="B", unit_scale=True, disable=disable)
 
 
 @contextlib.contextmanager
@@ -255,9 +240,14 @@ def _check_names(path: Path) -> None:
 
 
 def _digest(paths: list[Path], progress: bool) -> str:
-    """Returns the SHA-256 of files, one after the other."""
+    """Returns the SHA-256 of files, one after the other, with a bar of their bytes."""
     digest = hashlib.sha256()
-    with _bar(paths, progress) as bar:
+    total = sum(path.stat().st_size for path in paths)
+    # None means: only where standard error is a terminal.
+    disable = None if progress else True
+    with tqdm(
+        None, "reading", total, unit="B", unit_scale=True, disable=disable
+    ) as bar:
         for path in paths:
             with path.open("rb") as content:
                 while chunk := content.read(_CHUNK):
@@ -304,6 +294,5 @@ def _from_torch(name: Any, tensor: Any, torch: Any) -> np.ndarray:
 def _read_tensorflow(prefix: Path, progress: bool) -> Tensors:
     paths = tensorflow_checkpoint.data_files(prefix)
     digest = _digest(paths, progress)
-    with _bar(paths, progress) as bar:
-        arrays = tensorflow_checkpoint.variables(prefix, bar.update)
+    arrays = tensorflow_checkpoint.variables(prefix)
     return Tensors(arrays, {}, "tensorflow", digest)

@@ -9,7 +9,7 @@ import contextlib
 import glob
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,32 +57,20 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     Raises:
       DataError: it is no checkpoint, or damaged, or TensorFlow is not installed.
     """
-    prefix = prefix_of(path)
-    if prefix is None:
-        raise DataError(
-            f"{path} must be a TensorFlow checkpoint; got another file. Give the "
-            "prefix of one."
-        )
-    with _reader(prefix) as reader:
+    with _reader(prefix_of(path) or path) as reader:
         found = reader.get_variable_to_shape_map()
         return {name: tuple(found[name]) for name in sorted(found)}
 
 
-def variables(prefix: Path, update: Callable[[int], object]) -> dict[str, np.ndarray]:
-    """Returns the values of all variables, by name.
-
-    Args:
-      prefix: of the checkpoint.
-      update: told of the bytes of each variable when it has been read.
+def variables(prefix: Path) -> dict[str, np.ndarray]:
+    """Returns the values of all variables of a checkpoint, by name.
 
     Raises:
       DataError: files are missing or damaged, or TensorFlow is not installed.
     """
-    arrays = {}
     with _reader(prefix) as reader:
-        for name in sorted(reader.get_variable_to_shape_map()):
-            arrays[name] = np.asarray(reader.get_tensor(name))
-            update(arrays[name].nbytes)
+        names = sorted(reader.get_variable_to_shape_map())
+        arrays = {name: np.asarray(reader.get_tensor(name)) for name in names}
     texts = [name for name, array in arrays.items() if array.dtype.kind in "OSU"]
     if texts:
         raise DataError(
@@ -103,19 +91,7 @@ def _reader(prefix: Path) -> Iterator[Any]:
             f"{prefix.name}.data-00000-of-00001 beside each other; got {there}. Put "
             "both files there."
         )
-    tensorflow = _tensorflow(prefix)
-    # TensorFlow reports damage by half a dozen types of exception.
-    try:
-        yield tensorflow.train.load_checkpoint(str(prefix))
-    except Exception as error:
-        raise DataError(
-            f"the checkpoint {prefix} must be whole; got {type(error).__name__}: "
-            f"{str(error)[:200]}. It was cut off or damaged: download both files again."
-        ) from error
-
-
-def _tensorflow(prefix: Path) -> Any:
-    """Returns TensorFlow, which is kept quiet and off the accelerators."""
+    # TensorFlow is kept quiet and off the accelerators.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # Nothing is computed with it; it tells of this one whatever its level.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -124,4 +100,11 @@ def _tensorflow(prefix: Path) -> Any:
 
     with contextlib.suppress(RuntimeError):  # in use already
         tensorflow.config.set_visible_devices([], "GPU")
-    return tensorflow
+    # TensorFlow reports damage by half a dozen types of exception.
+    try:
+        yield tensorflow.train.load_checkpoint(str(prefix))
+    except Exception as error:
+        raise DataError(
+            f"the checkpoint {prefix} must be whole; got {type(error).__name__}: "
+            f"{str(error)[:200]}. It was cut off or damaged: download both files again."
+        ) from error

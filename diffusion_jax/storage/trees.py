@@ -1,11 +1,9 @@
-"""Trees of arrays: names of their leaves, what of them does not fit, and their files.
+"""Trees of arrays (pytrees): their leaves by name, and .safetensors files of them.
 
-A file is .safetensors; a leaf in it is called by its keys, joined by dots, and words by
-name say what has to be known of the tree.
+In a file a leaf is called by its keys, joined by dots; metadata are text by name.
 """
 
 import hashlib
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +16,7 @@ from diffusion_jax.storage import tensor_files
 
 
 class Stored(NamedTuple):
-    """What was in a file."""
+    """The content of a file."""
 
     params: Any
     """A tree of arrays, each of the shape and type that it was written with."""
@@ -51,7 +49,7 @@ def by_path(tree: Any, separator: str = "/") -> dict[str, Any]:
 
 
 def misfits(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Returns what of leaves by path is not as it has to be, a few words each.
+    """Lists the leaves that are missing, unknown or wrong, a few words each.
 
     Types and shapes have to be the same, and values finite where there are values.
 
@@ -80,7 +78,7 @@ def _in_words(leaf: Any) -> str:
 
 
 def check(params: Any, like: Any, path: Path) -> None:
-    """Raises DataError where parameters are not those of a network, or not finite.
+    """Raises DataError where parameters do not fit a network, or are not finite.
 
     Args:
       params: what `read` returned.
@@ -90,8 +88,7 @@ def check(params: Any, like: Any, path: Path) -> None:
     wrong = misfits(by_path(params, "."), by_path(like, "."))
     if wrong:
         raise DataError(
-            f"{path} must hold the parameters of its network; got "
-            f"{first_of(wrong)}. "
+            f"{path} must hold the parameters of its network; got {first_of(wrong)}. "
             "Write it again."
         )
 
@@ -116,10 +113,8 @@ def read(path: Path) -> Stored:
     from flax import traverse_util  # a fifth of a second, which `--help` need not wait
 
     found = tensor_files.read(path)
-    # With its dot, a name comes right before the names of what is below it.
-    names = itertools.pairwise(sorted(f"{name}." for name in found.arrays))
-    within = [name[:-1] for name, after in names if after.startswith(name)]
-    if within:
+    above = {name[:i] for name in found.arrays for i, c in enumerate(name) if c == "."}
+    if within := sorted(found.arrays.keys() & above):
         raise DataError(
             f"{path} must hold a tree, whose tensors have none below them; got some "
             f"below {first_of(within)}. Write it again."

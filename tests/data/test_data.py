@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -68,50 +66,15 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     assert np.mean(agree) < 3 / 200
 
 
-def test_first_place_is_uniform():
-    first = [datasets.batch_indices(seed, 0, 10, 1)[0] for seed in range(2000)]
-    counts = np.bincount(first, minlength=10)
-    assert np.sum((counts - 200) ** 2 / 200) < 27.9  # chi-squared, 9 d.o.f., p = 0.001
-
-
-def test_another_process_sees_the_same_order_and_reads_no_data_library():
-    """tfds and scikit-learn are imported by the functions that use them."""
-    call = "batch_indices(7, 10**15, 50_000, 128).tolist()"
-    code = (
-        f"from diffusion_jax.data.datasets import *; print({call}); import sys\n"
-        "heavy = {'tensorflow_datasets', 'sklearn', 'tensorflow'}\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
-    )
-    other = subprocess.check_output([sys.executable, "-c", code], text=True)
-    assert eval(other) == datasets.batch_indices(7, 10**15, 50_000, 128).tolist()
-
-
 def test_indices_are_cheap_and_the_callers_own():
-    datasets.batch_indices(0, 0, 50_000, 128)
-    start = time.perf_counter()
-    for step in range(1, 200):
+    mine = datasets.batch_indices(0, 0, 50_000, 128)
+    before, start = mine.copy(), time.perf_counter()
+    mine[:] = 0
+    for step in range(200):
         datasets.batch_indices(0, step, 50_000, 128)
     assert time.perf_counter() - start < 0.5
-    mine = datasets.batch_indices(0, 0, 10, 10)
-    before = mine.copy()
-    mine[:] = 0
-    np.testing.assert_array_equal(datasets.batch_indices(0, 0, 10, 10), before)
+    np.testing.assert_array_equal(datasets.batch_indices(0, 0, 50_000, 128), before)
     assert before.dtype == np.int64
-
-
-OF_ORDERS = {
-    "seed must be": [(-1, 0, 10, 2), (2**64, 0, 10, 2), (0.5, 0, 10, 2)],
-    "step must be": [(0, -1, 10, 2), (0, 1.0, 10, 2)],
-    "num_examples must be": [(0, 0, 0, 2)],
-    "batch_size must be": [(0, 0, 10, 0), (0, 0, 10, None)],
-}
-
-
-@pytest.mark.parametrize("message", OF_ORDERS)
-def test_batch_indices_refuses(message):
-    for arguments in OF_ORDERS[message]:
-        with pytest.raises(DataError, match=f"{message} .*; got .*Give"):
-            datasets.batch_indices(*arguments)
 
 
 @given(st.integers(1, 50), st.integers(1, 50))
@@ -122,20 +85,26 @@ def test_hosts_are_disjoint_and_complete(share, hosts):
     assert {len(part) for part in parts} == {share}
 
 
-OF_HOSTS = {
-    (10, 0, 4): r"multiple of process_count; got 10 for 4 hosts\. Give 8 or 12",
-    (2, 0, 4): r"Give 4\.",
-    (8, 4, 4): "process_index",
-    (8, -1, 4): "process_index",
-    (8, 0, 0): "process_count",
-    (0, 0, 1): "batch_size",
-}
+INDICES, SLICE = datasets.batch_indices, datasets.host_slice
+OUT_OF_RANGE = [
+    (INDICES, (-1, 0, 10, 2), "seed must be .* 0 <= seed < 18446744073709551616"),
+    (INDICES, (2**64, 0, 10, 2), "seed must be"),
+    (INDICES, (0.5, 0, 10, 2), "seed must be"),
+    (INDICES, (0, -1, 10, 2), "step must be .* 0 <= step; got -1"),
+    (INDICES, (0, 0, 0, 2), "num_examples must be"),
+    (INDICES, (0, 0, 10, None), "batch_size must be"),
+    (SLICE, (10, 0, 4), r"process_count; got 10 for 4 hosts\. Give 8 or 12"),
+    (SLICE, (2, 0, 4), r"Give 4\."),
+    (SLICE, (8, 4, 4), "process_index"),
+    (SLICE, (8, 0, 0), "process_count"),
+    (SLICE, (0, 0, 1), "batch_size"),
+]
 
 
-def test_host_slice_refuses():
-    for arguments, message in OF_HOSTS.items():
+def test_what_is_out_of_range_is_refused():
+    for function, arguments, message in OUT_OF_RANGE:
         with pytest.raises(DataError, match=message):
-            datasets.host_slice(*arguments)
+            function(*arguments)
 
 
 def test_batch_at():
@@ -147,9 +116,6 @@ def test_batch_at():
     assert set(datasets.batch_at(dataset._replace(labels=None), np.array([1]))) == {
         "image"
     }
-    for indices in ([-1], [5], [0.5], [True], [[1]]):
-        with pytest.raises(DataError, match="indices must"):
-            datasets.batch_at(dataset, np.array(indices))
 
 
 @pytest.fixture(autouse=True)
@@ -167,18 +133,12 @@ def test_digits_are_those_of_scikit_learn(where, monkeypatch):
     from sklearn.datasets import load_digits
 
     expected = load_digits()
-    images, labels = sources.digits()
-    np.testing.assert_array_equal(labels, expected.target)
-    np.testing.assert_array_equal(
-        images[..., 0], np.round(expected.images * (255 / 16))
-    )
-
-
-def test_digits():
     digits = datasets.load("digits")
-    assert digits.images.shape == (1797, 8, 8, 1)
-    assert digits.images.dtype == np.uint8
-    assert digits.labels.dtype == np.int32
+    np.testing.assert_array_equal(digits.labels, expected.target)
+    np.testing.assert_array_equal(
+        digits.images[..., 0], np.round(expected.images * (255 / 16))
+    )
+    assert (digits.images.dtype, digits.labels.dtype) == (np.uint8, np.int32)
     assert digits.name == "digits"
 
 
@@ -186,25 +146,17 @@ def test_digits():
     ("source", "options", "message"),
     [
         ("cifar", {}, "Did you mean 'cifar10'"),
-        ("imagenet-21k", {}, "source must be one of digits"),
         ("folder", {}, "Did you mean 'folder:<path>'"),
-        ("tfds:", {}, "Did you mean 'tfds:<name>'"),
         ("digits:8", {}, "got 'digits:8'"),
-        ("", {}, "got ''"),
         ("digits", {"split": "test"}, "split of digits must be 'train'.*got 'test'"),
-        ("npz:a", {"split": "test"}, "split of npz"),
-        ("cifar10", {"split": "train[:10%]"}, "split of cifar10"),
         ("digits", {"data_dir": "x"}, "data_dir must not be given for digits"),
         ("digits", {"image_size": 4}, "at least .*; got image_size=4 for 8x8.*Give 8"),
         ("digits", {"image_size": 0}, "image_size must be a whole number"),
-        ("digits", {"image_size": 8.0}, "image_size must be a whole number"),
-        ("digits", {"image_size": (8, 8, 1)}, r"height and width; got \(8, 8, 1\)"),
         ("digits", {"image_size": 16, "fit": "stretch"}, "fit must be"),
         ("digits", {"channels": 3}, "channels must be the images' own 1"),
         ("folder:x", {}, "image files must be loaded with image_size"),
         ("folder:x", {"image_size": 8, "fit": "pad"}, "fit='pad'"),
         ("folder:x", {"image_size": 8, "channels": 4}, "channels=4"),
-        ("folder:x", {"image_size": -8}, "image_size must be a whole number"),
         ("hf:x", {"split": "all"}, "split of hf must be 'train' or 'test'"),
         ("mnist", {}, "mnist must have train-images-idx3-ubyte.*no data_dir"),
     ],
@@ -223,10 +175,7 @@ def test_padding_is_black_and_in_the_middle():
 
 
 def test_crop_shrinks_what_padding_refuses():
-    small = datasets.load("digits", image_size=4, fit="crop").images
-    assert small.shape == (1797, 4, 4, 1)
     own = datasets.load("digits").images.astype(float)
-    assert abs(small.mean() - own.mean()) < 5
     wide = datasets.load("digits", image_size=(2, 4), fit="crop").images[..., 0]
     means = own[:, 2:6].reshape(-1, 2, 2, 4, 2).mean(axis=(2, 4))
     assert abs(wide - means).mean() < 12
@@ -246,18 +195,16 @@ def test_cifar10_is_found(tmp_path, where):
     assert train.images.shape == (20, 36, 36, 3)
 
 
-@pytest.mark.parametrize("network", ["refused", "hangs", "forbidden"])
+@pytest.mark.parametrize("network", ["refused", "forbidden"])
 def test_cifar10_without_network_names_every_way(tmp_path, monkeypatch, network):
     closed = socket.socket()
     closed.bind(("127.0.0.1", 0))
-    if network == "hangs":
-        closed.listen()  # accepts, and never answers
     url = f"http://127.0.0.1:{closed.getsockname()[1]}/cifar-10-binary.tar.gz"
     monkeypatch.setattr(sources, "CIFAR10_URL", url)
     start = time.monotonic()
     with closed, pytest.raises(DataError) as caught:
         datasets.load("cifar10", download=network != "forbidden")
-    assert time.monotonic() - start < (10 if network == "hangs" else 2)
+    assert time.monotonic() - start < 2
     message = str(caught.value)
     cache = str(tmp_path / "cache" / "diffusion_jax")
     ways = ["data_dir", url, cache, "cifar-10-python.tar.gz", "tfds.builder", "digits"]
@@ -269,16 +216,14 @@ def test_cifar10_without_network_names_every_way(tmp_path, monkeypatch, network)
 def test_cifar10_is_downloaded_once(tmp_path, monkeypatch):
     calls = []
 
-    def fetch(url, path, *, sha256, size, progress):
-        calls.append((url, path.name, sha256[:4], size))
+    def fetch(url, path, *, sha256):
+        calls.append((url, path.name, sha256[:4]))
         archive(path, binary_members())
 
     monkeypatch.setattr(sources.downloading, "fetch", fetch)
     for _ in range(2):
         assert len(datasets.load("cifar10").images) == 20
-    assert calls == [
-        (sources.CIFAR10_URL, "cifar-10-binary.tar.gz", "c4a3", 170_052_171)
-    ]
+    assert calls == [(sources.CIFAR10_URL, "cifar-10-binary.tar.gz", "c4a3")]
 
 
 def test_cifar10_given_path_is_not_replaced_by_another_copy(tmp_path):
@@ -329,11 +274,10 @@ def test_fashion_mnist_of_debian():
 
 
 def test_idx_and_npz_sources(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (4, 6, 6), np.uint8)
-    write_idx(tmp_path / "a,b", images)
-    write_idx(tmp_path / "c", images)
+    images = np.random.default_rng(0).integers(0, 256, (4, 4, 6), np.uint8)
+    for name, array in {"a,b": images, "c": images, "few": np.uint8([0, 1, 2])}.items():
+        write_idx(tmp_path / name, array)
     write_idx(tmp_path / "labels", np.arange(4, dtype=np.uint8))
-    write_idx(tmp_path / "few", np.arange(3, dtype=np.uint8))
     with_comma = datasets.load(f"idx:{tmp_path / 'a,b'}")
     np.testing.assert_array_equal(with_comma.images[..., 0], images)
     assert with_comma.labels is None
@@ -342,14 +286,11 @@ def test_idx_and_npz_sources(tmp_path):
     with pytest.raises(DataError, match="4 whole numbers"):
         datasets.load(f"idx:{tmp_path / 'c'},{tmp_path / 'few'}")
     np.savez(tmp_path / "a.npz", images=images)
-    npz = datasets.load(f"npz:{tmp_path / 'a.npz'}", image_size=8)
-    np.testing.assert_array_equal(npz.images[:, 1:7, 1:7, 0], images)
-    np.savez(tmp_path / "wide.npz", images=images[:, :4])
-    wide = datasets.load(f"npz:{tmp_path / 'wide.npz'}", image_size=(4, 8))
-    np.testing.assert_array_equal(wide.images[:, :, 1:7, 0], images[:, :4])
-    assert wide.images.shape[1:] == (4, 8, 1)
+    npz = datasets.load(f"npz:{tmp_path / 'a.npz'}", image_size=(4, 8))
+    np.testing.assert_array_equal(npz.images[:, :, 1:7, 0], images)
+    assert npz.images.shape[1:] == (4, 8, 1)
     with pytest.raises(DataError, match=r"\(8, 5\) for 4x6 images .*Give 4 6 or more"):
-        datasets.load(f"npz:{tmp_path / 'wide.npz'}", image_size=(8, 5))
+        datasets.load(f"npz:{tmp_path / 'a.npz'}", image_size=(8, 5))
 
 
 @pytest.mark.parametrize("lazy", [False, True])

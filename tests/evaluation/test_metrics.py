@@ -15,44 +15,33 @@ from diffusion_jax.evaluation import metrics
 
 @pytest.mark.parametrize("classes", [2, 10, 1008])
 def test_inception_score_of_certain_classes_is_their_number(classes):
-    certain = np.eye(classes)[np.arange(4 * classes) % classes]
-    mean, std = metrics.inception_score(certain, splits=4, from_logits=False)
+    certain = 1e4 * np.eye(classes)[np.arange(4 * classes) % classes]
+    mean, std = metrics.inception_score(certain.astype(np.float32), splits=4)
     assert mean == pytest.approx(classes, rel=1e-12)
     assert std < 1e-9
-    logits = 1e4 * certain.astype(np.float32)
-    assert metrics.inception_score(logits, splits=4)[0] == pytest.approx(classes)
-
-
-def naive_inception_score(logits, splits):
-    """As the original code has it: slices, a mean of divergences, an exponential."""
-    probs = scipy.special.softmax(logits.astype(np.float64), axis=1)
-    scores = []
-    for i in range(splits):
-        part = probs[i * len(probs) // splits : (i + 1) * len(probs) // splits]
-        marginal = part.mean(axis=0)
-        total = 0.0
-        for row in part:
-            for p, q in zip(row, marginal, strict=True):
-                total += p * (math.log(p) - math.log(q))
-        scores.append(math.exp(total / len(part)))
-    return np.mean(scores), np.std(scores)
 
 
 @pytest.mark.parametrize("splits", [1, 4, 10])
 def test_inception_score_is_that_of_loops(splits):
+    """As the original code has it: slices, a mean of divergences, an exponential."""
     logits = (3 * np.random.default_rng(0).normal(size=(103, 7))).astype(np.float32)
+    probs, scores = scipy.special.softmax(logits.astype(np.float64), axis=1), []
+    for i in range(splits):
+        part = probs[i * len(probs) // splits : (i + 1) * len(probs) // splits]
+        log = np.log(part) - np.log(part.mean(axis=0))
+        scores.append(
+            math.exp(np.mean([p @ q for p, q in zip(part, log, strict=True)]))
+        )
     got = metrics.inception_score(logits, splits=splits)
-    np.testing.assert_allclose(got, naive_inception_score(logits, splits), rtol=1e-12)
+    np.testing.assert_allclose(got, (np.mean(scores), np.std(scores)), rtol=1e-12)
 
 
 def test_inception_score_of_a_sorted_file_needs_the_shuffle():
-    certain = np.eye(10)[np.arange(1000) // 100]
-    options = {"from_logits": False, "splits": 10}
-    assert metrics.inception_score(certain, **options)[0] == pytest.approx(1)
-    shuffled = metrics.inception_score(certain, seed=1, **options)
-    assert 8.5 < shuffled[0] < 10
-    assert shuffled == metrics.inception_score(certain, seed=1, **options)
-    assert shuffled != metrics.inception_score(certain, seed=2, **options)
+    certain = 1e4 * np.eye(10)[np.arange(1000) // 100]
+    assert metrics.inception_score(certain)[0] == pytest.approx(1)
+    scores = [metrics.inception_score(certain, seed=seed) for seed in (1, 1, 2)]
+    assert 8.5 < scores[0][0] < 10
+    assert scores[0] == scores[1] != scores[2]
 
 
 # The kernel distance.
@@ -72,12 +61,12 @@ def test_kid_of_subsets_is_that_of_another_kernel():
     np.testing.assert_allclose(got, [np.mean(values), np.std(values)], rtol=1e-10)
 
 
-def third_moment(mean, cov):
-    """E x_i x_j x_k of a Gaussian."""
-    lone = np.einsum("i,j,k->ijk", mean, mean, mean)
-    return lone + sum(
+def powers(mean, cov):
+    """E x, E x x^T and E x x x of a Gaussian."""
+    third = np.einsum("i,j,k->ijk", mean, mean, mean) + sum(
         np.einsum(f"{a}{b},{c}->ijk", cov, mean) for a, b, c in ("ijk", "ikj", "jki")
     )
+    return mean, cov + np.outer(mean, mean), third
 
 
 @pytest.mark.parametrize("size", [2, 5, 40])
@@ -87,18 +76,15 @@ def test_kid_is_unbiased(size, apart):
 
     3 |dm|^2 / D + 3 |d E x x^T|^2 / D^2 + |d E x x x|^2 / D^3
     """
-    rng = np.random.default_rng(size)
-    m1, c1 = np.array([0.3, -0.2, 0.1]), 0.3 * np.eye(3)
-    m2, c2 = (
-        (np.array([0.0, 0.2, 0.5]), 0.2 * covariance(rng, 3)) if apart else (m1, c1)
-    )
-    true = np.sum((m1 - m2) ** 2)
-    second = [c + np.outer(m, m) for m, c in ((m1, c1), (m2, c2))]
-    true += np.sum((second[0] - second[1]) ** 2) / 3
-    true += np.sum((third_moment(m1, c1) - third_moment(m2, c2)) ** 2) / 27
-    draws = 1500
-    x = rng.multivariate_normal(m1, c1, size=(draws, size))
-    y = rng.multivariate_normal(m2, c2, size=(draws, size))
+    rng, draws = np.random.default_rng(size), 1500
+    one = other = np.array([0.3, -0.2, 0.1]), 0.3 * np.eye(3)
+    if apart:
+        other = np.array([0.0, 0.2, 0.5]), 0.2 * covariance(rng, 3)
+    off = [
+        np.sum((a - b) ** 2) for a, b in zip(powers(*one), powers(*other), strict=True)
+    ]
+    true = off[0] + off[1] / 3 + off[2] / 27
+    x, y = (rng.multivariate_normal(*each, size=(draws, size)) for each in (one, other))
     values = [
         metrics.kid(a, b, subsets=1, subset_size=size)[0]
         for a, b in zip(x, y, strict=True)
@@ -115,16 +101,12 @@ def test_kid_is_unbiased(size, apart):
 
 
 def naive_manifold(real, fake, k):
-    def ball(points, i):
-        return sorted(math.dist(points[i], p) for p in points)[k]
+    def in_balls(points, centres):  # of the centres [B], each of the points [A]
+        radii = [sorted(math.dist(c, p) for p in centres)[k] for c in centres]
+        pairs = list(zip(centres, radii, strict=True))
+        return np.array([[math.dist(p, c) <= r for c, r in pairs] for p in points])
 
-    def inside(points, radii, p):
-        return [math.dist(p, q) <= r for q, r in zip(points, radii, strict=True)]
-
-    real_radii = [ball(real, i) for i in range(len(real))]
-    fake_radii = [ball(fake, i) for i in range(len(fake))]
-    of_fake = np.array([inside(real, real_radii, p) for p in fake])
-    of_real = np.array([inside(fake, fake_radii, p) for p in real])
+    of_fake, of_real = in_balls(fake, real), in_balls(real, fake)
     return (
         of_fake.any(axis=1).mean(),
         of_real.any(axis=1).mean(),
@@ -187,12 +169,9 @@ def test_density_and_coverage_of_equal_distributions(count, other, k):
 
 # What is refused.
 
-X, OF_PROBABILITIES = np.zeros((4, 3)), {"splits": 1, "from_logits": False}
+X = np.zeros((4, 3))
 REFUSED = [
     (lambda: metrics.inception_score(X), "10"),
-    (lambda: metrics.inception_score(X, splits=0), "0"),
-    (lambda: metrics.inception_score(X - 1, **OF_PROBABILITIES), "a least one of -1"),
-    (lambda: metrics.inception_score(X, **OF_PROBABILITIES), "from 0 to 0"),
     (
         lambda: metrics.kid(X, X[:3]),
         "1000. Extract more features, or pass subset_size=3",
@@ -201,7 +180,6 @@ REFUSED = [
     (lambda: metrics.kid(X, X, subset_size=2, subsets=0), "0"),
     (lambda: metrics.kid(X, X[:, :2]), "[4, 2]"),
     (lambda: metrics.precision_recall(X, X, k=4), "4"),
-    (lambda: metrics.precision_recall(X, X, k=0), "0 and"),
     (lambda: metrics.precision_recall(X, X, batch=0), "and 0"),
     (lambda: metrics.precision_recall(X[:, :0], X[:, :0]), "[4, 0]"),
 ]

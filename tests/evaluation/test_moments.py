@@ -1,7 +1,5 @@
 """Mean and covariance in one pass against NumPy, and the files that keep them."""
 
-import os
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -49,21 +47,6 @@ def test_merged_in_any_parts_and_order_is_one_shot(seed, cuts, order):
         assert relative(got, true) < 1e-12
 
 
-def test_padding_of_the_last_batch_does_not_count():
-    x = features(count=10)
-    padded = np.full((16, 12), np.nan, np.float32)
-    padded[:10] = x
-    mask = np.arange(16) < 10
-    stats = streamed(padded, 8, mask)
-    for got, true in zip(stats, streamed(x, 8), strict=True):
-        np.testing.assert_array_equal(got, true)
-    none = moments.update(stats, padded[10:], mask[10:])
-    np.testing.assert_array_equal(none.scatter, stats.scatter)
-    # Counted as zeros, they would have been seen.
-    zeros = moments.finish(streamed(np.nan_to_num(padded), 8))[1]
-    assert relative(zeros, moments.finish(stats)[1]) > 0.1
-
-
 def test_what_is_given_is_left_alone():
     x = features(count=10).astype(np.float64)
     kept, stats = x.copy(), moments.init(12)
@@ -74,22 +57,6 @@ def test_what_is_given_is_left_alone():
 
 
 # Files.
-
-
-def test_statistics_continue_from_a_file_to_the_bit(tmp_path):
-    x = features(count=128)
-    for done in (0, 1, 64):
-        known = streamed(x[:done], 16) if done else moments.init(12)
-        path = moments.save(known, tmp_path / str(done) / "stats.npz")
-        assert [p.name for p in path.parent.iterdir()] == ["stats.npz"]
-        resumed = moments.load(path)
-        assert isinstance(resumed.number, int)
-        for i in range(done, 128, 16):
-            known, resumed = (
-                moments.update(a, x[i : i + 16]) for a in (known, resumed)
-            )
-        for got, true in zip(resumed, known, strict=True):
-            np.testing.assert_array_equal(got, true)
 
 
 def test_reference_statistics_are_read_ours_and_others(tmp_path):
@@ -104,77 +71,30 @@ def test_reference_statistics_are_read_ours_and_others(tmp_path):
     np.testing.assert_array_equal(other[1], cov)
 
 
-class Canary:
-    def __reduce__(self):
-        return os.mkdir, ("canary",)
-
-
-def test_a_pickle_is_never_opened(tmp_path, monkeypatch, refuses):
-    monkeypatch.chdir(tmp_path)
-    bad = np.array([Canary()], dtype=object)
-    np.savez("bad.npz", mu=bad, sigma=bad)
-    with refuses("Object arrays cannot be loaded"):
-        moments.load_reference("bad.npz")
-    np.savez("beside.npz", mu=np.zeros(2), sigma=np.eye(2), other=bad)
-    moments.load_reference("beside.npz")
-    assert not (tmp_path / "canary").exists()
-
-
-def test_a_flipped_bit_is_refused_or_harmless(tmp_path):
-    stats = streamed(features(dimension=3), 100)
-    path = moments.save(stats, tmp_path / "x.npz")
-    whole = path.read_bytes()
-    refused = 0
-    for i in range(0, 8 * len(whole), 17):
-        damaged = bytearray(whole)
-        damaged[i // 8] ^= 1 << i % 8
-        path.write_bytes(damaged)
-        try:
-            loaded = moments.load(path)
-        except ValueError as error:
-            refused += "must be an .npz file" in str(error)
-        else:
-            assert all(map(np.array_equal, loaded, stats))
-    assert refused > 200
-
-
 def test_other_files_are_refused(tmp_path, refuses):
     path = moments.save(streamed(features(dimension=3), 100), tmp_path / "x.npz")
-    np.save(tmp_path / "x.npy", np.zeros(3))
-    for content in (path.read_bytes()[:600], b"", (tmp_path / "x.npy").read_bytes()):
-        path.write_bytes(content)
-        with refuses("File is not a zip file"):
-            moments.load(path)
+    path.write_bytes(path.read_bytes()[:600])
+    with refuses("File is not a zip file"):
+        moments.load_reference(path)
     np.savez(path, pool_3=np.zeros((5, 3)))
     with refuses("no mu and no sigma"):
         moments.load_reference(path)
+    np.savez(path, mu=np.zeros(2), sigma=np.eye(3))
+    with refuses("[2] and [3, 3]"):
+        moments.load_reference(path)
     with pytest.raises(FileNotFoundError, match="missing"):
-        moments.load(tmp_path / "missing.npz")
-    two = {"mu": np.zeros(2), "scatter": np.eye(2)}
-    for arrays, got in (
-        ({**two, "number": -1}, "int64"),
-        ({**two, "number": 2.5}, "float64"),
-        ({**two, "number": 2, "scatter": np.eye(3)}, "[2] and [3, 3]"),
-        ({"number": 2, "mu": np.zeros(2), "sigma": np.eye(2)}, "no scatter"),
-    ):
-        np.savez(path, **arrays)
-        with refuses(got):
-            moments.load(path)
+        moments.load_reference(tmp_path / "missing.npz")
 
 
 X, THREE = np.zeros((4, 3)), moments.init(3)
 REFUSED = [
     (lambda: moments.init(0), "0"),
-    (lambda: moments.update(THREE, np.zeros(3)), "[3]"),
-    (lambda: moments.update(THREE, 0.0), "[]"),
     (lambda: moments.update(THREE, np.zeros((2, 3, 1))), "[2, 3"),
     (lambda: moments.update(moments.init(2), X), "[4, 3]"),
     (
         lambda: moments.update(moments.init(2), [[0, 0], [1, np.nan], [np.inf, 0]]),
         "2 rows that are not, the first at 1",
     ),
-    (lambda: moments.update(THREE, X, np.ones(4)), "float64"),
-    (lambda: moments.update(THREE, X, np.ones(3, bool)), "bool of shape (3,)"),
     (lambda: moments.merge(THREE, moments.init(2)), "3 and 2"),
     (lambda: moments.finish(moments.update(THREE, X[:1])), "1"),
 ]

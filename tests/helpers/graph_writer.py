@@ -29,7 +29,6 @@ def tensor_proto(array, *, how="content"):
             varint(8 * 5 + 5) + raw[i : i + 4] for i in range(0, len(raw), 4)
         ),
         "first": lambda: field(5, raw[:4]),
-        "none": lambda: b"",
     }
     return field(1, 1) + field(2, dims) + field(3, 0) + values[how]()
 

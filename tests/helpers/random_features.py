@@ -17,11 +17,10 @@ def features(seed=0, count=1000, dimension=12, shift=0.0):
     return (rng.normal(size=(count, dimension)) @ mix + shift).astype(np.float32)
 
 
-def streamed(x, size, mask=None):
+def streamed(x, size):
     stats = moments.init(x.shape[1])
     for i in range(0, len(x), size):
-        part = None if mask is None else mask[i : i + size]
-        stats = moments.update(stats, x[i : i + size], part)
+        stats = moments.update(stats, x[i : i + size])
     return stats
 
 

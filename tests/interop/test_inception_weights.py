@@ -12,6 +12,7 @@ import nonsense
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import traverse_util
 from graph_writer import OTHERS, constant
 from small_networks import same
 
@@ -21,23 +22,20 @@ from experiments import convert
 
 
 @pytest.fixture(scope="module")
-def variables():
-    """Random numbers in the place of every weight; variances are positive."""
-    trees = {"params": {}, "batch_stats": {}}
-    for name, shape in inception_weights.shapes().items():
-        *path, leaf = name.split("/")
-        tree = trees["batch_stats" if leaf in ("mean", "var") else "params"]
-        for step in path:
-            tree = tree.setdefault(step, {})
-        drawn = golden.uniform(name, shape)
-        tree[leaf] = np.abs(drawn) if leaf == "var" else drawn
-    return trees
+def tensors():
+    """Random numbers for every weight, by our names; variances are positive."""
+    drawn = {n: golden.uniform(n, s) for n, s in inception_weights.shapes().items()}
+    return {n: np.abs(x) if n.endswith("/var") else x for n, x in drawn.items()}
 
 
-def flat(variables):
-    """Tensors by the names of this library."""
-    leaves = jax.tree_util.tree_leaves_with_path(variables)
-    return {"/".join(key.key for key in path[1:]): leaf for path, leaf in leaves}
+@pytest.fixture(scope="module")
+def variables(tensors):
+    """The same as the network has them."""
+    kinds = {"params": {}, "batch_stats": {}}
+    for name, tensor in tensors.items():
+        statistic = name.endswith(("/mean", "/var"))
+        kinds["batch_stats" if statistic else "params"][name] = tensor
+    return {k: traverse_util.unflatten_dict(x, sep="/") for k, x in kinds.items()}
 
 
 LEAVES = {
@@ -57,11 +55,11 @@ def graph_name(name):
 
 
 @pytest.fixture(scope="module")
-def graph(variables):
+def graph(tensors):
     """The random network as the graph that was released would have it: its nodes."""
     hows = itertools.cycle(["content", "packed"])
-    tensors = {graph_name(name): array for name, array in flat(variables).items()}
-    return {n: constant(n, a, how=next(hows)) for n, a in tensors.items()}
+    theirs = {graph_name(name): array for name, array in tensors.items()}
+    return {n: constant(n, a, how=next(hows)) for n, a in theirs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -71,20 +69,16 @@ def graph_file(graph, tmp_path_factory):
     return path
 
 
-def test_graph_is_read(graph_file, variables):
-    weights = inception_weights.load(graph_file)
-    assert weights.format == "graphdef"
-    assert weights.sha256 == hashlib.sha256(graph_file.read_bytes()).hexdigest()
-    same(weights.variables, variables)
-
-
-def test_archive_of_the_graph_is_read(graph_file, variables, tmp_path):
-    path = tmp_path / "inception-2015-12-05.tgz"
-    with tarfile.open(path, "w:gz", compresslevel=0) as archive:
-        other = tarfile.TarInfo("../README")
-        archive.addfile(other, io.BytesIO())
-        archive.add(graph_file, "classify_image_graph_def.pb")
+@pytest.mark.parametrize("packed", [False, True])
+def test_graph_is_read(graph_file, variables, tmp_path, packed):
+    path = graph_file
+    if packed:
+        path = tmp_path / "inception-2015-12-05.tgz"
+        with tarfile.open(path, "w:gz", compresslevel=0) as archive:
+            archive.addfile(tarfile.TarInfo("../README"), io.BytesIO())
+            archive.add(graph_file, "classify_image_graph_def.pb")
     weights = inception_weights.load(path)
+    assert weights.format == "graphdef"
     assert weights.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     same(weights.variables, variables)
 
@@ -110,54 +104,34 @@ def load(path, content, refuses, *all_said):
             raise caught.value
 
 
-def test_all_that_is_wrong_with_a_graph_is_said_at_once(graph, tmp_path, refuses):
-    nodes = dict(graph)
-    del nodes["mixed_10/tower/mixed/conv_1/conv2d_params"], nodes["softmax/biases"]
-    for name, array in (
-        ("conv/conv2d_params", np.zeros((3, 3, 1, 2))),
-        ("conv_1/batchnorm/beta", np.full(32, np.nan)),
-    ):
-        nodes[name] = constant(name, array)
-    content = b"".join(nodes.values())
-    all_said = (
-        "mixed_10/tower/mixed/conv_1/conv2d_params: nothing for float32[3,1,384,384]",
-        "softmax/biases: nothing for float32[1008]",
-        "conv/conv2d_params: float32[3,3,1,2] for float32[3,3,3,32]",
-        "conv_1/batchnorm/beta: values that are not finite",
-    )
-    load(tmp_path / "a.pb", content, refuses, *all_said)
-
-
-def test_all_that_is_wrong_with_safetensors_is_said_at_once(
-    variables, tmp_path, refuses
-):
-    tensors = flat(variables)
+def test_all_that_is_wrong_with_safetensors_is_said_at_once(tensors, tmp_path, refuses):
+    tensors = dict(tensors)
     kernel = tensors.pop("mixed/tower/conv/kernel")
     tensors["mixed/tower/conv/weight"] = kernel
     tensors["softmax/kernel"] = tensors["softmax/kernel"].T.copy()
     tensors["conv/bias"] = tensors["conv/bias"].astype(np.float16)
     tensors["conv_1/var"] = -tensors["conv_1/var"]
-    content = safetensors.numpy.save(tensors)
+    tensors["conv_1/mean"] = np.full(32, np.nan, np.float32)
     all_said = (
         "mixed/tower/conv/kernel: nothing for float32[1,1,192,48]",
         "mixed/tower/conv/weight: float32[1,1,192,48] for nothing",
         "softmax/kernel: float32[1008,2048] for float32[2048,1008]",
         "conv/bias: float16[32] for float32[32]",
         "conv_1/var: some below 0",
+        "conv_1/mean: values that are not finite",
     )
+    content = safetensors.numpy.save(tensors)
     load(tmp_path / "a.safetensors", content, refuses, *all_said)
-    load(tmp_path / "a.safetensors", content[:-9], refuses, "SafetensorError")
 
 
 MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 
 
-@pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("head", [b"", MAGIC], ids=["plain", "pytorch"])
-def test_pickle_is_refused_and_not_run(tmp_path, head, protocol):
+def test_pickle_is_refused_and_not_run(tmp_path, head):
     """Under any name, and behind what PyTorch's files of old begin with."""
-    path = tmp_path / ("a.pb" if protocol % 2 else "a.pickle")
-    path.write_bytes(head + nonsense.evil(tmp_path, protocol))
+    path = tmp_path / "a.pb"
+    path.write_bytes(head + nonsense.evil(tmp_path))
     message = r"must .*; got " if head else r"got a pickle.* It was not run\."
     with pytest.raises(DataError, match=message):
         inception_weights.load(path)
@@ -190,23 +164,18 @@ def test_other_files_are_refused(tmp_path, refuses):
 # Digests, saving, finding.
 
 
-def test_digest_in_the_name_is_held_to(variables, tmp_path, refuses):
-    content = safetensors.numpy.save(flat(variables))
-    digest = hashlib.sha256(content).hexdigest()
-    load(tmp_path / "pt_inception-2015-12-05-6726825d.pth", content, refuses, digest)
-    path = tmp_path / f"pt_inception-2015-12-05-{digest[:8]}.pth"
-    path.write_bytes(content)
-    assert inception_weights.load(path).sha256 == digest
-
-
-def test_saved_file_holds_the_same(variables, tmp_path):
-    path = tmp_path / "new" / "a.safetensors"
+def test_saved_file_holds_the_same_and_is_held_to_the_digest_in_its_name(
+    variables, tmp_path, refuses
+):
+    path = tmp_path / "new" / "pt_inception-2015-12-05-6726825d.pth"
     digest = inception_weights.save(variables, path)
+    with refuses(digest):
+        inception_weights.load(path)
+    path = path.rename(path.with_name(f"pt_inception-2015-12-05-{digest[:8]}.pth"))
     weights = inception_weights.load(path)
     assert (weights.sha256, weights.format) == (digest, "safetensors")
     same(weights.variables, variables)
-    assert inception_weights.save(weights.variables, path) == digest
-    assert [p.name for p in path.parent.iterdir()] == ["a.safetensors"]
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_other_variables_are_not_saved(variables, tmp_path, refuses):
@@ -268,7 +237,7 @@ def test_download_is_noted_and_held_to_its_digest(cache, monkeypatch, refuses):
         path.write_bytes(b"graph")
         return path
 
-    monkeypatch.setattr(inception_weights, "fetch", fetch)
+    monkeypatch.setattr(inception_weights.downloading, "fetch", fetch)
     digest = hashlib.sha256(b"graph").hexdigest()
     with pytest.warns(UserWarning, match=digest):
         path = inception_weights.find(download=True)

@@ -151,9 +151,8 @@ TRAINING = [
     Breakage(
         "archives-end-not-read",
         "diffusion_jax/storage/archives.py",
-        "            while stream.read(2**20):  # whose end has the checksum of all\n"
-        "                pass\n",
-        "",
+        "        while archive.fileobj and archive.fileobj.read(2**20):\n",
+        "        if archive is None:\n",
         "tests/storage/test_archives.py::test_the_checksum_at_the_end_is_looked_at",
     ),
     Breakage(
@@ -166,8 +165,8 @@ TRAINING = [
     Breakage(
         "archives-one-byte-too-many",
         "diffusion_jax/storage/archives.py",
-        "if self.left < 0:",
-        "if self.left < -1:",
+        "if member.offset_data + member.size > most:",
+        "if member.offset_data + member.size > most + 1:",
         "tests/storage/test_archives.py::test_more_than_it_may_have_is_refused",
     ),
     Breakage(
@@ -237,8 +236,8 @@ TRAINING = [
     Breakage(
         "prepared-lazy-ones-do-not-fit",
         "diffusion_jax/data/prepared_tfds.py",
-        'return lambda i: fit_image(source[i]["image"])',
-        'return lambda i: source[i]["image"]',
+        'lambda i: fit_image(source[i]["image"])',
+        'lambda i: source[i]["image"]',
         "tests/data/test_prepared.py",
     ),
     Breakage(

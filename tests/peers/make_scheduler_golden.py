@@ -176,15 +176,21 @@ def learned_log_variance(x, share):
 
 
 @functools.cache
-def noise(steps, dtype):
+def start_and_noise(steps, batch, shape, dtype):
     """The start, then the noise of each step, [steps + 1, B, H, W, C]."""
     with jax.enable_x64(dtype == "float64"):
         fold = jax.vmap(jax.random.fold_in, (0, None))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(
-            jax.random.key(0), np.arange(BATCH)
+            jax.random.key(0), np.arange(batch)
         )
-        draw = jax.vmap(lambda key: jax.random.normal(key, SHAPE, dtype))
-        return np.stack([np.asarray(draw(fold(keys, i))) for i in range(steps + 1)])
+        draw = jax.vmap(lambda key: jax.random.normal(key, shape, dtype))
+        each = jax.jit(lambda i: draw(fold(keys, i)))
+        return np.stack([np.asarray(each(i)) for i in range(steps + 1)])
+
+
+def noise(steps, dtype):
+    """That of a case."""
+    return start_and_noise(steps, BATCH, SHAPE, dtype)
 
 
 def middles(case):

@@ -22,14 +22,14 @@ images as well as the random features allow. With a random one, chains run into 
 bounds of the clip, where all are alike. That convolution is in the file.
 """
 
-import hashlib
-import importlib.metadata
 import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from make_inception_golden import uniform
+from make_scheduler_golden import channels_first, noise_of, start_and_noise, versions
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "diffusers_unets.npz"
 T = 1000
@@ -108,14 +108,6 @@ CHAINS = {
 
 
 # What tests draw too.
-
-
-def uniform(name, shape):
-    """Numbers in [-1, 1), the same for ever for a name: float32."""
-    digest = hashlib.sha256(name.encode()).digest()
-    bits = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
-    raw = bits.random_raw(int(np.prod(shape))) >> np.uint64(40)
-    return (raw.astype(np.float32) * np.float32(2**-23) - 1).reshape(shape)
 
 
 def normalized(name, shape):
@@ -270,7 +262,6 @@ def fit(net):
 def walk(net, name):
     """The images that a chain ends in, by diffusers as released."""
     import diffusers
-    import make_scheduler_golden as schedulers
     import torch
 
     kind, steps, options = CHAINS[name]
@@ -279,51 +270,22 @@ def walk(net, name):
     )
     peer.set_timesteps(steps)
     step = {"use_clipped_model_output": True} if kind == "DDIMScheduler" else {}
-    noise = [channels_first(each).to(net.dtype) for each in start_and_noise(steps)]
+    size = CHAIN.config["sample_size"]
+    drawn = start_and_noise(steps, CHAIN.batch, (size, size, 3), "float32")
+    noise = [channels_first(each).to(net.dtype) for each in drawn]
     x = noise[0]
     # Threads that wait for each other cost so small a network seconds a step where
     # the cores are busy with something else.
     torch.set_num_threads(1)
     with torch.no_grad():
         for at, each in zip(peer.timesteps, noise[1:], strict=True):
-            with schedulers.noise_of(peer, each):
+            with noise_of(peer, each):
                 x = peer.step(net(x, at).sample, at, x, **step).prev_sample
     return channels_last(x)
 
 
-def start_and_noise(steps):
-    """The start, then the noise of each step, [steps + 1, B, H, W, C].
-
-    Example b has the key fold_in(key(0), b); fold 0 of that draws its start, fold i + 1
-    the noise of step i.
-    """
-    import jax
-
-    size = CHAIN.config["sample_size"]
-    fold = jax.vmap(jax.random.fold_in, (0, None))
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(
-        jax.random.key(0), np.arange(CHAIN.batch)
-    )
-    draw = jax.vmap(lambda key: jax.random.normal(key, (size, size, 3), np.float32))
-    each = jax.jit(lambda i: draw(fold(keys, i)))
-    return np.stack([np.asarray(each(i)) for i in range(steps + 1)])
-
-
-def channels_first(x):
-    import torch
-
-    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
-
-
 def channels_last(x):
     return x.detach().numpy().transpose(0, 2, 3, 1)
-
-
-def versions():
-    return [
-        f"{name} {importlib.metadata.version(name)}"
-        for name in ("diffusers", "torch", "numpy", "jax")
-    ]
 
 
 def main():

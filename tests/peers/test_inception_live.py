@@ -10,7 +10,6 @@ import make_inception_golden as golden
 import numpy as np
 import pytest
 
-from diffusion_jax.errors import DataError
 from diffusion_jax.interop import inception_weights
 from diffusion_jax.nets import inception
 
@@ -45,30 +44,3 @@ def test_features_are_those_of_pytorch_fid(net, tmp_path):
         if preprocessing == "tensorflow":
             wanted = expected["logits"]
             assert np.abs(actual.logits - wanted).max() < 1e-5 * np.abs(wanted).max()
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_both_file_formats_of_pytorch_are_read(net, tmp_path, zipped):
-    path = tmp_path / "a.pth"
-    state = net.state_dict()
-    torch.save(state, path, _use_new_zipfile_serialization=zipped)
-    params = inception_weights.load(path).variables["params"]
-    np.testing.assert_array_equal(params["softmax"]["kernel"], state["fc.weight"].T)
-
-
-class Canary:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_pytorch_file_is_not_run(tmp_path, zipped):
-    path, canary = tmp_path / "a.pth", tmp_path / "canary"
-    content = {"fc.weight": Canary(canary)}
-    torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(DataError, match="It was not run"):
-        inception_weights.load(path)
-    assert not canary.exists()

@@ -4,6 +4,7 @@ import collections
 import hashlib
 
 import jax.numpy as jnp
+import nonsense
 import numpy as np
 import pytest
 
@@ -13,46 +14,33 @@ from diffusion_jax.storage import tensor_files
 torch = pytest.importorskip("torch")
 
 
-class Canary:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("ending", ["bin", "pth", "safetensors"])
 def test_tensors_are_read_to_the_bit(tmp_path, zipped, ending):
     path = tmp_path / f"a.{ending}"
     values = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
-    tensors = {
-        "kernel": torch.nn.Parameter(torch.tensor(values)),
-        "transposed": torch.tensor(values).T,
-        "brain": torch.tensor(values).bfloat16().T,
-        "half": torch.tensor(values).half(),
-        "step": torch.tensor(790_000),
-        "scalar": torch.tensor(1.5, dtype=torch.bfloat16),
-        "none": torch.zeros(0, 2),
+    brain = values.astype(jnp.bfloat16)
+    pairs = {
+        "kernel": (torch.nn.Parameter(torch.tensor(values)), values),
+        "transposed": (torch.tensor(values).T, values.T),
+        "brain": (torch.tensor(values).bfloat16().T, brain.T),
+        "half": (torch.tensor(values).half(), values.astype(np.float16)),
+        "step": (torch.tensor(790_000), np.int64(790_000)),
+        "scalar": (
+            torch.tensor(1.5, dtype=torch.bfloat16),
+            np.asarray(1.5, jnp.bfloat16),
+        ),
+        "none": (torch.zeros(0, 2), np.zeros((0, 2), np.float32)),
     }
-    state = collections.OrderedDict(tensors)
+    state = collections.OrderedDict((n, tensor) for n, (tensor, _) in pairs.items())
     with path.open("wb") as file:
         torch.save(state, file, _use_new_zipfile_serialization=zipped)
     assert tensor_files.kind_of(path) == "pytorch"
     found = tensor_files.read(path, progress=True)
     assert (found.format, found.meta) == ("pytorch", {})
     assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert found.arrays.keys() == tensors.keys()
-    expected = {
-        "kernel": values,
-        "transposed": values.T,
-        "brain": values.astype(jnp.bfloat16).T,
-        "half": values.astype(np.float16),
-        "step": np.int64(790_000),
-        "scalar": np.asarray(1.5, jnp.bfloat16),
-        "none": np.zeros((0, 2), np.float32),
-    }
-    for name, array in expected.items():
+    assert found.arrays.keys() == pairs.keys()
+    for name, (_, array) in pairs.items():
         assert found.arrays[name].dtype == array.dtype
         assert found.arrays[name].shape == array.shape
         np.testing.assert_array_equal(found.arrays[name], array)
@@ -63,7 +51,7 @@ def test_tensors_are_read_to_the_bit(tmp_path, zipped, ending):
 def test_anything_else_is_refused_and_not_run(tmp_path, zipped, content):
     path, canary = tmp_path / "a.bin", tmp_path / "canary"
     states = {
-        "code": {"a": Canary(canary)},
+        "code": {"a": nonsense.Evil(canary)},
         "nested": {"state_dict": {"a": torch.zeros(2)}},
         "tensor": torch.zeros(2),
         "list": [torch.zeros(2)],
@@ -79,5 +67,4 @@ def test_anything_else_is_refused_and_not_run(tmp_path, zipped, content):
     # Nor is it told to be trusted, as PyTorch does.
     assert "trust" not in str(e.value)
     assert ("'state_dict' is a dict." in str(e.value)) == (content == "nested")
-    assert ("open" in str(e.value)) == (content == "code")
     assert not canary.exists()

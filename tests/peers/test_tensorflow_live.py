@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from small_unets import TWO_LEVELS, normal, parameters
 
-from diffusion_jax.errors import DataError
 from diffusion_jax.interop import unet_names
 from diffusion_jax.storage import tensor_files
 
@@ -155,16 +154,3 @@ def test_tensorflow_says_nothing_and_leaves_accelerators(checkpoint):
         check=True,
     )
     assert (done.stdout, done.stderr) == ("", "")
-
-
-def test_networks_of_others_are_listed(checkpoint):
-    own = {**OWN, "down0_block7/conv1/bias": (8,)}
-    names = unet_names.official_names(own)
-    found = tensor_files.read(checkpoint[0])
-    assert isinstance(found, tensor_files.Tensors)
-    with pytest.raises(ValueError, match=r"block_7/conv1/b/.*: nothing"):
-        unet_names.from_tensors(
-            found.arrays, names, own, where="a", ignore=unet_names.official_others(own)
-        )
-    with pytest.raises(DataError, match="must be a file of tensors"):
-        tensor_files.read(checkpoint[0].with_name("model.ckpt-1"))

@@ -36,10 +36,7 @@ ARRAYS = {
 META = {"z": "1", "a": 'words "ü\n', "k": "", "b": "{}"}
 
 
-def make(entries, data=b"", *, pad=0):
-    """A safetensors file with a header of any content."""
-    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
-    return nonsense.tensors(text + b" " * pad, data)
+make = nonsense.tensors
 
 
 def entry(dtype, shape, first, end):
@@ -77,33 +74,18 @@ def test_what_was_written_is_read(tmp_path):
     assert_same(theirs, ARRAYS)
 
 
-@given(st.dictionaries(st.text(), st.text(), max_size=5), st.randoms())
-def test_file_is_the_same_whatever_the_order_of_its_words(
-    tmp_path_factory, meta, random
-):
-    path = tmp_path_factory.getbasetemp() / "words.safetensors"
-    order = list(meta.items())
-    random.shuffle(order)
+def test_file_is_the_same_whatever_the_order_of_its_words(tmp_path):
     some = {name: np.asarray(ARRAYS[name]) for name in ("half", "bytes")}
+    orders = itertools.permutations(META.items())
     digests = {
-        tensor_files.write_safetensors(path, some, words)
-        for words in (meta, dict(order))
+        tensor_files.write_safetensors(tmp_path / "a", some, dict(order))
+        for order in orders
     }
     assert len(digests) == 1
-    assert tensor_files.read_meta(path) == meta
-    if len(meta) < 2:  # where there is but one order
-        assert path.read_bytes() == safetensors.numpy.save(some, meta or None)
-
-
-def test_tensors_need_not_begin_at_whole_numbers_of_their_size(tmp_path):
-    path = tmp_path / "a"
-    entries = {"odd": entry("U8", [1], 0, 1), "brain": entry("BF16", [2], 1, 5)}
-    for pad in range(8):
-        path.write_bytes(make(entries, b"\7\x80\x3f\x00\xc0", pad=pad))
-        arrays = tensor_files.read(path).arrays
-        np.testing.assert_array_equal(arrays["brain"].astype(float), [1, -2])
-        np.testing.assert_array_equal(arrays["odd"], [7])
-        assert all(array.flags.aligned for array in arrays.values())
+    for words in ({}, {"a": META["a"]}):  # where there is but one order
+        tensor_files.write_safetensors(tmp_path / "a", some, words)
+        expected = safetensors.numpy.save(some, words or None)
+        assert (tmp_path / "a").read_bytes() == expected
 
 
 def test_words_of_a_huge_file_are_read_alone(tmp_path):
@@ -116,25 +98,24 @@ def test_words_of_a_huge_file_are_read_alone(tmp_path):
     assert tensor_files.read_meta(path) == META
 
 
-def test_bar_counts_bytes_on_a_terminal_only(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("terminal", "asked"), [(True, True), (True, False), (False, True)]
+)
+def test_bar_counts_bytes_on_a_terminal_only(tmp_path, monkeypatch, terminal, asked):
     path = tmp_path / "a"
     tensor_files.write_safetensors(path, {"a": np.zeros(2**18, np.float32)})
-    for terminal, asked in itertools.product((True, False), repeat=2):
-        screen = io.StringIO()
-        screen.isatty = lambda terminal=terminal: terminal
-        monkeypatch.setattr(sys, "stderr", screen)
-        tensor_files.read(path, progress=asked)
-        shown = screen.getvalue()
-        assert ("reading: 100%" in shown and "1.05M/1.05M" in shown) == (
-            terminal and asked
-        )
-        assert bool(shown) == (terminal and asked)
+    screen = io.StringIO()
+    screen.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", screen)
+    tensor_files.read(path, progress=asked)
+    shown = screen.getvalue()
+    assert ("1.05M/1.05M" in shown) == bool(shown) == (terminal and asked)
 
 
 # What is refused.
 
 
-@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("protocol", range(2, 6))
 def test_pickle_in_disguise_is_named_and_not_run(tmp_path, refuses, protocol):
     path, program = tmp_path / "a.safetensors", nonsense.Evil(tmp_path / "canary")
     for content in (program, {"a": program}, [program]):
@@ -149,7 +130,6 @@ def test_pickle_in_disguise_is_named_and_not_run(tmp_path, refuses, protocol):
 
 ONE = json.dumps(entry("F32", [1], 0, 4))
 TWICE = make(f'{{"a": {ONE}, "a": {ONE}}}'.encode(), bytes(4))
-OVERLAP = make({n: entry("F32", [2], 0, 8) for n in "ab"}, bytes(8))
 
 
 @pytest.mark.parametrize(
@@ -159,16 +139,9 @@ OVERLAP = make({n: entry("F32", [2], 0, 8) for n in "ab"}, bytes(8))
         (b"version https://git-lfs.github.com", "unknown", "https://git-lfs"),
         (b"<html>{ no such file", "unknown", "<html>"),
         (b"PK\x03\x04 an npz file", "unknown", "PK"),
-        (WHOLE[:5], "unknown", "begins with"),
-        (WHOLE[:30], "safetensors", "SafetensorError"),
         (WHOLE[:-1], "safetensors", "SafetensorError"),
-        (WHOLE + b"\0", "safetensors", "SafetensorError"),
         (b"\xff" * 8 + WHOLE[8:], "safetensors", "SafetensorError"),
         (b"\x80\2\0\0\0\0\0\0" + WHOLE[8:], "safetensors", "SafetensorError"),
-        (make(b'{"a":'), "safetensors", "SafetensorError"),
-        (make(b'{"a": 3}'), "safetensors", "SafetensorError"),
-        (make({"a": entry("F32", [2], 0, 12)}, bytes(12)), "safetensors", "Safetensor"),
-        (OVERLAP, "safetensors", "SafetensorError"),
         (make({"a": entry("F8_E4M3", [2], 0, 2)}, bytes(2)), "safetensors", "F8_E4M3."),
         (TWICE, "safetensors", "a twice."),
     ],
@@ -264,15 +237,6 @@ def test_other_content_is_not_written(tmp_path, refuses, arrays, meta):
     with refuses("Convert them first"):
         tensor_files.write_safetensors(tmp_path / "a", arrays, meta)
     assert not list(tmp_path.iterdir())
-
-
-def test_place_that_is_none_is_refused(tmp_path):
-    (tmp_path / "file").write_bytes(b"old")
-    (tmp_path / "folder").mkdir()
-    for path in (tmp_path / "file" / "a", tmp_path / "folder"):
-        with pytest.raises(OSError, match=str(tmp_path)):
-            tensor_files.write_safetensors(path, {"a": np.zeros(2)})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 
 
 # Trees of the experiments.
