@@ -256,12 +256,7 @@ def constrain(
                 f"grid must end at its lowest time; got one that ends at {grid[-1]} "
                 f"and has {np.min(grid)}. repaint_grid makes one that rises between."
             )
-        if jax.tree.leaves(memory):
-            raise ValueError(
-                "a rule that walks back up must be one without memory; got one that "
-                "carries something from step to step. Use ddpm or ddim, or a grid that "
-                "only falls."
-            )
+        _check_forgets(memory, "walks back up", "a grid that only falls")
         return memory, jnp.zeros_like(x)
 
     def down(
@@ -393,12 +388,7 @@ def _waiting(sampler: samplers.Sampler, t: jax.Array) -> samplers.Sampler:
 
     def init(x: jax.Array, grid: np.ndarray) -> Any:
         memory = sampler.init(x, grid)
-        if jax.tree.leaves(memory):
-            raise ValueError(
-                "a rule that begins at a traced t must be one without memory; got one "
-                "that carries something from step to step. Use ddpm or ddim, or a t "
-                "that is known when the chain is traced."
-            )
+        _check_forgets(memory, "begins at a traced t", "a t that is not traced")
         return memory
 
     def wait(
@@ -414,3 +404,11 @@ def _waiting(sampler: samplers.Sampler, t: jax.Array) -> samplers.Sampler:
         return jax.lax.cond(s >= t, wait, sampler.step, keys, x_t, memory, now, s)
 
     return samplers.Sampler(init, step)
+
+
+def _check_forgets(memory: Any, doing: str, instead: str) -> None:
+    if jax.tree.leaves(memory):
+        raise ValueError(
+            f"a rule that {doing} must be one without memory; got one that carries "
+            f"something from step to step. Use ddpm or ddim, or {instead}."
+        )
