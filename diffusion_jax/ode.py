@@ -79,7 +79,7 @@ def integrate(
     x = jax.tree.map(real_data, x)
     t0, t1 = (jnp.asarray(t, jnp.result_type(float)) for t in (t0, t1))
 
-    def slope(t: jax.Array, state: Any, given: tuple[Any, ...]) -> Any:
+    def slope(t: Any, state: Any, given: tuple[Any, ...]) -> Any:
         wide, extra = jax.tree.map(lambda leaf: leaf[None], (state, given))
         rate = field(wide, t[None], *extra)
         return jax.tree.map(lambda d, leaf: d[0].astype(leaf.dtype), rate, state)
