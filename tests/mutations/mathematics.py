@@ -201,14 +201,14 @@ MATHEMATICS = [
         "diffusion_jax/losses.py",
         "return _mean(jnp.square(guess - truth))",
         "return _mean(jnp.square(jax.lax.stop_gradient(guess) - truth))",
-        "tests/mathematics/test_transforms.py::test_all_ways_equal_eager_and_gradients_are_slopes",
+        "tests/mathematics/test_transforms.py::test_all_ways_equal_eager_and_gradients_are_slopes[losses.simple]",
     ),
     Breakage(
         "losses-simple-of-the-whole-batch",
         "diffusion_jax/losses.py",
         "return _mean(jnp.square(guess - truth))",
         "return _mean(jnp.square(guess - guess.mean(0, keepdims=True) - truth))",
-        "tests/mathematics/test_transforms.py::test_all_ways_equal_eager_and_gradients_are_slopes",
+        "tests/mathematics/test_transforms.py::test_all_ways_equal_eager_and_gradients_are_slopes[losses.simple]",
     ),
     Breakage(
         "losses-hybrid-without-T",
