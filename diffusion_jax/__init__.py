@@ -5,7 +5,7 @@ The mathematics, each module resting only on those above it:
   schedule    noise schedules: time -> NoiseLevel(log_alpha, logsnr)
   continuous  continuous schedules; from discrete to continuous time and back
   learned     VDM's schedule, trained with the network
-  prediction  what a network believes, and what that says of the reverse variance
+  prediction  what a network predicts, and the variance of the reverse step
   gaussian    q_sample, q_posterior, predict, target, p_sample, denoiser
   timesteps   how t is drawn: spread over a batch, by density, by importance
   weightings  how much the error counts, as a function of log-SNR

@@ -1,4 +1,4 @@
-"""Modules of a package that are imported when they are first asked for."""
+"""Imports the modules of a package lazily, when they are first used."""
 
 import importlib
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 def on_demand(
     package: str, names: Sequence[str]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Returns the `__getattr__` and the `__dir__` of a package that imports nothing.
+    """Returns a lazy `__getattr__`, and the `__dir__`, of a package.
 
     Args:
       package: its `__name__`.

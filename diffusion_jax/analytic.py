@@ -1,4 +1,4 @@
-"""What x_t leaves open of x0, estimated from data: the variance of Analytic-DPM.
+"""Estimates Var[x0 | x_t] from data, for the reverse variance of Analytic-DPM.
 
   V_t = E[Var[x0 | x_t]] / d, so that p(x_s | x_t) has its best variance
 
@@ -27,7 +27,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from diffusion_jax import errors, gaussian
-from diffusion_jax.schedule import Schedule, num_steps, real_data, tables
+from diffusion_jax.schedule import Schedule, num_steps, real_data, tables, widened
 
 ESTIMATORS = ("score", "error")
 
@@ -77,8 +77,8 @@ def x0_variance(
 
     def at(t: jax.Array) -> jax.Array:
         times = jnp.full(x0.shape[:1], t)
-        own = jax.vmap(jax.random.fold_in, (0, None))(keys, t)
         level = schedule(times)
+        own = jax.vmap(jax.random.fold_in, (0, None))(keys, t)
         eps = gaussian.normal(own, x0.shape)
         pred = denoise(gaussian.q_sample(x0, eps, level), times)
         if estimator == "error":
@@ -119,11 +119,7 @@ def bounded(
             f"table must have one entry for each t in 0..{num_steps(schedule)}; got "
             f"shape {table.shape}. Estimate it with the same schedule."
         )
-    if not half_range > 0:
-        raise ValueError(
-            f"half_range must be above 0; got {half_range}. It is 1 for data in "
-            "[-1, 1]."
-        )
+    errors.check_positive("half_range", half_range, "It is 1 for data in [-1, 1].")
     most = jnp.exp(-jnp.asarray(logsnr, table.dtype))
     return jnp.clip(table, 0, jnp.minimum(most, half_range**2))
 
@@ -164,7 +160,6 @@ def attach(denoise: gaussian.Denoiser, table: ArrayLike) -> gaussian.Denoiser:
         index = jnp.where(times < 0, np.shape(table)[0], times)
         values = jnp.asarray(table, x_t.dtype)
         found = values.at[index].get(mode="fill", fill_value=jnp.nan)
-        found = found.reshape(-1, *[1] * (x_t.ndim - 1))
-        return denoise(x_t, t)._replace(x0_variance=found)
+        return denoise(x_t, t)._replace(x0_variance=widened(found, x_t))
 
     return attached

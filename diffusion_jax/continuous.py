@@ -1,4 +1,4 @@
-"""Continuous noise schedules, and the way between discrete and continuous time.
+"""Continuous noise schedules, and conversion between discrete and continuous time.
 
 A continuous schedule takes t in [0, 1] and, like a discrete one, is a pytree. Its
 levels stay finite at t = 0 but for logsnr = +inf where no noise is left.
@@ -114,7 +114,7 @@ def flow(*, alpha_min: float = 1e-4) -> Timed:
 
 
 def shifted(schedule: Schedule, nats: ArrayLike) -> Timed:
-    """Returns the schedule with its log-SNR moved by so many nats at every time.
+    """Returns the schedule with `nats` added to its log-SNR at every time.
 
     logsnr'(t) = logsnr(t) + nats, and variance preserved. Images of d pixels a side
     look as clean as those of 64 with nats = 2 log(64 / d), below 0 for larger ones:
@@ -300,7 +300,7 @@ def _traced(schedule: Schedule) -> bool:
 
 
 def _known(schedule: Schedule, t: np.ndarray) -> list[np.ndarray]:
-    """Returns both fields of the levels, in float64 whatever the caller computes in."""
+    """Returns log_alpha and logsnr in float64, whatever the caller computes in."""
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
         return [np.asarray(field, np.float64) for field in schedule(t)]
 

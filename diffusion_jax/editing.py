@@ -1,4 +1,4 @@
-"""Editing images with any sampling rule: nothing is trained, nothing is conditioned.
+"""Editing images with any sampling rule, without training and without conditioning.
 
 Two ideas. An image is noised down to a depth t and drawn again from there (`vary`,
 `interpolate`), or carried there without noise and back (`encode`). And a rule is
@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from diffusion_jax import gaussian, samplers
-from diffusion_jax.schedule import Schedule, real_data
+from diffusion_jax.schedule import Schedule, real_data, widened
 
 # Folded into the key of a step for the noise of the known part, so that the rule has
 # the noise that it would have without it.
@@ -92,9 +92,9 @@ def vary(
         t = grid[0]
     if len(grid) == 1:
         return x0
-    keys = _keys(key, len(x0))
+    keys = samplers.each_key(key, len(x0))
     # The key of the noise that `sample` would start from.
-    eps = gaussian.normal(_fold(keys, 0), x0.shape)
+    eps = gaussian.normal(samplers.fold(keys, 0), x0.shape)
     start = gaussian.q_sample(x0, eps, schedule(t))
     return samplers.sample(keys, sampler, grid, x0.shape, start=start)
 
@@ -135,16 +135,16 @@ def interpolate(
             f"{x0.shape}, {other.shape} and fractions of shape {fractions.shape}. "
             "Give for instance jnp.linspace(0, 1, 9)."
         )
-    share = fractions.astype(x0.dtype).reshape(1, -1, *[1] * (x0.ndim - 1))
+    share = widened(fractions.astype(x0.dtype), x0)[None]
     mixed = (1 - share) * x0[:, None] + share * other[:, None]
     rows = np.arange(len(x0)).repeat(len(fractions))
-    keys = _keys(key, len(x0))[rows]
+    keys = samplers.each_key(key, len(x0))[rows]
     flat = mixed.reshape(-1, *x0.shape[1:])
     return vary(keys, sampler, schedule, grid, flat, t).reshape(mixed.shape)
 
 
 def encode(sampler: samplers.Sampler, grid: np.ndarray, x0: jax.Array) -> jax.Array:
-    """Returns the noise that a deterministic rule draws an image from, [B, ...].
+    """Returns the noise from which a deterministic rule draws an image, [B, ...].
 
     The rule walks the grid upwards (Sec. 5.4, Song et al. 2020), and `samplers.sample`
     with this as start gives the image back. The error falls as 1 / steps for `ddim`.
@@ -179,7 +179,7 @@ def encode(sampler: samplers.Sampler, grid: np.ndarray, x0: jax.Array) -> jax.Ar
 
 
 def slerp(a: jax.Array, b: jax.Array, fraction: ArrayLike) -> jax.Array:
-    """Returns the point between two on the arc through them, example by example.
+    """Returns the spherical interpolation of a and b, example by example.
 
     sin((1 - f) theta) / sin(theta) a + sin(f theta) / sin(theta) b, where theta is the
     angle between a and b (Shoemake 1985; App. D.5, Song et al. 2020). A mixture of two
@@ -207,8 +207,7 @@ def slerp(a: jax.Array, b: jax.Array, fraction: ArrayLike) -> jax.Array:
     of_a = jnp.where(apart, jnp.sin((1 - fraction) * theta), 1 - fraction)
     of_b = jnp.where(apart, jnp.sin(fraction * theta), fraction)
     length = jnp.where(apart, jnp.sin(theta), 1)
-    wide = (-1, *[1] * (a.ndim - 1))
-    return (of_a / length).reshape(wide) * a + (of_b / length).reshape(wide) * b
+    return widened(of_a / length, a) * a + widened(of_b / length, a) * b
 
 
 def constrain(
@@ -217,7 +216,7 @@ def constrain(
     known: jax.Array,
     combine: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> samplers.Sampler:
-    """Returns a rule that puts back what is known of the image after each step.
+    """Returns a rule that puts the known part of an image back after each step.
 
     A step t -> s of the rule gives x_s; with y_s = alpha_s known + sigma_s z, noised
     afresh, it becomes combine(y_s, x_s) (App. I.2, Song et al. 2021; Algorithm 1,
@@ -257,12 +256,7 @@ def constrain(
                 f"grid must end at its lowest time; got one that ends at {grid[-1]} "
                 f"and has {np.min(grid)}. repaint_grid makes one that rises between."
             )
-        if jax.tree.leaves(memory):
-            raise ValueError(
-                "a rule that walks back up must be one without memory; got one that "
-                "carries something from step to step. Use ddpm or ddim, or a grid that "
-                "only falls."
-            )
+        _check_forgets(memory, "walks back up", "a grid that only falls")
         return memory, jnp.zeros_like(x)
 
     def down(
@@ -270,7 +264,7 @@ def constrain(
     ) -> samplers.Step:
         inner, seen = memory
         new = sampler.step(keys, x_t, inner, t, s)
-        noise = gaussian.normal(_fold(keys, KNOWN), x_t.shape)
+        noise = gaussian.normal(samplers.fold(keys, KNOWN), x_t.shape)
         noised = gaussian.q_sample(known, noise, schedule(s))
         given = jnp.where(s > 0, noised, known)
         seen = None if seen is None else new.x0
@@ -295,7 +289,7 @@ def constrain(
 def inpaint(
     sampler: samplers.Sampler, schedule: Schedule, image: jax.Array, mask: ArrayLike
 ) -> samplers.Sampler:
-    """Returns a rule that draws the rest of an image of which a part is known.
+    """Returns a rule that keeps the known part of an image and draws the rest.
 
     The known pixels come out as they are, to the bit.
 
@@ -332,7 +326,7 @@ def inpaint(
 def colorize(
     sampler: samplers.Sampler, schedule: Schedule, grey: jax.Array
 ) -> samplers.Sampler:
-    """Returns a rule that draws an image whose mean over the channels is known.
+    """Returns a rule that draws colours for a known mean over the channels.
 
     x + mean(y - x): the known part is the projection on the grey axis, which noise that
     is independent in each channel leaves independent of the rest (App. I.3, Song et
@@ -394,12 +388,7 @@ def _waiting(sampler: samplers.Sampler, t: jax.Array) -> samplers.Sampler:
 
     def init(x: jax.Array, grid: np.ndarray) -> Any:
         memory = sampler.init(x, grid)
-        if jax.tree.leaves(memory):
-            raise ValueError(
-                "a rule that begins at a traced t must be one without memory; got one "
-                "that carries something from step to step. Use ddpm or ddim, or a t "
-                "that is known when the chain is traced."
-            )
+        _check_forgets(memory, "begins at a traced t", "a t that is not traced")
         return memory
 
     def wait(
@@ -417,12 +406,9 @@ def _waiting(sampler: samplers.Sampler, t: jax.Array) -> samplers.Sampler:
     return samplers.Sampler(init, step)
 
 
-def _keys(key: jax.Array, count: int) -> jax.Array:
-    """Returns a key an example, [count]: those that `samplers.sample` would make."""
-    if key.ndim:
-        return key
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
-
-
-def _fold(keys: jax.Array, data: int) -> jax.Array:
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, data)
+def _check_forgets(memory: Any, doing: str, instead: str) -> None:
+    if jax.tree.leaves(memory):
+        raise ValueError(
+            f"a rule that {doing} must be one without memory; got one that carries "
+            f"something from step to step. Use ddpm or ddim, or {instead}."
+        )

@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and the words that messages are made of."""
+"""Errors that a user can mend, and helpers that write their messages."""
 
 import difflib
 from collections.abc import Sequence
@@ -6,11 +6,11 @@ from importlib.util import find_spec
 
 
 class DataError(ValueError):
-    """Data cannot be had as asked: the message says what must hold, was got, to do."""
+    """Data cannot be used; the message says what must hold, was got, and to do."""
 
 
 class MissingError(ImportError):
-    """A package is not installed that only some of what is here needs."""
+    """A package that an optional feature needs is not installed."""
 
 
 def needs(package: str, to: str, extra: str) -> None:
@@ -33,6 +33,17 @@ def needs(package: str, to: str, extra: str) -> None:
         )
 
 
+def check_positive(name: str, value: float, hint: str) -> None:
+    """Raises ValueError where a number is not above 0.
+
+    >>> check_positive("gamma", 0.0, "The usual value is 5.")
+    Traceback (most recent call last):
+    ValueError: gamma must be above 0; got 0.0. The usual value is 5.
+    """
+    if not value > 0:
+        raise ValueError(f"{name} must be above 0; got {value}. {hint}")
+
+
 def raise_unknown(what: str, got: object, allowed: tuple[str, ...]) -> None:
     """Raises ValueError for a name that is not among those allowed."""
     near = difflib.get_close_matches(str(got), allowed, 1, cutoff=0.3)
@@ -41,7 +52,7 @@ def raise_unknown(what: str, got: object, allowed: tuple[str, ...]) -> None:
 
 
 def first_of(said: Sequence[str], most: int = 3) -> str:
-    """Returns the first of what is wrong, and how many more there are.
+    """Returns the first few problems as one line, and how many more there are.
 
     >>> first_of(["a", "b", "c", "d"])
     'a; b; c and 1 more'
@@ -51,7 +62,7 @@ def first_of(said: Sequence[str], most: int = 3) -> str:
 
 
 def counted(number: int, one: str, many: str = "") -> str:
-    """Returns a number and what it counts.
+    """Returns a number with its noun, in singular or plural.
 
     >>> counted(1, "step"), counted(1797, "image"), counted(0, "class", "classes")
     ('1 step', '1,797 images', '0 classes')
@@ -60,8 +71,8 @@ def counted(number: int, one: str, many: str = "") -> str:
 
 
 class ConfigError(ValueError):
-    """What was asked of a command cannot be done, and its user can mend it."""
+    """A command cannot do what was asked, and its user can mend that."""
 
 
 class DivergedError(ConfigError):
-    """A run of which too many steps in a row were not finite."""
+    """Training diverged: too many steps in a row were not finite."""

@@ -33,9 +33,15 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from diffusion_jax.continuous import counts_steps
-from diffusion_jax.errors import raise_unknown
-from diffusion_jax.prediction import VARIANCES, Denoiser, Prediction, log_variance
-from diffusion_jax.schedule import PURE_NOISE, NoiseLevel, Schedule, real_data
+from diffusion_jax.errors import check_positive, raise_unknown
+from diffusion_jax.prediction import (
+    VARIANCES,
+    Denoiser,
+    Prediction,
+    log_variance,
+    reverse_variance,
+)
+from diffusion_jax.schedule import PURE_NOISE, NoiseLevel, Schedule, real_data, widened
 
 KINDS = ("eps", "x0", "v", "score", "mean", "edm", "velocity")
 
@@ -118,7 +124,7 @@ def predict(
     *,
     sigma_data: float = 0.5,
 ) -> Prediction:
-    """Returns what a network's output says of x0 and eps.
+    """Returns the x0 and eps that a network's output stands for.
 
     "velocity", equation (7), is that of a straight path from data to noise, and is
     read at any level: x0 = (x_t - sigma u) / (alpha + sigma), eps = (x_t + alpha u) /
@@ -191,7 +197,7 @@ def target(
     *,
     sigma_data: float = 0.5,
 ) -> jax.Array:
-    """Returns what a network of this kind should put out: the inverse of `predict`.
+    """Returns the output of a perfect network of this kind: the inverse of `predict`.
 
     "edm" is F = q x0 / sd - c eps, of variance 1 for data of variance sd^2.
 
@@ -224,24 +230,6 @@ def target(
     assert prev_level is not None  # held by _check_kind
     c0, ct = _posterior_coefficients(level, prev_level.like(x0))
     return c0 * x0 + ct * (level.alpha * x0 + level.sigma * eps)
-
-
-def reverse_variance(kind: str, level: NoiseLevel, prev_level: NoiseLevel) -> jax.Array:
-    """Returns a fixed variance for p(x_s | x_t), of the shape of the levels.
-
-    "small" is the variance of the posterior, equation (2), right for data that are
-    one point; "large" is beta_t, equation (5), right for standard normal data. The
-    paper's CIFAR-10 samples use large, its 256x256 samples small.
-
-    >>> from diffusion_jax import schedule
-    >>> lin = schedule.linear()
-    >>> print(reverse_variance("large", lin(1000), lin(999)).round(4))
-    0.02
-    """
-    if kind not in ("small", "large"):
-        raise_unknown("fixed variance", kind, ("small", "large"))
-    sigma = prev_level.sigma if kind == "small" else level.sigma
-    return sigma**2 * -jnp.expm1(level.logsnr - prev_level.logsnr)
 
 
 def p_sample(
@@ -377,7 +365,7 @@ def denoiser(
 def normal(
     key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype | None = None
 ) -> jax.Array:
-    """Returns standard normal noise; with a key an example, each from its own.
+    """Returns standard normal noise, from one key or from a key for each example.
 
     Args:
       key: one key for the whole array, or [B] keys for shape (B, ...), so that
@@ -405,7 +393,7 @@ def normal(
 def _threshold(x0: jax.Array, percentile: float) -> jax.Array:
     size = jnp.abs(x0).reshape(len(x0), -1)
     top = jnp.maximum(jnp.quantile(size, percentile, axis=1), 1)
-    top = top.reshape(-1, *[1] * (x0.ndim - 1))
+    top = widened(top, x0)
     return jnp.clip(x0, -top, top) / top
 
 
@@ -431,11 +419,9 @@ def _check_kind(
 ) -> None:
     if kind not in KINDS:
         raise_unknown("prediction", kind, KINDS)
-    if kind == "edm" and not sigma_data > 0:
-        raise ValueError(
-            f"sigma_data must be above 0; got {sigma_data}. It is the standard "
-            "deviation of the data, 0.5 in the paper."
-        )
+    if kind == "edm":
+        hint = "It is the standard deviation of the data, 0.5 in the paper."
+        check_positive("sigma_data", sigma_data, hint)
     if kind == "mean" and prev_level is None:
         raise ValueError(
             "prediction 'mean' must come with the level that the step goes to; got "

@@ -1,4 +1,4 @@
-"""Guidance: conditional predictions, moved further away from the unconditional ones.
+"""Guidance: moves conditional predictions further away from unconditional ones.
 
 Both ways give back what they were given, a network or a denoiser, so that every
 sampler, edit and bound takes a guided one. With y the label and w the scale:
@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 
 from diffusion_jax import gaussian
 from diffusion_jax.continuous import counts_steps
-from diffusion_jax.schedule import Schedule, real_data
+from diffusion_jax.schedule import Schedule, real_data, widened
 
 Network = Callable[[jax.Array, jax.Array], jax.Array]
 LabelledNetwork = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -95,7 +95,7 @@ def classifier_free(
 def within(
     schedule: Schedule, low: float, high: float, *, time_shift: int | None = None
 ) -> Callable[[jax.Array], jax.Array]:
-    """Returns where the noise is within an interval, low < sigma / alpha <= high.
+    """Returns a function that tells at which times low < sigma / alpha <= high.
 
     Guidance harms where there is much noise and does nothing where there is little
     (Kynkaanniemi et al. 2024); sigma / alpha is their sigma.
@@ -190,7 +190,7 @@ def classifier(
 
         pred = denoise(x_t, t)
         level = schedule(t).like(x_t)
-        push = _wide(scales, x_t) * level.sigma * jax.grad(total)(x_t)
+        push = widened(scales, x_t) * level.sigma * jax.grad(total)(x_t)
         x0 = pred.x0 + jnp.exp(-0.5 * level.logsnr) * push
         if not clip:
             return pred._replace(x0=x0, eps=pred.eps - push)
@@ -212,7 +212,7 @@ def _combined(
         )
     first, rest = out[..., :count], out[..., count:]
     # In this form the scale 1 is the conditional output to the last bit.
-    first = first + _wide(extra, first) * (first - base[..., :count])
+    first = first + widened(extra, first) * (first - base[..., :count])
     return jnp.concatenate([first, rest], axis=-1)
 
 
@@ -222,7 +222,7 @@ def _beside(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _each(name: str, value: jax.Array, x_t: jax.Array) -> jax.Array:
-    """Returns one value an example, from that or from a scalar."""
+    """Returns one value for each example, [B], from [B] or from a scalar."""
     if value.ndim == 0:
         return jnp.broadcast_to(value, x_t.shape[:1])
     if len(value) != len(x_t):
@@ -231,7 +231,3 @@ def _each(name: str, value: jax.Array, x_t: jax.Array) -> jax.Array:
             f"{value.shape}. A rule that takes examples one by one needs a scalar."
         )
     return value
-
-
-def _wide(value: jax.Array, x: jax.Array) -> jax.Array:
-    return value.reshape(-1, *[1] * (x.ndim - 1))

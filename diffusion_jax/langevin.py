@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax import errors, gaussian
-from diffusion_jax.samplers import Sampler, Step, forgetful
+from diffusion_jax.samplers import Sampler, Step, fold, forgetful
 from diffusion_jax.schedule import PURE_NOISE, NoiseLevel, Schedule, real_data
 
 PREDICTORS = ("reverse_diffusion", "ancestral")
@@ -65,7 +65,6 @@ def predictor_corrector(
             "corrections must be at least 0 and snr above 0; got "
             f"{corrections} and {snr}. The paper uses 1 and 0.16."
         )
-    fold = jax.vmap(jax.random.fold_in, (0, None))
 
     def step(
         keys: jax.Array, x_t: jax.Array, memory: tuple[()], t: jax.Array, s: jax.Array
@@ -132,7 +131,6 @@ def langevin(
             "moves must be at least 1 and step_size above 0 and at most 2; got "
             f"{moves} and {step_size}. The usual size is 0.2."
         )
-    fold = jax.vmap(jax.random.fold_in, (0, None))
 
     def step(
         keys: jax.Array, x_t: jax.Array, memory: tuple[()], t: jax.Array, s: jax.Array
@@ -162,7 +160,7 @@ def langevin(
 
 
 def _scale(level: NoiseLevel, prev: NoiseLevel) -> jax.Array:
-    """From a level to the next: that of the data, or of noise where that is all."""
+    """Returns x_s / x_t: the ratio of the alphas, or in pure noise of the sigmas."""
     of_noise = prev.sigma / level.sigma
     of_data = jnp.exp(prev.log_alpha - level.log_alpha)
     return jnp.where(level.logsnr < PURE_NOISE, of_noise, of_data)

@@ -30,7 +30,7 @@ STRAIGHT, STEEPNESS = 0.01, 8.0
 
 
 class Ends(NamedTuple):
-    """Between which levels the schedule goes: what the bound depends on."""
+    """The two ends of the schedule, on which the bound depends."""
 
     logsnr_max: jax.Array
     """The log-SNR at t = 0, in nats."""
@@ -39,7 +39,7 @@ class Ends(NamedTuple):
 
 
 class Interior(NamedTuple):
-    """How it goes from one to the other: W hidden units, of any real numbers."""
+    """The curve between the ends: W hidden units, of any real numbers."""
 
     weight: jax.Array
     """a_k = softplus(weight) / W, [W]."""

@@ -1,4 +1,4 @@
-"""Likelihoods in bits/dim: the bound over the whole chain, and the probability flow's.
+"""Likelihoods in bits/dim, by the bound over the whole chain or the probability flow.
 
   -log p(x0) <= L_T + sum_{t=2..T} L_{t-1} + L_0           Eq. 5, Ho et al. 2020
   -log p(x0) <= L_T + integral of L_t dt - log p(x0 | z_0)  Eq. 11, Kingma et al. 2021
@@ -12,14 +12,14 @@ measure the same thing.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from diffusion_jax import continuous, errors, gaussian, losses, ode, sde
+from diffusion_jax import continuous, errors, gaussian, losses, ode, samplers, sde
 from diffusion_jax.schedule import Schedule, is_discrete, num_steps, real_data
 
 TRACES = ("rademacher", "gaussian", "exact")
@@ -52,7 +52,7 @@ class ContinuousBound(NamedTuple):
 
 
 class RateDistortion(NamedTuple):
-    """What has been received, and how well it shows x0, after each reverse step."""
+    """Rate (bits received) and distortion (error of x0) after each reverse step."""
 
     steps: np.ndarray
     """Reverse steps taken, T - t + 1, from 1 to T, [T]."""
@@ -63,7 +63,7 @@ class RateDistortion(NamedTuple):
 
 
 class Density(NamedTuple):
-    """The log density of B examples by the probability flow, and how it came about."""
+    """The log density of B examples by the probability flow, its terms and its cost."""
 
     logp: jax.Array
     """log p(x) = prior + divergence, in nats, [B]; nan where max_steps was hit."""
@@ -77,7 +77,7 @@ class Density(NamedTuple):
 
 
 class OdeBits(NamedTuple):
-    """Bits/dim of B images by the probability flow, and how they came about."""
+    """Bits/dim of B images by the probability flow, and the density behind them."""
 
     total: jax.Array
     """-log2 of the density on the scale of 0..255 per dimension, [B]."""
@@ -95,7 +95,7 @@ def bound(
     decoder_variance: ArrayLike | None = None,
     chunk: int = 1,
 ) -> Bound:
-    """Returns the bound by one draw of x_t for every t (Eq. 5, Ho et al. 2020).
+    """Returns the variational bound, one x_t drawn for every t (Eq. 5, Ho et al. 2020).
 
     Takes T evaluations of the network an example. The noise of example i at time t
     comes from (key i, t) alone.
@@ -117,12 +117,15 @@ def bound(
     (10, 2) 0.0
     """
     losses.check_values(x0)
-    total, key, x0 = num_steps(schedule), _keys(key, len(x0)), real_data(x0)
+    total, keys, x0 = (
+        num_steps(schedule),
+        samplers.each_key(key, len(x0)),
+        real_data(x0),
+    )
 
     def at(t: jax.Array) -> tuple[jax.Array, jax.Array]:
         times = jnp.full(x0.shape[:1], t)
-        keys = jax.vmap(jax.random.fold_in, (0, None))(key, t)
-        eps = gaussian.normal(keys, x0.shape)
+        eps = gaussian.normal(samplers.fold(keys, t), x0.shape)
         x_t = gaussian.q_sample(x0, eps, schedule(times))
         pred = denoise(x_t, times)
         term = losses.vlb(
@@ -177,19 +180,19 @@ def continuous_bound(
     """
     _check_continuous(schedule, draws)
     losses.check_values(x0)
-    keys, x0 = _keys(key, len(x0)), real_data(x0)
-    begin = jax.vmap(lambda k: jax.random.uniform(k, ()))(_fold(keys, 0))
+    keys, x0 = samplers.each_key(key, len(x0)), real_data(x0)
+    begin = jax.vmap(lambda k: jax.random.uniform(k, ()))(samplers.fold(keys, 0))
 
     def at(j: jax.Array) -> jax.Array:
         t = (begin + j / draws) % 1
         level, slope = jax.jvp(schedule, (t,), (jnp.ones_like(t),))
-        eps = gaussian.normal(_fold(keys, 2 + j), x0.shape)
+        eps = gaussian.normal(samplers.fold(keys, 2 + j), x0.shape)
         pred = denoise(gaussian.q_sample(x0, eps, level), t)
         return losses.diffusion(pred, eps, -slope.logsnr)
 
     terms = jax.lax.map(at, jnp.arange(draws), batch_size=chunk)
     first, final = schedule(0.0), schedule(1.0)
-    noise = gaussian.normal(_fold(keys, 1), x0.shape)
+    noise = gaussian.normal(samplers.fold(keys, 1), x0.shape)
     z0 = gaussian.q_sample(x0, noise, first)
     parts = (
         losses.prior(x0, final),
@@ -227,13 +230,7 @@ def ode_bits_per_dim(
     denoise: gaussian.Denoiser,
     schedule: Schedule,
     x0: jax.Array,
-    *,
-    trace: str = "rademacher",
-    probes: int = 1,
-    start: float | None = None,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    max_steps: int = ode.MAX_STEPS,
+    **options: Any,
 ) -> OdeBits:
     """Returns bits/dim of images by the probability flow (Eq. 39, Song et al. 2021).
 
@@ -246,7 +243,10 @@ def ode_bits_per_dim(
       key: one key, or a key an example, [B]: all noise of an example comes from its.
       denoise, schedule: as in `log_density`.
       x0: data on the grid of 256 values, scaled to [-1, 1], [B, ...].
-      trace, probes, start, rtol, atol, max_steps, Raises: as in `log_density`.
+      options: trace, probes, start, rtol, atol and max_steps, of `log_density`.
+
+    Raises:
+      ValueError: as `log_density`, or images that are not float32 or float64.
 
     >>> vp, x0 = continuous.vp(), jnp.zeros([2, 3])
     >>> normal = gaussian.denoiser(lambda x, t: vp(t).like(x).sigma * x, vp, "eps")
@@ -255,20 +255,11 @@ def ode_bits_per_dim(
     8.32
     """
     losses.check_values(x0)
-    keys, x0 = _keys(key, len(x0)), real_data(x0)
+    keys, x0 = samplers.each_key(key, len(x0)), real_data(x0)
     draw = jax.vmap(lambda k: jax.random.uniform(k, x0.shape[1:], x0.dtype))
-    noise = (draw(_fold(keys, 0)) - 0.5) / 127.5
+    noise = (draw(samplers.fold(keys, 0)) - 0.5) / 127.5
     density = log_density(
-        _fold(keys, 1),
-        denoise,
-        schedule,
-        x0 + noise,
-        trace=trace,
-        probes=probes,
-        start=start,
-        rtol=rtol,
-        atol=atol,
-        max_steps=max_steps,
+        samplers.fold(keys, 1), denoise, schedule, x0 + noise, **options
     )
     bits = -density.logp / (np.prod(x0.shape[1:]) * np.log(2)) + np.log2(127.5)
     return OdeBits(bits, density)
@@ -324,19 +315,12 @@ def log_density(
         begin = 1.0 if continuous.counts_steps(real) else 1e-5
     _check(trace, probes, begin, last)
     x = real_data(x)
-    directions = _probes(_keys(key, len(x)), x, trace, probes)
+    directions = _probes(samplers.each_key(key, len(x)), x, trace, probes)
     joint = _with_divergence(sde.flow(denoise, real))
     state = x, jnp.zeros(len(x), x.dtype)
+    options = {"rtol": rtol, "atol": atol, "max_steps": max_steps}
     (end, divergence), evaluations = ode.follow(
-        joint,
-        real,
-        state,
-        begin,
-        last,
-        directions,
-        rtol=rtol,
-        atol=atol,
-        max_steps=max_steps,
+        joint, real, state, begin, last, directions, **options
     )
     prior = sde.prior_logp(end, real(last))
     return Density(prior + divergence, prior, divergence, evaluations)
@@ -408,24 +392,3 @@ def _check_continuous(schedule: Schedule, draws: int) -> None:
             f"log-SNR of {logsnr} there. Take one with a largest log-SNR, such as ve, "
             "or `bound` on its discretization."
         )
-
-
-def _keys(key: jax.Array, count: int) -> jax.Array:
-    """A key an example, [B], from one key or from [B] keys."""
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        raise ValueError(
-            f"key must be a typed key, or one for each example; got {key.dtype}. Make "
-            "it with jax.random.key."
-        )
-    if key.ndim == 0:
-        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
-    if key.shape != (count,):
-        raise ValueError(
-            f"keys must be one, or one for each of {count} examples; got shape "
-            f"{key.shape}. Use jax.random.split(key, {count})."
-        )
-    return key
-
-
-def _fold(keys: jax.Array, number: int | jax.Array) -> jax.Array:
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)

@@ -9,7 +9,6 @@ embedded one of order 4, the steps chosen from the difference of the two.
 
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +17,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from diffusion_jax import continuous, gaussian, samplers, sde
-from diffusion_jax.errors import needs
-from diffusion_jax.schedule import Schedule, is_discrete, real_data
+from diffusion_jax.errors import check_positive, needs
+from diffusion_jax.schedule import Schedule, is_discrete, real_data, widened
 
 # Stages of a step, the last of which is the first of the next one.
 STAGES = 6
@@ -27,7 +26,7 @@ MAX_STEPS = 4096
 
 
 class Solution(NamedTuple):
-    """Where a solve ended and what it cost."""
+    """The end of a solve, and what it cost."""
 
     x: Any
     """The state at t1, like the one given, [B, ...]; nan where max_steps was hit."""
@@ -74,11 +73,13 @@ def integrate(
     0.3679 [31]
     """
     _check(rtol, atol, max_steps)
-    diffrax = _diffrax()
+    needs("diffrax", "solve the probability flow", "ode")
+    import diffrax
+
     x = jax.tree.map(real_data, x)
     t0, t1 = (jnp.asarray(t, jnp.result_type(float)) for t in (t0, t1))
 
-    def slope(t: jax.Array, state: Any, given: tuple[Any, ...]) -> Any:
+    def slope(t: Any, state: Any, given: tuple[Any, ...]) -> Any:
         wide, extra = jax.tree.map(lambda leaf: leaf[None], (state, given))
         rate = field(wide, t[None], *extra)
         return jax.tree.map(lambda d, leaf: d[0].astype(leaf.dtype), rate, state)
@@ -119,7 +120,7 @@ def integrate(
             f"max_steps must be enough to reach t1; got {max_steps}, which was not for "
             f"{np.sum(failed)} of {len(failed)} examples. Raise it, or the tolerances."
         )
-    end = jax.tree.map(lambda y: jnp.where(_wide(failed, y), jnp.nan, y), end)
+    end = jax.tree.map(lambda y: jnp.where(widened(failed, y), jnp.nan, y), end)
     return Solution(end, jnp.where(steps > 0, 1 + STAGES * steps, 0))
 
 
@@ -130,11 +131,9 @@ def follow(
     t: ArrayLike,
     s: ArrayLike,
     *args: Any,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    max_steps: int = MAX_STEPS,
+    **options: Any,
 ) -> Solution:
-    """Returns the solution at time s of a field in the time of a schedule.
+    """Returns the solution at time s of a field given in the time of a schedule.
 
     As `integrate`, but solved in log-SNR, in which a flow is as smooth as its network:
     dx/dlogsnr = field / (d logsnr / dt). In its own time the flow of an interpolated
@@ -145,7 +144,7 @@ def follow(
       schedule: a continuous schedule.
       x: the state at t, a pytree of [B, ...].
       t, s: times at which sigma is above 0, scalars.
-      args, rtol, atol, max_steps, Raises: as in `integrate`.
+      args, options, Raises: as in `integrate`; options are rtol, atol and max_steps.
 
     >>> ve = continuous.ve()
     >>> field = sde.flow(gaussian.denoiser(lambda x, t: x, ve, "eps"), ve)
@@ -158,11 +157,10 @@ def follow(
         now = continuous.time_of(schedule, logsnr)
         _, slope = jax.jvp(schedule, (now,), (jnp.ones_like(now),))
         speed = field(state, now, *given)
-        return jax.tree.map(lambda d: d / _wide(slope.logsnr, d), speed)
+        return jax.tree.map(lambda d: d / widened(slope.logsnr, d), speed)
 
     ends = schedule(t).logsnr, schedule(s).logsnr
-    options = {"rtol": rtol, "atol": atol}
-    return integrate(rate, x, *ends, *args, max_steps=max_steps, **options)
+    return integrate(rate, x, *ends, *args, **options)
 
 
 def ode(
@@ -224,20 +222,6 @@ def ode(
 
 
 def _check(rtol: float, atol: float, max_steps: int) -> None:
-    for name, value in (("rtol", rtol), ("atol", atol), ("max_steps", max_steps)):
-        if not value > 0:
-            raise ValueError(
-                f"{name} must be above 0; got {value}. The usual tolerance is 1e-5, "
-                f"the usual max_steps {MAX_STEPS}."
-            )
-
-
-def _diffrax() -> ModuleType:
-    needs("diffrax", "solve the probability flow", "ode")
-    import diffrax
-
-    return diffrax
-
-
-def _wide(flag: jax.Array, x: jax.Array) -> jax.Array:
-    return flag.reshape(flag.shape + (1,) * (x.ndim - 1))
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        check_positive(name, value, "The usual tolerance is 1e-5.")
+    check_positive("max_steps", max_steps, f"The usual number is {MAX_STEPS}.")

@@ -1,4 +1,4 @@
-"""What a network believes of x_t, and the variance of the reverse step that follows.
+"""A network's prediction at x_t, and the variance of the reverse step from there.
 
 The variance of p(x_s | x_t), with D = logsnr_t - logsnr_s and c0 = alpha_s (1 - e^D):
 
@@ -32,7 +32,7 @@ VARIANCES = ("small", "large", "learned", "range", "analytic")
 
 
 class Prediction(NamedTuple):
-    """What a network believes of x_t, in both coordinates.
+    """A network's prediction at x_t, as x0 and as eps.
 
     n parameterisations need n readers (`gaussian.predict`), not n^2 converters.
     """
@@ -53,6 +53,24 @@ class Prediction(NamedTuple):
 Denoiser = Callable[[jax.Array, jax.Array], Prediction]
 
 
+def reverse_variance(kind: str, level: NoiseLevel, prev_level: NoiseLevel) -> jax.Array:
+    """Returns a fixed variance for p(x_s | x_t), of the shape of the levels.
+
+    "small" is the variance of the posterior, Eq. 7 of Ho et al. 2020, right for data
+    that are one point; "large" is beta_t, right for standard normal data (Sec. 3.2).
+    The paper's CIFAR-10 samples use large, its 256x256 samples small.
+
+    >>> from diffusion_jax import schedule
+    >>> lin = schedule.linear()
+    >>> print(reverse_variance("large", lin(1000), lin(999)).round(4))
+    0.02
+    """
+    if kind not in ("small", "large"):
+        raise_unknown("fixed variance", kind, ("small", "large"))
+    sigma = prev_level.sigma if kind == "small" else level.sigma
+    return sigma**2 * -jnp.expm1(level.logsnr - prev_level.logsnr)
+
+
 def log_variance(
     kind: str,
     pred: Prediction,
@@ -64,7 +82,7 @@ def log_variance(
     """Returns the log of the variance of p(x_s | x_t), for any jump t -> s.
 
     By the equations above; on coarser grids all are those of the jump. "small" and
-    "large" are `gaussian.reverse_variance`, "learned" is the network's own.
+    "large" are the logs of `reverse_variance`, "learned" is the network's own.
 
     Args:
       kind: one of VARIANCES.

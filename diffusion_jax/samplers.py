@@ -1,4 +1,4 @@
-"""Sampling: one loop, many rules.
+"""Sampling: one loop that drives many rules (samplers and solvers).
 
 A rule is a function that returns a `Sampler`, two closures in the manner of optax:
 
@@ -28,7 +28,7 @@ from diffusion_jax.schedule import Schedule, real_data
 
 
 class Step(NamedTuple):
-    """What one step of a rule gives back."""
+    """The result of one step of a rule."""
 
     x: jax.Array
     """x_s, [B, ...]."""
@@ -39,7 +39,7 @@ class Step(NamedTuple):
 
 
 class Sampler(NamedTuple):
-    """A sampling rule."""
+    """A sampling rule, as a pair of functions."""
 
     init: Callable[[jax.Array, np.ndarray], Any]
     """From x at the start of the grid, and the whole grid, to the first memory."""
@@ -142,7 +142,7 @@ def ddim(
 def forgetful(
     schedule: Schedule, *, rising: bool = False
 ) -> Callable[[jax.Array, np.ndarray], tuple[()]]:
-    """Returns the init of a rule without memory: it checks the grid.
+    """Returns an init for rules without memory, which only checks the grid.
 
     Args:
       schedule: the times must be its own.
@@ -251,8 +251,41 @@ def trajectory(
     return x, Trajectory(np.asarray(grid)[list(steps)], x_t, x0)
 
 
+def each_key(key: jax.Array, count: int, *, first: int | jax.Array = 0) -> jax.Array:
+    """Returns a key for each example, [count].
+
+    Args:
+      key: one typed key, which is folded with the number of each example; or a key
+        an example, [count], which stay as they are.
+      count: how many examples there are.
+      first: the number of the first one.
+
+    Raises:
+      ValueError: a key of the old style, or keys for another number of examples.
+
+    >>> keys = each_key(jax.random.key(0), 3)
+    >>> bool((keys[1:] == each_key(jax.random.key(0), 2, first=1)).all())
+    True
+    """
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not typed or key.shape not in ((), (count,)):
+        raise ValueError(
+            f"key must be one typed key, or one for each of {count} examples; got "
+            f"{key.dtype} of shape {key.shape}. Make it with jax.random.key, and more "
+            "of it with jax.random.split."
+        )
+    if key.ndim:
+        return key
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(count))
+
+
+def fold(keys: jax.Array, number: int | jax.Array) -> jax.Array:
+    """Returns each of the keys [B] folded with one number, [B]."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
 def counted(denoise: gaussian.Denoiser, seen: list[int]) -> gaussian.Denoiser:
-    """Returns the denoiser, but `seen` gets the number of examples it is asked for.
+    """Returns the denoiser, but each call appends its number of examples to `seen`.
 
     Counted as the program runs, wherever in it: in loops, and in branches only when
     they are taken. Wait with `jax.effects_barrier()` before reading.
@@ -272,7 +305,7 @@ def count_evaluations(
     shape: tuple[int, ...],
     **options: Any,
 ) -> float:
-    """Returns how often a draw asks the network for an example, counted as it runs.
+    """Returns the network evaluations (NFE) of an example, counted as a draw runs.
 
     Args:
       make: the rule as a function of the denoiser.
@@ -294,7 +327,7 @@ def count_evaluations(
 
 
 def padded(sampler: Sampler) -> Sampler:
-    """Returns the rule, but a step from a time to the same time does nothing.
+    """Returns the rule, but steps from a time to the same time are skipped.
 
     Grids of many lengths, filled up at the end with `pad`, then share one compiled
     program: under `jit` with the grid as an argument.
@@ -340,11 +373,6 @@ def _run(
             "grid must be a vector of at least two times, each other than the one "
             f"before; got {grid!r}. grids.uniform(schedule, steps) makes one."
         )
-    if key.ndim not in (0, 1) or (key.ndim == 1 and key.shape[0] != shape[0]):
-        raise ValueError(
-            f"key must be one typed key, or one for each of {shape[0]} examples; got "
-            f"shape {key.shape}. Make it with jax.random.key."
-        )
     if start is not None and start.shape != tuple(shape):
         raise ValueError(
             f"start must have the shape of the samples, {tuple(shape)}; got "
@@ -371,11 +399,7 @@ def _scan(
     first: jax.Array,
     record: tuple[int, ...],
 ) -> Any:
-    keys = key
-    if key.ndim == 0:
-        index = first + jnp.arange(shape[0])
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
-    fold = jax.vmap(jax.random.fold_in, (0, None))
+    keys = each_key(key, shape[0], first=first)
     x = gaussian.normal(fold(keys, 0), shape) * start_std if start is None else start
     # Slot k of the record belongs to step record[k]; other steps write past the end,
     # where a write is dropped.

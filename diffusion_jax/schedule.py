@@ -29,8 +29,6 @@ from jax.typing import ArrayLike
 # `jsd` does). Finite, so that sigma = exp(log_alpha - logsnr / 2) is exactly 1
 # instead of nan, and so small that alpha x0 vanishes beside sigma eps in float64.
 PURE_NOISE_LOG_ALPHA = -40.0
-
-
 # Below this log-SNR a level counts as pure noise: of alpha x0 nothing is left in x_t.
 PURE_NOISE = -60.0
 
@@ -68,7 +66,7 @@ class NoiseLevel(NamedTuple):
           ValueError: x are whole numbers.
         """
         _check_real(x)
-        return NoiseLevel(*(_expand(jnp.asarray(field), x.ndim) for field in self))
+        return NoiseLevel(*(widened(jnp.asarray(field), x) for field in self))
 
 
 Schedule = Callable[[ArrayLike], NoiseLevel]
@@ -81,7 +79,7 @@ Schedule = Callable[[ArrayLike], NoiseLevel]
 )
 @dataclass(frozen=True, eq=False)
 class Timed:
-    """A schedule that says what its times are: a function, its parameters, a unit.
+    """A schedule that knows its unit of time: a function, its parameters, the unit.
 
     A schedule of one's own over [0, 1] is `Timed(function)`, or `Timed(function,
     parameters)` for one with parameters to differentiate or to pass through `jit`. A
@@ -114,7 +112,7 @@ class Timed:
 
 
 def timed(schedule: Schedule) -> Timed:
-    """Returns the schedule if it says what its times are.
+    """Returns the schedule, after a check that it says what its times are.
 
     Raises:
       ValueError: it does not. A function around a schedule (a lambda, `jax.jit`,
@@ -168,7 +166,7 @@ def quad(
 
 
 def const(num_steps: int = 1000, *, beta: float = 0.02) -> Timed:
-    """Returns the schedule of one beta for every step (official code)."""
+    """Returns the schedule with the same beta at every step (official code)."""
     check_num_steps(num_steps)
     return from_betas(np.full(num_steps, beta, np.float64))
 
@@ -261,7 +259,7 @@ def sigmoid(
 
 
 def from_betas(betas: ArrayLike) -> Timed:
-    """Returns the discrete schedule with these variances of the forward steps.
+    """Returns the discrete schedule with these betas, variances of the forward steps.
 
     log alpha_t = 1/2 sum_{i<=t} log(1 - beta_i) (Sec. 2, Ho et al. 2020), summed in
     float64 by log1p, so that 1 - alpha_bar keeps its digits at small t.
@@ -282,14 +280,10 @@ def from_betas(betas: ArrayLike) -> Timed:
     """
     betas = np.asarray(betas, np.float64)
     inside = (betas > 0) & (betas < 1)
-    if (
-        betas.ndim != 1
-        or betas.size == 0
-        or not np.all(inside[:-1])
-        or not (0 < betas[-1] <= 1)
-    ):
+    vector = betas.ndim == 1 and betas.size > 0
+    if not (vector and np.all(inside[:-1]) and 0 < betas[-1] <= 1):
         got = f"shape {betas.shape}"
-        if betas.ndim == 1 and betas.size:
+        if vector:
             got += f" with values from {betas.min():g} to {betas.max():g}"
         raise ValueError(
             "betas must be a vector of numbers above 0 and below 1 (the last may be "
@@ -372,13 +366,7 @@ def real_time(t: ArrayLike, last: float = 1.0) -> jax.Array:
     >>> print(real_time(0.5))
     0.5
     """
-    if not isinstance(t, jax.core.Tracer):
-        known = np.asarray(t)
-        if known.size and not (known.min() >= 0 and known.max() <= last):
-            raise ValueError(
-                f"t of a continuous schedule must be in [0, {last}]; got values from "
-                f"{known.min()} to {known.max()}. 0 is data and {last} is noise."
-            )
+    check_range("t", t, 0, last, f"0 is data and {last} is noise.")
     return jnp.asarray(t, dtype=jnp.result_type(float))
 
 
@@ -415,13 +403,7 @@ def _lookup(log_alpha: ArrayLike, logsnr: ArrayLike, t: ArrayLike) -> NoiseLevel
             f"t of a discrete schedule must be an integer in 0..{last}; got dtype "
             f"{known.dtype}. Cast it, or use a continuous schedule such as vp."
         )
-    if isinstance(known, np.ndarray) and known.size:
-        low, high = int(known.min()), int(known.max())
-        if low < 0 or high > last:
-            raise ValueError(
-                f"t must be in 0..{last}; got values from {low} to {high}. "
-                "t = 0 is data and t = T is noise."
-            )
+    check_range("t", known, 0, last, "t = 0 is data and t = T is noise.")
     t = jnp.asarray(t)
     # Under a trace nothing can be raised: an index outside reads nan. Negative ones
     # are sent past the end first, since they would wrap around.
@@ -434,8 +416,27 @@ def _lookup(log_alpha: ArrayLike, logsnr: ArrayLike, t: ArrayLike) -> NoiseLevel
     )
 
 
-def _expand(a: jax.Array, ndim: int) -> jax.Array:
-    return a.reshape(a.shape + (1,) * (ndim - a.ndim)) if a.ndim else a
+def widened(value: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns numbers [B] with trailing axes of size one, to multiply x [B, ...].
+
+    >>> widened(jnp.ones(2), jnp.ones([2, 8, 8, 3])).shape
+    (2, 1, 1, 1)
+    """
+    if not value.ndim:
+        return value
+    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim))
+
+
+def check_range(name: str, value: ArrayLike, low: int, high: float, hint: str) -> None:
+    """Raises ValueError where a value that is known, not traced, is out of range."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    known = np.asarray(value)
+    if known.size and not (known.min() >= low and known.max() <= high):
+        raise ValueError(
+            f"{name} must be in {low}..{high}; got values from {known.min()} to "
+            f"{known.max()}. {hint}"
+        )
 
 
 def check_num_steps(count: int) -> None:

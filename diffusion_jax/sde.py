@@ -1,4 +1,4 @@
-"""What continuous time adds: the two equations that undo the noising of the data.
+"""Continuous time: the forward SDE, its reverse, and the probability flow.
 
   (1)  dx = f x dt + g dw                        forward, Eq. 5, Song et al. 2021
   (2)  dx = (f x - g^2 score) dt + g dw          reverse, Eq. 6
@@ -133,8 +133,7 @@ def prior_logp(x: jax.Array, level: NoiseLevel) -> jax.Array:
 
 
 def _field(denoise: gaussian.Denoiser, schedule: Schedule, share: float) -> Field:
-    if is_discrete(schedule):
-        _refuse_discrete(schedule)
+    _check_continuous(schedule)
 
     def field(x: jax.Array, t: ArrayLike) -> jax.Array:
         level, slope = _with_slope(schedule, t)
@@ -148,8 +147,7 @@ def _field(denoise: gaussian.Denoiser, schedule: Schedule, share: float) -> Fiel
 
 def _with_slope(schedule: Schedule, t: ArrayLike) -> tuple[NoiseLevel, NoiseLevel]:
     """Returns the level at t and its derivative in t, field by field."""
-    if is_discrete(schedule):
-        _refuse_discrete(schedule)
+    _check_continuous(schedule)
     t = jnp.asarray(t, jnp.result_type(float))
     schedule(t)  # a t that is known is checked here: under jvp it is not
     level, slope = jax.jvp(schedule, (t,), (jnp.ones_like(t),))
@@ -162,8 +160,9 @@ def _with_slope(schedule: Schedule, t: ArrayLike) -> tuple[NoiseLevel, NoiseLeve
     return level, slope
 
 
-def _refuse_discrete(schedule: Schedule) -> None:
-    raise ValueError(
-        f"schedule must be continuous; got one of {num_steps(schedule)} whole steps. "
-        "Pass continuous.interpolate(schedule)."
-    )
+def _check_continuous(schedule: Schedule) -> None:
+    if is_discrete(schedule):
+        raise ValueError(
+            f"schedule must be continuous; got one of {num_steps(schedule)} whole "
+            "steps. Pass continuous.interpolate(schedule)."
+        )

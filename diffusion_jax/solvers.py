@@ -272,7 +272,7 @@ class _Past(NamedTuple):
 
 
 class _History(NamedTuple):
-    """What UniPC knows: where the last step began, and the outputs until there."""
+    """What UniPC remembers: where the last step began, and the outputs until there."""
 
     x: jax.Array
     level: NoiseLevel
@@ -287,14 +287,14 @@ class _History(NamedTuple):
 
 
 def _steps_to_data(schedule: Schedule, grid: np.ndarray) -> jax.Array:
-    """How many steps to sigma = 0: endless where the grid does not end there."""
+    """Returns how many steps lead to sigma = 0: endless if the grid ends above it."""
     steps = (grid[1:] != grid[:-1]).sum()
     ends = jnp.isinf(schedule(grid[-1]).logsnr)
     return jnp.where(ends, steps, np.iinfo(np.int32).max).astype(jnp.int32)
 
 
 def _jump(level: NoiseLevel, prev: NoiseLevel) -> tuple[jax.Array, jax.Array]:
-    """The step in lambda, and whether it is the infinite one, then 1 in its place."""
+    """Returns the step in lambda, and whether it is infinite (then 1 in its place)."""
     ended = jnp.isinf(prev.logsnr)
     h = 0.5 * (prev.logsnr - level.logsnr)
     return jnp.where(ended, 1.0, h), ended

@@ -1,4 +1,4 @@
-"""How the times of a training batch are drawn, in two halves that compose.
+"""How the times of a training batch are drawn: a spread, then a density.
 
 How the batch's uniform numbers are spread, one for each example:
 
@@ -23,15 +23,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from diffusion_jax.continuous import time_of
-from diffusion_jax.schedule import Schedule, check_num_steps
+from diffusion_jax.errors import check_positive
+from diffusion_jax.schedule import Schedule, check_num_steps, check_range
 
 
 class History(NamedTuple):
-    """The last losses of every t, of which row t - 1 is that of t."""
+    """The last losses of every t; row t - 1 is that of t."""
 
     losses: jax.Array
     """A ring buffer for each t, [T, length] float32, in the unit of the loss."""
@@ -198,7 +198,7 @@ def logit_normal(u: jax.Array, *, mean: float = 0.0, std: float = 1.0) -> jax.Ar
 
 
 def history(num_steps: int, *, length: int = 10) -> History:
-    """Returns a history without losses.
+    """Returns an empty history.
 
     Args:
       num_steps: T.
@@ -219,7 +219,7 @@ def history(num_steps: int, *, length: int = 10) -> History:
 
 
 def record(history: History, t: jax.Array, loss: jax.Array) -> History:
-    """Returns the history after a batch of losses, in the order of the batch.
+    """Returns the history with a batch of losses added, in the order of the batch.
 
     Where the batch has a t more often than the history is long, its last losses
     stay. A loss that is not finite is not recorded, nor is a traced t outside 1..T.
@@ -240,7 +240,7 @@ def record(history: History, t: jax.Array, loss: jax.Array) -> History:
      [1. 4.]]
     """
     num_steps, length = history.losses.shape
-    t = _known(t, "t", 1, num_steps)
+    check_range("t", t, 1, num_steps, "It counts the steps of the chain.")
     # Rows that do not exist are dropped by the scatters below.
     kept = jnp.isfinite(loss) & (t >= 1) & (t <= num_steps)
     row = jnp.where(kept, t - 1, num_steps)
@@ -332,10 +332,7 @@ def _draw(key: jax.Array) -> jax.Array:
 
 
 def _normal(u: jax.Array, mean: float, std: float) -> jax.Array:
-    if not std > 0:
-        raise ValueError(
-            f"std must be above 0; got {std}. Use a fixed time where nothing is drawn."
-        )
+    check_positive("std", std, "Use a fixed time where nothing is drawn.")
     u = jnp.asarray(u, jnp.result_type(float))
     edge = jnp.finfo(u.dtype).eps / 2
     return mean + std * jax.scipy.special.ndtri(jnp.clip(u, edge, 1 - edge))
@@ -347,15 +344,6 @@ def _within(position: ArrayLike, batch_size: int) -> jax.Array:
             f"batch_size must be at least 1; got {batch_size}. Give that of the global "
             "batch."
         )
-    return _known(position, "position", 0, batch_size - 1)
-
-
-def _known(values: ArrayLike, name: str, low: int, high: int) -> jax.Array:
-    if not isinstance(values, jax.core.Tracer):
-        known = np.asarray(values)
-        if known.size and (known.min() < low or known.max() > high):
-            raise ValueError(
-                f"{name} must be in {low}..{high}; got values from {known.min()} to "
-                f"{known.max()}. Check what the whole batch, or the chain, is."
-            )
-    return jnp.asarray(values)
+    hint = "Positions are those in the global batch."
+    check_range("position", position, 0, batch_size - 1, hint)
+    return jnp.asarray(position)

@@ -1,4 +1,4 @@
-"""How much each noise level counts in a training loss, as functions of its log-SNR.
+"""Loss weightings: how much each noise level counts, as functions of its log-SNR.
 
 A weighting multiplies the squared error of eps, so that L_simple is 1 everywhere (Eq.
 14, Ho et al. 2020). The errors of all the coordinates follow from that one, since x_t
@@ -30,7 +30,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from diffusion_jax.continuous import last_time
-from diffusion_jax.schedule import Schedule, is_discrete, tables
+from diffusion_jax.errors import check_positive
+from diffusion_jax.schedule import Schedule, check_range, is_discrete, tables
 
 Weighting = Callable[[jax.Array], jax.Array]
 
@@ -58,7 +59,7 @@ def min_snr(*, gamma: float = 5.0) -> Weighting:
     >>> print(min_snr()(jnp.log(jnp.array([1.0, 5.0, 20.0]))).round(4))
     [1.   1.   0.25]
     """
-    _check_positive("gamma", gamma, "5")
+    check_positive("gamma", gamma, "The usual value is 5.")
     return lambda logsnr: jnp.exp(jnp.minimum(math.log(gamma) - logsnr, 0))
 
 
@@ -77,8 +78,8 @@ def p2(*, gamma: float = 1.0, k: float = 1.0) -> Weighting:
     >>> print(p2()(jnp.log(jnp.array([1.0, 3.0]))).round(4))
     [0.5  0.25]
     """
-    _check_positive("gamma", gamma, "1")
-    _check_positive("k", k, "1")
+    check_positive("gamma", gamma, "The usual value is 1.")
+    check_positive("k", k, "The usual value is 1.")
     return lambda logsnr: jnp.exp(-gamma * jnp.logaddexp(math.log(k), logsnr))
 
 
@@ -113,12 +114,12 @@ def edm(*, sigma_data: float = 0.5) -> Weighting:
     >>> print(edm()(jnp.array([0.0, jnp.inf])))
     [5. 1.]
     """
-    _check_positive("sigma_data", sigma_data, "0.5")
+    check_positive("sigma_data", sigma_data, "The usual value is 0.5.")
     return lambda logsnr: 1 + jnp.exp(-logsnr - 2 * math.log(sigma_data))
 
 
 def x0() -> Weighting:
-    """Returns 1 / SNR, which makes of the error of eps the one of x0.
+    """Returns 1 / SNR, which turns the squared error of eps into that of x0.
 
     Data without noise get 0.
 
@@ -129,7 +130,7 @@ def x0() -> Weighting:
 
 
 def v() -> Weighting:
-    """Returns 1 + 1 / SNR, which makes of the error of eps the one of v.
+    """Returns 1 + 1 / SNR, which turns the squared error of eps into that of v.
 
     It is the weight "SNR + 1" of Salimans and Ho 2022 (Sec. 4) on the error of x0.
     For schedules with alpha^2 + sigma^2 = 1; any other has alpha^2 (1 + 1 / SNR)^2.
@@ -141,7 +142,7 @@ def v() -> Weighting:
 
 
 def velocity() -> Weighting:
-    """Returns (1 + SNR^-1/2)^2, which makes of the error of eps that of eps - x0.
+    """Returns (1 + SNR^-1/2)^2, which turns the error of eps into that of eps - x0.
 
     That is the loss of flow matching (Lipman et al. 2023), for any schedule.
 
@@ -187,7 +188,7 @@ def slope(schedule: Schedule, t: ArrayLike) -> jax.Array:
 
 
 def _difference(schedule: Schedule, t: ArrayLike) -> jax.Array:
-    schedule(t)  # checks a t that is known
+    schedule(t)  # checks the type of t
     _, logsnr = tables(schedule)
     # From the table in double precision, where it is known: of two float32 neighbours
     # the difference has four digits left.
@@ -201,20 +202,9 @@ def _difference(schedule: Schedule, t: ArrayLike) -> jax.Array:
         )
     xp = np if known else jnp
     falls = xp.where(xp.isfinite(falls), falls, falls[min(1, num_steps - 1)])
-    if not isinstance(t, jax.core.Tracer) and np.any(np.asarray(t) < 1):
-        raise ValueError(
-            f"t must be in 1..{num_steps}; got 0. t = 0 is data, to which no step "
-            "leads."
-        )
+    check_range("t", t, 1, num_steps, "t = 0 is data, from which no step begins.")
     t = jnp.asarray(t)
     # As in a schedule: a traced t outside reads nan. Negative ones would wrap around.
     index = jnp.where(t < 1, num_steps, t.astype(int) - 1)
     table = jnp.asarray(num_steps * falls, jnp.result_type(float))
     return table.at[index].get(mode="fill", fill_value=jnp.nan)
-
-
-def _check_positive(name: str, value: float, usual: str) -> None:
-    if not value > 0:
-        raise ValueError(
-            f"{name} must be above 0; got {value}. The usual value is {usual}."
-        )

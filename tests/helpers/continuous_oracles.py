@@ -4,7 +4,6 @@
 continuous schedules of other papers.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -16,16 +15,16 @@ LOW, HIGH = 0.1, 20.0
 SMALL, LARGE = 0.01, 50.0
 
 
-def _integral(t: np.ndarray) -> np.ndarray:
+def _integral(t):
     """Of beta from 0 to t."""
     return LOW * t + 0.5 * (HIGH - LOW) * t**2
 
 
-def _beta(t: np.ndarray) -> np.ndarray:
+def _beta(t):
     return LOW + (HIGH - LOW) * t
 
 
-def _ve_sigma(t: np.ndarray) -> np.ndarray:
+def _ve_sigma(t):
     return SMALL * (LARGE / SMALL) ** np.asarray(t, np.float64)
 
 
@@ -70,20 +69,20 @@ LEFT = 1e-4
 NATS = 2 * np.log(64 / 256)
 
 
-def _angle(t: np.ndarray) -> np.ndarray:
+def _angle(t):
     return FROM + (TO - FROM) * np.asarray(t, np.float64)
 
 
-def _line(t: np.ndarray) -> np.ndarray:
+def _line(t):
     return (1 - np.asarray(t, np.float64)) + LEFT * np.asarray(t, np.float64)
 
 
-def _odds(t: np.ndarray) -> np.ndarray:
+def _odds(t):
     """sigma^2 / alpha^2 of vp with its log-SNR moved."""
     return np.expm1(_integral(t)) * np.exp(-NATS)
 
 
-def _odds_beta(t: np.ndarray) -> np.ndarray:
+def _odds_beta(t):
     """Of the forward equation: beta = (d odds / dt) / (1 + odds)."""
     return _beta(t) * np.exp(_integral(t) - NATS) / (1 + _odds(t))
 
@@ -114,7 +113,7 @@ LEVELS = {
 }
 
 
-def numbered(made: Iterable[schedule.Schedule]) -> list[schedule.Timed]:
+def numbered(made):
     """Each of some schedules over [0, 1], all of them arguments of one program."""
     ways, back = [], []
     for one in made:
@@ -124,10 +123,10 @@ def numbered(made: Iterable[schedule.Schedule]) -> list[schedule.Timed]:
             lambda logsnr, one=one, last=last: continuous.time_of(one, logsnr) / last
         )
 
-    def level(k: jax.Array, t: jax.Array) -> schedule.NoiseLevel:
+    def level(k, t):
         return jax.lax.switch(k, ways, t)
 
-    def time(k: jax.Array, logsnr: jax.Array) -> jax.Array:
+    def time(k, logsnr):
         return jax.lax.switch(k, back, logsnr)
 
     return [schedule.Timed(level, (k,), inverse=time) for k in range(len(ways))]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
-from diffusion_jax import gaussian, schedule
+from diffusion_jax import gaussian
 
 
 class Mixture:
@@ -22,19 +22,19 @@ class Mixture:
         self.spread, self.basis = np.linalg.eigh(self.covs)
 
     @property
-    def mean(self) -> np.ndarray:
+    def mean(self):
         return self.weights @ self.means
 
     @property
-    def cov(self) -> np.ndarray:
+    def cov(self):
         off = self.means - self.mean
         inner = np.einsum("k,kij->ij", self.weights, self.covs)
         return inner + np.einsum("k,ki,kj->ij", self.weights, off, off)
 
-    def denoiser(self, made: schedule.Schedule) -> gaussian.Denoiser:
+    def denoiser(self, made):
         """E[x0 | x_t] and E[eps | x_t], by Bayes' rule over the components."""
 
-        def denoise(x_t: jax.Array, t: jax.Array) -> gaussian.Prediction:
+        def denoise(x_t, t):
             level = made(jnp.broadcast_to(t, x_t.shape[:1]))
             dtype = x_t.dtype
             # Bases side by side, [d, K d]: a product for all components at once.
@@ -57,7 +57,7 @@ class Mixture:
                 far = (off**2 / variance + jnp.log(variance)).sum(axis=-1)
                 share = jax.nn.softmax(jnp.log(weights)[None] - 0.5 * far, axis=-1)
 
-            def back(a: jax.Array) -> jax.Array:
+            def back(a):
                 return (share[..., None] * a).reshape(len(x_t), -1) @ aside.T
 
             x0 = share @ means + back(off * alpha * spread[None] / variance)
@@ -66,7 +66,7 @@ class Mixture:
 
         return denoise
 
-    def flow(self, x_t: np.ndarray, level, end) -> np.ndarray:
+    def flow(self, x_t, level, end):
         """Where the exact probability flow takes x_t of one component: its quantile."""
         if len(self.weights) != 1:
             raise ValueError("the flow of a mixture has no closed form")
@@ -78,32 +78,32 @@ class Mixture:
         out = float(end.alpha) * self.means[0] + (off * scale) @ self.basis[0].T
         return out.reshape(x_t.shape)
 
-    def logp(self, x_t: np.ndarray, level) -> np.ndarray:
+    def logp(self, x_t, level):
         """Log density of the marginal of one component, nats, [B]."""
         alpha, sigma = (float(level.alpha), float(level.sigma))
         cov = alpha**2 * self.cov + sigma**2 * np.eye(len(self.cov))
         flat = np.asarray(x_t, np.float64).reshape(len(x_t), -1)
         return scipy.stats.multivariate_normal(alpha * self.mean, cov).logpdf(flat)
 
-    def draw(self, count: int, seed: int = 0) -> jax.Array:
+    def draw(self, count, seed=0):
         """Samples of one component, [count, *shape]."""
         rng = np.random.default_rng(seed)
         flat = rng.multivariate_normal(self.means[0], self.covs[0], count)
         return jnp.asarray(flat.reshape(count, *self.shape))
 
-    def shares(self, x: np.ndarray) -> np.ndarray:
+    def shares(self, x):
         """The share of the samples that lies nearest to each mean, [K]."""
         flat = x.reshape(len(x), 1, -1)
         nearest = ((flat - self.means) ** 2).sum(axis=-1).argmin(axis=1)
         return np.bincount(nearest, minlength=len(self.weights)) / len(x)
 
 
-def normal(mean, cov) -> Mixture:
+def normal(mean, cov):
     """One component: an image of mean.shape, with `cov` over its pixels."""
     return Mixture([1.0], [np.ravel(mean)], [cov], np.shape(mean))
 
 
-def one(shape=(2, 2, 1)) -> Mixture:
+def one(shape=(2, 2, 1)):
     """Correlated pixels with a mean: standard deviations from 0.2 to 0.6."""
     rng = np.random.default_rng(0)
     size = int(np.prod(shape))
@@ -112,7 +112,7 @@ def one(shape=(2, 2, 1)) -> Mixture:
     return normal(mean, root @ root.T + 0.04 * np.eye(size))
 
 
-def two(shape=(2, 2, 1)) -> Mixture:
+def two(shape=(2, 2, 1)):
     """Two components far apart, one three times as heavy."""
     size = int(np.prod(shape))
     first = np.linspace(0.4, 0.8, size)

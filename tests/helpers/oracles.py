@@ -9,14 +9,13 @@ from functools import cache
 
 import numpy as np
 import scipy.special
-from mixtures import Mixture
 
 from diffusion_jax import schedule
 
 T = 1000
 
 
-def betas_of(name: str, num_steps: int = T) -> np.ndarray:
+def betas_of(name, num_steps=T):
     """The forward variances of a schedule as its authors define them, [T]."""
     start, end = 1e-4, 0.02
     steps = np.arange(num_steps)
@@ -31,21 +30,15 @@ def betas_of(name: str, num_steps: int = T) -> np.ndarray:
         return 1.0 / (num_steps - steps)
     if name in ("warmup10", "warmup50"):
         rise = num_steps * int(name[-2:]) // 100
-        return np.where(
-            steps < rise, start + (end - start) * steps / max(rise - 1, 1), end
-        )
+        rising = start + (end - start) * steps / max(rise - 1, 1)
+        return np.where(steps < rise, rising, end)
+    share = np.arange(num_steps + 1) / num_steps
     if name == "cosine":
-
-        def alpha_bar(u: np.ndarray) -> np.ndarray:
-            return np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
-
-        kept = alpha_bar((steps + 1) / num_steps) / alpha_bar(steps / num_steps)
-        return np.minimum(1 - kept, 0.999)
+        alpha_bar = np.cos((share + 0.008) / 1.008 * np.pi / 2) ** 2
     if name == "sigmoid":
-        curve = scipy.special.expit(-3 + 6 * np.arange(num_steps + 1) / num_steps)
-        abar = (curve[-1] - curve) / (curve[-1] - curve[0])
-        return np.minimum(1 - abar[1:] / abar[:-1], 0.999)
-    raise KeyError(name)
+        curve = scipy.special.expit(-3 + 6 * share)
+        alpha_bar = (curve[-1] - curve) / (curve[-1] - curve[0])
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
 
 
 SCHEDULES = {
@@ -67,7 +60,7 @@ class NumpyDDPM:
     A jump to an earlier s has 1 - alpha_bar_t / alpha_bar_s in the place of beta_t.
     """
 
-    def __init__(self, betas: np.ndarray):
+    def __init__(self, betas):
         betas = np.asarray(betas, np.float64)
         self.num_steps = len(betas)
         self.betas = np.concatenate([[np.nan], betas])
@@ -80,69 +73,46 @@ class NumpyDDPM:
         self.alphas, self.sigmas = np.sqrt(self.alphas_bar), np.sqrt(self.noise)
 
     @classmethod
-    def named(cls, name: str, num_steps: int = T) -> "NumpyDDPM":
+    def named(cls, name, num_steps=T):
         return cls(betas_of("linear" if name == "from_betas" else name, num_steps))
 
-    def beta(self, t: np.ndarray, s: np.ndarray | None = None) -> np.ndarray:
+    def beta(self, t, s=None):
         """Variance of q(x_t | x_s)."""
         s = t - 1 if s is None else s
         jump = 1 - self.alphas_bar[t] / self.alphas_bar[s]
         return np.where(np.equal(s, t - 1), self.betas[t], jump)
 
-    def coefficients(
-        self, t: np.ndarray, s: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def coefficients(self, t, s=None):
         """Those of x0 and x_t in the posterior mean (Eq. 7)."""
         s = t - 1 if s is None else s
         beta = self.beta(t, s)
         c0 = self.alphas[s] * beta / self.noise[t]
         return c0, np.sqrt(1 - beta) * self.noise[s] / self.noise[t]
 
-    def variance(
-        self, kind: str, t: np.ndarray, s: np.ndarray | None = None
-    ) -> np.ndarray:
+    def variance(self, kind, t, s=None):
         """fixedsmall: the posterior's (Eq. 7); fixedlarge: beta_t."""
         s = t - 1 if s is None else s
         beta = self.beta(t, s)
         return beta * self.noise[s] / self.noise[t] if kind == "small" else beta
 
-    def log_variance(self, kind: str, t: np.ndarray) -> np.ndarray:
+    def log_variance(self, kind, t):
         """Its logarithm; both kinds have the posterior variance of t = 2 at t = 1."""
-        clipped = np.where(
-            np.equal(t, 1),
-            self.variance("small", np.asarray(2)),
-            self.variance(kind, np.maximum(t, 2)),
-        )
-        return np.log(clipped)
+        first, rest = self.variance("small", 2), self.variance(kind, np.maximum(t, 2))
+        return np.log(np.where(np.equal(t, 1), first, rest))
 
-    def q_sample(self, x0: np.ndarray, eps: np.ndarray, t: np.ndarray) -> np.ndarray:
+    def q_sample(self, x0, eps, t):
         return _rows(self.alphas[t], x0) * x0 + _rows(self.sigmas[t], x0) * eps
 
-    def posterior_mean(
-        self,
-        x0: np.ndarray,
-        x_t: np.ndarray,
-        t: np.ndarray,
-        s: np.ndarray | None = None,
-    ) -> np.ndarray:
-        c0, ct = self.coefficients(t, s)
+    def posterior_mean(self, x0, x_t, t):
+        c0, ct = self.coefficients(t)
         return _rows(c0, x0) * x0 + _rows(ct, x0) * x_t
 
-    def x0_from_eps(
-        self, x_t: np.ndarray, eps: np.ndarray, t: np.ndarray
-    ) -> np.ndarray:
+    def x0_from_eps(self, x_t, eps, t):
         alphas_bar = _rows(self.alphas_bar[t], x_t)
         noise = _rows(self.noise[t], x_t)
         return np.sqrt(1 / alphas_bar) * x_t - np.sqrt(noise / alphas_bar) * eps
 
-    def bound_term(
-        self,
-        x0: np.ndarray,
-        x_t: np.ndarray,
-        x0_guess: np.ndarray,
-        t: np.ndarray,
-        model_log_variance: np.ndarray,
-    ) -> np.ndarray:
+    def bound_term(self, x0, x_t, x0_guess, t, model_log_variance):
         """L_{t-1} for t > 1 and L_0 for t = 1, in bits/dim, [N]."""
         truth = self.posterior_mean(x0, x_t, t)
         guess = self.posterior_mean(x0_guess, x_t, t)
@@ -151,7 +121,7 @@ class NumpyDDPM:
         nll = decoder_nll(x0, guess, model_log_variance)
         return bits_per_dim(np.where(_rows(np.equal(t, 1), x0), nll, kl))
 
-    def prior(self, x0: np.ndarray) -> np.ndarray:
+    def prior(self, x0):
         """L_T in bits/dim, [N]."""
         mean = self.alphas[-1] * x0
         noise = np.log(self.noise[-1])
@@ -159,19 +129,11 @@ class NumpyDDPM:
 
 
 @cache
-def oracle(name: str) -> NumpyDDPM:
+def oracle(name):
     return NumpyDDPM.named(name)
 
 
-def said(
-    kind: str,
-    x0: np.ndarray,
-    eps: np.ndarray,
-    alpha: np.ndarray,
-    sigma: np.ndarray,
-    c0: np.ndarray,
-    ct: np.ndarray,
-) -> np.ndarray:
+def said(kind, x0, eps, alpha, sigma, c0, ct):
     """What a perfect network of this kind puts out, by the coefficients of a step."""
     x_t = alpha * x0 + sigma * eps
     # Table 1 of Karras et al. 2022 at x = x_t / alpha, with 0.5 for sigma_data.
@@ -188,72 +150,56 @@ def said(
     }[kind]
 
 
-def output_of(
-    kind: str, truth: NumpyDDPM, x0: np.ndarray, eps: np.ndarray, t: np.ndarray
-) -> np.ndarray:
+def output_of(kind, truth, x0, eps, t):
     numbers = truth.alphas[t], truth.sigmas[t], *truth.coefficients(t)
     return said(kind, x0, eps, *(wide(a) for a in numbers))
 
 
-def draw(seed: int, *shape: int) -> np.ndarray:
+def draw(seed, *shape):
     """Normal numbers without rounding error in float32."""
     numbers = np.random.default_rng(seed).normal(size=shape)
     return numbers.astype(np.float32).astype(np.float64)
 
 
-def wide(a: np.ndarray) -> np.ndarray:
+def wide(a):
     return np.reshape(a, (-1, 1, 1))
 
 
-def normal_kl(
-    mean1: np.ndarray, log1: np.ndarray, mean2: np.ndarray, log2: np.ndarray
-) -> np.ndarray:
+def normal_kl(mean1, log1, mean2, log2):
     distance = (mean1 - mean2) ** 2 * np.exp(-log2)
     return 0.5 * (-1 + log2 - log1 + np.exp(log1 - log2) + distance)
 
 
-def decoder_nll(
-    x0: np.ndarray, mean: np.ndarray, log_variance: np.ndarray, *, exact: bool = False
-) -> np.ndarray:
+def decoder_nll(x0, mean, log_variance, *, exact=False):
     """Eq. 13 in nats; the distribution function is the authors' tanh unless exact."""
 
-    def cdf(x: np.ndarray) -> np.ndarray:
+    def cdf(x):
         if exact:
             return scipy.special.ndtr(x)
         return 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
     scale = np.exp(0.5 * log_variance)
-    above, below = (
-        cdf((x0 + 1 / 255 - mean) / scale),
-        cdf((x0 - 1 / 255 - mean) / scale),
-    )
-    inside = np.where(
-        x0 < -0.999, above, np.where(x0 > 0.999, 1 - below, above - below)
-    )
-    return -np.log(np.maximum(inside, 1e-12))
+    above = np.where(x0 > 0.999, 1, cdf((x0 + 1 / 255 - mean) / scale))
+    below = np.where(x0 < -0.999, 0, cdf((x0 - 1 / 255 - mean) / scale))
+    return -np.log(np.maximum(above - below, 1e-12))
 
 
-def bits_per_dim(nats: np.ndarray) -> np.ndarray:
+def bits_per_dim(nats):
     return nats.reshape(len(nats), -1).mean(axis=1) / np.log(2)
 
 
-def _rows(a: np.ndarray, x: np.ndarray) -> np.ndarray:
+def _rows(a, x):
     a = np.asarray(a)
     return a.reshape(a.shape + (1,) * (np.ndim(x) - a.ndim))
 
 
-def ancestral(
-    data: Mixture, ddpm: NumpyDDPM, t: int, s: int
-) -> tuple[np.ndarray, np.ndarray]:
+def ancestral(data, ddpm, t, s):
     """Slope [d, d] and offset [d] of E[x_s | x_t] in x_t, for data of one component.
 
     With the best network there is a step of ancestral sampling is affine.
     """
     (c0, ct), alpha = ddpm.coefficients(t, s), ddpm.alphas[t]
-    gain = (
-        alpha
-        * data.cov
-        @ np.linalg.inv(alpha**2 * data.cov + ddpm.noise[t] * np.eye(len(data.cov)))
-    )
-    offset = c0 * (data.mean - alpha * gain @ data.mean)
-    return c0 * gain + ct * np.eye(len(data.cov)), offset
+    unit = np.eye(len(data.cov))
+    spread = alpha**2 * data.cov + ddpm.noise[t] * unit
+    gain = alpha * data.cov @ np.linalg.inv(spread)
+    return c0 * gain + ct * unit, c0 * (data.mean - alpha * gain @ data.mean)

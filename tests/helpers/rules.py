@@ -11,12 +11,12 @@ import numpy as np
 from oracles import SCHEDULES
 
 from diffusion_jax import continuous, grids, langevin, ode, samplers, schedule, solvers
-from diffusion_jax.schedule import Schedule, is_discrete
+from diffusion_jax.schedule import is_discrete
 
 
-def _stretch(schedule: Schedule, steps: int) -> np.ndarray:
+def _stretch(made, steps):
     """All the way in one step, but for the last one."""
-    last = continuous.last_time(schedule)
+    last = continuous.last_time(made)
     return np.array([last, 1, 0] if last > 1 else [1.0, 1e-3, 0.0])
 
 
@@ -30,51 +30,43 @@ class Rule(NamedTuple):
     grid: Callable = grids.quadratic
     order: int | None = None
     """Of convergence to the flow, where it converges to the flow at a fixed rate."""
-    flow: bool = True
-    """Whether it follows the probability flow: no noise after the start."""
     excess: float = 0.0
     """Share by which its variance is too large, by its own mathematics."""
     shape: tuple[int, ...] = (2, 2, 1)
     """Images of a size that it is made for."""
 
 
-def _pp(order: str) -> Callable:
+def _pp(order):
     return partial(solvers.dpm_solver_pp, order=order)
 
 
+def _pc(predictor):
+    return partial(langevin.predictor_corrector, predictor=predictor, snr=0.1)
+
+
+_langevin = partial(langevin.langevin, moves=30, step_size=0.1)
+
+
 RULES = {
-    "ddpm-small": Rule(partial(samplers.ddpm, variance="small"), 250, flow=False),
-    "ddpm-large": Rule(samplers.ddpm, 250, flow=False),
+    "ddpm-small": Rule(partial(samplers.ddpm, variance="small"), 250),
+    "ddpm-large": Rule(samplers.ddpm, 250),
     "ddim": Rule(samplers.ddim, 250, order=1),
-    "ddim-half": Rule(partial(samplers.ddim, eta=0.5), 250, flow=False),
-    "ddim-full": Rule(partial(samplers.ddim, eta=1.0), 250, flow=False),
+    "ddim-half": Rule(partial(samplers.ddim, eta=0.5), 250),
+    "ddim-full": Rule(partial(samplers.ddim, eta=1.0), 250),
     "heun": Rule(solvers.heun, grid=grids.karras, order=2),
-    "edm": Rule(partial(solvers.edm, churn=20.0), 120, grid=grids.karras, flow=False),
+    "edm": Rule(partial(solvers.edm, churn=20.0), 120, grid=grids.karras),
     "dpm_solver_pp-1": Rule(_pp("1"), 250, order=1),
     "dpm_solver_pp-2S": Rule(_pp("2S"), grid=grids.logsnr, order=2),
     "dpm_solver_pp-2M": Rule(solvers.dpm_solver_pp, grid=grids.logsnr, order=2),
     "dpm_solver_pp-3M": Rule(_pp("3M"), grid=grids.logsnr, order=3),
-    "dpm_solver_pp-SDE": Rule(_pp("SDE"), grid=grids.logsnr, flow=False),
+    "dpm_solver_pp-SDE": Rule(_pp("SDE"), grid=grids.logsnr),
     # The corrector raises the order of the predictor by one.
     "unipc-1": Rule(partial(solvers.unipc, order=1), grid=grids.logsnr, order=2),
     "unipc-2": Rule(solvers.unipc, grid=grids.logsnr, order=3),
     "unipc-3": Rule(partial(solvers.unipc, order=3), grid=grids.logsnr, order=4),
-    "pc-reverse": Rule(
-        partial(langevin.predictor_corrector, snr=0.1), 300, flow=False, shape=(8, 8, 1)
-    ),
-    "pc-ancestral": Rule(
-        partial(langevin.predictor_corrector, predictor="ancestral", snr=0.1),
-        250,
-        flow=False,
-        shape=(8, 8, 1),
-    ),
-    "langevin": Rule(
-        partial(langevin.langevin, moves=30, step_size=0.1),
-        100,
-        grid=grids.logsnr,
-        flow=False,
-        excess=0.026,
-    ),
+    "pc-reverse": Rule(_pc("reverse_diffusion"), 300, shape=(8, 8, 1)),
+    "pc-ancestral": Rule(_pc("ancestral"), 250, shape=(8, 8, 1)),
+    "langevin": Rule(_langevin, 100, grid=grids.logsnr, excess=0.026),
     "ode": Rule(partial(ode.ode, rtol=1e-4, atol=1e-4), grid=_stretch),
 }
 

@@ -5,35 +5,43 @@ import numpy as np
 import pytest
 from oracles import T, draw, oracle, output_of
 
-from diffusion_jax import gaussian, schedule
+from diffusion_jax import continuous, gaussian, schedule
 
 TIMES, EPS = np.arange(1, T + 1), draw(1, T, 2, 3)
 
 
-@pytest.mark.parametrize("t", [np.array([1, 500, 1000]), 500])
-@pytest.mark.parametrize("time_shift", [1, 0])
-def test_denoiser_shifts_time(t, time_shift):
-    """Released networks count from 0: at t they are fed t - 1."""
+LIN = schedule.linear()
+FED = [
+    # Released networks count from 0: at t they are fed t - 1.
+    (LIN, np.array([1, 500, 1000]), {}, [0, 499, 999]),
+    (LIN, 500, {"time_shift": 0}, [500, 500, 500]),
+    (continuous.interpolate(LIN), 4.5, {}, [3.5, 3.5, 3.5]),
+    (continuous.vp(), 0.25, {}, [0.25, 0.25, 0.25]),
+]
+
+
+@pytest.mark.parametrize(("made", "t", "options", "expected"), FED)
+def test_denoiser_shifts_time(made, t, options, expected):
+    """One less where times count steps."""
     seen = []
 
     def network(x, t):
         seen.append(t)
         return 0 * x
 
-    denoise = gaussian.denoiser(network, schedule.linear(), "x0", time_shift=time_shift)
-    denoise(jnp.ones([3, 2]), t)
-    np.testing.assert_array_equal(seen[0], np.broadcast_to(t, 3) - time_shift)
+    gaussian.denoiser(network, made, "v", **options)(jnp.ones([3, 2]), t)
+    np.testing.assert_array_equal(seen[0], expected)
 
 
 @pytest.mark.parametrize("kind", gaussian.KINDS)
 def test_denoiser_clips_x0_and_makes_eps_agree(kind, x64):
-    truth, lin = oracle("linear"), schedule.linear()
+    truth = oracle("linear")
     t, x0 = TIMES[99:900:50], 3 * draw(4, T, 2, 3)[99:900:50]
     eps = EPS[99:900:50]
     x_t = jnp.asarray(truth.q_sample(x0, eps, t))
     output = jnp.asarray(output_of(kind, truth, x0, eps, t))
     for clip, expected in ((False, x0), (True, np.clip(x0, -1, 1))):
-        pred = gaussian.denoiser(lambda *_: output, lin, kind, clip=clip)(x_t, t)
+        pred = gaussian.denoiser(lambda *_: output, LIN, kind, clip=clip)(x_t, t)
         np.testing.assert_allclose(pred.x0, expected, rtol=1e-8, atol=1e-8)
         again = truth.q_sample(np.asarray(pred.x0), np.asarray(pred.eps), t)
         np.testing.assert_allclose(again, x_t, rtol=1e-9, atol=1e-9)
@@ -53,18 +61,18 @@ SAID = jnp.array([-1.0, 0.0, 1.0, 3.0, -2.0])[:, None, None, None]
     [("learned", "log_variance", SAID), ("range", "fraction", 0.5 + 0.5 * SAID)],
 )
 def test_denoiser_splits_off_the_learned_variance(variance, field, expected, clip):
-    lin, x_t = schedule.linear(), jnp.full([5, 3, 3, 1], 0.5)
+    x_t = jnp.full([5, 3, 3, 1], 0.5)
 
     def network(x, t):
         return jnp.concatenate([0 * x, 0 * x + SAID], -1)
 
-    pred = gaussian.denoiser(network, lin, "eps", variance=variance, clip=clip)(
+    pred = gaussian.denoiser(network, LIN, "eps", variance=variance, clip=clip)(
         x_t, 300
     )
     assert pred.x0.shape == pred.eps.shape == x_t.shape
     got = getattr(pred, field)
     np.testing.assert_array_equal(got, jnp.broadcast_to(expected, x_t.shape))
-    plain = gaussian.denoiser(lambda x, t: 0 * x, lin, "eps", clip=clip)(x_t, 300)
+    plain = gaussian.denoiser(lambda x, t: 0 * x, LIN, "eps", clip=clip)(x_t, 300)
     assert plain.log_variance is plain.fraction is None
     assert (pred.log_variance is None) == (variance == "range")
     np.testing.assert_array_equal(plain.x0, pred.x0)
@@ -72,14 +80,14 @@ def test_denoiser_splits_off_the_learned_variance(variance, field, expected, cli
 
 def test_denoiser_feeds_edm_what_karras_feeds(x64):
     """c_in x and c_noise = log(s) / 4, at x = x_t / alpha and s = sigma / alpha."""
-    truth, lin, seen = oracle("linear"), schedule.linear(), []
+    truth, seen = oracle("linear"), []
 
     def network(x, t):
         seen.append((x, t))
         return 0 * x
 
     t, x_t = np.array([1, 400, 1000]), draw(0, 3, 2)
-    denoise = gaussian.denoiser(network, lin, "edm", sigma_data=0.7, time_shift=5)
+    denoise = gaussian.denoiser(network, LIN, "edm", sigma_data=0.7, time_shift=5)
     denoise(jnp.asarray(x_t), t)
     alpha, sigma = truth.alphas[t], truth.sigmas[t]
     c_in = 1 / np.sqrt((sigma / alpha) ** 2 + 0.7**2)

@@ -9,10 +9,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from oracles import SCHEDULES, T, betas_of, draw, oracle, wide
 
-from diffusion_jax import gaussian, prediction, schedule
+from diffusion_jax import gaussian
 
 TIMES = np.arange(1, T + 1)
 BOUND = {"float32": 1e-6, "float64": 1e-10}
@@ -151,53 +150,3 @@ def test_noise_of_an_example_is_that_of_its_key(x64):
         assert len(np.unique(whole)) == 10
     assert whole.dtype == jnp.float64
     assert gaussian.normal(one, (2,), jnp.float32).dtype == jnp.float32
-
-
-X, LIN = jnp.ones([2, 3]), schedule.linear()
-NOW, THEN = LIN(500), LIN(499)
-PRED, KEYS = gaussian.Prediction(X, X), jax.random.split(jax.random.key(0), 3)
-
-
-def _p_sample(variance):
-    return gaussian.p_sample(KEYS[0], PRED, X, NOW, THEN, variance=variance)
-
-
-REFUSED = [
-    (lambda: gaussian.predict("epsilon", X, X, NOW), "'epsilon'"),
-    (lambda: gaussian.target("flow", X, X, NOW), "'flow'"),
-    (lambda: gaussian.target("edm", X, X, NOW, sigma_data=0.0), "0.0"),
-    (lambda: gaussian.predict("edm", X, X, NOW, sigma_data=-1.0), "-1.0"),
-    (lambda: gaussian.predict("mean", X, X, NOW), "prev_level=None"),
-    (lambda: gaussian.target("mean", X, X, NOW), "prev_level=None"),
-    (lambda: gaussian.denoiser(None, LIN, "noise"), "'noise'"),
-    (lambda: gaussian.denoiser(None, LIN, "eps", variance="ranged"), "'ranged'"),
-    (lambda: gaussian.reverse_variance("fixed", NOW, THEN), "'fixed'"),
-    (lambda: prediction.log_variance("big", PRED, NOW, THEN), "'big'"),
-    (lambda: _p_sample("big"), "'big'"),
-    (lambda: _p_sample("learned"), "none"),
-    (lambda: _p_sample("range"), "none"),
-    (lambda: _p_sample("analytic"), "none"),
-    (lambda: gaussian.normal(KEYS[:1], (2, 3)), "1"),
-    (lambda: gaussian.normal(KEYS, (2, 3)), "3"),
-]
-
-
-def test_bad_input_is_refused(refuses):
-    for call, got in REFUSED:
-        with refuses(got):
-            call()
-
-
-def test_hints_name_what_was_meant():
-    with pytest.raises(ValueError, match="Did you mean 'eps'"):
-        gaussian.predict("epsilon", X, X, NOW)
-    with pytest.raises(ValueError) as caught:
-        gaussian.reverse_variance("learned", NOW, THEN)
-    assert "Did you mean 'learned'" not in str(caught.value)
-
-
-def test_no_level_is_broadcast_by_accident():
-    """A batch of levels meets an image of another batch size: an error, not a guess."""
-    level = schedule.linear()(np.array([1, 2]))
-    with pytest.raises((TypeError, ValueError)):
-        gaussian.q_sample(jnp.ones([3, 2]), jnp.ones([3, 2]), level)

@@ -115,19 +115,3 @@ def test_pure_noise_goes_on_as_noise(x64):
     before = end(lambda d, s: langevin.langevin(d, s, moves=1), made, 100, 100)
     after = end(lambda d, s: langevin.langevin(d, s, moves=1), made, 100, 99)
     np.testing.assert_allclose(after, before * np.sqrt(0.99), rtol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("call", "got"),
-    [
-        (lambda d, s: langevin.predictor_corrector(d, s, predictor="euler"), "'euler'"),
-        (lambda d, s: langevin.predictor_corrector(d, s, corrections=-1), "-1"),
-        (lambda d, s: langevin.predictor_corrector(d, s, snr=0.0), "0.0"),
-        (lambda d, s: langevin.langevin(d, s, moves=0), "0 and 0.2"),
-        (lambda d, s: langevin.langevin(d, s, step_size=3.0), "3.0"),
-    ],
-)
-def test_bad_options_are_refused(call, got, refuses):
-    made = schedule.linear()
-    with refuses(got):
-        call(DATA.denoiser(made), made)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import mixtures
 import numpy as np
-import pytest
 from continuous_oracles import SDES, numbered
 from jax.sharding import AxisType, PartitionSpec
 
@@ -46,19 +45,12 @@ def errors(name, tolerance=1e-5):
     return np.abs(solved.x - DATA.flow(x, high, low)).max(), solved
 
 
-def test_ends_where_the_exact_flow_does(x64):
-    for name in MADE:
+def test_ends_where_the_exact_flow_does(precision):
+    for name in MADE if precision == "float64" else ("ve", "linear"):
         error, solved = errors(name)
         assert error < 10 * 1e-5, name
         assert 60 < solved.evaluations.min() <= solved.evaluations.max() < 200, name
-        assert solved.x.dtype == jnp.float64
-
-
-def test_single_precision_is_enough_for_the_usual_tolerance():
-    for name in ("ve", "linear"):
-        error, solved = errors(name)
-        assert error < 10 * 1e-5, name
-        assert solved.x.dtype == jnp.float32
+        assert solved.x.dtype == precision
 
 
 def test_a_tighter_tolerance_is_more_exact_and_costs_more(x64):
@@ -89,20 +81,6 @@ def test_any_state_in_both_directions_of_time(precision):
         np.testing.assert_allclose(end["y"], state["y"] + shift, **close)
         assert end["x"].dtype == end["y"].dtype == precision
         assert np.all((evaluations > 0) == (t0 != t1))
-
-
-def test_evaluations_are_counted(x64):
-    """The field is called as often as is said."""
-    calls = []
-
-    def field(x, t):
-        jax.debug.callback(lambda _: calls.append(1), t)
-        return -x * jnp.sin(10 * t)[:, None]
-
-    alone = jax.jit(lambda x: ode.integrate(field, x, 0.0, 2.0, rtol=1e-4, atol=1e-4))
-    _, evaluations = jax.block_until_ready(alone(jnp.ones([1, 1])))
-    jax.effects_barrier()
-    assert len(calls) == evaluations[0] > 50
 
 
 def test_each_example_has_its_own_steps(x64):
@@ -157,7 +135,7 @@ def test_encoding_and_decoding_gives_the_data_back(x64):
     assert 0 < np.abs(encoded - noise).max() < 0.1
 
 
-def test_nothing_is_evaluated_needlessly():
+def test_evaluations_are_counted_and_none_is_needless():
     """Only the solve in a step to noise, only DDIM's one evaluation in that to data."""
     made, calls = continuous.vp(), []
 
@@ -203,34 +181,3 @@ def test_shard_map_that_checks_is_refused_with_what_to_do(refuses):
 
     with refuses("one that does"):
         jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec)(start(8))
-
-
-def test_gradients_reach_state_and_parameters(x64):
-    """Of x0 exp(-k) in both."""
-
-    def end(x, k):
-        field = lambda x, t: -k * x  # noqa: E731
-        return ode.integrate(field, x, 0.0, 1.0, rtol=1e-9, atol=1e-9).x.sum()
-
-    by_x, by_k = jax.jit(jax.grad(end, (0, 1)))(2 * jnp.ones([1, 1]), 0.7)
-    np.testing.assert_allclose(by_x, [[np.exp(-0.7)]], rtol=1e-7)
-    np.testing.assert_allclose(by_k, -2 * np.exp(-0.7), rtol=1e-7)
-
-
-@pytest.mark.parametrize(
-    ("options", "got"),
-    [({"rtol": 0.0}, "0.0"), ({"atol": -1.0}, "-1.0"), ({"max_steps": 0}, "0")],
-)
-def test_bad_options_are_refused(options, got, refuses):
-    with refuses(got):
-        ode.integrate(lambda x, t: -x, jnp.ones([1, 1]), 0.0, 1.0, **options)
-    with refuses(got):
-        ode.ode(None, continuous.vp(), **options)
-
-
-@pytest.mark.parametrize("grid", [[1.0, 2.0, 0.5], [1.5, 0.5]])
-def test_a_grid_that_it_cannot_walk_is_refused(grid, refuses):
-    made = continuous.vp()
-    rule = ode.ode(DATA.denoiser(made), made)
-    with refuses("2. " if len(grid) == 3 else "1.5"):
-        samplers.sample(KEY, rule, np.array(grid), (1, 2, 2, 1))

@@ -1,9 +1,6 @@
 """All rules x schedules x predictions, on data whose best network is known."""
 
-import ast
 import functools
-import inspect
-import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +9,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from rules import MADE, RULES, made_for
 
-from diffusion_jax import gaussian, grids, langevin, ode, samplers, solvers
+from diffusion_jax import gaussian, grids, samplers
 from diffusion_jax.training import parallel
 
 KEY = jax.random.key(0)
-SOLVERS = (
-    solvers.heun,
-    solvers.edm,
-    solvers.dpm_solver_pp,
-    solvers.unipc,
-    langevin.predictor_corrector,
-    langevin.langevin,
-)
-every_rule = pytest.mark.parametrize("name", RULES)
 
 
 def tiny(x, t):
@@ -41,9 +29,7 @@ FORMS = ("ddpm-large", "ddim-half", "heun", "edm", "dpm_solver_pp-3M", "unipc-3"
 FORMS += ("pc-reverse", "langevin", "ode")
 SHAPES = [
     *((name, (2, 5, 7, 3), {"threshold": 0.9}) for name in FORMS),
-    ("ddim-half", (1, 3), {"clip": True}),
     ("pc-reverse", (1, 3), {"clip": True}),
-    ("dpm_solver_pp-2M", (10_000, 2), {"clip": True}),
 ]
 
 
@@ -75,10 +61,9 @@ def few(name):
     return sampler, grid, samplers.sample(KEY, sampler, grid, (8, 2, 2, 1))
 
 
-# Those that differ in what they know of the batch: nothing, norms.
-@pytest.mark.parametrize("name", ["unipc-3", "pc-reverse"])
-def test_many_devices_draw_what_one_draws(name):
-    sampler, grid, one = few(name)
+def test_many_devices_draw_what_one_draws():
+    """By the rule that takes norms."""
+    sampler, grid, one = few("pc-reverse")
     out = NamedSharding(parallel.make_mesh(), PartitionSpec("data"))
     many = jax.jit(
         lambda key: samplers.sample(key, sampler, grid, (8, 2, 2, 1)), out_shardings=out
@@ -86,40 +71,26 @@ def test_many_devices_draw_what_one_draws(name):
     np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["edm", "pc-reverse", "ode"])
-def test_an_example_depends_on_the_key_and_its_number_alone(name):
-    """Under pmap, and so of any batch."""
-    sampler, grid, one = few(name)
-    each = jax.pmap(
-        lambda first: samplers.sample(KEY, sampler, grid, (1, 2, 2, 1), first=first)
-    )(jnp.arange(8))
-    np.testing.assert_allclose(each[:, 0], one, rtol=1e-4, atol=1e-5)
-
-
+TWICE = ("heun", "edm", "dpm_solver_pp-2S", "pc-reverse", "pc-ancestral")
 EVALUATIONS = {
-    **dict.fromkeys(RULES, lambda n: n),
-    "heun": lambda n: 2 * n - 1,
-    "edm": lambda n: 2 * n - 1,
-    "dpm_solver_pp-2S": lambda n: 2 * n - 1,
-    "pc-reverse": lambda n: 2 * n - 1,
-    "pc-ancestral": lambda n: 2 * n - 1,
-    "langevin": lambda n: 30 * n + 1,
+    # That of "ode" depends on its tolerance.
+    **{name: 5 for name in RULES if name != "ode"},
+    **dict.fromkeys(TWICE, 2 * 5 - 1),
+    "langevin": 30 * 5 + 1,
 }
 
 
-@every_rule
+@pytest.mark.parametrize("name", EVALUATIONS)
 def test_evaluations_are_counted(name):
-    if name == "ode":
-        pytest.skip("as many as the tolerance takes: tests/mathematics/test_ode.py")
     rule, lin = RULES[name], MADE["linear"]
     denoise = gaussian.denoiser(tiny, lin, "v")
     count = samplers.count_evaluations(
         lambda counted: rule.make(counted, lin), denoise, grids.uniform(lin, 5), (3, 2)
     )
-    assert count == EVALUATIONS[name](5)
+    assert count == EVALUATIONS[name]
 
 
-@pytest.mark.parametrize("name", ["ddpm-large", "dpm_solver_pp-3M", "unipc-3"])
+@pytest.mark.parametrize("name", ["ddpm-large", "unipc-3"])
 def test_a_padded_grid_changes_nothing(name):
     sampler, grid, plain = few(name)
     filled = jax.jit(
@@ -128,7 +99,7 @@ def test_a_padded_grid_changes_nothing(name):
     np.testing.assert_allclose(filled, plain, rtol=1e-5, atol=1e-6)
 
 
-@every_rule
+@pytest.mark.parametrize("name", RULES)
 def test_grids_that_cannot_be_walked_are_refused(name, refuses):
     rule, lin = RULES[name], MADE["linear"]
     sampler = rule.make(gaussian.denoiser(tiny, MADE["interpolated"], "v"), lin)
@@ -136,13 +107,3 @@ def test_grids_that_cannot_be_walked_are_refused(name, refuses):
         samplers.sample(KEY, sampler, np.array([2000, 0]), (1, 3))
     with refuses("array([5, 7, 0])"):
         samplers.sample(KEY, sampler, np.array([5, 7, 0]), (1, 3))
-
-
-@pytest.mark.parametrize(
-    "rule", [samplers.ddpm, samplers.ddim, ode.ode, *SOLVERS], ids=lambda r: r.__name__
-)
-def test_a_rule_is_read_on_one_screen(rule):
-    """At most 40 lines, its docstring aside."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(rule))).body[0]
-    doc = tree.body[0]
-    assert tree.end_lineno - (doc.end_lineno - doc.lineno + 1) <= 40

@@ -1,12 +1,14 @@
 """Schedules against float64 tables in DDPM's own terms, at every step."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
 from oracles import SCHEDULES, T, betas_of, oracle
 
-from diffusion_jax import continuous, gaussian, schedule
+from diffusion_jax import gaussian, schedule
 
 TIMES = np.arange(T + 1)
 BOUND = {"float32": 1e-6, "float64": 1e-10}
@@ -62,10 +64,8 @@ def test_betas_are_the_authors():
 
 
 def test_options_of_the_schedules():
-    ends, half = (
-        {"beta_start": 0.1, "beta_end": 0.4},
-        np.linspace(0.1**0.5, 0.4**0.5, 4),
-    )
+    ends = {"beta_start": 0.1, "beta_end": 0.4}
+    half = np.linspace(0.1**0.5, 0.4**0.5, 4)
     for made, expected in (
         (schedule.linear(4, **ends), [0.1, 0.2, 0.3, 0.4]),
         (schedule.quad(4, **ends), half**2),
@@ -84,24 +84,20 @@ def test_sigmoid_is_that_of_the_paper():
     """alpha_bar(u) = (s(end / tau) - s(v / tau)) / (s(end / tau) - s(start / tau)),
     summed from the rises of the sigmoid: its tails differ by less than rounding."""
     s = scipy.special.expit
-    for start, end in ((-3, 3), (0, 3), (-2, 1)):
-        for tau in (0.1, 0.5, 1.0):
-            v = start + (end - start) * np.arange(21) / 20
-            # s(a) - s(b) = s(a) s(-b) (1 - e^(b - a)).
-            rises = s(v[1:] / tau) * s(-v[:-1] / tau)
-            rises *= -np.expm1((v[:-1] - v[1:]) / tau)
-            left = np.cumsum(rises[::-1])[::-1] / rises.sum()
-            noise = np.cumsum(rises) / rises.sum()
-            options = {"start": start, "end": end, "tau": tau}
-            log_alpha, logsnr = schedule.tables(
-                schedule.sigmoid(20, max_beta=1.0, **options)
-            )
-            alpha, sigma = np.exp(log_alpha), np.exp(log_alpha - 0.5 * logsnr)
-            np.testing.assert_allclose(alpha[1:-1] ** 2, left[1:], rtol=1e-10)
-            np.testing.assert_allclose(sigma[1:] ** 2, noise, rtol=1e-10)
-            assert alpha[-1] < 1e-16
-            capped = schedule.sigmoid(20, max_beta=0.5, **options)
-            assert schedule.tables(capped)[0][-1] > log_alpha[-1]
+    for start, end, tau in ((-3, 3, 1.0), (0, 3, 0.1), (-2, 1, 0.5)):
+        v = start + (end - start) * np.arange(21) / 20
+        # s(a) - s(b) = s(a) s(-b) (1 - e^(b - a)).
+        rises = s(v[1:] / tau) * s(-v[:-1] / tau)
+        rises *= -np.expm1((v[:-1] - v[1:]) / tau)
+        left = np.cumsum(rises[::-1])[::-1] / rises.sum()
+        noise = np.cumsum(rises) / rises.sum()
+        made = partial(schedule.sigmoid, 20, start=start, end=end, tau=tau)
+        log_alpha, logsnr = schedule.tables(made(max_beta=1.0))
+        alpha, sigma = np.exp(log_alpha), np.exp(log_alpha - 0.5 * logsnr)
+        np.testing.assert_allclose(alpha[1:-1] ** 2, left[1:], rtol=1e-10)
+        np.testing.assert_allclose(sigma[1:] ** 2, noise, rtol=1e-10)
+        assert alpha[-1] < 1e-16
+        assert schedule.tables(made(max_beta=0.5))[0][-1] > log_alpha[-1]
 
 
 def test_strong_noise_keeps_its_betas(precision):
@@ -113,78 +109,19 @@ def test_strong_noise_keeps_its_betas(precision):
     np.testing.assert_allclose(lvl(t).sigma[100:], 1, rtol=1e-6)
 
 
-def test_shape_follows_time():
-    lin = schedule.linear()
-    assert lin(500).alpha.shape == ()
-    assert lin(np.array([1, 2])).logsnr.shape == (2,)
-    assert lin(np.ones([2, 3], int)).sigma.shape == (2, 3)
-    level = lin(np.array([1, 2])).like(np.zeros([2, 4, 4, 3]))
-    assert level.alpha.shape == level.logsnr.shape == (2, 1, 1, 1)
-    assert lin(5).like(np.zeros([2, 4, 4, 3])).alpha.shape == ()
-
-
 def test_any_integer_is_a_time_and_inside_jit_too():
     """A time closed over is still a constant while the function around is traced."""
     lin = schedule.linear()
     for t in (
         500,
-        np.array([5, 500]),
-        jnp.array([5, 500]),
+        np.array([[5, 500]]),
         *(jnp.array([100], dtype) for dtype in ("uint8", "int8", "int32")),
     ):
         expected = lin(np.asarray(t, int)).alpha
         np.testing.assert_array_equal(lin(t).alpha, expected)
+        assert expected.shape == np.shape(t)
         inside = jax.jit(lambda x, t=t: x * lin(t).alpha)(1.0)
         np.testing.assert_allclose(inside, expected, rtol=1e-6)
-
-
-def test_time_outside_is_nan_under_jit():
-    level = jax.jit(schedule.linear())(np.array([-1, -1001, 0, 1000, 1001]))
-    for field in (*level, level.alpha, level.sigma):
-        np.testing.assert_array_equal(np.isnan(field), [1, 1, 0, 0, 1])
-
-
-REFUSED = [
-    *(
-        (lambda t=t: schedule.linear()(t), str(np.min(t)))
-        for t in (-1, 1001, np.array([5, 2000]), np.array([-3, 5]))
-    ),
-    (lambda: schedule.linear()(jnp.array(0.5)), "dtype float32"),
-    (lambda: jax.jit(schedule.linear())(jnp.array(0.5)), "dtype float32"),
-    *(
-        (lambda betas=betas: schedule.from_betas(betas), got)
-        for betas, got in (
-            ([], "shape (0,)"),
-            (0.1, "shape ()"),
-            ([[0.1]], "shape (1, 1)"),
-            ([0.0, 0.1], "from 0 to 0.1"),
-            ([-0.1, 0.1], "from -0.1"),
-            ([1.0, 0.1], "to 1"),
-            ([0.1, 1.5], "to 1.5"),
-            ([0.1, np.nan], "nan"),
-        )
-    ),
-    (lambda: schedule.linear(0), "0"),
-    (lambda: schedule.cosine(10.0), "10.0"),
-    (lambda: schedule.jsd(-1), "-1"),
-    (lambda: schedule.const("many"), "'many'"),
-    (lambda: schedule.quad(None), "None"),
-    (lambda: schedule.warmup(1.5), "1.5"),
-    (lambda: schedule.warmup(fraction=0.0), "0.0"),
-    (lambda: schedule.warmup(fraction=1.5), "1.5"),
-    (lambda: schedule.sigmoid(0), "0"),
-    (lambda: schedule.sigmoid(start=3.0), "3.0"),
-    (lambda: schedule.sigmoid(tau=0.0), "tau 0.0"),
-    (lambda: schedule.sigmoid(end=np.nan), "nan"),
-    (lambda: schedule.num_steps(continuous.vp()), "_vp"),
-    (lambda: schedule.linear(10, beta_end=2.0), "to 2"),
-]
-
-
-def test_bad_input_is_refused(refuses):
-    for call, got in REFUSED:
-        with refuses(got):
-            call()
 
 
 def test_variance_is_preserved_at_any_log_snr(precision):

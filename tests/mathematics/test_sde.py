@@ -44,9 +44,6 @@ def test_an_interpolated_schedule_has_the_betas_of_its_steps(precision):
         fall = np.log1p(-betas)
         np.testing.assert_allclose(f, 0.5 * fall, rtol=1e-6, err_msg=name)
         np.testing.assert_allclose(np.square(g), -fall, rtol=1e-4, err_msg=name)
-    alone = sde.coefficients(made, 7.3)
-    np.testing.assert_allclose(alone.drift, f[6], rtol=1e-6)
-    assert alone.drift.shape == ()
 
 
 def _affine(field, t):
@@ -99,25 +96,3 @@ def test_prior_is_a_normal_density(precision):
         expected = scipy.stats.norm.logpdf(x, 0, std).sum(axis=(1, 2, 3))
         found = sde.prior_logp(jnp.asarray(x, float), level)
         np.testing.assert_allclose(found, expected, rtol=rtol, err_msg=name)
-        each = jax.tree.map(lambda leaf: jnp.full(3, leaf), level)
-        np.testing.assert_allclose(sde.prior_logp(jnp.asarray(x, float), each), found)
-
-
-REFUSED = [
-    (lambda: sde.coefficients(schedule.linear(7), 3.0), "7 whole steps"),
-    (lambda: sde.flow(None, schedule.linear(7)), "7 whole steps"),
-    (lambda: sde.reverse_drift(None, schedule.linear(7)), "7 whole steps"),
-    (lambda: sde.coefficients(continuous.vp(), 0.0), "0.0"),
-    (lambda: sde.coefficients(continuous.vp(), np.array([0.5, 0])), "[0.5 0. ]"),
-    (lambda: sde.coefficients(continuous.vp(), 1.5), "1.5"),
-]
-
-
-def test_bad_input_is_refused(refuses):
-    """Where it is known; under jit the diffusion is nan."""
-    for call, got in REFUSED:
-        with refuses(got):
-            call()
-    f, g = jax.jit(lambda t: sde.coefficients(continuous.vp(), t))(0.0)
-    assert np.isnan(g)
-    np.testing.assert_allclose(f, -0.05)

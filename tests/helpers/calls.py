@@ -1,0 +1,421 @@
+"""A call of every public function of arrays: for `test_transforms` and `test_types`.
+
+Each is a function of `Inputs`, whose first axis is a batch of B examples, and gives
+arrays with that axis. A new function needs a line here.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax import (
+    analytic,
+    continuous,
+    editing,
+    gaussian,
+    grids,
+    guidance,
+    langevin,
+    learned,
+    likelihood,
+    losses,
+    ode,
+    prediction,
+    samplers,
+    schedule,
+    sde,
+    solvers,
+    timesteps,
+    weightings,
+)
+
+# Not functions of arrays: they raise and do no more, tell a fact of a schedule, count,
+# or are of NumPy.
+OTHERS = {
+    "continuous": ("counts_steps", "last_time"),
+    "grids": ("karras", "logsnr", "quadratic", "uniform"),
+    "likelihood": ("log_density", "rate_distortion"),
+    "losses": ("check_values",),
+    "samplers": ("check_grid", "count_evaluations", "counted", "forgetful", "pad"),
+    "schedule": ("check_num_steps", "check_range", "is_discrete", "num_steps", "timed"),
+    # Called by those beside them.
+    "editing": ("below", "constrain", "repaint_grid"),
+    "ode": ("follow", "integrate"),
+}
+B, T, SHAPE = 8, 20, (2, 2, 1)
+LIN, VP, KEY = schedule.linear(T), continuous.vp(), jax.random.key(3)
+REAL = continuous.interpolate(LIN)
+VE = continuous.ve(sigma_min=0.05, sigma_max=2.0)
+GRID, DOWN = grids.uniform(LIN, 4), np.array([19, 9, 7])
+SOLVE = {"rtol": 1e-8, "atol": 1e-8}
+with jax.enable_x64(True):
+    PARAMS = learned.init(jax.random.key(0), width=8)
+
+
+class Inputs(NamedTuple):
+    """What the functions are given, [B, ...]."""
+
+    x0: jax.Array
+    x: jax.Array
+    y: jax.Array
+    log: jax.Array
+    u: jax.Array
+    t: jax.Array
+    number: jax.Array
+    keys: jax.Array
+    level: schedule.NoiseLevel
+    prev_level: schedule.NoiseLevel
+
+
+def inputs(seed=0):
+    rng = np.random.default_rng(seed)
+    t = np.array([1, 2, 3, 5, 8, 13, 17, 20])[::-1].copy()
+    arrays = (
+        rng.uniform(-0.9, 0.9, (B, *SHAPE)),
+        rng.normal(size=(B, *SHAPE)),
+        rng.normal(size=(B, *SHAPE)),
+        rng.uniform(-3, 0, (B, *SHAPE)),
+        rng.uniform(0.1, 0.9, B),
+    )
+    return Inputs(
+        *(jnp.asarray(a, float) for a in arrays),
+        jnp.asarray(t),
+        jnp.arange(B) + 100 * seed,
+        jax.random.split(jax.random.key(seed), B),
+        LIN(t),
+        LIN(t - 1),
+    )
+
+
+def network(x, t):
+    return jnp.tanh(x) * (1 + 0.01 * t.reshape(-1, 1, 1, 1))
+
+
+def denoiser(kind="v", made=LIN, **options):
+    """One by the stand-in network, twice as wide where it tells a variance."""
+
+    def wide(x, t):
+        return jnp.concatenate([network(x, t), 0.1 * x - 2], axis=-1)
+
+    net = wide if options.get("variance") in ("learned", "range") else network
+    return gaussian.denoiser(net, made, kind, **options)
+
+
+def attached(end):
+    return analytic.attach(denoiser(), np.linspace(0, end, T + 1))
+
+
+DENOISERS = {
+    **{kind: denoiser(kind) for kind in ("eps", "score", "edm", "velocity")},
+    "clip": denoiser("x0", clip=True),
+    "learned": denoiser("mean", variance="learned"),
+    "range": denoiser(variance="range"),
+}
+RULES = {
+    variance: samplers.ddpm(denoiser(variance=variance), LIN, variance=variance)
+    for variance in ("small", "large", "learned", "range")
+}
+RULES["analytic"] = samplers.ddpm(attached(0.5), LIN, variance="analytic")
+
+
+def walked(make, **options):
+    """Two steps of a rule, so that what it remembers matters."""
+
+    def call(a):
+        rule, x = make(denoiser(threshold=0.9), LIN, **options), a.x
+        memory = rule.init(x, DOWN)
+        for t, s in ((19, 9), (9, 7)):
+            new = rule.step(a.keys, x, memory, jnp.asarray(t), jnp.asarray(s))
+            x, memory = new.x, new.memory
+        return new.x, new.x0
+
+    return call
+
+
+def _solvers(a):
+    orders = ("2S", "3M", "SDE")
+    return [walked(solvers.dpm_solver_pp, order=order)(a) for order in orders]
+
+
+def _padded(a):
+    rule, grid = samplers.padded(RULES["small"]), samplers.pad(DOWN, 4)
+    x = rule.step(a.keys, a.x, (), *map(jnp.asarray, grid[:2])).x
+    return rule.step(a.keys, x, (), *map(jnp.asarray, grid[2:])).x
+
+
+def _trajectory(a):
+    options = {"start": a.x, "first": a.number[0]}
+    end, path = samplers.trajectory(
+        KEY, RULES["small"], GRID, a.x.shape, (0, 3), **options
+    )
+    return end, *path.x_t, *path.x0
+
+
+def _ode(a):
+    times = jnp.asarray(0.6), jnp.asarray(0.3)
+    return ode.ode(denoiser(made=VP), VP, **SOLVE).step(a.keys, a.x, (), *times)[::2]
+
+
+def _ode_bits(a):
+    options = {"start": 0.2, "probes": 2, **SOLVE}
+    bits = likelihood.ode_bits_per_dim(a.keys, denoiser(made=VP), VP, a.x0, **options)
+    return bits.total, bits.density.prior, bits.density.divergence
+
+
+def _bound(a):
+    made = schedule.linear(4)
+    bits = likelihood.bound(a.keys, denoiser(made=made), made, a.x0, chunk=3)
+    return bits.total, bits.prior, bits.terms.T, bits.mse.T
+
+
+def _sampled(a, rule, grid=GRID, channels=1):
+    return samplers.sample(a.keys, rule, grid, (*a.x0.shape[:-1], channels))
+
+
+def _inpaint(a):
+    mask = np.arange(4).reshape(1, *SHAPE) < 2
+    rule = editing.inpaint(RULES["small"], LIN, a.x0, mask)
+    return _sampled(a, rule, editing.repaint_grid(GRID, 2, 2))
+
+
+def _free(a, active=None):
+    def labelled(x, t, label):
+        return network(x, t) * jnp.cos(label)[:, None, None, None]
+
+    scale = 0.1 * a.number + 2
+    apply = guidance.classifier_free(labelled, a.number, 7, scale=scale, active=active)
+    return gaussian.denoiser(apply, LIN, "v")(a.x, a.t)
+
+
+def _by_classifier(a, clip):
+    def log_prob(x, t):
+        return jnp.cos(x * network(x, t)).sum(axis=(1, 2, 3))
+
+    options = {"scale": a.u, "clip": clip}
+    return guidance.classifier(denoiser(), log_prob, LIN, **options)(a.x, a.t)
+
+
+def _x0_variance(a):
+    """Of each example by itself, since a table has no batch."""
+    made = schedule.linear(2)
+    return jax.vmap(
+        lambda key, one: analytic.x0_variance(
+            key[None], denoiser(made=made), made, one[None]
+        )
+    )(a.keys, a.x0)
+
+
+def _recorded(a):
+    """A history for each example, of its loss and of one that all have."""
+
+    def one(t, index):
+        past, loss = timesteps.history(T, length=1), jnp.stack([index, index + 1])
+        times = jnp.stack([t, t % T + 1])
+        past = timesteps.record(past, times, loss.astype(jnp.float32))
+        return *past, timesteps.probabilities(past)
+
+    return jax.vmap(one)(a.t, a.number)
+
+
+def _believed(a, x0=None):
+    """A prediction with all its fields."""
+    x0 = a.x0 if x0 is None else x0
+    return gaussian.Prediction(x0, a.x0, a.log, jax.nn.sigmoid(a.log), jnp.exp(a.log))
+
+
+def _hybrid(a):
+    # The x0 predicted is fixed in the bound, which finite differences would not know.
+    pred = gaussian.Prediction(jnp.full_like(a.x0, 0.3), a.y, a.log)
+    return losses.hybrid(pred, a.x0, a.x, a.x0, LIN, a.t, variance="learned")
+
+
+def _minimised(a):
+    def of(level, slope):
+        level = level.like(a.x0)
+        rest = jnp.sin(level.alpha * a.x0 + level.sigma * a.x) - a.x
+        return -slope * (rest**2).mean((1, 2, 3)), level.alpha[:, 0, 0, 0]
+
+    return learned.minimise_variance(PARAMS, a.u, of, has_aux=True)
+
+
+def pair(a):
+    return a.level, a.prev_level
+
+
+def every(options, call):
+    """All options of a function, as one call."""
+    return lambda a: {option: call(a, option) for option in options}
+
+
+def of_steps(make):
+    return lambda a: make(T)(a.t)
+
+
+def in_time(make):
+    return lambda a: make()(a.u)
+
+
+def weighted(make):
+    return lambda a: make()(a.level.logsnr)
+
+
+DISCRETE = ("linear", "quad", "const", "jsd", "warmup", "cosine", "sigmoid")
+REALS = ("vp", "sub_vp", "ve", "cosine", "flow")
+WEIGHTS = ("simple", "min_snr", "p2", "sigmoid", "edm", "x0", "v", "velocity")
+KINDS, VARIANCES = gaussian.KINDS, gaussian.VARIANCES
+BOTH = ("small", "large")
+# Functions without arrays of their own make schedules, weightings and rules: they are
+# called with what they make.
+CALLS = {
+    **{f"schedule.{name}": of_steps(getattr(schedule, name)) for name in DISCRETE},
+    "schedule.from_betas": lambda a: schedule.from_betas([0.1] * T)(a.t),
+    "schedule.from_tables": lambda a: schedule.from_tables(*LIN.args)(a.t),
+    "schedule.tables": lambda a: [jnp.asarray(x)[a.t] for x in schedule.tables(LIN)],
+    "schedule.preserving": lambda a: schedule.preserving(6 * a.u - 3),
+    "schedule.real_time": lambda a: schedule.real_time(a.u),
+    "schedule.real_data": lambda a: schedule.real_data(a.x0),
+    "schedule.widened": lambda a: schedule.widened(a.u, a.x),
+    **{f"continuous.{name}": in_time(getattr(continuous, name)) for name in REALS},
+    "continuous.interpolate": lambda a: REAL(T * a.u),
+    "continuous.shifted": lambda a: continuous.shifted(REAL, -1.0)(T * a.u),
+    "continuous.discretize": lambda a: continuous.discretize(VP, T)(a.t),
+    "continuous.time_of": lambda a: continuous.time_of(REAL, 6 * a.u - 3),
+    "learned.schedule": lambda a: learned.schedule(PARAMS)(a.u),
+    "learned.init": lambda a: jax.vmap(learned.init)(a.keys).interior.offset,
+    "learned.minimise_variance": _minimised,
+    "gaussian.q_sample": lambda a: gaussian.q_sample(a.x0, a.x, a.level),
+    "gaussian.q_posterior": lambda a: gaussian.q_posterior(a.x0, a.x, *pair(a)),
+    "gaussian.q_step": lambda a: gaussian.q_step(
+        a.keys, a.x, *pair(a)[::-1], noise=1.1
+    ),
+    "gaussian.predict": every(
+        KINDS, lambda a, kind: gaussian.predict(kind, a.x0, a.x, *pair(a))
+    ),
+    "gaussian.target": every(
+        KINDS, lambda a, kind: gaussian.target(kind, a.x0, a.x, *pair(a))
+    ),
+    "gaussian.p_sample": every(
+        VARIANCES,
+        lambda a, kind: gaussian.p_sample(
+            a.keys, _believed(a), a.x, *pair(a), variance=kind
+        ),
+    ),
+    "gaussian.denoiser": every(DENOISERS, lambda a, name: DENOISERS[name](a.x, a.t)),
+    "gaussian.denoiser of ve": lambda a: denoiser("edm", VE)(a.x, a.u),
+    "gaussian.normal": lambda a: gaussian.normal(a.keys, (len(a.keys), 3)),
+    "prediction.reverse_variance": every(
+        BOTH, lambda a, kind: prediction.reverse_variance(kind, *pair(a))
+    ),
+    "prediction.log_variance": every(
+        VARIANCES,
+        lambda a, kind: prediction.log_variance(
+            kind, _believed(a), *pair(a), log_small=jnp.full_like(a.log, -4.0)
+        ),
+    ),
+    "analytic.attach": lambda a: attached(1)(a.x, a.t),
+    "analytic.x0_variance": _x0_variance,
+    "analytic.bounded": jax.vmap(
+        lambda a: analytic.bounded(0.01 * jnp.exp(a.log).ravel(), schedule.linear(3))
+    ),
+    **{f"weightings.{name}": weighted(getattr(weightings, name)) for name in WEIGHTS},
+    "weightings.slope": lambda a: [
+        weightings.slope(made, t)
+        for made, t in ((VP, a.u), (REAL, T * a.u), (LIN, a.t))
+    ],
+    "timesteps.uniform": lambda a: timesteps.uniform(KEY, a.number),
+    "timesteps.low_discrepancy": lambda a: timesteps.low_discrepancy(
+        KEY, a.number % B, B
+    ),
+    "timesteps.antithetic": lambda a: timesteps.antithetic(KEY, a.number % B, B),
+    "timesteps.steps": lambda a: timesteps.steps(a.u, T),
+    "timesteps.times": lambda a: timesteps.times(a.u),
+    "timesteps.log_normal": lambda a: timesteps.log_normal(
+        timesteps.uniform(KEY, a.number), VP
+    ),
+    "timesteps.logit_normal": lambda a: timesteps.logit_normal(a.u),
+    "timesteps.importance": lambda a: timesteps.importance(
+        a.u, np.arange(1, T + 1) / (T * (T + 1) / 2)
+    ),
+    "timesteps.history": lambda a: timesteps.history(T).losses[a.t - 1],
+    "timesteps.record": _recorded,
+    "timesteps.probabilities": _recorded,
+    "losses.simple": every(
+        KINDS,
+        lambda a, space: losses.simple(
+            gaussian.Prediction(a.y, a.x), a.x0, a.x, *pair(a), space=space
+        ),
+    ),
+    "losses.weighted": lambda a: losses.weighted(
+        gaussian.Prediction(a.y, a.y), a.x, a.level, jax.nn.sigmoid
+    ),
+    "losses.diffusion": lambda a: losses.diffusion(
+        gaussian.Prediction(a.y, a.y), a.x, a.u
+    ),
+    "losses.prior": lambda a: losses.prior(a.x0, a.level),
+    "losses.vlb": every(
+        VARIANCES,
+        lambda a, kind: losses.vlb(
+            _believed(a, a.x0 + 0.05 * a.y), a.x0, a.x, LIN, a.t, variance=kind
+        ),
+    ),
+    "losses.hybrid": _hybrid,
+    "losses.reconstruction": lambda a: losses.reconstruction(
+        a.x0, a.x0 + 0.1 * a.x, schedule.NoiseLevel(-0.1 * a.u, 2 + 8 * a.u)
+    ),
+    "losses.normal_kl": lambda a: losses.normal_kl(a.x, a.log, a.y, 0.5 * a.log),
+    "losses.decoder": every(
+        (False, True),
+        lambda a, exact: losses.decoder(a.x0, a.y, a.log, exact=exact),
+    ),
+    "sde.coefficients": lambda a: sde.coefficients(VP, a.u),
+    "sde.score": lambda a: sde.score(gaussian.Prediction(a.y, a.y), a.level),
+    "sde.reverse_drift": lambda a: sde.reverse_drift(denoiser(made=VP), VP)(a.x, a.u),
+    "sde.flow": lambda a: sde.flow(denoiser(made=VP), VP)(a.x, a.u),
+    "sde.prior_logp": lambda a: sde.prior_logp(a.x, a.level),
+    "guidance.classifier_free": _free,
+    "guidance.within": lambda a: _free(a, guidance.within(LIN, 0.1, 0.3)),
+    "guidance.classifier": every((False, True), _by_classifier),
+    "samplers.ddpm": every(
+        VARIANCES,
+        lambda a, name: RULES[name].step(
+            a.keys, a.x, (), jnp.asarray(9), jnp.asarray(7)
+        )[::2],
+    ),
+    "samplers.ddim": walked(samplers.ddim, eta=0.5),
+    "samplers.padded": _padded,
+    "samplers.trajectory": _trajectory,
+    "samplers.sample": lambda a: samplers.sample(
+        KEY, RULES["large"], GRID, a.x.shape, start=a.x, first=a.number[0]
+    ),
+    "samplers.each_key": lambda a: jax.random.key_data(
+        samplers.each_key(KEY, len(a.x), first=a.number[0])
+    ),
+    "samplers.fold": lambda a: jax.random.key_data(samplers.fold(a.keys, 3)),
+    "solvers.heun": walked(solvers.heun),
+    "solvers.edm": walked(solvers.edm, churn=1.0),
+    "solvers.dpm_solver_pp": _solvers,
+    "solvers.unipc": walked(solvers.unipc, order=3),
+    "solvers.phi": lambda a: solvers.phi(2, a.u),
+    "langevin.predictor_corrector": walked(langevin.predictor_corrector),
+    "langevin.langevin": walked(langevin.langevin, moves=2),
+    "likelihood.bound": _bound,
+    "likelihood.continuous_bound": lambda a: likelihood.continuous_bound(
+        a.keys, denoiser(made=VE), VE, a.x0, draws=3, chunk=2
+    ),
+    "editing.vary": lambda a: editing.vary(a.keys, RULES["small"], LIN, GRID, a.x0, 12),
+    "editing.interpolate": lambda a: editing.interpolate(
+        a.keys, RULES["small"], LIN, GRID, a.x0, a.x, 12, [0.2, 0.7]
+    ),
+    "editing.encode": lambda a: editing.encode(
+        samplers.ddim(denoiser(), LIN), GRID, a.x0
+    ),
+    "editing.slerp": lambda a: editing.slerp(a.x, a.x0, a.u),
+    "editing.inpaint": _inpaint,
+    "editing.colorize": lambda a: _sampled(
+        a, editing.colorize(RULES["small"], LIN, a.x0), channels=3
+    ),
+    "ode.ode": _ode,
+    "likelihood.ode_bits_per_dim": _ode_bits,
+}
