@@ -88,7 +88,9 @@ def find(path: str | None, output: str = "runs") -> Run:
         found = [run for run in found if has_checkpoint(run)]
         if not found:
             raise errors.ConfigError(
-                f"a trained run must be in {output}/; got none. Run `make train` first."
+                f"a trained run must be in {output}/; got none in "
+                f"{Path(output).resolve()}. Go to where you trained, name the run's "
+                "folder, or train one: python -m experiments.train digits"
             )
         return max(found, key=lambda run: run.checkpoints.stat().st_mtime)
     for place in (Path(path), Path(output) / path):
@@ -100,8 +102,9 @@ def find(path: str | None, output: str = "runs") -> Run:
             return Run(place)
     known = ", ".join(sorted(p.parent.name for p in Path(output).glob("*/config.json")))
     fetch = f"python -m experiments.convert {path} OUT.safetensors --download"
-    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", path)
-    hub = f" One of the hub is fetched by: {fetch}." if is_name else ""
+    ours = path.startswith(f"{output}/")
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not ours
+    hub = f" One of the Hugging Face hub is fetched by: {fetch}." if is_name else ""
     raise errors.ConfigError(
         "RUN must be a folder that training wrote, or a network in a file; got "
         f"{path!r}, which is none. Runs in {output}/: "

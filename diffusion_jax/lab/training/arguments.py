@@ -1,6 +1,7 @@
 """The command line: an experiment's name, then its fields as flags."""
 
 import dataclasses
+import difflib
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
@@ -166,8 +167,13 @@ def _experiment(
     if rest and not rest[0].startswith("-"):
         name = rest.pop(0)
     if name not in experiments:
+        close = difflib.get_close_matches(name, experiments, n=1)
         raise errors.ConfigError(
-            f"the experiment must be one of {', '.join(experiments)}; got {name!r}. "
-            f"Say, for instance: {prog} cifar10"
+            f"the experiment must be one that {prog} --help lists; got {name!r}. "
+            + (
+                f"Did you mean {close[0]}?"
+                if close
+                else f"Say, for instance: {prog} digits"
+            )
         )
     return name, rest
