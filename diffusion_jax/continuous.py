@@ -169,8 +169,8 @@ def interpolate(schedule: Schedule) -> Timed:
     that schedule becomes one in continuous time: it is fed t - 1, no longer whole.
 
     Args:
-      schedule: a discrete schedule that preserves variance, as all but those of
-        `discretize` do.
+      schedule: a discrete schedule that preserves variance, as all do but those
+        discretized from `ve`, `sub_vp` or `flow`.
 
     >>> from diffusion_jax import schedule
     >>> lin = schedule.linear(1000)

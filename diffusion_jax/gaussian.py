@@ -9,15 +9,15 @@ Notation, fixed once (DDPM's own alpha_t = 1 - beta_t never gets a name):
 The equations that the code below refers to, with D = logsnr_t - logsnr_s <= 0:
 
   (1)  x_t = alpha_t x0 + sigma_t eps                     Eq. 4, Ho et al. 2020
-  (2)  q(x_s | x_t, x0) = N(c0 x0 + ct x_t, v)            Eqs. 6, 7
+  (2)  q(x_s | x_t, x0) = N(c0 x0 + ct x_t, var)          Eqs. 6, 7
          c0 = alpha_s (1 - e^D)
          ct = (alpha_s / alpha_t) e^D
-         v  = sigma_s^2 (1 - e^D)
+         var = sigma_s^2 (1 - e^D)
   (3)  x0 = (x_t - sigma_t eps) / alpha_t                 Eq. 15
   (4)  v  = alpha_t eps - sigma_t x0                      Sec. 4, Salimans and Ho 2022
-  (5)  v_large = sigma_t^2 (1 - e^D) = beta_t             Sec. 3.2, Ho et al. 2020
+  (5)  var_large = sigma_t^2 (1 - e^D) = beta_t             Sec. 3.2, Ho et al. 2020
   (6)  score = grad log p_t(x_t) = -eps / sigma_t         Sec. 2, Song et al. 2021
-  (7)  velocity = eps - x0                                Eq. 1, Liu et al. 2022
+  (7)  velocity = eps - x0                                minus Eq. 1, Liu et al. 2022
   (8)  x0 = c_skip x + c_out F, x = x_t / alpha_t         Eq. 7, Karras et al. 2022
 
 (2) and (5) are DDPM's expressions in terms of log-SNR: 1 - e^D is an expm1, which
@@ -243,7 +243,7 @@ def p_sample(
 ) -> jax.Array:
     """Returns x_s drawn from p(x_s | x_t): one line of Algorithm 2 (Ho et al. 2020).
 
-    x_s = c0 x0 + ct x_t + sqrt(variance) z, without noise in the step to s = 0.
+    x_s = c0 x0 + ct x_t + sqrt(variance) z, without noise in a step to sigma_s = 0.
 
     Args:
       key: one key, or a key an example, [B].

@@ -284,7 +284,7 @@ def log_density(
     (Song et al. 2021), x and the integral solved together, each example with its own
     steps. The divergence is the mean of v . (df/dx) v over probes v of unit variance
     (Hutchinson's), which stay the same over the whole solve, or exact. Field and
-    (df/dx) v come from one forward derivative.
+    v . (df/dx) come from one reverse pass.
 
     Args:
       key: one key, or a key an example, [B]; only for the probes.

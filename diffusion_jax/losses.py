@@ -42,7 +42,7 @@ def simple(
       level: noise level at t, [B].
       prev_level: noise level at s; only for the space "mean".
       space: the coordinate in which the error is measured, whatever the network puts
-        out: "eps" (the paper's L_simple), "x0", "v" or "mean".
+        out: "eps" (the paper's L_simple) or another of `gaussian.KINDS`.
       sigma_data: standard deviation of the data; only for the space "edm".
 
     >>> from diffusion_jax import schedule

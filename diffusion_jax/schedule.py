@@ -235,7 +235,7 @@ def sigmoid(
       start: where on the sigmoid the data are.
       end: where the noise is. The stretch -3..3 is for small images; moved up (0..3)
         it leaves more noise at every step, for large ones.
-      tau: temperature: the smaller, the later and the faster alpha_bar falls.
+      tau: temperature: the smaller, the faster alpha_bar falls, around where v = 0.
       max_beta: the most that a step may add; the last one would be 1.
 
     Raises:

@@ -116,7 +116,7 @@ def prior_logp(x: jax.Array, level: NoiseLevel) -> jax.Array:
     """Returns the log density of the prior at x in nats, [B].
 
     The prior is N(0, std^2 I) with std = max(1, sigma): what keeps its variance (vp,
-    sub_vp and every discrete schedule) is taken to end in a unit normal, as in
+    sub_vp and DDPM's) is taken to end in a unit normal, as in
     `losses.prior`, and what explodes in its own noise.
 
     Args:

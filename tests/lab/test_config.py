@@ -205,7 +205,9 @@ def test_a_short_run_has_a_short_warm_up():
 
 
 def test_unknown_experiment_is_named():
-    with pytest.raises(errors.ConfigError, match=r"--help lists; got 'cifar'. Did you mean cifar10"):
+    with pytest.raises(
+        errors.ConfigError, match=r"--help lists; got 'cifar'. Did you mean cifar10"
+    ):
         arguments.parse(["cifar"], EXPERIMENTS, prog="train")
 
 
