@@ -6,9 +6,9 @@ A rule is a function that returns a `Sampler`, two closures in the manner of opt
   step(keys, x_t, memory, t, s) -> Step        one step from time t to time s
 
 and `sample` drives any of them along a time grid with one `lax.scan`. A grid is a
-vector of times, as a rule from noise down to 0, which is data where sigma(0) = 0 (make it
-so by `continuous.discretize(..., clean=True)`); a rule refuses a grid that it cannot walk. A chain that skips steps is a grid that skips times: there is nothing else
-to respacing.
+vector of times, as a rule from noise down to 0, which is data where sigma(0) = 0 (see
+`continuous.discretize`, clean=True); a rule refuses a grid that it cannot walk. A chain
+that skips steps is a grid that skips times: there is nothing else to respacing.
 
 Example i is drawn from (key, i) alone: not from the size of the batch around it, nor
 from the number of devices.

@@ -5,11 +5,12 @@ alpha): `heun` and `edm` step in it (Karras et al. 2022). In half the log-SNR, l
 its linear part is solved exactly, and only x0 has to be extrapolated over the step
 h = lambda_s - lambda_t (Lu et al. 2022):
 
-  x_s = sigma_s / sigma_t x_t + alpha_s h sum phi_k(h) h^(k-1) d^(k-1) x0 / d lambda^(k-1)
+  x_s = sigma_s / sigma_t x_t
+        + alpha_s h sum_k phi_k(h) h^(k-1) d^(k-1) x0 / d lambda^(k-1)
 
-over k from 1 on. With the first term alone both are `ddim`. All rules take the step to sigma = 0, where
-h is infinite, by that term; and `heun` and `edm` the step from pure noise, where
-sigma / alpha is.
+over k from 1 on. With the first term alone both are `ddim`. All rules take the step to
+sigma = 0, where h is infinite, by that term; and `heun` and `edm` the step from pure
+noise, where sigma / alpha is.
 """
 
 import math
