@@ -147,8 +147,8 @@ def classifier(
     x0_w = x0 + scale sigma_t^2 / alpha_t grad, so that x_t = alpha x0 + sigma eps still
     holds. This is Algorithm 2, and for deterministic rules the only form. In `ddpm` it
     moves the mean of a step by scale (alpha_s / alpha_t) var_large grad: Algorithm 1
-    with the variance beta_t, but for the factor 1 / sqrt(1 - beta_t), which is 1 for small
-    steps. What else the prediction holds is left as it is.
+    with the variance beta_t, but for the factor 1 / sqrt(1 - beta_t), which is 1 for
+    small steps. What else the prediction holds is left as it is.
 
     Args:
       denoise: the prediction without guidance. If it clips x0, it does so before the

@@ -220,7 +220,8 @@ def check_source(source: str) -> None:
         meant = next((s for s in SOURCES if close and s.startswith(close[0])), "")
         raise DataError(
             f"source must be one of {', '.join(SOURCES)}; got {source!r}. "
-            + (f"Did you mean {meant!r}?" if meant else "Give one of these.")
+            + (f"Did you mean {meant!r}?" if meant else "Give one of these; ")
+            + ("" if meant else f"a folder of images is 'folder:{source}'.")
         )
 
 

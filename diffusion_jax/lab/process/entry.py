@@ -70,6 +70,13 @@ def guarded(main: Callable[[Sequence[str]], int], *, several: bool = False) -> N
         if not isinstance(error, ours) and "; got " not in str(error):
             raise
         said = f"error: {error}"
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        said = (
+            "error: cannot go on: the device has too little memory. Give a smaller "
+            "batch, or, in training, --train.accumulate 4 and then --net.remat."
+        )
     except BrokenPipeError:
         # Whatever reads our output, head for instance, has stopped reading.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115

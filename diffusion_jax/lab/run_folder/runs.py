@@ -105,9 +105,11 @@ def find(path: str | None, output: str = "runs") -> Run:
     ours = path.startswith(f"{output}/")
     is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not ours
     hub = f" One of the Hugging Face hub is fetched by: {fetch}." if is_name else ""
+    there = Path(path).exists() or (Path(output) / path).exists()
     raise errors.ConfigError(
         "RUN must be a folder that training wrote, or a network in a file; got "
-        f"{path!r}, which is none. Runs in {output}/: "
+        f"{path!r}, {'which is neither' if there else 'where nothing is'}. Runs in "
+        f"{output}/: "
         f"{known or 'none, run `make train` first'}.{hub}"
     )
 

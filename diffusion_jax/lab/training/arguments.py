@@ -31,11 +31,11 @@ class Training:
     gradient clipped in eight parts, an average without a ramp. Exact, and on one device
     more than four times slower."""
     MAIN: ClassVar = (
-        "name output init_from official data.source data.path data.image_size "
-        "diffusion.schedule diffusion.prediction diffusion.loss net.channels "
-        "net.classes optimizer.learning_rate train.steps "
-        "train.batch_size train.devices train.checkpoint_every sample.sampler "
-        "sample.steps"
+        "name output init_from data.source data.path data.image_size data.flip "
+        "data.hold_out diffusion.schedule diffusion.prediction net.channels "
+        "net.classes optimizer.learning_rate train.steps train.stop_at "
+        "train.batch_size train.accumulate train.devices train.checkpoint_every "
+        "sample.sampler"
     )
     config: _Unnamed = dataclasses.field(default_factory=config.Config)
 
@@ -76,7 +76,7 @@ def parse_training(
             Training,
             default=Training(config=default),
             args=rest,
-            prog=f"{prog} {name}",
+            prog=f"{prog} {name}" if named else f"{prog} [EXPERIMENT]",
             description=f"{doc}\n\n{others}\n\n{AGAIN}",
             brief=f"{doc if named else overview}\n\n{AGAIN}",
         )
@@ -89,9 +89,10 @@ def parse_training(
         given = read(base)
     if given.config.data.source != base.data.source:
         # That half may be mirrored is known of the experiment's own: letters may not.
-        given = read(config.replace(base, "data", flip=False))
+        other = config.replace(base, "data", flip=False, hold_out=0.0)
+        given = read(other)
         print(inherited(name, base, given.config))
-        base = config.replace(base, "data", flip=False)
+        base = other
     if given.config.train.epochs and given.config.train.steps != base.train.steps:
         raise errors.ConfigError(
             "train.steps must be left out with train.epochs, which decides it; got "

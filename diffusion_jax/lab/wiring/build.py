@@ -24,6 +24,7 @@ IN_TRAINING = {
     "image_size": "In training image_size is --data.image-size.",
     "channels=": "In training channels is --data.channels.",
     "fit=": "No flag gives fit: crop them yourself, or give them as a folder:PATH.",
+    "a folder of images": "In training the folder is --data.source folder:PATH.",
     "do without labels": "In training --net.classes 0 does without labels.",
 }
 """Words of errors of `datasets.load`, and the flags of training that they mean."""
