@@ -31,9 +31,10 @@ from experiments import train
 # Learning rate and dropout depend on the step, which a run that goes on must get right.
 SMALL = shlex.split(  # flags as a person types them
     """--data.hold-out 0 --net.channels 8 --net.multipliers 1 --net.blocks 1
---net.attention --net.groups 4 --net.dropout 0.1 --train.batch-size 8 --optimizer.warmup 2
---diffusion.num-steps 20 --sample.steps 4 --sample.count 4 --train.steps 12
---train.log-every 5 --sample.every 12 --train.devices 1 --optimizer.ema-snapshots 0"""
+--net.attention --net.groups 4 --net.dropout 0.1 --train.batch-size 8
+--optimizer.warmup 2 --diffusion.num-steps 20 --sample.steps 4 --sample.count 4
+--train.steps 12 --train.log-every 5 --sample.every 12 --train.devices 1
+--optimizer.ema-snapshots 0"""
 )
 
 
