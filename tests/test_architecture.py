@@ -22,7 +22,7 @@ MATHEMATICS = set.union(*FLOORS) - {"errors"}
 WINGS = (
     {"errors"},
     {"nets", "storage"},
-    {"checkpoints", "data", "interop", "evaluation"},
+    {"checkpoints", "data", "interop", "evaluation", "codec"},
     {"training"},
 )
 LAB = (
