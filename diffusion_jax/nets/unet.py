@@ -278,7 +278,7 @@ def check(net: UNet, x: jax.Array, t: jax.Array, label: jax.Array | None) -> Non
                 f"every level's width must be a multiple of groups={net.groups}; got "
                 f"{width}. Change channels, multipliers or groups."
             )
-    if jnp.dtype(net.dtype) == np.float64 and not jax.config.jax_enable_x64:
+    if jnp.dtype(net.dtype) == np.float64 and jnp.result_type(float) != np.float64:
         raise ValueError(
             "dtype float64 must be used with JAX's x64 mode on; got it off. Set "
             "JAX_ENABLE_X64=1, or call the network inside jax.enable_x64(True)."
