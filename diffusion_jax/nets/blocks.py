@@ -34,7 +34,7 @@ class Activation(NamedTuple):
     parts: tuple[jax.Array, ...]
     """[B, H, W, C_i] each; C is the sum of their channels."""
     shift: jax.Array
-    """What is still to be added to each channel, [C], in float32."""
+    """What is still to be added to each channel, [C], in `wide` of the parts."""
 
     def whole(self) -> jax.Array:
         """Returns the activation as one array."""
@@ -48,7 +48,16 @@ class Activation(NamedTuple):
 
 def start(x: jax.Array, bias: jax.Array) -> Activation:
     """Returns what a convolution gives as an activation."""
-    return Activation((x,), bias)
+    return Activation((x,), bias.astype(wide(x.dtype)))
+
+
+def wide(dtype: Dtype) -> jnp.dtype:
+    """Returns the type of what is summed and of vectors: float32, float64 of float64.
+
+    >>> print(wide(jnp.bfloat16))
+    float32
+    """
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def beside(x: Activation, other: Activation) -> Activation:
@@ -230,9 +239,10 @@ class Attention(nn.Module):
         self.out = Linear(self.channels, near_zero)
 
     def weights(self) -> list[tuple[jax.Array, jax.Array]]:
-        """Returns kernels and biases of query, key, value and output."""
+        """Returns kernels and biases of query, key, value and output, in `wide`."""
         layers = self.query, self.key, self.value, self.out
-        return [layer(self.channels) for layer in layers]
+        made = [layer(self.channels) for layer in layers]
+        return jax.tree.map(lambda leaf: leaf.astype(wide(self.dtype)), made)
 
     def __call__(self, x: Activation, weights: "Folded") -> Activation:
         """Returns [B, H, W, C] from x of the same shape.
@@ -345,5 +355,5 @@ def _attended(q: jax.Array, k: jax.Array, v: jax.Array, count: int) -> jax.Array
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns the product of parameters, in full float32: it is small."""
+    """Returns the product of parameters, in full precision: it is small."""
     return jnp.matmul(a, b, precision="highest")
