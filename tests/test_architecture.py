@@ -31,6 +31,7 @@ LAB = (
     {"network_files"},
     {"run_folder"},
     {"trained"},
+    {"coding"},
     {"measure"},
     {"drawing", "training"},
     {"speed"},

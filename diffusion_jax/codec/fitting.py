@@ -232,14 +232,34 @@ def _chain(
     shares = np.interp(np.linspace(0, gone[-1], steps + 1), gone, -snr[end:])
     places = np.interp(shares, -logsnr[1:], np.arange(1, len(logsnr)))
     times = np.unique(np.rint(places).astype(np.int64))
+    logs = np.log(scan.errors).T
+    errors = np.exp([np.interp(-logsnr[times], -snr, each) for each in logs]).T
+    return chain_of(log_alpha, logsnr, times, errors, seed=seed)
+
+
+def chain_of(
+    log_alpha: np.ndarray,
+    logsnr: np.ndarray,
+    times: np.ndarray,
+    errors: np.ndarray,
+    *,
+    seed: int = 0,
+) -> Chain:
+    """Returns the chain of some times.
+
+    Args:
+      log_alpha: of the schedule, for t = 0..T, float64 [T + 1].
+      logsnr: the same.
+      times: rising, int64 [n + 1].
+      errors: V_t at these times, float64 [n + 1, D].
+      seed: of which dimensions are in one symbol.
+    """
     la, ls = log_alpha[times], logsnr[times]
     alpha, sigma = np.exp(la), np.exp(la - 0.5 * ls)
     fall = np.diff(ls)
     kept = -np.expm1(fall)
     small = sigma[:-1] ** 2 * kept
     c0 = alpha[:-1] * kept
-    logs = np.log(scan.errors).T
-    errors = np.exp([np.interp(-ls, -snr, each) for each in logs]).T
     sd = np.sqrt(small[:, None] + c0[:, None] ** 2 * errors[1:])
     forward_sd = sigma[1:] * np.sqrt(kept)
     fine = np.concatenate([sigma[:1], forward_sd])

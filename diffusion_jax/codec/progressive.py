@@ -80,7 +80,7 @@ def encode(
     view = View(profile, chain, denoise, batch_size, found=[], tick=tick)
     count, size = parts.symbols.shape
     rng = np.random.default_rng(seed)
-    bits = np.zeros((count, _bits(chain)[-1]), np.uint8)
+    bits = np.zeros((count, planes(chain)[-1]), np.uint8)
     clean = np.zeros((count, size), np.int16)
     levels = profile.levels
     for first in range(0, count, batch_size):
@@ -93,7 +93,7 @@ def encode(
             z = np.zeros_like(mu)
             for j in range(chain.chunks[i]):
                 columns = np.flatnonzero(chain.chunk[i] == j)
-                k = _choose(profile, i, j, columns, (mu_q - mu)[:, columns], rule, rng)
+                k = choose(profile, i, j, columns, (mu_q - mu)[:, columns], rule, rng)
                 z[:, columns] = _rows(profile, i, j, k, len(columns))
                 width = int(chain.bits[i])
                 shifts = np.arange(width - 1, -1, -1)
@@ -102,8 +102,7 @@ def encode(
             x = _moved(chain, i, mu, z)
         clean[these] = view.clean(x, 0, these)
     tail = _write_pixels(profile, parts.symbols, clean)
-    planes = np.split(bits, _bits(chain)[1:-1], axis=1)
-    flat = [plane.ravel() for plane in planes]
+    flat = [each.ravel() for each in np.split(bits, planes(chain)[1:-1], axis=1)]
     flat.append(np.unpackbits(np.frombuffer(tail, np.uint8)))
     payload = np.packbits(np.concatenate(flat)).tobytes()
     listed = joined(view.found or [NONE])
@@ -146,7 +145,8 @@ def decode(
         images = container.raw(file, profile)
         return Decoded(images, True, np.zeros(file.number, np.int64), images.size)
     chain = profile.progressive
-    if file.layout != "progressive" or 8 * file.length < file.number * _bits(chain)[-1]:
+    steps_end = file.number * int(planes(chain)[-1])
+    if file.layout != "progressive" or 8 * file.length < steps_end:
         raise DataError(
             "a progressive file must have all symbols of its images; got "
             f"{file.layout}, {file.length:,} bytes for {file.number:,} images. It is "
@@ -165,8 +165,8 @@ def decode(
         clean[these] = _shown(view, x, depth[these], these, show, rng)
     flat = np.rint(clean * (127.5 / ONE) + 127.5).astype(np.uint8)
     exact = 0
-    if used >= file.number * _bits(chain)[-1]:
-        tail = np.packbits(stream[file.number * _bits(chain)[-1] :]).tobytes()
+    if used >= steps_end:
+        tail = np.packbits(stream[steps_end:]).tobytes()
         exact = _read_pixels(profile, tail, clean, flat)
     flat.reshape(-1)[file.place] = file.value
     images = flat.reshape(-1, *profile.shape)
@@ -176,35 +176,12 @@ def decode(
     return Decoded(images, whole, depth, exact)
 
 
-def planes(profile: Profile) -> np.ndarray:
+def planes(chain: Chain) -> np.ndarray:
     """Returns the bits of an image after 0, 1, ..., n steps, int64 [n + 1]."""
-    return _bits(profile.progressive)
+    return np.append(0, np.cumsum((chain.chunks * chain.bits)[::-1]))
 
 
-def _bits(chain: Chain) -> np.ndarray:
-    each = (chain.chunks * chain.bits)[::-1]
-    return np.concatenate([[0], np.cumsum(each)])
-
-
-def _begin(profile: Profile, count: int) -> np.ndarray:
-    """Returns x_n, the same for all images, [count, D]."""
-    size = int(np.prod(profile.shape))
-    row = noise.rows(profile.seed, profile.progressive.steps, 0, 0, 1, size)
-    return np.repeat(np.multiply(row, UNIT), count, axis=0)
-
-
-def _moved(chain: Chain, i: int, mu: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """Returns x_i."""
-    return steps.rounded(np.add(mu, np.multiply(z, chain.sd[i])))
-
-
-def _rows(profile: Profile, i: int, j: int, k: np.ndarray, width: int) -> np.ndarray:
-    """Returns rows of the table of symbol j of step i, [len(k), width]."""
-    each = [noise.rows(profile.seed, i, j, int(row), 1, width)[0] for row in k]
-    return np.multiply(np.array(each).reshape(len(k), width), UNIT)
-
-
-def _choose(
+def choose(
     profile: Profile,
     i: int,
     j: int,
@@ -213,10 +190,10 @@ def _choose(
     rule: Rule,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Returns the row of each image, int64 [B].
+    """Returns the row of noise that a symbol of each image stands for, int64 [B].
 
     Args:
-      profile: with the chain.
+      profile: with the chain, and the seed of the noise.
       i: the step.
       j: the symbol.
       columns: its dimensions.
@@ -251,6 +228,24 @@ def _choose(
     return found
 
 
+def _begin(profile: Profile, count: int) -> np.ndarray:
+    """Returns x_n, the same for all images, [count, D]."""
+    size = int(np.prod(profile.shape))
+    row = noise.rows(profile.seed, profile.progressive.steps, 0, 0, 1, size)
+    return np.repeat(np.multiply(row, UNIT), count, axis=0)
+
+
+def _moved(chain: Chain, i: int, mu: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """Returns x_i."""
+    return steps.rounded(np.add(mu, np.multiply(z, chain.sd[i])))
+
+
+def _rows(profile: Profile, i: int, j: int, k: np.ndarray, width: int) -> np.ndarray:
+    """Returns rows of the table of symbol j of step i, [len(k), width]."""
+    each = [noise.rows(profile.seed, i, j, int(row), 1, width)[0] for row in k]
+    return np.multiply(np.array(each).reshape(len(k), width), UNIT)
+
+
 def _walk(
     view: View, stream: np.ndarray, these: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -264,7 +259,7 @@ def _walk(
     """
     profile, chain = view.profile, view.chain
     x, depth = _begin(profile, len(these)), np.full(len(these), chain.steps)
-    before = _bits(chain)[::-1]
+    before = planes(chain)[::-1]
     for i in reversed(range(chain.steps)):
         width, symbols = int(chain.bits[i]), int(chain.chunks[i])
         begin = count * before[i + 1] + these * symbols * width
