@@ -104,7 +104,7 @@ def decode(
     if not file.whole:
         raise container.cut_whole("an archive", file)
     chain, size = profile.archive, int(np.prod(profile.shape))
-    stacks = _opened(file, profile)
+    stacks = stacks_of(file, profile)
     view = View(profile, chain, denoise, len(stacks.heads), file.listed, tick=tick)
     symbols = np.zeros((file.number, size), np.uint8)
     for these in reversed(list(_rows(file.number, len(stacks.heads)))):
@@ -196,7 +196,7 @@ def _delta(profile: Profile, i: int) -> float:
     return 2.0 ** -int(profile.archive.delta_bits[i])
 
 
-def _opened(file: container.File, profile: Profile) -> Stacks:
+def stacks_of(file: container.File, profile: Profile) -> Stacks:
     """Returns the stacks of a file as they were after all images."""
     data, chain = file.payload, profile.archive
     size = int(np.prod(profile.shape))

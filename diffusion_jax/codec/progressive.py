@@ -94,7 +94,7 @@ def encode(
             for j in range(chain.chunks[i]):
                 columns = np.flatnonzero(chain.chunk[i] == j)
                 k = choose(profile, i, j, columns, (mu_q - mu)[:, columns], rule, rng)
-                z[:, columns] = _rows(profile, i, j, k, len(columns))
+                z[:, columns] = noise_of(profile, i, j, k, len(columns))
                 width = int(chain.bits[i])
                 shifts = np.arange(width - 1, -1, -1)
                 bits[these, column : column + width] = k[:, None] >> shifts & 1
@@ -166,8 +166,7 @@ def decode(
     flat = np.rint(clean * (127.5 / ONE) + 127.5).astype(np.uint8)
     exact = 0
     if used >= steps_end:
-        tail = np.packbits(stream[steps_end:]).tobytes()
-        exact = _read_pixels(profile, tail, clean, flat)
+        exact = _read_pixels(profile, stream[steps_end:], clean, flat)
     flat.reshape(-1)[file.place] = file.value
     images = flat.reshape(-1, *profile.shape)
     whole = file.whole and used == there
@@ -240,7 +239,7 @@ def _moved(chain: Chain, i: int, mu: np.ndarray, z: np.ndarray) -> np.ndarray:
     return steps.rounded(np.add(mu, np.multiply(z, chain.sd[i])))
 
 
-def _rows(profile: Profile, i: int, j: int, k: np.ndarray, width: int) -> np.ndarray:
+def noise_of(profile: Profile, i: int, j: int, k: np.ndarray, width: int) -> np.ndarray:
     """Returns rows of the table of symbol j of step i, [len(k), width]."""
     each = [noise.rows(profile.seed, i, j, int(row), 1, width)[0] for row in k]
     return np.multiply(np.array(each).reshape(len(k), width), UNIT)
@@ -276,7 +275,7 @@ def _walk(
             where = begin[go[has], None] + j * width + np.arange(width)
             k = stream[where].astype(np.int64) @ (1 << np.arange(width)[::-1])
             columns = np.flatnonzero(chain.chunk[i] == j)
-            z[np.ix_(has, columns)] = _rows(profile, i, j, k, len(columns))
+            z[np.ix_(has, columns)] = noise_of(profile, i, j, k, len(columns))
         x[go], depth[go] = _moved(chain, i, mu, z), i
     return x, depth
 
@@ -339,10 +338,10 @@ def _write_pixels(profile: Profile, symbols: np.ndarray, clean: np.ndarray) -> b
 
 
 def _read_pixels(
-    profile: Profile, data: bytes, clean: np.ndarray, flat: np.ndarray
+    profile: Profile, bits: np.ndarray, clean: np.ndarray, flat: np.ndarray
 ) -> int:
-    """Puts those pixels in place that the bytes determine; returns how many."""
-    reader, exact = ranges.Reader(data), 0
+    """Puts those pixels in place that the bits determine; returns how many."""
+    reader, exact = ranges.Reader(np.packbits(bits).tobytes(), len(bits)), 0
     every = np.arange(len(profile.alphabet) + 1)[None]
     for d in _order(profile):
         edges = _pixels(profile, clean, d).edge(every)

@@ -33,8 +33,9 @@ class Writer:
 
     def finish(self) -> bytes:
         """Returns the fewest bytes that mean these symbols, whatever follows them."""
-        count = _closing(self.low, self.range)
-        unit = _TOP >> (8 * count)
+        count, unit = 0, _TOP
+        while -(-self.low // unit) * unit + unit > self.low + self.range:
+            count, unit = count + 1, unit >> 8
         self.low = -(-self.low // unit) * unit
         if self.low >= _TOP:
             self._carry()
@@ -50,12 +51,13 @@ class Writer:
 
 
 class Reader:
-    """Reads symbols back from bytes of which the end may be missing."""
+    """Reads symbols back from bits of which the end may be missing."""
 
-    def __init__(self, data: bytes, first: int = 0) -> None:
-        """Starts at a byte of some data."""
-        self.data, self.first, self.place = data, first, first
-        self.code = self.slack = self.window = 0
+    def __init__(self, data: bytes, bits: int | None = None) -> None:
+        """Starts with the first symbol; of the data the first `bits` are known."""
+        self.data, self.place = data, 0
+        self.bits = 8 * len(data) if bits is None else bits
+        self.code = self.slack = 0
         self.range = _TOP
         for _ in range(8):
             self._next()
@@ -80,25 +82,9 @@ class Reader:
             self._next()
         return symbol
 
-    def end(self) -> int:
-        """Returns the place after the bytes that were written for what was read."""
-        low = (self.window - self.code) % _TOP
-        return self.place - 8 + _closing(low, self.range)
-
     def _next(self) -> None:
-        there = self.place < len(self.data)
-        byte = self.data[self.place] if there else 0
+        byte = self.data[self.place] if self.place < len(self.data) else 0
+        known = min(max(self.bits - 8 * self.place, 0), 8)
         self.place += 1
         self.code = (self.code << 8) | byte
-        self.window = (self.window << 8) % _TOP | byte
-        self.slack = (self.slack << 8) | (0 if there else 255)
-
-
-def _closing(low: int, span: int) -> int:
-    """Returns how many bytes name a stretch of [low, low + span)."""
-    count = 0
-    while True:
-        unit = _TOP >> (8 * count)
-        if -(-low // unit) * unit + unit <= low + span:
-            return count
-        count += 1
+        self.slack = (self.slack << 8) | (255 >> known)
