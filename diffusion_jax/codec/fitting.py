@@ -29,7 +29,7 @@ STEPS = (5, 8, 12, 20, 30, 43)
 ENDS = 12
 """Times at which a chain may end that are tried."""
 NEAR = 0.01
-"""Of two chains the shorter is taken where its files are so much larger at most."""
+"""Of an archive a shorter chain is taken if files are so much larger at most."""
 SCANNED = 48
 _NOISE = (0.02, 0.5)
 """sigma / alpha of the first and last time at which a chain may end."""
@@ -97,8 +97,11 @@ def fit(
     levels = log_alpha, logsnr
     scan = _scan(denoise, *levels, times, images, alphabet, seed, batch_size, tick)
     chains, found = {}, dict(about or {})
-    for layout, size in (("progressive", _symbols), ("archive", _information)):
-        chain, bits = _best(scan, *levels, seed, size)
+    for layout, size, near in (
+        ("progressive", _symbols, 0.0),
+        ("archive", _information, NEAR),
+    ):
+        chain, bits = _best(scan, *levels, seed, size, near)
         chains[layout] = chain
         found[f"predicted_{layout}"] = f"{bits:.2f}"
     shape = tuple(int(side) for side in images.shape[1:])
@@ -184,8 +187,18 @@ def _best(
     logsnr: np.ndarray,
     seed: int,
     size: Callable[[Chain], float],
+    near: float,
 ) -> tuple[Chain, float]:
-    """Returns the shortest chain with about the smallest files, and their bits."""
+    """Returns the shortest chain with about the smallest files, and their bits.
+
+    Args:
+      scan: what was measured.
+      log_alpha: of the schedule.
+      logsnr: of the schedule.
+      seed: of the symbols.
+      size: from a chain to the bits an image that its steps take.
+      near: how much larger files may be than the smallest, as a share of it.
+    """
     noise = np.exp(-0.5 * logsnr[scan.times])
     possible = np.flatnonzero(noise[:-1] <= _NOISE[1])
     possible = possible if len(possible) else np.arange(1)
@@ -196,8 +209,8 @@ def _best(
             chain = _chain(scan, log_alpha, logsnr, int(end), steps, seed)
             tried.append((chain, size(chain) + float(scan.pixels[end])))
     least = min(bits for _, bits in tried)
-    near = [(c.steps, bits, c) for c, bits in tried if bits <= (1 + NEAR) * least]
-    _, bits, chain = min(near, key=lambda found: found[:2])
+    good = [(c.steps, bits, c) for c, bits in tried if bits <= (1 + near) * least]
+    _, bits, chain = min(good, key=lambda found: found[:2])
     return chain, bits
 
 

@@ -6,8 +6,9 @@ from diffusion_jax import schedule
 from diffusion_jax.codec import fitting
 from diffusion_jax.codec.profile import Profile
 
+SCHEDULE = schedule.cosine(200)
 LOG_ALPHA, LOGSNR = (
-    np.asarray(table, np.float64) for table in schedule.tables(schedule.cosine(200))
+    np.asarray(table, np.float64) for table in schedule.tables(SCHEDULE)
 )
 SNR = np.exp(LOGSNR)
 ALPHA = np.exp(LOG_ALPHA)
