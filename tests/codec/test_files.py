@@ -44,7 +44,7 @@ def test_other_machines_read_the_same(layout):
         # Some values lie on an edge, where rounding could go either way.
         found = exact(x, t)
         edge = (np.floor(found / step) + 0.5) * step
-        return np.where(np.round(1e6 * found) % 40 == 0, edge, found)
+        return np.where(np.round(1e6 * found) % 120 == 0, edge, found)
 
     data = encoded(layout, profile, denoise, images)
     assert len(container.opened(data, profile).listed.place) > 5

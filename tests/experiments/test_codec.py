@@ -37,11 +37,13 @@ def test_files_and_folders_go_in_and_come_out(fitted, tmp_path, capsys):
     for i, image in enumerate(digits):
         Image.fromarray(image[..., 0]).save(tmp_path / "in" / f"{i}.png")
     out = tmp_path / "x.ddpx"
-    assert codec.main(["compress", str(fitted), str(tmp_path / "in")]) == 0
+    few = ["--batch-size", "4"]
+    assert codec.main(["compress", str(fitted), str(tmp_path / "in"), *few]) == 0
     (tmp_path / "in.ddpx").rename(out)
     assert "3 images, progressive" in capsys.readouterr().out
     run = ["--run", str(fitted)]
-    assert codec.main(["decompress", str(out), "--out", str(tmp_path / "o"), *run]) == 0
+    where = ["--out", str(tmp_path / "o"), *run, *few]
+    assert codec.main(["decompress", str(out), *where]) == 0
     assert "lossless" in capsys.readouterr().out
     for i, image in enumerate(digits):
         got = np.asarray(Image.open(tmp_path / "o" / f"{i:06d}.png"))
@@ -61,7 +63,7 @@ def test_files_and_folders_go_in_and_come_out(fitted, tmp_path, capsys):
         ("x.ddpx", ["--bytes", "4", "--show", "sample"]),
     ):
         where = [str(tmp_path / name), "--out", str(npz)]
-        assert codec.main(["decompress", *where, *run, *flags]) == 0
+        assert codec.main(["decompress", *where, *run, *few, *flags]) == 0
         assert "lossy: a part of the file" in capsys.readouterr().out
         assert np.load(npz)["images"].shape == digits.shape
     assert codec.main(["inspect", str(cut), *run]) == 0
@@ -95,11 +97,12 @@ def test_an_archive_of_the_runs_own_images_is_read_on_other_devices(
 
 def test_a_run_is_found_by_its_profile(fitted, tmp_path, monkeypatch, capsys):
     out = tmp_path / "x.ddpx"
-    flags = ["--data", "--max-images", "1", "--out", str(out)]
+    few = ["--batch-size", "4"]
+    flags = ["--data", "--max-images", "1", "--out", str(out), *few]
     assert codec.main(["compress", str(fitted), *flags]) == 0
     (tmp_path / "runs").symlink_to(fitted.parent)
     monkeypatch.chdir(tmp_path)
-    assert codec.main(["decompress", "x.ddpx", "--out", "x.png"]) == 0
+    assert codec.main(["decompress", "x.ddpx", "--out", "x.png", *few]) == 0
     assert Image.open("x.png").size == (8, 8)
     assert codec.main(["inspect", "x.ddpx"]) == 0
     assert f"run       runs/{fitted.name}" in capsys.readouterr().out
