@@ -3,11 +3,14 @@
 import io
 import sys
 
+import codec_toys
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.lab.measure import formats_compared
+from diffusion_jax.evaluation import pictures
+from diffusion_jax.lab.coding.coder import Coder
+from diffusion_jax.lab.measure import codec_compared, formats_compared
 from diffusion_jax.lab.measure.formats_compared import Point
 
 
@@ -83,3 +86,28 @@ def test_what_is_missing_is_said_and_left_out(monkeypatch):
 def test_points_that_others_beat_are_left_out():
     points = [Point(3, 1.0), Point(1, 9.0), Point(2, 9.0), Point(3, 2.0), Point(4, 1.0)]
     assert formats_compared.front(points) == [Point(1, 9.0), Point(3, 1.0)]
+
+
+def test_a_run_is_compared_by_files_that_come_back_as_they_were():
+    rng, shape = np.random.default_rng(0), (4, 4, 1)
+    profile, denoise = codec_toys.five([60, 100, 200], shape)
+    made = codec_toys.five_images(rng, 64, shape)
+    run = Coder(None, profile, denoise)
+    found = codec_compared.compare(run, made, made[:16], made)
+    sizes = dict(found.sizes)
+    entropy = -codec_toys.SHARES @ np.log2(codec_toys.SHARES) * 16 / 8
+    assert sizes["a histogram a pixel, of others"] == pytest.approx(entropy, rel=0.05)
+    archive, one, each = (size.bytes_each for size in found.sizes[:3])
+    assert entropy < archive < one < each
+    assert archive < sizes["PNG, one mosaic"]
+    rates, errors = zip(*found.own, strict=True)
+    assert errors[-1] == 0
+    assert rates[-1] == pytest.approx(one * 8 / 16)
+    assert list(rates) == sorted(rates)
+    assert errors[0] > errors[len(errors) // 2] > 0
+    assert [images.shape for *_, images in found.shown] == [(16, *shape)] * 5
+    np.testing.assert_array_equal(found.shown[-1][-1], made[:16])
+    picture = pictures.rate_distortion_compared(
+        ("own", found.own), found.alone, found.together, found.shown, title="t"
+    )
+    assert np.asarray(picture).std() > 10

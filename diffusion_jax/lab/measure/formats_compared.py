@@ -9,7 +9,7 @@ import bz2
 import importlib
 import io
 import lzma
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -107,9 +107,7 @@ def histograms(images: np.ndarray, others: np.ndarray) -> Size:
 
 
 def lossy(
-    images: np.ndarray,
-    qualities: Sequence[int] = QUALITIES,
-    tick: Callable[[], object] = lambda: None,
+    images: np.ndarray, qualities: Sequence[int] = QUALITIES
 ) -> tuple[dict[str, list[Point]], dict[str, list[Point]]]:
     """Returns rates and errors by format: of images alone, and in one mosaic.
 
@@ -119,7 +117,6 @@ def lossy(
     Args:
       images: uint8 [N, H, W, C], C 1 or 3.
       qualities: of 0..100, as each format counts them.
-      tick: called after each of the two of each quality.
 
     Raises:
       DataError: as `lossless`.
@@ -134,11 +131,9 @@ def lossy(
             back = np.stack([opened(file, images.shape[1:]) for file in files])
             size = sum(map(len, files))
             alone.setdefault(name, []).append(point(images, back, size))
-            tick()
             file = saved(all_in_one, **options)
             back = cut(opened(file, all_in_one.shape), images.shape)
             together.setdefault(name, []).append(point(images, back, len(file)))
-            tick()
     return _fronts(alone), _fronts(together)
 
 
@@ -155,7 +150,7 @@ def front(points: Sequence[Point]) -> list[Point]:
     return best
 
 
-def point(images: np.ndarray, back: np.ndarray, size: int) -> Point:
+def point(images: np.ndarray, back: np.ndarray, size: float) -> Point:
     """Returns rate and error of images that came back from so many bytes.
 
     >>> one = np.zeros([2, 2, 2, 1], np.uint8)
