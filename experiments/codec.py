@@ -6,6 +6,7 @@
   decompress x.ddpx --out FOLDER, x.npz or x.png
                              all of it, or with --rate what a part of it says
   inspect x.ddpx             say what is in a file, and where a cut would leave it
+  compare RUN                beside PNG, WebP, JPEG and JPEG XL, on the run's own images
 
 A file is lossless, and decodes on any machine that has the run and its profile,
 codec.safetensors in the run's folder. One of the layout progressive may be cut
@@ -27,10 +28,11 @@ from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.coding import coder, files, pixels
 from diffusion_jax.lab.coding.files import Layout
 from diffusion_jax.lab.drawing import outputs
-from diffusion_jax.lab.measure import bound
+from diffusion_jax.lab.measure import bound, codec_compared, formats_compared
 from diffusion_jax.lab.process import entry, flags, replaceable
+from diffusion_jax.lab.run_folder import results
 from diffusion_jax.lab.schema.checks import of_options
-from diffusion_jax.lab.schema.facts import Count, Positive, Seed
+from diffusion_jax.lab.schema.facts import Count, Positive, Seed, between
 from diffusion_jax.lab.trained import opening
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build
@@ -121,6 +123,22 @@ class Inspect:
     """The compressed file, whole or not."""
     run: str | None = None
     """The run that it was made with; looked for in runs/ when not given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Compares a run's files with those of image formats, in a table and a plot."""
+
+    run: opening.Named = None
+    split: Literal["train", "test"] = "train"
+    """Images trained on, or the test images or those held out."""
+    max_images: Annotated[int, between(1, 2**20)] = 1000
+    """Images for sizes without loss, drawn at random."""
+    cut_images: Count = 64
+    """Of them, those for files that are cut, and for formats with loss."""
+    seed: Seed = 0
+    """Of the choice."""
+    which: opening.Which = Weights()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -272,11 +290,51 @@ def inspect(options: Inspect, argv: Sequence[str]) -> None:
     print(*files.in_words(data, profile), sep="\n")
 
 
+def compare(options: Compare, argv: Sequence[str]) -> None:
+    """Prints the table, and writes it with a plot."""
+    pictures.check_plots()
+    network = coder.opened(options.run, options, options.which)
+    found = coder.load(network)
+    print(f"{network.run.folder}: {network.told}")
+    if missing := formats_compared.missing():
+        print(f"note: {missing}")
+    if options.split == "train":
+        print("note: these are images that the network was trained on")
+    every = build.load_data(network.config, split=options.split).images
+    chosen = bound.choose(len(every), options.max_images, options.seed)
+    rest = np.setdiff1d(np.arange(len(every)), chosen)
+    images, others = (np.asarray(every[these]) for these in (chosen, rest))
+    if options.split == "test":  # what is known before, as the network knows it
+        others = np.asarray(build.load_data(network.config).images)
+    rng = np.random.default_rng(options.seed)
+    few = images[rng.permutation(len(images))[: options.cut_images]]
+    result = codec_compared.compare(found, images, few, others)
+    print(*codec_compared.table(result.sizes, images[0].size), sep="\n")
+    picture = pictures.rate_distortion_compared(
+        ("this run, one file\nthat may be cut", result.own),
+        result.alone,
+        result.together,
+        result.shown,
+        title=f"{network.config.name}: {options.split} images",
+    )
+    made = outputs.about(
+        "codec", argv, network.config, network.drawable, network.told, options.seed
+    )
+    name = f"codec_{options.split}"
+    made |= {"images": len(images), "cut_images": len(few), "split": options.split}
+    points = {"own": result.own, "alone": result.alone, "together": result.together}
+    numbers: dict[str, Any] = {"bytes_each": dict(result.sizes), "rate_rmse": points}
+    path = results.write(network.run, name, made | numbers)
+    plot = pictures.save(picture, path.with_suffix(".png"), made)
+    print(f"written: {path}\nplot: {plot}")
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any, Sequence[str]], None]]] = {
     "fit": (Fit, fit),
     "compress": (Compress, compress),
     "decompress": (Decompress, decompress),
     "inspect": (Inspect, inspect),
+    "compare": (Compare, compare),
 }
 """By their names: what each takes and does."""
 

@@ -86,6 +86,7 @@ WRITTEN = {
     "sample RUN --no-strip --out f": "f",
     "sample RUN --out f.png": "f_denoising.png",
     "sample RUN --format npz --out f": "f",
+    "sample RUN --exact --out f.png": "f.json",
     "sample RUN --figure quality --out f.png": "f.json",
     "edit RUN vary /nowhere --out f.png": "f.png",
     "bench digits --out f": "f",
@@ -98,7 +99,7 @@ WRITTEN = {
     "compare_diffusers --keep .": "converted.safetensors",
 }
 # Other paths that commands take: what they read, or a folder that is theirs alone.
-READ = {"reference", "folder", "image", "mask", "first", "second"}
+READ = {"reference", "folder", "image", "mask", "first", "second", "listed"}
 
 
 @pytest.mark.parametrize("line", WRITTEN)
