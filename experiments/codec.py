@@ -136,7 +136,7 @@ class Compare:
     max_images: Annotated[int, between(1, 2**20)] = 1000
     """Images for sizes without loss, drawn at random."""
     cut_images: Count = 64
-    """Of them, those for files that are cut, and for formats with loss."""
+    """Of them, those for a file that is cut, and for files with loss of one image."""
     seed: Seed = 0
     """Of the choice."""
     which: opening.Which = Weights()
@@ -332,11 +332,17 @@ def compare(options: Compare, argv: Sequence[str]) -> None:
         result.shown,
         title=f"{network.config.name}: {options.split} images",
     )
-    made = outputs.about(
-        "codec", argv, network.config, network.drawable, network.told, options.seed
-    )
+    made = {
+        "command": replaceable.typed("codec", argv),
+        "network": network.config.name,
+        "weights": network.told,
+        "weights_sha256": network.drawable.sha256,
+        "seed": options.seed,
+        "split": options.split,
+        "images": len(images),
+        "cut_images": len(few),
+    }
     name = f"codec_{options.split}"
-    made |= {"images": len(images), "cut_images": len(few), "split": options.split}
     points = {"own": result.own, "alone": result.alone, "together": result.together}
     numbers: dict[str, Any] = {"bytes_each": dict(result.sizes), "rate_rmse": points}
     path = results.write(network.run, name, made | numbers)

@@ -48,12 +48,12 @@ def test_sizes_are_those_of_files_that_give_the_images_back(channels, monkeypatc
 
 def test_lossy_points_are_of_what_comes_back():
     made = images(3)
-    alone, together = formats_compared.lossy(made, [5, 90])
+    alone, together = formats_compared.lossy(made, made[:4], [5, 90])
     assert list(alone) == list(together)
     for name, points in alone.items():
         assert 1 <= len(points) <= 3
         assert (points[-1].rmse == 0) == (name != "JPEG")
-        # One header is less than seven.
+        # One header is less than one an image.
         assert together[name][0].rate < points[0].rate
     rough, fine = alone["JPEG"]
     assert rough.rate < fine.rate
@@ -80,7 +80,10 @@ def test_what_is_missing_is_said_and_left_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_jxl", None)
     assert "pip install 'diffusion-jax[codecs]'" in formats_compared.missing()
     assert not any("XL" in size.name for size in formats_compared.lossless(images(1)))
-    assert list(formats_compared.lossy(images(1), [50])[0]) == ["JPEG", "WebP"]
+    assert list(formats_compared.lossy(images(1), images(1), [50])[0]) == [
+        "JPEG",
+        "WebP",
+    ]
 
 
 def test_points_that_others_beat_are_left_out():

@@ -27,7 +27,7 @@ class Compared(NamedTuple):
     own: list[Point]
     """Of the run's file, cut at SHARES."""
     alone: dict[str, list[Point]]
-    """Of formats, a file an image."""
+    """Of formats, a file for each of a few images."""
     together: dict[str, list[Point]]
     """Of formats, all images in one mosaic."""
     shown: list[tuple[str, Point, np.ndarray]]
@@ -44,7 +44,7 @@ def compare(
     Args:
       run: with its profile.
       images: uint8 [N, H, W, C], for sizes without loss.
-      few: some of them, for files that are cut and for formats with loss.
+      few: some of them, for a file that is cut and for those with loss of an image.
       others: images of the same kind, for histograms; may be none.
 
     Raises:
@@ -64,7 +64,7 @@ def compare(
     if len(others):
         sizes.append(formats_compared.histograms(images, others))
     own, shown = _cuts(run, cut, few)
-    alone, together = formats_compared.lossy(few)
+    alone, together = formats_compared.lossy(images, few)
     return Compared(mine + sizes, own, alone, together, shown)
 
 
@@ -81,10 +81,9 @@ def _cuts(
         point = formats_compared.point(images, back, size)
         points.append(point)
         if share in SHOWN:
-            each = f"{size / len(images):.3g} bytes an image"
-            said = f"{point.rate:.2g} bits/dim, {each}\nRMSE {point.rmse:.1f}"
-            if bits is None:
-                said = f"{point.rate:.2g} bits/dim, {each}\nlossless"
+            error = f"RMSE {point.rmse:.3g}" if bits else "lossless"
+            each = f"{size / len(images):.3g} bytes each"
+            said = f"{point.rate:.2g} bits/dim\n{each}\n{error}"
             shown.append((said, point, back[:FEW]))
     return points, shown
 

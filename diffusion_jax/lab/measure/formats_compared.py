@@ -107,15 +107,16 @@ def histograms(images: np.ndarray, others: np.ndarray) -> Size:
 
 
 def lossy(
-    images: np.ndarray, qualities: Sequence[int] = QUALITIES
+    images: np.ndarray, few: np.ndarray, qualities: Sequence[int] = QUALITIES
 ) -> tuple[dict[str, list[Point]], dict[str, list[Point]]]:
-    """Returns rates and errors by format: of images alone, and in one mosaic.
+    """Returns rates and errors by format: of a few images alone, of all in one mosaic.
 
     Only the best: points of a rate at which no other, lossless ones with them, is as
     near. Of images of few values those without loss are often smaller than others.
 
     Args:
       images: uint8 [N, H, W, C], C 1 or 3.
+      few: uint8 [M, H, W, C]; each takes a file of its own for each quality.
       qualities: of 0..100, as each format counts them.
 
     Raises:
@@ -126,15 +127,17 @@ def lossy(
     all_in_one = mosaic(images)
     for name, how in _known(LOSSY).items():
         ways = [how | {"quality": quality} for quality in qualities]
-        for options in [*ways, *([LOSSLESS[name]] if name in LOSSLESS else [])]:
-            files = [saved(image, **options) for image in images]
-            back = np.stack([opened(file, images.shape[1:]) for file in files])
-            size = sum(map(len, files))
-            alone.setdefault(name, []).append(point(images, back, size))
+        ways += [LOSSLESS[name]] if name in LOSSLESS else []
+        each, whole = [], []
+        for options in ways:
+            files = [saved(image, **options) for image in few]
+            back = np.stack([opened(file, few.shape[1:]) for file in files])
+            each.append(point(few, back, sum(map(len, files))))
             file = saved(all_in_one, **options)
             back = cut(opened(file, all_in_one.shape), images.shape)
-            together.setdefault(name, []).append(point(images, back, len(file)))
-    return _fronts(alone), _fronts(together)
+            whole.append(point(images, back, len(file)))
+        alone[name], together[name] = front(each), front(whole)
+    return alone, together
 
 
 def front(points: Sequence[Point]) -> list[Point]:
@@ -209,10 +212,6 @@ def opened(file: bytes, shape: tuple[int, ...]) -> np.ndarray:
         return np.asarray(image.convert("L" if shape[-1] == 1 else "RGB")).reshape(
             shape
         )
-
-
-def _fronts(series: dict[str, list[Point]]) -> dict[str, list[Point]]:
-    return {name: front(points) for name, points in series.items()}
 
 
 def _known(formats: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
