@@ -29,7 +29,7 @@ STEPS = (5, 8, 12, 20, 30, 43)
 ENDS = 12
 """Times at which a chain may end that are tried."""
 NEAR = 0.01
-"""Of an archive a shorter chain is taken if files are so much larger at most."""
+"""Files may be so much larger than the smallest, if the chain is better otherwise."""
 SCANNED = 48
 _NOISE = (0.02, 0.5)
 """sigma / alpha of the first and last time at which a chain may end."""
@@ -97,11 +97,11 @@ def fit(
     levels = log_alpha, logsnr
     scan = _scan(denoise, *levels, times, images, alphabet, seed, batch_size, tick)
     chains, found = {}, dict(about or {})
-    for layout, size, near in (
-        ("progressive", _symbols, 0.0),
-        ("archive", _information, NEAR),
+    for layout, size, first in (
+        ("progressive", _symbols, _end),
+        ("archive", _information, _steps),
     ):
-        chain, bits = _best(scan, *levels, seed, size, near)
+        chain, bits = _best(scan, *levels, seed, size, first)
         chains[layout] = chain
         found[f"predicted_{layout}"] = f"{bits:.2f}"
     shape = tuple(int(side) for side in images.shape[1:])
@@ -187,9 +187,9 @@ def _best(
     logsnr: np.ndarray,
     seed: int,
     size: Callable[[Chain], float],
-    near: float,
+    first: Callable[[Chain], int],
 ) -> tuple[Chain, float]:
-    """Returns the shortest chain with about the smallest files, and their bits.
+    """Returns the best chain of those with about the smallest files, and their bits.
 
     Args:
       scan: what was measured.
@@ -197,7 +197,7 @@ def _best(
       logsnr: of the schedule.
       seed: of the symbols.
       size: from a chain to the bits an image that its steps take.
-      near: how much larger files may be than the smallest, as a share of it.
+      first: from a chain to what has to be small in the best.
     """
     noise = np.exp(-0.5 * logsnr[scan.times])
     possible = np.flatnonzero(noise[:-1] <= _NOISE[1])
@@ -209,9 +209,18 @@ def _best(
             chain = _chain(scan, log_alpha, logsnr, int(end), steps, seed)
             tried.append((chain, size(chain) + float(scan.pixels[end])))
     least = min(bits for _, bits in tried)
-    good = [(c.steps, bits, c) for c, bits in tried if bits <= (1 + near) * least]
-    _, bits, chain = min(good, key=lambda found: found[:2])
-    return chain, bits
+    good = [(chain, bits) for chain, bits in tried if bits <= (1 + NEAR) * least]
+    return min(good, key=lambda found: (first(found[0]), found[1]))
+
+
+def _steps(chain: Chain) -> int:
+    """Returns what an archive has to have few of: evaluations of the network."""
+    return chain.steps
+
+
+def _end(chain: Chain) -> int:
+    """Returns where a progressive file has its pixels: the later, the finer a cut."""
+    return int(chain.times[0])
 
 
 def _information(chain: Chain) -> float:
