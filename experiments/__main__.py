@@ -16,7 +16,7 @@ COMMANDS = {
     "eval_nll": "bound the negative log-likelihood, in bits/dim",
     "compare_samplers": "measure quality by network evaluations, for every rule",
     "ablation": "train every objective under one budget, and compare them",
-    "codec": "compress images with a trained network, without loss or cut anywhere",
+    "codec": "compress images, without loss or to any number of bits",
     "legibility": "ask whether samples can be read, and are no copies",
     "convert": "convert trained networks: diffusers, the hub, TensorFlow",
     "checkpoints": "list the checkpoints of a run, compared with their manifests",

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
+from diffusion_jax.codec import container
 from diffusion_jax.codec import profile as profiles
 from diffusion_jax.codec.profile import Chain
 from diffusion_jax.errors import ConfigError, counted, raise_unknown
@@ -30,7 +31,7 @@ from diffusion_jax.lab.coding.files import Layout
 from diffusion_jax.lab.drawing import outputs
 from diffusion_jax.lab.measure import bound, codec_compared, formats_compared
 from diffusion_jax.lab.process import entry, flags, replaceable
-from diffusion_jax.lab.run_folder import results
+from diffusion_jax.lab.run_folder import results, runs
 from diffusion_jax.lab.schema.checks import of_options
 from diffusion_jax.lab.schema.facts import Count, Positive, Seed, between
 from diffusion_jax.lab.trained import opening
@@ -143,6 +144,19 @@ class Compare:
 
 def main(argv: Sequence[str]) -> int:
     """Does what the arguments ask for; returns the exit code."""
+    options = parse(argv)
+    of_options(options)
+    dict(COMMANDS.values())[type(options)](options, argv)
+    return 0
+
+
+def parse(argv: Sequence[str]) -> Any:
+    """Returns the options of the command that is named first.
+
+    Raises:
+      ValueError: no such command.
+      SystemExit: `--help`, or a flag that does not exist or has another type.
+    """
     if argv and argv[0][:1] != "-" and argv[0] not in COMMANDS:
         raise_unknown("the command", argv[0], tuple(COMMANDS))
     kinds = [
@@ -153,10 +167,7 @@ def main(argv: Sequence[str]) -> int:
     for kind in kinds[1:]:
         union = union | kind
     typed = entry.typed("codec")
-    options = flags.read(union, args=argv, prog=typed, description=__doc__)
-    of_options(options)
-    dict(COMMANDS.values())[type(options)](options, argv)
-    return 0
+    return flags.read(union, args=argv, prog=typed, description=__doc__)
 
 
 def fit(options: Fit, argv: Sequence[str]) -> None:
@@ -184,9 +195,9 @@ def compress(options: Compress, argv: Sequence[str]) -> None:
             f"images must be files or --data; got {got}. Name image files after the "
             "run, or give --data for its own."
         )
+    out = options.out or _default_out(options)
+    replaceable.check_file(out, container.MAGIC, overwrite=options.overwrite)
     network = coder.opened(options.run, options, options.which)
-    out = options.out or _default_out(options, network.run.folder)
-    replaceable.check_file(out, b"DDPX", overwrite=options.overwrite)
     found = coder.load(network)
     if options.data:
         dataset = build.load_data(network.config, split=options.split)
@@ -219,11 +230,15 @@ def compress(options: Compress, argv: Sequence[str]) -> None:
     print(f"written: {out}")
 
 
-def _default_out(options: Compress, folder: Path) -> Path:
+def _default_out(options: Compress) -> Path:
     if options.files:
         return options.files[0].with_suffix(".ddpx")
     count = "" if options.max_images is None else f"_{options.max_images}"
-    return folder / "codec" / f"{options.split}{count}_{options.layout}.ddpx"
+    return (
+        runs.find(options.run).folder
+        / "codec"
+        / f"{options.split}{count}_{options.layout}.ddpx"
+    )
 
 
 def decompress(options: Decompress, argv: Sequence[str]) -> None:
@@ -286,7 +301,7 @@ def inspect(options: Inspect, argv: Sequence[str]) -> None:
         print(f"note: {error}")
         return
     print(f"run       {folder}")
-    profile = profiles.load(coder.runs.find(str(folder)).folder / coder.NAME)
+    profile = profiles.load(runs.find(str(folder)).folder / coder.NAME)
     print(*files.in_words(data, profile), sep="\n")
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion_jax import continuous
 from diffusion_jax.codec import archive, container, fitting, progressive
 from diffusion_jax.codec import profile as profiles
 from diffusion_jax.errors import DataError
@@ -268,6 +269,11 @@ def test_fitting_finds_the_deviations_and_equal_shares():
     ):
         with pytest.raises(DataError, match=rf"must be two or more.*got {got}"):
             fitting.fit(denoise, levels, bad)
+    exploding = continuous.discretize(continuous.ve(), 20, clean=True)
+    with pytest.raises(DataError, match=r"must preserve the variance.*; got another"):
+        fitting.fit(denoise, exploding, images)
+    with pytest.raises(DataError, match="must predict finite values; got others"):
+        fitting.fit(lambda x, t: x * np.nan, levels, images)
 
 
 def test_symbols_share_the_information_and_none_is_empty():

@@ -62,7 +62,7 @@ def opened(name: str | None, options: Any, which: Weights) -> Network:
         kind = "a learned schedule" if learned else f"{config.net.classes} classes"
         raise ConfigError(
             "the run must have no classes, and a schedule that is not learned; got "
-            f"{kind}. Train one with --net.classes 0 and --diffusion.schedule cosine."
+            f"{kind}. In training, set --net.classes 0 and --diffusion.schedule cosine."
         )
     params, step, kind = weights.load(config, run, which)
     told = weights.describe(kind, step)
