@@ -325,12 +325,13 @@ def compare(options: Compare, argv: Sequence[str]) -> None:
     few = images[rng.permutation(len(images))[: options.cut_images]]
     result = codec_compared.compare(found, images, few, others)
     print(*codec_compared.table(result.sizes, images[0].size), sep="\n")
+    kind = {"train": "training", "test": "test"}[options.split]
     picture = pictures.rate_distortion_compared(
         ("this run, one file\nthat may be cut", result.own),
         result.alone,
         result.together,
         result.shown,
-        title=f"{network.config.name}: {options.split} images",
+        title=f"{network.config.name}: {kind} images",
     )
     made = {
         "command": replaceable.typed("codec", argv),

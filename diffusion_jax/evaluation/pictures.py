@@ -291,8 +291,8 @@ def rate_distortion_compared(
     figure, (axis,) = _figure(1)
     from matplotlib.ticker import LogLocator, NullLocator
 
-    figure.set_size_inches(10, 7.6)
-    rows = figure.add_gridspec(2, 1, height_ratios=(2.2, 1), hspace=0.04)
+    figure.set_size_inches(10, 7.8)
+    rows = figure.add_gridspec(2, 1, height_ratios=(1.8, 1), hspace=0.04)
     axis.set_subplotspec(rows[0])
     lines = {"color": OWN, "linewidth": 2.8, "zorder": 3}
     axis.plot(*zip(*sorted(own[1]), strict=True), label=own[0], **lines)
