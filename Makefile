@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 SITE := .venv-site
 
 .DEFAULT_GOAL := help
-.PHONY: help train sample eval samplers ablation legibility test torture mutations \
+.PHONY: help train sample eval samplers ablation legibility codec test torture mutations \
 	lint format docs clean
 
 help:  ## show this
@@ -41,6 +41,10 @@ ablation: $(READY)  ## train every objective on the data of EXP, and compare the
 
 legibility: $(READY)  ## measure whether the samples of EXP can be read
 	$(PY) -m experiments.legibility $(RUN) $(ARGS)
+
+codec: $(READY)  ## compress the images of EXP, beside PNG, WebP and JPEG XL
+	$(PY) -m experiments.codec fit $(RUN)
+	$(PY) -m experiments.codec compare $(RUN) $(ARGS)
 
 test: $(READY)  ## run all tests and doctests
 	$(PY) -m pytest -n 3 --dist loadfile $(ARGS)

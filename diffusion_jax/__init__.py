@@ -21,6 +21,10 @@ The mathematics, each module resting only on those above it:
   editing     encode, interpolate, vary, inpaint, colorize: with any rule
   likelihood  bits/dim by the whole chain's bound or the flow; rate and distortion
 
+Bytes of images, and back, by any network:
+
+  codec        progressive, archive (files without loss), fitting (what they need)
+
 The machinery, which knows nothing of diffusion:
 
   nets         the networks (Flax): unet, inception, classifier

@@ -16,6 +16,7 @@ COMMANDS = {
     "eval_nll": "bound the negative log-likelihood, in bits/dim",
     "compare_samplers": "measure quality by network evaluations, for every rule",
     "ablation": "train every objective with one budget, and compare them",
+    "codec": "compress images, without loss or to any number of bits",
     "legibility": "measure whether samples are legible, and no copies",
     "convert": "convert trained networks: diffusers, the hub, TensorFlow",
     "checkpoints": "list the checkpoints of a run, compared with their manifests",

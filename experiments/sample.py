@@ -10,8 +10,8 @@ import numpy as np
 
 from diffusion_jax.errors import ConfigError, counted
 from diffusion_jax.evaluation import pictures
-from diffusion_jax.lab.drawing import draws, figures, outputs
-from diffusion_jax.lab.process import entry, hosts, progress
+from diffusion_jax.lab.drawing import draws, exact, exact_records, figures, outputs
+from diffusion_jax.lab.process import entry, hosts, progress, replaceable
 from diffusion_jax.lab.schema import choices, sampling
 from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import Config
@@ -57,20 +57,24 @@ class Options:
     from the data along the chain (Fig. 10; takes --count of some hundreds)."""
     strip: bool = True
     """Whether to draw, beside a grid, the denoising of its first images."""
+    exact: bool = False
+    """Draw by ddpm or ddim in whole numbers, with the network in float64: the same
+    pixels on every machine, for every batch size and number of devices. Beside the
+    picture goes a .json that makes certain of it; a strip is not drawn."""
+    listed: Path | None = None
+    """That .json of another machine, to draw by `--exact` what it drew."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Draws what the arguments ask for; returns the exit code."""
     options = entry.parse(Options, argv, "sample", __doc__)
     parallel.split_cpu()  # before JAX looks for devices, as the checks of hosts do
-    if options.figure is not None and jax.process_count() > 1:
-        raise ConfigError(
-            "a figure must be drawn on one host; got --figure "
-            f"{options.figure} on {jax.process_count()}. Draw it with --hosts 1."
-        )
+    check(options)
     which, how = options.which, options.how
     run, config = opening.opened(options.run, options, which=which, how=how)
     out = options.out or run.folder / "draw" / default_name(options)
+    if options.exact:
+        exact.check(config)
     check_out(options, out)
     drawable, step, kind = extras.load(config, run, which)
     said = sampling.describe(chains.describe_sampling(config))
@@ -80,8 +84,20 @@ def main(argv: Sequence[str]) -> int:
     made = outputs.about("sample", argv, config, drawable, told, options.seed)
     if options.figure is not None:
         return draw_figure(config, drawable, out, options, made)
-    count, key = options.count, jax.random.key(options.seed)
-    batches = draws.in_batches(config, drawable, key, count, options.batch_size)
+    count, size = options.count, options.batch_size
+    if options.exact:
+        batches = exact_records.in_batches(
+            config,
+            drawable,
+            made,
+            record_of(out, options),
+            count=count,
+            batch_size=size,
+            given=options.listed,
+        )
+    else:
+        key = jax.random.key(options.seed)
+        batches = draws.in_batches(config, drawable, key, count, size)
     if not hosts.first():
         for _ in batches:  # all hosts draw, the first one saves
             pass
@@ -97,7 +113,7 @@ def main(argv: Sequence[str]) -> int:
             picture = pictures.by_class(drawn, classes, columns=options.columns)
             pictures.save(picture, out, made)
     print(f"{counted(count, 'image')}: {out}")
-    if options.format == "grid" and options.strip:
+    if options.format == "grid" and options.strip and not options.exact:
         if jax.process_count() > 1:  # the first host draws these alone
             drawable = jax.tree.map(np.asarray, drawable)
         rows, seed = min(8, count), options.seed
@@ -106,6 +122,28 @@ def main(argv: Sequence[str]) -> int:
         strip = pictures.save(figures.strip(end, seen.t, seen.x_t), strip_of(out), made)
         print(f"denoising: {strip}")
     return 0
+
+
+def check(options: Options) -> None:
+    """Raises ConfigError where options do not go together."""
+    hosts_, figure = jax.process_count(), options.figure
+    if (figure is not None or options.exact) and hosts_ > 1:
+        said = "an exact drawing" if options.exact else "a figure"
+        flag = "--exact" if options.exact else f"--figure {figure}"
+        raise ConfigError(
+            f"{said} must be drawn on one host; got {flag} on {hosts_}. Draw it with "
+            "--hosts 1."
+        )
+    if options.exact and figure is not None:
+        raise ConfigError(
+            f"exact must be left out with a figure; got --figure {figure}. Only plain "
+            "drawings are exact."
+        )
+    if options.listed is not None and not options.exact:
+        raise ConfigError(
+            f"listed must come with --exact; got --listed {options.listed} alone. "
+            "Give both."
+        )
 
 
 def draw_figure(
@@ -130,6 +168,7 @@ def draw_figure(
 def default_name(options: Options) -> str:
     """Returns the name of the file or folder of a drawing."""
     end = outputs.other_than_usual(options.how, options.which)
+    end += "_exact" * options.exact
     if options.figure is not None:
         return f"{options.figure}{end}.png"
     name = f"seed{options.seed}_{options.count}{end}"
@@ -141,11 +180,20 @@ def strip_of(out: Path) -> Path:
     return out.with_name(f"{out.stem}_denoising.png")
 
 
+def record_of(out: Path, options: Options) -> Path:
+    """Returns where the file goes that makes certain of an exact drawing."""
+    return out.with_name(f"{out.name if options.format == 'png' else out.stem}.json")
+
+
 def check_out(options: Options, out: Path) -> None:
     """Raises ConfigError where a file that is no drawing would be replaced."""
+    if options.exact:
+        record, mark = record_of(out, options), exact_records.MARK
+        replaceable.check_file(record, mark, overwrite=options.overwrite)
     if options.figure is None and options.format == "png":
         return outputs.check_folder(out)
-    if options.figure is None and options.format == "grid" and options.strip:
+    strip = options.strip and not options.exact
+    if options.figure is None and options.format == "grid" and strip:
         outputs.check_file(strip_of(out), overwrite=options.overwrite)
     if options.figure == "quality" and not out.exists():  # no numbers of its own yet
         outputs.check_file(out.with_suffix(".json"), overwrite=options.overwrite)

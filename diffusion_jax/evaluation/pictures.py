@@ -14,6 +14,9 @@ from PIL.PngImagePlugin import PngInfo
 from diffusion_jax.errors import needs
 from diffusion_jax.storage import files
 
+OWN, OTHERS = "#c1121f", ("#f4a259", "#5b8e7d", "#33658a")
+"""Colours of a curve, and of those that it is compared with."""
+
 
 def to_uint8(x: np.ndarray) -> np.ndarray:
     """Returns images scaled to [-1, 1] as uint8, clipped and rounded to the nearest.
@@ -264,6 +267,59 @@ def rate_distortion(
     ):
         axis.plot(x, y, color="#2a6f97", linewidth=1.5)
         axis.set(xlabel=xlabel, ylabel=ylabel)
+    return _render(figure)
+
+
+def rate_distortion_compared(
+    own: tuple[str, Sequence[tuple[float, float]]],
+    alone: Mapping[str, Sequence[tuple[float, float]]],
+    together: Mapping[str, Sequence[tuple[float, float]]],
+    cuts: Sequence[tuple[str, tuple[float, float], np.ndarray]],
+    *,
+    title: str,
+) -> Image.Image:
+    """Returns a plot of error by rate beside that of image formats, above images.
+
+    Args:
+      own: name and points (rate in bits/dim, root mean squared error of 255).
+      alone: those of formats by their names, a file an image.
+      together: those of formats, all images in one mosaic.
+      cuts: some of the points, each with a line to stand above the images that came
+        back, uint8 [N, H, W, C].
+      title: of the plot.
+    """
+    figure, (axis,) = _figure(1)
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    figure.set_size_inches(10, 7.8)
+    rows = figure.add_gridspec(2, 1, height_ratios=(1.8, 1), hspace=0.04)
+    axis.set_subplotspec(rows[0])
+    lines = {"color": OWN, "linewidth": 2.8, "zorder": 3}
+    axis.plot(*zip(*sorted(own[1]), strict=True), label=own[0], **lines)
+    x, y = zip(*(point for _, point, _ in cuts), strict=True)
+    axis.plot(x, y, "o", color=OWN, markersize=8, markeredgecolor="white", zorder=4)
+    colors = dict(zip({**together, **alone}, OTHERS, strict=False))
+    for series, where, style in (
+        (together, "one mosaic", "o-"),
+        (alone, "each image", "o:"),
+    ):
+        for name, points in series.items():
+            x, y = zip(*sorted(points), strict=True)
+            look = {"color": colors[name], "linewidth": 1.5, "markersize": 3.5}
+            axis.plot(x, y, style, label=f"{name}, {where}", **look)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set(xlabel="rate (bits/dim)", ylabel="error (RMSE of 255)", title=title)
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    below = rows[1].subgridspec(1, len(cuts))
+    for place, (said, _, images) in zip(below, cuts, strict=True):
+        panel = figure.add_subplot(place)
+        shown = grid(images, side=images.shape[1], gap=1)
+        panel.imshow(np.asarray(shown.convert("RGB")), interpolation="nearest")
+        panel.set_title(said, fontsize=9)
+        panel.set_axis_off()
     return _render(figure)
 
 

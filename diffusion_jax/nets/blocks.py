@@ -34,7 +34,7 @@ class Activation(NamedTuple):
     parts: tuple[jax.Array, ...]
     """Its channels, [B, H, W, C_i] each; C is the sum of the C_i."""
     shift: jax.Array
-    """Still to be added to each channel, [C], in float32."""
+    """Still to be added to each channel, [C], in `wide` of the parts."""
 
     def whole(self) -> jax.Array:
         """Returns the activation as one array."""
@@ -44,6 +44,15 @@ class Activation(NamedTuple):
     def settled(self) -> "Activation":
         """Returns the same activation as one part with a shift of 0."""
         return Activation((self.whole(),), jnp.zeros_like(self.shift))
+
+
+def wide(dtype: Dtype) -> jnp.dtype:
+    """Returns the type of what is summed and of vectors: float32, float64 of float64.
+
+    >>> print(wide(jnp.bfloat16))
+    float32
+    """
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def beside(x: Activation, other: Activation) -> Activation:
@@ -218,9 +227,10 @@ class Attention(nn.Module):
         self.out = Linear(self.channels, near_zero)
 
     def weights(self) -> list[tuple[jax.Array, jax.Array]]:
-        """Returns the kernels and biases of query, key, value and output."""
+        """Returns kernels and biases of query, key, value and output, in `wide`."""
         layers = self.query, self.key, self.value, self.out
-        return [layer(self.channels) for layer in layers]
+        made = [layer(self.channels) for layer in layers]
+        return jax.tree.map(lambda leaf: leaf.astype(wide(self.dtype)), made)
 
     def __call__(self, x: Activation, weights: "Folded") -> Activation:
         """Returns [B, H, W, C] from x of the same shape.
@@ -302,7 +312,7 @@ class Downsample(nn.Module):
         before = VARIANTS[self.variant].before
         conv = Conv(x.shape[-1], self.conv, self.dtype, 2, before, name="conv")
         y, bias = conv(x)
-        return Activation((y,), bias)
+        return Activation((y,), bias.astype(wide(y.dtype)))
 
 
 class Upsample(nn.Module):
@@ -318,7 +328,7 @@ class Upsample(nn.Module):
         if method != "doubled":
             x = repeated(x)
         y, bias = Conv(x.shape[-1], method, self.dtype, name="conv")(x)
-        return Activation((y,), bias)
+        return Activation((y,), bias.astype(wide(y.dtype)))
 
 
 def _attended(q: jax.Array, k: jax.Array, v: jax.Array, count: int) -> jax.Array:
@@ -333,5 +343,5 @@ def _attended(q: jax.Array, k: jax.Array, v: jax.Array, count: int) -> jax.Array
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns the product of parameters, in full float32: it is small."""
+    """Returns the product of parameters, in full precision: it is small."""
     return jnp.matmul(a, b, precision="highest")

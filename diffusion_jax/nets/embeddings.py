@@ -1,6 +1,7 @@
 """Features of a network's inputs: embeddings of time, fine detail of images."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,14 @@ import numpy as np
 
 
 def time_embedding(
-    t: jax.Array, channels: int, *, shift: int = 1, cosine_first: bool = False
+    t: jax.Array,
+    channels: int,
+    *,
+    shift: int = 1,
+    cosine_first: bool = False,
+    dtype: Any = jnp.float32,
 ) -> jax.Array:
-    """Returns the sinusoidal embedding of time, [B, channels], in float32.
+    """Returns the sinusoidal embedding of time, [B, channels], as typed by `dtype`.
 
     [sin(t f_k), cos(t f_k)], f_k = 10000^(-k / (half - shift)), half = channels // 2
     (Sec. 3.5, Vaswani et al. 2017); an odd number of channels ends with a zero.
@@ -20,20 +26,23 @@ def time_embedding(
       channels: at least 4.
       shift: 1 as in the official code, where the slowest frequency is 1e-4, or 0.
       cosine_first: whether the cosines come before the sines.
+      dtype: of all that is computed.
 
     >>> print(time_embedding(jnp.zeros([1]), 4))
     [[0. 0. 1. 1.]]
     """
     half = channels // 2
     frequency = np.exp(-np.log(10000.0) * np.arange(half) / (half - shift))
-    phase = t.astype(jnp.float32)[:, None] * frequency.astype(np.float32)[None, :]
+    phase = t.astype(dtype)[:, None] * frequency.astype(dtype)[None, :]
     halves = [jnp.sin(phase), jnp.cos(phase)]
     embedding = jnp.concatenate(halves[::-1] if cosine_first else halves, axis=-1)
     return jnp.pad(embedding, ((0, 0), (0, channels % 2)))
 
 
-def fourier_features(x: jax.Array, powers: Sequence[int]) -> jax.Array:
-    """Returns [sin(2^n pi x), cos(2^n pi x)], [B, H, W, 2 C N], in float32.
+def fourier_features(
+    x: jax.Array, powers: Sequence[int], *, dtype: Any = jnp.float32
+) -> jax.Array:
+    """Returns [sin(2^n pi x), cos(2^n pi x)], [B, H, W, 2 C N], as typed by `dtype`.
 
     App. C, Kingma et al. 2021, whose n are 7 and 8: they show the last bits of a pixel.
     All sines come before all cosines, and of either all n of a channel together.
@@ -41,12 +50,13 @@ def fourier_features(x: jax.Array, powers: Sequence[int]) -> jax.Array:
     Args:
       x: images, [B, H, W, C].
       powers: the whole numbers n, [N].
+      dtype: of all that is computed.
 
     >>> print(fourier_features(jnp.full([1, 1, 1, 1], 0.25), (0, 3)).round(3))
     [[[[0.707 0.    0.707 1.   ]]]]
     """
-    scale = np.exp2(np.asarray(powers)).astype(np.float32)
-    turns = x.astype(jnp.float32)[..., None] * scale.reshape(*[1] * x.ndim, -1)
+    scale = np.exp2(np.asarray(powers)).astype(dtype)
+    turns = x.astype(dtype)[..., None] * scale.reshape(*[1] * x.ndim, -1)
     # Whole turns are dropped before the product with pi, which would round them.
     phase = jnp.pi * (turns - 2 * jnp.round(turns / 2))
     phase = phase.reshape(*x.shape[:-1], -1)

@@ -191,7 +191,12 @@ def _backward(how: Constants, kept: Kept, gradient: jax.Array) -> tuple[Inputs]:
         of_parts.append(of_x.astype(x.dtype))
     of_shift = kept.line.slope * of_d - pixels * (p + q * kept.off * rstd)
     of_scale, of_bias, of_all = (
-        total.astype(scale.dtype) for total in _reduced((of_du, of_d, of_shift), 0)
+        total.astype(vector.dtype)
+        for total, vector in zip(
+            _reduced((of_du, of_d, of_shift), 0),
+            (scale, given.bias, given.shift),
+            strict=True,
+        )
     )
     of_images = None
     if given.of_images is not None:

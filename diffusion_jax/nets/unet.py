@@ -35,6 +35,7 @@ from diffusion_jax.nets.blocks import (
     folded,
     near_zero,
     unit,
+    wide,
 )
 from diffusion_jax.nets.embeddings import fourier_features, time_embedding
 
@@ -64,7 +65,9 @@ class UNet(nn.Module):
     """Rows of the label embedding; 0 for a network without labels. One trained with
     dropped labels has one row more than there are classes, the last, for no label."""
     dtype: Dtype = jnp.float32
-    """Type of the activations; parameters and output stay float32."""
+    """Type of the activations; parameters and output stay float32. float64 is for a
+    network that every machine is to evaluate alike: its output is float64 too, and JAX
+    has to compute in it (`jax.enable_x64`)."""
     conv: str = "xla"
     """How a convolution is computed: "xla", or "matmul" (neighbourhoods times kernel,
     the same numbers): in a loop on CPU several times faster, for more memory."""
@@ -86,7 +89,7 @@ class UNet(nn.Module):
         *,
         train: bool = False,
     ) -> jax.Array:
-        """Returns the network's output, [B, H, W, out_channels], in float32.
+        """Returns the network's output, [B, H, W, out_channels], in `wide`.
 
         Args:
           x: noisy images, [B, H, W, C]; H and W multiples of 2^(levels - 1).
@@ -128,10 +131,11 @@ class UNet(nn.Module):
             return attentions[name](x, weights[name]) if name in attentions else x
 
         if self.fourier:
-            features = fourier_features(x, self.fourier)
-            x = jnp.concatenate([x.astype(jnp.float32), features], axis=-1)
+            typed = wide(self.dtype)
+            features = fourier_features(x, self.fourier, dtype=typed)
+            x = jnp.concatenate([x.astype(typed), features], axis=-1)
         x, bias = Conv(self.channels, self.conv, self.dtype, name="conv_in")(x)
-        h = Activation((x,), bias)
+        h = Activation((x,), bias.astype(wide(x.dtype)))
         skips = [h]
         levels = len(self.multipliers)
         for i in range(levels):
@@ -188,7 +192,13 @@ class UNet(nn.Module):
     def _time(self, t: jax.Array, label: jax.Array | None) -> jax.Array:
         """Returns SiLU of the embedding of times and labels, [B, 4 channels]."""
         _, shift, cosine_first, *_ = VARIANTS[self.variant]
-        time = time_embedding(t, self.channels, shift=shift, cosine_first=cosine_first)
+        time = time_embedding(
+            t,
+            self.channels,
+            shift=shift,
+            cosine_first=cosine_first,
+            dtype=wide(self.dtype),
+        )
         for name in ("time1", "time2"):
             time = nn.silu(time) if name == "time2" else time
             time = nn.Dense(
@@ -208,7 +218,7 @@ class UNet(nn.Module):
         return nn.silu(time)
 
     def _shifts(self, blocks: Sequence[ResBlock], time: jax.Array) -> list[jax.Array]:
-        """Returns what each block adds for the time, [B, its channels], in float32.
+        """Returns what each block adds for the time, [B, its channels], in `wide`.
 
         By one product for all blocks.
         """
@@ -216,9 +226,8 @@ class UNet(nn.Module):
         kernel, bias = (
             jnp.concatenate(leaves, axis=-1) for leaves in zip(*made, strict=True)
         )
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        kernel = kernel.astype(self.dtype)
-        shifts = jnp.matmul(time, kernel, preferred_element_type=wide) + bias[None]
+        kernel, typed = kernel.astype(self.dtype), wide(self.dtype)
+        shifts = jnp.matmul(time, kernel, preferred_element_type=typed) + bias[None]
         ends = np.cumsum([len(b) for _, b in made])[:-1]
         return jnp.split(shifts, ends, axis=-1)
 
@@ -275,6 +284,11 @@ def check(net: UNet, x: jax.Array, t: jax.Array, label: jax.Array | None) -> Non
                 f"every level's width must be a multiple of {each}, for its groups and "
                 f"attention heads; got {width}. Change channels, multipliers or groups."
             )
+    if jnp.dtype(net.dtype) == np.float64 and jnp.result_type(float) != np.float64:
+        raise ValueError(
+            "dtype float64 must be used with JAX's x64 mode on; got it off. Set "
+            "JAX_ENABLE_X64=1, or call the network inside jax.enable_x64(True)."
+        )
     if net.channels < 4:
         raise ValueError(
             f"channels must be at least 4; got {net.channels}. The paper uses 128."

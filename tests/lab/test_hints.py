@@ -13,7 +13,7 @@ import diffusion_jax
 from diffusion_jax.lab.process import joining
 from diffusion_jax.lab.process.flags import HELP_ALL
 from diffusion_jax.lab.training import arguments
-from experiments import edit
+from experiments import codec, edit
 
 ROOT = Path(diffusion_jax.__file__).resolve().parents[1]
 FILES = [*(ROOT / "diffusion_jax").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")]
@@ -63,6 +63,7 @@ def flags_of(command):
     kinds = {
         "train": [arguments.Training],
         "edit": list(edit.COMMANDS.values()),
+        "codec": [kind for kind, _ in codec.COMMANDS.values()],
     }
     if command not in kinds:
         kinds = {command: [importlib.import_module(f"experiments.{command}").Options]}

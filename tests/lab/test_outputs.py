@@ -15,7 +15,7 @@ import experiments
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.drawing import edit_options, outputs
 from diffusion_jax.lab.run_folder import results
-from experiments import edit, sample
+from experiments import codec, edit, sample
 
 FEW = ("--count", "3", "--no-strip")
 
@@ -75,8 +75,11 @@ WRITTEN = {
     "sample RUN --no-strip --out f": "f",
     "sample RUN --out f.png": "f_denoising.png",
     "sample RUN --format npz --out f": "f",
+    "sample RUN --exact --out f.png": "f.json",
     "sample RUN --figure quality --out f.png": "f.json",
     "edit RUN vary /nowhere --out f.png": "f.png",
+    "codec compress RUN --data --out f": "f",
+    "codec decompress /nowhere --out f.npz": "f.npz",
     "bench digits --out f": "f",
     "bench digits --table --out f.json": "f.md",
     "compiled digits --out f": "f",
@@ -87,7 +90,8 @@ WRITTEN = {
     "compare_diffusers --keep .": "converted.safetensors",
 }
 # Other paths that commands take: what they read, or a folder that is theirs alone.
-READ = {"reference", "folder", "image", "mask", "first", "second"}
+READ = {"reference", "folder", "image", "mask", "first", "second", "listed"}
+READ |= {"file", "files"}
 
 
 @pytest.mark.parametrize("line", WRITTEN)
@@ -108,6 +112,7 @@ def test_what_a_command_did_not_write_stays(line, trained, tmp_path, monkeypatch
 def test_every_path_that_a_command_takes_is_one_of_these():
     kinds = [("edit", kind) for kind in edit.COMMANDS.values()]
     kinds.append(("edit", edit_options.Shared))
+    kinds += [("codec", kind) for kind, _ in codec.COMMANDS.values()]
     for file in Path(experiments.__file__).parent.glob("[!_]*.py"):
         module = importlib.import_module(f"experiments.{file.stem}")
         if hasattr(module, "Options"):

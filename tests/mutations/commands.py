@@ -27,7 +27,7 @@ COMMANDS = [
     Breakage(
         "arguments-flip-inherited",
         "diffusion_jax/lab/training/arguments.py",
-        'given = read(config.replace(base, "data", flip=False))',
+        "given = read(other)",
         "given = read(base)",
         "tests/lab/test_config.py::test_images_of_ones_own_are_mirrored_only_when_asked",
     ),

@@ -122,6 +122,46 @@ def test_bfloat16_keeps_parameters_and_output_in_float32():
     assert_close(output, numpy_unet.conv3x3(params, double(last)), 1e-6)
 
 
+# float64.
+
+
+def test_in_float64_nothing_is_rounded_to_less(x64, forms_of):
+    net = UNUSUAL.clone(dtype=jnp.float64)
+    x, t, label = normal(2, 12, 8, 1), np.array([3, 999]), np.array([2, 0])
+    params = parameters(net, x, t, label)
+    out = quick_jit(lambda p: net.apply({"params": p}, x, t, label))(params)
+    assert out.dtype == np.float64
+    expected = numpy_unet.unet(
+        double(params),
+        x,
+        t,
+        label,
+        channels=9,
+        levels=3,
+        blocks=1,
+        attention_at=(8, 4),
+        groups=3,
+    )
+    assert_close(out, expected, 1e-13)
+    shape = jax.eval_shape(
+        jax.grad(lambda p: net.apply({"params": p}, x, t, label).sum()), params
+    )
+    assert by_shape(shape) == by_shape(params)
+    phase = 2.0**7 * np.pi * x.astype(np.float64)
+    features = embeddings.fourier_features(jnp.asarray(x), (7,), dtype=jnp.float64)
+    np.testing.assert_allclose(features[..., :1], np.sin(phase), atol=1e-13)
+
+
+def test_float64_is_refused_where_jax_would_compute_in_less(refuses):
+    with refuses("it off"):
+        jax.eval_shape(
+            ONE_LEVEL.clone(dtype=np.dtype("float64")).init,
+            jax.random.key(0),
+            normal(2, 8, 8, 3),
+            np.zeros(2),
+        )
+
+
 # Compilation.
 
 

@@ -181,9 +181,10 @@ class Net:
     """Share of activations dropped in training."""
     groups: Annotated[Count, SHAPE] = 32
     """Groups of every GroupNorm."""
-    dtype: Annotated[Literal["float32", "bfloat16"], HOW] = "float32"
+    dtype: Annotated[Literal["float32", "bfloat16", "float64"], HOW] = "float32"
     """Type of the activations. Parameters, statistics, loss, optimizer and averages are
-    float32 in any case."""
+    float32 in any case. float64 takes JAX_ENABLE_X64=1 in training; to sample exactly
+    or to compress, every network is evaluated in it, however it was trained."""
     conv: Annotated[Literal["auto", "xla", "matmul"], HOW, FREE] = "auto"
     """How a convolution is computed; auto is xla, but on CPU matmul where a
     gradient is taken inside a loop."""

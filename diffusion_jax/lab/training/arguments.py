@@ -31,10 +31,10 @@ class Training:
     gradient clipped in eight parts, an average without a ramp. Exact, and on one device
     more than four times slower."""
     MAIN: ClassVar = (
-        "name output init_from data.source data.path data.image_size data.flip "
+        "name output init_from data.source data.image_size data.flip "
         "data.hold_out diffusion.schedule diffusion.prediction net.channels "
         "net.classes optimizer.learning_rate train.steps train.stop_at "
-        "train.batch_size train.accumulate train.devices train.checkpoint_every "
+        "train.batch_size train.accumulate train.checkpoint_every "
         "sample.sampler"
     )
     config: _Unnamed = dataclasses.field(default_factory=config.Config)

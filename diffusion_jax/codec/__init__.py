@@ -1,0 +1,1 @@
+"""Bytes of images and back, by a trained network that every machine reads alike."""

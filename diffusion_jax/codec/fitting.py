@@ -1,0 +1,327 @@
+"""Finds the profile of a network from images: times, variances, symbols, alphabet.
+
+Of x_t at some fifty times it measures V_t, the mean square of x0 - x0_hat(x_t) for each
+dimension. All else follows:
+
+  rate of a jump t -> s         1/2 sum_d log2(1 + c0^2 V_t[d] / small)
+  information about x0 by t     sum of 1/2 mmse dSNR / ln 2
+
+The first is the mean of KL(q(x_s | x_t, x0) || p(x_s | x_t)) where p has the best
+variance for each dimension, small + c0^2 V_t[d] (see `prediction`). The times of a
+chain have equal shares of the second. Where it ends, and how many steps it has, is
+searched among all that come into question, by the size of a file.
+"""
+
+import heapq
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from diffusion_jax.codec.bins import TOTAL, Pixels
+from diffusion_jax.codec.profile import MOST_BITS, Chain, Profile
+from diffusion_jax.errors import DataError
+from diffusion_jax.schedule import Schedule, tables
+
+IMAGES = 1024
+STEPS = (5, 8, 12, 20, 30, 43)
+"""Lengths of chains that are tried."""
+ENDS = 12
+"""Times at which a chain may end that are tried."""
+NEAR = 0.01
+"""Files may be so much larger than the smallest, if the chain is better otherwise."""
+SCANNED = 48
+_NOISE = (0.02, 0.5)
+"""sigma / alpha of the first and last time at which a chain may end."""
+_SMALLEST = 2.0**-20
+_PRIOR = 1e-4
+"""Bits a dimension that a chain may leave out where it begins."""
+_FINER = 4
+"""How much finer than a deviation the values of an archive are."""
+_SYMBOL, _SPARE = 10, 2
+"""Bits of information in one symbol at most, and bits that it has beyond them."""
+
+
+class Scan(NamedTuple):
+    """What was measured at the times that were looked at."""
+
+    times: np.ndarray
+    """int64 [S], rising."""
+    errors: np.ndarray
+    """float64 [S, D]: V_t."""
+    pixels: np.ndarray
+    """float64 [S]: bits an image to code all pixels, seen from x_t."""
+
+
+def fit(
+    denoise: Callable[[np.ndarray, float], np.ndarray],
+    schedule: Schedule,
+    images: np.ndarray,
+    *,
+    about: dict[str, str] | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    tick: Callable[[int], object] = lambda count: None,
+) -> Profile:
+    """Returns the profile of a network.
+
+    Args:
+      denoise: from x_t, float64 [B, H, W, C], and a time to x0 as the network sees it,
+        always of the same B; computed in float32 will do.
+      schedule: discrete, and variance-preserving.
+      images: uint8 [N, H, W, C] that it was trained on. Some 1,024 suffice.
+      about: words to keep in the profile.
+      seed: of the noise of the measurement, and of that in files.
+      batch_size: B.
+      tick: called with the images that were evaluated, SCANNED times their number.
+
+    Raises:
+      DataError: the schedule or the network is not of the kind that is supported, or
+        there are no images.
+    """
+    log_alpha, logsnr = (np.asarray(table, np.float64) for table in tables(schedule))
+    if len(images) < 2 or images.dtype != np.uint8 or images.ndim != 4:
+        raise DataError(
+            "images must be two or more, uint8 [N, H, W, C]; got "
+            f"{images.dtype}{list(images.shape)}. Give the images of the training."
+        )
+    preserving = np.exp(2 * log_alpha[1:]) * (1 + np.exp(-logsnr[1:]))
+    if np.abs(preserving - 1).max() > 1e-4:
+        raise DataError(
+            "the schedule must preserve the variance, alpha^2 + sigma^2 = 1; got "
+            "another. Files are made with linear, cosine and the like, not with ve, "
+            "sub_vp or flow."
+        )
+    alphabet = alphabet_of(images)
+    times = _scanned(log_alpha, logsnr)
+    levels = log_alpha, logsnr
+    scan = _scan(denoise, *levels, times, images, alphabet, seed, batch_size, tick)
+    chains, found = {}, dict(about or {})
+    for layout, size, first in (
+        ("progressive", _symbols, _end),
+        ("archive", _information, _steps),
+    ):
+        chain, bits = _best(scan, *levels, seed, size, first)
+        chains[layout] = chain
+        found[f"predicted_{layout}"] = f"{bits:.2f}"
+    shape = tuple(int(side) for side in images.shape[1:])
+    return Profile(shape, alphabet, seed, **chains, about=found)  # type: ignore[arg-type]
+
+
+def alphabet_of(images: np.ndarray) -> np.ndarray:
+    """Returns the values that occur, uint8, rising; all 256 where most of them do.
+
+    >>> print(alphabet_of(np.array([3, 0, 3], np.uint8)))
+    [0 3]
+    """
+    values = np.unique(images)
+    return values if len(values) <= 128 else np.arange(256, dtype=np.uint8)
+
+
+def _scanned(log_alpha: np.ndarray, logsnr: np.ndarray) -> np.ndarray:
+    """Returns times evenly spaced in log-SNR, from hardly any noise to nothing else."""
+    noise = np.exp(-0.5 * logsnr)
+    first = min(max(1, int(np.argmax(noise >= _NOISE[0]))), len(noise) - 1)
+    # From x_t that are N(0, 1) within so many bits, whatever x0 is.
+    little = log_alpha < 0.5 * np.log(2 * np.log(2) * _PRIOR)
+    last = int(np.argmax(little)) if little.any() else len(noise) - 1
+    wanted = np.linspace(logsnr[first], logsnr[max(first, last)], SCANNED)
+    rising = np.arange(len(logsnr))
+    places = np.interp(-wanted, -logsnr[1:], rising[1:])
+    return np.unique(np.rint(places).astype(np.int64))
+
+
+def _scan(
+    denoise: Callable[[np.ndarray, float], np.ndarray],
+    log_alpha: np.ndarray,
+    logsnr: np.ndarray,
+    times: np.ndarray,
+    images: np.ndarray,
+    alphabet: np.ndarray,
+    seed: int,
+    batch_size: int,
+    tick: Callable[[int], object],
+) -> Scan:
+    levels = alphabet / 127.5 - 1
+    middles = 0.5 * (levels[1:] + levels[:-1])
+    x0 = images.reshape(len(images), -1) / 127.5 - 1
+    # Those outside an alphabet are the business of a file.
+    symbols = np.minimum(np.searchsorted(alphabet, images), len(alphabet) - 1)
+    symbols = symbols.reshape(x0.shape)
+    rng = np.random.default_rng(seed)
+    errors, pixels = [], []
+    for t in times:
+        alpha, sigma = np.exp(log_alpha[t]), np.exp(log_alpha[t] - 0.5 * logsnr[t])
+        seen = np.empty_like(x0)
+        for first in range(0, len(x0), batch_size):
+            clean = x0[first : first + batch_size]
+            noisy = alpha * clean + sigma * rng.standard_normal(clean.shape)
+            padded = np.pad(noisy, ((0, batch_size - len(clean)), (0, 0)), "edge")
+            found = denoise(padded.reshape(-1, *images.shape[1:]), int(t))
+            flat = np.clip(np.asarray(found, np.float64), -1, 1).reshape(padded.shape)
+            seen[first : first + batch_size] = flat[: len(clean)]
+            tick(len(clean))
+        if not np.isfinite(seen).all():
+            raise DataError(
+                f"the network must predict finite values; got others at t = {t}. "
+                "Train it again, or take an earlier checkpoint."
+            )
+        errors.append(np.maximum(np.square(x0 - seen).mean(axis=0), _SMALLEST))
+        code = Pixels(seen, errors[-1] ** -0.5, middles)
+        pixels.append(bits_of(code.interval(symbols)[1]).sum(axis=1).mean())
+    return Scan(times, np.array(errors), np.array(pixels))
+
+
+def bits_of(freq: np.ndarray) -> np.ndarray:
+    """Returns the bits that symbols of these frequencies take.
+
+    >>> print(bits_of(np.array([2**24, 2**23])))
+    [-0.  1.]
+    """
+    return -np.log2(freq / TOTAL)
+
+
+def _best(
+    scan: Scan,
+    log_alpha: np.ndarray,
+    logsnr: np.ndarray,
+    seed: int,
+    size: Callable[[Chain], float],
+    first: Callable[[Chain], int],
+) -> tuple[Chain, float]:
+    """Returns the best chain of those with about the smallest files, and their bits.
+
+    Args:
+      scan: what was measured.
+      log_alpha: of the schedule.
+      logsnr: of the schedule.
+      seed: of the symbols.
+      size: from a chain to the bits an image that its steps take.
+      first: from a chain to what has to be small in the best.
+    """
+    noise = np.exp(-0.5 * logsnr[scan.times])
+    possible = np.flatnonzero(noise[:-1] <= _NOISE[1])
+    possible = possible if len(possible) else np.arange(1)
+    picked = np.linspace(0, len(possible) - 1, ENDS).astype(int)
+    tried = []
+    for end in possible[np.unique(picked)]:
+        for steps in STEPS:
+            chain = _chain(scan, log_alpha, logsnr, int(end), steps, seed)
+            tried.append((chain, size(chain) + float(scan.pixels[end])))
+    least = min(bits for _, bits in tried)
+    good = [(chain, bits) for chain, bits in tried if bits <= (1 + NEAR) * least]
+    return min(good, key=lambda found: (first(found[0]), found[1]))
+
+
+def _steps(chain: Chain) -> int:
+    """Returns what an archive has to have few of: evaluations of the network."""
+    return chain.steps
+
+
+def _end(chain: Chain) -> int:
+    """Returns where a progressive file has its pixels: the later, the finer a cut."""
+    return int(chain.times[0])
+
+
+def _information(chain: Chain) -> float:
+    """Returns the bits an image that the steps of an archive take."""
+    return float(rates_of(chain).sum())
+
+
+def _symbols(chain: Chain) -> float:
+    """Returns the bits an image that the steps of a progressive file take."""
+    return float((chain.chunks * chain.bits).sum())
+
+
+def rates_of(chain: Chain) -> np.ndarray:
+    """Returns the mean information of each step and dimension in bits, [n, D]."""
+    return np.asarray(np.log2(chain.sd / np.sqrt(chain.small)[:, None]))
+
+
+def _chain(
+    scan: Scan,
+    log_alpha: np.ndarray,
+    logsnr: np.ndarray,
+    end: int,
+    steps: int,
+    seed: int,
+) -> Chain:
+    """Returns the chain of some steps that ends at a time that was looked at."""
+    snr = logsnr[scan.times]
+    density = 0.5 * scan.errors.sum(axis=1) * np.exp(snr)
+    pieces = 0.5 * (density[1:] + density[:-1]) * -np.diff(snr)
+    gone = np.concatenate([[0.0], np.cumsum(pieces[end:])])
+    shares = np.interp(np.linspace(0, gone[-1], steps + 1), gone, -snr[end:])
+    places = np.interp(shares, -logsnr[1:], np.arange(1, len(logsnr)))
+    times = np.unique(np.rint(places).astype(np.int64))
+    logs = np.log(scan.errors).T
+    errors = np.exp([np.interp(-logsnr[times], -snr, each) for each in logs]).T
+    return chain_of(log_alpha, logsnr, times, errors, seed=seed)
+
+
+def chain_of(
+    log_alpha: np.ndarray,
+    logsnr: np.ndarray,
+    times: np.ndarray,
+    errors: np.ndarray,
+    *,
+    seed: int = 0,
+) -> Chain:
+    """Returns the chain of some times.
+
+    Args:
+      log_alpha: of the schedule, for t = 0..T, float64 [T + 1].
+      logsnr: the same.
+      times: rising, int64 [n + 1].
+      errors: V_t at these times, float64 [n + 1, D].
+      seed: of which dimensions are in one symbol.
+    """
+    la, ls = log_alpha[times], logsnr[times]
+    alpha, sigma = np.exp(la), np.exp(la - 0.5 * ls)
+    fall = np.diff(ls)
+    kept = -np.expm1(fall)
+    small = sigma[:-1] ** 2 * kept
+    c0 = alpha[:-1] * kept
+    sd = np.sqrt(small[:, None] + c0[:, None] ** 2 * errors[1:])
+    forward_sd = sigma[1:] * np.sqrt(kept)
+    fine = np.concatenate([sigma[:1], forward_sd])
+    fine[:-1] = np.minimum(fine[:-1], np.sqrt(small))
+    chain = Chain(
+        times=times,
+        alpha=alpha,
+        sigma=sigma,
+        c0=c0,
+        ct=np.exp(la[:-1] - la[1:] + fall),
+        small=small,
+        sd=sd,
+        inverse_sd=1 / sd,
+        inverse_pixel_sd=errors[0] ** -0.5,
+        forward=alpha[1:] / alpha[:-1],
+        inverse_forward_sd=1 / forward_sd,
+        inverse_sigma=1 / sigma[:1],
+        delta_bits=np.maximum(0, -np.floor(np.log2(fine / _FINER))).astype(np.int64),
+        chunk=np.zeros(sd.shape, np.int64),
+        bits=np.zeros(len(c0), np.int64),
+    )
+    rates = rates_of(chain)
+    total = rates.sum(axis=1)
+    counts = np.clip(np.ceil(total / _SYMBOL), 1, sd.shape[1]).astype(np.int64)
+    bits = np.clip(np.rint(total / counts) + _SPARE, 1, MOST_BITS).astype(np.int64)
+    rng = np.random.default_rng(seed)
+    parts = [_chunks(*each, rng) for each in zip(rates, counts, strict=True)]
+    return chain._replace(chunk=np.array(parts), bits=bits)
+
+
+def _chunks(rates: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Returns for each dimension its symbol; all have about the same information.
+
+    The largest rates go first, each to where there is least. None stays empty.
+    """
+    chunk = np.zeros(len(rates), np.int64)
+    loads = [(0.0, 0, symbol) for symbol in range(count)]
+    shuffled = rng.permutation(len(rates))
+    for place in shuffled[np.argsort(-rates[shuffled], kind="stable")]:
+        load, size, symbol = heapq.heappop(loads)
+        chunk[place] = symbol
+        heapq.heappush(loads, (load + float(rates[place]), size + 1, symbol))
+    return chunk

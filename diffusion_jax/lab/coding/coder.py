@@ -1,0 +1,171 @@
+"""A run as a codec: its network in float64 and its profile, which belong together."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from diffusion_jax.codec import container, fitting
+from diffusion_jax.codec import profile as profiles
+from diffusion_jax.codec.certified import Denoise64
+from diffusion_jax.codec.profile import Profile
+from diffusion_jax.errors import ConfigError, DataError
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema.config import Config
+from diffusion_jax.lab.trained import exact, opening, weights
+from diffusion_jax.lab.trained.weights import Weights
+from diffusion_jax.lab.wiring import build, chains
+from diffusion_jax.lab.wiring.chains import Drawable
+
+NAME = "codec.safetensors"
+"""Of the profile, in the folder of a run."""
+
+
+class Network(NamedTuple):
+    """A trained network whose images can be compressed."""
+
+    run: runs.Run
+    config: Config
+    drawable: Drawable
+    told: str
+    """What its weights are, in words."""
+
+
+class Coder(NamedTuple):
+    """What `codec.progressive` and `codec.archive` take, and where it is from."""
+
+    network: Network
+    profile: Profile
+    denoise: Denoise64
+
+
+def opened(name: str | None, options: Any, which: Weights) -> Network:
+    """Returns the network of a run, of a kind that the codec knows.
+
+    Args:
+      name: of the run or the network's file, as `runs.find` takes it.
+      options: of the command.
+      which: the weights.
+
+    Raises:
+      ConfigError: there is no such run, or it is of another kind.
+    """
+    run, config = opening.opened(name, options, which=which)
+    learned = config.diffusion.schedule == "learned"
+    if config.net.classes or learned:
+        kind = "a learned schedule" if learned else f"{config.net.classes} classes"
+        raise ConfigError(
+            "the run must have no classes, and a schedule that is not learned; got "
+            f"{kind}. In training, set --net.classes 0 and --diffusion.schedule cosine."
+        )
+    params, step, kind = weights.load(config, run, which)
+    told = weights.describe(kind, step)
+    return Network(run, config, Drawable(params), told)
+
+
+def fit(network: Network, *, count: int = fitting.IMAGES, seed: int = 0) -> Coder:
+    """Returns the network with a profile, which is written into the run's folder.
+
+    Args:
+      network: of `opened`.
+      count: training images to measure on, at most; drawn at random.
+      seed: of that, and of the noise.
+
+    Raises:
+      DataError: its schedule is of another kind.
+    """
+    config, run = network.config, network.run
+    dataset = build.load_data(config)
+    rng = np.random.default_rng(seed)
+    count = min(count, len(dataset.images))
+    chosen = np.sort(rng.choice(len(dataset.images), count, replace=False))
+    images = np.asarray(dataset.images[chosen])
+    about = {"name": config.name, "weights": network.drawable.sha256}
+    levels = build.chain_schedule(config, network.drawable.params)
+    with bar("measuring", count * fitting.SCANNED) as tick:
+        profile = fitting.fit(
+            _in_float32(network), levels, images, about=about, seed=seed, tick=tick
+        )
+    profiles.save(profile, run.folder / NAME)
+    return Coder(network, profile, exact.denoise64(config, network.drawable))
+
+
+def load(network: Network) -> Coder:
+    """Returns the network with the profile that `fit` wrote.
+
+    Raises:
+      ConfigError: there is none, or it was made with other weights.
+      DataError: its file is damaged.
+    """
+    path = network.run.folder / NAME
+    if not path.is_file():
+        raise ConfigError(
+            f"the run must have a profile, {path}; got none. Make it: python -m "
+            f"experiments.codec fit {network.run.folder}."
+        )
+    profile = profiles.load(path)
+    made, now = profile.about.get("weights", ""), network.drawable.sha256
+    if made != now or profile.shape != network.config.data.shape:
+        raise ConfigError(
+            f"{path} must be of the weights that are used, {now[:8]}; got those of "
+            f"{made[:8]}. Choose them with --step, or fit again (files made before "
+            "need the old profile)."
+        )
+    return Coder(network, profile, exact.denoise64(network.config, network.drawable))
+
+
+def of_file(path: Path, data: bytes, name: str | None, output: str = "runs") -> str:
+    """Returns the run that a file was made with.
+
+    Args:
+      path: of the file.
+      data: its bytes.
+      name: of the run, where it is given.
+      output: the folder of runs to look through, where it is not.
+
+    Raises:
+      ConfigError: no run there has the profile.
+      DataError: no such file.
+    """
+    identity = container.opened(data).identity
+    if name is not None:
+        return name
+    for known in sorted(Path(output).glob(f"*/{NAME}")):
+        try:
+            if profiles.load(known).identity == identity:
+                return str(known.parent)
+        except DataError:
+            continue
+    raise ConfigError(
+        f"the run that {path} was made with must be in {output}/; got none with the "
+        f"profile {identity.hex()}. Name it with --run."
+    )
+
+
+@contextmanager
+def bar(title: str, total: int) -> Iterator[Callable[[int], object]]:
+    """Gives a function that moves a bar of images by so many, shown on a terminal."""
+    quiet = not sys.stderr.isatty()
+    with tqdm(total=total, desc=title, unit_scale=True, disable=quiet) as shown:
+        yield shown.update
+
+
+def _in_float32(network: Network) -> Callable[[np.ndarray, float], np.ndarray]:
+    """Returns the network as it was trained: enough to measure with, and faster."""
+    config = network.config
+
+    @jax.jit
+    def see(drawable: Drawable, x: jax.Array, t: jax.Array) -> jax.Array:
+        return chains.make_denoiser(config, drawable)(x, t).x0
+
+    def denoise(x: np.ndarray, t: float) -> np.ndarray:
+        times = jnp.full(len(x), int(t))
+        return np.asarray(see(network.drawable, jnp.asarray(x, jnp.float32), times))
+
+    return denoise

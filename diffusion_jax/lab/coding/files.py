@@ -1,0 +1,175 @@
+"""Images to compressed files and back, and what a file says, by a run as a codec."""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from diffusion_jax.codec import archive, container, progressive
+from diffusion_jax.codec.profile import Chain, Profile
+from diffusion_jax.codec.progressive import Decoded, Rule, Show
+from diffusion_jax.lab.coding.coder import Coder, bar
+
+Layout = Literal["progressive", "archive"]
+
+
+class Packed(NamedTuple):
+    """A compressed file, and what is to be said of it."""
+
+    data: bytes
+    layout: str
+    """As asked for, or "raw" where plain pixels are smaller."""
+    outside: int
+    """Pixel values outside the alphabet, of which each takes some 3 bytes."""
+    bits_per_dim: float
+
+
+def compress(
+    coder: Coder,
+    images: np.ndarray,
+    *,
+    layout: Layout = "progressive",
+    rule: Rule = "max",
+    seed: int = 0,
+    batch_size: int = 64,
+) -> Packed:
+    """Returns the file of some images, uint8 [N, H, W, C].
+
+    Args:
+      coder: the run.
+      images: of its shape.
+      layout: one that may be cut anywhere, or one for many images that is smaller.
+      rule: of a progressive file, how noise is chosen.
+      seed: of what is random.
+      batch_size: images at a time.
+
+    Raises:
+      DataError: images of another shape or type, or none.
+    """
+    profile, denoise = coder.profile, coder.denoise
+    with bar("compressing", _evaluations(profile, layout, len(images))) as tick:
+        if layout == "archive":
+            data = archive.encode(profile, denoise, images, seed=seed, tick=tick)
+        else:
+            data = progressive.encode(
+                profile,
+                denoise,
+                images,
+                rule=rule,
+                seed=seed,
+                batch_size=batch_size,
+                tick=tick,
+            )
+    file = container.opened(data, profile)
+    return Packed(data, file.layout, len(file.place), 8 * len(data) / images.size)
+
+
+def decompress(
+    coder: Coder,
+    data: bytes,
+    *,
+    bits: int | None = None,
+    show: Show = "mean",
+    seed: int = 0,
+    batch_size: int = 64,
+) -> Decoded:
+    """Returns the images of a file, or what is there of it says of them.
+
+    Args:
+      coder: the run that it was made with.
+      data: the file; if it is progressive, its end may be missing.
+      bits: of a progressive file's payload to look at; all when not given.
+      show: what stands for missing bits, see `progressive.decode`.
+      seed: of what is random.
+      batch_size: images at a time.
+
+    Raises:
+      DataError: no such file, another run's, or damaged.
+    """
+    profile, denoise = coder.profile, coder.denoise
+    file = container.opened(data, profile)
+    total = _evaluations(profile, file.layout, file.number)
+    with bar("decompressing", total) as tick:
+        if file.layout == "archive":
+            images = archive.decode(profile, denoise, data, tick=tick)
+            return Decoded(images, True, np.zeros(file.number, np.int64), images.size)
+        return progressive.decode(
+            profile,
+            denoise,
+            data,
+            bits=bits,
+            show=show,
+            seed=seed,
+            batch_size=batch_size,
+            tick=tick,
+        )
+
+
+def number(data: bytes, profile: Profile) -> int:
+    """Returns how many images a file holds."""
+    return container.opened(data, profile).number
+
+
+def in_words(data: bytes, profile: Profile | None) -> list[str]:
+    """Returns what a file says, line by line.
+
+    Args:
+      data: its bytes.
+      profile: that it was made with; without it less is known.
+
+    Raises:
+      DataError: no such file, or damaged in front of its payload.
+    """
+    file = container.opened(data, profile)
+    there = f"{len(file.payload):,} of {file.length:,} bytes"
+    said = [
+        f"layout    {file.layout}, {file.number:,} image{'s' * (file.number != 1)}",
+        f"profile   {file.identity.hex()}",
+        f"header    {file.header} bytes",
+        f"payload   {there}{', whole' if file.whole else ', cut'}",
+        f"listed    {len(file.listed.place)} values of x0, {len(file.place)} pixels",
+    ]
+    if profile is None:
+        return said
+    size = file.number * int(np.prod(profile.shape))
+    said.append(f"in all    {8 * len(data) / size:.3f} bits/dim")
+    if file.layout == "progressive":
+        said += _table(profile.progressive, file, size)
+    return said
+
+
+def _table(chain: Chain, file: container.File, size: int) -> list[str]:
+    """Returns a line for each step: its bits, and where a cut after it would leave."""
+    there = 8 * len(file.payload)
+    said = ["  after   bits/image   bits/dim   RMSE (of 255)   there"]
+    each = (chain.chunks * chain.bits)[::-1]
+    errors = rmse(chain)[::-1]
+    names = ["nothing", *(f"t = {t}" for t in chain.times[-2::-1])]
+    for name, bits, error in zip(
+        names, np.append(0, np.cumsum(each)), errors, strict=True
+    ):
+        share = bits * file.number / size
+        has = "yes" if there >= bits * file.number else "no"
+        said.append(f"{name:>9}{bits:11}{share:11.3f}{error:16.1f}   {has:>5}")
+    all_ = 8 * file.length
+    has = "yes" if file.whole else "no"
+    said.append(
+        f"   pixels{all_ / file.number:11.1f}{all_ / size:11.3f}{0:16.1f}   {has:>5}"
+    )
+    return said
+
+
+def rmse(chain: Chain) -> np.ndarray:
+    """Returns how far x0 is as the network sees it from x_0, ..., x_n, of 255, [n + 1].
+
+    The root of the mean square over the images that the profile was measured on.
+    """
+    above = (chain.sd**2 - chain.small[:, None]) / chain.c0[:, None] ** 2
+    errors = np.concatenate([chain.inverse_pixel_sd[None] ** -2, above])
+    return np.asarray(127.5 * np.sqrt(errors.mean(axis=1)))
+
+
+def _evaluations(profile: Profile, layout: str, count: int) -> int:
+    if layout == "raw":
+        return 0
+    chain: Chain = getattr(profile, layout)
+    return count * len(chain.times)

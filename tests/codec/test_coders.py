@@ -1,0 +1,178 @@
+"""Symbols to bits and back: stacks, the range coder, intervals."""
+
+import codec_toys
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusion_jax.codec import archive, container, ranges, rans
+from diffusion_jax.codec.bins import TOTAL, Grid, Pixels
+from diffusion_jax.errors import DataError
+
+
+def random_grid(rng, rows, width, *, leak):
+    sd = np.exp(rng.uniform(-4, 1, (rows, width)))
+    return Grid(
+        rng.normal(size=(rows, width)), 1 / sd, 2.0 ** -rng.integers(0, 7), leak
+    )
+
+
+@given(st.integers(0, 2**32), st.sampled_from([1, 4, 16]), st.integers(1, 60))
+@settings(max_examples=25, deadline=None)
+def test_what_was_pushed_and_popped_is_undone_in_reverse(seed, lanes, count):
+    rng = np.random.default_rng(seed)
+    stacks = rans.start(3, lanes, 25 * count + lanes, seed)
+    first, before = stacks.heads.copy(), weight(stacks)
+    done, bits = [], 0.0
+    for _ in range(count):
+        rows, width = rng.integers(1, 4), rng.integers(1, lanes + 1)
+        leak = bool(rng.integers(2))
+        code = random_grid(rng, rows, width, leak=leak)
+        if leak:
+            k = rng.integers(-code.most, code.most + 1, (rows, width))
+            rans.push(stacks, *code.interval(k))
+        else:
+            k = rans.pop(stacks, rows, width, code.find)
+        done.append((code, k))
+        sign = 1 if leak else -1
+        bits += sign * (24 - np.log2(code.interval(k)[1])).sum()
+    assert abs(weight(stacks) - before - bits) < 0.02 * count + 1
+    heads, words = rans.written(stacks)
+    for low, part, held in zip(stacks.least, words, stacks.words, strict=True):
+        np.testing.assert_array_equal(part, held[low : low + len(part)])
+    reader = rans.opened(heads, words, stacks.count)
+    for code, k in reversed(done):
+        if code.leak:
+            found = rans.pop(reader, *k.shape, code.find)
+            np.testing.assert_array_equal(found, k)
+        else:
+            rans.push(reader, *code.interval(k))
+    np.testing.assert_array_equal(reader.heads, first)
+    assert reader.count == 0
+
+
+def weight(stacks):
+    """Bits that stacks hold."""
+    return np.log2(stacks.heads.astype(float)).sum() + 32 * stacks.size.sum()
+
+
+def test_noise_that_is_popped_is_uniform_and_no_copy_of_what_was_pushed():
+    rng = np.random.default_rng(0)
+    stacks = rans.start(4, 16, 4000)
+    even = lambda at: (at >> 16, at >> 16 << 16, np.full_like(at, 1 << 16))  # noqa: E731
+    pushed, popped = [], []
+    code = Grid(np.zeros((4, 16)), np.full((4, 16), 2.0), 1 / 64, True)
+    for _ in range(600):
+        k = np.rint(32 * rng.standard_normal((4, 16))).astype(np.int64)
+        start, freq = code.interval(k)
+        rans.push(stacks, start, freq)
+        pushed.append((start + 0.5 * freq) / TOTAL)
+        popped.append(rans.pop(stacks, 4, 16, even))
+    noise = np.array(popped)
+    counts = np.bincount(noise.ravel(), minlength=256)
+    expected = noise.size / 256
+    chi = ((counts - expected) ** 2 / expected).sum()
+    assert 255 - 4 * np.sqrt(510) < chi < 255 + 4 * np.sqrt(510)
+    before, after = np.ravel(pushed), noise.ravel()
+    assert abs(np.corrcoef(before, after)[0, 1]) < 0.02
+    assert abs(np.corrcoef(after[:-64], after[64:])[0, 1]) < 0.02
+
+
+def test_damaged_stacks_are_refused(refuses):
+    with refuses("a head outside"):
+        rans.opened(np.full((1, 2), 5, np.uint64), [np.zeros(1, np.uint32)], 1)
+    reader = rans.opened(np.full((1, 1), 2**31, np.uint64), [np.zeros(0, np.uint32)], 9)
+    with refuses("fewer words"):
+        rans.pop(reader, 1, 1, lambda at: (at, at, np.ones_like(at)))
+    with refuses("never drawn"):
+        rans.push(reader, np.zeros((1, 1), int), np.zeros((1, 1), int))
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**32), st.integers(1, 12)), max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_the_range_coder_gives_back_all_that_its_bytes_determine(drawn):
+    writer, symbols, bits = ranges.Writer(), [], 0.0
+    for seed, count in drawn:
+        rng = np.random.default_rng(seed)
+        inner = rng.integers(1, TOTAL, count - 1) >> rng.integers(0, 20, count - 1)
+        edges = [0, *np.unique(inner[inner > 0]).tolist(), TOTAL]
+        symbol = int(rng.integers(len(edges) - 1))
+        freq = edges[symbol + 1] - edges[symbol]
+        writer.write(edges[symbol], freq)
+        symbols.append((edges, symbol))
+        bits += 24 - np.log2(freq)
+    data = writer.finish()
+    assert 8 * len(data) <= bits + 9
+    more = np.random.default_rng(len(data)).integers(0, 256, 9).astype(np.uint8)
+    # Whatever follows, and nothing at all, change nothing.
+    for follows in (b"", more.tobytes(), b"\xff" * 9):
+        reader = ranges.Reader(data + follows)
+        assert [reader.read(edges) for edges, _ in symbols] == [s for _, s in symbols]
+    known, bits = -1, np.unpackbits(np.frombuffer(data, np.uint8))
+    for cut in range(8 * len(data) + 1):
+        reader, count = ranges.Reader(np.packbits(bits[:cut]).tobytes(), cut), 0
+        for edges, symbol in symbols:
+            found = reader.read(edges)
+            if found is None:
+                break
+            assert found == symbol
+            count += 1
+        assert count >= known
+        known = count
+    assert known == len(symbols)
+
+
+def test_intervals_cover_all_and_are_found_again():
+    rng = np.random.default_rng(1)
+    middles = np.sort(rng.uniform(-1, 1, 30))
+    pixels = Pixels(rng.uniform(-1, 1, (3, 5)), np.full((1, 5), 40.0), middles)
+    grid = Grid(rng.normal(size=(3, 5)), np.full((1, 5), 3.0), 1 / 4, True)
+    for code, low, high in ((grid, -32, 33), (pixels, 0, 31)):
+        every = np.arange(low, high)[:, None, None]
+        start, freq = code.interval(np.broadcast_to(every, (len(every), 3, 5)))
+        assert freq.min() >= 1
+        assert (freq.sum(axis=0) == TOTAL).all()
+        assert (start[1:] == (start + freq)[:-1]).all()
+        for at in (start, start + freq - 1):
+            for k, row in zip(every.ravel(), at, strict=True):
+                found, begin, length = code.find(row)
+                assert (found == k).all()
+                assert ((begin <= row) & (row < begin + length)).all()
+
+
+def test_a_grid_that_codes_only_what_it_drew_has_empty_intervals():
+    code = Grid(np.zeros((1, 1)), np.full((1, 1), 50.0), 1 / 64, False)
+    assert code.interval(np.array([[300]]))[1] == 0
+    leaking = code._replace(leak=True)
+    assert leaking.interval(np.array([[300]]))[1] == 1
+
+
+def test_an_archive_takes_what_the_bound_says():
+    """Independent pixels of five values, with the exact posterior mean."""
+    shape, count = (8, 4, 1), 256
+    profile, denoise = codec_toys.five([30, 60, 100, 195], shape)
+    images = codec_toys.five_images(np.random.default_rng(0), 2 * count, shape)
+    each = codec_toys.bound_of_five(profile, denoise, profile.archive)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(archive, "GROUP", 2 * count // 32)
+        whole = archive.encode(profile, denoise, images)
+        patch.setattr(archive, "GROUP", count // 32)
+        half = archive.encode(profile, denoise, images[:count])
+    np.testing.assert_array_equal(archive.decode(profile, denoise, whole), images)
+    held = [
+        weight(archive.stacks_of(container.opened(data, profile), profile))
+        for data in (half, whole)
+    ]
+    symbols = np.searchsorted(codec_toys.VALUES, images)
+    assert held[1] - held[0] == pytest.approx(each[symbols[count:]].sum(), rel=0.005)
+    # And what it costs to begin: heads, and what is popped first.
+    begins = (8 * len(half) - each[symbols[:count]].sum()) / 32
+    assert 8 * 32 < begins < 8 * (64 + 2 * 32)
+
+
+def test_an_archive_of_another_layout_is_refused():
+    profile, denoise = codec_toys.five([30, 195], (2, 2, 1))
+    data = archive.encode(profile, denoise, np.zeros((1, 2, 2, 1), np.uint8))
+    with pytest.raises(DataError, match="must be whole; got"):
+        archive.decode(profile, denoise, data[:-1])

@@ -1,0 +1,154 @@
+"""The command: fit, compress, decompress, inspect, and what it refuses."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax.codec import fitting
+from diffusion_jax.data import datasets
+from diffusion_jax.errors import ConfigError, DataError
+from diffusion_jax.lab.coding import coder, files
+from diffusion_jax.lab.trained import exact
+from diffusion_jax.lab.trained.weights import Weights
+from diffusion_jax.training import parallel
+from experiments import codec
+
+
+@pytest.fixture(scope="module")
+def fitted(trained):
+    """A small run with its profile; its network is compiled once."""
+    made, make = {}, exact.denoise64
+
+    def denoise64(config, drawable, mesh=None):
+        if (config, mesh) not in made:
+            made[config, mesh] = make(config, drawable, mesh=mesh)
+        return made[config, mesh]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exact, "denoise64", denoise64)
+        patch.setattr(fitting, "SCANNED", 12)
+        assert codec.main(["fit", str(trained.folder), "--images", "64"]) == 0
+        yield trained.folder
+
+
+def test_files_and_folders_go_in_and_come_out(fitted, tmp_path, capsys):
+    digits = datasets.load("digits").images[:3]
+    (tmp_path / "in").mkdir()
+    for i, image in enumerate(digits):
+        Image.fromarray(image[..., 0]).save(tmp_path / "in" / f"{i}.png")
+    out = tmp_path / "x.ddpx"
+    few = ["--batch-size", "4"]
+    assert codec.main(["compress", str(fitted), str(tmp_path / "in"), *few]) == 0
+    (tmp_path / "in.ddpx").rename(out)
+    assert "3 images, progressive" in capsys.readouterr().out
+    run = ["--run", str(fitted)]
+    where = ["--out", str(tmp_path / "o"), *run, *few]
+    assert codec.main(["decompress", str(out), *where]) == 0
+    assert "lossless" in capsys.readouterr().out
+    for i, image in enumerate(digits):
+        got = np.asarray(Image.open(tmp_path / "o" / f"{i:06d}.png"))
+        np.testing.assert_array_equal(got, image[..., 0])
+    assert codec.main(["inspect", str(out), *run]) == 0
+    said = capsys.readouterr().out
+    assert "layout    progressive, 3 images" in said
+    assert "whole" in said
+    assert "pixels" in said
+    # A part of it, in three ways to write and to ask.
+    cut = tmp_path / "cut.ddpx"
+    cut.write_bytes(out.read_bytes()[:-9])
+    npz = tmp_path / "x.npz"
+    for name, flags in (
+        ("cut.ddpx", []),
+        ("x.ddpx", ["--rate", "0.3", "--show", "flow"]),
+        ("x.ddpx", ["--bytes", "4", "--show", "sample"]),
+    ):
+        where = [str(tmp_path / name), "--out", str(npz)]
+        assert codec.main(["decompress", *where, *run, *few, *flags]) == 0
+        assert "lossy: a part of the file" in capsys.readouterr().out
+        assert np.load(npz)["images"].shape == digits.shape
+    assert codec.main(["inspect", str(cut), *run]) == 0
+    assert "cut" in capsys.readouterr().out
+    assert codec.main(["inspect", str(out)]) == 0
+    assert "Name it with --run" in capsys.readouterr().out
+
+
+def test_an_archive_of_the_runs_own_images_is_read_on_other_devices(
+    fitted, tmp_path, monkeypatch
+):
+    out, npz = tmp_path / "a.ddpx", tmp_path / "a.npz"
+    flags = ["--data", "--max-images", "5", "--layout", "archive", "--out", str(out)]
+    with monkeypatch.context() as patch:
+        one, make = parallel.make_mesh(1), exact.denoise64
+        patch.setattr(exact, "denoise64", lambda *a: make(*a, mesh=one))
+        assert codec.main(["compress", str(fitted), *flags]) == 0
+        network = coder.opened(str(fitted), None, Weights())
+        images = datasets.load("digits").images[:16]
+        packed = files.compress(coder.load(network), images, batch_size=1)
+    where = ["--out", str(npz), "--run", str(fitted)]
+    assert codec.main(["decompress", str(out), *where]) == 0
+    chosen = np.sort(np.random.default_rng(0).choice(1797, 5, replace=False))
+    wanted = datasets.load("digits").images[chosen]
+    np.testing.assert_array_equal(np.load(npz)["images"], wanted)
+    # All eight devices share a batch.
+    got = files.decompress(coder.load(network), packed.data, batch_size=64)
+    assert got.whole
+    np.testing.assert_array_equal(got.images, images)
+
+
+def test_a_run_is_found_by_its_profile(fitted, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "x.ddpx"
+    few = ["--batch-size", "4"]
+    flags = ["--data", "--max-images", "1", "--out", str(out), *few]
+    assert codec.main(["compress", str(fitted), *flags]) == 0
+    (tmp_path / "runs").symlink_to(fitted.parent)
+    monkeypatch.chdir(tmp_path)
+    assert codec.main(["decompress", "x.ddpx", "--out", "x.png", *few]) == 0
+    assert Image.open("x.png").size == (8, 8)
+    assert codec.main(["inspect", "x.ddpx"]) == 0
+    assert f"run       runs/{fitted.name}" in capsys.readouterr().out
+
+
+def test_what_cannot_be_done_is_said_and_nothing_is_written(fitted, tmp_path):
+    out = tmp_path / "x.ddpx"
+    run, where = str(fitted), ["--out", str(out)]
+    note = tmp_path / "note.ddpx"
+    note.write_text("mine")
+    big = tmp_path / "big.png"
+    Image.new("L", (9, 8)).save(big)
+    (tmp_path / "empty").mkdir()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for argv, error, said in (
+        (["compress", run, *where], ConfigError, "files or --data; got neither"),
+        (["compress", run, str(big), "--data", *where], ConfigError, "got both"),
+        (["compress", run, str(big), *where], DataError, "8x8 in grey.*got.*8x9"),
+        (["compress", run, str(tmp_path / "empty"), *where], DataError, "got"),
+        (["compress", run, str(tmp_path / "no.png"), *where], DataError, "No such"),
+        (
+            ["compress", run, "--data", "--out", str(note)],
+            ConfigError,
+            "cannot write .*note.ddpx",
+        ),
+        (["decompress", str(note), *where, "--run", run], DataError, "begin with DDPX"),
+        (
+            ["decompress", str(note), *where, "--rate", "1", "--bytes", "1"],
+            ConfigError,
+            "got both",
+        ),
+        (["inspect", str(big)], DataError, "begin with DDPX"),
+        (["decompres"], ValueError, "Did you mean 'decompress'"),
+    ):
+        with pytest.raises(error, match=said):
+            codec.main(argv)
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert after == before
+
+
+def test_a_profile_and_its_weights_belong_together(fitted, trained):
+    raw = Weights(raw=True)
+    with pytest.raises(ConfigError, match="must be of the weights that are used"):
+        coder.load(coder.opened(str(fitted), None, raw))
+    moved = fitted / coder.NAME
+    moved.rename(fitted / "aside")
+    with pytest.raises(ConfigError, match="codec fit"):
+        coder.load(coder.opened(str(fitted), None, Weights()))
+    (fitted / "aside").rename(moved)

@@ -1,0 +1,183 @@
+"""A network in float64, and what is drawn with it: the same everywhere."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_networks
+
+from diffusion_jax.codec import certified
+from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab.drawing import exact_records
+from diffusion_jax.lab.drawing.exact import batch, walk_of
+from diffusion_jax.lab.drawing.exact_records import Record
+from diffusion_jax.lab.schema.config import Config, replace
+from diffusion_jax.lab.schema.sampling import Sample
+from diffusion_jax.lab.trained import exact
+from diffusion_jax.lab.wiring import build, chains
+from diffusion_jax.training import parallel
+from experiments import sample
+
+SAMPLES = {
+    "digits_conditional": Sample(guidance=2.0, guidance_interval=(0.1, 50.0)),
+    "digits_cosine_hybrid": Sample(threshold=0.9),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_x0_is_the_same_for_every_batch_and_number_of_devices(name):
+    small = small_networks.small(name, multipliers=(1,), attention=())
+    config = dataclasses.replace(small, sample=SAMPLES[name])
+    params = small_networks.network_of(config).params
+    drawable = chains.Drawable(jax.tree.map(lambda leaf: leaf / 4, params))
+    x = np.random.default_rng(0).normal(size=(16, 8, 8, 1))
+    rough = jax.jit(lambda x, t: chains.make_denoiser(config, drawable)(x, t).x0)
+    before = np.asarray(rough(jnp.asarray(x, jnp.float32), 200))
+    eight = exact.denoise64(config, drawable)
+    one = exact.denoise64(config, drawable, mesh=parallel.make_mesh(1))
+    whole = eight(x, 200)
+    assert whole.dtype == np.float64
+    assert 1e-8 < np.abs(whole - before).max() < 1e-3
+    assert (np.abs(whole) < 0.99).mean() > 0.1
+    alone = [one(x[i : i + 1], 200, i) for i in (0, 5, 15)]
+    for other in (one(x, 200)[[0, 5, 15]], np.concatenate(alone)):
+        assert np.abs(other - whole[[0, 5, 15]]).max() < 1e-13
+    # Outside nothing has changed.
+    assert jnp.asarray(1.5).dtype == jnp.float32
+    np.testing.assert_array_equal(rough(jnp.asarray(x, jnp.float32), 200), before)
+
+
+def textbook(how, bar, past):
+    """a, b and c by alpha_bar at t and at s: Ho et al. 2020, Song et al. 2020."""
+    kept = bar / past
+    small = (1 - past) / (1 - bar) * (1 - kept)
+    if how.sampler == "ddpm":
+        variance = small if how.variance == "small" else 1 - kept
+        a = np.sqrt(past) * (1 - kept) / (1 - bar)
+        b = np.sqrt(kept) * (1 - past) / (1 - bar)
+        return a, b, np.sqrt(np.where(past < 1, variance, 0))
+    b = np.sqrt((1 - past - how.eta**2 * small) / (1 - bar))
+    return np.sqrt(past) - np.sqrt(bar) * b, b, how.eta * np.sqrt(small)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "how"),
+    [
+        ("linear", Sample("ddpm", variance="small")),
+        ("cosine", Sample("ddpm", 7, variance="large")),
+        ("linear", Sample("ddim", 5, "quadratic", eta=0.0)),
+        ("vp", Sample("ddim", 5, eta=0.7)),
+    ],
+)
+def test_the_numbers_of_a_step_are_those_of_the_papers(schedule, how):
+    config = replace(Config(sample=how), "diffusion", schedule=schedule, num_steps=30)
+    walk = walk_of(config, chains.Drawable({}))
+    levels = build.chain_schedule(config)
+    with jax.enable_x64(True):
+        bar, past = (
+            np.exp(2 * np.asarray(levels(times).log_alpha))
+            for times in (walk.times, np.append(walk.times[1:], 0))
+        )
+    assert (walk.start, len(walk.times)) == (2**20, how.steps or 30)
+    true = np.stack(textbook(how, bar, past), axis=1)
+    np.testing.assert_allclose(walk.steps / 2**32, true, atol=1e-9)
+
+
+REFUSED = {
+    "by unipc": {"sampler": "unipc"},
+    "variance analytic": {"variance": "analytic"},
+    "classifier's guidance": {"classifier_guidance": 1.0},
+    "the clip": {"clip": False},
+}
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_what_is_not_exact_is_refused(said):
+    with pytest.raises(ConfigError, match=f"cannot draw exactly .*{said}.*Leave out"):
+        walk_of(Config(sample=Sample(**REFUSED[said])), chains.Drawable({}))
+
+
+def test_noise_beyond_64_bits_is_refused():
+    config = Config(sample=Sample("ddim", 50))
+    for most, fits in ((80.0, True), (1e4, False), (1e9, False)):
+        config = replace(config, "diffusion", schedule="ve", sigma_max=most)
+        walk = walk_of(config, chains.Drawable({}))
+        draw = functools.partial(batch, lambda x, t, first: 0 * x, walk, (2, 2, 2, 1))
+        if fits:
+            assert (draw(seed=0, first=0)[0] == 128).all()
+            continue
+        with pytest.raises(ConfigError, match="too large for whole numbers of 64 bits"):
+            draw(seed=0, first=0)
+
+
+def drawn(run, out, *flags):
+    how = ["--exact", "--format", "npz", "--sampler", "ddim", "--eta", "0.5"]
+    argv = [str(run.folder), *how, "--steps", "4", "--out", str(out), *flags]
+    assert sample.main(argv) == 0
+    with np.load(out) as file:
+        return file["images"], json.loads(out.with_suffix(".json").read_text())
+
+
+def test_pixels_are_the_same_for_every_batch_and_machine(
+    trained, tmp_path, monkeypatch, capsys
+):
+    # As many values in doubt as it takes to see what becomes of them.
+    monkeypatch.setattr(certified, "SURE", 2.0**-14)
+    images, record = drawn(trained, tmp_path / "a.npz", "--count", "24")
+    assert images.std() > 10
+    assert 2000 < len(record["listed"]) < 4000
+    sha256 = hashlib.sha256(images.tobytes()).hexdigest()
+    assert record["pixels_sha256"] == sha256
+    assert f"sha256 of the pixels: {sha256}; " in capsys.readouterr().out
+
+    def elsewhere(*of, **how):
+        see, rng = exact.denoise64(*of, **how), np.random.default_rng(0)
+        error = 2.0**-14 * 0.99
+        return lambda x, *rest: see(x, *rest) + rng.uniform(-error, error, x.shape)
+
+    monkeypatch.setattr(exact_records, "denoise64", elsewhere)
+    three = ("--count", "7", "--batch-size", "3")
+    listed = ("--listed", str(tmp_path / "a.json"))
+    same, _ = drawn(trained, tmp_path / "b.npz", *three, *listed)
+    np.testing.assert_array_equal(same, images[:7])
+    # Without what is listed they are others.
+    (tmp_path / "a.json").write_text(json.dumps({**record, "listed": []}))
+    with pytest.raises(ConfigError, match=r"the sha256 of .*a\.json.*differs from"):
+        drawn(trained, tmp_path / "c.npz", "--count", "24", *listed)
+    assert not (tmp_path / "c.npz").exists()
+
+
+# By what is said of it: what is done to the record of a drawing.
+DAMAGED = {
+    "no record of a drawing": lambda record: record.pop("walk"),
+    "another seed": lambda record: record.update(seed=1),
+    "another steps": lambda record: record.update(steps=7),
+    "0 images": lambda record: record.update(images=0),
+    "four whole numbers": lambda record: record.update(listed=["0 0 0"]),
+    "invalid literal": lambda record: record.update(listed=["0 0 0 1.5"]),
+    "the steps that this": lambda record: record["walk"].reverse(),
+    "the steps  that this": lambda record: record.update(listed=["0 0 64 1"]),
+    "the steps that  this": lambda record: record.update(start=1),
+}
+
+
+@pytest.mark.parametrize("said", DAMAGED)
+def test_a_record_of_something_else_is_refused(said, tmp_path):
+    config = Config(sample=Sample("ddim", 3))
+    walk, path = walk_of(config, chains.Drawable({})), tmp_path / "a.json"
+    made = {"command": "python -m experiments.sample", "seed": 0, "steps": 3}
+    listed = certified.Listed(np.array([70, 400]), np.array([5, -6]))
+    before = Record(walk, listed, 4, "0123")
+    exact_records.write(path, before, made, (8, 8, 1))
+    after = exact_records.read(path, walk, {**made, "command": "x"}, (8, 8, 1))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    record = json.loads(path.read_text())
+    DAMAGED[said](record)
+    path.write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=" +".join(said.split())):
+        exact_records.read(path, walk, made, (8, 8, 1))
