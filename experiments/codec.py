@@ -1,13 +1,5 @@
 """Compresses images with a trained network: `python -m experiments.codec COMMAND ...`.
 
-  fit RUN                    measure once what the run needs, on its training images
-  compress RUN FILE... --out x.ddpx
-                             image files or folders, or with --data the run's own
-  decompress x.ddpx --out FOLDER, x.npz or x.png
-                             all of it, or with --rate what a part of it says
-  inspect x.ddpx             say what is in a file, and where a cut would leave it
-  compare RUN                beside PNG, WebP, JPEG and JPEG XL, on the run's own images
-
 A file is lossless, and decodes on any machine that has the run and its profile,
 codec.safetensors in the run's folder. One of the layout progressive may be cut
 anywhere; one of the layout archive is smaller where there are many images.
@@ -154,20 +146,21 @@ def parse(argv: Sequence[str]) -> Any:
     """Returns the options of the command that is named first.
 
     Raises:
-      ValueError: no such command.
+      ConfigError: no such command.
       SystemExit: `--help`, or a flag that does not exist or has another type.
     """
-    if argv and argv[0][:1] != "-" and argv[0] not in COMMANDS:
-        raise_unknown("the command", argv[0], tuple(COMMANDS))
-    kinds = [
-        Annotated[kind, tyro.conf.subcommand(name)]
-        for name, (kind, _) in COMMANDS.items()
-    ]
-    union: Any = kinds[0]
-    for kind in kinds[1:]:
-        union = union | kind
-    typed = entry.typed("codec")
-    return flags.read(union, args=argv, prog=typed, description=__doc__)
+    command, *rest = argv or ["--help"]
+    prog, kinds = (
+        entry.typed("codec"),
+        {name: kind for name, (kind, _) in COMMANDS.items()},
+    )
+    if flags.asked([command]):
+        print(flags.overview(prog, __doc__ or "", kinds))
+        raise SystemExit(0)
+    if command not in kinds:
+        raise_unknown("the command", command, tuple(kinds))
+    kind, prog = kinds[command], f"{prog} {command}"
+    return flags.read(kind, args=rest, prog=prog, description=kind.__doc__)
 
 
 def fit(options: Fit, argv: Sequence[str]) -> None:

@@ -8,7 +8,6 @@ A command writes a picture, with what it was given at the sides, and beside it a
 of the results as single PNGs of the run's own size.
 """
 
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,30 +91,13 @@ def parse(argv: Sequence[str]) -> tuple[str | None, Any]:
     command = rest.pop(0) if rest else name or "--help"
     prog = f"{entry.typed('edit')} [RUN]"
     if flags.asked([command]):
-        print(overview(prog))
+        print(flags.overview(prog, __doc__ or "", COMMANDS))
         raise SystemExit(0)
     if command not in COMMANDS:
         raise_unknown("the command", command, tuple(COMMANDS))
     kind = COMMANDS[command]
     prog = f"{prog} {command}"
     return name, flags.read(kind, args=rest, prog=prog, description=kind.__doc__)
-
-
-def overview(prog: str) -> str:
-    """Returns the text of `--help` where no command is named."""
-    lines = [
-        f"usage: {prog} COMMAND ...",
-        "",
-        flags.filled(__doc__ or ""),
-        "",
-        "commands:",
-    ]
-    for command, kind in COMMANDS.items():
-        first = (kind.__doc__ or "").partition("\n")[0]
-        lines += textwrap.wrap(
-            f"{command:<16}{first}", 78, initial_indent="  ", subsequent_indent=" " * 18
-        )
-    return "\n".join([*lines, "", f"flags of one: {prog} vary --help"])
 
 
 COMMANDS: dict[str, type] = {

@@ -6,7 +6,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -49,6 +49,23 @@ def read(
         options["description"] = textwrap.indent(filled(options["description"]), "  ")
     with _paragraphs():
         return tyro.cli(kind, args=words, prog=prog, **options)
+
+
+def overview(prog: str, text: str, commands: Mapping[str, type]) -> str:
+    """Returns what `--help` says of a program that has commands of its own.
+
+    Args:
+      prog: how it is called.
+      text: what it does.
+      commands: the dataclass of the flags of each; their docstrings say what they do.
+    """
+    lines = [f"usage: {prog} COMMAND ...", "", filled(text), "", "commands:"]
+    for name, kind in commands.items():
+        said = f"{name:<16}{(kind.__doc__ or '').partition(chr(10))[0]}"
+        lines += textwrap.wrap(
+            said, WIDTH - 2, initial_indent="  ", subsequent_indent=" " * 18
+        )
+    return "\n".join([*lines, "", f"flags of one: {prog} {[*commands][-1]} --help"])
 
 
 def asked(args: Sequence[str]) -> bool:
