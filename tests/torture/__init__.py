@@ -1,7 +1,7 @@
 """What a run must survive: `make torture`, or `python -m tests.torture --help`.
 
 One file a subject: kills, signals, disks, damage, determinism, soak, partners (several
-hosts), nonsense (input) and locks. What they share: cases (outcomes), trainings
+hosts), nonsense (input), locks and codecs. What they share: cases (outcomes), trainings
 (commands and what they leave), moments (when to strike).
 """
 
@@ -33,6 +33,7 @@ CASES = {
     ),
     "damage": Case("damage:cases", "bits flipped, files cut and removed"),
     "determinism": Case("determinism:cases", "same bytes twice; 8, 4, 1, 8 devices"),
+    "codec": Case("codecs:cases", "kill -9 while files are compressed and read"),
     "hosts": Case("partners:cases", "two processes, one killed"),
     "lock": Case("locks:cases", "two processes on one folder"),
     "soak": Case("soak:cycles", "1,000 saves and restores: memory, files"),
