@@ -13,7 +13,7 @@ FROM_ROOT = {
     "changes.md": "CHANGELOG.md",
 }
 USE = (
-    *("train", "data", "sample", "edit", "measure", "networks", "objectives"),
+    *("train", "data", "sample", "edit", "measure", "codec", "networks", "objectives"),
     *("devices", "safety", "performance", "results"),
 )
 FROM = (
@@ -26,6 +26,7 @@ ROOMS = {
     "training": "training",
     "data": "data",
     "evaluation": "evaluation",
+    "codec": "codec",
 }
 
 
