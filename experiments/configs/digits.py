@@ -5,7 +5,7 @@ Hardware  2 CPU cores
 Time      under 4 minutes, compiling included
 Expected  a classifier that was fitted on half of the real digits is sure of
           the samples at least 0.9 times as often as of the other half (make
-          legibility); measured 0.97, with every class between 8% and 13% of
+          legibility); measured 0.97, with every class between 6% and 13% of
           500 samples, and no copies
 
 A tenth of the images is held out, in place of the test images that this data
