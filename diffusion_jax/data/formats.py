@@ -192,6 +192,8 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():  # a pipe may have no end
+            raise OSError("no regular file")
         with path.open("rb") as plain:
             zipped = plain.read(2) == b"\x1f\x8b"
         with gzip.open(path) if zipped else path.open("rb") as file:

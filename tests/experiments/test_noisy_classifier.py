@@ -11,7 +11,7 @@ from diffusion_jax import continuous, gaussian, guidance, schedule
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema.config import to_dict
+from diffusion_jax.lab.schema.config import replace, to_dict
 from diffusion_jax.lab.wiring import guides
 from diffusion_jax.nets.classifier import Classifier
 from diffusion_jax.nets.noisy_classifier import NoisyClassifier
@@ -108,7 +108,7 @@ def belief(params, label, levels, x_t, t):
 def run(tmp_path_factory):
     """A run as training leaves it, but for its checkpoints."""
     found = runs.Run(tmp_path_factory.mktemp("runs") / "digits")
-    runs.write_json(found.config, to_dict(digits.CONFIG))
+    runs.write_json(found.config, to_dict(replace(digits.CONFIG, "data", hold_out=0.0)))
     return found
 
 

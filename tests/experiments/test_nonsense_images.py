@@ -209,7 +209,7 @@ def test_what_cannot_be_read_is_left_out_where_the_flag_says_so(tmp_path):
         Image.new("L", (8, 8), i).save(tmp_path / f"{i}.png")
     (tmp_path / "bad.png").write_bytes(b"no image")
     config = EXPERIMENTS["digits"].config
-    config = replace(config, "data", source=f"folder:{tmp_path}")
+    config = replace(config, "data", source=f"folder:{tmp_path}", hold_out=0.0)
     with pytest.raises(DataError, match=r"bad\.png.*\n.* --data\.skip-unreadable"):
         build.load_data(config)
     skips = replace(config, "data", skip_unreadable=True)

@@ -334,8 +334,8 @@ def test_the_lines_of_the_readme_run(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scope = {}
     # The network of the tests has 20 steps, and trains for 12.
-    exec(lines.removeprefix("python").replace(", 300)", ", 10)"), scope)
-    assert scope["images"].shape == (16, 8, 8, 1)
+    exec(lines.removeprefix("python").replace("300)", "10)"), scope)
+    assert scope["drawn"].shape == (16, 8, 8, 1)
     assert scope["seen"].shape == (16, 8, 8, 1)
     assert scope["bits"].shape == (16,)
     assert scope["own"].step == 12
