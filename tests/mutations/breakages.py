@@ -1,9 +1,10 @@
 """All breakages: two or more of each module of the mathematics, one of each machine."""
 
 from . import Breakage
+from .codec import CODEC
 from .commands import COMMANDS
 from .mathematics import MATHEMATICS
 from .networks import NETWORKS
 from .training import TRAINING
 
-BREAKAGES: list[Breakage] = [*MATHEMATICS, *NETWORKS, *TRAINING, *COMMANDS]
+BREAKAGES: list[Breakage] = [*MATHEMATICS, *NETWORKS, *TRAINING, *COMMANDS, *CODEC]
