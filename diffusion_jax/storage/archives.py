@@ -82,6 +82,8 @@ def read_npz(
         objects, or its header promises other than is there.
       FileNotFoundError: there is none.
     """
+    if Path(path).exists() and not Path(path).is_file():  # a pipe may have no end
+        raise ArchiveError("no regular file")
     with _one_error(), zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         infos = {info.filename.removesuffix(".npy"): info for info in members}
