@@ -240,6 +240,7 @@ def record(history: History, t: jax.Array, loss: jax.Array) -> History:
      [1. 4.]]
     """
     num_steps, length = history.losses.shape
+    t = jnp.asarray(t)
     check_range("t", t, 1, num_steps, "It counts the steps of the chain.")
     # Rows that do not exist are dropped by the scatters below.
     kept = jnp.isfinite(loss) & (t >= 1) & (t <= num_steps)

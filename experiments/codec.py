@@ -77,7 +77,7 @@ class Compress:
     batch_size: Count = 64
     """Images at a time, in a progressive file."""
     overwrite: bool = False
-    """Whether a file may be replaced that is no compressed one."""
+    """Whether a file that is there may be replaced."""
     which: choices.Which = Weights()
 
 
@@ -189,7 +189,16 @@ def compress(options: Compress, argv: Sequence[str]) -> None:
             "run, or give --data for its own."
         )
     out = options.out or _default_out(options)
-    replaceable.check_file(out, container.MAGIC, overwrite=options.overwrite)
+    if (
+        not options.overwrite
+        and out.is_file()
+        and replaceable.has(out, container.MAGIC)
+    ):
+        raise ConfigError(
+            f"cannot write {out}: a compressed file is there, which may be all that is "
+            "left of its images. Name another, or give --overwrite."
+        )
+    replaceable.check_file(out, overwrite=options.overwrite)
     network = coder.opened(options.run, options, options.which)
     found = coder.load(network)
     if options.data:
@@ -225,7 +234,8 @@ def compress(options: Compress, argv: Sequence[str]) -> None:
 
 def _default_out(options: Compress) -> Path:
     if options.files:
-        return options.files[0].with_suffix(".ddpx")
+        first = options.files[0].resolve()
+        return first.with_name((first.name if first.is_dir() else first.stem) + ".ddpx")
     count = "" if options.max_images is None else f"_{options.max_images}"
     return (
         runs.find(options.run).folder
@@ -248,8 +258,14 @@ def decompress(options: Decompress, argv: Sequence[str]) -> None:
         outputs.check_file(out, overwrite=options.overwrite)
     data = options.file.read_bytes()
     name = coder.of_file(options.file, data, options.run)
+    head = container.opened(data)
+    if head.layout != "progressive" and (options.bytes or options.rate):
+        raise ConfigError(
+            f"--bytes and --rate must be of a progressive file; got one of the layout "
+            f"{head.layout}, which is read whole. Leave them out."
+        )
     network = coder.opened(name, options, options.which)
-    found = coder.load(network)
+    found = coder.load(network, head.identity)
     bits = None if options.bytes is None else 8 * options.bytes
     if options.rate is not None:
         size = files.number(data, found.profile) * int(np.prod(found.profile.shape))
@@ -294,7 +310,8 @@ def inspect(options: Inspect, argv: Sequence[str]) -> None:
         print(f"note: {error}")
         return
     print(f"run       {folder}")
-    profile = profiles.load(runs.find(str(folder)).folder / coder.NAME)
+    identity = container.opened(data).identity
+    profile = profiles.load(coder.path_of(runs.find(str(folder)).folder, identity))
     print(*files.in_words(data, profile), sep="\n")
 
 

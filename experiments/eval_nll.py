@@ -44,7 +44,7 @@ class Options:
     run: choices.Named = None
     data: choices.Data = None
     split: Literal["train", "test"] = "train"
-    """Images to evaluate: those trained on, or the official test images."""
+    """Images to evaluate: those trained on, or the test images or those held out."""
     max_images: Count | None = None
     """Evaluate only so many images, drawn at random; the result says so."""
     variance: Variance | None = None

@@ -152,7 +152,7 @@ def draw_figure(
     """Draws a figure of the paper; returns the exit code."""
     count, seed = options.count, options.seed
     if options.figure == "quality":
-        figures.quality(config, drawable, out, count=count, seed=seed)
+        figures.quality(config, drawable, out, made, count=count, seed=seed)
         print(f"plot: {out}")
         return 0
     rows = min(8, count)
@@ -187,16 +187,19 @@ def record_of(out: Path, options: Options) -> Path:
 
 def check_out(options: Options, out: Path) -> None:
     """Raises ConfigError where a file that is no drawing would be replaced."""
-    if options.exact:
-        record, mark = record_of(out, options), exact_records.MARK
-        replaceable.check_file(record, mark, overwrite=options.overwrite)
+    if options.exact or options.figure == "quality":  # which have numbers beside them
+        numbers, mark = record_of(out, options), exact_records.MARK
+        if numbers == out:
+            raise ConfigError(
+                f"--out must not end in .json, as the numbers beside the drawing do; "
+                f"got {out}. Give another name."
+            )
+        replaceable.check_file(numbers, mark, overwrite=options.overwrite)
     if options.figure is None and options.format == "png":
         return outputs.check_folder(out)
     strip = options.strip and not options.exact
     if options.figure is None and options.format == "grid" and strip:
         outputs.check_file(strip_of(out), overwrite=options.overwrite)
-    if options.figure == "quality" and not out.exists():  # no numbers of its own yet
-        outputs.check_file(out.with_suffix(".json"), overwrite=options.overwrite)
     return outputs.check_file(out, overwrite=options.overwrite)
 
 

@@ -42,8 +42,8 @@ class Grid(NamedTuple):
 
     def part(self, columns: slice) -> "Grid":
         """Returns the Gaussians of some columns."""
-        inverse = np.broadcast_to(self.inverse, self.mean.shape)
-        return self._replace(mean=self.mean[:, columns], inverse=inverse[:, columns])
+        inverse = self.inverse if self.inverse.size == 1 else self.inverse[..., columns]
+        return self._replace(mean=self.mean[:, columns], inverse=inverse)
 
     def edge(self, k: np.ndarray) -> np.ndarray:
         """Returns where the interval of value k delta begins, int64."""
@@ -113,8 +113,8 @@ class Pixels(NamedTuple):
 
     def part(self, columns: slice) -> "Pixels":
         """Returns the pixels of some columns."""
-        inverse = np.broadcast_to(self.inverse, self.mean.shape)
-        return self._replace(mean=self.mean[:, columns], inverse=inverse[:, columns])
+        inverse = self.inverse if self.inverse.size == 1 else self.inverse[..., columns]
+        return self._replace(mean=self.mean[:, columns], inverse=inverse)
 
     def edge(self, j: np.ndarray) -> np.ndarray:
         """Returns where the interval of value number j begins, int64."""

@@ -63,10 +63,8 @@ def sizes(
         raise_unknown("layout", layout, LAYOUTS)
     chain, parts = getattr(profile, layout), steps.split(profile, images)
     x0 = profile.levels[parts.symbols]
-    view, every = (
-        View(profile, chain, denoise, batch_size, tick=tick),
-        np.arange(len(x0)),
-    )
+    view = View(profile, chain, denoise, batch_size, tick=tick)
+    every = np.arange(len(x0))
     rng = np.random.default_rng(seed)
 
     def seen(place: int) -> tuple[np.ndarray, np.ndarray]:

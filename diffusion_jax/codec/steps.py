@@ -49,8 +49,10 @@ class View(NamedTuple):
         for first in range(0, len(x), self.batch_size):
             part = x[first : first + self.batch_size]
             here = starts[first : first + self.batch_size]
-            padded = np.pad(part, ((0, self.batch_size - len(part)), (0, 0)), "edge")
-            shaped = padded.reshape(-1, *self.profile.shape)
+            full, missing = part, self.batch_size - len(part)
+            if missing:
+                full = np.pad(part, ((0, missing), (0, 0)), "edge")
+            shaped = full.reshape(-1, *self.profile.shape)
             time = int(self.chain.times[place])
             both = certified.predict(self.denoise, shaped, time)
             grid, near = (each.reshape(-1, size)[: len(part)] for each in both)

@@ -202,6 +202,11 @@ def middle(dataset: Dataset, size: tuple[int, int]) -> Dataset:
     """
     images = dataset.images
     top, left = (np.array(images.shape[1:3]) - size) // 2
+    if min(top, left) < 0:
+        raise DataError(
+            f"size must be at most that of the images; got {size} for "
+            f"{images.shape[1:3]}. Load them larger."
+        )
     rows, columns = slice(top, top + size[0]), slice(left, left + size[1])
     if isinstance(images, LazyImages):
         read, shape = images.read, (len(images), *size, images.shape[3])
@@ -362,6 +367,11 @@ def batch_at(dataset: Dataset, indices: np.ndarray) -> dict[str, np.ndarray]:
       dataset: what `load` returned.
       indices: integers [B], 0 <= index < N.
     """
+    if not 0 <= np.min(indices) <= np.max(indices) < len(dataset.images):
+        raise IndexError(
+            f"indices must be in 0..{len(dataset.images) - 1}; got "
+            f"{np.min(indices)}..{np.max(indices)}. Count images from 0."
+        )
     batch = {"image": dataset.images[indices]}
     if dataset.labels is not None:
         batch["label"] = dataset.labels[indices]

@@ -50,6 +50,11 @@ class LazyImages:
             indices = range(*indices.indices(len(self)))
         indices = np.asarray(indices, np.int64)
         flat = indices.ravel().tolist()
+        if flat and not 0 <= min(flat) <= max(flat) < len(self):
+            raise IndexError(
+                f"indices must be in 0..{len(self) - 1}; got {min(flat)}..{max(flat)}. "
+                "Count images from 0."
+            )
         out = np.empty((len(flat), *self.shape[1:]), np.uint8)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for i, image in enumerate(pool.map(self.read, flat)):
@@ -92,7 +97,7 @@ def _decode(
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """Returns `(pixels uint8 [H, W, channels], the original's height and width)`."""
     with Image.open(file) as opened:
-        _check_bomb(opened)
+        check_bomb(opened)
         _check_transparent(opened)
         upright = ImageOps.exif_transpose(opened)
         image = middle(upright, size)
@@ -103,7 +108,7 @@ def _decode(
 def _probe(file: Path | BinaryIO) -> tuple[None, tuple[int, int]]:
     """Returns `(None, (height, width))`, from the file's header alone."""
     with Image.open(file) as image:
-        _check_bomb(image)
+        check_bomb(image)
         return None, upright_size(image)
 
 
@@ -115,7 +120,8 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def _check_bomb(image: Image.Image) -> None:
+def check_bomb(image: Image.Image) -> None:
+    """Raises ValueError for an image that is a program, or far too large."""
     # Pillow would run an interpreter on it as soon as pixels are asked for.
     if image.format == "EPS":
         raise ValueError("PostScript, which is a program; it was not run")

@@ -119,7 +119,10 @@ def _archive(where: Path) -> zipfile.ZipFile:
             "which is neither. Check the path."
         )
     try:
-        return zipfile.ZipFile(where)
+        archive = zipfile.ZipFile(where)
+        if len({*archive.namelist()}) < len(archive.namelist()):
+            raise ValueError("two members of one name")
+        return archive
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{where} must be a whole zip archive; got {error}. It was cut off or "

@@ -68,7 +68,11 @@ def _shards(where: Path, split: str) -> list[Path]:
     """Returns the files of a split, in order."""
     if where.is_file() and split == "train":
         return [where]
-    found = sorted(where.rglob("*.parquet"))
+    found = sorted(
+        file
+        for file in where.rglob("*.parquet")
+        if not any(part.startswith(".") for part in file.relative_to(where).parts)
+    )
     if not found:
         raise DataError(
             "a data set of Parquet must be a file, or a folder of files ending in "

@@ -32,6 +32,8 @@ _MESSAGES = {
 _FLOAT = 1
 # Elements of a tensor that is written down as one number, repeated: a bias has some.
 _MAX_REPEATED = 2**20
+# Bytes by which the numbers of a whole file may so become more than the file.
+_MAX_ADDED = 2**26
 
 
 def read(content: bytes, what: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -46,12 +48,15 @@ def read(content: bytes, what: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """
     from google.protobuf.message import DecodeError
 
-    constants = {}
+    constants, room = {}, len(content) + _MAX_ADDED
     try:
         for node in _graph().FromString(content).node:
             values = [a.value.tensor for a in node.attr if a.key == "value"]
             if node.op == "Const" and values and values[-1].dtype == _FLOAT:
-                constants[node.name] = _array(values[-1], node.name)
+                array = constants[node.name] = _array(values[-1], node.name)
+                room -= array.nbytes
+                if room < 0:
+                    raise ValueError(f"numbers repeated beyond {_MAX_ADDED} bytes")
     except (DecodeError, ValueError, MemoryError) as error:
         raise DataError(
             f"{what} must be a whole TensorFlow GraphDef; got {error}. Download it "

@@ -3,19 +3,25 @@
 What an archive says of the size of its content is checked before room is made for it.
 """
 
+import bz2
 import contextlib
+import gzip
+import lzma
 import os
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
 # Unpacked bytes that are too few to be a bomb, and how much smaller data may be packed:
 # pictures of plain shapes shrink to a hundredth, zeros to a thousandth.
 _SMALL, _LEAST_SHARE = 2**28, 200
+# Members of an archive, of which an official one has nine.
+_MOST_MEMBERS = 1000
+_PACKED = ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\x00", lzma.open))
 
 
 class ArchiveError(ValueError):
@@ -36,16 +42,40 @@ def read_tar(
       ArchiveError: it is damaged or holds more.
     """
     found: dict[str, bytes] = {}
-    with _one_error(), tarfile.open(fileobj=file) as archive:
-        for member in archive:
-            if member.offset_data + member.size > most:
-                raise ArchiveError(f"more than {most} bytes, unpacked")
-            if member.isreg() and wanted(member.name):
-                content = archive.extractfile(member)
-                found[member.name] = content.read() if content else b""
-        while archive.fileobj and archive.fileobj.read(2**20):
+    with _one_error(), _unpacked(file) as unpacked:
+        stream = _Bounded(unpacked, most)
+        # One pass: what is skipped is counted too, and so are headers.
+        with tarfile.open(fileobj=stream, mode="r|", bufsize=2**18) as archive:  # type: ignore[call-overload]
+            for count, member in enumerate(archive):
+                if count >= _MOST_MEMBERS or member.name in found:
+                    raise ArchiveError("a name twice, or too many members")
+                if member.isreg() and wanted(member.name):
+                    content = archive.extractfile(member)
+                    found[member.name] = content.read() if content else b""
+        while stream.read(2**20):
             pass  # at the end the checksum is compared
     return found
+
+
+def _unpacked(file: IO[bytes]) -> contextlib.AbstractContextManager[Any]:
+    magic = file.read(6)
+    file.seek(0)
+    opener = next((o for m, o in _PACKED if magic.startswith(m)), None)
+    return opener(file) if opener else contextlib.nullcontext(file)
+
+
+class _Bounded:
+    """A stream that ends in an error where it has more than it may have."""
+
+    def __init__(self, file: Any, most: int) -> None:
+        self.file, self.left, self.most = file, most, most
+
+    def read(self, size: int) -> bytes:
+        content: bytes = self.file.read(min(size, self.left + 1))
+        self.left -= len(content)
+        if self.left < 0:
+            raise ArchiveError(f"more than {self.most} bytes, unpacked")
+        return content
 
 
 @contextlib.contextmanager

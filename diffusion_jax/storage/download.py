@@ -115,9 +115,10 @@ def check_address(url: str, before: str = "") -> None:
         raise DataError(
             f"a URL must be an address; got {url} ({error}). Correct it."
         ) from error
-    # What never leaves this machine needs no encryption.
-    here = parts.hostname in ("127.0.0.1", "::1", "localhost")
-    if parts.scheme != "https" and not (parts.scheme == "http" and here):
+    # What never leaves this machine needs no encryption; but nobody else leads to it.
+    hosts = {urllib.parse.urlsplit(one).hostname for one in (url, before or url)}
+    here = parts.scheme == "http" and hosts <= {"127.0.0.1", "::1", "localhost"}
+    if parts.scheme != "https" and not here:
         led = f", where {before} leads" if before else ""
         raise DataError(
             f"a URL must begin with https://; got {url}{led}. Download it by hand."
@@ -165,15 +166,17 @@ def _copy(response: Any, file: Any, url: str, most: int) -> str:
         desc=f"downloading {url.rsplit('/', 1)[-1]}",
         disable=None,  # shows it only where standard error is a terminal
     ) as bar:
-        while done <= most and (chunk := response.read(_CHUNK)):
+        # Of one that says that it is too long nothing is fetched.
+        while max(done, expected or 0) <= most and (chunk := response.read(_CHUNK)):
             done += len(chunk)
             file.write(chunk)
             digest.update(chunk)
             bar.update(len(chunk))
-    if done > most or expected not in (None, done):
-        must = f"at most {most}" if done > most else f"{expected}"
+    long = max(done, expected or 0)
+    if long > most or expected not in (None, done):
+        must, got = (f"at most {most}", long) if long > most else (expected, done)
         raise DataError(
-            f"the file at {url} must have {must} bytes; got {done}. The transfer was "
+            f"the file at {url} must have {must} bytes; got {got}. The transfer was "
             "cut off or the file is another one: try again, or download it by hand."
         )
     return digest.hexdigest()

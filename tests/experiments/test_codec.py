@@ -1,5 +1,7 @@
 """The command: fit, compress, decompress, inspect, and what it refuses."""
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -152,3 +154,22 @@ def test_a_profile_and_its_weights_belong_together(fitted, trained):
     with pytest.raises(ConfigError, match="codec fit"):
         coder.load(coder.opened(str(fitted), None, Weights()))
     (fitted / "aside").rename(moved)
+
+
+def test_files_and_profiles_stay_when_others_are_made(fitted, tmp_path, capsys):
+    run, out = tmp_path / "runs" / "digits", tmp_path / "x.ddpx"
+    shutil.copytree(fitted, run)
+    few, data = ["--batch-size", "4"], ["--data", "--max-images", "1"]
+    assert codec.main(["compress", str(run), *data, *few, "--out", str(out)]) == 0
+    with pytest.raises(ConfigError, match="all that is left of its images"):
+        codec.main(["compress", str(run), *data, *few, "--out", str(out)])
+    assert codec.main(["fit", str(run), "--images", "64", "--seed", "1"]) == 0
+    back = ["decompress", str(out), "--run", str(run), *few, "--out"]
+    assert codec.main([*back, str(tmp_path / "x.png")]) == 0
+    assert "lossless" in capsys.readouterr().out
+    assert len([*run.glob("codec*.safetensors")]) == 2
+    # An archive is read whole, or not at all.
+    flags = [*data, "--layout", "archive", "--overwrite", "--out", str(out)]
+    assert codec.main(["compress", str(run), *flags]) == 0
+    with pytest.raises(ConfigError, match="of the layout archive, which is read whole"):
+        codec.main([*back, str(tmp_path / "y.png"), "--rate", "1"])

@@ -222,3 +222,17 @@ def test_a_classifier_may_clip_after_its_guidance(x64):
     level = COSINE(t).like(x)
     again = level.alpha * pred.x0 + level.sigma * pred.eps
     np.testing.assert_allclose(again, x, atol=1e-12)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_classifier_leaves_the_rest_of_a_prediction_alone(clip):
+    x = jnp.ones([2, 3])
+    rest = {"log_variance": x - 4, "fraction": x / 2, "x0_variance": x / 8}
+
+    def denoise(x_t, t):
+        return gaussian.Prediction(x_t, 0 * x_t, **rest)
+
+    guided = guidance.classifier(denoise, lambda x, t: x.sum(axis=1), COSINE, clip=clip)
+    found = guided(x, 9)
+    for name, value in rest.items():
+        np.testing.assert_array_equal(getattr(found, name), value)

@@ -142,3 +142,15 @@ def test_the_network_runs_once_forward_and_once_back(x64):
         return str(jax.make_jaxpr(program)(params_of(scale=0.5), 0.7)).count("tanh")
 
     assert count(jax.value_and_grad(one_pass, (0, 1))) == count(one_pass) == 1
+
+
+def test_what_comes_with_a_loss_is_given_back(x64):
+    params, t = params_of(scale=0.5), jnp.linspace(0.1, 0.9, 5)
+
+    def each(level, slope):
+        return level.logsnr * slope, level.sigma
+
+    losses, sigma = learned.minimise_variance(params, t, each, has_aux=True)
+    alone = learned.minimise_variance(params, t, lambda *of: each(*of)[0])
+    np.testing.assert_allclose(losses, alone)
+    np.testing.assert_allclose(sigma, learned.schedule(params)(t).sigma)

@@ -200,3 +200,15 @@ def test_prior(precision):
     got = losses.prior(jnp.full([2, 4, 4, 3], 0.3**0.5), schedule.linear()(1000))
     assert got.shape == (2,)
     np.testing.assert_allclose(got, 8.7e-6, atol=0.05e-6)
+
+
+def test_the_divergence_of_normals_is_its_integral(x64):
+    x = np.linspace(-12, 12, 20_001)
+
+    def log(mean, log_variance):
+        square = (x - mean) ** 2 * np.exp(-log_variance)
+        return -0.5 * (square + log_variance + np.log(2 * np.pi))
+
+    p, q = log(0.3, -0.4), log(-0.5, 0.7)
+    found = losses.normal_kl(0.3, -0.4, -0.5, 0.7)
+    np.testing.assert_allclose(found, np.trapezoid(np.exp(p) * (p - q), x), rtol=1e-9)

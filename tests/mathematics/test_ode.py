@@ -181,3 +181,13 @@ def test_shard_map_that_checks_is_refused_with_what_to_do(refuses):
 
     with refuses("one that does"):
         jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec)(start(8))
+
+
+def test_gradients_reach_state_and_parameters(x64):
+    def end(x, k):
+        solved = ode.integrate(lambda x, t: -k * x, x, 0.0, 1.0, rtol=1e-9, atol=1e-9)
+        return solved.x.sum()
+
+    by_x, by_k = jax.jit(jax.grad(end, (0, 1)))(2 * jnp.ones([1, 1]), 0.7)
+    np.testing.assert_allclose(by_x, [[np.exp(-0.7)]], rtol=1e-7)
+    np.testing.assert_allclose(by_k, -2 * np.exp(-0.7), rtol=1e-7)

@@ -30,7 +30,7 @@ MADE = {
     "linear": schedule.linear(T, beta_start=0.01, beta_end=0.6),
     "vp": continuous.vp(),
 }
-WRAPPERS = (jax.jit, functools.partial)
+WRAPPERS = (jax.jit, functools.partial, lambda made: lambda t: made(t))
 KEY, X = jax.random.key(0), jnp.linspace(-0.9, 0.9, 8).reshape(2, 2, 2, 1)
 
 
@@ -136,3 +136,8 @@ def test_where_the_unit_of_time_is_needed_a_wrapped_schedule_is_refused(name, re
             wrapped = wrap(known)
             with refuses(repr(wrapped)):
                 use(wrapped, known)
+
+
+def test_the_refusal_says_how_to_mend():
+    with pytest.raises(ValueError, match=r"Timed\(f\).*from_tables\(\*f\("):
+        gaussian.denoiser(network, jax.jit(MADE["linear"]), "eps")

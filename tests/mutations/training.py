@@ -151,7 +151,7 @@ TRAINING = [
     Breakage(
         "archives-end-not-read",
         "diffusion_jax/storage/archives.py",
-        "        while archive.fileobj and archive.fileobj.read(2**20):\n",
+        "        while stream.read(2**20):\n",
         "        if archive is None:\n",
         "tests/storage/test_archives.py::test_the_checksum_at_the_end_is_looked_at",
     ),
@@ -165,8 +165,8 @@ TRAINING = [
     Breakage(
         "archives-one-byte-too-many",
         "diffusion_jax/storage/archives.py",
-        "if member.offset_data + member.size > most:",
-        "if member.offset_data + member.size > most + 1:",
+        "        if self.left < 0:",
+        "        if self.left < -1:",
         "tests/storage/test_archives.py::test_more_than_it_may_have_is_refused",
     ),
     Breakage(

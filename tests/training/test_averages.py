@@ -155,6 +155,8 @@ REFUSED = [
     (lambda: averages.power(0), "0"),
     (lambda: averages.power(0.281), "0.281"),
     (lambda: averages.exponential(1.0), "1.0"),
+    (lambda: averages.exponential(-0.1), "-0.1"),
+    (lambda: averages.power(float("nan")), "nan"),
     (lambda: averages.exponential(float("nan")), "nan"),
     *(
         (lambda tracked=tracked: averages.solve(tracked, 100, 0.08), got)

@@ -92,18 +92,38 @@ def fit(network: Network, *, count: int = fitting.IMAGES, seed: int = 0) -> Code
         profile = fitting.fit(
             _in_float32(network), levels, images, about=about, seed=seed, tick=tick
         )
-    profiles.save(profile, run.folder / NAME)
+    path = run.folder / NAME
+    if path.is_file() and (was := profiles.load(path).identity) != profile.identity:
+        # Files made with it are read by it for ever.
+        path.replace(_earlier(run.folder, was))
+    profiles.save(profile, path)
     return Coder(network, profile, exact.denoise64(config, network.drawable))
 
 
-def load(network: Network) -> Coder:
+def path_of(folder: Path, identity: bytes | None = None) -> Path:
+    """Returns the file of a run's profile: an earlier one, if it has the identity."""
+    if identity is not None and _earlier(folder, identity).is_file():
+        return _earlier(folder, identity)
+    return folder / NAME
+
+
+def _earlier(folder: Path, identity: bytes) -> Path:
+    stem, _, ending = NAME.partition(".")
+    return folder / f"{stem}_{identity.hex()}.{ending}"
+
+
+def load(network: Network, identity: bytes | None = None) -> Coder:
     """Returns the network with the profile that `fit` wrote.
+
+    Args:
+      network: of the run.
+      identity: of an earlier profile, which a file was made with; the newest if None.
 
     Raises:
       ConfigError: there is none, or it was made with other weights.
       DataError: its file is damaged.
     """
-    path = network.run.folder / NAME
+    path = path_of(network.run.folder, identity)
     if not path.is_file():
         raise ConfigError(
             f"the run must have a profile, {path}; got none. Make it: python -m "
@@ -114,8 +134,7 @@ def load(network: Network) -> Coder:
     if made != now or profile.shape != network.config.data.shape:
         raise ConfigError(
             f"{path} must be of the weights that are used, {now[:8]}; got those of "
-            f"{made[:8]}. Choose them with --step, or fit again (files made before "
-            "need the old profile)."
+            f"{made[:8]}. Choose them with --step, --average or --raw, or fit again."
         )
     return Coder(network, profile, exact.denoise64(network.config, network.drawable))
 
@@ -136,7 +155,8 @@ def of_file(path: Path, data: bytes, name: str | None, output: str = "runs") -> 
     identity = container.opened(data).identity
     if name is not None:
         return name
-    for known in sorted(Path(output).glob(f"*/{NAME}")):
+    stem, _, ending = NAME.partition(".")
+    for known in sorted(Path(output).glob(f"*/{stem}*.{ending}")):
         try:
             if profiles.load(known).identity == identity:
                 return str(known.parent)

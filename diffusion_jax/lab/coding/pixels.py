@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from diffusion_jax.data import image_folders
+from diffusion_jax.data import image_files, image_folders
 from diffusion_jax.errors import DataError, first_of
 
 _EXACT = ("1", "L", "P", "LA", "RGB", "RGBA", "PA")
@@ -53,12 +53,12 @@ def _exact(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     """Returns the pixels of a file; an error says why they cannot be had."""
     height, width, channels = shape
     with Image.open(path) as opened:
+        image_files.check_bomb(opened)
         if getattr(opened, "n_frames", 1) > 1:
             raise ValueError("several frames")
-        turned = opened.getexif().get(0x0112) in (5, 6, 7, 8)
-        size = opened.size[::-1] if turned else opened.size
-        if size != (width, height):
-            raise ValueError(f"{size[1]}x{size[0]} pixels")
+        size = image_files.upright_size(opened)
+        if size != (height, width):
+            raise ValueError(f"{size[0]}x{size[1]} pixels")
         deep = any("16" in str(tile[3]) for tile in getattr(opened, "tile", ()))
         if opened.mode not in _EXACT or deep:
             raise ValueError(f"mode {opened.mode}{', 16 bits' * deep}")

@@ -49,7 +49,7 @@ def in_batches(
     batch_size: int,
     given: Path | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yields batches of uint8 images, [B, H, W, C], `count` in all; then writes a file.
+    """Returns batches of uint8 images, [B, H, W, C], which write a file at their end.
 
     Args:
       config: of the run, with the way to sample.
@@ -68,31 +68,37 @@ def in_batches(
     theirs = None if given is None else read(given, own, made, config.data.shape)
     walk, known = (own, NONE) if theirs is None else (theirs.walk, theirs.listed)
     denoise, steps = denoise64(config, drawable), len(walk.times)
-    digest, found = hashlib.sha256(), []
-    batches = counted(-(-count // size), "batch", "batches")
-    said = f"drawing exactly: {batches} of {counted(steps, 'step')}"
-    with progress.clock(said, total=count) as bar:
-        for first in range(0, count, size):
-            # The last batch is drawn whole and cut, so that nothing compiles again.
-            shape, seed = (size, *config.data.shape), made["seed"]
-            images, listed = exact.batch(
-                denoise, walk, shape, seed=seed, first=first, known=known
+
+    def drawn() -> Iterator[np.ndarray]:
+        digest, found = hashlib.sha256(), []
+        batches = counted(-(-count // size), "batch", "batches")
+        said = f"drawing exactly: {batches} of {counted(steps, 'step')}"
+        with progress.clock(said, total=count) as bar:
+            for first in range(0, count, size):
+                # The last batch is drawn whole: nothing compiles again.
+                shape, seed = (size, *config.data.shape), made["seed"]
+                images, listed = exact.batch(
+                    denoise, walk, shape, seed=seed, first=first, known=known
+                )
+                found.append(listed)
+                digest.update(images[: count - first].tobytes())
+                bar.update(len(images[: count - first]))
+                yield images[: count - first]
+        sha256, whole = digest.hexdigest(), certified.joined(found)
+        if theirs is not None and theirs.images == count and theirs.sha256 != sha256:
+            raise ConfigError(
+                f"the pixels must have the sha256 of {given}, {theirs.sha256[:12]}; "
+                f"got {sha256[:12]}. This machine's network differs from that one by "
+                f"more than {certified.SURE:.1e}: other weights, or float64 that is "
+                "none."
             )
-            found.append(listed)
-            digest.update(images[: count - first].tobytes())
-            bar.update(len(images[: count - first]))
-            yield images[: count - first]
-    sha256, whole = digest.hexdigest(), certified.joined(found)
-    if theirs is not None and theirs.images == count and theirs.sha256 != sha256:
-        raise ConfigError(
-            f"the pixels must have the sha256 of {given}, {theirs.sha256[:12]}; got "
-            f"{sha256[:12]}. This machine's network differs from that one by more than "
-            "5.8e-11: other weights, or float64 that is none."
-        )
-    drawn = whole.place < count * steps * int(np.prod(config.data.shape))
-    kept = Listed(whole.place[drawn], whole.value[drawn])
-    write(out, Record(walk, kept, count, sha256), made, config.data.shape)
-    print(f"sha256 of the pixels: {sha256}; {counted(len(kept.place), 'value')} listed")
+        inside = whole.place < count * steps * int(np.prod(config.data.shape))
+        kept = Listed(whole.place[inside], whole.value[inside])
+        write(out, Record(walk, kept, count, sha256), made, config.data.shape)
+        listed_in_all = counted(len(kept.place), "value")
+        print(f"sha256 of the pixels: {sha256}; {listed_in_all} listed")
+
+    return drawn()
 
 
 def write(

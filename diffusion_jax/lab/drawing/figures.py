@@ -99,7 +99,13 @@ def shared(config: Config, drawable: Drawable, *, count: int, seed: int) -> Any:
 
 
 def quality(
-    config: Config, drawable: Drawable, out: Path, *, count: int, seed: int
+    config: Config,
+    drawable: Drawable,
+    out: Path,
+    made: dict[str, Any],
+    *,
+    count: int,
+    seed: int,
 ) -> None:
     """Writes Fig. 10: how far x0, as seen along the chain, is from the data.
 
@@ -107,6 +113,7 @@ def quality(
       config: of the run, with the way to sample.
       drawable: the weights.
       out: where the plot goes, a PNG; the numbers go beside it, as JSON.
+      made: as of `outputs.about`, kept with the numbers.
       count: samples; more than the extractor has features.
       seed: of the samples.
 
@@ -139,4 +146,4 @@ def quality(
         path=out,
     )
     result = {"count": count, "seed": seed, "extractor": extractor.name, "rows": rows}
-    runs.write_json(out.with_suffix(".json"), result)
+    runs.write_json(out.with_suffix(".json"), made | result)

@@ -107,9 +107,12 @@ def save_each(batches: Iterator[np.ndarray], folder: Path, made: Any) -> None:
       folder: checked by `check_folder`.
       made: as of `about`.
     """
+    first = next(batches)  # where nothing can be drawn, nothing is lost
     for old in _set_of(folder):
         old.unlink()
-    for index, image in enumerate(itertools.chain.from_iterable(batches)):
+    for index, image in enumerate(
+        itertools.chain(first, itertools.chain.from_iterable(batches))
+    ):
         one = pictures.grid(image[None], side=image.shape[0], gap=0)
         pictures.save(one, folder / f"{index:06d}.png", {**made, "image": index})
 

@@ -168,15 +168,17 @@ def mosaic(images: np.ndarray) -> np.ndarray:
     """Returns images in rows, as square as possible, then black; uint8 [H', W', C].
 
     Raises:
-      DataError: a side is longer than WebP takes.
+      DataError: a side is longer than WebP takes, or Pillow would not open it.
     """
     count, height, width, channels = images.shape
     columns = int(np.ceil(np.sqrt(count * height / width)))
     rows = -(-count // columns)
-    if max(rows * height, columns * width) > LARGEST:
+    sides, most = (rows * height, columns * width), 2 * (Image.MAX_IMAGE_PIXELS or 0)
+    if max(sides) > LARGEST or sides[0] * sides[1] > most:
         raise DataError(
-            f"images to compare must fit in a mosaic of {LARGEST} pixels a side; got "
-            f"{rows * height}x{columns * width}. Give fewer: --max-images 256."
+            f"images to compare must fit in a mosaic of {LARGEST} pixels a side, and "
+            f"of {most:,} in all; got {sides[0]}x{sides[1]}. Give fewer: --max-images "
+            "256."
         )
     blank = np.zeros((rows * columns - count, *images.shape[1:]), np.uint8)
     full = np.concatenate([images, blank])

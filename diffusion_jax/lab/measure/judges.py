@@ -23,7 +23,9 @@ def path_of(config: Config) -> Path:
     """Returns the file of the classifier of a configuration's data."""
     name = "".join(c if c.isalnum() else "_" for c in config.data.source)
     shape = "x".join(map(str, config.data.shape))
-    return Path(config.output) / ".classifiers" / f"{name}_{shape}.safetensors"
+    # One that has seen images held out from a network would judge it with more.
+    held = f"_without_{config.data.hold_out:g}" if config.data.hold_out else ""
+    return Path(config.output) / ".classifiers" / f"{name}_{shape}{held}.safetensors"
 
 
 def train(

@@ -74,7 +74,7 @@ def guarded(main: Callable[[Sequence[str]], int], *, several: bool = False) -> N
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         said = (
-            "error: cannot go on: the device has too little memory. Give a smaller "
+            f"error: cannot go on: {str(error).splitlines()[0][:200]}. Give a smaller "
             "batch, or, in training, --train.accumulate 4 and then --net.remat."
         )
     except BrokenPipeError:

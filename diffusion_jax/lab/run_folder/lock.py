@@ -89,7 +89,9 @@ def _take(folder: Path, afterwards: Callable[..., object]) -> None:
             f"process {os.getpid()} on {socket.gethostname()}, since {now}\n"
         )
     except filelock.Timeout:
-        owner = path.read_text().strip() if path.exists() else ""
+        owner = ""
+        with suppress(OSError):  # it may have ended by now
+            owner = path.read_text(errors="replace").strip()
         raise LockedError(
             f"cannot train {folder}: {owner or 'another process'} trains it. Wait for "
             "its end, stop it, or start another run with --name NAME."

@@ -11,6 +11,7 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.schema import facts, sampling
 from diffusion_jax.lab.schema.config import (
     CONTINUOUS,
+    GIVEN,
     RESIZED,
     Config,
     Diffusion,
@@ -62,6 +63,11 @@ def _network(config: Config) -> Problems:
     if data.random_crop and not data.source.startswith(RESIZED):
         must = f"0 with {data.source}, whose images have a size of their own"
         yield "data.random_crop", must
+    if data.rotate and diffusion.loss in ("vlb", "hybrid"):
+        must = (
+            f"0 with the loss {diffusion.loss}, which is of one of 256 values a pixel"
+        )
+        yield "data.rotate", must
     for width in (net.channels * multiplier for multiplier in net.multipliers):
         of_what = "net.channels times each of net.multipliers"
         if width < 1 or width % net.groups:
@@ -212,8 +218,16 @@ def of_options(options: Any) -> None:
 
 
 def with_data(config: Config, source: str | None) -> Config:
-    """Returns the configuration with other data, where they are given."""
-    return config if source is None else replace(config, "data", source=source)
+    """Returns the configuration with other data, where they are given.
+
+    What is held out of other images than those trained on, or cut from them, is not.
+    """
+    if source is None:
+        return config
+    changed = {}
+    if not config.data.source.startswith((source.partition(":")[0], GIVEN)):
+        changed = {"random_crop": 0, "hold_out": 0.0}
+    return replace(config, "data", source=source, **changed)
 
 
 def with_sampling(config: Config, given: Sampling) -> Config:

@@ -1,6 +1,7 @@
 """Reads JSON that may come from anywhere into dataclasses, checking every type."""
 
 import dataclasses
+import errno
 import json
 import math
 import reprlib
@@ -23,6 +24,8 @@ def load(path: Path) -> Any:
       OSError: it cannot be read.
       ValueError: it is damaged or far too large, or as `parse`.
     """
+    if path.exists() and not path.is_file():  # a pipe may have no end
+        raise OSError(errno.EINVAL, "no regular file", str(path))
     with path.open("rb") as file:
         content = file.read(MOST + 1)
     if len(content) > MOST:

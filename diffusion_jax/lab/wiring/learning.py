@@ -230,7 +230,7 @@ def make_loss(config: Config, *, train: bool = True) -> state.LossFn:
 
 
 def _moved(data: Data, x0: jax.Array, key: jax.Array) -> jax.Array:
-    """Returns images mirrored, cut at a random place and turned, as configured.
+    """Returns images mirrored, turned and cut at a random place, as configured.
 
     Args:
       data: says which of it.
@@ -249,8 +249,8 @@ def _moved(data: Data, x0: jax.Array, key: jax.Array) -> jax.Array:
     def turn(key: jax.Array, image: jax.Array) -> jax.Array:
         most = np.deg2rad(data.rotate)
         angle = jax.random.uniform(key, minval=-most, maxval=most)
-        middle = (np.array(data.shape[:2]) - 1) / 2
-        rows, columns = np.indices(data.shape[:2]) - middle[:, None, None]
+        middle = (np.array(image.shape[:2]) - 1) / 2
+        rows, columns = np.indices(image.shape[:2]) - middle[:, None, None]
         cos, sin = jnp.cos(angle), jnp.sin(angle)
         at = (
             middle[0] + cos * rows - sin * columns,
@@ -261,10 +261,10 @@ def _moved(data: Data, x0: jax.Array, key: jax.Array) -> jax.Array:
         )
         return jax.vmap(seen, in_axes=-1, out_axes=-1)(image)
 
+    if data.rotate:  # before the cut, which takes some of the mirrored corners off
+        x0 = jax.vmap(turn)(fold(key, 2), x0)
     if data.random_crop:
         x0 = jax.vmap(cut)(fold(key, 1), x0)
-    if data.rotate:
-        x0 = jax.vmap(turn)(fold(key, 2), x0)
     return x0
 
 
