@@ -124,7 +124,7 @@ def _classifier(config: Config, dataset: datasets.Dataset) -> Extractor:
         "accuracy_on_held_out": judge.accuracy,
         "classes": judge.num_classes,
     }
-    name = path.stem.rsplit("_", 1)[0] + "_classifier"
+    name = path.stem.rsplit("_", 1)[0].split("_without_")[0] + "_classifier"
     return Extractor(name, judges.WIDTH, apply, details)
 
 

@@ -25,7 +25,7 @@ def path_of(config: Config) -> Path:
     shape = "x".join(map(str, config.data.shape))
     # One that has seen images held out from a network would judge it with more.
     held = f"_without_{config.data.hold_out:g}" if config.data.hold_out else ""
-    return Path(config.output) / ".classifiers" / f"{name}_{shape}{held}.safetensors"
+    return Path(config.output) / ".classifiers" / f"{name}{held}_{shape}.safetensors"
 
 
 def train(
