@@ -20,6 +20,7 @@ The mathematics, each module resting only on those above it:
   ode         the probability flow solved to a tolerance
   editing     encode, interpolate, vary, inpaint, colorize: with any rule
   likelihood  bits/dim by the whole chain's bound or the flow; rate and distortion
+  latents     the scale on which a diffusion model sees an autoencoder's latents
 
 Bytes of images, and back, by any network:
 
@@ -27,7 +28,7 @@ Bytes of images, and back, by any network:
 
 The machinery, which knows nothing of diffusion:
 
-  nets         the networks (Flax): unet, inception, classifier
+  nets         the networks (Flax): unet, autoencoder, inception, classifier
   data         datasets, and in which order a step sees them
   training     state (the training step), averages, parallel, feed
   checkpoints  checkpoint: saved, verified, restored
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
         grids,
         guidance,
         langevin,
+        latents,
         learned,
         likelihood,
         losses,
@@ -74,6 +76,7 @@ __all__ = [
     "grids",
     "guidance",
     "langevin",
+    "latents",
     "learned",
     "likelihood",
     "losses",

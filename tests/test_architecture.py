@@ -10,7 +10,7 @@ PACKAGE = ROOT / "diffusion_jax"
 # A new one needs a floor here.
 FLOORS = (
     {"errors"},
-    {"schedule"},
+    {"schedule", "latents"},
     {"continuous", "learned", "prediction"},
     {"gaussian", "weightings", "timesteps"},
     {"sde", "losses", "grids", "guidance", "analytic"},

@@ -1,4 +1,4 @@
-"""The blocks of the U-Net, in the forms that move least memory.
+"""The blocks of U-Net and autoencoder, in the forms that move least memory.
 
 Between blocks an activation is a few arrays that are never concatenated, such as a skip
 connection and what it joins, and a shift that is never added to them, the sum of the
@@ -165,7 +165,7 @@ class Conv(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions with the time embedding added in between, and a shortcut."""
+    """Two convolutions, with the time embedding if any in between, and a shortcut."""
 
     channels: int
     groups: int
@@ -185,14 +185,15 @@ class ResBlock(nn.Module):
         self.shortcut = Linear(self.channels)
 
     def __call__(
-        self, x: Activation, time: jax.Array, key: jax.Array | None
+        self, x: Activation, time: jax.Array | None, key: jax.Array | None
     ) -> Activation:
         """Returns [B, H, W, channels] from x [B, H, W, C].
 
         Args:
           x: the activation.
           time: added between the convolutions, [B, channels], in float32; the time
-            embedding times the parameters that `self.time` holds.
+            embedding times the parameters that `self.time` holds. None for a network
+            that knows no time.
           key: of dropout; None without.
         """
         h = self.norm1(x.parts, silu=True, shift=x.shift)

@@ -36,6 +36,7 @@ from diffusion_jax import (
 OTHERS = {
     "continuous": ("counts_steps", "last_time"),
     "grids": ("karras", "logsnr", "quadratic", "uniform"),
+    "latents": ("fit",),
     "likelihood": ("log_density", "rate_distortion"),
     "losses": ("check_values",),
     "samplers": ("check_grid", "count_evaluations", "counted", "forgetful", "pad"),

@@ -437,4 +437,20 @@ MATHEMATICS = [
         "for end in range(steps - 1, jump, -jump):",
         "tests/mathematics/test_editing.py::test_a_repainting_grid_walks_each_stretch_as_often",
     ),
+    Breakage(
+        "latents-noise-has-no-variance",
+        "diffusion_jax/latents.py",
+        ".sum(axis=0) + extra.sum(axis=0)",
+        ".sum(axis=0)",
+        "tests/mathematics/test_latents.py"
+        "::test_scaled_latents_have_mean_0_and_variance_1_whatever_the_batches",
+    ),
+    Breakage(
+        "latents-shift-after-the-scale",
+        "diffusion_jax/latents.py",
+        "return z / scale + shift",
+        "return (z + shift) / scale",
+        "tests/mathematics/test_latents.py"
+        "::test_inverting_and_applying_are_each_other_and_variances_follow",
+    ),
 ]

@@ -173,4 +173,19 @@ NETWORKS = [
         "if array.size != size:",
         "tests/interop/test_graphdef.py::test_what_lies_reserves_no_memory",
     ),
+    Breakage(
+        "autoencoder-deviation-for-variance",
+        "diffusion_jax/nets/autoencoder.py",
+        "jnp.exp(0.5 * self.log_variance) * eps",
+        "jnp.exp(self.log_variance) * eps",
+        "tests/nets/test_autoencoder.py"
+        "::test_a_draw_is_of_the_keys_and_has_the_deviation",
+    ),
+    Breakage(
+        "autoencoder-log-variance-free",
+        "diffusion_jax/nets/autoencoder.py",
+        "Moments(mean, jnp.clip(log_variance, LOWEST, HIGHEST))",
+        "Moments(mean, log_variance)",
+        "tests/nets/test_autoencoder.py::test_log_variance_is_clamped",
+    ),
 ]
