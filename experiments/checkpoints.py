@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import math
 import re
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import NamedTuple
 from diffusion_jax.checkpoints import checkpoint, retention
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.process import entry
+from diffusion_jax.lab.report import tables
 from diffusion_jax.lab.run_folder import results, runs
 from diffusion_jax.lab.schema import choices
 
@@ -114,22 +114,11 @@ def table(found: Sequence[Row], keep_every: int | None = None) -> str:
             marks += ["kept"] * (keep_every is not None and row.step % keep_every == 0)
         date = time.strftime("%Y-%m-%d %H:%M", time.gmtime(row.written))
         loss = "-" if row.loss is None else f"{row.loss:.4f}"
-        size = _size(row.size)
+        size = tables.size(row.size)
         lines.append(
             f"{row.name:{wide}}  {size:>8}  {date}  {loss:>8}  {', '.join(marks)}"
         )
     return "\n".join(lines)
-
-
-def _size(count: int) -> str:
-    """Returns bytes as a person reads them.
-
-    >>> _size(1000), _size(3 * 2**30)
-    ('1000 B', '3.0 GiB')
-    """
-    power = min(int(math.log2(max(count, 1))) // 10, 3)
-    unit = ("B", "KiB", "MiB", "GiB")[power]
-    return f"{count / 1024**power:.{min(power, 1)}f} {unit}"
 
 
 if __name__ == "__main__":

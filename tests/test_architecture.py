@@ -31,7 +31,7 @@ LAB = (
     {"network_files"},
     {"run_folder"},
     {"trained"},
-    {"coding"},
+    {"coding", "report"},
     {"measure"},
     {"drawing", "training"},
     {"speed"},

@@ -13,7 +13,17 @@ FROM_ROOT = {
     "changes.md": "CHANGELOG.md",
 }
 USE = (
-    *("train", "data", "sample", "edit", "measure", "codec", "networks", "objectives"),
+    *(
+        "train",
+        "watch",
+        "data",
+        "sample",
+        "edit",
+        "measure",
+        "codec",
+        "networks",
+        "objectives",
+    ),
     *("devices", "safety", "performance", "results"),
 )
 FROM = (

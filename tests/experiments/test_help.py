@@ -9,9 +9,14 @@ import pytest
 import experiments.__main__ as entry_point
 from diffusion_jax.lab.process import entry, flags
 from experiments import codec, edit
+from experiments import runs as listing
 from experiments.configs import EXPERIMENTS, table
 
-OF_SEVERAL = {"edit": edit.COMMANDS, "codec": codec.COMMANDS}
+OF_SEVERAL = {
+    "edit": edit.COMMANDS,
+    "codec": codec.COMMANDS,
+    "runs": listing.COMMANDS,
+}
 COMMANDS = [*entry_point.COMMANDS, "train cifar10"]
 COMMANDS += [f"{of} {name}" for of, names in OF_SEVERAL.items() for name in names]
 SEVERAL = ("train", "sample", "eval_fid")

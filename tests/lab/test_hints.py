@@ -14,6 +14,7 @@ from diffusion_jax.lab.process import joining
 from diffusion_jax.lab.process.flags import HELP_ALL
 from diffusion_jax.lab.training import arguments
 from experiments import codec, edit
+from experiments import runs as listing
 
 ROOT = Path(diffusion_jax.__file__).resolve().parents[1]
 FILES = [*(ROOT / "diffusion_jax").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")]
@@ -64,6 +65,7 @@ def flags_of(command):
         "train": [arguments.Training],
         "edit": list(edit.COMMANDS.values()),
         "codec": [kind for kind, _ in codec.COMMANDS.values()],
+        "runs": list(listing.COMMANDS.values()),
     }
     if command not in kinds:
         kinds = {command: [importlib.import_module(f"experiments.{command}").Options]}

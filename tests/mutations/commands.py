@@ -219,6 +219,27 @@ COMMANDS = [
         "tests/lab/test_weights.py::test_resumed_run_writes_the_same_snapshots",
     ),
     Breakage(
+        "board-steps-twice",
+        "diffusion_jax/lab/run_folder/board.py",
+        "        path.unlink()\n",
+        "        pass\n",
+        "tests/lab/test_board.py::test_after_a_kill_every_step_is_there_once",
+    ),
+    Breakage(
+        "board-pictures-of-later-steps",
+        "diffusion_jax/lab/run_folder/board.py",
+        "if drawn.isdecimal() and int(drawn) <= step:",
+        "if drawn.isdecimal():",
+        "tests/lab/test_board.py::test_what_is_of_later_steps_is_left_out",
+    ),
+    Breakage(
+        "report-best-of-any-kind",
+        "diffusion_jax/lab/report/reading.py",
+        "if names and d.name == names[-1]]",
+        "if names]",
+        "tests/lab/test_report.py::test_the_best_is_the_lowest_of_what_was_measured_last",
+    ),
+    Breakage(
         "runs-what-made-a-result-is-not-asked",
         "diffusion_jax/lab/run_folder/runs.py",
         "return read(**values) if same else None",

@@ -21,6 +21,7 @@ from diffusion_jax.errors import DivergedError
 from diffusion_jax.lab.process import hosts
 from diffusion_jax.lab.process.progress import Progress
 from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.run_folder.board import Board
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.training.state import CAUSES
 
@@ -36,6 +37,8 @@ class Log(NamedTuple):
     """The metrics since the last line, a dictionary a step."""
     names: list[str]
     """Of the parameters, by which a gradient is named."""
+    board: Board
+    """Where the lines go for TensorBoard."""
 
 
 def record(log: Log, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -49,7 +52,7 @@ def record(log: Log, step: int, metrics: dict[str, jax.Array]) -> None:
     Raises:
       DivergedError: too many were skipped in a row to hope for a later one.
     """
-    config, run, shown, pending, names = log
+    config, run, shown, pending, names, board = log
     values = {k: v.tolist() for k, v in jax.device_get(metrics).items()}
     cause, tensor = CAUSES[int(values.pop("cause"))], int(values.pop("tensor"))
     shown.update(step, None if cause else values["loss"], cause)
@@ -74,6 +77,7 @@ def record(log: Log, step: int, metrics: dict[str, jax.Array]) -> None:
     speed = {"images_per_second": round(shown.rate, 1), "time": time.time()}
     held = {"checkpoint_seconds": round(shown.held, 3)}
     runs.append_line(run.speed, {"step": step, **speed, **held})
+    board.line(line, speed)
 
 
 def summary(step: int, pending: list[dict[str, Any]]) -> dict[str, Any]:

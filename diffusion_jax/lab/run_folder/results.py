@@ -24,7 +24,7 @@ def write(run: runs.Run, name: str, result: dict[str, Any]) -> Path:
 def in_training(run: runs.Run) -> dict[int, float]:
     """Returns the distances that a run measured of itself, by step; the newest."""
     found = {}
-    for name, values in _every(run):
+    for name, values in every(run):
         if name == IN_TRAINING:
             (number,) = values["numbers"].values()
             found[values["training_step"]] = number["mean"]
@@ -45,11 +45,15 @@ def read(run: runs.Run, digest: str) -> list[tuple[str, dict[str, Any]]]:
         (path.stem, _parsed(path.read_text(errors="replace")))
         for path in sorted(folder.glob("*.json"))
     ]
-    found += _every(run)
+    found += every(run)
     return [(name, v) for name, v in found if v.get("weights_sha256") == digest]
 
 
-def _every(run: runs.Run) -> list[tuple[str, dict[str, Any]]]:
+def every(run: runs.Run) -> list[tuple[str, dict[str, Any]]]:
+    """Returns all results there ever were with their names, the oldest first.
+
+    A line that is damaged is empty.
+    """
     path = run.folder / "eval" / ALL
     text = path.read_text(errors="replace") if path.is_file() else ""
     lines = map(_parsed, text.splitlines())

@@ -282,6 +282,9 @@ class Train:
     Results go to eval/results.jsonl, and the checkpoint of the lowest stays."""
     measure_count: Annotated[Count, FREE] = 2500
     """Samples of each measurement; more than the extractor has features."""
+    tensorboard: Annotated[bool, FREE] = False
+    """Whether to write metrics and grids of samples for TensorBoard too, into the run's
+    folder."""
     max_skipped: Annotated[Count, FREE] = 20
     """Steps skipped in a row, as not finite, at which the run is given up."""
     deterministic: Annotated[bool, FREE] = False

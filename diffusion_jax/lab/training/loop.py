@@ -15,7 +15,7 @@ from diffusion_jax.errors import MissingError, counted, first_of
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.process import hosts, stopping
 from diffusion_jax.lab.process.progress import Progress
-from diffusion_jax.lab.run_folder import history, lock, results, runs
+from diffusion_jax.lab.run_folder import board, history, lock, results, runs
 from diffusion_jax.lab.schema import checks
 from diffusion_jax.lab.schema.config import Config, warmup, with_epochs
 from diffusion_jax.lab.trained import weights
@@ -68,6 +68,7 @@ def train(
       ConfigError: the folder holds another run, or this one diverged.
     """
     start = time.monotonic(), compilation.count()
+    board.check(config)
     if config.train.deterministic:
         determinism.ask()
     parallel.split_cpu(config.train.batch_size)  # both before JAX looks for devices
@@ -177,14 +178,16 @@ def loop(job: Job, begun: beginning.Begun) -> TrainState:
     begin, last = int(state.step), beginning.end_of(config)
     shown = Progress(begin, plan.steps, plan.batch_size, hosts.screen(), begun.row)
     names = list(trees.by_path(jax.eval_shape(flat.unpack_all, state.params)))
-    log = history.Log(config, run, shown, begun.pending, names)
     stops = hosts.make_stop(job.signals.numbers)
     waiting: list[tuple[int, Any]] = []
     # A run may have been killed between a checkpoint and its grid.
     drawn = not begin or not has_grid(config, begin) or grid_path(run, begin).exists()
     if not hosts.tell(drawn):
         write_grid(config, run, draw, learning.as_stored(state, job.mesh))
-    with closing(job.feed.batches(begin, last)) as batches:
+    with ExitStack() as left:
+        events = left.enter_context(board.opened(config, run, begin))
+        log = history.Log(config, run, shown, begun.pending, names, events)
+        batches = left.enter_context(closing(job.feed.batches(begin, last)))
         for step, batch in enumerate(batches, begin):
             state, metrics = job.step(state, batch)
             if step == begin:
@@ -210,10 +213,11 @@ def loop(job: Job, begun: beginning.Begun) -> TrainState:
                     if snaps:  # before the checkpoint: a run would go on without them
                         weights.save_snapshots(run, config, whole)
                 if saves:
-                    save(job, log, whole, score_of(job, shown, draw, whole))
+                    save(job, log, whole, score_of(job, log, draw, whole))
                 if draws:
                     shown.doing(f"drawing {counted(sample.count, 'sample')}")
                     write_grid(config, run, draw, whole)
+                    events.picture(step + 1, grid_path(run, step + 1))
                 del whole
                 shown.pause()
             if stop:
@@ -235,13 +239,14 @@ def save(job: Job, log: history.Log, state: TrainState, score: float | None) -> 
         checkpoint.save(job.manager, int(state.step), state, meta, score=score)
 
 
-def score_of(job: Job, shown: Progress, draw: Any, state: TrainState) -> float | None:
+def score_of(job: Job, log: history.Log, draw: Any, state: TrainState) -> float | None:
     """Returns the score of a checkpoint, by which the best one is kept.
 
     That is the distance of samples, where the run is measured at this step; the logged
     loss in a run that is never measured.
     """
     config, run, step = job.config, job.run, int(state.step)
+    shown = log.shown
     if job.ruler is None:
         return history.score(config, run, step)
     if not measuring.due(config, step):
@@ -251,6 +256,7 @@ def score_of(job: Job, shown: Progress, draw: Any, state: TrainState) -> float |
     value = measuring.measure(job.ruler, config, run, draw, drawable, step)
     if hosts.first():
         shown.say(f"step {step:,}: {job.ruler.name} {value:.4g}")
+        log.board.scalar("distance", step, value)
     return value if np.isfinite(value) else None
 
 
