@@ -9,7 +9,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -17,7 +17,6 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.process import entry, flags
 from diffusion_jax.lab.report import reading, tables
 from diffusion_jax.lab.report.reading import Story
-from diffusion_jax.lab.schema import checks
 from diffusion_jax.lab.schema.config import changed
 from experiments.configs import EXPERIMENTS
 
@@ -49,20 +48,26 @@ COMMANDS: dict[str, type] = {"list": List, "compare": Compare}
 
 def main(argv: Sequence[str]) -> int:
     """Prints what the arguments ask for; returns the exit code."""
-    name, rest = "list", list(argv)
-    prog = entry.typed("runs")
+    options = parse(argv)
+    compares = isinstance(options, Compare)
+    print(compared(options.runs) if compares else listed(options.folder))
+    return 0
+
+
+def parse(argv: Sequence[str]) -> Any:
+    """Returns the options of the command that the arguments name, or of a list.
+
+    Raises:
+      SystemExit: `--help`, or a flag that does not exist or has another type.
+    """
+    name, rest, prog = "list", list(argv), entry.typed("runs")
     if rest and flags.asked(rest[:1]):
-        print(flags.overview(f"{prog} [list]", __doc__ or "", COMMANDS))
-        return 0
+        print(flags.overview(prog, __doc__ or "", COMMANDS))
+        raise SystemExit(0)
     if rest and rest[0] in COMMANDS:
         name = rest.pop(0)
-    kind = COMMANDS[name]
-    options = flags.read(
-        kind, args=rest, prog=f"{prog} {name}", description=kind.__doc__
-    )
-    checks.of_options(options)
-    print(listed(options.folder) if name == "list" else compared(options.runs))
-    return 0
+    kind, prog = COMMANDS[name], f"{prog} {name}"
+    return flags.read(kind, args=rest, prog=prog, description=kind.__doc__)
 
 
 def listed(folder: Path) -> str:

@@ -148,13 +148,13 @@ def _row(key: str, of_each: list[dict[str, str]]) -> tuple[str, ...]:
 
 TITLES = {
     "fid": "Distance of samples from the images (eval_fid)",
-    "fid_raw": "Distance, without the moving average (eval_fid --raw)",
+    "fid_raw": "Distance, without the moving average (eval_fid)",
     "fid_untrained": "Distance of an untrained network, a yardstick",
-    "fid_given": "Distance of samples that were given (eval_fid --samples)",
+    "fid_given": "Distance of samples that were given (eval_fid)",
     "nll_train": "Bound on the training images (eval_nll)",
     "nll_test": "Bound on test images (eval_nll)",
-    "nll_ode_train": "Probability flow on the training images (eval_nll --ode)",
-    "nll_ode_test": "Probability flow on test images (eval_nll --ode)",
+    "nll_ode_train": "Probability flow on the training images (eval_nll)",
+    "nll_ode_test": "Probability flow on test images (eval_nll)",
     "samplers": "Samplers (compare_samplers)",
     "legibility": "Legibility (legibility)",
     "codec_train": "Compressed training images, bytes each (codec compare)",
