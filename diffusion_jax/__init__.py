@@ -10,6 +10,7 @@ The mathematics, each module resting only on those above it:
   timesteps   how t is drawn: spread over a batch, by density, by importance
   weightings  how much the error counts, as a function of log-SNR
   losses      L_simple, the terms of the bound, hybrid: one number an example
+  autoencoding  losses of autoencoders: reconstruction, KL, ELBO, of a discriminator
   guidance    classifier-free and classifier guidance: networks and denoisers again
   analytic    the best reverse variance, estimated from data
   grids       time grids: uniform, quadratic, even in log-SNR, Karras
@@ -20,7 +21,7 @@ The mathematics, each module resting only on those above it:
   ode         the probability flow solved to a tolerance
   editing     encode, interpolate, vary, inpaint, colorize: with any rule
   likelihood  bits/dim by the whole chain's bound or the flow; rate and distortion
-  latents     the scale on which a diffusion model sees an autoencoder's latents
+  latents     of an autoencoder: their scale, and the bound of images
 
 Bytes of images, and back, by any network:
 
@@ -48,6 +49,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from diffusion_jax import (
         analytic,
+        autoencoding,
         continuous,
         editing,
         gaussian,
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "analytic",
+    "autoencoding",
     "continuous",
     "editing",
     "gaussian",

@@ -1,10 +1,16 @@
-"""The scale on which a diffusion model sees the latents of an autoencoder.
+"""Diffusion in the latents of an autoencoder: their scale, and the bound of images.
 
-Its noise schedule is made for data with about unit variance; latents have any (Sec.
+A noise schedule is made for data with about unit variance; latents have any (Sec.
 4.3.2, Rombach et al. 2022). Their code divides by one standard deviation, that of the
 first batch. Here each channel has mean and deviation of the whole set.
+
+  -log p(x) <= E[-log p(x | z)] + E[-log p(z)] - H(q(z | x)),  z from q(z | x)
+
+With the bound of the diffusion model in the place of -log p(z) that is one on images,
+in the same bits/dim as any other (Sec. 3, Vahdat et al. 2021).
 """
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -45,6 +51,18 @@ class Scale(NamedTuple):
         dtype = jnp.promote_types(z.dtype, jnp.float32)
         shift, scale = (jnp.asarray(a, dtype).reshape(shape) for a in self)
         return shift, scale
+
+
+class Bound(NamedTuple):
+    """The bound of B images by a model of their latents; its terms, [B], bits/dim."""
+
+    total: jax.Array
+    """The bound on -log p(x)."""
+    reconstruction: jax.Array
+    """-log p(x | z)."""
+    rate: jax.Array
+    """The bound on -log p(z), less the entropy of q(z | x), spread over the dimensions
+    of x: what the latents cost."""
 
 
 def fit(moments: Iterable[tuple[ArrayLike, ArrayLike]]) -> Scale:
@@ -90,6 +108,38 @@ def fit(moments: Iterable[tuple[ArrayLike, ArrayLike]]) -> Scale:
             "do not. Train an autoencoder with fewer channels of latents."
         )
     return Scale(mean, 1 / np.sqrt(variance))
+
+
+def bound(
+    reconstruction: jax.Array,
+    of_latents: jax.Array,
+    log_variance: jax.Array,
+    *,
+    dimensions: int,
+) -> Bound:
+    """Returns the bound on -log p(x) of images whose latents a diffusion model knows.
+
+    All of one draw of z an image, on the scale that the diffusion model sees.
+
+    Args:
+      reconstruction: -log p(x | z), [B], in bits/dim of the images, as in
+        `autoencoding.elbo`.
+      of_latents: bound on -log p(z), [B], in bits/dim of the latents:
+        `likelihood.bound` or `continuous_bound` with real=True.
+      log_variance: of q(z | x) on that scale (`Scale.log_variance`), [B, ...]; where
+        it is -inf, as without noise, there is no bound: it is inf.
+      dimensions: of an image: height x width x channels.
+
+    >>> zero = jnp.zeros(1)
+    >>> of_normal = zero + 0.5 * math.log2(2 * math.pi * math.e)
+    >>> print(bound(zero + 5, of_normal, jnp.zeros([1, 2]), dimensions=8).rate)
+    [0.]
+    """
+    axes = tuple(range(1, log_variance.ndim))
+    entropy = 0.5 * (math.log(2 * math.pi * math.e) + log_variance).mean(axis=axes)
+    share = math.prod(log_variance.shape[1:]) / dimensions
+    rate = share * (of_latents - entropy / math.log(2))
+    return Bound(reconstruction + rate, reconstruction, rate)
 
 
 def _rows(array: ArrayLike) -> np.ndarray:

@@ -93,6 +93,7 @@ def bound(
     *,
     variance: str = "large",
     decoder_variance: ArrayLike | None = None,
+    real: bool = False,
     chunk: int = 1,
 ) -> Bound:
     """Returns the variational bound, one x_t drawn for every t (Eq. 5, Ho et al. 2020).
@@ -107,6 +108,8 @@ def bound(
       x0: data on the grid of 256 values, scaled to [-1, 1], [B, ...].
       variance: of the reverse steps, one of gaussian.VARIANCES.
       decoder_variance: of p(x0 | x_1), as in `losses.vlb`.
+      real: whether x0 are real numbers, as latents on their scale are, and the bound is
+        that of their density: see `latents.bound`.
       chunk: times evaluated together: memory grows with it.
 
     >>> from diffusion_jax import schedule
@@ -136,6 +139,7 @@ def bound(
             times,
             variance=variance,
             decoder_variance=decoder_variance,
+            real=real,
         )
         error = jnp.square(pred.x0 - x0).mean(axis=tuple(range(1, x0.ndim)))
         return term, error
@@ -152,6 +156,7 @@ def continuous_bound(
     x0: jax.Array,
     *,
     draws: int = 128,
+    real: bool = False,
     chunk: int = 1,
 ) -> ContinuousBound:
     """Returns an estimate of the bound for T = infinity (Eq. 11, Kingma et al. 2021).
@@ -167,6 +172,7 @@ def continuous_bound(
       schedule: its continuous schedule, with finite log-SNR at t = 0.
       x0: data on the grid of 256 values, scaled to [-1, 1], [B, ...].
       draws: times an example.
+      real: as in `bound`.
       chunk: times evaluated together: memory grows with it.
 
     Raises:
@@ -197,7 +203,7 @@ def continuous_bound(
     parts = (
         losses.prior(x0, final),
         terms.mean(axis=0),
-        losses.reconstruction(x0, z0, first),
+        losses.reconstruction(x0, z0, first, real=real),
     )
     return ContinuousBound(sum(parts[1:], parts[0]), *parts)
 

@@ -13,6 +13,7 @@ al. 2021): `diffusion` is what is integrated, `reconstruction` the term.
 `simple` and `weighted` are means over pixels; the terms of the bounds are in bits/dim.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -92,6 +93,7 @@ def vlb(
     *,
     variance: str = "large",
     decoder_variance: ArrayLike | None = None,
+    real: bool = False,
 ) -> jax.Array:
     """Returns one term of the variational bound an example, [B], in bits/dim.
 
@@ -100,7 +102,8 @@ def vlb(
 
     Args:
       pred: the prediction at x_t.
-      x0: clean data on the grid of 256 values, scaled to [-1, 1], [B, ...].
+      x0: clean data on the grid of 256 values, scaled to [-1, 1], [B, ...]; real
+        numbers where `real`.
       x_t: noisy data, [B, ...].
       schedule: a discrete schedule of at least two steps.
       t: integer times in 1..T, [B].
@@ -109,6 +112,9 @@ def vlb(
         of a continuous schedule want (sigma_1 / alpha_1)^2, what x_1 leaves open: small
         and large borrow that of t = 2, which is far too sure where the first step is
         not one of many alike.
+      real: whether -log p(x0 | x_1) is that of a density, as of latents, and not of
+        256 values. Its variance is sigma_1^2 where none is given: for data of unit
+        variance, what x_1 leaves open.
 
     Raises:
       ValueError: an unknown variance, or one that the prediction does not have; T is
@@ -133,6 +139,8 @@ def vlb(
     log_variance = gaussian.log_variance(
         variance, pred, level, prev_level, log_small=small
     )
+    if real and decoder_variance is None:
+        decoder_variance = jnp.square(schedule(1).sigma)
     if decoder_variance is not None:
         given = jnp.log(jnp.asarray(decoder_variance, x0.dtype))
         log_variance = jnp.where(jnp.isposinf(prev_level.logsnr), given, log_variance)
@@ -142,7 +150,7 @@ def vlb(
     off, _ = gaussian.q_posterior(x0 - pred.x0, none, level, prev_level)
     guess, _ = gaussian.q_posterior(pred.x0, x_t, level, prev_level)
     kl = _bits_per_dim(normal_kl(off, small, none, log_variance))
-    nll = _bits_per_dim(decoder(x0, guess, log_variance))
+    nll = _bits_per_dim((_normal if real else decoder)(x0, guess, log_variance))
     return jnp.where(t == 1, nll, kl)
 
 
@@ -209,16 +217,20 @@ def diffusion(pred: gaussian.Prediction, eps: jax.Array, slope: jax.Array) -> ja
     return 0.5 * slope * _bits_per_dim(jnp.square(pred.eps - real_data(eps)))
 
 
-def reconstruction(x0: jax.Array, z0: jax.Array, level: NoiseLevel) -> jax.Array:
+def reconstruction(
+    x0: jax.Array, z0: jax.Array, level: NoiseLevel, *, real: bool = False
+) -> jax.Array:
     """Returns -log p(x0 | z_0), [B], in bits/dim (Sec. 3.3, Kingma et al. 2021).
 
     p(x | z_0) is proportional to q(z_0 | x) over the 256 values of each pixel, which
     nothing has to be learned for.
 
     Args:
-      x0: data on the grid of 256 values, scaled to [-1, 1], [B, ...].
+      x0: data on the grid of 256 values, scaled to [-1, 1], [B, ...]; real numbers
+        where `real`.
       z0: noisy data at t = 0, [B, ...].
       level: noise level at t = 0, logsnr finite, a scalar or [B].
+      real: whether it is proportional to that over all numbers, a density.
 
     >>> from diffusion_jax import schedule
     >>> x0, level = jnp.full([1, 2], 1 / 255), schedule.NoiseLevel(0.0, 10.0)
@@ -226,6 +238,9 @@ def reconstruction(x0: jax.Array, z0: jax.Array, level: NoiseLevel) -> jax.Array
     [1.107]
     """
     check_values(x0)
+    if real:
+        like = level.like(x0)
+        return _bits_per_dim(_normal(x0, z0 / like.alpha, -like.logsnr))
     value = jnp.linspace(-1, 1, 256, dtype=x0.dtype).reshape(*[1] * x0.ndim, 256)
     # Relative to the probability of x0 itself: no large logits are subtracted.
     off = (z0 / level.like(x0).alpha - x0)[..., None]
@@ -322,6 +337,12 @@ def check_values(x0: jax.Array) -> None:
             f"[-1, 1]; got {jnp.result_type(x0)}. Scale the whole numbers 0 to 255 in "
             "float32: values / 127.5 - 1."
         )
+
+
+def _normal(x: jax.Array, mean: jax.Array, log_variance: jax.Array) -> jax.Array:
+    """Returns -log N(x; mean, e^log_variance) of every element, in nats."""
+    distance = jnp.square(x - mean) * jnp.exp(-log_variance)
+    return 0.5 * (math.log(2 * math.pi) + log_variance + distance)
 
 
 def _tanh_cdf(x: jax.Array) -> jax.Array:

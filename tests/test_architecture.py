@@ -14,7 +14,7 @@ FLOORS = (
     {"continuous", "learned", "prediction"},
     {"gaussian", "weightings", "timesteps"},
     {"sde", "losses", "grids", "guidance", "analytic"},
-    {"samplers"},
+    {"samplers", "autoencoding"},
     {"solvers", "langevin", "ode"},
     {"likelihood", "editing"},
 )

@@ -12,12 +12,14 @@ import numpy as np
 
 from diffusion_jax import (
     analytic,
+    autoencoding,
     continuous,
     editing,
     gaussian,
     grids,
     guidance,
     langevin,
+    latents,
     learned,
     likelihood,
     losses,
@@ -34,6 +36,8 @@ from diffusion_jax import (
 # Not functions of arrays: they raise and do no more, tell a fact of a schedule, count,
 # or are of NumPy.
 OTHERS = {
+    # Without a gradient, by design.
+    "autoencoding": ("adaptive_weight",),
     "continuous": ("counts_steps", "last_time"),
     "grids": ("karras", "logsnr", "quadratic", "uniform"),
     "latents": ("fit",),
@@ -342,6 +346,17 @@ CALLS = {
     "timesteps.history": lambda a: timesteps.history(T).losses[a.t - 1],
     "timesteps.record": _recorded,
     "timesteps.probabilities": _recorded,
+    "autoencoding.reconstruction": every(
+        autoencoding.ERRORS,
+        lambda a, kind: autoencoding.reconstruction(a.x0, a.x, a.log, kind=kind),
+    ),
+    "autoencoding.kl": lambda a: autoencoding.kl((a.x, a.log)),
+    "autoencoding.elbo": lambda a: autoencoding.elbo(
+        a.x0, a.x, a.log, (a.y, a.log), beta=2.0
+    ),
+    "autoencoding.hinge": lambda a: autoencoding.hinge(a.x, 0.3 * a.y),
+    "autoencoding.adversarial": lambda a: autoencoding.adversarial(a.x),
+    "latents.bound": lambda a: latents.bound(a.u, 2 * a.u, a.log, dimensions=8),
     "losses.simple": every(
         KINDS,
         lambda a, space: losses.simple(

@@ -19,7 +19,9 @@ WITHOUT = (
     "weightings",
     "timesteps",
     "solvers.phi",
+    "latents",
 )
+WITHOUT += tuple(f"autoencoding.{name}" for name in ("kl", "hinge", "adversarial"))
 WITHOUT += ("gaussian.normal", "prediction.reverse_variance", "analytic.bounded")
 WITHOUT += (
     "losses.normal_kl",
@@ -30,6 +32,7 @@ WITHOUT += (
 IMAGES = [n for n in CALLS if not n.startswith(WITHOUT) or n == "schedule.real_data"]
 # What tells 256 values apart.
 FINE = ["losses.vlb", "losses.hybrid", "losses.decoder", "losses.reconstruction"]
+FINE += ["autoencoding.elbo"]
 FINE += [name for name in CALLS if name.startswith("likelihood.")]
 # Solved to a tolerance of double precision.
 EXACT = ["ode.ode", "likelihood.ode_bits_per_dim"]

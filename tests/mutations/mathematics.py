@@ -453,4 +453,36 @@ MATHEMATICS = [
         "tests/mathematics/test_latents.py"
         "::test_inverting_and_applying_are_each_other_and_variances_follow",
     ),
+    Breakage(
+        "latents-entropy-forgotten",
+        "diffusion_jax/latents.py",
+        "rate = share * (of_latents - entropy / math.log(2))",
+        "rate = share * of_latents",
+        "tests/mathematics/test_latents.py"
+        "::test_the_bound_of_images_is_exact_where_all_is_linear_and_gaussian",
+    ),
+    Breakage(
+        "autoencoding-logarithm-halved",
+        "diffusion_jax/autoencoding.py",
+        "total = _sum(error * jnp.exp(-s) + s)",
+        "total = _sum(error * jnp.exp(-s) + 0.5 * s)",
+        "tests/mathematics/test_autoencoding.py"
+        "::test_a_learned_scalar_ends_at_the_log_of_the_mean_error",
+    ),
+    Breakage(
+        "autoencoding-free-bits-the-other-way",
+        "diffusion_jax/autoencoding.py",
+        "enough = channels.mean(axis=0, keepdims=True) >= free",
+        "enough = channels.mean(axis=0, keepdims=True) < free",
+        "tests/mathematics/test_autoencoding.py"
+        "::test_free_bits_cost_nothing_until_they_are_used",
+    ),
+    Breakage(
+        "losses-density-of-another-variance",
+        "diffusion_jax/losses.py",
+        "decoder_variance = jnp.square(schedule(1).sigma)",
+        "decoder_variance = schedule(1).sigma",
+        "tests/mathematics/test_latents.py"
+        "::test_the_bound_of_images_is_exact_where_all_is_linear_and_gaussian",
+    ),
 ]
