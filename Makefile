@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 SITE := .venv-site
 
 .DEFAULT_GOAL := help
-.PHONY: help train sample eval samplers ablation legibility codec test torture mutations \
+.PHONY: help train sample eval report samplers ablation legibility codec test torture mutations \
 	lint format docs clean
 
 help:  ## show this
@@ -32,6 +32,9 @@ sample: $(READY)  ## draw images from the newest checkpoint of EXP
 eval: $(READY)  ## measure EXP: distance of its samples from the data, bits/dim
 	$(PY) -m experiments.eval_nll $(RUN) --max-images 256 --rate-distortion
 	$(PY) -m experiments.eval_fid $(RUN) $(ARGS)
+
+report: $(READY)  ## write what RUN (or RUN="a b") came to as one page, report.html
+	$(PY) -m experiments.report $(RUN) $(ARGS)
 
 samplers: $(READY)  ## compare all sampling rules on EXP: quality by NFE
 	$(PY) -m experiments.compare_samplers $(RUN) $(ARGS)

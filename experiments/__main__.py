@@ -19,6 +19,7 @@ COMMANDS = {
     "codec": "compress images, without loss or to any number of bits",
     "legibility": "measure whether samples are legible, and no copies",
     "convert": "convert trained networks: diffusers, the hub, TensorFlow",
+    "report": "write what runs came to as one page",
     "runs": "list runs, or show what differs between some",
     "checkpoints": "list the checkpoints of a run, compared with their manifests",
     "train_classifier": "train the classifier that judges samples",

@@ -3,16 +3,23 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
+import tempfile
+from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.lab.report import reading, tables
+from diffusion_jax.lab.report import charts, page, reading, tables
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.config import replace, to_dict
+from experiments import report
 from experiments import runs as listing
 from experiments.configs import EXPERIMENTS
 
@@ -173,5 +180,181 @@ def test_a_cell_is_marked_where_one_is_best(two):
     names = [row[0] for row in table.rows]
     assert (names.index("loss (mean of the last tenth)"), 2) in table.marked
     assert all(names[row] != "step" for row, _ in table.marked)
-    values = tables.configuration(reading.story(two[1])).rows
-    assert ("net.channels", "32") in values
+    (net,) = (
+        t for t in tables.configuration(reading.story(two[1])) if t.title == "net"
+    )
+    assert net.rows[0] == ("channels", "32")
+    assert (0, 1) in net.marked
+    assert ("attention", "4") in net.rows
+
+
+class Parser(HTMLParser):
+    """Collects tags, their attributes and the text of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def reported(tmp_path, *found, more=()):
+    out = tmp_path / "out.html"
+    words = [*(str(run.folder) for run in found), "--out", str(out), *more]
+    assert report.main(words) == 0
+    assert out.stat().st_size < 2_000_000
+    return Parser(out.read_text())
+
+
+def test_a_report_of_a_run_has_all_that_is_known_of_it(two, tmp_path):
+    page = reported(tmp_path, two[0])
+    for said in (
+        "digits as 8x8x1; v predicted under the cosine schedule, T = 1,000",
+        "252,545 weights",
+        "100 of 5,000",
+        "Loss by time",
+        "images a second",
+        "step 50",
+        "1.5 ± 0.1",
+        "20 steps of ddim (eta 0.0, uniform grid)",
+        "averaged weights of step 100",
+        "Nearest neighbours",
+        "Error by rate, training images",
+        "label_dropout",
+    ):
+        assert said in page.text, said
+    assert "What is damaged" not in page.text
+    assert [tag for tag, _ in page.tags].count(
+        "img"
+    ) == 4  # the last grid is shown twice
+    # Rate and distortion as the closed form has them, the first step at the left.
+    code = [d["d"] for tag, d in page.tags if tag == "path"][-1]
+    assert re.fullmatch(r"M[^L]+(L[^L]+){2}", code)
+
+
+def test_several_runs_stand_side_by_side_what_differs_first(two, tmp_path):
+    page = reported(tmp_path, *two)
+    heads = re.findall("<h2>(.*?)</h2>", (tmp_path / "out.html").read_text())
+    assert heads == ORDER
+    assert re.search(r"net\.channels\s*16\s*32", page.text)
+    with pytest.raises(ConfigError, match="at most 8 runs; got 9"):
+        report.main([str(two[0].folder)] * 9)
+
+
+ORDER = [
+    "What differs in their configurations",
+    "Figures",
+    "Samples over steps",
+    "Curves",
+    "Evaluation",
+    "Nearest neighbours",
+    "Rate and distortion",
+]
+
+
+def foreign(page):
+    """What a page would run or fetch."""
+    for tag, attributes in page.tags:
+        if tag in ("script", "link", "iframe", "object", "embed", "base", "form", "a"):
+            yield tag
+        for name, value in attributes.items():
+            inside = name == "src" and value.startswith("data:image/")
+            if name.startswith("on") or (name in ("src", "href") and not inside):
+                yield tag, name, value
+
+
+def spoiled(values, text):
+    """Puts a text wherever one may stand, and where none may."""
+    if isinstance(values, dict):
+        return {f"{k}{text}": spoiled(v, text) for k, v in values.items()} | values
+    if isinstance(values, list):
+        return [*(spoiled(v, text) for v in values), text]
+    return text if isinstance(values, str) else values
+
+
+def test_nothing_of_a_file_becomes_a_part_of_the_page(tmp_path):
+    run = write(tmp_path, f"run{NASTY.replace('/', '')}")
+    source = f'npz:"><img src=x onerror=alert(1)>{NASTY}'
+    config = replace(DIGITS, "data", source=source, hold_out=0.0)
+    runs.write_json(run.config, to_dict(config))
+    kinds = {"fid": FID, "nll_train": NLL, f"x{NASTY.replace('/', '')}": FID}
+    for name, values in kinds.items():
+        changed = spoiled(values, NASTY) | {"sampler": "ddim"}
+        runs.write_json(run.folder / "eval" / f"{name}.json", changed)
+    clean = reported(tmp_path, write(tmp_path, "clean"))
+    page = reported(tmp_path, run)
+    assert NASTY in page.text  # it is text
+    assert not [*foreign(page)]
+    assert {tag for tag, _ in page.tags} == {tag for tag, _ in clean.tags} - {"ul"} | {
+        "ul"
+    }
+    (policy,) = (d for t, d in page.tags if d.get("http-equiv"))
+    assert policy["content"].startswith("default-src 'none';")
+
+
+@pytest.mark.parametrize("said", damages())
+def test_a_damaged_run_has_a_report_that_says_so(said, two, tmp_path):
+    damages()[said](two[1])
+    assert f"second: {said}" in reported(tmp_path, *two).text
+
+
+def test_large_pictures_and_long_logs_stay_below_two_megabytes(tmp_path):
+    run = write(tmp_path, "large")
+    noise = np.random.default_rng(0).integers(0, 256, [700, 700, 3], np.uint8)
+    for step in range(1, 9):
+        Image.fromarray(noise).save(run.samples / f"step_{step:08d}.png")
+    (run.samples / "step_00000009.png").write_bytes(b"no picture")
+    lines = ({"step": s, "loss": 1 / s, "grad_norm": s % 7} for s in range(1, 9000))
+    runs.write_lines(run.metrics, lines)
+    page = reported(tmp_path, run)
+    assert {d["src"][:15] for t, d in page.tags if t == "img"} >= {"data:image/webp"}
+
+
+def test_a_report_replaces_only_a_report(two, tmp_path):
+    reported(tmp_path, two[0])
+    reported(tmp_path, two[0])
+    (tmp_path / "out.html").write_text("mine")
+    with pytest.raises(ConfigError, match="did not write"):
+        reported(tmp_path, two[0])
+    reported(tmp_path, two[0], more=["--overwrite"])
+    assert report.main([str(two[0].folder)]) == 0
+    assert (two[0].folder / "report.html").is_file()
+
+
+KEYS = [*FID, *NLL, "points", "bytes_each", "mean", "std", "loss_by_time", "certainty"]
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(KEYS), inner),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=20, deadline=None)
+@given(result=st.dictionaries(st.sampled_from(KEYS), ANY), line=ANY)
+def test_whatever_is_in_the_files_there_is_a_page(result, line):
+    with tempfile.TemporaryDirectory() as folder:
+        run = write(Path(folder), "run")
+        run.metrics.write_text(json.dumps({"step": 1, "loss_by_time": line}) + "\n")
+        runs.write_json(run.folder / "eval" / "fid.json", result)
+        runs.append_line(run.folder / "eval" / "results.jsonl", {**FID, **result})
+        story = reading.story(run)
+        assert not [*foreign(Parser(page.page([story, story], "made", 0.0)))]
+        listing.row(story)
+
+
+def test_a_line_is_where_its_numbers_are():
+    axis = charts.Axis(0, 10, 100, 200)
+    assert [axis(x) for x in (0, 5, 10)] == [100, 150, 200]
+    logs = charts.Axis(0.01, 1, 0, 100, logarithmic=True)
+    assert logs(0.1) == pytest.approx(50)
+    points = [(float(x), 2.0 * x) for x in range(1000)]
+    few = charts.thinned(points)
+    assert len(few) <= charts.MOST_POINTS
+    assert all(y == pytest.approx(2 * x) for x, y in few)
+    assert charts.smoothed(points)[500] == pytest.approx(points[500])

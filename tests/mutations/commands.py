@@ -233,6 +233,21 @@ COMMANDS = [
         "tests/lab/test_board.py::test_what_is_of_later_steps_is_left_out",
     ),
     Breakage(
+        "report-text-as-it-is",
+        "diffusion_jax/lab/report/elements.py",
+        'return ElementTree.tostring(element, encoding="unicode", method="html")',
+        'return __import__("html").unescape(ElementTree.tostring(element, "unicode"))',
+        "tests/lab/test_report.py::test_nothing_of_a_file_becomes_a_part_of_the_page",
+    ),
+    Breakage(
+        "report-pictures-as-they-are",
+        "diffusion_jax/lab/report/elements.py",
+        "    if len(found) <= room:\n        return",
+        "    if found:\n        return",
+        "tests/lab/test_report.py"
+        "::test_large_pictures_and_long_logs_stay_below_two_megabytes",
+    ),
+    Breakage(
         "report-best-of-any-kind",
         "diffusion_jax/lab/report/reading.py",
         "if names and d.name == names[-1]]",

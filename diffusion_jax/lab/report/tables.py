@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 from diffusion_jax.errors import counted
@@ -12,12 +12,14 @@ from diffusion_jax.lab.schema import json_fields, sampling
 from diffusion_jax.lab.schema.config import Config, to_dict
 from diffusion_jax.lab.trained import weights
 
-LONGEST = 200
+LONGEST = 160
 """Characters of a cell: a file from elsewhere may have more."""
-MOST_ROWS = 60
+MOST_ROWS, MOST_TABLES = 40, 12
+"""Of what there is more, the rest is left out: a page has its size."""
 PLACES = ("name", "output")
 """Fields that say where a run is, not what it is."""
 NONE = "-"
+DIFFER = "What differs in their configurations"
 
 
 class Table(NamedTuple):
@@ -67,25 +69,25 @@ def differing(found: Sequence[Story]) -> Table:
         for name in dict.fromkeys(names)
         if name not in PLACES and len({each.get(name) for each in values}) > 1
     ]
-    title = "What differs in their configurations"
-    return Table(title, ("", *(story.name for story in found)), rows)
+    return Table(DIFFER, ("", *(story.name for story in found)), rows)
 
 
-def configuration(story: Story) -> Table:
-    """Returns all fields of a run; those that are not the defaults stand out."""
-    usual, fields = _fields(Config()), _fields(story.config)
-    rows: list[tuple[str, ...]] = [
-        (name, value) for name, value in fields.items() if name not in PLACES
-    ]
-    other = {(i, 1) for i, (name, value) in enumerate(rows) if usual[name] != value}
-    return Table("Configuration", ("field", "value"), rows, frozenset(other))
+def configuration(story: Story) -> list[Table]:
+    """Returns the fields of each section; those that are not the defaults stand out."""
+    usual, fields, tables = _fields(Config()), _fields(story.config), list[Table]()
+    for section, names in groupby(fields, lambda name: name.rpartition(".")[0]):
+        chosen = [name for name in names if name not in PLACES]
+        rows: list[tuple[str, ...]] = [
+            (name.rpartition(".")[2], fields[name]) for name in chosen
+        ]
+        other = {(i, 1) for i, n in enumerate(chosen) if usual[n] != fields[n]}
+        tables.append(Table(section or "run", (), rows, frozenset(other)))
+    return tables
 
 
 def figures(found: Sequence[Story]) -> Table:
     """Returns the figures by which one looks at a run first; the best stand out."""
     measures: list[tuple[str, Callable[[Story], float | None], str, int]] = [
-        ("step", lambda s: s.step, ",.0f", 0),
-        ("of", lambda s: s.config.train.steps if s.config else None, ",.0f", 0),
         ("loss (mean of the last tenth)", lambda s: tail(s, "loss"), ".4f", -1),
         ("loss of held-out images", lambda s: last(s, "held_out_loss"), ".4f", -1),
         ("steps skipped", _skipped, ",.0f", 0),
@@ -93,7 +95,8 @@ def figures(found: Sequence[Story]) -> Table:
         ("hours of training", _hours, ".2f", 0),
         ("MiB on disk", lambda s: s.size / 2**20, ",.1f", 0),
     ]
-    rows, marked = list[tuple[str, ...]](), set[tuple[int, int]]()
+    rows: list[tuple[str, ...]] = [("step", *map(_step, found))]
+    marked = set[tuple[int, int]]()
     for name, read, form, sign in measures:
         values = [read(story) for story in found]
         if any(value is not None for value in values):
@@ -117,7 +120,7 @@ def evaluations(found: Sequence[Story]) -> list[Table]:
     """Returns a table for each kind of evaluation: its numbers, then its protocol."""
     names = sorted({name for story in found for name in story.results})
     made = (_evaluation(name, found) for name in names if name != "fid_training")
-    return [table for table in made if table.rows]
+    return [table for table in made if table.rows][:MOST_TABLES]
 
 
 def _evaluation(name: str, found: Sequence[Story]) -> Table:
@@ -232,7 +235,7 @@ def _protocol(result: dict[str, Any]) -> dict[str, str]:
         if isinstance(result.get(key), str | int | float | list):
             said[name] = _plain(result[key])
     if isinstance(result.get("reference"), dict):
-        said["against"] = _plain([*result["reference"].values()])
+        said["against"] = "; ".join(map(_plain, result["reference"].values()))
     kind, step = result.get("weights"), result.get("training_step")
     step = result.get("step") if step is None else step
     if json_fields.is_whole(step):
@@ -284,6 +287,11 @@ def tail(story: Story, name: str) -> float | None:
     values = [value for _, value in story.points(name)]
     part = values[-max(1, len(values) // 10) :]
     return sum(part) / len(part) if part else None
+
+
+def _step(story: Story) -> str:
+    last = f" of {story.config.train.steps:,}" if story.config else ""
+    return f"{story.step:,}{last}"
 
 
 def _skipped(story: Story) -> float | None:
