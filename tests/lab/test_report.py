@@ -306,11 +306,11 @@ def test_a_damaged_run_has_a_report_that_says_so(said, two, tmp_path):
 
 def test_large_pictures_and_long_logs_stay_below_two_megabytes(tmp_path):
     run = write(tmp_path, "large")
-    noise = np.random.default_rng(0).integers(0, 256, [700, 700, 3], np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, [400, 400, 3], np.uint8)
     for step in range(1, 9):
         Image.fromarray(noise).save(run.samples / f"step_{step:08d}.png")
     (run.samples / "step_00000009.png").write_bytes(b"no picture")
-    lines = ({"step": s, "loss": 1 / s, "grad_norm": s % 7} for s in range(1, 9000))
+    lines = ({"step": s, "loss": 1 / s, "grad_norm": s % 7} for s in range(1, 3000))
     runs.write_lines(run.metrics, lines)
     page = reported(tmp_path, run)
     assert {d["src"][:15] for t, d in page.tags if t == "img"} >= {"data:image/webp"}

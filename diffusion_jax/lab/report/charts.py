@@ -135,7 +135,7 @@ def _powers(low: float, high: float) -> list[float]:
     """Returns round numbers between two, evenly on a logarithmic scale.
 
     >>> _powers(0.03, 0.8), len(_powers(1e-9, 1e9))
-    ([0.05, 0.1, 0.2, 0.5], 6)
+    ([0.05, 0.1, 0.2, 0.5], 7)
     """
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     found = [k * 10.0**n for n in range(first, last + 1) for k in (1, 2, 5)]
