@@ -188,4 +188,19 @@ NETWORKS = [
         "Moments(mean, log_variance)",
         "tests/nets/test_autoencoder.py::test_log_variance_is_clamped",
     ),
+    Breakage(
+        "autoencoder-names-levels-from-the-top",
+        "diffusion_jax/interop/autoencoder_names.py",
+        "unet_names.diffusers_names({rest: shape}, levels)[rest]",
+        "unet_names.diffusers_names({rest: shape}, levels + 1)[rest]",
+        "tests/nets/test_autoencoder_parity.py",
+    ),
+    Breakage(
+        "autoencoder-config-scale-times-deviation",
+        "diffusion_jax/interop/autoencoder_config.py",
+        'values["scaling_factor"] / std for std in stds',
+        'values["scaling_factor"] * std for std in stds',
+        "tests/interop/test_autoencoder_weights.py"
+        "::test_a_channel_may_have_a_scale_of_its_own",
+    ),
 ]

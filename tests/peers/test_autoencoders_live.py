@@ -1,0 +1,166 @@
+"""diffusers' AutoencoderKL, where it is installed, computes what our autoencoder does.
+
+With weights of its own initialisation, a little perturbed, written by its
+save_pretrained and read from that folder; and the golden file is what it does.
+Moments and images differ by less than 1e-4, gradients by less than 1e-3 of the largest
+value that the gradient of that tensor has.
+"""
+
+import inspect
+import json
+
+import jax
+import jax.numpy as jnp
+import make_autoencoder_golden as golden
+import numpy as np
+import pytest
+import safetensors.numpy
+from small_unets import quick_jit
+
+from diffusion_jax.interop import autoencoder_config, autoencoder_names, unet_names
+
+torch = pytest.importorskip("torch")
+peer = pytest.importorskip("diffusers")
+
+SD = golden.Case(golden.config((128, 256, 512, 512), groups=32, blocks=2), (64, 64), 1)
+CASES = {
+    **golden.CASES,
+    "wider": golden.Case(golden.config((32, 64), groups=32), (32, 32)),
+    "Stable Diffusion": SD,
+}
+
+
+@pytest.fixture(scope="module")
+def file():
+    with np.load(golden.GOLDEN) as found:
+        return dict(found)
+
+
+def initialised(case):
+    """diffusers' network as it makes it, a little perturbed."""
+    torch.manual_seed(0)
+    net = peer.AutoencoderKL(**case.config).eval()
+    with torch.no_grad():
+        for each in net.parameters():
+            size = each.abs().mean() if each.ndim > 1 else 1.0
+            each += 0.1 * size * torch.randn_like(each)
+    return net
+
+
+def imported(folder):
+    """(network, parameters, names, tensors of the file) of a folder of diffusers'."""
+    config = json.loads((folder / "config.json").read_text())
+    path = folder / "diffusion_pytorch_model.safetensors"
+    net = autoencoder_config.read_config(config, where=str(folder)).net
+    own = autoencoder_names.shapes(net)
+    names = autoencoder_names.diffusers_names(own, len(net.multipliers))
+    found = safetensors.numpy.load_file(path)
+    given = unet_names.from_tensors(found, names, own, where=str(path))
+    return net, given, names, found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_moments_images_and_gradients_are_the_same(name, tmp_path):
+    case = CASES[name]
+    theirs = initialised(case)
+    theirs.save_pretrained(tmp_path)
+    net, params, names, _ = imported(tmp_path)
+    x, z, c, d = golden.inputs(case)
+
+    def weighted(params):
+        moments = net.apply({"params": params}, x, method="encode")
+        moments = jnp.concatenate(moments, axis=-1)
+        decoded = net.apply({"params": params}, z, method="decode")
+        return (moments * c).sum() + (decoded * d).sum(), (moments, decoded)
+
+    with jax.default_matmul_precision("highest"):
+        if case is SD:
+            slopes, ours = {}, jax.jit(weighted)(params)[1]
+        else:
+            slopes, ours = quick_jit(jax.grad(weighted, has_aux=True))(params)
+            slopes = unet_names.to_tensors(slopes, names)
+    *expected, gradients = golden.run(theirs, case)
+    for found, wanted in zip(ours, expected, strict=True):
+        off = np.abs(np.asarray(found) - wanted).max()
+        print(f"{name}: largest difference {off:.1e}, of up to {abs(wanted).max():.2f}")
+        assert found.shape == wanted.shape
+        assert off < 1e-4
+    largest = max(np.abs(slope).max() for slope in gradients.values())
+    for key, slope in slopes.items():
+        # A bias before a group of one channel has none.
+        size = max(np.abs(gradients[key]).max(), 1e-3 * largest)
+        assert np.abs(slope - gradients[key]).max() < 1e-3 * size, key
+
+
+@pytest.mark.parametrize("name", golden.CASES)
+def test_a_folder_is_written_as_it_was_read(name, tmp_path):
+    initialised(CASES[name]).save_pretrained(tmp_path)
+    net, params, names, found = imported(tmp_path)
+    exported = unet_names.to_tensors(params, names)
+    assert exported.keys() == found.keys()
+    for key, value in found.items():
+        np.testing.assert_array_equal(exported[key], value, strict=True)
+    written = autoencoder_config.write_config(net, image_size=32)
+    model = peer.AutoencoderKL.from_config(json.loads(json.dumps(written)))
+    model.load_state_dict({key: torch.from_numpy(exported[key]) for key in exported})
+
+
+def test_old_names_of_attentions_are_what_diffusers_takes_them_for(tmp_path):
+    """As in the folders of Stable Diffusion 1.x and sd-vae-ft-mse."""
+    initialised(CASES["all"]).save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    today, old = safetensors.numpy.load_file(path), {}
+    before = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for key, tensor in today.items():
+        for new, name in before.items():
+            key = key.replace(f".{new}.", f".{name}.")
+        old[key] = tensor
+    assert len(old.keys() - today.keys()) == 8 * (1 + 2 + 1 + 3)
+    safetensors.numpy.save_file(old, path, {"format": "pt"})
+    theirs = peer.AutoencoderKL.from_pretrained(tmp_path).state_dict()
+    ours = unet_names.renamed(old)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[key], tensor.numpy())
+
+
+def test_compvis_names_are_those_that_diffusers_converts(tmp_path):
+    """Its own reading of the single file of a whole model."""
+    from diffusers.loaders import single_file_utils
+
+    case = golden.Case(golden.config((32, 64), groups=32), (32, 32))
+    theirs = initialised(case)
+    theirs.save_pretrained(tmp_path)
+    net, params, _, found = imported(tmp_path)
+    names = autoencoder_names.compvis_names(autoencoder_names.shapes(net))
+    single = {
+        f"first_stage_model.{key}": torch.from_numpy(value)
+        for key, value in unet_names.to_tensors(params, names).items()
+    }
+    converted = single_file_utils.convert_ldm_vae_checkpoint(single, theirs.config)
+    assert converted.keys() == found.keys()
+    for key, tensor in converted.items():
+        np.testing.assert_array_equal(
+            tensor.numpy().reshape(found[key].shape), found[key]
+        )
+
+
+def test_fields_that_are_missing_mean_what_diffusers_takes_them_for():
+    signature = inspect.signature(peer.AutoencoderKL.__init__)
+    defaults = {
+        name: each.default
+        for name, each in signature.parameters.items()
+        if name != "self"
+    }
+    assert defaults == autoencoder_config._DEFAULTS
+
+
+@pytest.mark.parametrize("name", golden.CASES)
+def test_file_is_what_diffusers_does(name, file):
+    for key, value in golden.measured(golden.CASES[name]).items():
+        in_file = file[f"{name}: {key}"]
+        if key in ("names", "shapes"):
+            np.testing.assert_array_equal(value, in_file)
+        else:
+            scale = np.abs(in_file).max()
+            np.testing.assert_allclose(value, in_file, rtol=1e-5, atol=1e-6 * scale)
