@@ -13,6 +13,7 @@ COMMANDS = {
     "sample": "draw images from a trained network",
     "edit": "encode, interpolate, vary, inpaint or colorize images",
     "eval_fid": "measure how far samples are from data: FID and others",
+    "eval_autoencoder": "measure an autoencoder: what is lost, its latents",
     "eval_nll": "bound the negative log-likelihood, in bits/dim",
     "compare_samplers": "measure quality by network evaluations, for every rule",
     "ablation": "train every objective with one budget, and compare them",

@@ -13,17 +13,8 @@ FROM_ROOT = {
     "changes.md": "CHANGELOG.md",
 }
 USE = (
-    *(
-        "train",
-        "watch",
-        "data",
-        "sample",
-        "edit",
-        "measure",
-        "codec",
-        "networks",
-        "objectives",
-    ),
+    *("train", "watch", "data", "sample", "edit", "measure"),
+    *("codec", "latent", "networks", "objectives"),
     *("devices", "safety", "performance", "results"),
 )
 FROM = (

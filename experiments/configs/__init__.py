@@ -11,6 +11,7 @@ from diffusion_jax.lab.schema.config import Config, Experiment
 FILES = {
     "digits": "written digits: the default",
     "digits_family": "the objectives of those below",
+    "digits_autoencoder": "their autoencoders",
     "fashion_mnist": "clothes, with a small network",
     "cifar10": "DDPM, the main experiment",
     "cifar10_official": "the arithmetic of the authors",

@@ -264,14 +264,22 @@ def test_a_size_is_a_side_or_height_and_width(flag, size, shape):
 
 def test_what_a_change_of_a_field_changes_is_said_of_each():
     """One mark too many lets a run go on, or start, with what it cannot have."""
-    train = "stop_at parallel devices fsdp input log_every checkpoint_every keep"
-    train += " keep_every max_skipped deterministic epochs measure_every measure_count"
+    train = "stop_at parallel devices fsdp input log_every tensorboard checkpoint_every"
+    train += (
+        " keep keep_every max_skipped deterministic epochs measure_every measure_count"
+    )
     others = "name output data.path data.download net.conv net.remat sample"
     free = [*others.split(), *(f"train.{name}" for name in train.split())]
     shape = "channels multipliers blocks groups classes label_dropout variant fourier"
+    own = "kind channels multipliers blocks latent attention middle_attention groups"
+    own += " quant"
     marks = {
         facts.FREE: free,
-        facts.SHAPE: ["data.channels", *(f"net.{name}" for name in shape.split())],
+        facts.SHAPE: [
+            "data.channels",
+            *(f"net.{name}" for name in shape.split()),
+            *(f"autoencoder.{name}" for name in own.split()),
+        ],
         facts.HOW: ["net.dtype", "net.conv", "net.remat"],
     }
     for mark, names in marks.items():

@@ -56,7 +56,7 @@ COMMANDS = [
     ),
     Breakage(
         "learning-pictures-upside-down",
-        "diffusion_jax/lab/wiring/learning.py",
+        "diffusion_jax/lab/wiring/moving.py",
         "x0[:, :, ::-1], x0)",
         "x0[:, ::-1], x0)",
         "tests/experiments/test_family.py"

@@ -33,6 +33,22 @@ TRAINING = [
         "tests/training/test_state.py::test_a_loss_is_looked_at_where_its_gradient_is_finite",
     ),
     Breakage(
+        "autoencoder-one-noise-for-all-images",
+        "diffusion_jax/lab/wiring/autoencoders.py",
+        "z = jax.vmap(Moments.sample)(moments, draw_key)",
+        "z = moments.sample(key)",
+        "tests/experiments/test_autoencoder.py"
+        "::test_the_loss_is_that_of_each_image_however_the_batch_is_cut",
+    ),
+    Breakage(
+        "autoencoder-weight-of-the-rate-forgotten",
+        "diffusion_jax/lab/wiring/autoencoders.py",
+        "return (error + weight * kl).mean()",
+        "return (error + kl).mean()",
+        "tests/experiments/test_autoencoder.py"
+        "::test_the_loss_is_that_of_each_image_however_the_batch_is_cut",
+    ),
+    Breakage(
         "flat-padding-of-the-rest",
         "diffusion_jax/training/flat.py",
         "missing = -sum(leaf.size for leaf in leaves) % multiple",

@@ -2,11 +2,11 @@
 
 <run>/metrics.jsonl has, by step, the mean "loss" and "grad_norm" of the steps since the
 line before that were not skipped; "loss_by_time", the loss of the examples in each
-quarter of the times, from little noise to much; the "learning_rate" of the last of
-these steps; the "held_out_loss" of the last step, where images are held out; how many
-were "skipped", and where some were, how many by each of their "causes": what was not
-finite. It is the same, to the byte, for two equal runs; what differs, the speed, is in
-<run>/speed.jsonl.
+quarter of the times, from little noise to much, or of an autoencoder the terms of the
+loss, "reconstruction" and "kl"; the "learning_rate" of the last of these steps; the
+"held_out_loss" of the last step, where images are held out; how many were "skipped",
+and where some were, how many by each of their "causes": what was not finite. It is the
+same, to the byte, for two equal runs; what differs, the speed, is in <run>/speed.jsonl.
 """
 
 import time
@@ -100,8 +100,12 @@ def summary(step: int, pending: list[dict[str, Any]]) -> dict[str, Any]:
     if known:
         sums, counts = np.sum([p["quarters"] for p in known], axis=0)
         pairs = zip(sums.tolist(), counts.tolist(), strict=True)
-        each = [s / n if n else None for s, n in pairs]
-        line |= {"loss_by_time": each, "learning_rate": known[-1]["learning_rate"]}
+        line["loss_by_time"] = [s / n if n else None for s, n in pairs]
+    for name in ("reconstruction", "kl"):
+        if made and name in made[-1]:
+            line[name] = float(np.mean([p[name] for p in made]))
+    if made and "learning_rate" in made[-1]:
+        line["learning_rate"] = made[-1]["learning_rate"]
     if "held_out_loss" in pending[-1]:
         line["held_out_loss"] = pending[-1]["held_out_loss"]
     causes = Counter(p["cause"] for p in pending if p["skipped"])

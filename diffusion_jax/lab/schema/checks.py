@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.lab.schema import facts, sampling
+from diffusion_jax.lab.schema import facts, latents, sampling
 from diffusion_jax.lab.schema.config import (
     CONTINUOUS,
     GIVEN,
@@ -30,6 +30,7 @@ def validate(config: Config) -> None:
     for name, must, *got in itertools.chain(
         facts.problems(config),
         _run(config),
+        latents.problems(config),
         _network(config),
         objective(config.diffusion),
         conditioning(config),
@@ -55,11 +56,6 @@ def _run(config: Config) -> Problems:
 
 def _network(config: Config) -> Problems:
     data, diffusion, net = config.data, config.diffusion, config.net
-    levels = len(net.multipliers)
-    factor = 2 ** (levels - 1)
-    if not levels or any(side % factor for side in data.shape[:2]):
-        must = f"a multiple of {factor}, since there are {levels} levels"
-        yield "data.image_size", must
     if data.random_crop and not data.source.startswith(RESIZED):
         must = f"0 with {data.source}, whose images have a size of their own"
         yield "data.random_crop", must
@@ -68,6 +64,16 @@ def _network(config: Config) -> Problems:
             f"0 with the loss {diffusion.loss}, which is of one of 256 values a pixel"
         )
         yield "data.rotate", must
+    if latents.is_autoencoder(config):
+        return
+    levels, sees = len(net.multipliers), latents.seen(config)[:2]
+    factor = 2 ** (levels - 1)
+    if not levels or any(side % factor for side in sees):
+        must = f"a multiple of {factor}, since there are {levels} levels"
+        if latents.is_latent(config):
+            factor *= latents.factor(config)
+            must = f"a multiple of {factor}, since there are {levels} levels of latents"
+        yield "data.image_size", must
     for width in (net.channels * multiplier for multiplier in net.multipliers):
         of_what = "net.channels times each of net.multipliers"
         if width < 1 or width % net.groups:
@@ -76,7 +82,7 @@ def _network(config: Config) -> Problems:
             yield of_what, f"at most {MOST_WIDTH}", width
     if net.variant == "diffusers" and net.channels % 8:
         yield "net.channels", "a multiple of 8 in the variant diffusers"
-    sides = {min(data.shape[:2]) // 2**i for i in range(levels)}
+    sides = {min(sees) // 2**i for i in range(levels)}
     for side in net.attention:
         if side not in sides:
             yield "net.attention", f"among the resolutions {sorted(sides)}", side

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
 from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab.schema.autoencoder import Autoencoder
 from diffusion_jax.lab.schema.facts import (
     FREE,
     HOW,
@@ -78,7 +79,7 @@ class Data:
     channels: Annotated[int, Must("1 or 3", lambda n: n in (1, 3)), SHAPE] = 1
     """1 for grey, 3 for RGB."""
     flip: bool = False
-    """Whether half of the images are mirrored left to right, at random."""
+    """Whether to mirror half of the images, left to right."""
     random_crop: Whole = 0
     """Pixels a side by which images are loaded larger, to be cut to image_size at a
     random place each time (random crop); what is measured takes the middle. Of folder
@@ -87,12 +88,17 @@ class Data:
     """Degrees by which an image is turned at most, either way, at random; what was
     outside is mirrored into the corners."""
     hold_out: Share = 0.0
-    """Share of the images that training never sees, always the same ones: their loss is
-    in metrics.jsonl, and other commands take them for the test images."""
+    """Share of images held out of training; always the same ones. Their loss is in
+    metrics.jsonl, and other commands take them for the test images."""
     download: Annotated[bool, FREE] = True
     """Whether a missing official archive may be downloaded."""
     skip_unreadable: bool = False
     """Whether the files of a folder that cannot be read are left out, and counted."""
+    latent: str | None = None
+    """Autoencoder in whose latents the network learns (latent diffusion): a run, or a
+    folder of diffusers' AutoencoderKL."""
+    latent_draw: Literal["sample", "mode"] = "sample"
+    """Which latents of an image: drawn anew at each step, or always their mean."""
 
     def __post_init__(self) -> None:
         """Makes (n, n) the number n, so that equal sizes compare equal."""
@@ -308,6 +314,7 @@ class Config:
     data: Data = field(default_factory=Data)
     diffusion: Diffusion = field(default_factory=Diffusion)
     net: Net = field(default_factory=Net)
+    autoencoder: Autoencoder = field(default_factory=Autoencoder)
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
     sample: Annotated[Sample, FREE] = field(default_factory=Sample)

@@ -17,6 +17,7 @@ from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.process import hosts
 from diffusion_jax.lab.run_folder import changes, runs
+from diffusion_jax.lab.schema import latents
 from diffusion_jax.lab.schema.config import Config, differences, to_dict
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.training import initial
@@ -36,6 +37,14 @@ class Begun(NamedTuple):
     """The metrics that are not yet logged, a dictionary a step."""
     row: dict[str, int]
     """How many of the last steps were skipped in a row, by cause."""
+
+
+def check(config: Config, run: runs.Run, *, force: bool) -> None:
+    """Raises ConfigError where a run cannot go on, or would end at its first grid."""
+    check_hosts(config, run)
+    check_same_run(config, run, force=force)
+    if not latents.is_autoencoder(config):
+        chains.make_grid(config)
 
 
 def check_hosts(config: Config, run: runs.Run) -> None:

@@ -16,10 +16,10 @@ from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.process import hosts, stopping
 from diffusion_jax.lab.process.progress import Progress
 from diffusion_jax.lab.run_folder import board, history, lock, results, runs
-from diffusion_jax.lab.schema import checks
+from diffusion_jax.lab.schema import checks, latents
 from diffusion_jax.lab.schema.config import Config, warmup, with_epochs
 from diffusion_jax.lab.trained import weights
-from diffusion_jax.lab.training import beginning, initial, measuring
+from diffusion_jax.lab.training import beginning, initial, measuring, showing
 from diffusion_jax.lab.wiring import build, chains, learning
 from diffusion_jax.storage import trees
 from diffusion_jax.training import compilation, determinism, feed, flat, parallel
@@ -35,6 +35,8 @@ class Job(NamedTuple):
     feed: feed.Feed
     step: parallel.Step
     manager: Any
+    draw: Callable[..., np.ndarray]
+    """What draws the images of a grid, as `showing.make_draw` returns it."""
     ruler: measuring.Ruler | None
     """What samples are measured with in training, if they are."""
     held_out_loss: Callable[[Any], jax.Array] | None
@@ -81,10 +83,8 @@ def train(
             parts = build.load_parts(config, dataset)
             config = with_epochs(config, len(parts[0].images))
             checks.validate(config)
-        beginning.check_hosts(config, run)
-        beginning.check_same_run(config, run, force=force)
+        beginning.check(config, run, force=force)
         parallel.persistent_cache(Path(config.output).resolve() / ".cache")
-        chains.make_grid(config)  # raises here what would end the run at its first grid
         mesh = parallel.make_mesh(config.train.devices, config.train.fsdp)
         parallel.check_batch_size(config.train.batch_size, mesh.size)
         dataset, held = parts or build.load_parts(config, dataset)
@@ -116,9 +116,8 @@ def train(
             describe_start(config, int(begun.state.step), len(dataset.images))
             begun = begun._replace(state=learning.as_trained(config, begun.state, mesh))
             loss = None if held is None else measuring.held_out_loss(config, mesh, held)
-            job = Job(
-                config, run, mesh, fed, step, manager, ruler, loss, requests, start
-            )
+            looks = showing.make_draw(config, mesh, held or dataset), ruler, loss
+            job = Job(config, run, mesh, fed, step, manager, *looks, requests, start)
             state = loop(job, begun)
         return finish(job, state)
 
@@ -135,11 +134,12 @@ def describe(
     count = sum(x.size for x in jax.tree.leaves(learning.state_shapes(config).params))
     shape = "x".join(str(n) for n in dataset.images.shape[1:])
     device = mesh.devices.flat[0].device_kind
-    if left := beginning.signal_left(config):
+    own = config.autoencoder.kind if latents.is_autoencoder(config) else ""
+    if not own and (left := beginning.signal_left(config)):
         print(left)
     print(
         f"{config.name}: {counted(len(dataset.images), 'image')} of {shape}, "
-        f"{counted(count, 'weight')}"
+        f"{counted(count, 'weight')}{own and f' of an autoencoder ({own})'}"
         f"{'' if held is None else f'; {len(held.images):,} more are held out'}"
     )
     if dataset.classes:
@@ -174,7 +174,7 @@ def loop(job: Job, begun: beginning.Begun) -> TrainState:
     """
     config, run, plan, sample = job.config, job.run, job.config.train, job.config.sample
     state = begun.state
-    draw = chains.make_draw(config, sample.count, job.mesh)
+    draw = job.draw
     begin, last = int(state.step), beginning.end_of(config)
     shown = Progress(begin, plan.steps, plan.batch_size, hosts.screen(), begun.row)
     names = list(trees.by_path(jax.eval_shape(flat.unpack_all, state.params)))
@@ -215,7 +215,7 @@ def loop(job: Job, begun: beginning.Begun) -> TrainState:
                 if saves:
                     save(job, log, whole, score_of(job, log, draw, whole))
                 if draws:
-                    shown.doing(f"drawing {counted(sample.count, 'sample')}")
+                    shown.doing(f"drawing {counted(sample.count, 'image')}")
                     write_grid(config, run, draw, whole)
                     events.picture(step + 1, grid_path(run, step + 1))
                 del whole
@@ -273,13 +273,15 @@ def has_grid(config: Config, step: int) -> bool:
 
 
 def write_grid(config: Config, run: runs.Run, draw: Any, state: TrainState) -> None:
-    """Writes a grid of samples of the averaged weights (EMA), from the same noise."""
+    """Writes a grid by the averaged weights (EMA), of samples always of the same noise.
+
+    Of an autoencoder it is of images, each with its reconstruction at the right.
+    """
     key = jax.random.key(config.train.seed)
     drawn = draw(chains.Drawable(parallel.whole(state.ema_params)), key)
     if hosts.first():
-        classes = chains.count_classes(config)
-        grid = pictures.by_class(pictures.to_uint8(drawn), classes)
-        pictures.save(grid, grid_path(run, int(state.step)))
+        picture = showing.picture(config, pictures.to_uint8(drawn))
+        pictures.save(picture, grid_path(run, int(state.step)))
 
 
 def grid_path(run: runs.Run, step: int) -> Path:
@@ -294,7 +296,7 @@ def draw_loss(config: Config, run: runs.Run, lines: list[dict[str, Any]]) -> obj
             [line["step"] for line in lines],
             [line["loss"] for line in lines],
             title=f"{config.name}: training loss",
-            ylabel=f"loss ({config.diffusion.loss})",
+            ylabel=f"loss ({showing.loss_name(config)})",
             path=run.folder / "loss.png",
         )
     except MissingError as error:  # a plot is no reason to fail
@@ -328,7 +330,7 @@ def finish(job: Job, state: TrainState) -> int:
     print(
         f"done: step {step:,}, {minutes} min {left} s since the start of this command"
     )
-    print(f"  samples      {grid_path(run, step)}")
+    print(f"  {showing.what(config):<13}{grid_path(run, step)}")
     print(f"  loss         {plot}")
     print(f"  metrics      {run.metrics}")
     print(f"  checkpoints  {run.checkpoints}/")
@@ -337,5 +339,8 @@ def finish(job: Job, state: TrainState) -> int:
         best = min(found, key=lambda at: found[at])
         said = f"{found[step]:.4g} now, {found[best]:.4g} at step {best:,}"
         print(f"  {job.ruler.name:<12} {said}, the lowest, whose checkpoint stays")
-    print(f"more samples: python -m experiments.sample {run.folder}")
+    again = "evaluate it: python -m experiments.eval_autoencoder"
+    if not latents.is_autoencoder(config):
+        again = "more samples: python -m experiments.sample"
+    print(f"{again} {run.folder}")
     return 0

@@ -10,7 +10,9 @@ import numpy as np
 from diffusion_jax import continuous, errors, gaussian, learned, schedule
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError, first_of
+from diffusion_jax.lab.schema import latents
 from diffusion_jax.lab.schema.config import CONTINUOUS, GIVEN, UNKNOWN, Config
+from diffusion_jax.lab.wiring import autoencoders
 from diffusion_jax.nets import fresh, unet
 from diffusion_jax.nets.unet import UNet
 
@@ -72,11 +74,11 @@ def time_shift(config: Config) -> int:
 
 
 def make_network(config: Config) -> UNet:
-    """Returns the network; its parameters come from `init_params`."""
+    """Returns the U-Net; its parameters come from `init_params`."""
     net = config.net
     split = config.diffusion.variance in ("learned", "range")
     return UNet(
-        out_channels=config.data.channels * (2 if split else 1),
+        out_channels=latents.seen(config)[-1] * (2 if split else 1),
         channels=net.channels,
         multipliers=net.multipliers,
         blocks=net.blocks,
@@ -146,6 +148,10 @@ def init_params(config: Config, key: jax.Array) -> Any:
 
     Those of a network are NumPy arrays.
     """
+    if latents.is_autoencoder(config):
+        net = autoencoders.make_network(config, config.net)
+        own = fresh.params(net, key, _image(config))
+        return {"net": own, **autoencoders.init_decoder(config)}
     params = {"net": fresh.params(make_network(config), key, *_inputs(config))}
     if config.diffusion.schedule == "learned":
         params["schedule"] = _init_schedule(jax.random.fold_in(key, 1))
@@ -154,6 +160,10 @@ def init_params(config: Config, key: jax.Array) -> Any:
 
 def param_shapes(config: Config) -> Any:
     """Returns the shapes of `init_params`, as `jax.ShapeDtypeStruct`."""
+    if latents.is_autoencoder(config):
+        net = autoencoders.make_network(config, config.net)
+        beside = jax.eval_shape(lambda: autoencoders.init_decoder(config))
+        return {"net": fresh.shapes(net, _image(config)), **beside}
     shapes = {"net": fresh.shapes(make_network(config), *_inputs(config))}
     if config.diffusion.schedule == "learned":
         shapes["schedule"] = jax.eval_shape(lambda: _init_schedule(jax.random.key(0)))
@@ -162,9 +172,12 @@ def param_shapes(config: Config) -> Any:
 
 def _inputs(config: Config) -> tuple[Any, ...]:
     """Returns an image, a time and, with classes, a label: all zeros."""
-    shape = (1, *config.data.shape)
     label = np.zeros(1, np.int32) if config.net.classes else None
-    return np.zeros(shape, np.float32), np.zeros(1, np.float32), label
+    return _image(config), np.zeros(1, np.float32), label
+
+
+def _image(config: Config) -> np.ndarray:
+    return np.zeros((1, *latents.seen(config)), np.float32)
 
 
 def _init_schedule(key: jax.Array) -> learned.Params:

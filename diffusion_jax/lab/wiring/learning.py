@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from diffusion_jax import gaussian, learned, losses, schedule, timesteps, weightings
-from diffusion_jax.lab.schema.config import Config, Data, micro_batches, replace, warmup
+from diffusion_jax.lab.schema import latents
+from diffusion_jax.lab.schema.config import Config, micro_batches, replace, warmup
+from diffusion_jax.lab.wiring import autoencoders, moving
 from diffusion_jax.lab.wiring.build import (
     init_params,
     is_continuous,
@@ -188,12 +189,14 @@ def make_loss(config: Config, *, train: bool = True) -> state.LossFn:
     With classes the batch has a "label", [B], too. Flip, time, noise and label dropout
     come from the step's key and the image's position in the global batch, so they are
     the same however the batch is split. Only dropout, drawn for a whole micro-batch at
-    a time, is not.
+    a time, is not. That of an autoencoder is `autoencoders.make_loss`.
 
     The loss takes a memory, of which importance sampling makes its times, and returns
     the mean and {"t", "loss"} of each example, as `state.make_step` wants. There is
     dropout only with `train`.
     """
+    if latents.is_autoencoder(config):
+        return autoencoders.make_loss(config)
 
     def loss_fn(
         params: Any, batch: dict[str, jax.Array], key: jax.Array, memory: Any = ()
@@ -206,7 +209,7 @@ def make_loss(config: Config, *, train: bool = True) -> state.LossFn:
         flip_key, label_key, eps_key = jnp.unstack(several, axis=1)
         dropout_key = jax.random.fold_in(key_dropout, position[0])
         x0 = batch["image"].astype(jnp.float32) / 127.5 - 1
-        x0 = _moved(config.data, x0, flip_key)
+        x0 = moving.moved(config.data, x0, flip_key)
         label = _label(config, batch, label_key)
         levels = make_schedule(config, params)
         t, weight = draw_times(config, key_t, position, levels, memory)
@@ -227,45 +230,6 @@ def make_loss(config: Config, *, train: bool = True) -> state.LossFn:
         return (weight * each).mean(), {"t": t, "loss": each}
 
     return loss_fn
-
-
-def _moved(data: Data, x0: jax.Array, key: jax.Array) -> jax.Array:
-    """Returns images mirrored, turned and cut at a random place, as configured.
-
-    Args:
-      data: says which of it.
-      x0: images as they were loaded, [B, H, W, C].
-      key: a key an image, [B].
-    """
-    if data.flip:
-        chosen = jax.vmap(jax.random.bernoulli)(key)
-        x0 = jnp.where(chosen[:, None, None, None], x0[:, :, ::-1], x0)
-    fold = jax.vmap(jax.random.fold_in, (0, None))
-
-    def cut(key: jax.Array, image: jax.Array) -> jax.Array:
-        corner = jax.random.randint(key, [2], 0, data.random_crop + 1)
-        return jax.lax.dynamic_slice(image, (*corner, 0), data.shape)
-
-    def turn(key: jax.Array, image: jax.Array) -> jax.Array:
-        most = np.deg2rad(data.rotate)
-        angle = jax.random.uniform(key, minval=-most, maxval=most)
-        middle = (np.array(image.shape[:2]) - 1) / 2
-        rows, columns = np.indices(image.shape[:2]) - middle[:, None, None]
-        cos, sin = jnp.cos(angle), jnp.sin(angle)
-        at = (
-            middle[0] + cos * rows - sin * columns,
-            middle[1] + sin * rows + cos * columns,
-        )
-        seen = functools.partial(
-            jax.scipy.ndimage.map_coordinates, coordinates=at, order=1, mode="reflect"
-        )
-        return jax.vmap(seen, in_axes=-1, out_axes=-1)(image)
-
-    if data.rotate:  # before the cut, which takes some of the mirrored corners off
-        x0 = jax.vmap(turn)(fold(key, 2), x0)
-    if data.random_crop:
-        x0 = jax.vmap(cut)(fold(key, 1), x0)
-    return x0
 
 
 def _loss_at(
@@ -360,7 +324,10 @@ def _pure_step(config: Config, mesh: jax.sharding.Mesh) -> state.StepFn:
         accumulate=parts,
         axis_name=None if strategy == "mesh" else parallel.AXIS,
         remember=remember if config.diffusion.density == "importance" else None,
-        report=functools.partial(_by_quarter, config),
+        report=functools.partial(
+            autoencoders.means if latents.is_autoencoder(config) else _by_quarter,
+            config,
+        ),
         check_update=may_overflow(config),
     )
 

@@ -1,0 +1,100 @@
+"""Builds what encodes, decodes and trains an autoencoder from a configuration."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax import autoencoding
+from diffusion_jax.lab.schema import latents
+from diffusion_jax.lab.schema.config import Config, Net
+from diffusion_jax.lab.wiring import moving
+from diffusion_jax.nets.autoencoder import AutoencoderKL, Moments
+from diffusion_jax.training import state
+
+TERMS = ("reconstruction", "kl")
+"""Of the loss of an autoencoder, by their names in metrics.jsonl."""
+
+
+def make_network(config: Config, net: Net | None = None) -> AutoencoderKL:
+    """Returns the autoencoder; `net` says how it is computed, in float32 without."""
+    own, how = config.autoencoder, net or Net()
+    return AutoencoderKL(
+        channels=own.channels,
+        multipliers=own.multipliers,
+        blocks=own.blocks,
+        latent=own.latent,
+        attention=own.attention,
+        middle_attention=own.middle_attention,
+        groups=own.groups,
+        quant=own.quant,
+        noise=own.kind != "ae",
+        image_channels=config.data.channels,
+        dtype=jnp.dtype(how.dtype),
+        conv="xla" if how.conv == "auto" else how.conv,
+        remat=how.remat,
+    )
+
+
+def init_decoder(config: Config) -> dict[str, Any]:
+    """Returns what is trained beside the network: of vae its log variance, [1]."""
+    vae = config.autoencoder.kind == "vae"
+    return {"log_variance": np.full(1, -3.0, np.float32)} if vae else {}
+
+
+def apply(
+    config: Config, params: Any, x: jax.Array, method: str, *, net: Net | None = None
+) -> Any:
+    """Returns what the network makes of images in [-1, 1], or of latents, not scaled.
+
+    Args:
+      config: of the autoencoder.
+      params: {"net": its weights}.
+      x: images, [B, H, W, C], or latents, [B, h, w, z].
+      method: "encode", to `Moments`; "decode"; or "__call__", from images to images.
+      net: as of `make_network`.
+    """
+    made = make_network(config, net)
+    return made.apply({"params": params["net"]}, x, method=method)
+
+
+def make_loss(config: Config) -> state.LossFn:
+    """Returns the loss of an autoencoder, of a batch as that of `learning.make_loss`.
+
+    Of kl and ae: the error of an image, and kl_weight times the KL divergence of its
+    latents, both divided by its numbers. Of vae: the bound in bits/dim, with kl_weight
+    (beta) times the rate. What it has seen are the terms of each example, without
+    weights.
+    """
+    own, weight, net = config.autoencoder, latents.kl_weight(config), config.net
+
+    def loss_fn(
+        params: Any, batch: dict[str, jax.Array], key: jax.Array, memory: Any = ()
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["position"])
+        several = jax.vmap(lambda k: jax.random.split(k, 2))(keys)
+        move_key, draw_key = jnp.unstack(several, axis=1)
+        x = batch["image"].astype(jnp.float32) / 127.5 - 1
+        x = moving.moved(config.data, x, move_key)
+        moments: Moments = apply(config, params, x, "encode", net=net)
+        if own.kind == "ae":
+            again = apply(config, params, moments.mode(), "decode", net=net)
+            error = autoencoding.reconstruction(x, again, kind=own.loss, mean=True)
+            return error.mean(), {"reconstruction": error, "kl": 0 * error}
+        z = jax.vmap(Moments.sample)(moments, draw_key)
+        again = apply(config, params, z, "decode", net=net)
+        if own.kind == "vae":
+            scale = params["log_variance"]
+            _, error, kl = autoencoding.elbo(x, again, scale, moments)
+        else:
+            error = autoencoding.reconstruction(x, again, kind=own.loss, mean=True)
+            kl = autoencoding.kl(moments) / np.prod(x.shape[1:])
+        return (error + weight * kl).mean(), {"reconstruction": error, "kl": kl}
+
+    return loss_fn
+
+
+def means(config: Config, seen: dict[str, jax.Array]) -> state.Metrics:
+    """Returns the mean terms of a batch, for the log."""
+    return {name: seen[name].mean() for name in TERMS}
