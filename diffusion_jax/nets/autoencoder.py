@@ -12,12 +12,13 @@ how its latents are distributed.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from diffusion_jax.errors import raise_unknown
 from diffusion_jax.nets.blocks import (
@@ -225,6 +226,39 @@ def factor(net: AutoencoderKL) -> int:
     8
     """
     return 1 << (len(net.multipliers) - 1)
+
+
+def rescaled(params: Any, shift: ArrayLike, scale: ArrayLike) -> Any:
+    """Returns the parameters with which latents come out, and go in, on a scale.
+
+    (z - shift) scale of each channel, as in `latents.Scale`, is multiplied into the
+    products next to the latents: for programs that know of one factor for all.
+
+    Args:
+      params: of an `AutoencoderKL` with noise and quant.
+      shift: [z].
+      scale: [z], above 0.
+
+    Raises:
+      ValueError: a network without these products.
+    """
+    if "quant_conv" not in params:
+        raise ValueError(
+            "quant must be True for the scale of the latents to be multiplied into the "
+            "weights; got a network without. Train one with quant."
+        )
+    shift, scale = (np.asarray(a, np.float64) for a in (shift, scale))
+    (into, bias), (out, last) = (
+        [np.asarray(params[name][leaf], np.float64) for leaf in ("kernel", "bias")]
+        for name in ("quant_conv", "post_quant_conv")
+    )
+    factors = np.concatenate([scale, np.ones_like(scale)])
+    terms = np.concatenate([-shift * scale, 2 * np.log(scale)])
+    made = {
+        "quant_conv": {"kernel": into * factors, "bias": bias * factors + terms},
+        "post_quant_conv": {"kernel": out / scale[:, None], "bias": last + shift @ out},
+    }
+    return {**params, **jax.tree.map(np.float32, made)}
 
 
 def check(net: AutoencoderKL, x: jax.Array) -> None:

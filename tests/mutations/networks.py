@@ -203,4 +203,19 @@ NETWORKS = [
         "tests/interop/test_autoencoder_weights.py"
         "::test_a_channel_may_have_a_scale_of_its_own",
     ),
+    Breakage(
+        "autoencoder-scale-of-the-deviation",
+        "diffusion_jax/nets/autoencoder.py",
+        "[-shift * scale, 2 * np.log(scale)]",
+        "[-shift * scale, np.log(scale)]",
+        "tests/nets/test_autoencoder.py"
+        "::test_a_scale_in_the_weights_is_one_of_the_latents",
+    ),
+    Breakage(
+        "discriminator-too-shallow",
+        "diffusion_jax/nets/patch_discriminator.py",
+        "for n in range(self.levels + 1):",
+        "for n in range(self.levels):",
+        "tests/nets/test_patch_discriminator.py",
+    ),
 ]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from small_unets import assert_close, normal, parameters
 
-from diffusion_jax import losses
-from diffusion_jax.nets import fresh
+from diffusion_jax import latents, losses
+from diffusion_jax.nets import autoencoder, fresh
 from diffusion_jax.nets.autoencoder import AutoencoderKL, Moments, factor
 
 HALF = ("encoder", "decoder")
@@ -116,6 +116,23 @@ def test_one_without_noise_draws_its_mean_and_has_no_bound():
     drawn = moments.sample(jax.random.key(0))
     np.testing.assert_array_equal(drawn, moments.mode())
     assert np.all(moments.kl() == np.inf)
+
+
+def test_a_scale_in_the_weights_is_one_of_the_latents():
+    x, params = normal(1, 4, 4, 3), parameters(SMALL, normal(1, 4, 4, 3))
+    scale = latents.Scale(np.array([2.0, -1.0, 0.3]), np.array([0.2, 3.0, 1.5]))
+    other = autoencoder.rescaled(params, *scale)
+    encode, decode = (
+        jax.jit(lambda p, x, m=method: SMALL.apply({"params": p}, x, method=m))
+        for method in ("encode", "decode")
+    )
+    found, moments = encode(other, x), encode(params, x)
+    assert_close(found.mean, scale.apply(moments.mean))
+    assert_close(found.log_variance, scale.log_variance(moments.log_variance))
+    z = normal(1, 2, 2, 3)
+    assert_close(decode(other, z), decode(params, scale.invert(z)))
+    with pytest.raises(ValueError, match="quant must be True"):
+        autoencoder.rescaled({"encoder": {}}, *scale)
 
 
 def test_what_does_not_fit_is_refused(refuses):
