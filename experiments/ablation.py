@@ -292,7 +292,7 @@ def bound_of(
     config: Config, drawable: Drawable, dataset: datasets.Dataset, options: Options
 ) -> dict[str, float | None]:
     """Returns the bound over the whole chain in bits/dim, and its standard error."""
-    chosen = bound.choose(len(dataset.images), options.bound_images, options.seed)
+    chosen = datasets.choose(len(dataset.images), options.bound_images, options.seed)
     sums = bound.evaluate(config, drawable, dataset, chosen, seed=options.seed)
     mean, error = bound.mean(np.array(sums.totals))
     return {"bound": mean, "bound_error": error}

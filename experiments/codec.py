@@ -8,28 +8,22 @@ anywhere; one of the layout archive is smaller where there are many images.
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import tyro
 
-from diffusion_jax.codec import container
-from diffusion_jax.codec import profile as profiles
-from diffusion_jax.codec.profile import Chain
-from diffusion_jax.errors import ConfigError, counted, raise_unknown
-from diffusion_jax.evaluation import pictures
-from diffusion_jax.lab.coding import coder, files, pixels
-from diffusion_jax.lab.coding.files import Layout
-from diffusion_jax.lab.drawing import outputs
-from diffusion_jax.lab.measure import bound, codec_compared, formats_compared
-from diffusion_jax.lab.process import entry, flags, replaceable
-from diffusion_jax.lab.run_folder import results, runs
+from diffusion_jax.errors import ConfigError, counted
+from diffusion_jax.lab.process import entry, flags
 from diffusion_jax.lab.schema import choices
 from diffusion_jax.lab.schema.checks import of_options
 from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.facts import Count, Positive, Seed, between
-from diffusion_jax.lab.wiring import build
-from diffusion_jax.storage import files as storage
+
+if TYPE_CHECKING:
+    from diffusion_jax.lab.coding.coder import Network
+
+# Flax is loaded by the commands, which no mistake in the arguments should wait for.
 
 _Run = Annotated[
     str,
@@ -67,7 +61,7 @@ class Compress:
     """With --data: those trained on, or the test images or those held out."""
     max_images: Count | None = None
     """With --data: only so many images, drawn at random."""
-    layout: Layout = "progressive"
+    layout: Literal["progressive", "archive"] = "progressive"
     """One that may be cut anywhere, or archive, which is smaller for many images."""
     rule: Literal["max", "mrc", "orc"] = "max"
     """How noise is chosen in a progressive file: that of the best reconstruction, or a
@@ -136,43 +130,30 @@ class Compare:
 
 def main(argv: Sequence[str]) -> int:
     """Does what the arguments ask for; returns the exit code."""
-    options = parse(argv)
+    name, options = parse(argv)
     of_options(options)
-    dict(COMMANDS.values())[type(options)](options, argv)
+    does: Callable[[Any, Sequence[str]], None] = globals()[name]
+    does(options, argv)
     return 0
 
 
-def parse(argv: Sequence[str]) -> Any:
-    """Returns the options of the command that is named first.
-
-    Raises:
-      ConfigError: no such command.
-      SystemExit: `--help`, or a flag that does not exist or has another type.
-    """
-    command, *rest = argv or ["--help"]
-    prog, kinds = (
-        entry.typed("codec"),
-        {name: kind for name, (kind, _) in COMMANDS.items()},
-    )
-    if flags.asked([command]):
-        print(flags.overview(prog, __doc__ or "", kinds))
-        raise SystemExit(0)
-    if command not in kinds:
-        raise_unknown("the command", command, tuple(kinds))
-    kind, prog = kinds[command], f"{prog} {command}"
-    return flags.read(kind, args=rest, prog=prog, description=kind.__doc__)
+def parse(argv: Sequence[str]) -> tuple[str, Any]:
+    """Returns the name of the command, and its options."""
+    return flags.of_several(argv, entry.typed("codec"), __doc__ or "", COMMANDS)
 
 
 def fit(options: Fit, argv: Sequence[str]) -> None:
     """Measures, and prints what files will take."""
+    from diffusion_jax.codec.profile import LAYOUTS
+    from diffusion_jax.lab.coding import coder
+
     network = coder.opened(options.run, options, options.which)
     print(f"{network.run.folder}: {network.told}")
     found = coder.fit(network, count=options.images, seed=options.seed).profile
     size = int(np.prod(found.shape))
     print(f"alphabet: {counted(len(found.alphabet), 'value')}")
-    for layout in ("progressive", "archive"):
-        chain: Chain = getattr(found, layout)
-        bits = float(found.about[f"predicted_{layout}"])
+    for layout in LAYOUTS:
+        chain, bits = found.chain(layout), float(found.about[f"predicted_{layout}"])
         print(
             f"{layout}: {chain.steps} steps down to t = {chain.times[0]}, about "
             f"{bits / 8:.1f} bytes an image, {bits / size:.3f} bits/dim"
@@ -182,6 +163,11 @@ def fit(options: Fit, argv: Sequence[str]) -> None:
 
 def compress(options: Compress, argv: Sequence[str]) -> None:
     """Compresses, and prints the size."""
+    from diffusion_jax.codec import container
+    from diffusion_jax.lab.coding import coder, files
+    from diffusion_jax.lab.process import replaceable
+    from diffusion_jax.storage import files as storage
+
     if options.data == bool(options.files):
         got = "both" if options.data else "neither"
         raise ConfigError(
@@ -201,13 +187,8 @@ def compress(options: Compress, argv: Sequence[str]) -> None:
     replaceable.check_file(out, overwrite=options.overwrite)
     network = coder.opened(options.run, options, options.which)
     found = coder.load(network)
-    if options.data:
-        dataset = build.load_data(network.config, split=options.split)
-        chosen = bound.choose(len(dataset.images), options.max_images, options.seed)
-        images = np.asarray(dataset.images[chosen])
-    else:
-        images = pixels.read(options.files, found.profile.shape)
-    packed = files.compress(
+    images = _images(options, network)
+    data = files.compress(
         found,
         images,
         layout=options.layout,
@@ -216,26 +197,41 @@ def compress(options: Compress, argv: Sequence[str]) -> None:
         batch_size=options.batch_size,
     )
     with storage.replacing(out, durable=True) as file:
-        file.write(packed.data)
+        file.write(data)
     print(f"{network.run.folder}: {network.told}")
-    size = len(packed.data)
+    size, head = len(data), container.opened(data)
     print(
-        f"{counted(len(images), 'image')}, {packed.layout}: {size:,} bytes, "
-        f"{size / len(images):.1f} an image, {packed.bits_per_dim:.3f} bits/dim of "
+        f"{counted(len(images), 'image')}, {head.layout}: {size:,} bytes, "
+        f"{size / len(images):.1f} an image, {8 * size / images.size:.3f} bits/dim of "
         "the whole file"
     )
-    if packed.layout == "raw":
+    if head.layout == "raw":
         print("note: plain pixels, which are smaller: the network knows no such images")
-    elif packed.outside:
-        values = counted(packed.outside, "pixel value")
+    elif len(head.place):
+        values = counted(len(head.place), "pixel value")
         print(f"note: {values} never seen in training, some 3 bytes each")
     print(f"written: {out}")
+
+
+def _images(options: Compress, network: "Network") -> np.ndarray:
+    """Returns the images to compress, uint8 [N, H, W, C]."""
+    from diffusion_jax.data import datasets
+    from diffusion_jax.lab.coding import pixels
+    from diffusion_jax.lab.wiring import build
+
+    if not options.data:
+        return pixels.read(options.files, network.config.data.shape)
+    images = build.load_data(network.config, split=options.split).images
+    chosen = datasets.choose(len(images), options.max_images, options.seed)
+    return np.asarray(images[chosen])
 
 
 def _default_out(options: Compress) -> Path:
     if options.files:
         first = options.files[0].resolve()
         return first.with_name((first.name if first.is_dir() else first.stem) + ".ddpx")
+    from diffusion_jax.lab.run_folder import runs
+
     count = "" if options.max_images is None else f"_{options.max_images}"
     return (
         runs.find(options.run).folder
@@ -246,6 +242,11 @@ def _default_out(options: Compress) -> Path:
 
 def decompress(options: Decompress, argv: Sequence[str]) -> None:
     """Decompresses, and says whether anything was missing."""
+    from diffusion_jax.codec import container
+    from diffusion_jax.evaluation import pictures
+    from diffusion_jax.lab.coding import coder, files
+    from diffusion_jax.lab.drawing import outputs
+
     if options.bytes is not None and options.rate is not None:
         raise ConfigError(
             "--bytes and --rate must not be given together; got both. Give one."
@@ -257,8 +258,8 @@ def decompress(options: Decompress, argv: Sequence[str]) -> None:
     else:
         outputs.check_file(out, overwrite=options.overwrite)
     data = options.file.read_bytes()
-    name = coder.of_file(options.file, data, options.run)
     head = container.opened(data)
+    name = options.run or coder.of_profile(head.identity)
     if head.layout != "progressive" and (options.bytes or options.rate):
         raise ConfigError(
             f"--bytes and --rate must be of a progressive file; got one of the layout "
@@ -268,7 +269,7 @@ def decompress(options: Decompress, argv: Sequence[str]) -> None:
     found = coder.load(network, head.identity)
     bits = None if options.bytes is None else 8 * options.bytes
     if options.rate is not None:
-        size = files.number(data, found.profile) * int(np.prod(found.profile.shape))
+        size = head.number * int(np.prod(found.profile.shape))
         bits = int(options.rate * size)
     got = files.decompress(
         found,
@@ -278,9 +279,7 @@ def decompress(options: Decompress, argv: Sequence[str]) -> None:
         seed=options.seed,
         batch_size=options.batch_size,
     )
-    made = outputs.about(
-        "codec", argv, network.config, network.drawable, network.told, options.seed
-    )
+    made = _made(options, argv, network)
     if folder:
         outputs.save_each(iter([got.images]), out, made)
     elif suffix == ".npz":
@@ -300,23 +299,48 @@ def decompress(options: Decompress, argv: Sequence[str]) -> None:
         )
 
 
+def _made(options: Any, argv: Sequence[str], network: "Network") -> dict[str, Any]:
+    """Returns how something was made, as JSON has it, to be kept in its file."""
+    from diffusion_jax.lab.process import replaceable
+
+    return {
+        "command": replaceable.typed("codec", argv),
+        "network": network.config.name,
+        "weights": network.told,
+        "weights_sha256": network.drawable.sha256,
+        "seed": options.seed,
+    }
+
+
 def inspect(options: Inspect, argv: Sequence[str]) -> None:
     """Prints what a file says."""
+    from diffusion_jax.codec import container
+    from diffusion_jax.codec import profile as profiles
+    from diffusion_jax.lab.coding import coder, files
+    from diffusion_jax.lab.run_folder import runs
+
     data = options.file.read_bytes()
+    identity = container.opened(data).identity
     try:
-        folder = Path(coder.of_file(options.file, data, options.run))
+        folder = Path(options.run or coder.of_profile(identity))
     except ConfigError as error:
         print(*files.in_words(data, None), sep="\n")
         print(f"note: {error}")
         return
     print(f"run       {folder}")
-    identity = container.opened(data).identity
     profile = profiles.load(coder.path_of(runs.find(str(folder)).folder, identity))
     print(*files.in_words(data, profile), sep="\n")
 
 
 def compare(options: Compare, argv: Sequence[str]) -> None:
     """Prints the table, and writes it with a plot."""
+    from diffusion_jax.data import datasets
+    from diffusion_jax.evaluation import pictures
+    from diffusion_jax.lab.coding import coder
+    from diffusion_jax.lab.measure import codec_compared, formats_compared
+    from diffusion_jax.lab.run_folder import results
+    from diffusion_jax.lab.wiring import build
+
     pictures.check_plots()
     network = coder.opened(options.run, options, options.which)
     found = coder.load(network)
@@ -326,7 +350,7 @@ def compare(options: Compare, argv: Sequence[str]) -> None:
     if options.split == "train":
         print("note: these are images that the network was trained on")
     every = build.load_data(network.config, split=options.split).images
-    chosen = bound.choose(len(every), options.max_images, options.seed)
+    chosen = datasets.choose(len(every), options.max_images, options.seed)
     rest = np.setdiff1d(np.arange(len(every)), chosen)
     images, others = (np.asarray(every[these]) for these in (chosen, rest))
     if options.split == "test":  # what is known before, as the network knows it
@@ -343,16 +367,8 @@ def compare(options: Compare, argv: Sequence[str]) -> None:
         result.shown,
         title=f"{network.config.name}: {kind} images",
     )
-    made = {
-        "command": replaceable.typed("codec", argv),
-        "network": network.config.name,
-        "weights": network.told,
-        "weights_sha256": network.drawable.sha256,
-        "seed": options.seed,
-        "split": options.split,
-        "images": len(images),
-        "cut_images": len(few),
-    }
+    about = {"split": options.split, "images": len(images), "cut_images": len(few)}
+    made = _made(options, argv, network) | about
     name = f"codec_{options.split}"
     points = {"own": result.own, "alone": result.alone, "together": result.together}
     numbers: dict[str, Any] = {"bytes_each": dict(result.sizes), "rate_rmse": points}
@@ -361,14 +377,14 @@ def compare(options: Compare, argv: Sequence[str]) -> None:
     print(f"written: {path}\nplot: {plot}")
 
 
-COMMANDS: dict[str, tuple[type, Callable[[Any, Sequence[str]], None]]] = {
-    "fit": (Fit, fit),
-    "compress": (Compress, compress),
-    "decompress": (Decompress, decompress),
-    "inspect": (Inspect, inspect),
-    "compare": (Compare, compare),
+COMMANDS: dict[str, type] = {
+    "fit": Fit,
+    "compress": Compress,
+    "decompress": Decompress,
+    "inspect": Inspect,
+    "compare": Compare,
 }
-"""By their names: what each takes and does."""
+"""What each takes; the function of its name does it."""
 
 
 if __name__ == "__main__":

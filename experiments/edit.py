@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from diffusion_jax.errors import ConfigError, counted, raise_unknown
+from diffusion_jax.errors import ConfigError, counted
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.drawing import edit_options
 from diffusion_jax.lab.process import entry, flags
@@ -22,7 +22,7 @@ from diffusion_jax.lab.schema.checks import of_options, with_sampling
 
 def main(argv: Sequence[str]) -> int:
     """Edits as the arguments ask; returns the exit code."""
-    name, options = parse(argv)
+    name, command, options = parse(argv)
     of_options(options)
     of_options(options.shared)
     # Load Flax, which no mistake in the arguments should wait for.
@@ -30,7 +30,6 @@ def main(argv: Sequence[str]) -> int:
     from diffusion_jax.lab.trained import extras, opening, weights
     from diffusion_jax.lab.wiring import build
 
-    command = next(key for key, kind in COMMANDS.items() if kind is type(options))
     shared: edit_options.Shared = options.shared
     run, config = opening.opened(name, options, which=shared.which)
     sampled = edits.deterministic if command == "slerp" else with_sampling
@@ -78,8 +77,8 @@ def default_name(command: str, options: Any) -> str:
     return f"{command}{asked}_seed{shared.seed}{how}.png"
 
 
-def parse(argv: Sequence[str]) -> tuple[str | None, Any]:
-    """Returns the name of the run, if there is one, and the command with its options.
+def parse(argv: Sequence[str]) -> tuple[str | None, str, Any]:
+    """Returns the names of the run, if there is one, and the command, with its options.
 
     Raises:
       ConfigError: no such command.
@@ -88,16 +87,10 @@ def parse(argv: Sequence[str]) -> tuple[str | None, Any]:
     rest = list(argv)
     named = bool(rest) and not rest[0].startswith("-") and rest[0] not in COMMANDS
     name = rest.pop(0) if named else None
-    command = rest.pop(0) if rest else name or "--help"
+    # A word alone is no run, but a command that does not exist.
+    rest = rest or [name or flags.HELP[-1]]
     prog = f"{entry.typed('edit')} [RUN]"
-    if flags.asked([command]):
-        print(flags.overview(prog, __doc__ or "", COMMANDS))
-        raise SystemExit(0)
-    if command not in COMMANDS:
-        raise_unknown("the command", command, tuple(COMMANDS))
-    kind = COMMANDS[command]
-    prog = f"{prog} {command}"
-    return name, flags.read(kind, args=rest, prog=prog, description=kind.__doc__)
+    return name, *flags.of_several(rest, prog, __doc__ or "", COMMANDS)
 
 
 COMMANDS: dict[str, type] = {

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from diffusion_jax import likelihood
+from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError, counted
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.measure import bound
@@ -80,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
     dataset = build.load_data(config, split=options.split)
     variance = variance_of(config, options)
     drawable, step, kind = extras.load(config, run, which, variance=variance)
-    chosen = bound.choose(len(dataset.images), options.max_images, options.seed)
+    chosen = datasets.choose(len(dataset.images), options.max_images, options.seed)
     about = {
         "data": config.data.source,
         "split": options.split,

@@ -10,24 +10,26 @@ Abbeel, Ho 2019):
 
 which takes sum_i KL_i + L_T - log2 P(x0 | x_0) bits in the mean. The x_i lie on grids
 of powers of two that are finer than the noise. What is popped first is there from the
-start: it is in the file. A stack can only be read whole; each of the groups of images
-has its own, so that the network is given one image of each at once.
+start: it is in the file. So the first images go through the chain one by one, and the
+more are on the stack, the more go at once. A stack can only be read whole.
 """
+
+import math
 
 import numpy as np
 
 from diffusion_jax.codec import container, rans, steps
 from diffusion_jax.codec.bins import Grid, Pixels
 from diffusion_jax.codec.certified import NONE, ONE, Denoise64, joined
+from diffusion_jax.codec.container import Decoded
 from diffusion_jax.codec.profile import Profile
-from diffusion_jax.codec.rans import Stacks
+from diffusion_jax.codec.rans import Stack
 from diffusion_jax.codec.steps import Tick, View
-from diffusion_jax.errors import DataError
 
-GROUP = 256
-"""Images of a group at least, where there are several; each costs some 150 bytes."""
-MOST_GROUPS = 64
-_MOST_LANES = 32
+_PAID = 6
+"""Images on a stack that pay for what another pops first."""
+_OF_LANE, _MOST_LANES = 1024, 1024
+"""Pixel values that there are for a head, which costs 6 bytes; and heads at most."""
 
 
 def encode(
@@ -52,36 +54,28 @@ def encode(
       ValueError: a network that is not in float64.
     """
     chain, parts = profile.archive, steps.split(profile, images)
-    count, size = parts.symbols.shape
-    groups = min(max(1, count // GROUP), MOST_GROUPS)
-    lanes = _lanes(size)
-    view = View(profile, chain, denoise, groups, found=[], tick=tick)
-    # More than 24 bits a value is never popped.
-    stacks = rans.start(
-        groups, lanes, 24 * size * (chain.steps + 1) // 32 + lanes, seed
-    )
-    for these in _rows(count, groups):
+    most, batches = batches_of(len(images))
+    view = View(profile, chain, denoise, most, found=[], tick=tick)
+    stack = rans.start(_lanes(parts.symbols.size), seed)
+    for these in batches:
         symbols = parts.symbols[these]
-        k = _pop(stacks, _first(profile, symbols))
-        _push(stacks, symbols, _seen(view, k, these))
+        k = _pop(stack, _first(profile, symbols))
+        _push(stack, symbols, _seen(view, k, these))
         for i in range(chain.steps):
-            above = _pop(stacks, _forward(profile, i, k))
-            _push(stacks, k, _reverse(view, i, above, these))
+            above = _pop(stack, _forward(profile, i, k))
+            _push(stack, k, _reverse(view, i, above, these))
             k = above
-        _push(stacks, k, _prior(profile, k.shape))
-    heads, words = rans.written(stacks)
-    payload = container.varint(groups)
-    payload += b"".join(container.varint(len(each)) for each in words)
-    payload += heads.astype("<u8").tobytes()
-    payload += b"".join(each.astype("<u4").tobytes() for each in words)
+        _push(stack, k, _prior(profile, len(these)))
+    words = stack.words[stack.least : stack.size]
+    payload = stack.heads.astype("<u8").tobytes() + words.astype("<u4").tobytes()
     listed = joined(view.found or [NONE])
     return container.packed("archive", profile, images, parts, listed, payload)
 
 
 def decode(
     profile: Profile, denoise: Denoise64, data: bytes, *, tick: Tick = steps.silent
-) -> np.ndarray:
-    """Returns the images of a file, uint8 [N, H, W, C].
+) -> Decoded:
+    """Returns the images of a file.
 
     Args:
       profile: that the file was made with.
@@ -97,76 +91,97 @@ def decode(
     if file.layout == "raw":
         return container.raw(file, profile)
     if file.layout != "archive":
-        raise DataError(
-            f"an archive must have the layout archive; got {file.layout}. Read it "
-            "with progressive.decode."
-        )
-    if not file.whole:
-        raise container.cut_whole("an archive", file)
-    chain, size = profile.archive, int(np.prod(profile.shape))
-    stacks = stacks_of(file, profile)
-    view = View(profile, chain, denoise, len(stacks.heads), file.listed, tick=tick)
-    symbols = np.zeros((file.number, size), np.uint8)
-    for these in reversed(list(_rows(file.number, len(stacks.heads)))):
-        k = _pop(stacks, _prior(profile, (len(these), size)))
+        raise container.of_layout("archive", file)
+    chain, stack = profile.archive, stack_of(file, profile)
+    most, batches = batches_of(file.number)
+    view = View(profile, chain, denoise, most, file.listed, tick=tick)
+    symbols = np.zeros((file.number, int(np.prod(profile.shape))), np.uint8)
+    for these in reversed(batches):
+        k = _pop(stack, _prior(profile, len(these)))
         for i in reversed(range(chain.steps)):
-            below = _pop(stacks, _reverse(view, i, k, these))
-            _push(stacks, k, _forward(profile, i, below))
+            below = _pop(stack, _reverse(view, i, k, these))
+            _push(stack, k, _forward(profile, i, below))
             k = below
-        found = _pop(stacks, _seen(view, k, these))
-        _push(stacks, k, _first(profile, found))
+        found = _pop(stack, _seen(view, k, these))
+        _push(stack, k, _first(profile, found))
         symbols[these] = found
     parts = steps.Split(symbols, file.place, file.value)
-    return container.check(steps.put_together(profile, parts), file)
+    return container.checked(steps.put_together(profile, parts), file)
 
 
-def _lanes(size: int) -> int:
-    """Returns how many heads a stack has: each costs 8 bytes a file."""
-    return min(_MOST_LANES, 1 << max(0, (size // 4).bit_length() - 1))
+def batches_of(count: int) -> tuple[int, list[np.ndarray]]:
+    """Returns how many images are coded at once at most, and the numbers of each batch.
+
+    >>> most, batches = batches_of(100)
+    >>> most, [len(these) for these in batches][:9]
+    (5, [1, 1, 1, 1, 1, 1, 1, 1, 1])
+    """
+    most, first, found = max(1, math.isqrt(count) // 2), 0, []
+    while first < count:
+        stop = min(first + min(most, max(1, first // _PAID)), count)
+        found.append(np.arange(first, stop))
+        first = stop
+    return most, found
 
 
-def _rows(count: int, groups: int) -> list[np.ndarray]:
-    """Returns numbers of images that are coded at once, one of each group."""
-    return [np.arange(k, min(k + groups, count)) for k in range(0, count, groups)]
+def stack_of(file: container.File, profile: Profile) -> Stack:
+    """Returns the stack of a file as it was after all images.
+
+    Raises:
+      DataError: the file is cut or damaged.
+    """
+    if not file.whole:
+        raise container.cut_whole("an archive", file)
+    data, size = file.payload, int(np.prod(profile.shape))
+    lanes = _lanes(file.number * size)
+    if len(data) < 8 * lanes or len(data) % 4:
+        raise container.damaged(f"a payload of {len(data):,} bytes")
+    heads = np.frombuffer(data, "<u8", lanes).astype(np.uint64)
+    words = np.frombuffer(data, "<u4", offset=heads.nbytes).astype(np.uint32)
+    passes = sum(-(-len(these) * size // lanes) for these in batches_of(file.number)[1])
+    return rans.opened(heads, words, passes * (2 * profile.archive.steps + 3))
 
 
-def _parts(stacks: Stacks, size: int) -> list[slice]:
-    """Returns the columns that go onto the heads at once, as one comes to them."""
-    lanes = stacks.heads.shape[1]
+def _lanes(values: int) -> int:
+    """Returns how many heads the stack of so many pixel values has."""
+    return min(_MOST_LANES, 1 << max(0, (values // _OF_LANE).bit_length() - 1))
+
+
+def _parts(stack: Stack, size: int) -> list[slice]:
+    """Returns what goes onto the heads at once, as one comes to it."""
+    lanes = len(stack.heads)
     parts = [slice(k, min(k + lanes, size)) for k in range(0, size, lanes)]
-    return parts[::-1] if stacks.reading else parts
+    return parts[::-1] if stack.rng is None else parts
 
 
-def _pop(stacks: Stacks, code: Grid | Pixels) -> np.ndarray:
-    rows, size = code.mean.shape
-    found = np.zeros((rows, size), np.int64)
-    for part in _parts(stacks, size):
-        found[:, part] = rans.pop(
-            stacks, rows, part.stop - part.start, code.part(part).find
-        )
-    return found
+def _pop(stack: Stack, code: Grid | Pixels) -> np.ndarray:
+    mean, found = code.mean.ravel(), np.zeros(code.mean.size, np.int64)
+    sd = np.broadcast_to(code.sd, code.mean.shape).ravel()
+    for part in _parts(stack, len(mean)):
+        here = code._replace(mean=mean[part], sd=sd[part])
+        found[part] = rans.pop(stack, part.stop - part.start, here.find)
+    return found.reshape(code.mean.shape)
 
 
-def _push(stacks: Stacks, symbols: np.ndarray, code: Grid | Pixels) -> None:
-    start, freq = code.interval(symbols)
-    for part in _parts(stacks, symbols.shape[1]):
-        rans.push(stacks, start[:, part], freq[:, part])
+def _push(stack: Stack, symbols: np.ndarray, code: Grid | Pixels) -> None:
+    start, freq = (each.ravel() for each in code.interval(symbols))
+    for part in _parts(stack, symbols.size):
+        rans.push(stack, start[part], freq[part])
 
 
 def _first(profile: Profile, symbols: np.ndarray) -> Grid:
     """Returns q(x_0 | x0)."""
     chain = profile.archive
     mean = np.multiply(profile.levels[symbols], chain.alpha[0])
-    return Grid(mean, chain.inverse_sigma, _delta(profile, 0), False)
+    return Grid(mean, chain.sigma[:1], _delta(profile, 0), False)
 
 
 def _forward(profile: Profile, i: int, k: np.ndarray) -> Grid:
     """Returns q(x_{i + 1} | x_i) where x_i is k times its unit."""
-    chain = profile.archive
-    mean = np.multiply(np.multiply(k, _delta(profile, i)), chain.forward[i])
-    return Grid(
-        mean, chain.inverse_forward_sd[i : i + 1], _delta(profile, i + 1), False
-    )
+    chain, below = profile.archive, _delta(profile, i)
+    mean = np.multiply(np.multiply(k, below), chain.alpha[i + 1] / chain.alpha[i])
+    kept = np.sqrt(chain.small[i : i + 1]) / chain.sigma[i]
+    return Grid(mean, kept * chain.sigma[i + 1], _delta(profile, i + 1), False)
 
 
 def _reverse(view: View, i: int, k: np.ndarray, these: np.ndarray) -> Grid:
@@ -174,54 +189,22 @@ def _reverse(view: View, i: int, k: np.ndarray, these: np.ndarray) -> Grid:
     profile, chain = view.profile, view.chain
     x = np.multiply(k, _delta(profile, i + 1))
     mean = steps.mean(chain, i, x, view.clean(x, i + 1, these))
-    return Grid(mean, chain.inverse_sd[i], _delta(profile, i), True)
+    return Grid(mean, chain.sd[i], _delta(profile, i), True)
 
 
-def _prior(profile: Profile, shape: tuple[int, ...]) -> Grid:
+def _prior(profile: Profile, count: int) -> Grid:
     """Returns p(x_n)."""
-    last = _delta(profile, profile.archive.steps)
-    return Grid(np.zeros(shape), np.ones(1), last, True)
+    mean = np.zeros((count, int(np.prod(profile.shape))))
+    return Grid(mean, np.ones(1), _delta(profile, profile.archive.steps), True)
 
 
 def _seen(view: View, k: np.ndarray, these: np.ndarray) -> Pixels:
     """Returns P(x0 | x_0) where x_0 is k times its unit."""
     profile, chain = view.profile, view.chain
     clean = view.clean(np.multiply(k, _delta(profile, 0)), 0, these)
-    mean = np.multiply(clean, 1 / ONE)
-    return Pixels(mean, chain.inverse_pixel_sd, profile.middles)
+    return Pixels(np.multiply(clean, 1 / ONE), chain.pixel_sd, profile.middles)
 
 
 def _delta(profile: Profile, i: int) -> float:
     """Returns the distance of two values of x_i."""
     return 2.0 ** -int(profile.archive.delta_bits[i])
-
-
-def stacks_of(file: container.File, profile: Profile) -> Stacks:
-    """Returns the stacks of a file as they were after all images."""
-    data, chain = file.payload, profile.archive
-    size = int(np.prod(profile.shape))
-    lanes = _lanes(size)
-    groups, place = container.number_at(data, 0)
-    if not 1 <= groups <= min(file.number, MOST_GROUPS):
-        raise _damaged(f"{groups} groups of {file.number:,} images")
-    lengths = []
-    for _ in range(groups):
-        length, place = container.number_at(data, place)
-        lengths.append(length)
-    wanted = place + 8 * groups * lanes + 4 * sum(lengths)
-    if wanted != len(data):
-        raise _damaged(f"{len(data):,} bytes where its groups have {wanted:,}")
-    heads = np.frombuffer(data, "<u8", groups * lanes, place).reshape(groups, lanes)
-    every = np.frombuffer(data, "<u4", sum(lengths), place + heads.nbytes)
-    words = np.split(every, np.cumsum(lengths)[:-1])
-    passes = -(-size // lanes)
-    rows = -(-file.number // groups)
-    count = rows * passes * (2 * chain.steps + 3)
-    return rans.opened(heads.astype(np.uint64), words, count)
-
-
-def _damaged(what: str) -> DataError:
-    return DataError(
-        f"an archive must be as it was written; got {what}. It is damaged: copy it "
-        "again from where it was made."
-    )

@@ -25,11 +25,11 @@ _PHI = normal.cdf_fixed((_Z * 2**FINE).astype(np.int64)) / 2**_FRACTION
 
 
 class Grid(NamedTuple):
-    """Gaussians on the multiples of a power of two, [rows, width] each."""
+    """Gaussians on the multiples of a power of two."""
 
     mean: np.ndarray
-    inverse: np.ndarray
-    """1 / standard deviation; broadcasts against the mean."""
+    sd: np.ndarray
+    """Standard deviation; broadcasts against the mean."""
     delta: float
     """The distance of two values, 2^-k."""
     leak: bool
@@ -40,15 +40,10 @@ class Grid(NamedTuple):
         """Returns the largest value in units of delta."""
         return int(LARGEST / self.delta)
 
-    def part(self, columns: slice) -> "Grid":
-        """Returns the Gaussians of some columns."""
-        inverse = self.inverse if self.inverse.size == 1 else self.inverse[..., columns]
-        return self._replace(mean=self.mean[:, columns], inverse=inverse)
-
     def edge(self, k: np.ndarray) -> np.ndarray:
         """Returns where the interval of value k delta begins, int64."""
         below = np.multiply(np.subtract(k, 0.5), self.delta)
-        found = _phi(np.subtract(below, self.mean), self.inverse)
+        found = _phi(np.subtract(below, self.mean), self.sd)
         found = np.where(k <= -self.most, 0, found)
         found = np.where(k > self.most, 1 << _FRACTION, found)
         count = 2 * self.most + 1 if self.leak else 0
@@ -60,7 +55,7 @@ class Grid(NamedTuple):
 
     def find(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the values at positions, as k, and start and length of theirs."""
-        near = np.rint(_guess(at, self.mean, self.inverse) / self.delta)
+        near = np.rint(_guess(at, self.mean, self.sd) / self.delta)
         guess = np.clip(near, -self.most, self.most).astype(np.int64)
         return search(self.edge, at, guess, -self.most, self.most + 1)
 
@@ -105,22 +100,17 @@ class Pixels(NamedTuple):
     """Pixels of an alphabet, seen as Gaussian about what the network believes."""
 
     mean: np.ndarray
-    """What it believes, in [-1, 1], [rows, width]."""
-    inverse: np.ndarray
-    """1 / standard deviation of its error; broadcasts against the mean."""
+    """What it believes, in [-1, 1]."""
+    sd: np.ndarray
+    """Standard deviation of its error; broadcasts against the mean."""
     middles: np.ndarray
     """Between two neighbours of the alphabet, [A - 1]."""
-
-    def part(self, columns: slice) -> "Pixels":
-        """Returns the pixels of some columns."""
-        inverse = self.inverse if self.inverse.size == 1 else self.inverse[..., columns]
-        return self._replace(mean=self.mean[:, columns], inverse=inverse)
 
     def edge(self, j: np.ndarray) -> np.ndarray:
         """Returns where the interval of value number j begins, int64."""
         count = len(self.middles) + 1
         middles = np.concatenate([[0.0], self.middles, [0.0]])
-        found = _phi(np.subtract(middles[j], self.mean), self.inverse)
+        found = _phi(np.subtract(middles[j], self.mean), self.sd)
         found = np.where(j <= 0, 0, np.where(j >= count, 1 << _FRACTION, found))
         return ((TOTAL - count) * found >> _FRACTION) + j
 
@@ -130,7 +120,7 @@ class Pixels(NamedTuple):
 
     def find(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the numbers of the values at positions, and their intervals."""
-        guess = np.searchsorted(self.middles, _guess(at, self.mean, self.inverse))
+        guess = np.searchsorted(self.middles, _guess(at, self.mean, self.sd))
         return search(self.edge, at, guess, 0, len(self.middles) + 1)
 
 
@@ -141,13 +131,13 @@ def _interval(
     return start, stop - start
 
 
-def _phi(distance: np.ndarray, inverse: np.ndarray) -> np.ndarray:
+def _phi(distance: np.ndarray, sd: np.ndarray) -> np.ndarray:
     """Returns the normal distribution at distance / deviation, in units of 2^-30."""
-    z = np.multiply(np.multiply(distance, inverse), 2.0**FINE)
+    z = np.multiply(np.divide(distance, sd), 2.0**FINE)
     z = np.minimum(np.maximum(z, -_MOST), _MOST)
     return normal.cdf_fixed(np.rint(z).astype(np.int64))
 
 
-def _guess(at: np.ndarray, mean: np.ndarray, inverse: np.ndarray) -> np.ndarray:
+def _guess(at: np.ndarray, mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
     """Returns about where a Gaussian has a position: it saves most of a search."""
-    return mean + np.interp((at + 0.5) / TOTAL, _PHI, _Z) / inverse
+    return mean + np.interp((at + 0.5) / TOTAL, _PHI, _Z) * sd

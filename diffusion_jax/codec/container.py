@@ -20,12 +20,13 @@ from typing import NamedTuple
 import numpy as np
 
 from diffusion_jax.codec.certified import ONE, Listed
+from diffusion_jax.codec.profile import LAYOUTS as CHAINS
 from diffusion_jax.codec.profile import Profile
 from diffusion_jax.codec.steps import MOST_PIXELS, Split
 from diffusion_jax.errors import DataError
 
 MAGIC, VERSION = b"DDPX", 1
-LAYOUTS = ("progressive", "archive", "raw")
+LAYOUTS = (*CHAINS, "raw")
 MOST = 2**31 - 1
 """Of any number in a file."""
 _AGAIN = "Copy it again from where it was made."
@@ -57,6 +58,19 @@ class File(NamedTuple):
     def whole(self) -> bool:
         """Returns whether nothing is missing."""
         return self.crc is not None
+
+
+class Decoded(NamedTuple):
+    """What was in a file, as far as it goes."""
+
+    images: np.ndarray
+    """uint8 [N, H, W, C]."""
+    whole: bool
+    """Whether the file was; if so, they are exact."""
+    depth: np.ndarray
+    """int64 [N]: steps of the chain that were left out for each image."""
+    exact: int
+    """Pixel values that are known to be exact, of all images together."""
 
 
 def packed(
@@ -123,17 +137,17 @@ def opened(data: bytes, profile: Profile | None = None) -> File:
     count, place = number_at(data, 14)
     size = int(np.prod(profile.shape)) if profile is not None else 1
     if not 1 <= count <= MOST_PIXELS // size:
-        raise _damaged(f"{count:,} images, of which none or too many fit")
+        raise damaged(f"{count:,} images, of which none or too many fit")
     spots, values, place = _listed(data, place)
     outside, pixels, place = _listed(data, place)
     if values.max(initial=0) > 2 * ONE or pixels.max(initial=0) > 255:
-        raise _damaged("a listed value outside its range")
+        raise damaged("a listed value outside its range")
     if outside.max(initial=0) >= count * size and profile is not None:
-        raise _damaged("a pixel outside all images")
+        raise damaged("a pixel outside all images")
     length, place = number_at(data, place)
     payload, rest = data[place : place + length], data[place + length :]
     if len(rest) > 4:
-        raise _damaged(f"{len(rest) - 4} bytes more than it names")
+        raise damaged(f"{len(rest) - 4} bytes more than it names")
     crc = int.from_bytes(rest, "little") if len(rest) == 4 else None
     listed = Listed(spots, values - ONE)
     pixels = pixels.astype(np.uint8)
@@ -142,8 +156,8 @@ def opened(data: bytes, profile: Profile | None = None) -> File:
     )
 
 
-def check(images: np.ndarray, file: File) -> np.ndarray:
-    """Returns images that are those of a whole file.
+def checked(images: np.ndarray, file: File) -> Decoded:
+    """Returns images that are all those of a whole file.
 
     Raises:
       DataError: they are not.
@@ -154,21 +168,29 @@ def check(images: np.ndarray, file: File) -> np.ndarray:
             "CRC-32. The file is damaged, or this machine's network differs by more "
             "than 5.8e-11: nothing was written. " + _AGAIN
         )
-    return images
+    return Decoded(images, True, np.zeros(file.number, np.int64), images.size)
 
 
-def raw(file: File, profile: Profile) -> np.ndarray:
-    """Returns the images of a file of plain pixels, uint8 [N, H, W, C].
+def raw(file: File, profile: Profile) -> Decoded:
+    """Returns the images of a file of plain pixels.
 
     Raises:
       DataError: it is cut or damaged.
     """
     if file.length != file.number * int(np.prod(profile.shape)):
-        raise _damaged(f"{file.length:,} bytes of pixels")
+        raise damaged(f"{file.length:,} bytes of pixels")
     if not file.whole:
         raise cut_whole("a file of plain pixels", file)
     pixels = np.frombuffer(file.payload, np.uint8)
-    return check(pixels.reshape(-1, *profile.shape).copy(), file)
+    return checked(pixels.reshape(-1, *profile.shape).copy(), file)
+
+
+def of_layout(wanted: str, file: File) -> DataError:
+    """Returns the error for a file of another layout."""
+    return DataError(
+        f"the file must have the layout {wanted}; got {file.layout}. Read it with "
+        f"codec.{file.layout}.decode."
+    )
 
 
 def cut_whole(what: str, file: File) -> DataError:
@@ -204,7 +226,7 @@ def number_at(data: bytes, place: int) -> tuple[int, int]:
         number |= (data[place] & 127) << shift
         place, shift, more = place + 1, shift + 7, data[place] & 128
         if number > MOST or shift > 35:
-            raise _damaged("a number beyond 2^31")
+            raise damaged("a number beyond 2^31")
         if not more:
             return number, place
     raise _cut(len(data))
@@ -237,7 +259,8 @@ def _cut(length: int) -> DataError:
     )
 
 
-def _damaged(what: str) -> DataError:
+def damaged(what: str) -> DataError:
+    """Returns the error for what no writer of files leaves."""
     return DataError(
         f"a compressed file must be as it was written; got {what}. {_AGAIN}"
     )

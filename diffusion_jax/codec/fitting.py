@@ -24,11 +24,11 @@ from diffusion_jax.errors import DataError
 from diffusion_jax.schedule import Schedule, tables
 
 IMAGES = 1024
-STEPS = (5, 8, 12, 20, 30, 43)
+STEPS = (5, 8, 12, 18, 25, 36, 52)
 """Lengths of chains that are tried."""
 ENDS = 12
 """Times at which a chain may end that are tried."""
-NEAR = 0.01
+NEAR = 0.025
 """Files may be so much larger than the smallest, if the chain is better otherwise."""
 SCANNED = 48
 _NOISE = (0.02, 0.5)
@@ -96,16 +96,16 @@ def fit(
     times = _scanned(log_alpha, logsnr)
     levels = log_alpha, logsnr
     scan = _scan(denoise, *levels, times, images, alphabet, seed, batch_size, tick)
-    chains, found = {}, dict(about or {})
-    for layout, size, first in (
-        ("progressive", _symbols, _end),
-        ("archive", _information, _steps),
-    ):
-        chain, bits = _best(scan, *levels, seed, size, first)
-        chains[layout] = chain
-        found[f"predicted_{layout}"] = f"{bits:.2f}"
-    shape = tuple(int(side) for side in images.shape[1:])
-    return Profile(shape, alphabet, seed, **chains, about=found)  # type: ignore[arg-type]
+    tried = _chains(scan, *levels, seed)
+    progressive, few = _best(tried, _symbols, lambda chain: int(chain.times[0]))
+    archive, fewest = _best(tried, _information, lambda chain: chain.steps)
+    found = {
+        "predicted_progressive": f"{few:.2f}",
+        "predicted_archive": f"{fewest:.2f}",
+    }
+    height, width, channels = images.shape[1:]
+    shape, about = (height, width, channels), (about or {}) | found
+    return Profile(shape, alphabet, seed, progressive, archive, about)
 
 
 def alphabet_of(images: np.ndarray) -> np.ndarray:
@@ -167,7 +167,7 @@ def _scan(
                 "Train it again, or take an earlier checkpoint."
             )
         errors.append(np.maximum(np.square(x0 - seen).mean(axis=0), _SMALLEST))
-        code = Pixels(seen, errors[-1] ** -0.5, middles)
+        code = Pixels(seen, np.sqrt(errors[-1]), middles)
         pixels.append(bits_of(code.interval(symbols)[1]).sum(axis=1).mean())
     return Scan(times, np.array(errors), np.array(pixels))
 
@@ -181,46 +181,41 @@ def bits_of(freq: np.ndarray) -> np.ndarray:
     return -np.log2(freq / TOTAL)
 
 
+def _chains(
+    scan: Scan, log_alpha: np.ndarray, logsnr: np.ndarray, seed: int
+) -> list[tuple[Chain, float]]:
+    """Returns all chains that come into question, and the bits of an image's pixels."""
+    noise = np.exp(-0.5 * logsnr[scan.times])
+    possible = np.flatnonzero(noise[:-1] <= _NOISE[1])
+    possible = possible if len(possible) else np.arange(1)
+    picked = np.linspace(0, len(possible) - 1, ENDS).astype(int)
+    return [
+        (
+            _chain(scan, log_alpha, logsnr, int(end), steps, seed),
+            float(scan.pixels[end]),
+        )
+        for end in possible[np.unique(picked)]
+        for steps in STEPS
+    ]
+
+
 def _best(
-    scan: Scan,
-    log_alpha: np.ndarray,
-    logsnr: np.ndarray,
-    seed: int,
+    tried: list[tuple[Chain, float]],
     size: Callable[[Chain], float],
     first: Callable[[Chain], int],
 ) -> tuple[Chain, float]:
     """Returns the best chain of those with about the smallest files, and their bits.
 
     Args:
-      scan: what was measured.
-      log_alpha: of the schedule.
-      logsnr: of the schedule.
-      seed: of the symbols.
+      tried: chains, and the bits of an image's pixels.
       size: from a chain to the bits an image that its steps take.
-      first: from a chain to what has to be small in the best.
+      first: from a chain to what has to be small in the best. A progressive file has
+        its pixels late, where a cut is finer; an archive few evaluations.
     """
-    noise = np.exp(-0.5 * logsnr[scan.times])
-    possible = np.flatnonzero(noise[:-1] <= _NOISE[1])
-    possible = possible if len(possible) else np.arange(1)
-    picked = np.linspace(0, len(possible) - 1, ENDS).astype(int)
-    tried = []
-    for end in possible[np.unique(picked)]:
-        for steps in STEPS:
-            chain = _chain(scan, log_alpha, logsnr, int(end), steps, seed)
-            tried.append((chain, size(chain) + float(scan.pixels[end])))
-    least = min(bits for _, bits in tried)
-    good = [(chain, bits) for chain, bits in tried if bits <= (1 + NEAR) * least]
+    sized = [(chain, size(chain) + pixels) for chain, pixels in tried]
+    least = min(bits for _, bits in sized)
+    good = [(chain, bits) for chain, bits in sized if bits <= (1 + NEAR) * least]
     return min(good, key=lambda found: (first(found[0]), found[1]))
-
-
-def _steps(chain: Chain) -> int:
-    """Returns what an archive has to have few of: evaluations of the network."""
-    return chain.steps
-
-
-def _end(chain: Chain) -> int:
-    """Returns where a progressive file has its pixels: the later, the finer a cut."""
-    return int(chain.times[0])
 
 
 def _information(chain: Chain) -> float:
@@ -283,8 +278,7 @@ def chain_of(
     small = sigma[:-1] ** 2 * kept
     c0 = alpha[:-1] * kept
     sd = np.sqrt(small[:, None] + c0[:, None] ** 2 * errors[1:])
-    forward_sd = sigma[1:] * np.sqrt(kept)
-    fine = np.concatenate([sigma[:1], forward_sd])
+    fine = np.concatenate([sigma[:1], sigma[1:] * np.sqrt(kept)])
     fine[:-1] = np.minimum(fine[:-1], np.sqrt(small))
     chain = Chain(
         times=times,
@@ -294,11 +288,7 @@ def chain_of(
         ct=np.exp(la[:-1] - la[1:] + fall),
         small=small,
         sd=sd,
-        inverse_sd=1 / sd,
-        inverse_pixel_sd=errors[0] ** -0.5,
-        forward=alpha[1:] / alpha[:-1],
-        inverse_forward_sd=1 / forward_sd,
-        inverse_sigma=1 / sigma[:1],
+        pixel_sd=np.sqrt(errors[0]),
         delta_bits=np.maximum(0, -np.floor(np.log2(fine / _FINER))).astype(np.int64),
         chunk=np.zeros(sd.shape, np.int64),
         bits=np.zeros(len(c0), np.int64),

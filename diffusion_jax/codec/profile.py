@@ -20,6 +20,7 @@ from diffusion_jax.errors import DataError
 from diffusion_jax.storage import tensor_files
 
 FORMAT = "diffusion_jax codec profile 1"
+LAYOUTS = ("progressive", "archive")
 MOST_STEPS, MOST_BITS = 1000, 16
 MOST_DIMENSIONS = 2**24
 
@@ -41,16 +42,8 @@ class Chain(NamedTuple):
     """float64 [n], the variance of q(x_i | x_{i+1}, x0)."""
     sd: np.ndarray
     """float64 [n, D], deviation of p(x_i | x_{i+1})."""
-    inverse_sd: np.ndarray
-    """float64 [n, D], 1 / sd."""
-    inverse_pixel_sd: np.ndarray
-    """float64 [D], 1 / deviation of x0 - x0_hat(x_0)."""
-    forward: np.ndarray
-    """float64 [n], alpha_{i+1} / alpha_i."""
-    inverse_forward_sd: np.ndarray
-    """float64 [n], 1 / deviation of q(x_{i+1} | x_i)."""
-    inverse_sigma: np.ndarray
-    """float64 [1], 1 / sigma_0."""
+    pixel_sd: np.ndarray
+    """float64 [D], deviation of x0 - x0_hat(x_0)."""
     delta_bits: np.ndarray
     """int64 [n + 1]: in an archive x_i is a multiple of 2^-delta_bits."""
     chunk: np.ndarray
@@ -83,6 +76,10 @@ class Profile(NamedTuple):
     about: dict[str, str]
     """In words: "name" of the run, "weights" (sha256), "predicted_progressive" and
     "predicted_archive" (bits an image)."""
+
+    def chain(self, layout: str) -> Chain:
+        """Returns the times of one of LAYOUTS."""
+        return self.archive if layout == "archive" else self.progressive
 
     @property
     def levels(self) -> np.ndarray:
@@ -132,8 +129,8 @@ def load(path: Path) -> Profile:
 
 def _arrays(profile: Profile) -> dict[str, np.ndarray]:
     arrays = {"alphabet": profile.alphabet}
-    for layout in ("progressive", "archive"):
-        chain = getattr(profile, layout)._asdict()
+    for layout in LAYOUTS:
+        chain = profile.chain(layout)._asdict()
         arrays |= {f"{layout}.{name}": array for name, array in chain.items()}
     return arrays
 
@@ -162,11 +159,9 @@ def _checked(arrays: dict[str, np.ndarray], words: dict[str, str]) -> Profile:
         raise ValueError("an alphabet that is none")
     if not rising:
         raise ValueError("an alphabet out of order")
-    progressive, archive = (
-        _chain(arrays, layout, size) for layout in ("progressive", "archive")
-    )
+    chains = {layout: _chain(arrays, layout, size) for layout in LAYOUTS}
     seed = int(about.pop("seed"))
-    return Profile(shape, alphabet, seed, progressive, archive, about)
+    return Profile(shape, alphabet, seed, **chains, about=about)
 
 
 def _chain(arrays: dict[str, np.ndarray], layout: str, size: int) -> Chain:
@@ -176,8 +171,7 @@ def _chain(arrays: dict[str, np.ndarray], layout: str, size: int) -> Chain:
     longer, wide = (n + 1,), (n, size)
     shapes: dict[str, Any] = dict.fromkeys(Chain._fields, (n,))
     shapes |= dict.fromkeys(("times", "alpha", "sigma", "delta_bits"), longer)
-    shapes |= dict.fromkeys(("sd", "inverse_sd", "chunk"), wide)
-    shapes |= {"inverse_pixel_sd": (size,), "inverse_sigma": (1,)}
+    shapes |= {"sd": wide, "chunk": wide, "pixel_sd": (size,)}
     whole = ("times", "delta_bits", "chunk", "bits")
     for name, array in values.items():
         kind = np.int64 if name in whole else np.float64
@@ -192,7 +186,7 @@ def _chain(arrays: dict[str, np.ndarray], layout: str, size: int) -> Chain:
         raise ValueError(f"symbols of {layout} that are none")
     if chain.delta_bits.max() > 16:
         raise ValueError(f"{layout}.delta_bits outside its range")
-    for name in Chain._fields:
-        if name.startswith("inverse") and values[name].min() <= 0:
+    for name in ("alpha", "sigma", "small", "sd", "pixel_sd"):
+        if values[name].min() <= 0:
             raise ValueError(f"{layout}.{name} outside its range")
     return chain

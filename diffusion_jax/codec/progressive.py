@@ -18,35 +18,23 @@ network is least sure come first. All is one string of bits: step by step, of al
 each, so that whatever is cut off, is cut off all alike.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
 from diffusion_jax.codec import container, noise, ranges, steps
 from diffusion_jax.codec.bins import Pixels
 from diffusion_jax.codec.certified import NONE, ONE, Denoise64, joined
+from diffusion_jax.codec.container import Decoded
 from diffusion_jax.codec.profile import Chain, Profile
 from diffusion_jax.codec.steps import UNIT, Tick, View
-from diffusion_jax.errors import DataError, raise_unknown
+from diffusion_jax.errors import raise_unknown
 
 Rule = Literal["max", "mrc", "orc"]
 Show = Literal["mean", "sample", "flow"]
 RULES, SHOWS = ("max", "mrc", "orc"), ("mean", "sample", "flow")
 _SLAB = 2**22
 """Numbers of a table of noise that are looked at together."""
-
-
-class Decoded(NamedTuple):
-    """What was in a file, as far as it goes."""
-
-    images: np.ndarray
-    """uint8 [N, H, W, C]."""
-    whole: bool
-    """Whether the file was; if so, they are exact."""
-    depth: np.ndarray
-    """int64 [N]: steps of the chain that were left out for each image."""
-    exact: int
-    """Pixel values that are known to be exact, of all images together."""
 
 
 def encode(
@@ -142,16 +130,13 @@ def decode(
     file = container.opened(data, profile)
     size = int(np.prod(profile.shape))
     if file.layout == "raw":
-        images = container.raw(file, profile)
-        return Decoded(images, True, np.zeros(file.number, np.int64), images.size)
+        return container.raw(file, profile)
+    if file.layout != "progressive":
+        raise container.of_layout("progressive", file)
     chain = profile.progressive
     steps_end = file.number * int(planes(chain)[-1])
-    if file.layout != "progressive" or 8 * file.length < steps_end:
-        raise DataError(
-            "a progressive file must have all symbols of its images; got "
-            f"{file.layout}, {file.length:,} bytes for {file.number:,} images. It is "
-            "damaged: copy it again."
-        )
+    if 8 * file.length < steps_end:
+        raise container.damaged(f"{file.length:,} bytes for all symbols of its images")
     there = 8 * len(file.payload)
     used = there if bits is None else min(bits, there)
     view = View(profile, chain, denoise, batch_size, file.listed, tick=tick)
@@ -169,10 +154,9 @@ def decode(
         exact = _read_pixels(profile, stream[steps_end:], clean, flat)
     flat.reshape(-1)[file.place] = file.value
     images = flat.reshape(-1, *profile.shape)
-    whole = file.whole and used == there
-    if whole:
-        container.check(images, file)
-    return Decoded(images, whole, depth, exact)
+    if file.whole and used == there:
+        return container.checked(images, file)
+    return Decoded(images, False, depth, exact)
 
 
 def planes(chain: Chain) -> np.ndarray:
@@ -318,14 +302,13 @@ def _shown(
 
 def _order(profile: Profile) -> np.ndarray:
     """Returns the dimensions, those of the largest error first."""
-    return np.argsort(profile.progressive.inverse_pixel_sd, kind="stable")
+    return np.argsort(-profile.progressive.pixel_sd, kind="stable")
 
 
 def _pixels(profile: Profile, clean: np.ndarray, d: int) -> Pixels:
     """Returns the distribution of dimension d of all images, [N, 1]."""
     mean = np.multiply(clean[:, d : d + 1], 1 / ONE)
-    inverse = profile.progressive.inverse_pixel_sd[d : d + 1]
-    return Pixels(mean, inverse, profile.middles)
+    return Pixels(mean, profile.progressive.pixel_sd[d : d + 1], profile.middles)
 
 
 def _write_pixels(profile: Profile, symbols: np.ndarray, clean: np.ndarray) -> bytes:

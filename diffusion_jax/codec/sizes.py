@@ -8,11 +8,9 @@ from diffusion_jax.codec import steps
 from diffusion_jax.codec.bins import Pixels
 from diffusion_jax.codec.certified import ONE, Denoise64
 from diffusion_jax.codec.fitting import bits_of
-from diffusion_jax.codec.profile import Profile
+from diffusion_jax.codec.profile import LAYOUTS, Profile
 from diffusion_jax.codec.steps import Tick, View
 from diffusion_jax.errors import raise_unknown
-
-LAYOUTS = ("progressive", "archive")
 
 
 class Sizes(NamedTuple):
@@ -61,7 +59,7 @@ def sizes(
     """
     if layout not in LAYOUTS:
         raise_unknown("layout", layout, LAYOUTS)
-    chain, parts = getattr(profile, layout), steps.split(profile, images)
+    chain, parts = profile.chain(layout), steps.split(profile, images)
     x0 = profile.levels[parts.symbols]
     view = View(profile, chain, denoise, batch_size, tick=tick)
     every = np.arange(len(x0))
@@ -79,9 +77,9 @@ def sizes(
         x, clean = seen(i + 1)
         apart = chain.c0[i] * x0 + chain.ct[i] * x - steps.mean(chain, i, x, clean)
         ratio = chain.small[i] / chain.sd[i] ** 2
-        terms = ratio - 1 - np.log(ratio) + (apart * chain.inverse_sd[i]) ** 2
+        terms = ratio - 1 - np.log(ratio) + (apart / chain.sd[i]) ** 2
         rates.append(0.5 * terms.sum(axis=1) / np.log(2))
     clean = seen(0)[1]
-    code = Pixels(clean / ONE, chain.inverse_pixel_sd, profile.middles)
+    code = Pixels(clean / ONE, chain.pixel_sd, profile.middles)
     pixels = bits_of(code.interval(parts.symbols)[1]).sum(axis=1)
     return Sizes(prior / np.log(2), np.array(rates), pixels)

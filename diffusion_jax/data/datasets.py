@@ -34,6 +34,7 @@ __all__ = [
     "Dataset",
     "batch_at",
     "batch_indices",
+    "choose",
     "host_slice",
     "load",
 ]
@@ -155,6 +156,15 @@ def load(
         images, labels = idx(argument)
     images = _fit(images, image_size, fit, channels, source)
     return Dataset(images, labels, source, classes)
+
+
+def choose(available: int, most: int | None, seed: int) -> np.ndarray:
+    """Returns the indices of a random choice of images, in order: at most `most`."""
+    count = min(available, most or available)
+    if count == available:
+        return np.arange(available)
+    rng = np.random.default_rng(seed)
+    return np.sort(rng.choice(available, count, replace=False))
 
 
 def held_out(dataset: Dataset, share: float) -> tuple[Dataset, Dataset]:

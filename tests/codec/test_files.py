@@ -1,5 +1,7 @@
 """Files: the same on every machine and for ever, and refused where they are damaged."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import codec_toys
@@ -7,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax import continuous
+from diffusion_jax import continuous, schedule
 from diffusion_jax.codec import archive, container, fitting, progressive
 from diffusion_jax.codec import profile as profiles
 from diffusion_jax.errors import DataError
-from diffusion_jax.lab.coding import pixels
+from diffusion_jax.lab.coding import files, pixels
 from diffusion_jax.storage import tensor_files
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -30,7 +32,7 @@ def encoded(layout, profile, denoise, images, **options):
 
 def decoded(layout, profile, denoise, data, **options):
     if layout == "archive":
-        return archive.decode(profile, denoise, data, **options)
+        return archive.decode(profile, denoise, data, **options).images
     return progressive.decode(profile, denoise, data, **options).images
 
 
@@ -114,10 +116,8 @@ def damage(layout, profile, denoise, images, data, seeds):
     for seed in seeds:
         bad = damaged(np.random.default_rng(seed), data)
         try:
-            if layout == "archive":
-                got, whole = archive.decode(profile, denoise, bad), True
-            else:
-                got, whole = progressive.decode(profile, denoise, bad)[:2]
+            read = archive if layout == "archive" else progressive
+            got, whole = read.decode(profile, denoise, bad)[:2]
         except ValueError as error:
             said = str(error)
             refused += 1
@@ -191,20 +191,19 @@ def test_a_file_belongs_to_a_profile(refuses):
         progressive.decode(profile, denoise, stack)
     bad = bytearray(data)
     bad[-1] ^= 1
+    with refuses("16,777,217 images"):
+        many = head(2**24 + 1, identity=profile.identity)
+        container.opened(many, profile)
     with refuses("others by their CRC-32"):
         progressive.decode(profile, denoise, bytes(bad))
 
 
-def test_groups_that_cannot_be_are_refused(refuses):
+def test_stacks_that_cannot_be_are_refused(refuses):
     profile, denoise, images = toy()
     file = container.opened(archive.encode(profile, denoise, images), profile)
-    for payload, got in (
-        (b"\x00" + file.payload[1:], "0 groups"),
-        (b"\x06" + file.payload[1:], "6 groups of 5 images"),
-        (file.payload + b"\x00", "bytes where its groups have"),
-    ):
-        with refuses(got):
-            archive.stacks_of(file._replace(payload=payload), profile)
+    for payload in (file.payload[:4], file.payload + b"\x00"):
+        with refuses(f"a payload of {len(payload)} bytes"):
+            archive.stack_of(file._replace(payload=payload), profile)
 
 
 def test_images_of_another_kind_are_refused(refuses):
@@ -214,6 +213,7 @@ def test_images_of_another_kind_are_refused(refuses):
         (images.astype(np.float32), "float32 of 4x4x1"),
         (images[:, :2], "uint8 of 2x4x1"),
         (images[:0], "0 images"),
+        (np.broadcast_to(images[:1], (2**24 + 1, *SHAPE)), "16,777,217 images"),
     ):
         with refuses(got):
             progressive.encode(profile, denoise, bad)
@@ -238,7 +238,7 @@ def test_a_profile_is_read_as_it_was_written_or_refused(tmp_path):
         ("archive.chunk", 0 * stored.arrays["archive.chunk"] + 1),
         ("progressive.bits", stored.arrays["progressive.bits"] + 17),
         ("progressive.c0", np.nan * stored.arrays["progressive.c0"]),
-        ("archive.inverse_sd", 0 * stored.arrays["archive.inverse_sd"]),
+        ("archive.pixel_sd", 0 * stored.arrays["archive.pixel_sd"]),
         ("archive.delta_bits", 99 + stored.arrays["archive.delta_bits"]),
         ("alphabet", stored.arrays["alphabet"][::-1]),
     ):
@@ -285,8 +285,73 @@ def test_symbols_share_the_information_and_none_is_empty():
     assert loads.max() < 1.2 * loads.min()
 
 
+def test_the_chain_is_chosen_by_size_and_then_by_what_matters():
+    fake = codec_toys.gaussian(0.2, [20, 190], (2, 2, 1))[0].archive
+    sized = [(fake._replace(times=np.array([t])), bits) for t, bits in SIZED]
+    chain, bits = fitting._best(sized, lambda chain: 0.0, lambda c: int(c.times[0]))
+    # 30 is smaller than any, 10 too large, and of the two at 20 the smaller is taken.
+    assert (chain.times[0], bits) == (20, 101.0)
+
+
+SIZED = [(10, 103.0), (20, 102.0), (20, 101.0), (30, 100.0)]
+
+
+def test_times_share_the_information_equally_and_begin_in_noise():
+    log_alpha, logsnr = map(np.asarray, schedule.tables(schedule.cosine(4000)))
+    scale, times = 0.4, fitting._scanned(log_alpha, logsnr)
+    # All but 10^-4 bits a dimension, of x0 = 1, is gone where a chain begins.
+    left = np.exp(2 * log_alpha[times[-1] - 1 : times[-1] + 1]) / (2 * np.log(2))
+    assert left[0] > 1e-4 * 0.98 > left[1] * 0.97
+    errors = scale**2 / (1 + scale**2 * np.exp(logsnr[times]))
+    scan = fitting.Scan(times, np.repeat(errors[:, None], 30, 1), np.zeros(len(times)))
+    chain = fitting._chain(scan, log_alpha, logsnr, 3, 8, 0)
+    rates = fitting.rates_of(chain).sum(axis=1)
+    np.testing.assert_allclose(rates, rates.mean(), rtol=0.02)
+    # A symbol has at most 10 bits of information, and two more than it has of it.
+    each = rates / chain.chunks
+    assert (each <= 10).all()
+    assert (chain.chunks == np.ceil(rates / 10)).all()
+    assert (np.abs(chain.bits - each - 2) <= 0.5).all()
+
+
+def test_what_a_cut_leaves_is_told_by_the_errors_of_the_profile():
+    scale = np.array([0.3, 0.05, 0.2, 0.1])
+    profile, _ = codec_toys.gaussian(scale, [20, 90, 190], (2, 2, 1))
+    snr = codec_toys.SNR[profile.archive.times][:, None]
+    wanted = 127.5 * np.sqrt((1 / (1 / scale**2 + snr)).mean(axis=1))
+    np.testing.assert_allclose(files.rmse(profile.archive), wanted)
+
+
 def save(path, pixels_, mode):
     Image.fromarray(np.asarray(pixels_, np.uint8)).convert(mode).save(path)
+
+
+def png_of_16_bits():
+    """An RGB image, which Pillow opens as one of 8 bits."""
+    rows = b"".join(b"\0" + bytes(range(24)) for _ in range(4))
+    header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
+    out = b"\x89PNG\r\n\x1a\n"
+    for kind, data in (
+        (b"IHDR", header),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ):
+        check = zlib.crc32(kind + data)
+        out += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+    return out
+
+
+def animated(path, grey):
+    first, second = (Image.fromarray(np.uint8(one)) for one in (grey, 255 - grey))
+    first.save(path, save_all=True, append_images=[second])
+
+
+def test_a_photograph_is_turned_as_it_says(tmp_path):
+    grey, exif = np.arange(12, dtype=np.uint8).reshape(3, 4), Image.Exif()
+    exif[0x0112] = 6  # a quarter turn to the right
+    Image.fromarray(grey).save(tmp_path / "a.png", exif=exif)
+    got = pixels.read([tmp_path], (4, 3, 1))
+    np.testing.assert_array_equal(got[0, ..., 0], np.rot90(grey, -1))
 
 
 def test_image_files_are_read_as_they_are_or_not_at_all(tmp_path):
@@ -308,6 +373,8 @@ def test_image_files_are_read_as_they_are_or_not_at_all(tmp_path):
         (lambda: save(bad, grey[:3], "L"), "3x4 pixels"),
         (lambda: Image.fromarray(grey.astype(np.uint16)).save(bad), "mode I;16"),
         (lambda: Image.new("LA", (4, 4), (5, 9)).save(bad), "transparent"),
+        (lambda: bad.write_bytes(png_of_16_bits()), "mode RGB, 16 bits"),
+        (lambda: animated(bad, grey), "several frames"),
         (lambda: bad.write_bytes(b"no image"), "cannot identify"),
         (lambda: bad.unlink(), "No such file"),
     ):

@@ -10,6 +10,7 @@ from diffusion_jax.codec import fitting
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError, DataError
 from diffusion_jax.lab.coding import coder, files
+from diffusion_jax.lab.schema.config import Config, replace
 from diffusion_jax.lab.trained import exact
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.training import parallel
@@ -59,15 +60,18 @@ def test_files_and_folders_go_in_and_come_out(fitted, tmp_path, capsys):
     cut = tmp_path / "cut.ddpx"
     cut.write_bytes(out.read_bytes()[:-9])
     npz = tmp_path / "x.npz"
-    for name, flags in (
-        ("cut.ddpx", []),
-        ("x.ddpx", ["--rate", "0.3", "--show", "flow"]),
-        ("x.ddpx", ["--bytes", "4", "--show", "sample"]),
+    network = coder.load(coder.opened(str(fitted), None, Weights()))
+    for name, flags, bits, show in (
+        ("cut.ddpx", [], None, "mean"),
+        ("x.ddpx", ["--rate", "0.3", "--show", "flow"], int(0.3 * 3 * 64), "flow"),
+        ("x.ddpx", ["--bytes", "4", "--show", "sample"], 32, "sample"),
     ):
         where = [str(tmp_path / name), "--out", str(npz)]
         assert codec.main(["decompress", *where, *run, *few, *flags]) == 0
         assert "lossy: a part of the file" in capsys.readouterr().out
-        assert np.load(npz)["images"].shape == digits.shape
+        data = (tmp_path / name).read_bytes()
+        wanted = files.decompress(network, data, bits=bits, show=show, batch_size=4)
+        np.testing.assert_array_equal(np.load(npz)["images"], wanted.images)
     assert codec.main(["inspect", str(cut), *run]) == 0
     assert "cut" in capsys.readouterr().out
     assert codec.main(["inspect", str(out)]) == 0
@@ -92,7 +96,7 @@ def test_an_archive_of_the_runs_own_images_is_read_on_other_devices(
     wanted = datasets.load("digits").images[chosen]
     np.testing.assert_array_equal(np.load(npz)["images"], wanted)
     # All eight devices share a batch.
-    got = files.decompress(coder.load(network), packed.data, batch_size=64)
+    got = files.decompress(coder.load(network), packed, batch_size=64)
     assert got.whole
     np.testing.assert_array_equal(got.images, images)
 
@@ -154,6 +158,20 @@ def test_a_profile_and_its_weights_belong_together(fitted, trained):
     with pytest.raises(ConfigError, match="codec fit"):
         coder.load(coder.opened(str(fitted), None, Weights()))
     (fitted / "aside").rename(moved)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "got"),
+    [
+        ("net", {"classes": 3}, "3 classes"),
+        ("diffusion", {"schedule": "learned"}, "a learned schedule"),
+    ],
+)
+def test_networks_of_another_kind_are_refused(part, value, got, monkeypatch):
+    config = replace(Config(), part, **value)
+    monkeypatch.setattr(coder.opening, "opened", lambda *a, **k: (None, config))
+    with pytest.raises(ConfigError, match=f"must have no classes.*; got {got}"):
+        coder.opened("x", None, Weights())
 
 
 def test_files_and_profiles_stay_when_others_are_made(fitted, tmp_path, capsys):

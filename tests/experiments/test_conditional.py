@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from small_run import SMALL
 
+from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.measure import bound
 from diffusion_jax.lab.run_folder import runs
@@ -74,7 +75,7 @@ def test_the_bound_is_of_the_image_with_its_label(labelled, tmp_path):
     drawable = extras.load(config, labelled, weights.Weights())[0]
     dataset = build.load_data(config)
     wrong = dataset._replace(labels=(dataset.labels + 1) % 10)
-    chosen = bound.choose(len(dataset.images), 8, 0)
+    chosen = datasets.choose(len(dataset.images), 8, 0)
     for make, options in (
         (bound.evaluate, {}),
         (bound.evaluate_ode, {"tolerance": 1e-2}),

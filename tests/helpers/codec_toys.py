@@ -109,10 +109,10 @@ def bound_of_five(profile, denoise, chain):
         terms = ratio - 1 - np.log(ratio) + apart**2 / spread
         total += 0.5 * (terms * weight).sum(axis=1) / np.log(2)
     x, weight = quadrature(chain.times[0])
-    seen, inverse = denoise(x, chain.times[0]), chain.inverse_pixel_sd[0]
+    seen, sd = denoise(x, chain.times[0]), chain.pixel_sd[0]
     middles = np.concatenate([[-np.inf], profile.middles, [np.inf]])
-    upper = _phi((middles[1:, None] - seen) * inverse)
-    lower = _phi((middles[:-1, None] - seen) * inverse)
+    upper = _phi((middles[1:, None] - seen) / sd)
+    lower = _phi((middles[:-1, None] - seen) / sd)
     mass = np.maximum(upper - lower, 2.0**-24)
     return total - (np.log2(mass) * weight).sum(axis=1)
 

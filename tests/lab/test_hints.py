@@ -64,7 +64,7 @@ def flags_of(command):
     kinds = {
         "train": [arguments.Training],
         "edit": list(edit.COMMANDS.values()),
-        "codec": [kind for kind, _ in codec.COMMANDS.values()],
+        "codec": list(codec.COMMANDS.values()),
         "runs": list(listing.COMMANDS.values()),
     }
     if command not in kinds:

@@ -112,7 +112,7 @@ def test_what_a_command_did_not_write_stays(line, trained, tmp_path, monkeypatch
 def test_every_path_that_a_command_takes_is_one_of_these():
     kinds = [("edit", kind) for kind in edit.COMMANDS.values()]
     kinds.append(("edit", edit_options.Shared))
-    kinds += [("codec", kind) for kind, _ in codec.COMMANDS.values()]
+    kinds += [("codec", kind) for kind in codec.COMMANDS.values()]
     for file in Path(experiments.__file__).parent.glob("[!_]*.py"):
         module = importlib.import_module(f"experiments.{file.stem}")
         if hasattr(module, "Options"):

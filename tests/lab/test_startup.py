@@ -49,7 +49,7 @@ def test_commands_load_what_is_slow_only_where_they_use_it():
     assert len(COMMANDS) >= 15
     assert "jax" in loaded
     assert not loaded & set(SLOW.split())
-    for name in ("train", "edit"):
+    for name in ("train", "edit", "codec"):
         assert "flax" not in loaded_by(f"import experiments.{name}")
 
 

@@ -21,10 +21,25 @@ CODEC = [
     Breakage(
         "rans-low-bits-come-back",
         "diffusion_jax/codec/rans.py",
-        "return ((x ^ (x >> np.uint64(31))) & _MASK).reshape(rows, lanes)",
-        "return (0 * x).reshape(rows, lanes)",
+        "return (x ^ (x >> np.uint64(31))) & _MASK",
+        "return 0 * x",
         "tests/codec/test_coders.py"
         "::test_noise_that_is_popped_is_uniform_and_no_copy_of_what_was_pushed",
+    ),
+    Breakage(
+        "rans-heads-begin-alike",
+        "diffusion_jax/codec/rans.py",
+        "heads = rng.integers(LOW, 2 * LOW, lanes, dtype=np.uint64)",
+        "heads = np.full(lanes, LOW, np.uint64)",
+        "tests/codec/test_coders.py::test_a_stack_begins_random",
+    ),
+    Breakage(
+        "codec-fit-the-largest-file",
+        "diffusion_jax/codec/fitting.py",
+        "(first(found[0]), found[1])",
+        "(first(found[0]), -found[1])",
+        "tests/codec/test_files.py"
+        "::test_the_chain_is_chosen_by_size_and_then_by_what_matters",
     ),
     Breakage(
         "container-pixels-unchecked",

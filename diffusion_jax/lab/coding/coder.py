@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from diffusion_jax.codec import container, fitting
+from diffusion_jax.codec import fitting
 from diffusion_jax.codec import profile as profiles
 from diffusion_jax.codec.certified import Denoise64
 from diffusion_jax.codec.profile import Profile
+from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError, DataError
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.config import Config
@@ -82,13 +83,12 @@ def fit(network: Network, *, count: int = fitting.IMAGES, seed: int = 0) -> Code
     """
     config, run = network.config, network.run
     dataset = build.load_data(config)
-    rng = np.random.default_rng(seed)
-    count = min(count, len(dataset.images))
-    chosen = np.sort(rng.choice(len(dataset.images), count, replace=False))
-    images = np.asarray(dataset.images[chosen])
+    images = np.asarray(
+        dataset.images[datasets.choose(len(dataset.images), count, seed)]
+    )
     about = {"name": config.name, "weights": network.drawable.sha256}
     levels = build.chain_schedule(config, network.drawable.params)
-    with bar("measuring", count * fitting.SCANNED) as tick:
+    with bar("measuring", len(images) * fitting.SCANNED) as tick:
         profile = fitting.fit(
             _in_float32(network), levels, images, about=about, seed=seed, tick=tick
         )
@@ -139,22 +139,16 @@ def load(network: Network, identity: bytes | None = None) -> Coder:
     return Coder(network, profile, exact.denoise64(network.config, network.drawable))
 
 
-def of_file(path: Path, data: bytes, name: str | None, output: str = "runs") -> str:
-    """Returns the run that a file was made with.
+def of_profile(identity: bytes, output: str = "runs") -> str:
+    """Returns the run that files were made with.
 
     Args:
-      path: of the file.
-      data: its bytes.
-      name: of the run, where it is given.
-      output: the folder of runs to look through, where it is not.
+      identity: of its profile.
+      output: the folder of runs to look through.
 
     Raises:
       ConfigError: no run there has the profile.
-      DataError: no such file.
     """
-    identity = container.opened(data).identity
-    if name is not None:
-        return name
     stem, _, ending = NAME.partition(".")
     for known in sorted(Path(output).glob(f"*/{stem}*.{ending}")):
         try:
@@ -163,7 +157,7 @@ def of_file(path: Path, data: bytes, name: str | None, output: str = "runs") -> 
         except DataError:
             continue
     raise ConfigError(
-        f"the run that {path} was made with must be in {output}/; got none with the "
+        f"the run that the file was made with must be in {output}/; got none with the "
         f"profile {identity.hex()}. Name it with --run."
     )
 

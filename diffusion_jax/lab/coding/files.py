@@ -1,26 +1,16 @@
 """Images to compressed files and back, and what a file says, by a run as a codec."""
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
 from diffusion_jax.codec import archive, container, progressive
+from diffusion_jax.codec.container import Decoded
 from diffusion_jax.codec.profile import Chain, Profile
-from diffusion_jax.codec.progressive import Decoded, Rule, Show
+from diffusion_jax.codec.progressive import Rule, Show
 from diffusion_jax.lab.coding.coder import Coder, bar
 
 Layout = Literal["progressive", "archive"]
-
-
-class Packed(NamedTuple):
-    """A compressed file, and what is to be said of it."""
-
-    data: bytes
-    layout: str
-    """As asked for, or "raw" where plain pixels are smaller."""
-    outside: int
-    """Pixel values outside the alphabet, of which each takes some 3 bytes."""
-    bits_per_dim: float
 
 
 def compress(
@@ -31,7 +21,7 @@ def compress(
     rule: Rule = "max",
     seed: int = 0,
     batch_size: int = 64,
-) -> Packed:
+) -> bytes:
     """Returns the file of some images, uint8 [N, H, W, C].
 
     Args:
@@ -40,27 +30,24 @@ def compress(
       layout: one that may be cut anywhere, or one for many images that is smaller.
       rule: of a progressive file, how noise is chosen.
       seed: of what is random.
-      batch_size: images at a time.
+      batch_size: images at a time, of a progressive file.
 
     Raises:
       DataError: images of another shape or type, or none.
     """
     profile, denoise = coder.profile, coder.denoise
-    with bar("compressing", _evaluations(profile, layout, len(images))) as tick:
+    with bar("compressing", len(images) * len(profile.chain(layout).times)) as tick:
         if layout == "archive":
-            data = archive.encode(profile, denoise, images, seed=seed, tick=tick)
-        else:
-            data = progressive.encode(
-                profile,
-                denoise,
-                images,
-                rule=rule,
-                seed=seed,
-                batch_size=batch_size,
-                tick=tick,
-            )
-    file = container.opened(data, profile)
-    return Packed(data, file.layout, len(file.place), 8 * len(data) / images.size)
+            return archive.encode(profile, denoise, images, seed=seed, tick=tick)
+        return progressive.encode(
+            profile,
+            denoise,
+            images,
+            rule=rule,
+            seed=seed,
+            batch_size=batch_size,
+            tick=tick,
+        )
 
 
 def decompress(
@@ -80,18 +67,17 @@ def decompress(
       bits: of a progressive file's payload to look at; all when not given.
       show: what stands for missing bits, see `progressive.decode`.
       seed: of what is random.
-      batch_size: images at a time.
+      batch_size: images at a time, of a progressive file.
 
     Raises:
       DataError: no such file, another run's, or damaged.
     """
     profile, denoise = coder.profile, coder.denoise
     file = container.opened(data, profile)
-    total = _evaluations(profile, file.layout, file.number)
+    total = file.number * len(profile.chain(file.layout).times)
     with bar("decompressing", total) as tick:
         if file.layout == "archive":
-            images = archive.decode(profile, denoise, data, tick=tick)
-            return Decoded(images, True, np.zeros(file.number, np.int64), images.size)
+            return archive.decode(profile, denoise, data, tick=tick)
         return progressive.decode(
             profile,
             denoise,
@@ -102,11 +88,6 @@ def decompress(
             batch_size=batch_size,
             tick=tick,
         )
-
-
-def number(data: bytes, profile: Profile) -> int:
-    """Returns how many images a file holds."""
-    return container.opened(data, profile).number
 
 
 def in_words(data: bytes, profile: Profile | None) -> list[str]:
@@ -164,12 +145,5 @@ def rmse(chain: Chain) -> np.ndarray:
     The root of the mean square over the images that the profile was measured on.
     """
     above = (chain.sd**2 - chain.small[:, None]) / chain.c0[:, None] ** 2
-    errors = np.concatenate([chain.inverse_pixel_sd[None] ** -2, above])
+    errors = np.concatenate([chain.pixel_sd[None] ** 2, above])
     return np.asarray(127.5 * np.sqrt(errors.mean(axis=1)))
-
-
-def _evaluations(profile: Profile, layout: str, count: int) -> int:
-    if layout == "raw":
-        return 0
-    chain: Chain = getattr(profile, layout)
-    return count * len(chain.times)

@@ -41,15 +41,6 @@ class Sums:
         self.mse += host.mse[:, :count].sum(axis=1)
 
 
-def choose(available: int, most: int | None, seed: int) -> np.ndarray:
-    """Returns the indices of the images to evaluate, in order: at most `most`."""
-    count = min(available, most or available)
-    if count == available:
-        return np.arange(available)
-    rng = np.random.default_rng(seed)
-    return np.sort(rng.choice(available, count, replace=False))
-
-
 def mean(totals: np.ndarray) -> tuple[float, float | None]:
     """Returns the mean and its standard error; None where there is one image."""
     count = len(totals)

@@ -52,10 +52,10 @@ def compare(
         mosaic, or what came back was something else.
     """
     sizes = formats_compared.lossless(images)  # refuses too many before all else
-    packed = files.compress(run, images, layout="archive").data
+    packed = files.compress(run, images, layout="archive")
     files.decompress(run, packed)  # or it is refused
-    cut = files.compress(run, few).data
-    each = [len(files.compress(run, one[None], batch_size=1).data) for one in few[:FEW]]
+    cut = files.compress(run, few)
+    each = [len(files.compress(run, one[None], batch_size=1)) for one in few[:FEW]]
     mine = [
         Size("this run, an archive of all", len(packed) / len(images)),
         Size(f"this run, a file of {len(few)} to be cut", len(cut) / len(few)),

@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple
 import docstring_parser
 import tyro
 
+from diffusion_jax.errors import raise_unknown
+
 HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 WIDTH, COLUMN = 80, 31
 """Characters of a line of `--help`, and where the texts of its flags begin."""
@@ -66,6 +68,32 @@ def overview(prog: str, text: str, commands: Mapping[str, type]) -> str:
             said, WIDTH - 2, initial_indent="  ", subsequent_indent=" " * 18
         )
     return "\n".join([*lines, "", f"flags of one: {prog} {[*commands][-1]} --help"])
+
+
+def of_several(
+    args: Sequence[str], prog: str, text: str, commands: Mapping[str, type]
+) -> tuple[str, Any]:
+    """Returns the name of the command that is named first, and its options.
+
+    Args:
+      args: the arguments.
+      prog: how the program is called.
+      text: what it does.
+      commands: the dataclass of the flags of each.
+
+    Raises:
+      ConfigError: no such command.
+      SystemExit: `--help`, or a flag that does not exist or has another type.
+    """
+    name, *rest = args or HELP[1:]
+    if asked([name]):
+        print(overview(prog, text, commands))
+        raise SystemExit(0)
+    if name not in commands:
+        raise_unknown("the command", name, tuple(commands))
+    kind = commands[name]
+    prog = f"{prog} {name}"
+    return name, read(kind, args=rest, prog=prog, description=kind.__doc__)
 
 
 def asked(args: Sequence[str]) -> bool:
