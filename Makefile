@@ -50,7 +50,7 @@ codec: $(READY)  ## compress the images of EXP, beside PNG, WebP and JPEG XL
 	$(PY) -m experiments.codec compare $(RUN) $(ARGS)
 
 test: $(READY)  ## run all tests and doctests
-	$(PY) -m pytest -n 3 --dist loadfile $(ARGS)
+	$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 torture: $(READY)  ## kill runs, fill their disks, damage their files: 40 minutes
 	$(PY) -m tests.torture $(ARGS)

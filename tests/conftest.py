@@ -1,10 +1,12 @@
 """Strict JAX for every test: CPU, eight fake devices, no implicit rank promotion."""
 
 import contextlib
+import gc
 import itertools
 import os
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +23,8 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 import small_run
+from jax._src.interpreters import mlir
+from jax._src.lib.mlir import ir
 
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.wiring import chains, learning
@@ -32,6 +36,11 @@ os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(
 )
 
 MAPS, TESTS = Path("/proc/self/maps"), itertools.count()
+# Files that take longest begin first, and of these the ones that wait for processes:
+# one that began last would have all others wait for it. The rest go as they stand.
+LONGEST = """test_hosts test_kill test_family test_eval test_conditional test_notebook
+test_train test_types test_ablation test_bench test_edit test_resume test_unet_training
+test_parallel test_scheduler_parity test_stopping test_rules test_durability""".split()
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "jax"
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -42,6 +51,40 @@ jax.config.update("jax_traceback_in_locations_limit", 0)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_disable_most_optimizations", True)
+
+
+def reused(make: Callable[[], object]) -> Callable[[], object]:
+    """Makes contexts that serve ten programs each, as JAX 0.11 does by itself.
+
+    To make one takes longer than to write down a small program. A program within
+    another has one of its own, or its module would become a part of the other's.
+    """
+    local = threading.local()
+
+    def context() -> object:
+        if ir.Context.current is not None:
+            return make()
+        local.used = getattr(local, "used", -1) + 1
+        if local.used % 10 == 0:
+            local.kept = make()
+        return local.kept
+
+    return context
+
+
+if jax.__version_info__ < (0, 11):
+    mlir.make_ir_context = reused(mlir.make_ir_context)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    # A million objects of modules need not be looked through, nor ever so often.
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -133,7 +176,11 @@ def refuses() -> Callable[[str], contextlib.AbstractContextManager]:
             yield
         message = str(caught.value)
         assert re.search(r"\bmust\b.*; got .+\. .+[.?]$", message, re.S), message
-        assert got in message.partition("; got ")[2], message
+        said = message.partition("; got ")[2]
+        assert got in said, message
+        if re.fullmatch(r"-?\d+(\.\d+)?", got):  # a number by itself, not a part of one
+            alone = rf"(?<![\w.-]){re.escape(got)}(?!\w|\.\d)"
+            assert re.search(alone, said.partition(". ")[0].rstrip(".")), message
 
     return context
 

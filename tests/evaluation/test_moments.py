@@ -73,8 +73,16 @@ def test_reference_statistics_are_read_ours_and_others(tmp_path):
 
 def test_other_files_are_refused(tmp_path, refuses):
     path = moments.save(streamed(features(dimension=3), 100), tmp_path / "x.npz")
-    path.write_bytes(path.read_bytes()[:600])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:600])
     with refuses("File is not a zip file"):
+        moments.load_reference(path)
+    at = whole.index(b"\x93NUMPY", whole.index(b"mu.npy")) + 130
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    with refuses("Bad CRC-32"):
+        moments.load_reference(path)
+    np.savez(path, mu=np.array([None, None]), sigma=np.eye(2))
+    with refuses("Object arrays cannot be loaded"):
         moments.load_reference(path)
     np.savez(path, pool_3=np.zeros((5, 3)))
     with refuses("no mu and no sigma"):

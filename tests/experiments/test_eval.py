@@ -380,8 +380,8 @@ def test_inception_is_used_where_its_weights_are(run, tmp_path, monkeypatch):
 
     def apply(self, variables, images):
         assert (self.preprocessing, images.dtype) == ("tensorflow", np.uint8)
-        total = sum(leaf.sum() / leaf.size for leaf in jax.tree.leaves(variables))
-        told = total * images.astype(np.float32).mean(axis=(1, 2, 3))[:, None]
+        first = jax.tree.leaves(variables)[0].mean()
+        told = first * images.astype(np.float32).mean(axis=(1, 2, 3))[:, None]
         return told * np.ones((1, 2048)), told * np.arange(1008)[None]
 
     monkeypatch.setattr(inception.Inception, "apply", apply)

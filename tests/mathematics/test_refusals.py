@@ -30,6 +30,7 @@ LIN, TEN, VP = schedule.linear(), schedule.linear(10), continuous.vp()
 # Chains that do not preserve variance, one in real time and one in steps.
 VE, NOISY = continuous.ve(), continuous.discretize(continuous.ve(), 9)
 KEY, KEYS = jax.random.key(0), jax.random.split(jax.random.key(0), 3)
+OLD = jax.random.PRNGKey(0)
 X, NOW, THEN = jnp.ones([2, 3]), LIN(500), LIN(499)
 PRED = gaussian.Prediction(X, X)
 IMAGE, LABEL, TIMES = jnp.zeros([3, 2, 2, 1]), jnp.zeros(3, int), jnp.ones(3, int)
@@ -112,6 +113,7 @@ REFUSED = {
                 (0.1, "shape ()"),
                 ([[0.1]], "shape (1, 1)"),
                 ([0.0, 0.1], "from 0 to 0.1"),
+                ([-0.1, 0.1], "from -0.1"),
                 ([1.0, 0.1], "to 1"),
                 ([0.1, 1.5], "to 1.5"),
                 ([0.1, np.nan], "nan"),
@@ -135,6 +137,7 @@ REFUSED = {
         (lambda: continuous.vp(beta_min=0.0), "0.0"),
         (lambda: continuous.sub_vp(beta_min=3.0, beta_max=2.0), "3.0"),
         (lambda: continuous.ve(sigma_min=2.0, sigma_max=1.0), "2.0"),
+        (lambda: continuous.ve(sigma_min=0.0), "0.0"),
         (lambda: continuous.cosine(logsnr_min=5.0, logsnr_max=5.0), "5.0"),
         (lambda: continuous.cosine(logsnr_max=np.nan), "nan"),
         (lambda: continuous.flow(alpha_min=0.0), "0.0"),
@@ -179,6 +182,7 @@ REFUSED = {
         (lambda: gaussian.denoiser(None, LIN, "eps", threshold=1.5), "1.5"),
         (lambda: gaussian.reverse_variance("fixed", NOW, THEN), "'fixed'"),
         (lambda: prediction.log_variance("big", PRED, NOW, THEN), "'big'"),
+        (lambda: p_sample("big"), "'big'"),
         *((lambda v=v: p_sample(v), "none") for v in ("learned", "range", "analytic")),
         (lambda: gaussian.normal(KEYS, (2, 3)), "3"),
         (lambda: gaussian.normal(KEYS[:1], (2, 3)), "1"),
@@ -234,6 +238,7 @@ REFUSED = {
     "sde": [
         (lambda: sde.coefficients(TEN, 3.0), "10 whole steps"),
         (lambda: sde.flow(None, TEN), "10 whole steps"),
+        (lambda: sde.reverse_drift(None, TEN), "10 whole steps"),
         (lambda: sde.coefficients(VP, 0.0), "0.0"),
         (lambda: sde.coefficients(VP, np.array([0.5, 0])), "[0.5 0. ]"),
         (lambda: sde.coefficients(VP, 1.5), "1.5"),
@@ -268,6 +273,7 @@ REFUSED = {
         (lambda: sample(DDPM, [2]), "array([2])"),
         (lambda: sample(DDPM, [[2, 1]]), "array([[2, 1]])"),
         (lambda: sample(DDPM, DOWN, start=X), "(2, 3)"),
+        (lambda: samplers.sample(OLD, DDPM, DOWN, (1, 2)), "uint32"),
         *(
             (lambda steps=steps: trajectory(steps), str(tuple(steps)))
             for steps in ([2], [-1], [0, 0], [])
@@ -304,7 +310,8 @@ REFUSED = {
         (lambda: ode_bits(start=0.0), "0.0"),
         (lambda: ode_bits(start=1.0), "1.0"),
         (lambda: ode_bits(rtol=0.0), "0.0"),
-        (lambda: ode_bits(jax.random.PRNGKey(0)), "uint32"),
+        (lambda: ode_bits(atol=-1.0), "-1.0"),
+        (lambda: ode_bits(OLD), "uint32"),
         (lambda: ode_bits(KEYS), "(3,)"),
     ],
     "editing": [

@@ -154,6 +154,7 @@ ONES = [np.ones(1)] * 3
 REFUSED = [
     (lambda: averages.power(0), "0"),
     (lambda: averages.power(0.281), "0.281"),
+    (lambda: averages.solve([(100, 0.1)], 100, 0.0), "0.0"),
     (lambda: averages.exponential(1.0), "1.0"),
     (lambda: averages.exponential(-0.1), "-0.1"),
     (lambda: averages.power(float("nan")), "nan"),
@@ -166,6 +167,8 @@ REFUSED = [
             ([(100, 0.1), (101, 0.1)], "2 ending with"),
             ([(0, 0.1), (100, 0.1)], "2 ending with"),
             ([(100, 0.1), (100, 0.1)], "2 ending with"),
+            ([(100, 0.0)], "0.0"),
+            ([(100, 0.3)], "0.3"),
         )
     ),
     *(
