@@ -38,10 +38,30 @@ os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(
 MAPS, TESTS = Path("/proc/self/maps"), itertools.count()
 # Files that take longest begin first, and of these the ones that wait for processes:
 # one that began last would have all others wait for it. The rest go as they stand.
-LONGEST = """test_hosts test_kill test_family test_conditional test_transforms
-test_eval test_train test_notebook test_rules_moments test_unet_parity test_ablation
-test_edit test_types test_bench test_resume test_unet_training test_exact
-test_scheduler_parity test_compiled test_stopping test_rules test_parallel""".split()
+LONGEST = (
+    "test_hosts",
+    "test_kill",
+    "test_family",
+    "test_conditional",
+    "test_transforms",
+    "test_eval",
+    "test_train",
+    "test_notebook",
+    "test_rules_moments",
+    "test_unet_parity",
+    "test_ablation",
+    "test_edit",
+    "test_types",
+    "test_bench",
+    "test_resume",
+    "test_unet_training",
+    "test_exact",
+    "test_scheduler_parity",
+    "test_compiled",
+    "test_stopping",
+    "test_rules",
+    "test_parallel",
+)
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "jax"
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
