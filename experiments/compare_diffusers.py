@@ -2,8 +2,10 @@
 
 Without FOLDER it lets diffusers build the CIFAR-10 network with random weights, saves
 it as diffusers does, converts it, draws with both from the same noise, and prints by
-how much the images differ. With FOLDER it does so with a network of your own. It needs
-PyTorch and diffusers: `pip install 'diffusion-jax[peers]'`.
+how much the images differ. With FOLDER it does so with a network of your own. Of an
+AutoencoderKL (--autoencoder: Stable Diffusion's, random) it encodes an image and
+decodes latents with both. It needs PyTorch and diffusers: `pip install
+'diffusion-jax[peers]'`.
 """
 
 import dataclasses
@@ -21,16 +23,20 @@ import tyro
 from tqdm import tqdm
 
 from diffusion_jax.errors import ConfigError
+from diffusion_jax.interop import autoencoder_config
 from diffusion_jax.lab.network_files import (
     diffusers_config,
     diffusers_folder,
     networks,
 )
 from diffusion_jax.lab.network_files.diffusers_config import to_diffusers
+from diffusion_jax.lab.network_files.records import Network
 from diffusion_jax.lab.process import entry, replaceable
+from diffusion_jax.lab.schema import latents
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.facts import Count
-from diffusion_jax.lab.wiring import chains
+from diffusion_jax.lab.wiring import autoencoders, chains
+from diffusion_jax.nets.autoencoder import AutoencoderKL
 from diffusion_jax.training import parallel
 from experiments.configs import EXPERIMENTS
 
@@ -43,6 +49,8 @@ class Options:
         Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")
     ] = None
     """A folder of diffusers; a random CIFAR-10 network when not given."""
+    autoencoder: bool = False
+    """Whether the random network is Stable Diffusion's autoencoder, at 256x256."""
     sampler: Literal["ddim", "ddpm"] = "ddim"
     """ddim without noise, by so many steps; or ddpm, by all of them."""
     steps: Count = 50
@@ -67,16 +75,23 @@ def main(argv: Sequence[str]) -> int:
         replaceable.check_file(file, mark, overwrite=options.overwrite)
         if options.folder is None:
             diffusers_folder.check_replaceable(keep / "diffusers")
-        folder = options.folder or build(keep / "diffusers", options.seed)
+        folder = options.folder or build(
+            keep / "diffusers", options.seed, autoencoder=options.autoencoder
+        )
         compare(folder, file, options)
     return 0
 
 
-def build(folder: Path, seed: int) -> Path:
-    """Returns the folder that diffusers saved a random CIFAR-10 network in."""
+def build(folder: Path, seed: int, *, autoencoder: bool = False) -> Path:
+    """Returns the folder that diffusers saved a random network in."""
     torch, diffusers = diffusers_config.peers()
-    unet, scheduler = to_diffusers(EXPERIMENTS["cifar10_official"].config)
     torch.manual_seed(seed)
+    if autoencoder:
+        made = autoencoder_config.write_config(AutoencoderKL(), image_size=256)
+        diffusers.AutoencoderKL.from_config(made).save_pretrained(folder)
+        print(f"diffusers {diffusers.__version__}: a random autoencoder in {folder}")
+        return folder
+    unet, scheduler = to_diffusers(EXPERIMENTS["cifar10_official"].config)
     made = {k: v for k, v in unet.items() if not k.startswith("_")}
     pipeline = diffusers.DDPMPipeline(
         diffusers.UNet2DModel(**made), diffusers.DDPMScheduler.from_config(scheduler)
@@ -89,15 +104,18 @@ def build(folder: Path, seed: int) -> Path:
 def compare(folder: Path, file: Path, options: Options) -> None:
     """Converts the folder, draws with both, and prints by how much they differ."""
     found = networks.find(folder)
-    if found is None or found.kind != "diffusers":
+    if found is None or found.kind not in ("diffusers", "autoencoder"):
         raise ConfigError(
-            f"FOLDER must be one that diffusers saved a UNet2DModel in; got {folder}. "
-            "Leave it out to compare a random network."
+            "FOLDER must be one that diffusers saved a UNet2DModel or an AutoencoderKL "
+            f"in; got {folder}. Leave it out to compare a random network."
         )
     network = networks.read(found, progress=True)
     networks.write_file(file, network)
     print(f"converted: {file}")
     network = networks.read(networks.Found(file, "diffusion_jax"))
+    if found.kind == "autoencoder":
+        compare_autoencoder(folder, network, options)
+        return
     config = chosen(network.config, options)
     began = time.monotonic()
     with jax.default_matmul_precision("highest"):
@@ -114,6 +132,47 @@ def compare(folder: Path, file: Path, options: Options) -> None:
     )
     print(f"images from {theirs.min():.3f} to {theirs.max():.3f}")
     print(f"largest difference {off.max():.1e}, mean {off.mean():.1e}")
+
+
+def compare_autoencoder(folder: Path, network: Network, options: Options) -> None:
+    """Encodes images and decodes latents with both, and prints how they differ."""
+    torch, diffusers = diffusers_config.peers()
+    theirs = diffusers.AutoencoderKL.from_pretrained(folder).eval()
+    config, rng = network.config, np.random.default_rng(options.seed)
+    shapes = config.data.shape, latents.latent_shape(config)
+    x, z = (
+        rng.uniform(-1, 1, (options.count, *shape)).astype(np.float32)
+        for shape in shapes
+    )
+    encode, decode = (
+        jax.jit(lambda params, x, m=m: autoencoders.apply(config, params, x, m))
+        for m in ("encode", "decode")
+    )
+
+    def run() -> tuple[np.ndarray, ...]:
+        with jax.default_matmul_precision("highest"):
+            return jax.device_get(
+                (*encode(network.params, x), decode(network.params, z))
+            )
+
+    run()  # compiles
+    began = time.monotonic()
+    ours = run()
+    between = time.monotonic()
+    with torch.no_grad():
+        given = (torch.from_numpy(a.transpose(0, 3, 1, 2).copy()) for a in (x, z))
+        of = theirs.encode(next(given)).latent_dist
+        there = of.mean, of.logvar, theirs.decode(next(given)).sample
+    ended = time.monotonic()
+    print(
+        f"{options.count} x {shapes[0][0]}x{shapes[0][1]}, encoded and decoded: here "
+        f"{between - began:.1f} s, diffusers {ended - between:.1f} s"
+    )
+    for name, one, other in zip(
+        ("mean", "log variance", "images"), ours, there, strict=True
+    ):
+        off = np.abs(one - other.numpy().transpose(0, 2, 3, 1)).max()
+        print(f"{name}: largest difference {off:.1e}, of up to {np.abs(one).max():.2f}")
 
 
 def chosen(config: Config, options: Options) -> Config:

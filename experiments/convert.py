@@ -1,9 +1,10 @@
 """Converts trained networks: `python -m experiments.convert IN OUT`.
 
 IN is a run (its folder or name), a .safetensors file of ours, a folder of diffusers
-with a UNet2DModel, a TensorFlow checkpoint of the authors (its prefix, such as
-model.ckpt-790000), or with --download the name of a network on the hub, such as
-google/ddpm-cifar10-32. What it is, is seen from its content.
+with a UNet2DModel or an AutoencoderKL, a TensorFlow checkpoint of the authors (its
+prefix, such as model.ckpt-790000), an autoencoder of CompVis in .safetensors, or with
+--download the name of a network on the hub, such as google/ddpm-cifar10-32. What it is,
+is seen from its content.
 
 OUT ends in .safetensors, for a file of ours with the configuration inside, which all
 commands take in place of a run; or is the name of a folder, for diffusers.
@@ -27,11 +28,17 @@ import tyro
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError, raise_unknown
 from diffusion_jax.interop import inception_weights
-from diffusion_jax.lab.network_files import diffusers_folder, hub, networks, records
+from diffusion_jax.lab.network_files import (
+    autoencoder_files,
+    diffusers_folder,
+    hub,
+    networks,
+    records,
+)
 from diffusion_jax.lab.network_files.records import About, Network
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import changes, results, runs
-from diffusion_jax.lab.schema import choices, sampling
+from diffusion_jax.lab.schema import choices, latents, sampling
 from diffusion_jax.lab.schema.checks import with_data
 from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import UNKNOWN, Config
@@ -75,6 +82,7 @@ def main(argv: Sequence[str]) -> int:
     network = read(options)
     count = sum(leaf.size for leaf in jax.tree.leaves(network.params))
     about = network.about
+    of_autoencoder = latents.is_autoencoder(network.config)
     print(f"{options.source}: SHA-256 {network.sha256}")
     said = weights.describe(about.weights, about.step)
     print(f"{said}, {count:,} parameters, of {about.origin}")
@@ -84,9 +92,17 @@ def main(argv: Sequence[str]) -> int:
         written = networks.write_file(options.out, network)
         print(f"{options.out}: SHA-256 {written}")
         quoted = shlex.quote(str(options.out))
-        print(f"draw with it: python -m experiments.sample {quoted}")
+        do = "measure it" if of_autoencoder else "draw with it"
+        command = "eval_autoencoder" if of_autoencoder else "sample"
+        print(f"{do}: python -m experiments.{command} {quoted}")
         return 0
-    written = diffusers_folder.write(options.out, network)
+    written = networks.write_folder(options.out, network)
+    if of_autoencoder:
+        print(f"{options.out / autoencoder_files.WEIGHTS}: SHA-256 {written}")
+        if "log_variance" in network.params:
+            print("note: the width of its decoder is left behind: diffusers has none")
+        print(f"open it: AutoencoderKL.from_pretrained({str(options.out)!r})")
+        return 0
     print(f"{options.out / diffusers_folder.WEIGHTS}: SHA-256 {written}")
     if network.config.net.classes:
         print("note: DDPMPipeline knows no labels; UNet2DModel takes class_labels")

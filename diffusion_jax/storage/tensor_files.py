@@ -122,6 +122,18 @@ def read_meta(path: str | os.PathLike[str]) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
+def read_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a safetensors file's tensors by name; none is read.
+
+    Raises:
+      DataError: as `read_meta`.
+    """
+    read_meta(path)
+    with _opened(Path(path)) as file:
+        names = file.keys()
+        return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+
+
 def write_safetensors(
     path: str | os.PathLike[str],
     arrays: Mapping[str, Any],

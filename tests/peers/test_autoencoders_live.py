@@ -15,9 +15,14 @@ import make_autoencoder_golden as golden
 import numpy as np
 import pytest
 import safetensors.numpy
+from make_scheduler_golden import channels_first
+from small_networks import network_of
 from small_unets import quick_jit
 
 from diffusion_jax.interop import autoencoder_config, autoencoder_names, unet_names
+from diffusion_jax.lab.network_files import networks
+from diffusion_jax.lab.wiring import autoencoders
+from experiments.configs import EXPERIMENTS
 
 torch = pytest.importorskip("torch")
 peer = pytest.importorskip("diffusers")
@@ -164,3 +169,19 @@ def test_file_is_what_diffusers_does(name, file):
         else:
             scale = np.abs(in_file).max()
             np.testing.assert_allclose(value, in_file, rtol=1e-5, atol=1e-6 * scale)
+
+
+def test_diffusers_opens_the_folder_of_a_network_of_ours(tmp_path):
+    config = EXPERIMENTS["digits_autoencoder"].config
+    network = network_of(config)
+    digest = networks.write_folder(tmp_path / "net", network)
+    theirs = peer.AutoencoderKL.from_pretrained(tmp_path / "net")
+    assert theirs.config.scaling_factor == 1
+    x = channels_first(golden.normalized("x", (2, *config.data.shape)))
+    with torch.no_grad():
+        expected = theirs.encode(x).latent_dist.mean.numpy().transpose(0, 2, 3, 1)
+    found = autoencoders.apply(
+        config, network.params, x.numpy().transpose(0, 2, 3, 1), "encode"
+    )
+    assert np.abs(found.mean - expected).max() < 1e-4 * np.abs(expected).max()
+    assert digest in (tmp_path / "net" / "README.md").read_text()

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,14 +29,15 @@ _JSON = (
     RECORD,
 )
 WEIGHTS, _CARD = f"unet/{TENSORS}.safetensors", "README.md"
+_OF_AUTOENCODER = ("config.json", f"{TENSORS}.safetensors")
 
 
 def describe(path: Path) -> Described:
     """Returns what is known of a folder for diffusers."""
-    unet = _json(_first(path, "unet/config.json", "config.json"))
+    unet = read_json(_first(path, "unet/config.json", "config.json"))
     there = [*path.glob("scheduler/scheduler_config.json")]
     there += path.glob("scheduler_config.json")
-    scheduler = _json(there[0]) if there else None
+    scheduler = read_json(there[0]) if there else None
     name = records.plain_name(path.resolve().name)
     where = str(path)
     config = diffusers_config.from_diffusers(unet, scheduler, name=name, where=where)
@@ -49,7 +51,7 @@ def describe(path: Path) -> Described:
     if not record.is_file():
         return Described(config, about, notes)
     # Written again as text: it is read as a file that others may have changed.
-    ours, known = records.read(json.dumps(_json(record)), record)
+    ours, known = records.read(json.dumps(read_json(record)), record)
     # Our record says more, and counts while it agrees with the folder.
     with contextlib.suppress(ConfigError):
         if diffusers_config.to_diffusers(ours) == (unet, scheduler):
@@ -65,7 +67,7 @@ def read(path: Path, config: Config, *, progress: bool = False) -> tuple[Any, st
       ValueError: the file is missing or damaged, or does not hold the tensors that the
         configuration asks for; all that is wrong with them is listed.
     """
-    file = _tensors_of(path)
+    file = tensors_of(path)
     stored = tensor_files.read(file, progress=progress)
     own = shapes(config)
     names = unet_names.diffusers_names(own, len(config.net.multipliers))
@@ -85,7 +87,6 @@ def write(path: Path, network: Network) -> str:
         writes.
       OSError: the folder cannot be written.
     """
-    check_replaceable(path)
     unet, scheduler = diffusers_config.to_diffusers(network.config)
     own = shapes(network.config)
     names = unet_names.diffusers_names(own, len(network.config.net.multipliers))
@@ -96,19 +97,48 @@ def write(path: Path, network: Network) -> str:
         "scheduler": ["diffusers", "DDPMScheduler"],
         "unet": ["diffusers", unet["_class_name"]],
     }
+    files = dict(
+        zip(_JSON, (index, unet, scheduler, records.write(network)), strict=True)
+    )
+
+    def card(digest: str) -> str:
+        count = sum(array.size for array in arrays.values())
+        return model_card.write(network.config, network.about, path.name, digest, count)
+
+    return write_whole(path, files, WEIGHTS, arrays, card)
+
+
+def write_whole(
+    path: Path,
+    files: Mapping[str, Any],
+    weights: str,
+    arrays: Mapping[str, Any],
+    card: Callable[[str], str],
+) -> str:
+    """Writes a folder whole or not at all; returns the SHA-256 of the weights.
+
+    Args:
+      path: the folder.
+      files: what is written as JSON, by the names of the files.
+      weights: the name of the file of weights.
+      arrays: what is in it.
+      card: returns the model card's text of that digest.
+
+    Raises:
+      ConfigError: the folder holds more than is written by this.
+      OSError: the folder cannot be written.
+    """
+    check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
         partial, aside = Path(work, "new"), Path(work, "old")
-        values = (index, unet, scheduler, records.write(network))
-        for name, value in zip(_JSON, values, strict=True):
+        for name, value in files.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).write_text(json.dumps(value, indent=2) + "\n")
         # diffusers reads no file that does not say so.
         meta = {"format": "pt"}
-        digest = tensor_files.write_safetensors(partial / WEIGHTS, arrays, meta)
-        count = sum(array.size for array in arrays.values())
-        text = model_card.write(network.config, network.about, path.name, digest, count)
-        (partial / _CARD).write_text(text)
+        digest = tensor_files.write_safetensors(partial / weights, arrays, meta)
+        (partial / _CARD).write_text(card(digest))
         try:
             if path.is_dir():
                 path.rename(aside)
@@ -128,7 +158,7 @@ def check_replaceable(path: Path) -> None:
             "another place."
         )
     there = {str(f.relative_to(path)) for f in path.rglob("*") if not f.is_dir()}
-    others = sorted(there - {*_JSON, WEIGHTS, _CARD})
+    others = sorted(there - {*_JSON, WEIGHTS, _CARD, *_OF_AUTOENCODER})
     if others:
         raise ConfigError(
             f"{path} must hold only what this command wrote, to be replaced; got "
@@ -162,7 +192,7 @@ def _first(path: Path, *names: str) -> Path:
     )
 
 
-def _tensors_of(path: Path) -> Path:
+def tensors_of(path: Path) -> Path:
     """Returns the file of weights that belongs to a folder's config.json."""
     folder = _first(path, "unet/config.json", "config.json").parent
     try:
@@ -175,7 +205,8 @@ def _tensors_of(path: Path) -> Path:
         ) from None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a file of JSON; raises ConfigError for anything else."""
     try:
         values: Any = json_fields.load(path)
         if isinstance(values, dict):

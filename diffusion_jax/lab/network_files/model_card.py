@@ -53,6 +53,51 @@ folder back as it was.
 """
 
 
+def write_autoencoder(
+    config: Config, about: About, name: str, digest: str, count: int
+) -> str:
+    """Returns the card of an autoencoder; the arguments are those of `write`."""
+    own, data = config.autoencoder, config.data
+    step = "" if about.step is None else f" of step {about.step:,}"
+    known = data.source != UNKNOWN
+    rows = {
+        "images": f"{data.shape[0]}x{data.shape[1]}, {data.channels} channels",
+        "data": public_source(data.source) if known else "not stated",
+        "latents": f"f{2 ** (len(own.multipliers) - 1)}, {own.latent} channels; "
+        "scaling_factor is 1, not fitted",
+        "weights": f"{about.weights}{step}, {count:,}, float32",
+        "origin": about.origin,
+        "SHA-256": f"`{digest}`",
+    }
+    table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items())
+    return f"""---
+library_name: diffusers
+tags:
+- diffusers
+- diffusion_jax
+---
+
+# {name}
+
+An autoencoder with KL regularisation, of latent diffusion (Rombach et al. 2022;
+[arXiv:2112.10752](https://arxiv.org/abs/2112.10752)), in the form of diffusers.
+
+| | |
+|---|---|
+{table}
+
+```python
+from diffusers import AutoencoderKL
+
+net = AutoencoderKL.from_pretrained({name!r})
+```
+
+```
+python -m experiments.eval_autoencoder {shlex.quote(name)}     # with diffusion_jax
+```
+"""
+
+
 def _rows(config: Config, about: About, digest: str, count: int) -> dict[str, str]:
     """Returns the first table of the card: what the network is, and how it came."""
     data, d, net = config.data, config.diffusion, config.net

@@ -5,8 +5,11 @@ Read are
   diffusion_jax   our .safetensors, with the configuration inside
   diffusers       a folder of a UNet2DModel, or of a pipeline with one
   official        a TensorFlow checkpoint of the authors, which names no configuration
+  autoencoder     a folder of diffusers' AutoencoderKL
+  compvis         an autoencoder in a .safetensors file of CompVis, the same
 
-by their content, and the first two are written. Nothing in a file is ever executed.
+by their content, and the first two and the autoencoder's folder are written. Nothing in
+a file is ever executed.
 """
 
 import dataclasses
@@ -20,8 +23,13 @@ import jax
 
 from diffusion_jax.errors import ConfigError, DataError
 from diffusion_jax.interop import unet_names
-from diffusion_jax.lab.network_files import diffusers_folder, records
+from diffusion_jax.lab.network_files import (
+    autoencoder_files,
+    diffusers_folder,
+    records,
+)
 from diffusion_jax.lab.network_files.records import About, Described, Network
+from diffusion_jax.lab.schema import latents
 from diffusion_jax.lab.schema.config import (
     UNKNOWN,
     Config,
@@ -51,12 +59,19 @@ _OFFICIAL = {
 """One of each shape."""
 
 
+_READERS = {
+    "diffusers": diffusers_folder.read,
+    "autoencoder": autoencoder_files.read,
+    "compvis": autoencoder_files.read_compvis,
+}
+
+
 class Found(NamedTuple):
     """A network in a file or folder, before its weights are read."""
 
     path: Path
     kind: str
-    """diffusion_jax, diffusers or official."""
+    """diffusion_jax, diffusers, official, autoencoder or compvis."""
 
 
 def find(path: str | os.PathLike[str]) -> Found | None:
@@ -69,6 +84,8 @@ def find(path: str | os.PathLike[str]) -> Found | None:
     if path.name == "unet" and (path.parent / "model_index.json").is_file():
         path = path.parent  # the scheduler belongs to it
     if path.is_dir():
+        if autoencoder_files.is_folder(path):
+            return Found(path, "autoencoder")
         return Found(path, "diffusers") if diffusers_folder.is_one(path) else None
     if path.exists() and not path.is_file():
         return None
@@ -88,6 +105,8 @@ def find(path: str | os.PathLike[str]) -> Found | None:
             "file or folder as it was released."
         )
     if FORMAT not in tensor_files.read_meta(path):
+        if autoencoder_files.is_compvis(path):
+            return Found(path, "compvis")
         raise ConfigError(
             f"{path} must have a configuration inside; got tensors alone. Give the "
             "folder that it belongs to, with its config.json."
@@ -124,8 +143,8 @@ def read(found: Found, *, average: bool = True, progress: bool = False) -> Netwo
     config, about, notes = _describe(found)
     for note in notes:
         print(f"note: {note}")
-    if found.kind == "diffusers":
-        params, digest = diffusers_folder.read(found.path, config, progress=progress)
+    if found.kind in _READERS:
+        params, digest = _READERS[found.kind](found.path, config, progress=progress)
         return Network(config, params, about, digest)
     stored = tensor_files.read(found.path, progress=progress)
     arrays = {name: unet_names.exact(x) for name, x in stored.arrays.items()}
@@ -172,6 +191,13 @@ def read_official(
     return Network(config, {"net": params}, about, stored.sha256)
 
 
+def write_folder(path: Path, network: Network) -> str:
+    """Writes a folder for diffusers; returns the SHA-256 of its file of weights."""
+    of_autoencoder = latents.is_autoencoder(network.config)
+    writer = autoencoder_files.write if of_autoencoder else diffusers_folder.write
+    return writer(path, network)
+
+
 def write_file(path: Path, network: Network) -> str:
     """Writes a network to a .safetensors file; returns its SHA-256."""
     record = json.dumps(records.write(network), sort_keys=True)
@@ -182,6 +208,12 @@ def _describe(found: Found) -> Described:
     path = found.path
     if found.kind == "diffusers":
         return diffusers_folder.describe(path)
+    if found.kind == "autoencoder":
+        return autoencoder_files.describe(path)
+    if found.kind == "compvis":
+        config = autoencoder_files.compvis_config(path)
+        origin = f"the file {path.name} of CompVis"
+        return Described(config, About("released", None, origin, {}, recipe=False))
     config, about = records.read(tensor_files.read_meta(path)[FORMAT], path)
     name = records.plain_name(path.stem)
     return Described(dataclasses.replace(config, name=name), about)
