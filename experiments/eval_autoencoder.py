@@ -17,7 +17,6 @@ from diffusion_jax.errors import counted
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.drawing import latent_pictures
 from diffusion_jax.lab.measure import (
-    bound,
     extractors,
     linear,
     reconstruction,
@@ -71,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     own = options.split == "train"
     dataset = trained if own else build.load_data(config, split=options.split)
     params, step, kind = weights.load(config, run, which)
-    chosen = bound.choose(len(dataset.images), options.max_images, options.seed)
+    chosen = datasets.choose(len(dataset.images), options.max_images, options.seed)
     seen = reconstruction.see(
         config,
         params,
