@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 SITE := .venv-site
 
 .DEFAULT_GOAL := help
-.PHONY: help train sample eval report samplers ablation legibility codec test torture mutations \
+.PHONY: help train distil sample eval report samplers ablation legibility codec test torture mutations \
 	lint format docs clean
 
 help:  ## show this
@@ -25,6 +25,9 @@ help:  ## show this
 
 train: $(READY)  ## train EXP (digits by default); again: go on (resume)
 	$(PY) -m experiments.train $(EXP) $(ARGS)
+
+distil: $(READY)  ## train a student of EXP that draws in one or two steps
+	$(PY) -m experiments.distil $(RUN) $(ARGS)
 
 sample: $(READY)  ## draw images from the newest checkpoint of EXP
 	$(PY) -m experiments.sample $(RUN) $(ARGS)

@@ -11,12 +11,14 @@ The mathematics, each module resting only on those above it:
   weightings  how much the error counts, as a function of log-SNR
   losses      L_simple, the terms of the bound, hybrid: one number an example
   autoencoding  losses of autoencoders: reconstruction, KL, ELBO, of a discriminator
+  distillation  losses of few steps: distilled, consistent, mean flow
   guidance    classifier-free and classifier guidance: networks and denoisers again
   analytic    the best reverse variance, estimated from data
   grids       time grids: uniform, quadratic, even in log-SNR, Karras
   sde         continuous time: drift, diffusion, score, probability flow
   samplers    one loop, many rules: ddpm, ddim
   solvers     rules: heun, edm, dpm_solver_pp, unipc
+  jumps       rules of one to four steps: consistency, mean_flow
   langevin    rules: predictor_corrector, langevin
   ode         the probability flow solved to a tolerance
   editing     encode, interpolate, vary, inpaint, colorize: with any rule
@@ -51,10 +53,12 @@ if TYPE_CHECKING:
         analytic,
         autoencoding,
         continuous,
+        distillation,
         editing,
         gaussian,
         grids,
         guidance,
+        jumps,
         langevin,
         latents,
         learned,
@@ -74,10 +78,12 @@ __all__ = [
     "analytic",
     "autoencoding",
     "continuous",
+    "distillation",
     "editing",
     "gaussian",
     "grids",
     "guidance",
+    "jumps",
     "langevin",
     "latents",
     "learned",

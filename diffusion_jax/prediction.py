@@ -51,6 +51,7 @@ class Prediction(NamedTuple):
 
 
 Denoiser = Callable[[jax.Array, jax.Array], Prediction]
+JumpDenoiser = Callable[[jax.Array, jax.Array, jax.Array], Prediction]
 
 
 def reverse_variance(kind: str, level: NoiseLevel, prev_level: NoiseLevel) -> jax.Array:

@@ -10,6 +10,7 @@ from diffusion_jax import __version__, errors
 
 COMMANDS = {
     "train": "train a network, or go on where the run stopped",
+    "distil": "train a student of it that draws in one to four steps",
     "sample": "draw images from a trained network",
     "edit": "encode, interpolate, vary, inpaint or colorize images",
     "eval_fid": "measure how far samples are from data: FID and others",

@@ -29,6 +29,7 @@ from diffusion_jax.lab.schema.checks import with_sampling
 from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.facts import Count, Seed
+from diffusion_jax.lab.schema.few import takes
 from diffusion_jax.lab.schema.sampling import RULES, Sampling
 from diffusion_jax.lab.trained import extras, opening, weights
 from diffusion_jax.lab.wiring import build, chains
@@ -68,12 +69,12 @@ class Options:
         "run evaluations rules count batch_size seed out overwrite raw average step"
     )
     run: choices.Named = None
-    evaluations: tuple[int, ...] = (5, 10, 20, 50, 100, 1000)
+    evaluations: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100, 1000)
     """Network evaluations a sample (NFE), for every rule; more than 100 only for the
     slow rules, and never more than T steps. ode has three tolerances instead, each with
     its own number of evaluations."""
-    rules: tuple[str, ...] = (*rows(), "ode")
-    """Which rows of the table to draw."""
+    rules: tuple[str, ...] = ()
+    """Which rows of the table to draw; all that the network takes when not given."""
     count: Count = 800
     """Samples for each number: few make every distance larger."""
     batch_size: Count = 200
@@ -145,7 +146,10 @@ def main(argv: Sequence[str]) -> int:
     budgets = sorted(set(options.evaluations))
     print(f"  {'evaluations (NFE)':<20}" + "".join(f"{b:>13}" for b in budgets))
     points: list[Point] = []
-    for rule in options.rules:
+    method = config.few.method
+    possible = [r for r in (*rows(), "ode") if takes(method, r.split()[0])]
+    rules = options.rules or possible
+    for rule in rules:
         row = list(measure(rule, config, drawable, options, distance, known))
         points += row
         kept = points + [point for point in known if point not in points]
@@ -156,7 +160,7 @@ def main(argv: Sequence[str]) -> int:
     picture = pictures.curves(
         {
             rule: [(p.evaluations, p.distance) for p in points if p.rule == rule]
-            for rule in options.rules
+            for rule in rules
         },
         title=f"{options.count:,} samples of {config.name} by sampling rule",
         xlabel="network evaluations a sample (NFE)",
@@ -174,18 +178,13 @@ def kept_points(points: list[dict[str, Any]], command: str = "") -> list[Point]:
 def validate(options: Options) -> None:
     """Raises ValueError before anything is drawn."""
     known = (*rows(), "ode")
-    if not options.rules:
-        raise ConfigError(
-            f"rules must be one or more of {', '.join(known)}; got none. Leave them "
-            "out for all."
-        )
     for rule in options.rules:
         if rule not in known:
             errors.raise_unknown("each of rules", rule, known)
-    if not options.evaluations or min(options.evaluations) < 3:
+    if not options.evaluations or min(options.evaluations) < 1:
         raise ConfigError(
-            "evaluations must be numbers of at least 3, since langevin takes so many; "
-            f"got {options.evaluations}. Leave them out for 5 to 1000."
+            "evaluations must be numbers of at least 1; got "
+            f"{options.evaluations}. Leave them out for 1 to 1000."
         )
 
 
@@ -206,6 +205,11 @@ def ways(rule: str, config: Config, options: Options) -> list[tuple[float, Confi
         steps = steps_within(budget, rule)
         if rule == "ddpm" and config.diffusion.variance == "learned" and steps < total:
             continue  # a learned variance is of single steps alone
+        few = config.few
+        if steps < 1 or (few.method == "progressive" and steps != few.last):
+            continue
+        if steps == 1 and RULES[rule.split()[0]].grid != "uniform":
+            continue  # times evenly spaced in log-SNR have two ends
         if steps <= total and (budget <= 100 or slow):
             way = with_sampling(config, dataclasses.replace(how, steps=steps))
             found.append((float(budget), way))

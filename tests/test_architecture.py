@@ -13,9 +13,9 @@ FLOORS = (
     {"schedule", "latents"},
     {"continuous", "learned", "prediction"},
     {"gaussian", "weightings", "timesteps"},
-    {"sde", "losses", "grids", "guidance", "analytic"},
+    {"sde", "losses", "distillation", "grids", "guidance", "analytic"},
     {"samplers", "autoencoding"},
-    {"solvers", "langevin", "ode"},
+    {"solvers", "jumps", "langevin", "ode"},
     {"likelihood", "editing"},
 )
 MATHEMATICS = set.union(*FLOORS) - {"errors"}

@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffusion_jax.lab.notebook import Trained, load, train
+    from diffusion_jax.lab.notebook import Trained, distil, load, train
     from diffusion_jax.lab.schema.config import (
         Config,
         Data,
@@ -24,6 +24,7 @@ __all__ = [
     "Sample",
     "Train",
     "Trained",
+    "distil",
     "load",
     "train",
 ]
@@ -33,7 +34,11 @@ def __getattr__(name: str) -> Any:
     """Returns what a notebook uses, imported when it is first asked for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "notebook" if name in ("Trained", "load", "train") else "schema.config"
+    home = (
+        "notebook"
+        if name in ("Trained", "distil", "load", "train")
+        else "schema.config"
+    )
     return getattr(importlib.import_module(f"{__name__}.{home}"), name)
 
 

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from diffusion_jax import gaussian
 from diffusion_jax import schedule as schedules
-from diffusion_jax.errors import ConfigError
+from diffusion_jax.errors import ConfigError, raise_unknown
 from diffusion_jax.lab import given
 from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.measure import bound
@@ -21,7 +21,9 @@ from diffusion_jax.lab.process import entry, stopping
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import checks
 from diffusion_jax.lab.schema.config import Config
+from diffusion_jax.lab.schema.few import DISTILLED, Method
 from diffusion_jax.lab.schema.sampling import Sampling, Variance
+from diffusion_jax.lab.schema.students import student
 from diffusion_jax.lab.trained import extras, opening, weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.training import initial, loop
@@ -238,6 +240,35 @@ def train(
             signals=stopping.interrupts,
         )
     return load(runs.of(config).folder)
+
+
+def distil(
+    where: str | Path | None = None, method: Method = "ect", **changes: Any
+) -> Trained:
+    """Trains a student that draws in one to four steps, or resumes, and returns it.
+
+    As `experiments.distil`, in a folder of its own, <output>/<name>_<method>.
+
+    Args:
+      where: the teacher, as in `load`.
+      method: ect, consistency, consistency_training or progressive.
+      **changes: fields of `Config` in place of the student's: name, train, few, ...
+
+    Raises:
+      ConfigError, DivergedError: as `load` and `train`.
+      ValueError: no such method or field.
+    """
+    names = tuple(field.name for field in dataclasses.fields(Config))
+    for what, got, known in (
+        ("method", {method}, DISTILLED),
+        ("the field", changes, names),
+    ):
+        if unknown := set(got) - set(known):
+            raise_unknown(what, min(unknown), known)
+    teacher = load(where)
+    source = teacher.run.network.path if teacher.run.network else teacher.run.folder
+    made = student(teacher.config, method, init_from=str(source))
+    return train(dataclasses.replace(made, **changes))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -79,6 +79,8 @@ class UNet(nn.Module):
     fourier: Sequence[int] = ()
     """The n of the features sin(2^n pi x) and cos(2^n pi x) that are concatenated to x;
     see `fourier_features`."""
+    spans: bool = False
+    """Whether it is told, beside the time, how far the jump from there goes."""
 
     @nn.compact
     def __call__(
@@ -86,6 +88,7 @@ class UNet(nn.Module):
         x: jax.Array,
         t: jax.Array,
         label: jax.Array | None = None,
+        span: jax.Array | None = None,
         *,
         train: bool = False,
     ) -> jax.Array:
@@ -96,12 +99,13 @@ class UNet(nn.Module):
           t: times as the network counts them, [B].
           label: classes in 0..num_classes-1, [B], where num_classes > 0. Another one
             raises an error, or gives nan where the label is traced.
+          span: how far the jump goes, in the unit of t, [B], where there are spans.
           train: whether dropout is on; needs a "dropout" key.
 
         Raises:
           ValueError: a shape or a label that does not fit the network.
         """
-        check(self, x, t, label)
+        check(self, x, t, label, span)
         block, attend = ResBlock, Attention
         if self.remat:
             block, attend = nn.remat(ResBlock), nn.remat(Attention)
@@ -119,7 +123,7 @@ class UNet(nn.Module):
         keys: Any = [None] * len(blocks)
         if train and self.dropout:
             keys = jax.random.split(self.make_rng("dropout"), len(blocks))
-        shifts = self._shifts(blocks, self._time(t, label))
+        shifts = self._shifts(blocks, self._time(t, label, span))
         steps = {
             step[0]: rest
             for step, *rest in zip(plan, blocks, shifts, keys, strict=True)
@@ -189,21 +193,14 @@ class UNet(nn.Module):
         for i in reversed(range(len(widths))):
             yield from (level(f"up{i}_block{j}", i) for j in range(self.blocks + 1))
 
-    def _time(self, t: jax.Array, label: jax.Array | None) -> jax.Array:
-        """Returns SiLU of the embedding of times and labels, [B, 4 channels]."""
-        _, shift, cosine_first, *_ = VARIANTS[self.variant]
-        time = time_embedding(
-            t,
-            self.channels,
-            shift=shift,
-            cosine_first=cosine_first,
-            dtype=wide(self.dtype),
-        )
-        for name in ("time1", "time2"):
-            time = nn.silu(time) if name == "time2" else time
-            time = nn.Dense(
-                4 * self.channels, kernel_init=unit, dtype=self.dtype, name=name
-            )(time)
+    def _time(
+        self, t: jax.Array, label: jax.Array | None, span: jax.Array | None
+    ) -> jax.Array:
+        """Returns SiLU of the embedding of times, jumps and labels, [B, 4 channels]."""
+        time = self._embedded(t, "time")
+        if self.spans:
+            assert span is not None  # held by check
+            time = time + self._embedded(span, "span")
         if self.num_classes:
             assert label is not None  # held by check
             rows = nn.Embed(
@@ -216,6 +213,23 @@ class UNet(nn.Module):
             known = (label >= 0) & (label < self.num_classes)
             time = time + jnp.where(known[:, None], rows, jnp.nan)
         return nn.silu(time)
+
+    def _embedded(self, t: jax.Array, name: str) -> jax.Array:
+        """Returns two layers on the embedding of times, [B, 4 channels]."""
+        _, shift, cosine_first, *_ = VARIANTS[self.variant]
+        found = time_embedding(
+            t,
+            self.channels,
+            shift=shift,
+            cosine_first=cosine_first,
+            dtype=wide(self.dtype),
+        )
+        for layer in (f"{name}1", f"{name}2"):
+            found = nn.silu(found) if layer == f"{name}2" else found
+            found = nn.Dense(
+                4 * self.channels, kernel_init=unit, dtype=self.dtype, name=layer
+            )(found)
+        return found
 
     def _shifts(self, blocks: Sequence[ResBlock], time: jax.Array) -> list[jax.Array]:
         """Returns what each block adds for the time, [B, its channels], in `wide`.
@@ -260,7 +274,13 @@ def cast(params: Any, dtype: Dtype) -> Any:
     }
 
 
-def check(net: UNet, x: jax.Array, t: jax.Array, label: jax.Array | None) -> None:
+def check(
+    net: UNet,
+    x: jax.Array,
+    t: jax.Array,
+    label: jax.Array | None,
+    span: jax.Array | None = None,
+) -> None:
     """Raises ValueError where an input does not fit the network."""
     factor = 2 ** (len(net.multipliers) - 1)
     if x.ndim != 4 or x.shape[1] % factor or x.shape[2] % factor:
@@ -298,6 +318,12 @@ def check(net: UNet, x: jax.Array, t: jax.Array, label: jax.Array | None) -> Non
             "label must be given if and only if num_classes is above 0; got "
             f"num_classes={net.num_classes} and {'no' if label is None else 'a'} "
             "label. Pass labels to class-conditional networks only."
+        )
+    if (span is not None) != net.spans or (span is not None and span.shape != t.shape):
+        raise ValueError(
+            f"span must be given, one a time, if and only if there are spans; got "
+            f"spans={net.spans} and {None if span is None else span.shape}. Pass it to "
+            "networks of jumps only."
         )
     if label is not None:
         _check_label(net.num_classes, x, label)

@@ -22,6 +22,7 @@ FILES = {
     "cifar10_vp_continuous": "the SDE, in continuous time",
     "cifar10_flow": "rectified flow",
     "cifar10_conditional": "with labels, for guidance",
+    "few_steps": "in one or two steps, from a teacher",
     "celebahq256": "faces",
     "lsun256": "scenes",
 }

@@ -14,10 +14,12 @@ from diffusion_jax import (
     analytic,
     autoencoding,
     continuous,
+    distillation,
     editing,
     gaussian,
     grids,
     guidance,
+    jumps,
     langevin,
     latents,
     learned,
@@ -236,6 +238,41 @@ def _hybrid(a):
     return losses.hybrid(pred, a.x0, a.x, a.x0, LIN, a.t, variance="learned")
 
 
+FLOW = continuous.flow()
+LATE = 0.5  # of the times that jumps end at
+
+
+def _still(a):
+    """Ends of paths and a time that no slope is taken by: what follows stops it."""
+    x0 = gaussian.normal(a.keys, (len(a.keys), *SHAPE))
+    return gaussian.Prediction(x0, jnp.cos(3 * x0)), a.t / 25.0
+
+
+def _jump(x, t, s):
+    return denoiser("velocity", FLOW)(x, t)._replace(x0=network(x, t - s))
+
+
+def _distilled(a):
+    """Each loss and target of distillation, by its name."""
+    (ends, u), denoise = _still(a), denoiser("v", VP)
+    return {
+        "two_steps": distillation.two_steps(
+            denoise, ends.eps, VP, u, 0.7 * u, LATE * u
+        ),
+        "tangent": distillation.tangent(denoise, ends, VP, u, warmup=0.7),
+        "difference": distillation.difference(denoise, ends, VP, u, LATE * u),
+        "consistency": distillation.consistency(ends, ends.x0, VP(u)),
+        "mean_flow": distillation.mean_flow(_jump, ends, FLOW, u, LATE * u),
+    }
+
+
+def _jumped(make, denoise):
+    """A step of a rule of few steps, of all examples from one time to another."""
+    return lambda a: make(denoise, FLOW).step(
+        a.keys, a.x, (), jnp.asarray(0.9), jnp.asarray(0.4)
+    )[::2]
+
+
 def _minimised(a):
     def of(level, slope):
         level = level.like(a.x0)
@@ -377,6 +414,21 @@ CALLS = {
         ),
     ),
     "losses.hybrid": _hybrid,
+    **{
+        f"distillation.{name}": lambda a, name=name: _distilled(a)[name]
+        for name in ("two_steps", "tangent", "difference", "consistency", "mean_flow")
+    },
+    "distillation.progressive": lambda a: distillation.progressive(
+        gaussian.Prediction(a.x0, a.y), a.x, VP(a.u)
+    ),
+    "distillation.across": lambda a: distillation.across(
+        gaussian.Prediction(a.x0, a.y), a.level
+    ),
+    "distillation.derivative": lambda a: distillation.derivative(
+        lambda t: network(a.x, t), a.u
+    ),
+    "jumps.consistency": _jumped(jumps.consistency, denoiser("v", FLOW)),
+    "jumps.mean_flow": _jumped(jumps.mean_flow, _jump),
     "losses.reconstruction": lambda a: losses.reconstruction(
         a.x0, a.x0 + 0.1 * a.x, schedule.NoiseLevel(-0.1 * a.u, 2 + 8 * a.u)
     ),

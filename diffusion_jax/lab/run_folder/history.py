@@ -4,9 +4,10 @@
 line before that were not skipped; "loss_by_time", the loss of the examples in each
 quarter of the times, from little noise to much, or of an autoencoder the terms of the
 loss, "reconstruction" and "kl"; the "learning_rate" of the last of these steps; the
-"held_out_loss" of the last step, where images are held out; how many were "skipped",
-and where some were, how many by each of their "causes": what was not finite. It is the
-same, to the byte, for two equal runs; what differs, the speed, is in <run>/speed.jsonl.
+"held_out_loss" after the last step, where images are held out, and the
+"self_consistency" of a network of few steps; how many were "skipped", and where some
+were, how many by each of their "causes": what was not finite. It is the same, to the
+byte, for two equal runs; what differs, the speed, is in <run>/speed.jsonl.
 """
 
 import time
@@ -24,6 +25,9 @@ from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.run_folder.board import Board
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.training.state import CAUSES
+
+WATCHED = ("held_out_loss", "self_consistency")
+"""What the last step of a line is measured by."""
 
 
 class Log(NamedTuple):
@@ -74,6 +78,8 @@ def record(log: Log, step: int, metrics: dict[str, jax.Array]) -> None:
     if not hosts.first():
         return
     runs.append_line(run.metrics, line)
+    if "self_consistency" in line and not step % config.train.checkpoint_every:
+        shown.say(f"step {step:,}: self-consistency {line['self_consistency']:.3f}")
     speed = {"images_per_second": round(shown.rate, 1), "time": time.time()}
     held = {"checkpoint_seconds": round(shown.held, 3)}
     runs.append_line(run.speed, {"step": step, **speed, **held})
@@ -106,8 +112,7 @@ def summary(step: int, pending: list[dict[str, Any]]) -> dict[str, Any]:
             line[name] = float(np.mean([p[name] for p in made]))
     if made and "learning_rate" in made[-1]:
         line["learning_rate"] = made[-1]["learning_rate"]
-    if "held_out_loss" in pending[-1]:
-        line["held_out_loss"] = pending[-1]["held_out_loss"]
+    line |= {name: pending[-1][name] for name in WATCHED if name in pending[-1]}
     causes = Counter(p["cause"] for p in pending if p["skipped"])
     return line | ({"causes": dict(sorted(causes.items()))} if causes else {})
 

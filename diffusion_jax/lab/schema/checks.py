@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.lab.schema import facts, latents, sampling
+from diffusion_jax.lab.schema import facts, few, latents, sampling
 from diffusion_jax.lab.schema.config import (
     CONTINUOUS,
     GIVEN,
@@ -34,6 +34,7 @@ def validate(config: Config) -> None:
         _network(config),
         objective(config.diffusion),
         conditioning(config),
+        few_steps(config),
         sampling.problems(config.sample),
         _optimizer(config),
         _batches(config),
@@ -203,8 +204,30 @@ def conditioning(config: Config) -> Problems:
         yield "sample.grid", must, grid
 
 
+def few_steps(config: Config) -> Problems:
+    """Yields what a method of few steps cannot take, or be sampled with."""
+    d, net, sample = config.diffusion, config.net, config.sample
+    dropped = bool(net.classes and net.label_dropout)
+    total = d.num_steps
+    yield from few.problems(
+        config.few, d.schedule, d.prediction, dropped=dropped, total=total
+    )
+    how = resolve(sample, total)
+    steps, eta, grid = (how.get(name) for name in ("steps", "eta", "grid"))
+    yield from few.sampling_problems(
+        config.few, sample.sampler, steps, eta=eta, grid=grid
+    )
+    plain = config.few.method in ("none", "mean_flow")
+    for name in ("guidance", "classifier_guidance", "threshold"):
+        if getattr(sample, name) is not None and not plain:
+            must = f"left out with few.method {config.few.method}, whose x0 is no mean"
+            yield f"sample.{name}", must
+
+
 def of_training(config: Config) -> None:
     """Raises ConfigError for ways to sample that need a network trained before."""
+    if config.few.method not in ("none", "mean_flow") and config.init_from is None:
+        _fail("init_from", f"given with few.method {config.few.method}", None)
     if config.sample.variance == "analytic":
         must = "small, large, learned or range in training: it is estimated afterwards"
         _fail("sample.variance", must, "analytic")

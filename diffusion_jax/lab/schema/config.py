@@ -21,6 +21,7 @@ from diffusion_jax.lab.schema.facts import (
     between,
     marked,
 )
+from diffusion_jax.lab.schema.few import Few
 from diffusion_jax.lab.schema.json_fields import flat, read
 from diffusion_jax.lab.schema.sampling import Sample
 
@@ -313,6 +314,7 @@ class Config:
     said."""
     data: Data = field(default_factory=Data)
     diffusion: Diffusion = field(default_factory=Diffusion)
+    few: Few = field(default_factory=Few)
     net: Net = field(default_factory=Net)
     autoencoder: Autoencoder = field(default_factory=Autoencoder)
     optimizer: Optimizer = field(default_factory=Optimizer)

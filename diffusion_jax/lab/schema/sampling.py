@@ -75,6 +75,8 @@ RULES: dict[str, Rule] = {
     "langevin": Rule(
         _late("langevin.langevin"), {"moves": 10, "step_size": 0.2}, "logsnr", 100
     ),
+    "consistency": Rule(_late("jumps.consistency"), {}, steps=2),
+    "mean_flow": Rule(_late("jumps.mean_flow"), {}, steps=2),
     "ode": Rule(_ode, {"tolerance": 1e-3}, grid=None),
 }
 Tolerance = Annotated[float, Must("above 0 and below 1", lambda v: 0 < v < 1)]

@@ -34,7 +34,7 @@ class Training:
         "name output init_from data.source data.image_size data.flip "
         "data.hold_out diffusion.schedule diffusion.prediction net.channels "
         "net.classes optimizer.learning_rate train.steps train.stop_at "
-        "train.batch_size train.accumulate train.checkpoint_every "
+        "train.batch_size train.checkpoint_every "
         "sample.sampler"
     )
     config: _Unnamed = dataclasses.field(default_factory=config.Config)

@@ -21,7 +21,8 @@ from diffusion_jax.lab.schema import latents
 from diffusion_jax.lab.schema.config import Config, differences, to_dict
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.training import initial
-from diffusion_jax.lab.wiring import build, chains, learning
+from diffusion_jax.lab.wiring import build, chains, few_steps, learning
+from diffusion_jax.storage import trees
 from diffusion_jax.training import feed, flat, parallel
 from diffusion_jax.training.state import TrainState
 
@@ -142,6 +143,10 @@ def start(
         if hosts.first():
             run.changes.unlink(missing_ok=True)
             runs.write_json(run.config, to_dict(config))
+            if few_steps.has_teacher(config):
+                digest = trees.digest(params)
+                told = {"teacher": config.init_from, "sha256": digest}
+                runs.write_json(run.folder / "teacher.json", told)
             for path in (run.metrics, run.speed):
                 with runs.naming(path):
                     path.write_text("")

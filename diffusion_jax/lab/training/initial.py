@@ -61,6 +61,9 @@ def like(experiment: Config, given: Config) -> Config:
         channels=given.data.channels,
     )
     how = {name: getattr(experiment.net, name) for name in marked(Net, HOW)}
+    net = dataclasses.replace(given.net, **how)
+    if experiment.few.method != "none":  # a teacher's targets are noise enough
+        net = dataclasses.replace(net, dropout=experiment.net.dropout)
     steps = experiment.sample.steps
     if steps is not None and steps > given.diffusion.num_steps:
         steps = None
@@ -75,7 +78,7 @@ def like(experiment: Config, given: Config) -> Config:
         experiment,
         data=data,
         diffusion=given.diffusion,
-        net=dataclasses.replace(given.net, **how),
+        net=net,
         sample=sample,
     )
 
@@ -90,6 +93,12 @@ def params(config: Config) -> Any:
         return None
     source = _source(config)
     given = runs.read_config(source)
+    if config.few.method != "none" and given.few.method != "none":
+        raise ConfigError(
+            "the teacher must be a network that was not distilled; got one of "
+            f"few.method {given.few.method} in {config.init_from}. Name its own: "
+            f"{given.init_from or 'a network of few.method none'}."
+        )
     wrong = [
         f"{name} {old}, not {new}"
         for name in marked(Config, SHAPE)
@@ -102,6 +111,9 @@ def params(config: Config) -> Any:
         old, new = (getattr(c.diffusion, name) for c in (given, config))
         if old != new and (old in special or new in special):
             wrong.append(f"diffusion.{name} {old}, not {new}")
+    jumps = [c.few.method == "mean_flow" for c in (given, config)]
+    if jumps[0] != jumps[1]:
+        wrong.append(f"few.method {given.few.method}, not {config.few.method}")
     # Where all these are alike, only a resolution with attention can be another.
     if not wrong and build.param_shapes(given) != build.param_shapes(config):
         wrong = [f"net.attention {given.net.attention}, not {config.net.attention}"]

@@ -39,8 +39,9 @@ class Job(NamedTuple):
     """What draws the images of a grid, as `showing.make_draw` returns it."""
     ruler: measuring.Ruler | None
     """What samples are measured with in training, if they are."""
-    held_out_loss: Callable[[Any], jax.Array] | None
-    """The loss of held-out images as a function of the parameters, if there are any."""
+    watched: dict[str, Callable[[Any], jax.Array]]
+    """What is logged beside the loss, as functions of the state: "held_out_loss" where
+    images are held out, "self_consistency" of networks of few steps."""
     signals: stopping.Requests
     """The signals that asked to stop."""
     start: tuple[float, compilation.Programs]
@@ -115,9 +116,11 @@ def train(
                 )
             describe_start(config, int(begun.state.step), len(dataset.images))
             begun = begun._replace(state=learning.as_trained(config, begun.state, mesh))
-            loss = None if held is None else measuring.held_out_loss(config, mesh, held)
-            looks = showing.make_draw(config, mesh, held or dataset), ruler, loss
-            job = Job(config, run, mesh, fed, step, manager, *looks, requests, start)
+            looks = showing.make_draw(config, mesh, held or dataset), ruler
+            watched = measuring.watched(config, mesh, held)
+            job = Job(
+                config, run, mesh, fed, step, manager, *looks, watched, requests, start
+            )
             state = loop(job, begun)
         return finish(job, state)
 
@@ -194,8 +197,8 @@ def loop(job: Job, begun: beginning.Begun) -> TrainState:
                 jax.block_until_ready(metrics)
                 describe_first(job)
                 job.signals.note()
-            if job.held_out_loss and (step + 1) % plan.log_every == 0:
-                metrics["held_out_loss"] = job.held_out_loss(state.params)
+            if (step + 1) % plan.log_every == 0:
+                metrics |= {name: of(state) for name, of in job.watched.items()}
             waiting.append((step + 1, metrics))
             stop = stops(step + 1, step + 1 == last)
             saves = stop or (step + 1) % plan.checkpoint_every == 0

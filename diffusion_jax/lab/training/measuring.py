@@ -18,7 +18,7 @@ from diffusion_jax.lab.measure import extractors, reference
 from diffusion_jax.lab.process import hosts
 from diffusion_jax.lab.run_folder import history, results, runs
 from diffusion_jax.lab.schema.config import Config, replace
-from diffusion_jax.lab.wiring import chains, learning
+from diffusion_jax.lab.wiring import chains, few_steps, learning
 from diffusion_jax.lab.wiring.chains import Drawable
 from diffusion_jax.training import compilation, feed, flat, parallel
 
@@ -64,10 +64,26 @@ def make(config: Config, dataset: datasets.Dataset) -> Ruler | None:
     return Ruler(extractor, real, extractor.distance(plan.measure_count))
 
 
+def watched(
+    config: Config, mesh: Any, held: datasets.Dataset | None
+) -> dict[str, Callable[[Any], jax.Array]]:
+    """Returns what is logged beside the loss, as functions of the state.
+
+    A student of progressive distillation has no self-consistency: its loss is its
+    distance from two steps of the teacher.
+    """
+    found = {}
+    if held is not None:
+        found["held_out_loss"] = held_out_loss(config, mesh, held)
+    if config.few.method not in ("none", "progressive"):
+        found["self_consistency"] = self_consistency(config, mesh)
+    return found
+
+
 def held_out_loss(
     config: Config, mesh: Any, held: datasets.Dataset
 ) -> Callable[[Any], jax.Array]:
-    """Returns the loss of a batch of held-out images as a function of the parameters.
+    """Returns the loss of a batch of held-out images as a function of the state.
 
     The images, times and noise are always the same, and nothing is dropped or moved, so
     only the network changes it.
@@ -84,11 +100,26 @@ def held_out_loss(
     options = compilation.options(mesh.devices.flat[0])
 
     @functools.partial(jax.jit, compiler_options=options)
-    def run(params: Any, batch: Any) -> jax.Array:
-        mean: jax.Array = loss(params, batch, jax.random.key(config.train.seed))[0]
+    def run(params: Any, memory: Any, batch: Any) -> jax.Array:
+        key = jax.random.key(config.train.seed)
+        mean: jax.Array = loss(params, batch, key, memory)[0]
         return mean
 
-    return lambda params: run(params, batch)
+    return lambda state: run(state.params, state.memory, batch)
+
+
+def self_consistency(config: Config, mesh: Any) -> Callable[[Any], jax.Array]:
+    """Returns `few_steps.self_consistency` as a function of a state."""
+
+    @functools.partial(
+        jax.jit, compiler_options=compilation.options(mesh.devices.flat[0])
+    )
+    def run(params: Any, memory: Any) -> jax.Array:
+        whole, known = flat.unpack_all((params, memory))
+        teacher = known.teacher if few_steps.has_teacher(config) else whole
+        return few_steps.self_consistency(config, whole, teacher)
+
+    return lambda state: run(state.ema_params, state.memory)
 
 
 def due(config: Config, step: int) -> bool:

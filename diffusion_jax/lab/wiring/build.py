@@ -1,13 +1,14 @@
 """Builds the schedule, the network and the data from a configuration."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax import continuous, errors, gaussian, learned, schedule
+from diffusion_jax import continuous, errors, gaussian, guidance, learned, schedule
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError, first_of
 from diffusion_jax.lab.schema import latents
@@ -92,7 +93,13 @@ def make_network(config: Config) -> UNet:
         num_classes=net.classes + (1 if net.classes and net.label_dropout else 0),
         variant=net.variant,
         fourier=net.fourier,
+        spans=has_spans(config),
     )
+
+
+def has_spans(config: Config) -> bool:
+    """Returns whether the network is told how far a jump goes."""
+    return config.few.method == "mean_flow"
 
 
 def as_computed(config: Config, params: Any) -> Any:
@@ -108,6 +115,7 @@ def make_apply(
 ) -> Apply:
     """Returns the network as a function of x, t and, with classes, the label.
 
+    A network of jumps also takes how far they go, in the unit of t; 0 when not given.
     `levels` is the schedule whose times t are; options are those of the network's call.
     """
     net = make_network(config)
@@ -121,9 +129,16 @@ def make_apply(
             return 1000 * (high - levels(t).logsnr) / (high - low)
         return 1000 * t / continuous.last_time(levels)
 
-    def apply(x: jax.Array, t: jax.Array, label: jax.Array | None = None) -> jax.Array:
+    def apply(
+        x: jax.Array,
+        t: jax.Array,
+        label: jax.Array | None = None,
+        span: jax.Array | None = None,
+    ) -> jax.Array:
         variables = {"params": params["net"]}
-        return cast(jax.Array, net.apply(variables, x, fed(t), label, **options))
+        if has_spans(config):
+            span = fed(jnp.zeros_like(t) if span is None else span)
+        return cast(jax.Array, net.apply(variables, x, fed(t), label, span, **options))
 
     return apply
 
@@ -141,6 +156,38 @@ def make_denoiser(
         time_shift=time_shift(config),
         **options,
     )
+
+
+def seen(
+    config: Config,
+    params: Any,
+    levels: schedule.Schedule,
+    label: jax.Array | None,
+    span: jax.Array | None = None,
+    *,
+    guide: float | None = None,
+    **options: Any,
+) -> gaussian.Denoiser:
+    """Returns the network in training as a denoiser of images with these labels.
+
+    Args:
+      config: of the run.
+      params: the parameters.
+      levels: the schedule of the times.
+      label: classes, [B], or None.
+      span: how far jumps go, [B], in a network that is told.
+      guide: scale of classifier-free guidance.
+      **options: of the network's call.
+    """
+    apply = make_apply(config, params, levels, **options)
+    if guide is not None and label is not None:
+        null, channels = config.net.classes, config.data.channels
+        apply = guidance.classifier_free(
+            apply, label, null, scale=guide, channels=channels
+        )
+    else:
+        apply = partial(apply, label=label, span=span)
+    return make_denoiser(config, apply, levels)
 
 
 def init_params(config: Config, key: jax.Array) -> Any:
@@ -171,9 +218,10 @@ def param_shapes(config: Config) -> Any:
 
 
 def _inputs(config: Config) -> tuple[Any, ...]:
-    """Returns an image, a time and, with classes, a label: all zeros."""
+    """Returns an image, a time, a label or None and, of jumps, a span: all zeros."""
     label = np.zeros(1, np.int32) if config.net.classes else None
-    return _image(config), np.zeros(1, np.float32), label
+    span = (np.zeros(1, np.float32),) if has_spans(config) else ()
+    return _image(config), np.zeros(1, np.float32), label, *span
 
 
 def _image(config: Config) -> np.ndarray:

@@ -102,13 +102,34 @@ def make_denoiser(
     """Returns the denoiser of the configured chains: clipped, labelled, guided."""
     levels = sampling_schedule(config, drawable.params)
     how = sampling.resolve(config.sample, config.diffusion.num_steps)
-    apply = build.make_apply(config, drawable.params, levels)
-    given = _labelled(config, apply, levels, first)
     options = {"clip": how["clip"], "threshold": config.sample.threshold}
-    denoise = build.make_denoiser(config, given, levels, **options)
+    denoise = _jumping(config, drawable, levels, first, **options)
     if config.sample.classifier_guidance:
         denoise = _guided(config, drawable.classifier, denoise, levels, first)
     return _with_variance(denoise, drawable)
+
+
+def _jumping(
+    config: Config,
+    drawable: Drawable,
+    levels: schedule.Schedule,
+    first: int | jax.Array,
+    **options: Any,
+) -> Callable[..., gaussian.Prediction]:
+    """Returns the network as a denoiser, of jumps too where it knows them."""
+    apply = build.make_apply(config, drawable.params, levels)
+
+    def denoise(
+        x: jax.Array, t: jax.Array, s: jax.Array | None = None
+    ) -> gaussian.Prediction:
+        told = apply
+        if s is not None:
+            span = jnp.broadcast_to(t - s, x.shape[:1])
+            told = functools.partial(apply, span=span)
+        given = _labelled(config, told, levels, first)
+        return build.make_denoiser(config, given, levels, **options)(x, t)
+
+    return denoise
 
 
 def given_labels(

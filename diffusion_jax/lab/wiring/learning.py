@@ -11,14 +11,13 @@ import optax
 from diffusion_jax import gaussian, learned, losses, schedule, timesteps, weightings
 from diffusion_jax.lab.schema import latents
 from diffusion_jax.lab.schema.config import Config, micro_batches, replace, warmup
-from diffusion_jax.lab.wiring import autoencoders, moving
+from diffusion_jax.lab.wiring import autoencoders, few_steps, moving
 from diffusion_jax.lab.wiring.build import (
     init_params,
     is_continuous,
-    make_apply,
-    make_denoiser,
     make_schedule,
     param_shapes,
+    seen,
 )
 from diffusion_jax.training import averages, compilation, feed, flat, parallel, state
 
@@ -73,7 +72,9 @@ def init_state(
     if params is None:
         params = init_params(config, key_params)
     memory: Any = ()
-    if config.diffusion.density == "importance":
+    if few_steps.has_teacher(config):
+        memory = few_steps.memory_of(params)
+    elif config.diffusion.density == "importance":
         memory = timesteps.history(config.diffusion.num_steps)
     return state.init(
         key_run,
@@ -172,7 +173,7 @@ def draw_times(
             u = timesteps.antithetic(key, position, size)
     one = jnp.ones_like(u)
     match d.density:
-        case "importance":
+        case "importance" if config.few.method == "none":
             return timesteps.importance(u, timesteps.probabilities(memory))
         case "log_normal":
             return timesteps.log_normal(u, levels), one
@@ -213,15 +214,20 @@ def make_loss(config: Config, *, train: bool = True) -> state.LossFn:
         label = _label(config, batch, label_key)
         levels = make_schedule(config, params)
         t, weight = draw_times(config, key_t, position, levels, memory)
+        options: dict[str, Any] = {"train": train, "rngs": {"dropout": dropout_key}}
 
         def denoiser(levels: schedule.Schedule) -> gaussian.Denoiser:
-            options = {"train": train, "rngs": {"dropout": dropout_key}}
-            apply = make_apply(config, params, levels, **options)
-            given = apply if label is None else functools.partial(apply, label=label)
-            return make_denoiser(config, given, levels)
+            return seen(config, params, levels, label, **options)
 
         eps = gaussian.normal(eps_key, x0.shape)
-        if config.diffusion.loss == "vlb" and is_continuous(config):
+        if config.few.method != "none":
+            again = jax.random.fold_in(key_t, 1)
+            other = draw_times(config, again, position, levels, memory)[0]
+            u = timesteps.uniform(jax.random.fold_in(key_t, 2), position)
+            each = few_steps.loss(
+                config, params, memory, x0, eps, (t, other, u), label, **options
+            )
+        elif config.diffusion.loss == "vlb" and is_continuous(config):
             fresh = jax.vmap(jax.random.fold_in, (0, None))(eps_key, 1)
             noise = gaussian.normal(fresh, x0.shape)
             each = _continuous_bound(config, params, denoiser, x0, eps, noise, t)
@@ -313,6 +319,8 @@ def _pure_step(config: Config, mesh: jax.sharding.Mesh) -> state.StepFn:
     def remember(memory: timesteps.History, seen: dict[str, jax.Array]) -> Any:
         return timesteps.record(memory, seen["t"], seen["loss"])
 
+    taught = few_steps.has_teacher(config)
+    by_importance = not taught and config.diffusion.density == "importance"
     loss_fn = parallel.gathered(flat.of_tree(make_loss(config)), mesh)
     rate_at = rate(config)
     made = state.make_step(
@@ -323,7 +331,7 @@ def _pure_step(config: Config, mesh: jax.sharding.Mesh) -> state.StepFn:
         clip_each=official,
         accumulate=parts,
         axis_name=None if strategy == "mesh" else parallel.AXIS,
-        remember=remember if config.diffusion.density == "importance" else None,
+        remember=remember if by_importance else None,
         report=functools.partial(
             autoencoders.means if latents.is_autoencoder(config) else _by_quarter,
             config,
@@ -333,6 +341,8 @@ def _pure_step(config: Config, mesh: jax.sharding.Mesh) -> state.StepFn:
 
     def step(now: state.TrainState, batch: Any) -> tuple[state.TrainState, Any]:
         new, metrics = made(now, batch)
+        if taught:
+            new = few_steps.remembered(config, new)
         # Skipped steps are not counted by Adam.
         (_, count), *_ = optax.tree.get_all_with_path(now.opt_state, "count")
         return new, metrics | {"learning_rate": rate_at(count)}
@@ -376,5 +386,7 @@ def gradient(chosen: Config) -> Callable[..., Any]:
     whole = replace(chosen, "optimizer", preset="modern")
     whole = replace(whole, "train", accumulate=1)
     whole = replace(whole, "diffusion", density="uniform")
+    if few_steps.has_teacher(whole):
+        whole = replace(whole, "few", method="none")
     loss = jax.grad(make_loss(whole), has_aux=True)
     return lambda params, batch: loss(params, batch, jax.random.key(0))[0]

@@ -1,0 +1,50 @@
+"""From the configuration of a teacher to that of a student of few steps."""
+
+import dataclasses
+
+from diffusion_jax.lab.schema.config import Config, replace
+from diffusion_jax.lab.schema.few import Few, Method
+from diffusion_jax.lab.schema.sampling import Sample
+
+
+def student(teacher: Config, method: Method, *, init_from: str) -> Config:
+    """Returns the configuration of a student, with the data and network of its teacher.
+
+    Args:
+      teacher: its configuration.
+      method: how it is distilled.
+      init_from: where its weights are.
+
+    >>> made = student(Config(), "progressive", init_from="runs/digits")
+    >>> made.name, made.sample.sampler, made.sample.steps
+    ('digits_progressive', 'ddim', 1)
+    """
+    few, old = Few(method), teacher.sample
+    halved = method == "progressive"
+    sample = Sample(
+        sampler="ddim" if halved else "consistency",
+        steps=few.last if halved else 2,
+        every=old.every,
+        count=old.count,
+        clip=old.clip,
+        label=old.label,
+    )
+    changed = dataclasses.replace(
+        teacher,
+        name=f"{teacher.name}_{method}",
+        init_from=init_from,
+        few=few,
+        sample=sample,
+        net=dataclasses.replace(teacher.net, dropout=0.0),
+    )
+    return replace(
+        changed,
+        "optimizer",
+        preset="modern",
+        warmup=min(200, teacher.optimizer.warmup),
+        decay="cosine",
+        b2=0.99,
+        ema_decay=(0.99,),
+        ema_lengths=(),
+        ema_snapshots=0,
+    )

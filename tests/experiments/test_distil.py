@@ -1,0 +1,177 @@
+"""Students of few steps: trained by the command, resumed, sampled, and refused."""
+
+import dataclasses
+import shlex
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_run import SMALL, digests, restored, train_small
+
+from diffusion_jax import lab
+from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema import checks
+from diffusion_jax.lab.schema.config import replace
+from diffusion_jax.lab.schema.few import DISTILLED, Few
+from diffusion_jax.lab.schema.sampling import Sampling
+from diffusion_jax.lab.schema.students import student
+from diffusion_jax.lab.trained import weights
+from diffusion_jax.lab.wiring import few_steps, learning
+from diffusion_jax.storage import trees
+from experiments import compare_samplers, distil, sample, train
+from experiments.configs import EXPERIMENTS, cifar10, digits
+
+SHORT = shlex.split(
+    "--train.steps 12 --train.log-every 4 --train.checkpoint-every 4 "
+    "--sample.every 12 --sample.count 4 --optimizer.warmup 2 --train.devices 1"
+)
+
+
+def distilled(trained, folder, name, *flags):
+    where = ["--output", str(folder), "--name", name]
+    assert distil.main([str(trained.folder), *flags, *SHORT, *where]) == 0
+    return runs.Run(folder / name)
+
+
+def params_of(run):
+    return weights.load(runs.read_config(run), run, weights.Weights())[0]
+
+
+def test_a_student_trains_resumes_to_the_bit_and_is_sampled(trained, tmp_path):
+    run = distilled(trained, tmp_path, "whole")
+    lines = runs.read_lines(run.metrics)
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    assert all(0 < line["self_consistency"] < 2 for line in lines)
+    told = runs.json_fields.load(run.folder / "teacher.json")
+    teacher = params_of(trained)
+    assert told["sha256"] == trees.digest(teacher)
+    assert told["teacher"] == str(trained.folder)
+    memory = restored(run).state.memory
+    assert memory.step == 12
+    jax.tree.map(np.testing.assert_array_equal, memory.teacher, teacher)
+    # It needs its teacher no more.
+    parts = distilled(trained, tmp_path, "parts", "ect", "--train.stop-at", "4")
+    moved = trained.folder.rename(trained.folder.with_name("away"))
+    try:
+        config = replace(runs.read_config(parts), "train", stop_at=None)
+        assert lab.train(config).step == 12
+    finally:
+        moved.rename(trained.folder)
+    assert digests(parts) == digests(run)
+
+    net = lab.load(run.folder)
+    assert net.config.sample.sampler == "consistency"
+    assert net.sample(jax.random.key(0), 2, steps=1).shape == (2, 8, 8, 1)
+    with pytest.raises(ConfigError, match=r"sampler must be consistency, since its x0"):
+        net.sample(jax.random.key(0), 1, sampler="ddim")
+    with pytest.raises(ConfigError, match=r"few.method cons.* or ect"):
+        lab.load(trained.folder).sample(jax.random.key(0), 1, sampler="consistency")
+    with pytest.raises(ConfigError, match=r"not distilled; got one of few.method ect"):
+        distil.main([str(run.folder), *SHORT, "--output", str(tmp_path), "--name", "b"])
+    out = ["--out", str(tmp_path / "table"), "--count", "80", "--evaluations", "1", "2"]
+    assert compare_samplers.main([str(run.folder), *out]) == 0
+    points = runs.json_fields.load(tmp_path / "table" / "samplers.json")["points"]
+    found = [(p["rule"], p["evaluations"]) for p in points]
+    assert found == [("consistency", 1), ("consistency", 2)]
+
+
+def test_halving_ends_in_one_step_taught_by_the_student_of_two(trained, tmp_path):
+    flags = ["progressive", "--few.first", "4"]
+    run = distilled(trained, tmp_path, "halved", *flags)
+    memory = restored(run).state.memory
+    ends = np.asarray(jax.tree.leaves(memory.teacher)[0])
+    assert np.any(ends != np.asarray(jax.tree.leaves(params_of(trained))[0]))
+    config = runs.read_config(run)
+    # Stages of 4, 2 and 1 steps on the 20 of the chain.
+    for step, ends in ((0, (10, 8, 5)), (5, (10, 5, 0)), (9, (20, 10, 0))):
+        times = few_steps._halved(config, jnp.asarray(step), jnp.asarray([7.0]))
+        assert [float(t[0]) for t in times] == list(ends)
+    assert sample.main([str(run.folder), "--count", "1"]) == 0
+    with pytest.raises(ConfigError, match=r"sample.steps must be 1, without eta"):
+        checks.with_sampling(config, Sampling("ddim", steps=2))
+
+
+def test_mean_flow_trains_from_scratch_and_jumps(tmp_path):
+    flags = ["--train.log-every", "4", "--output", str(tmp_path)]
+    few = ["--sample.steps", "2"]
+    assert train.main(["digits_meanflow", *SMALL, *flags, *few]) == 0
+    net = lab.load(tmp_path / "digits_meanflow")
+    one, other = (
+        net.sample(jax.random.key(0), 2, sampler=rule, steps=1)
+        for rule in ("mean_flow", "ddim")
+    )
+    assert np.any(one != other)  # it is told how far it jumps
+    lines = runs.read_lines(net.run.metrics)
+    assert [0 < line["self_consistency"] < 5 for line in lines] == [True] * 3
+
+
+@pytest.mark.parametrize("method", DISTILLED)
+def test_every_method_has_a_loss_of_its_own_and_guided(method):
+    small = dataclasses.replace(
+        digits.CONFIG,
+        net=dataclasses.replace(digits.CONFIG.net, multipliers=(1,), attention=()),
+    )
+    labelled = dataclasses.replace(small.net, classes=10, label_dropout=0.1)
+    for net, guidance in ((small.net, None), (labelled, 2.0)):
+        made = student(small, method, init_from="x")
+        made = dataclasses.replace(made, net=net, few=Few(method, guidance=guidance))
+        checks.validate(made)
+        state = learning.state_shapes(made)
+        batch = {
+            "image": jax.ShapeDtypeStruct((4, 8, 8, 1), jnp.uint8),
+            "position": jax.ShapeDtypeStruct((4,), jnp.int32),
+            "label": jax.ShapeDtypeStruct((4,), jnp.int32),
+        }
+        loss = jax.grad(learning.make_loss(made), has_aux=True)
+        grad, seen = jax.eval_shape(loss, state.params, batch, state.key, state.memory)
+        assert jax.tree.structure(grad) == jax.tree.structure(state.params)
+        assert seen["loss"].shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["magic"], "METHOD must be one of ect.*got 'magic'"),
+        (["ect", "--few.guidance", "2"], "few.guidance must be left out where no"),
+        (["progressive", "--few.first", "6"], r"few.first must be few.last = 1 times"),
+        (["progressive", "--few.first", "16"], "at most half of the 20 diffusion"),
+        (["--sample.sampler", "ddpm"], "sample.sampler must be consistency, since"),
+        (["--sample.steps", "21"], "sample.steps must be at most"),
+        (["--few.method", "none"], "sample.sampler must be another than consistency"),
+        (["--few.method", "mean_flow"], "diffusion.schedule must be flow"),
+    ],
+)
+def test_what_does_not_fit_is_refused(trained, tmp_path, flags, words):
+    with pytest.raises(ValueError, match=words):
+        distil.main([str(trained.folder), *flags, "--output", str(tmp_path)])
+
+
+def test_teachers_that_tell_no_image_from_noise_are_refused(tmp_path):
+    eps = ["--diffusion.prediction", "eps", "--diffusion.schedule", "linear"]
+    run = train_small(tmp_path, "eps", *eps, "--diffusion.loss", "eps")
+    with pytest.raises(ConfigError, match=r"one of v, edm, velocity.*eps tells no"):
+        distil.main([str(run.folder), "--output", str(tmp_path)])
+    with pytest.raises(ConfigError, match="RUN must be a folder"):
+        distil.main([str(tmp_path / "nothing")])
+    with pytest.raises(ConfigError, match=r"given with few.method ect"):
+        checks.of_training(
+            dataclasses.replace(
+                EXPERIMENTS["digits_consistency"].config, init_from=None
+            )
+        )
+
+
+def test_experiments_of_few_steps_fit_their_teachers():
+    for name, made in EXPERIMENTS.items():
+        few = made.config.few
+        if few.method in ("none", "mean_flow"):
+            continue
+        teacher = EXPERIMENTS[made.config.init_from.removeprefix("runs/")].config
+        assert teacher.few.method == "none", name
+        assert teacher.diffusion == made.config.diffusion
+    assert (
+        EXPERIMENTS["cifar10_meanflow"].config.net.channels
+        == cifar10.CONFIG.net.channels
+    )
