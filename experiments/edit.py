@@ -17,7 +17,7 @@ from diffusion_jax.errors import ConfigError, counted
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.drawing import edit_options
 from diffusion_jax.lab.process import entry, flags
-from diffusion_jax.lab.schema.checks import of_options, with_sampling
+from diffusion_jax.lab.schema.checks import of_denoiser, of_options, with_sampling
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
 
     shared: edit_options.Shared = options.shared
     run, config = opening.opened(name, options, which=shared.which)
+    of_denoiser(config)
     sampled = edits.deterministic if command == "slerp" else with_sampling
     config = sampled(config, shared.how)
     chosen = config.net.classes or config.sample.classifier_guidance

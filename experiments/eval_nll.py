@@ -23,6 +23,7 @@ from diffusion_jax.lab.measure import bound
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import results, runs
 from diffusion_jax.lab.schema import choices
+from diffusion_jax.lab.schema.checks import of_denoiser
 from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.facts import Count, Seed
@@ -78,6 +79,7 @@ def main(argv: Sequence[str]) -> int:
         pictures.check_plots()
     which, data = options.which, options.data
     run, config = opening.opened(options.run, options, which=which, data=data)
+    of_denoiser(config)
     dataset = build.load_data(config, split=options.split)
     variance = variance_of(config, options)
     drawable, step, kind = extras.load(config, run, which, variance=variance)

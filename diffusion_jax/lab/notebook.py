@@ -134,6 +134,7 @@ class Trained:
         given.check_shape(self.config, dataset.images.shape[1:], "images")
         used = variance or self.config.diffusion.variance
         with given.in_python():
+            checks.of_denoiser(self.config)
             build.check_labels(self.config, dataset)
             drawable = extras.complete(
                 self.config, self.run, self.params, variance=used

@@ -13,7 +13,7 @@ FROM_ROOT = {
     "changes.md": "CHANGELOG.md",
 }
 USE = (
-    *("train", "watch", "data", "sample", "edit", "measure"),
+    *("train", "watch", "data", "sample", "few_steps", "edit", "measure"),
     *("codec", "latent", "networks", "objectives"),
     *("devices", "safety", "performance", "results"),
 )

@@ -68,6 +68,8 @@ def test_a_student_trains_resumes_to_the_bit_and_is_sampled(trained, tmp_path):
         net.sample(jax.random.key(0), 1, sampler="ddim")
     with pytest.raises(ConfigError, match=r"few.method cons.* or ect"):
         lab.load(trained.folder).sample(jax.random.key(0), 1, sampler="consistency")
+    with pytest.raises(ConfigError, match=r"mean of the images.*few.method ect"):
+        net.bits_per_dim(np.zeros((1, 8, 8, 1), np.uint8))
     with pytest.raises(ConfigError, match=r"not distilled; got one of few.method ect"):
         distil.main([str(run.folder), *SHORT, "--output", str(tmp_path), "--name", "b"])
     out = ["--out", str(tmp_path / "table"), "--count", "80", "--evaluations", "1", "2"]
@@ -114,20 +116,19 @@ def test_every_method_has_a_loss_of_its_own_and_guided(method):
         net=dataclasses.replace(digits.CONFIG.net, multipliers=(1,), attention=()),
     )
     labelled = dataclasses.replace(small.net, classes=10, label_dropout=0.1)
-    for net, guidance in ((small.net, None), (labelled, 2.0)):
-        made = student(small, method, init_from="x")
-        made = dataclasses.replace(made, net=net, few=Few(method, guidance=guidance))
-        checks.validate(made)
-        state = learning.state_shapes(made)
-        batch = {
-            "image": jax.ShapeDtypeStruct((4, 8, 8, 1), jnp.uint8),
-            "position": jax.ShapeDtypeStruct((4,), jnp.int32),
-            "label": jax.ShapeDtypeStruct((4,), jnp.int32),
-        }
-        loss = jax.grad(learning.make_loss(made), has_aux=True)
-        grad, seen = jax.eval_shape(loss, state.params, batch, state.key, state.memory)
-        assert jax.tree.structure(grad) == jax.tree.structure(state.params)
-        assert seen["loss"].shape == (4,)
+    made = student(small, method, init_from="x")
+    made = dataclasses.replace(made, net=labelled, few=Few(method, guidance=2.0))
+    checks.validate(made)
+    state = learning.state_shapes(made)
+    batch = {
+        "image": jax.ShapeDtypeStruct((4, 8, 8, 1), jnp.uint8),
+        "position": jax.ShapeDtypeStruct((4,), jnp.int32),
+        "label": jax.ShapeDtypeStruct((4,), jnp.int32),
+    }
+    loss = jax.grad(learning.make_loss(made), has_aux=True)
+    grad, seen = jax.eval_shape(loss, state.params, batch, state.key, state.memory)
+    assert jax.tree.structure(grad) == jax.tree.structure(state.params)
+    assert seen["loss"].shape == (4,)
 
 
 @pytest.mark.parametrize(

@@ -485,4 +485,54 @@ MATHEMATICS = [
         "tests/mathematics/test_latents.py"
         "::test_the_bound_of_images_is_exact_where_all_is_linear_and_gaussian",
     ),
+    # distillation
+    Breakage(
+        "distillation-tangent-turned-round",
+        "diffusion_jax/distillation.py",
+        "return jax.lax.stop_gradient(fixed - warmup * moving)",
+        "return jax.lax.stop_gradient(warmup * moving - fixed)",
+        "tests/mathematics/test_distillation.py"
+        "::test_the_consistency_function_has_no_tangent[cosine]",
+    ),
+    Breakage(
+        "distillation-gradient-through-the-tangent",
+        "diffusion_jax/distillation.py",
+        "step = jax.lax.stop_gradient(tangent / widened(size + floor, tangent))",
+        "step = tangent / widened(size + floor, tangent)",
+        "tests/mathematics/test_distillation.py"
+        "::test_gradients_are_of_the_network_alone",
+    ),
+    Breakage(
+        "distillation-gradient-of-the-target",
+        "diffusion_jax/distillation.py",
+        "turned - jax.lax.stop_gradient(turned) - step",
+        "turned - turned - step",
+        "tests/mathematics/test_distillation.py"
+        "::test_gradients_are_of_the_network_alone",
+    ),
+    Breakage(
+        "distillation-weight-of-the-noise",
+        "diffusion_jax/distillation.py",
+        "jnp.exp(jnp.maximum(level.logsnr, 0))",
+        "jnp.exp(jnp.maximum(-level.logsnr, 0))",
+        "tests/mathematics/test_distillation.py"
+        "::test_two_steps_of_ddim_end_where_one_to_their_x0_does[cosine]",
+    ),
+    # jumps
+    Breakage(
+        "jumps-the-noise-of-t",
+        "diffusion_jax/jumps.py",
+        "return Step(gaussian.q_sample(x0, noise, schedule(s)), memory, x0)",
+        "return Step(gaussian.q_sample(x0, noise, schedule(t)), memory, x0)",
+        "tests/mathematics/test_distillation.py"
+        "::test_consistency_sampling_ends_in_the_data_for_any_number_of_steps",
+    ),
+    Breakage(
+        "jumps-without-a-span",
+        "diffusion_jax/jumps.py",
+        "pred = denoise(x_t, t, s)",
+        "pred = denoise(x_t, t, t)",
+        "tests/mathematics/test_distillation.py"
+        "::test_mean_velocities_satisfy_mean_flow_and_jump_to_the_end",
+    ),
 ]

@@ -18,6 +18,7 @@ from diffusion_jax.codec.profile import Profile
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError, DataError
 from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema import checks
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.trained import exact, opening, weights
 from diffusion_jax.lab.trained.weights import Weights
@@ -58,6 +59,7 @@ def opened(name: str | None, options: Any, which: Weights) -> Network:
       ConfigError: there is no such run, or it is of another kind.
     """
     run, config = opening.opened(name, options, which=which)
+    checks.of_denoiser(config)
     learned = config.diffusion.schedule == "learned"
     if config.net.classes or learned:
         kind = "a learned schedule" if learned else f"{config.net.classes} classes"

@@ -226,6 +226,8 @@ def to_diffusers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
         lacking.append(f"prediction {d.prediction}, which must be eps, x0 or v")
     if variance not in variances or (variance == "range") != (d.variance == "range"):
         lacking.append(f"variance {variance}, which must be small, large or range")
+    if config.few.method != "none":
+        lacking.append(f"few.method {config.few.method}, whose x0 is the end of a jump")
     if d.schedule == "jsd":
         lacking.append("the schedule jsd, which ends without any signal")
     if lacking:

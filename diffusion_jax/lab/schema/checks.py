@@ -236,6 +236,17 @@ def of_training(config: Config) -> None:
         _fail("sample.classifier_guidance", must, config.sample.classifier_guidance)
 
 
+def of_denoiser(config: Config) -> None:
+    """Raises ConfigError where the network's x0 is no mean of the images at x_t."""
+    method = config.few.method
+    if method not in ("none", "mean_flow"):
+        raise ConfigError(
+            "the network must tell the mean of the images at each time; got one of "
+            f"few.method {method}, whose x0 is the end of a jump. Name its teacher"
+            f"{f', {config.init_from}' if config.init_from else ''}."
+        )
+
+
 def of_options(options: Any) -> None:
     """Raises ConfigError where an option of a command is out of its bounds.
 
