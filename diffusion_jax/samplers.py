@@ -291,9 +291,9 @@ def counted(denoise: gaussian.Denoiser, seen: list[int]) -> gaussian.Denoiser:
     they are taken. Wait with `jax.effects_barrier()` before reading.
     """
 
-    def denoise_and_count(x_t: jax.Array, t: jax.Array) -> gaussian.Prediction:
+    def denoise_and_count(x_t: jax.Array, *times: jax.Array) -> gaussian.Prediction:
         jax.debug.callback(lambda: seen.append(x_t.shape[0]))
-        return denoise(x_t, t)
+        return denoise(x_t, *times)
 
     return denoise_and_count
 

@@ -146,9 +146,7 @@ def main(argv: Sequence[str]) -> int:
     budgets = sorted(set(options.evaluations))
     print(f"  {'evaluations (NFE)':<20}" + "".join(f"{b:>13}" for b in budgets))
     points: list[Point] = []
-    method = config.few.method
-    possible = [r for r in (*rows(), "ode") if takes(method, r.split()[0])]
-    rules = options.rules or possible
+    rules = options.rules or possible(config)
     for rule in rules:
         row = list(measure(rule, config, drawable, options, distance, known))
         points += row
@@ -168,6 +166,11 @@ def main(argv: Sequence[str]) -> int:
     )
     print(f"plot: {pictures.save(picture, plot)}")
     return 0
+
+
+def possible(config: Config) -> list[str]:
+    """Returns the rows that a network can take."""
+    return [r for r in (*rows(), "ode") if takes(config.few.method, r.split()[0])]
 
 
 def kept_points(points: list[dict[str, Any]], command: str = "") -> list[Point]:

@@ -2,7 +2,7 @@
 
 RUN is the teacher, any trained run or network in a file. METHOD is one of
 
-  ect                   consistent ends of paths, by shrinking steps (the default)
+  ect                   the ends of paths, by shrinking steps (the default)
   consistency           the same along the teacher's paths, in continuous time
   consistency_training  the same along the data's
   progressive           two steps of DDIM become one, again and again
@@ -23,10 +23,15 @@ from diffusion_jax.lab.schema.students import student
 from diffusion_jax.lab.training import arguments
 
 
+def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns RUN and METHOD, as far as they are given, and the flags."""
+    count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    return list(argv[: min(count, 2)]), list(argv[min(count, 2) :])
+
+
 def main(argv: Sequence[str]) -> int:
     """Trains the student of the arguments; returns the exit code."""
-    count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    named, rest = [*argv[: min(count, 2)]], [*argv[min(count, 2) :]]
+    named, rest = split(argv)
     asked = named[1] if len(named) > 1 else DISTILLED[0]
     if asked not in DISTILLED:
         raise_unknown("METHOD", asked, DISTILLED)
@@ -41,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
         [config.name, *rest],
         {config.name: Experiment(config, __doc__ or "")},
         prog=entry.typed("distil"),
+        of="RUN [METHOD]",
     )
     # Loads Flax and Optax, which no mistake in the arguments should wait for.
     from diffusion_jax.lab.training import loop

@@ -4,6 +4,7 @@ A file has one experiment, its CONFIG, or a family that belongs together, its CO
 """
 
 import importlib
+import os
 import textwrap
 
 from diffusion_jax.lab.schema.config import Config, Experiment
@@ -22,7 +23,7 @@ FILES = {
     "cifar10_vp_continuous": "the SDE, in continuous time",
     "cifar10_flow": "rectified flow",
     "cifar10_conditional": "with labels, for guidance",
-    "few_steps": "in one or two steps, from a teacher",
+    "few_steps": "one or two steps a sample",
     "celebahq256": "faces",
     "lsun256": "scenes",
 }
@@ -50,14 +51,17 @@ def table() -> str:
     row = "{:<25}{:<15}{:<9}{}".format
     lines = [row("experiment", "data", "size", "what it is")]
     for file, found in _BY_FILE.items():
-        (name, first), *others = found.items()
-        data = first.config.data
-        start = name.partition("_")[0] + "_"
-        source, size = data.source.partition(":")[0], "{}x{}".format(*data.shape)
-        lines.append(
-            row(f"  {start}*" if others else f"  {name}", source, size, FILES[file])
-        )
-        if others:
+        said, by_source = FILES[file], dict[str, list[str]]()
+        for name, made in found.items():
+            source = made.config.data.source.partition(":")[0]
+            by_source.setdefault(source, []).append(name)
+        for source, names in by_source.items():
+            start = os.path.commonprefix(names)  # noqa: RUF071 (of letters, indeed)
+            name = start if len(names) == 1 else f"{start}*"
+            size = "{}x{}".format(*found[names[0]].config.data.shape)
+            lines.append(row(f"  {name}", source, size, said))
+            said = "the same"
+        if len(found) > 1 and len(by_source) == 1:
             ends = "* is " + ", ".join(name.removeprefix(start) for name in found)
             lines.append("    " + textwrap.shorten(ends, 76, placeholder=" ..."))
     return "\n".join(lines)

@@ -79,7 +79,9 @@ def parse(name, argv):
     if "--init-from" in argv:  # whose file is looked at with the arguments
         at = argv.index("--init-from")
         del argv[at : at + 2]
-    if name == "train":
+    if name == "distil":
+        arguments.parse_training(module.split(argv)[1], EXPERIMENTS, prog=name)
+    elif name == "train":
         arguments.parse_training(argv, EXPERIMENTS, prog=name)
     elif name == "compiled":
         of = module.Options

@@ -41,6 +41,7 @@ ASKED_BY = {
     "diffusion_jax.lab.run_folder.lock": "train",
     "diffusion_jax.lab.run_folder.runs": "train ablation",
     "diffusion_jax.lab.schema.checks": "",
+    "diffusion_jax.lab.schema.few": "train distil",
     "diffusion_jax.lab.trained.extras": "sample edit eval_fid legibility",
     "diffusion_jax.lab.trained.weights": "sample edit eval_fid eval_nll legibility "
     "convert compare_samplers",
@@ -63,6 +64,7 @@ def named(parser):
 def flags_of(command):
     kinds = {
         "train": [arguments.Training],
+        "distil": [arguments.Training],
         "edit": list(edit.COMMANDS.values()),
         "codec": list(codec.COMMANDS.values()),
         "runs": list(listing.COMMANDS.values()),

@@ -31,7 +31,7 @@ class Training:
     gradient clipped in eight parts, an average without a ramp. Exact, and on one device
     more than four times slower."""
     MAIN: ClassVar = (
-        "name output init_from data.source data.image_size data.flip "
+        "name output init_from data.source data.image_size "
         "data.hold_out diffusion.schedule diffusion.prediction net.channels "
         "net.classes optimizer.learning_rate train.steps train.stop_at "
         "train.batch_size train.checkpoint_every "
@@ -50,7 +50,12 @@ def parse(argv: Sequence[str], experiments: Experiments, *, prog: str) -> config
 
 
 def parse_training(
-    argv: Sequence[str], experiments: Experiments, *, prog: str, overview: str = ""
+    argv: Sequence[str],
+    experiments: Experiments,
+    *,
+    prog: str,
+    overview: str = "",
+    of: str | None = None,
 ) -> Training:
     """Returns what the arguments describe, checked.
 
@@ -59,6 +64,7 @@ def parse_training(
       experiments: those there are, by name.
       prog: how the command is called, for `--help`.
       overview: what `--help` says where no experiment is named.
+      of: what stands for the experiment in `--help`; its name when not given.
 
     Raises:
       ConfigError: an unknown experiment, or values that do not fit.
@@ -76,7 +82,7 @@ def parse_training(
             Training,
             default=Training(config=default),
             args=rest,
-            prog=f"{prog} {name}" if named else f"{prog} [EXPERIMENT]",
+            prog=f"{prog} {of or name}" if named else f"{prog} [EXPERIMENT]",
             description=f"{doc}\n\n{others}\n\n{AGAIN}",
             brief=f"{doc if named else overview}\n\n{AGAIN}",
         )

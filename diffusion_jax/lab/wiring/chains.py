@@ -195,7 +195,7 @@ def count_evaluations(config: Config, drawable: Drawable) -> float:
     levels = sampling_schedule(config, drawable.params)
     silent = gaussian.denoiser(lambda x, t: 0 * x, levels, "x0")
 
-    def stand_in(x: jax.Array, t: jax.Array) -> gaussian.Prediction:
+    def stand_in(x: jax.Array, t: jax.Array, *_: jax.Array) -> gaussian.Prediction:
         # With any variance that the rule may ask for.
         return gaussian.Prediction(*silent(x, t)[:2], 0 * x, 0 * x, 0 * x)
 
