@@ -22,11 +22,11 @@ import tyro
 
 from diffusion_jax import continuous, errors, gaussian, schedule
 from diffusion_jax.data import datasets
-from diffusion_jax.errors import ConfigError, DivergedError
+from diffusion_jax.errors import ConfigError, DivergedError, counted
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.measure import bound, extractors, reference
-from diffusion_jax.lab.process import entry
+from diffusion_jax.lab.process import entry, progress
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.checks import validate
 from diffusion_jax.lab.schema.choices import Weights
@@ -96,9 +96,12 @@ def main(argv: Sequence[str]) -> int:
     head = widths.format("", "bound (bits/dim)", "L_simple", name)
     print(head)
     found: dict[str, dict[str, Any]] = {}
-    for row, result in measured(configs, options):
-        found[row] = result
-        print(line(widths, row, result, name), flush=True)
+    said = f"training {counted(len(configs), 'row')}"
+    with progress.clock(said, total=len(configs), unit="rows") as bar:
+        for row, result in measured(configs, options):
+            found[row] = result
+            bar.write(line(widths, row, result, name))
+            bar.update()
     budget = ("experiment", "steps", "count", "bound_images", "seed")
     about = {
         **{field: getattr(options, field) for field in budget},

@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.lab.process import entry, replaceable
+from diffusion_jax.lab.process import entry, progress, replaceable
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import checks, config
 from diffusion_jax.lab.schema.config import Config
@@ -186,17 +186,22 @@ def pieces(
     def own(work: tables.Work) -> None:
         dtype = work.config.net.dtype
         if dtype not in tops:
-            tops[dtype] = measuring.ceiling(dtype, mesh, effort) / 1e12
+            with progress.clock(f"measuring products of matrices, {dtype}"):
+                tops[dtype] = measuring.ceiling(dtype, mesh, effort) / 1e12
         # There is no other program for what is only compared, nor time in a table.
         fresh = not options.table and work in works
-        found = tables.attempt(lambda: measuring.row(work, mesh, effort, fresh=fresh))
+        with progress.clock(f"measuring {work.name}"):
+            found = tables.attempt(
+                lambda: measuring.row(work, mesh, effort, fresh=fresh)
+            )
         rows.append(tables.row(work, found, rows, tops[dtype] / mesh.size))
         print(f"  {work.name}: {tables.in_words(found)}", flush=True)
 
     def by_peer(work: tables.Work, number: int) -> None:
         row = rows[number]
         if "error" not in row:
-            found = tables.attempt(lambda: peer.compare(work.config, row, effort))
+            with progress.clock(f"measuring {work.name}, by PyTorch"):
+                found = tables.attempt(lambda: peer.compare(work.config, row, effort))
             row["peer"] = found
             print(f"  {work.name}, by PyTorch: {tables.in_words(found)}", flush=True)
 

@@ -17,6 +17,7 @@ from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.report import tables
 from diffusion_jax.lab.run_folder import results, runs
 from diffusion_jax.lab.schema import choices
+from diffusion_jax.storage.waiting import Bar
 
 ASIDE = re.compile(r"\d+\.damaged\d*")
 """Names of checkpoints that were set aside. They may be deleted."""
@@ -76,7 +77,8 @@ def rows(folder: Path) -> list[Row]:
     every = [folder / str(step) for step in checkpoint.steps(folder)]
     aside = [path for path in folder.glob("*.damaged*") if ASIDE.fullmatch(path.name)]
     found = []
-    for path in (*every, *sorted(aside)):
+    paths = [*every, *sorted(aside)]
+    for path in Bar(paths, "verifying", unit="checkpoints"):
         with suppress(FileNotFoundError):
             row = _row(path)
             # Training may have deleted it meanwhile, for newer ones.

@@ -9,7 +9,6 @@ decodes latents with both. It needs PyTorch and diffusers: `pip install
 """
 
 import dataclasses
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,7 +19,6 @@ from unittest import mock
 import jax
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.interop import autoencoder_config
@@ -37,6 +35,7 @@ from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.facts import Count
 from diffusion_jax.lab.wiring import autoencoders, chains
 from diffusion_jax.nets.autoencoder import AutoencoderKL
+from diffusion_jax.storage.waiting import Bar
 from diffusion_jax.training import parallel
 from experiments.configs import EXPERIMENTS
 
@@ -228,7 +227,7 @@ def draw_there(folder: Path, config: Config, options: Options) -> np.ndarray:
     options_of_step = {"ddim": {"use_clipped_model_output": True}, "ddpm": {}}
     more = options_of_step[options.sampler]
     x, unet = noise(0), pipeline.unet.eval()
-    times = tqdm(scheduler.timesteps, desc="diffusers", disable=not sys.stderr.isatty())
+    times = Bar(scheduler.timesteps, "drawing with diffusers", unit="steps")
     drawn_by = "diffusers.schedulers.scheduling_ddpm.randn_tensor"
     with torch.no_grad():
         for n, t in enumerate(times):

@@ -7,7 +7,6 @@ stopped (resume).
 """
 
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,13 +15,12 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from diffusion_jax import errors, samplers
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.measure import extractors, reference
-from diffusion_jax.lab.process import entry, replaceable
+from diffusion_jax.lab.process import entry, progress, replaceable
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import choices
 from diffusion_jax.lab.schema.checks import with_sampling
@@ -34,6 +32,7 @@ from diffusion_jax.lab.schema.sampling import RULES, Sampling
 from diffusion_jax.lab.trained import extras, opening, weights
 from diffusion_jax.lab.wiring import build, chains
 from diffusion_jax.lab.wiring.chains import Drawable
+from diffusion_jax.storage.waiting import Bar
 from diffusion_jax.training import parallel
 
 
@@ -270,10 +269,11 @@ def measure(
         std = jnp.asarray(chains.start_std(way))
         key, parts = jax.random.key(options.seed), []
         # Compiles.
-        compiled(drawable, key, jnp.asarray(0), grid[-1:].repeat(length), std)
+        with progress.clock(f"compiling {rule}"):
+            compiled(drawable, key, jnp.asarray(0), grid[-1:].repeat(length), std)
         begun = time.monotonic()
         starts = range(0, options.count, size)
-        for first in tqdm(starts, desc=rule, disable=not sys.stderr.isatty()):
+        for first in Bar(starts, f"drawing by {rule}", unit="batches"):
             batch = np.asarray(compiled(drawable, key, jnp.asarray(first), grid, std))
             parts.append(pictures.to_uint8(batch))
         seconds = time.monotonic() - begun

@@ -19,7 +19,7 @@ import tyro
 from jax.sharding import Mesh
 
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.lab.process import entry, replaceable
+from diffusion_jax.lab.process import entry, progress, replaceable
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.config import Config, replace
 from diffusion_jax.lab.schema.facts import Whole
@@ -82,7 +82,8 @@ def main(argv: Sequence[str]) -> int:
     lower = {"train": training, "sample": sampling}[options.what]
     lowered, operations = lower(chosen, mesh)
     began = time.perf_counter()
-    compiled = lowered.compile()
+    with progress.clock("compiling"):
+        compiled = lowered.compile()
     seconds = time.perf_counter() - began
     text = compiled.as_text()
     kernels = compiled_program.kernels(text)

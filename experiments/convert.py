@@ -36,7 +36,7 @@ from diffusion_jax.lab.network_files import (
     records,
 )
 from diffusion_jax.lab.network_files.records import About, Network
-from diffusion_jax.lab.process import entry
+from diffusion_jax.lab.process import entry, progress
 from diffusion_jax.lab.run_folder import changes, results, runs
 from diffusion_jax.lab.schema import choices, latents, sampling
 from diffusion_jax.lab.schema.checks import with_data
@@ -89,14 +89,16 @@ def main(argv: Sequence[str]) -> int:
     if network.config.data.source == UNKNOWN:
         print("its training data are unknown: name them with --data to evaluate it")
     if is_file(options.out):
-        written = networks.write_file(options.out, network)
+        with progress.clock("writing"):
+            written = networks.write_file(options.out, network)
         print(f"{options.out}: SHA-256 {written}")
         quoted = shlex.quote(str(options.out))
         do = "measure it" if of_autoencoder else "draw with it"
         command = "eval_autoencoder" if of_autoencoder else "sample"
         print(f"{do}: python -m experiments.{command} {quoted}")
         return 0
-    written = networks.write_folder(options.out, network)
+    with progress.clock("writing"):
+        written = networks.write_folder(options.out, network)
     if of_autoencoder:
         print(f"{options.out / autoencoder_files.WEIGHTS}: SHA-256 {written}")
         if "log_variance" in network.params:

@@ -16,7 +16,7 @@ import jax
 from diffusion_jax.errors import ConfigError, counted
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.drawing import edit_options
-from diffusion_jax.lab.process import entry, flags
+from diffusion_jax.lab.process import entry, flags, progress
 from diffusion_jax.lab.schema.checks import of_denoiser, of_options, with_sampling
 
 
@@ -59,7 +59,8 @@ def main(argv: Sequence[str]) -> int:
     drawable, step, kind = extras.load(config, run, shared.which)
     told = weights.describe(kind, step)
     print(f"{run.folder}: {told}")
-    edited = draw(drawable, jax.random.key(shared.seed))
+    with progress.clock(f"drawing: {command}"):
+        edited = draw(drawable, jax.random.key(shared.seed))
     made = outputs.about("edit", argv, config, drawable, told, shared.seed)
     outputs.save_each(iter([edited.results]), folder, made)
     print(f"{command}: {pictures.save(edits.picture(edited), out, made)}")

@@ -21,7 +21,7 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import metrics, moments, pictures
 from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.measure import extractors, reference
-from diffusion_jax.lab.process import entry, hosts
+from diffusion_jax.lab.process import entry, hosts, progress
 from diffusion_jax.lab.run_folder import results, runs
 from diffusion_jax.lab.schema import choices, sampling
 from diffusion_jax.lab.schema.choices import Weights
@@ -321,25 +321,27 @@ def score(
     )
     if not hosts.first():
         return {}
-    name, kernel = extractor.distance(len(fake)), kernel_distance(extractor)
-    found: dict[str, Any] = {}
-    if name not in few:
-        for split, known in real.items():
-            found[f"{name} vs {split}"] = reference.distance(known, features)
-    if "train" in real:
-        kept, part = real["train"].features, features[: reference.KEPT]
-        size = min(1000, len(part), len(kept))
-        if kernel not in few:
-            found[f"{kernel} vs train"], _ = metrics.kid(kept, part, subset_size=size)
-        if PRECISION not in few:
-            found |= metrics.precision_recall(kept, part)._asdict()
-    if extractor.name == "inception":
-        if INCEPTION not in few:
-            found[INCEPTION], _ = metrics.inception_score(logits, seed=2020)
-    else:
-        shares = np.asarray(jax.nn.softmax(logits.astype(np.float64), axis=-1))
-        found["class_shares"] = shares.mean(axis=0).tolist()
-        found["sure"] = float((shares.max(axis=1) >= 0.9).mean())
+    with progress.clock("comparing features"):
+        name, kernel = extractor.distance(len(fake)), kernel_distance(extractor)
+        found: dict[str, Any] = {}
+        if name not in few:
+            for split, known in real.items():
+                found[f"{name} vs {split}"] = reference.distance(known, features)
+        if "train" in real:
+            kept, part = real["train"].features, features[: reference.KEPT]
+            size = min(1000, len(part), len(kept))
+            if kernel not in few:
+                value, _ = metrics.kid(kept, part, subset_size=size)
+                found[f"{kernel} vs train"] = value
+            if PRECISION not in few:
+                found |= metrics.precision_recall(kept, part)._asdict()
+        if extractor.name == "inception":
+            if INCEPTION not in few:
+                found[INCEPTION], _ = metrics.inception_score(logits, seed=2020)
+        else:
+            shares = np.asarray(jax.nn.softmax(logits.astype(np.float64), axis=-1))
+            found["class_shares"] = shares.mean(axis=0).tolist()
+            found["sure"] = float((shares.max(axis=1) >= 0.9).mean())
     return found
 
 

@@ -31,6 +31,7 @@ from diffusion_jax.lab.schema.facts import Count, Seed, at_least
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import extras, opening, weights
 from diffusion_jax.lab.wiring import build
+from diffusion_jax.storage.waiting import Bar
 from diffusion_jax.training import parallel
 
 SURE = 0.9
@@ -76,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
     real, fake = features(dataset.images), features(samples)
     judged = [
         certainty(real, dataset.labels, fake, seed=seed)
-        for seed in range(options.splits)
+        for seed in Bar(range(options.splits), "judging", unit="splits")
     ]
     ratio = float(np.mean([r for r, _ in judged]))
     shares = np.mean([s for _, s in judged], axis=0)

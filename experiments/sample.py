@@ -155,11 +155,13 @@ def draw_figure(
         figures.quality(config, drawable, out, made, count=count, seed=seed)
         print(f"plot: {out}")
         return 0
-    rows = min(8, count)
+    rows, said = min(8, count), f"drawing the figure {options.figure}"
     if options.figure == "shared":
-        picture = figures.shared(config, drawable, count=rows, seed=seed)
+        with progress.clock(said):
+            picture = figures.shared(config, drawable, count=rows, seed=seed)
     else:
-        end, seen = figures.chain(config, drawable, count=rows, seed=seed)
+        with progress.clock(said):
+            end, seen = figures.chain(config, drawable, count=rows, seed=seed)
         picture = figures.strip(end, seen.t, seen.x0)
     print(f"{options.figure}: {pictures.save(picture, out, made)}")
     return 0

@@ -17,11 +17,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from tqdm import tqdm
 
 from diffusion_jax.data.image_folders import Files
 from diffusion_jax.data.sizes import Size, largest, middle, pixels, resized, sides
 from diffusion_jax.errors import DataError, first_of
+from diffusion_jax.storage.waiting import Bar
 
 # Files handed to the threads at a time: bounds the decoded images that wait.
 _CHUNK = 256
@@ -230,8 +230,7 @@ def _in_threads(
     total, title = len(files.names), f"reading {files.where}"
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
-        # disable=None shows it only where standard error is a terminal.
-        tqdm(total=total, desc=title, unit=" images", disable=None) as bar,
+        Bar(None, title, total, unit=" images") as bar,
     ):
         for start in range(0, total, _CHUNK):
             for outcome in pool.map(attempt, range(start, min(start + _CHUNK, total))):

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from diffusion_jax.data.image_files import LazyImages
 from diffusion_jax.data.sizes import Size, fitter
 from diffusion_jax.errors import DataError
+from diffusion_jax.storage.waiting import Bar
 
 
 def tfds_folder(data_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -76,9 +76,7 @@ def read_tfds(
     seen = _source(builder, split, name, folder, skip_images=True) if lazy else source
     held = np.empty((0 if lazy else len(source), *fitted), np.uint8)
     labels = np.empty(len(source), np.int32)
-    # disable=None shows it only where standard error is a terminal.
-    places = tqdm(range(len(source)), f"reading {name}", unit=" images", disable=None)
-    for i in places:
+    for i in Bar(range(len(source)), f"reading {name}", unit=" images"):
         example = seen[i]
         if not lazy:
             held[i] = fit_image(example["image"])

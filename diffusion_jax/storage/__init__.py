@@ -1,1 +1,1 @@
-"""Files: replaced whole, unpacked, downloaded, and tensors by name."""
+"""Files: replaced whole, unpacked, downloaded; tensors by name; and bars to wait by."""

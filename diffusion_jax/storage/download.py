@@ -17,10 +17,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 from diffusion_jax.errors import DataError
 from diffusion_jax.storage import files
+from diffusion_jax.storage.waiting import Bar
 
 _CHUNK = 2**18
 # Seconds in all until an answer begins (name look-up, connection, encryption,
@@ -159,13 +158,8 @@ def _copy(response: Any, file: Any, url: str, most: int) -> str:
     stated = response.headers.get("Content-Length")
     expected = int(stated) if stated else None
     digest, done = hashlib.sha256(), 0
-    with tqdm(
-        total=expected,
-        unit="B",
-        unit_scale=True,
-        desc=f"downloading {url.rsplit('/', 1)[-1]}",
-        disable=None,  # shows it only where standard error is a terminal
-    ) as bar:
+    said = f"downloading {url.rsplit('/', 1)[-1]}"
+    with Bar(None, said, expected, unit="B", unit_scale=True) as bar:
         # Of one that says that it is too long nothing is fetched.
         while max(done, expected or 0) <= most and (chunk := response.read(_CHUNK)):
             done += len(chunk)

@@ -25,10 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
-from tqdm import tqdm
 
 from diffusion_jax.errors import DataError, first_of
 from diffusion_jax.storage import files, tensorflow_checkpoint
+from diffusion_jax.storage.waiting import Bar
 
 _CHUNK = 2**22
 _HEAD = 512
@@ -255,11 +255,7 @@ def _digest(paths: list[Path], progress: bool) -> str:
     """Returns the SHA-256 of files, one after the other, with a bar of their bytes."""
     digest = hashlib.sha256()
     total = sum(path.stat().st_size for path in paths)
-    # None means: only where standard error is a terminal.
-    disable = None if progress else True
-    with tqdm(
-        None, "reading", total, unit="B", unit_scale=True, disable=disable
-    ) as bar:
+    with Bar(None, "reading", total, unit="B", unit_scale=True, shown=progress) as bar:
         for path in paths:
             with path.open("rb") as content:
                 while chunk := content.read(_CHUNK):

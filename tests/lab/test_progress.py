@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from diffusion_jax.lab.process import entry, progress
+from diffusion_jax.storage import waiting
 
 
 @pytest.fixture
@@ -65,6 +66,7 @@ def test_a_terminal_gets_a_bar(clock):
 
 def test_a_chain_that_says_nothing_has_a_clock_and_no_share(monkeypatch):
     monkeypatch.setattr(progress.sys, "stderr", Terminal())
+    monkeypatch.setattr(waiting, "SECONDS_OF_QUIET", 0)
     with progress.clock("drawing: 2 batches", total=4) as bar:
         assert progress.sys.stderr.getvalue().endswith("2 batches, 00:00 so far")
         assert "0%" not in progress.sys.stderr.getvalue()
@@ -75,6 +77,64 @@ def test_a_chain_that_says_nothing_has_a_clock_and_no_share(monkeypatch):
     with progress.clock("drawing: 1 batch") as bar:
         bar.update(1)
     assert not progress.sys.stderr.getvalue()
+
+
+@pytest.fixture
+def seconds(monkeypatch):
+    """The time of bars, to be moved by hand."""
+    passed = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr("tqdm.std.time", lambda: passed.now)
+    waiting.Bar._instances.clear()  # what other tests left has the first lines
+    return passed
+
+
+def walked(monkeypatch, seconds, each, kind=io.StringIO, **options):
+    """What is shown of eight steps, each of so many seconds."""
+    monkeypatch.setattr("sys.stderr", kind())
+    for _ in waiting.Bar(range(8), "reading", unit="images", **options):
+        seconds.now += each
+    return waiting.sys.stderr.getvalue()
+
+
+def test_without_a_terminal_a_bar_is_a_line_now_and_then(seconds, monkeypatch):
+    shown = walked(monkeypatch, seconds, 4.0)
+    lines = shown.splitlines()
+    assert lines == [
+        "reading: 3 of 8 images, 00:12 so far, 00:20 left",
+        "reading: 6 of 8 images, 00:24 so far, 00:08 left",
+    ]
+    assert "\r" not in shown
+    assert not walked(monkeypatch, seconds, 4.0, shown=False)
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_what_takes_less_than_two_seconds_shows_nothing(kind, seconds, monkeypatch):
+    assert not walked(monkeypatch, seconds, 0.2, kind)
+
+
+def test_on_a_terminal_a_bar_has_the_time_left_and_goes(seconds, monkeypatch):
+    shown = walked(monkeypatch, seconds, 1.0, Terminal)
+    assert "reading:  50%|" in shown
+    assert "[00:04<00:04," in shown
+    assert not shown.rpartition("\r")[0].rpartition("\r")[2].strip()
+
+
+def test_a_clock_is_a_line_now_and_then_too(seconds, monkeypatch):
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    with progress.clock("compiling") as bar:
+        for _ in range(30):
+            seconds.now += 1.0
+            bar.refresh()
+    said = waiting.sys.stderr.getvalue().splitlines()
+    assert said[:2] == ["compiling, 00:10 so far", "compiling, 00:20 so far"]
+
+
+def test_training_says_what_it_waits_for_without_a_terminal():
+    file = io.StringIO()
+    shown = progress.Progress(0, 10, 64, file)
+    shown.update(1, 0.5)
+    shown.doing("drawing 64 samples")
+    assert file.getvalue() == "step 1/10, drawing 64 samples\n"
 
 
 def test_a_warning_is_a_note_in_one_line(monkeypatch, capsys):

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion_jax.errors import DataError, MissingError
-from diffusion_jax.storage import tensor_files, trees
+from diffusion_jax.storage import tensor_files, trees, waiting
 
 rng = np.random.default_rng(0)
 ARRAYS = {
@@ -104,12 +104,13 @@ def test_words_of_a_huge_file_are_read_alone(tmp_path):
 def test_bar_counts_bytes_on_a_terminal_only(tmp_path, monkeypatch, terminal, asked):
     path = tmp_path / "a"
     tensor_files.write_safetensors(path, {"a": np.zeros(2**18, np.float32)})
+    monkeypatch.setattr(waiting, "SECONDS_OF_QUIET", 0)
     screen = io.StringIO()
     screen.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stderr", screen)
     tensor_files.read(path, progress=asked)
     shown = screen.getvalue()
-    assert ("1.05M/1.05M" in shown) == bool(shown) == (terminal and asked)
+    assert ("0.00/1.05M" in shown) == bool(shown) == (terminal and asked)
 
 
 # What is refused.

@@ -1,6 +1,5 @@
 """A run as a codec: its network in float64 and its profile, which belong together."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from diffusion_jax.codec import fitting
 from diffusion_jax.codec import profile as profiles
@@ -24,6 +22,7 @@ from diffusion_jax.lab.trained import exact, opening, weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build, chains
 from diffusion_jax.lab.wiring.chains import Drawable
+from diffusion_jax.storage.waiting import Bar
 
 NAME = "codec.safetensors"
 """Of the profile, in the folder of a run."""
@@ -166,9 +165,8 @@ def of_profile(identity: bytes, output: str = "runs") -> str:
 
 @contextmanager
 def bar(title: str, total: int) -> Iterator[Callable[[int], object]]:
-    """Gives a function that moves a bar of images by so many, shown on a terminal."""
-    quiet = not sys.stderr.isatty()
-    with tqdm(total=total, desc=title, unit_scale=True, disable=quiet) as shown:
+    """Gives a function that moves a bar of images by so many."""
+    with Bar(None, title, total, unit="units", unit_scale=True) as shown:
         yield shown.update
 
 

@@ -12,6 +12,7 @@ from diffusion_jax import samplers
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.measure import extractors, reference
+from diffusion_jax.lab.process import progress
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.wiring import build, chains
@@ -126,7 +127,8 @@ def quality(
     extractors.check_count(extractor, count)
     real = reference.of(config, dataset.images, "train", extractor, batch_size=64)
     grid = chains.make_grid(config)
-    end, seen = chain(config, drawable, count=count, seed=seed, frames=13)
+    with progress.clock("drawing the chains"):
+        end, seen = chain(config, drawable, count=count, seed=seed, frames=13)
     name = extractor.distance(count)
     rows = []
     for t, x0 in [*zip(seen.t.tolist(), seen.x0, strict=True), (0, end)]:

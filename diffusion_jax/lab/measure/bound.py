@@ -1,14 +1,12 @@
 """Computes bits/dim of images: by the bound, or by the probability flow ODE."""
 
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from diffusion_jax import continuous, likelihood, ode
 from diffusion_jax.data import datasets
@@ -18,6 +16,7 @@ from diffusion_jax.lab.schema.sampling import Variance
 from diffusion_jax.lab.wiring import build, chains
 from diffusion_jax.lab.wiring.chains import Drawable
 from diffusion_jax.schedule import is_discrete
+from diffusion_jax.storage.waiting import Bar
 from diffusion_jax.training import parallel
 
 Trace = Literal["rademacher", "gaussian", "exact"]
@@ -93,10 +92,11 @@ def batches(
 
     The progress bar counts `each` units an image.
     """
-    mesh, quiet = parallel.make_mesh(), not sys.stderr.isatty()
+    mesh = parallel.make_mesh()
     size = -(-min(batch_size, len(chosen)) // mesh.size) * mesh.size
     total = len(chosen) * each
-    with tqdm(total=total, unit=unit, unit_scale=each > 1, disable=quiet) as bar:
+    said = "the bound" if each > 1 else "the flow"
+    with Bar(None, said, total, unit=unit, unit_scale=each > 1) as bar:
         for begin in range(0, len(chosen), size):
             indices = chosen[begin : begin + size]
             # The last batch is padded with its last image.

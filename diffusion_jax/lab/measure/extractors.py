@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from diffusion_jax import errors
 from diffusion_jax.data import datasets
@@ -18,6 +17,7 @@ from diffusion_jax.lab.measure import judges
 from diffusion_jax.lab.process import hosts
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.nets import inception
+from diffusion_jax.storage.waiting import Bar
 from diffusion_jax.training import parallel
 
 Batch = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -151,8 +151,7 @@ def extract(
         extractor, images, batch_size = _shared(extractor, images, batch_size)
     features, logits = [], []
     starts = range(0, len(images), batch_size)
-    quiet = None if hosts.first() else True
-    for begin in tqdm(starts, desc=label, unit="batch", disable=quiet, leave=False):
+    for begin in Bar(starts, label, unit="batches", shown=hosts.first()):
         end = min(begin + batch_size, len(images))
         batch = np.asarray(images[np.arange(begin, end)])
         short = batch_size - len(batch)

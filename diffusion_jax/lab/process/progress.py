@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-SECONDS_BETWEEN_LINES = 10.0
+from diffusion_jax.storage import waiting
 
 
 class Progress:
@@ -79,11 +79,13 @@ class Progress:
             self.text += f", {self.rate:,.0f} images/s, {clock} left"
         self.bar.set_postfix_str(self.text, refresh=False)
         self.bar.update(step - self.bar.n)
-        if self.bar.disable and now - self.shown >= SECONDS_BETWEEN_LINES:
+        if self.bar.disable and now - self.shown >= waiting.SECONDS_BETWEEN_LINES:
             self.shown = now
-            print(
-                f"step {step:,}/{self.last:,}, {self.text}", file=self.file, flush=True
-            )
+            self._print(self.text)
+
+    def _print(self, text: str) -> None:
+        said = f"step {self.step:,}/{self.last:,}, {text}"
+        print(said, file=self.file, flush=True)
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
@@ -95,8 +97,10 @@ class Progress:
         self.bar.set_postfix_str(self.text, refresh=False)
 
     def doing(self, what: str) -> None:
-        """Shows on the bar what the next step waits for."""
+        """Shows what the next step waits for."""
         self.bar.set_postfix_str(what)
+        if self.bar.disable:
+            self._print(what)
 
     @contextmanager
     def held_up(self) -> Iterator[None]:
@@ -119,32 +123,30 @@ class Progress:
 
 @contextmanager
 def clock(
-    text: str, *, total: int = 1, done: int = 0, shown: bool = True
+    text: str,
+    *,
+    total: int = 1,
+    done: int = 0,
+    shown: bool = True,
+    unit: str = "images",
 ) -> Iterator[Any]:
     """Shows a clock until the first part of some work is done, then a bar.
 
     A chain is one program, of which no share is known while it runs: a bar would stand
-    still. Where there is no terminal nothing is shown.
+    still. Where there is no terminal it is a line now and then.
 
     Args:
       text: what is being done.
-      total: images that there will be.
+      total: units that there will be.
       done: how many there are already.
       shown: whether this process shows anything.
+      unit: of the work.
 
     Yields:
-      The bar, whose `update` takes how many images have come.
+      The bar, whose `update` takes how many units have come.
     """
-    bar = tqdm(
-        total=total,
-        initial=done,
-        desc=text,
-        unit="image",
-        disable=not (shown and sys.stderr.isatty()),
-        dynamic_ncols=True,
-        bar_format="{desc}, {elapsed} so far",
-        leave=False,
-    )
+    how: dict[str, Any] = {"initial": done, "unit": unit, "bar_format": waiting.CLOCK}
+    bar = waiting.Bar(None, text, total, shown=shown, **how)
     over = threading.Event()
 
     def tick() -> None:

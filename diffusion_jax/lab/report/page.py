@@ -165,7 +165,7 @@ def _sections(
 
 def chosen_grids(found: Sequence[Story]) -> list[list[Path]]:
     """Returns of each run the grids of samples to show, evenly over its steps."""
-    most = {1: 8, 2: 6}.get(len(found), 4)
+    most = 8 if len(found) == 1 else 4
     chosen = []
     for story in found:
         grids = sorted(story.run.samples.glob("step_*.png"))

@@ -1,12 +1,10 @@
 """Adds to weights what sampling needs: the analytic variance, a classifier."""
 
-import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from diffusion_jax import analytic
 from diffusion_jax.data import datasets
@@ -18,6 +16,7 @@ from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build, chains, guides
 from diffusion_jax.lab.wiring.chains import Drawable
+from diffusion_jax.storage.waiting import Bar
 
 IMAGES, BATCH = 256, 64
 """Images that the analytic variance is estimated from, and how many at a time."""
@@ -100,7 +99,7 @@ def x0_variance(
     tables = []
     starts = range(0, count, BATCH)
     label = "variance of x0"
-    for first in tqdm(starts, desc=label, disable=not sys.stderr.isatty()):
+    for first in Bar(starts, label, unit="batches"):
         batch = datasets.batch_at(dataset, chosen[first : first + BATCH])
         labels = batch["label"] if config.net.classes else None
         key = jax.random.fold_in(jax.random.key(0), first)

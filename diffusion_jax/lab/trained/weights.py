@@ -16,7 +16,7 @@ import jax
 from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.network_files import networks
-from diffusion_jax.lab.process import hosts
+from diffusion_jax.lab.process import hosts, progress
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import Config
@@ -54,7 +54,10 @@ def load(config: Config, run: runs.Run, which: Weights) -> tuple[Any, int | None
     if config.train.fsdp > 1:  # one device may not hold all of it
         mesh = parallel.make_mesh(fsdp=mesh.size)
     placed = parallel.state_sharding(like, mesh)
-    with checkpoint.open_folder(run.checkpoints, read_only=True) as folder:
+    with (
+        checkpoint.open_folder(run.checkpoints, read_only=True) as folder,
+        progress.clock("reading the checkpoint", shown=hosts.first()),
+    ):
         found = checkpoint.restore(
             folder, like, placed, which.step, strict=which.strict
         )

@@ -15,7 +15,7 @@ from diffusion_jax import schedule
 from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.lab.process import hosts
+from diffusion_jax.lab.process import hosts, progress
 from diffusion_jax.lab.run_folder import changes, runs
 from diffusion_jax.lab.schema import latents
 from diffusion_jax.lab.schema.config import Config, differences, to_dict
@@ -215,8 +215,8 @@ def compiling(
     """Compiles the training step in a thread while the body runs."""
     kept = Path(config.output) / ".cache"
     print(
-        "compiling the training step: seconds to minutes, without a sign; the program "
-        f"is kept in {kept}/ for the next start",
+        "compiling the training step: seconds to minutes; the program is kept in "
+        f"{kept}/ for the next start",
         flush=True,
     )
     state = state_like(config, mesh)
@@ -226,7 +226,8 @@ def compiling(
     with ThreadPoolExecutor(1) as pool:
         compiled = pool.submit(step.compile, state, batch)
         yield
-    compiled.result()
+        with progress.clock("compiling", shown=hosts.first()):
+            compiled.result()
 
 
 def first_state(config: Config, mesh: Any, params: Any = None) -> TrainState:

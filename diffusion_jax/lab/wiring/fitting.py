@@ -13,6 +13,7 @@ from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError, DataError
 from diffusion_jax.lab.schema import json_fields
 from diffusion_jax.storage import trees
+from diffusion_jax.storage.waiting import Bar
 
 BATCH, RATE, HELD_OUT = 128, 2e-3, 0.2
 
@@ -83,7 +84,7 @@ def fit(
 
     memory, key = optimizer.init(params), jax.random.key(seed)
     size = min(BATCH, len(fitted))
-    for step in range(steps):
+    for step in Bar(range(steps), "training a classifier", unit="steps"):
         chosen = fitted[datasets.batch_indices(seed, step, len(fitted), size)]
         batch = jax.random.fold_in(key, step), images[chosen], labels[chosen]
         params, memory = update(params, memory, *batch)
