@@ -29,7 +29,7 @@ class Options:
         tyro.conf.Positional,
         tyro.conf.arg(
             metavar="RUN ...",
-            help="Folders or names of runs; the newest in runs/ when not given.",
+            help="Folders or names of runs (the newest in runs/ when not given).",
         ),
     ] = ()
     out: Path | None = None

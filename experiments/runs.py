@@ -60,14 +60,9 @@ def parse(argv: Sequence[str]) -> Any:
     Raises:
       SystemExit: `--help`, or a flag that does not exist or has another type.
     """
-    name, rest, prog = "list", list(argv), entry.typed("runs")
-    if rest and flags.asked(rest[:1]):
-        print(flags.overview(prog, __doc__ or "", COMMANDS))
-        raise SystemExit(0)
-    if rest and rest[0] in COMMANDS:
-        name = rest.pop(0)
-    kind, prog = COMMANDS[name], f"{prog} {name}"
-    return flags.read(kind, args=rest, prog=prog, description=kind.__doc__)
+    named = bool(argv) and (argv[0] in COMMANDS or flags.asked(argv[:1]))
+    words = argv if named else ["list", *argv]
+    return flags.of_several(words, entry.typed("runs"), __doc__ or "", COMMANDS)[1]
 
 
 def listed(folder: Path) -> str:

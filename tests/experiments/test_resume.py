@@ -103,7 +103,10 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_again(damaged):
 
 def test_other_values_are_refused_unless_forced(damaged, capsys):
     before = damaged.config.read_bytes()
-    said = r"train.seed: 0 -> 1. Give .*--name NAME.* by --force\."
+    said = (
+        r"train.seed: 0 -> 1. Give the old values \(--train.seed 0\), .*--name NAME.* "
+        r"by --force\."
+    )
     with pytest.raises(ValueError, match=said):
         train.main(flags(damaged, "--train.seed", "1"))
     assert damaged.config.read_bytes() == before

@@ -233,6 +233,21 @@ COMMANDS = [
         "tests/lab/test_board.py::test_what_is_of_later_steps_is_left_out",
     ),
     Breakage(
+        "waiting-lines-of-a-terminal",
+        "diffusion_jax/storage/waiting.py",
+        "self.delay = math.inf  # nothing to be taken back",
+        "pass",
+        "tests/lab/test_progress.py"
+        "::test_without_a_terminal_a_bar_is_a_line_now_and_then",
+    ),
+    Breakage(
+        "waiting-no-line",
+        "diffusion_jax/storage/waiting.py",
+        "if now >= (self.said or self.start_t) + SECONDS_BETWEEN_LINES:",
+        "if False:",
+        "tests/lab/test_progress.py::test_a_clock_is_a_line_now_and_then_too",
+    ),
+    Breakage(
         "report-text-as-it-is",
         "diffusion_jax/lab/report/elements.py",
         'return ElementTree.tostring(element, encoding="unicode", method="html")',

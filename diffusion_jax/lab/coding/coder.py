@@ -15,6 +15,7 @@ from diffusion_jax.codec.certified import Denoise64
 from diffusion_jax.codec.profile import Profile
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError, DataError
+from diffusion_jax.lab.process import progress
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import checks
 from diffusion_jax.lab.schema.config import Config
@@ -22,7 +23,6 @@ from diffusion_jax.lab.trained import exact, opening, weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build, chains
 from diffusion_jax.lab.wiring.chains import Drawable
-from diffusion_jax.storage.waiting import Bar
 
 NAME = "codec.safetensors"
 """Of the profile, in the folder of a run."""
@@ -166,7 +166,7 @@ def of_profile(identity: bytes, output: str = "runs") -> str:
 @contextmanager
 def bar(title: str, total: int) -> Iterator[Callable[[int], object]]:
     """Gives a function that moves a bar of images by so many."""
-    with Bar(None, title, total, unit="units", unit_scale=True) as shown:
+    with progress.clock(title, total=total, unit="units", unit_scale=True) as shown:
         yield shown.update
 
 

@@ -11,12 +11,12 @@ import numpy as np
 from diffusion_jax import continuous, likelihood, ode
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab.process import progress
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.sampling import Variance
 from diffusion_jax.lab.wiring import build, chains
 from diffusion_jax.lab.wiring.chains import Drawable
 from diffusion_jax.schedule import is_discrete
-from diffusion_jax.storage.waiting import Bar
 from diffusion_jax.training import parallel
 
 Trace = Literal["rademacher", "gaussian", "exact"]
@@ -96,7 +96,7 @@ def batches(
     size = -(-min(batch_size, len(chosen)) // mesh.size) * mesh.size
     total = len(chosen) * each
     said = "the bound" if each > 1 else "the flow"
-    with Bar(None, said, total, unit=unit, unit_scale=each > 1) as bar:
+    with progress.clock(said, total=total, unit=unit, unit_scale=each > 1) as bar:
         for begin in range(0, len(chosen), size):
             indices = chosen[begin : begin + size]
             # The last batch is padded with its last image.

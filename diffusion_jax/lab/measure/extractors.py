@@ -14,10 +14,9 @@ from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.interop import inception_weights
 from diffusion_jax.lab.measure import judges
-from diffusion_jax.lab.process import hosts
+from diffusion_jax.lab.process import hosts, progress
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.nets import inception
-from diffusion_jax.storage.waiting import Bar
 from diffusion_jax.training import parallel
 
 Batch = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -151,14 +150,17 @@ def extract(
         extractor, images, batch_size = _shared(extractor, images, batch_size)
     features, logits = [], []
     starts = range(0, len(images), batch_size)
-    for begin in Bar(starts, label, unit="batches", shown=hosts.first()):
-        end = min(begin + batch_size, len(images))
-        batch = np.asarray(images[np.arange(begin, end)])
-        short = batch_size - len(batch)
-        padded = np.pad(batch, ((0, short), (0, 0), (0, 0), (0, 0)), mode="edge")
-        seen = extractor.apply(padded)
-        features.append(seen[0][: len(batch)].astype(np.float32))
-        logits.append(seen[1][: len(batch)].astype(np.float32))
+    total, shown = len(starts), hosts.first()
+    with progress.clock(label, total=total, unit="batches", shown=shown) as bar:
+        for begin in starts:
+            end = min(begin + batch_size, len(images))
+            batch = np.asarray(images[np.arange(begin, end)])
+            short = batch_size - len(batch)
+            padded = np.pad(batch, ((0, short), (0, 0), (0, 0), (0, 0)), mode="edge")
+            seen = extractor.apply(padded)
+            features.append(seen[0][: len(batch)].astype(np.float32))
+            logits.append(seen[1][: len(batch)].astype(np.float32))
+            bar.update()
     return np.concatenate(features), np.concatenate(logits)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+import shlex
 import textwrap
 import types
 import typing
@@ -94,6 +95,27 @@ def of_several(
     kind = commands[name]
     prog = f"{prog} {name}"
     return name, read(kind, args=rest, prog=prog, description=kind.__doc__)
+
+
+def typed(values: Mapping[str, Any]) -> str:
+    """Returns values by the names of their fields as one types them.
+
+    What is None or empty has no flag: it is what one gets without.
+
+    >>> typed({"net.multipliers": [1, 2], "data.flip": False, "data.hold_out": 0.1})
+    '--net.multipliers 1 2 --data.no-flip --data.hold-out 0.1'
+    >>> typed({"init_from": None, "data.source": "folder:my images"})
+    "--data.source 'folder:my images'"
+    """
+    words = []
+    for name, value in values.items():
+        section, dot, field = name.replace("_", "-").rpartition(".")
+        many = value if isinstance(value, list | tuple) else [value]
+        if isinstance(value, bool):
+            words.append(f"--{section}{dot}{'' if value else 'no-'}{field}")
+        elif value is not None and value != []:
+            words += [f"--{section}{dot}{field}", *map(str, many)]
+    return shlex.join(words)
 
 
 def asked(args: Sequence[str]) -> bool:
@@ -211,6 +233,8 @@ def _text(text: str, hint: Any, value: Any) -> str:
         names = ", ".join(map(str, typing.get_args(kind)))
         both = f"{short}: {names}"
         short = names if len(names) <= room < len(both) else both
+    elif len(short) > room:  # what is after a comma is not begun
+        short = short[:room].rpartition(",")[0] or short
     return f"{textwrap.shorten(short, room, placeholder=' ...')} {end}".strip()
 
 

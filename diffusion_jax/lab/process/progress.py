@@ -129,6 +129,7 @@ def clock(
     done: int = 0,
     shown: bool = True,
     unit: str = "images",
+    unit_scale: bool = False,
 ) -> Iterator[Any]:
     """Shows a clock until the first part of some work is done, then a bar.
 
@@ -141,12 +142,21 @@ def clock(
       done: how many there are already.
       shown: whether this process shows anything.
       unit: of the work.
+      unit_scale: whether thousands are written as k.
 
     Yields:
       The bar, whose `update` takes how many units have come.
     """
-    how: dict[str, Any] = {"initial": done, "unit": unit, "bar_format": waiting.CLOCK}
-    bar = waiting.Bar(None, text, total, shown=shown, **how)
+    bar = waiting.Bar(
+        None,
+        text,
+        total,
+        shown=shown,
+        initial=done,
+        unit=unit,
+        unit_scale=unit_scale,
+        bar_format=waiting.CLOCK,
+    )
     over = threading.Event()
 
     def tick() -> None:

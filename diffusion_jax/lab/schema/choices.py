@@ -30,7 +30,7 @@ Named = Annotated[
     tyro.conf.Positional,
     tyro.conf.arg(
         metavar="RUN",
-        help="A run's folder or name; the newest in runs/ when not given.",
+        help="A run's folder or name (the newest in runs/ when not given).",
     ),
 ]
 Data = Annotated[

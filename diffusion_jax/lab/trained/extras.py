@@ -9,6 +9,7 @@ import numpy as np
 from diffusion_jax import analytic
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab.process import progress
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import sampling
 from diffusion_jax.lab.schema.config import Config
@@ -16,7 +17,6 @@ from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build, chains, guides
 from diffusion_jax.lab.wiring.chains import Drawable
-from diffusion_jax.storage.waiting import Bar
 
 IMAGES, BATCH = 256, 64
 """Images that the analytic variance is estimated from, and how many at a time."""
@@ -99,11 +99,13 @@ def x0_variance(
     tables = []
     starts = range(0, count, BATCH)
     label = "variance of x0"
-    for first in Bar(starts, label, unit="batches"):
-        batch = datasets.batch_at(dataset, chosen[first : first + BATCH])
-        labels = batch["label"] if config.net.classes else None
-        key = jax.random.fold_in(jax.random.key(0), first)
-        tables.append(np.asarray(estimate(drawable, key, batch["image"], labels)))
+    with progress.clock(label, total=len(starts), unit="batches") as bar:
+        for first in starts:
+            batch = datasets.batch_at(dataset, chosen[first : first + BATCH])
+            labels = batch["label"] if config.net.classes else None
+            key = jax.random.fold_in(jax.random.key(0), first)
+            tables.append(np.asarray(estimate(drawable, key, batch["image"], labels)))
+            bar.update()
     mean = np.mean(tables, axis=0, dtype=np.float64)
     levels = build.chain_schedule(config, drawable.params)
     table = np.asarray(analytic.bounded(mean, levels), np.float64)

@@ -15,10 +15,10 @@ from diffusion_jax import schedule
 from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.lab.process import hosts, progress
+from diffusion_jax.lab.process import flags, hosts, progress
 from diffusion_jax.lab.run_folder import changes, runs
 from diffusion_jax.lab.schema import latents
-from diffusion_jax.lab.schema.config import Config, differences, to_dict
+from diffusion_jax.lab.schema.config import Config, changed, differences, to_dict
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.training import initial
 from diffusion_jax.lab.wiring import build, chains, few_steps, learning
@@ -66,22 +66,28 @@ def check_same_run(config: Config, run: runs.Run, *, force: bool = False) -> Non
     """
     if not runs.has_checkpoint(run):
         return
+    old = "the old values"
     if not run.config.exists():
-        changed = [f"{run.config} is not there"]
+        said = [f"{run.config} is not there"]
     else:
         try:
-            changed = differences(runs.read_config(run), config)
+            known = runs.read_config(run)
+            said = differences(known, config)
+            fields = changed(known, config)
+            fields.pop("train.steps", None)
+            typed = flags.typed({key: was for key, (was, _) in fields.items()})
+            old += f" ({typed})" * bool(typed)
         except ConfigError:
             if not force:
                 raise
-            changed = [f"{run.config} is damaged"]
-    if changed and force:
-        hosts.say(f"other values than before: {'; '.join(changed)}")
-    elif changed:
+            said = [f"{run.config} is damaged"]
+    if said and force:
+        hosts.say(f"other values than before: {'; '.join(said)}")
+    elif said:
         raise ConfigError(
             f"the configuration must be that of the run in {run.folder}; got other "
-            f"values for: {'; '.join(changed)}. Give the old values, start another run "
-            "with --name NAME, or go on with these by --force."
+            f"values for: {'; '.join(said)}. Give {old}, start another run with "
+            "--name NAME, or go on with these by --force."
         )
 
 
