@@ -178,8 +178,8 @@ def read(options: Options) -> Network:
         found = networks.find(hub.fetch(source))
         if found is None:
             raise ConfigError(
-                f"{source} must be a UNet2DModel or a pipeline with one; got neither. "
-                "Other families do not fit this U-Net."
+                f"{source} must be a UNet2DModel, a pipeline with one, or an "
+                "AutoencoderKL; got none of them. Other families do not fit."
             )
         run = runs.Run(found.path, found)
     else:
