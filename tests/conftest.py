@@ -51,6 +51,7 @@ LONGEST = (
     "test_unet_parity",
     "test_ablation",
     "test_edit",
+    "test_sampling",
     "test_types",
     "test_bench",
     "test_resume",

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from processes import wait_for
+from processes import QUICK_XLA, wait_for
 from small_run import SMALL, digests, hurt, restored, state_digests, train_small
 
 from diffusion_jax import errors
@@ -235,7 +235,7 @@ def test_a_signal_ends_it_and_the_run_goes_on(tmp_path):
     def started(*flags):
         return subprocess.Popen(
             [*command, *flags],
-            env={**os.environ, **quick, "XLA_FLAGS": ""},
+            env={**os.environ, **quick, "XLA_FLAGS": QUICK_XLA},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -134,6 +134,8 @@ def _alike(chosen: Config, **sections: Any) -> Config:
         checkpoint_every=1,
         keep=1,
         max_skipped=1,
+        measure_every=None,
+        measure_count=1,
     )
     source = replace(chosen.data, source="digits", path=None)
     told = {"name": "", "output": "", "init_from": None, "data": source, "train": train}
