@@ -10,8 +10,8 @@ READY := $(VENV)/.ready
 SITE := .venv-site
 
 .DEFAULT_GOAL := help
-.PHONY: help train distil sample eval report samplers ablation legibility codec test torture mutations \
-	lint format docs clean
+.PHONY: help train distil sample eval report samplers ablation legibility codec \
+	playground test torture mutations lint format docs clean
 
 help:  ## show this
 	@echo "usage: make TARGET [EXP=experiment] [ARGS=\"--flag value ...\"] [PYTHON=python3]"
@@ -51,6 +51,11 @@ legibility: $(READY)  ## measure whether the samples of EXP can be read
 codec: $(READY)  ## compress the images of EXP, beside PNG, WebP and JPEG XL
 	$(PY) -m experiments.codec fit $(RUN)
 	$(PY) -m experiments.codec compare $(RUN) $(ARGS)
+
+# The newest run where none is named, or the digits that come with the package.
+playground: NAMED = $(if $(filter-out file,$(origin RUN) $(origin EXP)),$(RUN))
+playground: $(READY)  ## open RUN, or the newest run, in the browser
+	$(PY) -m experiments.playground $(NAMED) $(ARGS)
 
 test: $(READY)  ## run all tests and doctests
 	$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train a network, or go on where the run stopped",
     "distil": "train a student of it that draws in one to four steps",
     "sample": "draw images from a trained network",
+    "playground": "watch, compare, mix, paint and compress in the browser",
     "edit": "encode, interpolate, vary, inpaint or colorize images",
     "eval_fid": "measure how far samples are from data: FID and others",
     "eval_autoencoder": "measure an autoencoder: what is lost, its latents",

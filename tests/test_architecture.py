@@ -34,7 +34,7 @@ LAB = (
     {"coding", "report"},
     {"measure"},
     {"drawing", "training"},
-    {"speed"},
+    {"speed", "playground"},
 )
 # Of the mathematics, what a wing may know: the codec is one for any denoiser.
 KNOWN = {"codec": {"schedule", "prediction", "gaussian"}}

@@ -83,7 +83,7 @@ def _read(
     name: str, opened: Callable[[], Path | BinaryIO], size: Size, channels: int
 ) -> np.ndarray:
     try:
-        return _decode(opened(), sides(size), channels)[0]
+        return decode(opened(), sides(size), channels)[0]
     # Decoders fail in many ways on damaged files.
     except Exception as error:
         raise DataError(
@@ -92,11 +92,21 @@ def _read(
         ) from error
 
 
-def _decode(
-    file: Path | BinaryIO, size: tuple[int, int], channels: int
+def decode(
+    file: Path | BinaryIO,
+    size: tuple[int, int],
+    channels: int,
+    *,
+    formats: tuple[str, ...] | None = None,
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """Returns `(pixels uint8 [H, W, channels], the original's height and width)`."""
-    with Image.open(file) as opened:
+    """Returns `(pixels uint8 [H, W, channels], the original's height and width)`.
+
+    As `read_image` does it; of the formats of Pillow only some, if they are given.
+
+    Raises:
+      Exception: of many kinds, of what cannot be read.
+    """
+    with Image.open(file, formats=formats) as opened:
         check_bomb(opened)
         _check_transparent(opened)
         upright = ImageOps.exif_transpose(opened)
@@ -187,10 +197,10 @@ def read(
     """
     size = sides(image_size)
     shape = (*size, channels)
-    decode = partial(_decode, size=size, channels=channels)
+    decoded = partial(decode, size=size, channels=channels)
     total = len(files.names)
     lazy = total * int(np.prod(shape)) > memory_limit
-    look = _probe if lazy and not skip_unreadable else decode
+    look = _probe if lazy and not skip_unreadable else decoded
     images = np.empty((0 if lazy else total, *shape), np.uint8)
     kept: list[int] = []
     unreadable: list[str] = []

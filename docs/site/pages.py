@@ -13,7 +13,8 @@ FROM_ROOT = {
     "changes.md": "CHANGELOG.md",
 }
 USE = (
-    *("train", "watch", "data", "sample", "few_steps", "edit", "measure"),
+    *("train", "watch", "data", "sample", "few_steps", "edit", "playground"),
+    *("measure",),
     *("codec", "latent", "networks", "objectives"),
     *("devices", "safety", "performance", "results"),
 )

@@ -35,7 +35,9 @@ ANYWHERE = re.compile(r"where there is the flag|where they are drawn|RUN or --ou
 OF_OTHERS = re.compile(r"\bhf download|XLA_FLAGS|--xla_gpu")
 # What many commands import, and only these ask for.
 ASKED_BY = {
+    "diffusion_jax.lab.coding.coder": "codec",
     "diffusion_jax.lab.measure.bound": "eval_nll",
+    "diffusion_jax.lab.measure.formats_compared": "codec",
     "diffusion_jax.lab.measure.extractors": "ablation compare_samplers eval_fid",
     "diffusion_jax.lab.run_folder.history": "train",
     "diffusion_jax.lab.run_folder.lock": "train",

@@ -5,6 +5,14 @@ from .codec import CODEC
 from .commands import COMMANDS
 from .mathematics import MATHEMATICS
 from .networks import NETWORKS
+from .playground import PLAYGROUND
 from .training import TRAINING
 
-BREAKAGES: list[Breakage] = [*MATHEMATICS, *NETWORKS, *TRAINING, *COMMANDS, *CODEC]
+BREAKAGES: list[Breakage] = [
+    *MATHEMATICS,
+    *NETWORKS,
+    *TRAINING,
+    *COMMANDS,
+    *CODEC,
+    *PLAYGROUND,
+]

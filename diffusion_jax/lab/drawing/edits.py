@@ -127,7 +127,7 @@ def inpaint(config: Config, options: edit_options.Inpaint) -> Draw:
     grid = editing.repaint_grid(
         chains.make_grid(config), options.jump, options.resamples
     )
-    if options.resamples > 1 and _has_memory(config):
+    if options.resamples > 1 and has_memory(config):
         raise ConfigError(
             "resamples must be 1 with a rule that has a memory; got "
             f"{options.resamples} with {config.sample.sampler}. Use ddpm or ddim."
@@ -215,10 +215,10 @@ def compiled(
 
 def _per_depth(config: Config) -> tuple[int, ...]:
     """Returns the place of the depth, the last, where each has a program of its own."""
-    return (-1,) if _has_memory(config) else ()
+    return (-1,) if has_memory(config) else ()
 
 
-def _has_memory(config: Config) -> bool:
+def has_memory(config: Config) -> bool:
     """Returns whether the rule carries something on; the network is not asked."""
     unasked: Any = None
     rule = chains.make_rule(config, unasked, chains.known_chain(config))

@@ -1,0 +1,1 @@
+"""A trained network in the browser: its page, and what it may ask."""
