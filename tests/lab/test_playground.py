@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import threading
+from pathlib import Path
 
 import codec_toys
 import jax
@@ -18,16 +19,18 @@ from starlette.testclient import TestClient
 
 from diffusion_jax import editing, samplers
 from diffusion_jax.codec import profile as profiles
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.coding import coder
 from diffusion_jax.lab.drawing import edits
-from diffusion_jax.lab.playground import asked, desk, guard, server, subject
+from diffusion_jax.lab.playground import alone, asked, desk, guard, server, subject
 from diffusion_jax.lab.schema.checks import with_sampling
 from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.wiring import chains
 from experiments import playground
 
+ROOT = Path(__file__).resolve().parents[2]
 HOST = "http://127.0.0.1:8765"
 COOKIE = {"cookie": "playground_8765=secret"}
 QUICK = {"sampler": "ddim", "steps": 4}
@@ -465,6 +468,45 @@ def test_remote_addresses_are_asked_for_and_names_are_not_believed(opened, refus
     client = TestClient(app, HOST, headers=COOKIE)
     assert client.get("/api/run", headers={"host": "10.0.0.1:8765"}).is_success
     assert client.get("/api/run", headers={"host": "evil.example"}).status_code == 403
+
+
+def test_a_page_without_a_server_has_the_network_inside(opened, tmp_path, refuses):
+    """What it draws is compared in test_playground_page."""
+    text = alone.page(opened)
+    about = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
+
+    def floats(name):
+        return np.frombuffer(base64.b64decode(about[name]), "<f4")
+
+    kernel = np.asarray(opened.drawable.params["net"]["conv_in"]["kernel"]).ravel()
+    at = about["index"]["conv_in.kernel"]
+    assert (floats("data")[at : at + kernel.size] == kernel).all()
+    assert floats("data").size == about["weights"]
+    # v: x0 = alpha x - sigma v, and the steps of the network are 1..T.
+    assert np.allclose(floats("of_x"), floats("alpha")[1:], atol=1e-6)
+    assert np.allclose(floats("of_output"), -floats("sigma")[1:], atol=1e-6)
+    for word in ("http://", "https://", "fetch(", "__DATA__"):
+        assert word not in text
+    classes = dataclasses.replace(opened.config.net, classes=3)
+    with refuses("3 classes"):
+        other = dataclasses.replace(opened.config, net=classes)
+        alone.page(opened._replace(config=other))
+    out = tmp_path / "page.html"
+    assert playground.main([str(opened.run.folder), "--page", str(out)]) == 0
+    assert out.read_text() == text
+    out.write_text("mine")
+    with pytest.raises(ConfigError):
+        playground.main([str(opened.run.folder), "--page", str(out)])
+
+
+def test_the_page_in_docs_is_that_of_the_network_that_is_shipped(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = alone.page(subject.opened(None, None, Weights()))
+    written = (ROOT / "docs" / "playground.html").read_text()
+    assert page.partition('id="data">')[0] == written.partition('id="data">')[0]
+    assert page.partition("</script>")[2] == written.partition("</script>")[2]
+    data = [x.partition('"data": ')[2][:2_000_000] for x in (page, written)]
+    assert data[0] == data[1]
 
 
 VALUES = st.recursive(
