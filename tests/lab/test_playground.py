@@ -23,7 +23,15 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.coding import coder
 from diffusion_jax.lab.drawing import edits
-from diffusion_jax.lab.playground import alone, asked, desk, guard, server, subject
+from diffusion_jax.lab.playground import (
+    alone,
+    asked,
+    desk,
+    guard,
+    server,
+    subject,
+    walk,
+)
 from diffusion_jax.lab.schema.checks import with_sampling
 from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.sampling import Sampling
@@ -95,6 +103,7 @@ def sampled(opened, key, grid=None, *, wrap=lambda rule, levels: rule, **how):
 @pytest.mark.parametrize("sampler", ["ddpm", "unipc"])
 def test_the_last_frame_is_what_sample_draws_to_the_bit(client, opened, sampler):
     told = {"seed": 5, "count": 3, "how": {"sampler": sampler, "steps": 4}}
+    walk._program.cache_clear()
     begin, shape, *frames, end = draw(client, "denoise", **told)
     assert set(begin) == {"job"}
     assert shape == {"shape": [3, 8, 8, 1], "steps": 4}
@@ -104,6 +113,8 @@ def test_the_last_frame_is_what_sample_draws_to_the_bit(client, opened, sampler)
     expected = sampled(opened, jax.random.key(5), sampler=sampler, steps=4)
     assert (images(frames[-1], shape["shape"]) == expected).all()
     assert expected.std() > 10
+    config = with_sampling(opened.config, Sampling(sampler=sampler))
+    assert walk._program(walk._key_of(config), 0)._cache_size() == 1  # for all steps
     assert end["done"]
     assert end["ms"] > 0
     assert end["evaluations"] is None

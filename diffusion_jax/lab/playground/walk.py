@@ -67,9 +67,12 @@ class Walk:
 
     def __post_init__(self) -> None:
         """Begins at the start of the plan."""
-        self.x = self.plan.start
-        rule = _rule(self.plan.config, self.plan.drawable, self.plan.known)
-        self.memory = rule.init(self.plan.start, self.plan.grid)
+        plan = self.plan
+        rule = _rule(plan.config, plan.drawable, plan.known)
+        memory = rule.init(plan.start, plan.grid)
+        # Where what a step puts out will be: or the second would compile again.
+        place = jax.tree.leaves(plan.drawable.params)[0].sharding
+        self.x, self.memory = jax.device_put((plan.start, memory), place)
 
 
 def noise(config: Config, seed: int, count: int) -> tuple[jax.Array, jax.Array]:
