@@ -14,8 +14,7 @@ FROM_ROOT = {
 }
 USE = (
     *("train", "watch", "data", "sample", "few_steps", "edit", "playground"),
-    *("measure",),
-    *("codec", "latent", "networks", "objectives"),
+    *("measure", "codec", "latent", "networks", "objectives"),
     *("devices", "safety", "performance", "results"),
 )
 FROM = (

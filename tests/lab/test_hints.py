@@ -35,6 +35,9 @@ ANYWHERE = re.compile(r"where there is the flag|where they are drawn|RUN or --ou
 OF_OTHERS = re.compile(r"\bhf download|XLA_FLAGS|--xla_gpu")
 # What many commands import, and only these ask for.
 ASKED_BY = {
+    "diffusion_jax.codec.container": "codec",
+    "diffusion_jax.lab.playground.answers": "codec",
+    "diffusion_jax.lab.playground.plans": "",  # which writes lines of sample and edit
     "diffusion_jax.lab.coding.coder": "codec",
     "diffusion_jax.lab.measure.bound": "eval_nll",
     "diffusion_jax.lab.measure.formats_compared": "codec",

@@ -70,14 +70,9 @@ def _results(run: runs.Run, digest: str) -> list[dict[str, Any]]:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns the values that fit a table: text and numbers, one level deep."""
-    found = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            for inner, one in value.items():
-                one = one.get("mean") if isinstance(one, dict) else one
-                if isinstance(one, str | int | float):
-                    found[f"{name}.{inner}"] = one
-        elif isinstance(value, str | int | float):
-            found[name] = value
-    return found
+    """Returns what fits a table: the numbers, then how they were measured."""
+    numbers = values.get("numbers", {})
+    each = numbers.items() if isinstance(numbers, dict) else ()
+    found = {name: x.get("mean") if isinstance(x, dict) else x for name, x in each}
+    found |= {name: x for name, x in values.items() if name != "weights_sha256"}
+    return {k: x for k, x in found.items() if isinstance(x, str | int | float)}
