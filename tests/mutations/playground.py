@@ -19,6 +19,13 @@ PLAYGROUND = [
         _TESTS + "test_variations_and_mixtures_are_those_of_the_edit_command",
     ),
     Breakage(
+        "playground-second-step-compiles",
+        "diffusion_jax/lab/playground/walk.py",
+        "= jax.device_put((plan.start, memory), place)",
+        "= (plan.start, memory)",
+        _TESTS + "test_the_last_frame_is_what_sample_draws_to_the_bit",
+    ),
+    Breakage(
         "playground-any-name-leads-here",
         "diffusion_jax/lab/playground/guard.py",
         "        if not self._ours(host):",
