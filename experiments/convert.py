@@ -206,6 +206,11 @@ def read(options: Options) -> Network:
 def of_run(run: runs.Run, which: Weights) -> Network:
     """Returns the network of a run; its digest is of the weights, without a file."""
     config = runs.read_config(run)
+    if latents.is_latent(config):
+        raise ConfigError(
+            "cannot convert a model of latents: without its autoencoder nothing could "
+            "be drawn. Convert the autoencoder, or use the run where it is."
+        )
     params, step, words = weights.load(config, run, which)
     params = jax.tree.map(np.asarray, params)
     origin = f"the run {config.name}"

@@ -87,6 +87,15 @@ def test_a_run_goes_round_all_formats_and_draws_the_same(run, tmp_path, capsys):
         np.testing.assert_array_equal(picture, pictures[0])
 
 
+def test_a_model_of_latents_is_not_torn_from_its_autoencoder(tmp_path):
+    config = replace(config_of(), "data", latent="x", image_size=64)
+    config = replace(config, "sample", clip=False)
+    config = replace(config, "net", attention=())
+    runs.write_json(tmp_path / "latent" / "config.json", to_dict(config))
+    with pytest.raises(ConfigError, match="cannot convert a model of latents"):
+        convert.main([str(tmp_path / "latent"), str(tmp_path / "out.safetensors")])
+
+
 def test_what_is_drawn_goes_beside_the_file_and_meets_nothing(file, tmp_path, capsys):
     assert sample.main([str(file), *QUICK, "--no-strip"]) == 0
     folder = file.with_name("given.safetensors.drawn")
