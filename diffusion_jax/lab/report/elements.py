@@ -61,6 +61,8 @@ def table(of: Table, *, wide: bool = False) -> Element:
     head = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in of.head)))
     parts = [head, body] if any(of.head) else [body]
     inner = tag("table", *parts, class_="words" if wide else "numbers")
+    if len(of.head) > 2:  # narrow screens scroll
+        inner.set("style", f"min-width: {7 * len(of.head)}rem")
     return tag("div", inner, class_="scroll", tabindex=0)
 
 
