@@ -22,7 +22,7 @@ from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.measure import extractors, reference
 from diffusion_jax.lab.process import entry, progress, replaceable
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema import choices
+from diffusion_jax.lab.schema import choices, latents
 from diffusion_jax.lab.schema.checks import with_sampling
 from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import Config
@@ -30,7 +30,7 @@ from diffusion_jax.lab.schema.facts import Count, Seed
 from diffusion_jax.lab.schema.few import takes
 from diffusion_jax.lab.schema.sampling import RULES, Sampling
 from diffusion_jax.lab.trained import extras, opening, weights
-from diffusion_jax.lab.wiring import build, chains
+from diffusion_jax.lab.wiring import build, chains, latent_space
 from diffusion_jax.lab.wiring.chains import Drawable
 from diffusion_jax.storage.waiting import Bar
 from diffusion_jax.training import parallel
@@ -247,7 +247,7 @@ def measure(
     length = max(len(chains.make_grid(way)) for _, way in chosen)
     mesh = parallel.make_mesh()
     size = min(options.batch_size, options.count)
-    shape = (size, *config.data.shape)
+    shape = (size, *latents.seen(config))
     out = parallel.sharded(mesh) if size % mesh.size == 0 else parallel.replicated(mesh)
 
     def program(way: Config) -> Callable[..., jax.Array]:
@@ -257,6 +257,7 @@ def measure(
         ) -> jax.Array:
             rule = samplers.padded(chains.make_sampler(way, drawable, first=first))
             drawn = samplers.sample(key, rule, grid, shape, start_std=std, first=first)
+            drawn = latent_space.decode(way, drawable.space, drawn)
             return jax.lax.with_sharding_constraint(drawn, out)
 
         return draw

@@ -22,7 +22,7 @@ from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.measure import bound
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import results, runs
-from diffusion_jax.lab.schema import choices
+from diffusion_jax.lab.schema import choices, latents
 from diffusion_jax.lab.schema.checks import of_denoiser
 from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import Config
@@ -80,6 +80,11 @@ def main(argv: Sequence[str]) -> int:
     which, data = options.which, options.data
     run, config = opening.opened(options.run, options, which=which, data=data)
     of_denoiser(config)
+    if latents.is_latent(config) and options.rate_distortion:
+        raise ConfigError(
+            "--rate-distortion must be left out with a latent run, whose bits are of "
+            "latents and no error of pixels. Leave it out."
+        )
     dataset = build.load_data(config, split=options.split)
     variance = variance_of(config, options)
     drawable, step, kind = extras.load(config, run, which, variance=variance)
@@ -186,8 +191,14 @@ def summary(
     """Returns everything that belongs beside the number, as JSON has it."""
     count = len(sums.totals)
     terms = sums.terms / count
+    about: dict[str, Any] = {}
+    if latents.is_latent(config):
+        error = float(sums.reconstruction / count)
+        rate = float(np.mean(sums.totals)) - error
+        about = {"reconstruction": error, "latents": rate, "of": "latents"}
     return {
         **_mean(np.array(sums.totals)),
+        **about,
         "prior": float(sums.prior / count),
         "rate": float(sums.prior / count + terms[1:].sum()),
         "decoder": float(terms[0]),
@@ -196,7 +207,7 @@ def summary(
         "mse": (sums.mse / count).tolist(),
         "evaluations": count * len(terms),
         "variance": options.variance or config.diffusion.variance,
-        "clip": True,
+        "clip": not latents.is_latent(config),
         **protocol,
     }
 
@@ -239,6 +250,12 @@ def show(run: runs.Run, result: dict[str, Any]) -> None:
     _show_protocol(run, result)
     total, error = result["bits_per_dim"], result["standard_error"]
     print(f"  bound         {total:8.4f}{_plus_minus(error)} bits/dim")
+    if "of" in result:
+        print(f"    -log p(x|z) {result['reconstruction']:8.4f}")
+        print(f"    latents     {result['latents']:8.4f}, less what noise they have")
+        print("  one draw of latents an image; x0 of latents is not clipped")
+        print(f"  {result['evaluations']:,} network evaluations")
+        return
     print(f"    prior L_T   {result['prior']:8.4f}")
     print(f"    L_1..L_T-1  {result['rate'] - result['prior']:8.4f}")
     print(f"    decoder L_0 {result['decoder']:8.4f}")

@@ -16,9 +16,10 @@ import optax
 
 from diffusion_jax import gaussian, schedule, timesteps
 from diffusion_jax.data import datasets
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema import choices
+from diffusion_jax.lab.schema import choices, latents
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.facts import Count, Seed
 from diffusion_jax.lab.trained import opening, weights
@@ -45,6 +46,11 @@ def main(argv: Sequence[str]) -> int:
     """Trains the classifier anew; returns the exit code."""
     options = entry.parse(Options, argv, "train_noisy_classifier", __doc__)
     run, config = opening.opened(options.run, options)
+    if latents.is_latent(config):
+        raise ConfigError(
+            f"RUN must be of diffusion of images; got {run.folder}, of latents, which "
+            "no classifier sees. Name another, or train with labels: --net.classes 10."
+        )
     dataset = build.load_data(config, labelled=True)
     made = train(config, run, dataset, steps=options.steps, seed=options.seed)
     print(f"guesses among {made.num_classes} classes, on held-out images:")

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from diffusion_jax.checkpoints.checkpoint import CheckpointError
 from diffusion_jax.data import arrays, datasets
 from diffusion_jax.errors import ConfigError, DataError, raise_unknown
-from diffusion_jax.lab.schema import json_fields
+from diffusion_jax.lab.schema import json_fields, latents
 from diffusion_jax.lab.schema.config import GIVEN, Config, Data, Net, to_dict
 
 
@@ -254,13 +254,19 @@ def check_key(key: Any) -> None:
         )
 
 
-def check_shape(config: Config, shape: tuple[int, ...], name: str) -> None:
-    """Raises ConfigError for images [N, ...] of another shape than the network's."""
-    if tuple(shape) != config.data.shape:
+def check_shape(
+    config: Config, shape: tuple[int, ...], name: str, of: tuple[int, ...] = ()
+) -> None:
+    """Raises ConfigError for images [N, ...] of another shape than the network's.
+
+    Or than `of`, where that is given.
+    """
+    wanted = of or config.data.shape
+    if tuple(shape) != wanted:
         raise ConfigError(
-            f"{name} must be of shape [N, {', '.join(map(str, config.data.shape))}], "
-            f"what the network was trained on; got [N, {', '.join(map(str, shape))}]. "
-            "Resize them, or load another network."
+            f"{name} must be of shape [N, {', '.join(map(str, wanted))}], what the "
+            f"network was trained on; got [N, {', '.join(map(str, shape))}]. Resize "
+            "them, or load another network."
         )
 
 
@@ -270,7 +276,7 @@ def noisy(config: Config, x_t: Any, t: Any) -> tuple[jax.Array, jax.Array]:
     Raises:
       ConfigError: images of another shape or type, or not one time or one an image.
     """
-    check_shape(config, np.shape(x_t)[1:], "x_t")
+    check_shape(config, np.shape(x_t)[1:], "x_t", latents.seen(config))
     found, times = jnp.asarray(x_t), jnp.asarray(t)
     if times.shape not in ((), found.shape[:1]):
         raise ConfigError(

@@ -12,7 +12,6 @@ from diffusion_jax.lab.schema.config import Config, Experiment
 FILES = {
     "digits": "written digits: the default",
     "digits_family": "the objectives of those below",
-    "digits_autoencoder": "their autoencoders",
     "fashion_mnist": "clothes, with a small network",
     "cifar10": "DDPM, the main experiment",
     "cifar10_official": "the arithmetic of the authors",
@@ -26,6 +25,7 @@ FILES = {
     "few_steps": "one or two steps a sample",
     "celebahq256": "faces",
     "lsun256": "scenes",
+    "latent": "autoencoders, latent diffusion",
 }
 """What the experiments of each file are, in a few words."""
 

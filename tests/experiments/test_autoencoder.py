@@ -73,16 +73,6 @@ def test_a_run_is_measured_and_no_diffusion_is_asked_of_it(vae, capsys):
         sample.main([str(vae.folder)])
 
 
-def test_a_diffusion_model_is_not_taken_for_an_autoencoder(trained_digits):
-    with pytest.raises(ConfigError, match="must be of an autoencoder; got"):
-        eval_autoencoder.main([str(trained_digits.folder)])
-
-
-@pytest.fixture
-def trained_digits(request):
-    return request.getfixturevalue("trained")
-
-
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

@@ -39,6 +39,7 @@ ASKED_BY = {
     "diffusion_jax.lab.playground.answers": "codec",
     "diffusion_jax.lab.playground.plans": "",  # which writes lines of sample and edit
     "diffusion_jax.lab.coding.coder": "codec",
+    "diffusion_jax.lab.training.encoding": "train",
     "diffusion_jax.lab.measure.bound": "eval_nll",
     "diffusion_jax.lab.measure.formats_compared": "codec",
     "diffusion_jax.lab.measure.extractors": "ablation compare_samplers eval_fid",

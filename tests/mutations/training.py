@@ -49,6 +49,22 @@ TRAINING = [
         "::test_the_loss_is_that_of_each_image_however_the_batch_is_cut",
     ),
     Breakage(
+        "latents-not-brought-to-their-scale",
+        "diffusion_jax/lab/training/encoding.py",
+        "(mean - shift) * scale, log_variance + 2 * np.log(scale)",
+        "(mean - shift) * scale, log_variance",
+        "tests/experiments/test_latent.py"
+        "::test_latents_have_mean_0_and_variance_1_and_are_encoded_once",
+    ),
+    Breakage(
+        "latents-another-autoencoder-taken",
+        "diffusion_jax/lab/training/encoding.py",
+        '_digest(_source(config)) != trees.digest(own.params["net"])',
+        "False and _source(config)",
+        "tests/experiments/test_latent.py"
+        "::test_samples_are_the_decoded_latents_of_the_chain",
+    ),
+    Breakage(
         "flat-padding-of-the-rest",
         "diffusion_jax/training/flat.py",
         "missing = -sum(leaf.size for leaf in leaves) % multiple",

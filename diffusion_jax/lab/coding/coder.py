@@ -17,7 +17,7 @@ from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError, DataError
 from diffusion_jax.lab.process import progress
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema import checks
+from diffusion_jax.lab.schema import checks, latents
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.trained import exact, opening, weights
 from diffusion_jax.lab.trained.weights import Weights
@@ -59,6 +59,11 @@ def opened(name: str | None, options: Any, which: Weights) -> Network:
     """
     run, config = opening.opened(name, options, which=which)
     checks.of_denoiser(config)
+    if latents.is_latent(config):
+        raise ConfigError(
+            f"cannot compress with {run.folder}: of latents a decoder makes an image "
+            "with an error, so nothing is lossless. Name a run trained on images."
+        )
     learned = config.diffusion.schedule == "learned"
     if config.net.classes or learned:
         kind = "a learned schedule" if learned else f"{config.net.classes} classes"

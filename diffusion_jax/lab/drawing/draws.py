@@ -82,7 +82,8 @@ def to_disk(
       batch_size: images at a time.
     """
     # A digest leaves out what is None.
-    added = {"x0_variance": drawable.x0_variance, "classifier": drawable.classifier}
+    names = "x0_variance", "classifier", "space"
+    added = {name: getattr(drawable, name) for name in names}
     about = {
         "weights": trees.digest({**drawable.params, **added}),
         "seed": seed,

@@ -17,11 +17,11 @@ from diffusion_jax.data.sizes import largest
 from diffusion_jax.errors import ConfigError, DataError, counted
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.drawing import edit_options
-from diffusion_jax.lab.schema import sampling
+from diffusion_jax.lab.schema import latents, sampling
 from diffusion_jax.lab.schema.checks import with_sampling
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.sampling import Sampling
-from diffusion_jax.lab.wiring import chains
+from diffusion_jax.lab.wiring import chains, latent_space
 from diffusion_jax.lab.wiring.chains import Drawable
 from diffusion_jax.schedule import Schedule
 
@@ -133,8 +133,14 @@ def inpaint(config: Config, options: edit_options.Inpaint) -> Draw:
             f"{options.resamples} with {config.sample.sampler}. Use ddpm or ddim."
         )
 
+    kept: Any = ~white
+    if latents.is_latent(config):  # a latent is repainted for any pixel of its own
+        by = latents.factor(config)
+        cells = white.reshape(1, white.shape[1] // by, by, -1, by, 1)
+        kept = ~cells.any(axis=(2, 4))
+
     def paint(rule: Rule, key: jax.Array, image: Any) -> jax.Array:
-        painted = editing.inpaint(*rule, image, ~white)
+        painted = editing.inpaint(*rule, image, kept)
         shape = (options.count, *image.shape[1:])
         return samplers.sample(key, painted, grid, shape, start_std=std)
 
@@ -142,6 +148,7 @@ def inpaint(config: Config, options: edit_options.Inpaint) -> Draw:
 
     def draw(drawable: Drawable, key: jax.Array) -> Edited:
         results = compiled(config, paint)(drawable, key, to_float(image))
+        results = np.where(white, results, image)
         checks = np.indices(white.shape[1:3]).sum(axis=0)[None, ..., None] % 2
         hole = np.where(white, 96 + 64 * checks, image).astype(np.uint8)
         given = np.concatenate([image, hole])
@@ -157,6 +164,11 @@ def colorize(config: Config, options: edit_options.Colorize) -> Draw:
         raise ConfigError(
             "RUN must be of RGB images, to draw colours; got one of grey images. Name "
             "a run that was trained with --data.channels 3."
+        )
+    if latents.is_latent(config):
+        raise ConfigError(
+            "cannot draw colours in latents: no part of them is what is grey in the "
+            "image. Name a run that was trained on images."
         )
     grey = to_float(read(config, options.image, "IMAGE")).mean(-1, keepdims=True)
 
@@ -198,6 +210,9 @@ def compiled(
 ) -> Callable[..., Any]:
     """Returns a function of (drawable, *arrays) that gives uint8 images.
 
+    Of a latent run the edit is given the latents of images, [B, H, W, C], and gives
+    others.
+
     Args:
       config: of the run, with the way to sample.
       edit: from the rule with these weights and its schedule, and the arrays, to
@@ -207,8 +222,16 @@ def compiled(
 
     @functools.partial(jax.jit, static_argnums=static)
     def run(drawable: Drawable, *arrays: Any) -> jax.Array:
-        levels = chains.sampling_schedule(config, drawable.params)
-        return edit((chains.make_sampler(config, drawable), levels), *arrays)
+        levels, space = (
+            chains.sampling_schedule(config, drawable.params),
+            drawable.space,
+        )
+        given = [
+            latent_space.of_images(config, space, a) if np.ndim(a) == 4 else a
+            for a in arrays
+        ]
+        drawn = edit((chains.make_sampler(config, drawable), levels), *given)
+        return latent_space.decode(config, space, drawn)
 
     return lambda *args: pictures.to_uint8(np.asarray(run(*args)))
 
@@ -222,7 +245,7 @@ def has_memory(config: Config) -> bool:
     """Returns whether the rule carries something on; the network is not asked."""
     unasked: Any = None
     rule = chains.make_rule(config, unasked, chains.known_chain(config))
-    image = jnp.zeros((1, *config.data.shape))
+    image = jnp.zeros((1, *latents.seen(config)))
     return bool(jax.tree.leaves(rule.init(image, chains.make_grid(config))))
 
 

@@ -19,6 +19,7 @@ from diffusion_jax.codec import certified, noise
 from diffusion_jax.codec.certified import NONE, Listed
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import pictures
+from diffusion_jax.lab.schema import latents
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.trained.exact import Denoise64
 from diffusion_jax.lab.wiring import chains
@@ -44,6 +45,11 @@ class Walk(NamedTuple):
 
 def check(config: Config) -> None:
     """Raises ConfigError where the way to sample is not exact."""
+    if latents.is_latent(config):
+        raise ConfigError(
+            "cannot draw exactly from latents: the decoder computes in float32, which "
+            "differs between machines. Leave out --exact."
+        )
     how = chains.describe_sampling(config)
     rule, change = how["sampler"], "Leave out --exact, or give"
     if rule not in ("ddpm", "ddim"):

@@ -14,8 +14,9 @@ from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.measure import extractors, reference
 from diffusion_jax.lab.process import progress
 from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema import latents
 from diffusion_jax.lab.schema.config import Config
-from diffusion_jax.lab.wiring import build, chains
+from diffusion_jax.lab.wiring import build, chains, latent_space
 from diffusion_jax.lab.wiring.chains import Drawable
 
 SHARED_AT = (1.0, 0.75, 0.5, 0.25)
@@ -30,7 +31,7 @@ def chain(
     Noise that explodes is shown as wide as the data: x_t is divided by sigma above 1.
     """
     grid, std = chains.make_grid(config), chains.start_std(config)
-    shape = (count, *config.data.shape)
+    shape = (count, *latents.seen(config))
     chosen = np.unique(np.linspace(0, len(grid) - 2, frames).astype(int)).tolist()
 
     @jax.jit
@@ -45,7 +46,14 @@ def chain(
     levels = chains.sampling_schedule(config, drawable.params)
     times = grid[chosen] if config.sample.sampler == "ode" else grid[chosen].astype(int)
     width = np.maximum(np.asarray(levels(times).sigma), 1)[:, None, None, None, None]
-    return end, samplers.Trajectory(grid[chosen], x_t / width, x0)
+    end, x_t, x0 = (images(config, drawable, x) for x in (end, x_t / width, x0))
+    return end, samplers.Trajectory(grid[chosen], x_t, x0)
+
+
+def images(config: Config, drawable: Drawable, drawn: Any) -> Any:
+    """Returns what was drawn as images, [..., H, W, C]: of latents, decoded."""
+    decoded = jax.jit(functools.partial(latent_space.decode, config))
+    return np.asarray(decoded(drawable.space, jnp.asarray(drawn)))
 
 
 def strip(end: np.ndarray, t: np.ndarray, frames: Any) -> Any:
@@ -64,7 +72,7 @@ def shared(config: Config, drawable: Drawable, *, count: int, seed: int) -> Any:
     From top to bottom t is T, 3/4 T, T/2 and T/4. The first picture of a row is x_t.
     """
     grid, std = chains.make_grid(config), chains.start_std(config)
-    shape = (1, *config.data.shape)
+    shape = (1, *latents.seen(config))
     parts = [int(np.argmin(np.abs(grid - grid[0] * share))) for share in SHARED_AT]
     root = jax.random.key(seed)
     if config.net.classes and config.sample.label is None:
@@ -93,7 +101,7 @@ def shared(config: Config, drawable: Drawable, *, count: int, seed: int) -> Any:
     rows = []
     for i, (part, x_t) in enumerate(zip(parts, start(drawable), strict=True), 1):
         ends = rest(drawable, x_t, jax.random.fold_in(root, i), part)
-        rows.append(np.concatenate([np.asarray(x_t), np.asarray(ends)]))
+        rows.append(images(config, drawable, jnp.concatenate([x_t, ends])))
     picture = pictures.grid(pictures.to_uint8(np.concatenate(rows)), columns=count + 1)
     left = [f"t = {grid[part]:,.4g}" for part in parts]
     return pictures.labelled(picture, above=["x_t"] + [""] * count, left=left)

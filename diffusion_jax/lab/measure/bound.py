@@ -1,25 +1,40 @@
 """Computes bits/dim of images: by the bound, or by the probability flow ODE."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax import continuous, likelihood, ode
+from diffusion_jax import autoencoding, continuous, likelihood, ode
+from diffusion_jax import latents as of_images
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.process import progress
+from diffusion_jax.lab.schema import latents
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.sampling import Variance
-from diffusion_jax.lab.wiring import build, chains
+from diffusion_jax.lab.wiring import build, chains, latent_space
 from diffusion_jax.lab.wiring.chains import Drawable
+from diffusion_jax.nets.autoencoder import Moments
 from diffusion_jax.schedule import is_discrete
 from diffusion_jax.training import parallel
 
 Trace = Literal["rademacher", "gaussian", "exact"]
+
+
+class Seen(NamedTuple):
+    """The bound of B images, and of latents what it is made of beside theirs."""
+
+    total: jax.Array
+    """The bound on the negative log-likelihood, [B], in bits/dim of the images."""
+    of_network: likelihood.Bound
+    """That of what the network learns, in bits/dim of that."""
+    reconstruction: jax.Array
+    """-log p(x | z) of latents, [B], in bits/dim of the images; 0 without."""
 
 
 class Sums:
@@ -28,13 +43,15 @@ class Sums:
     def __init__(self, num_steps: int) -> None:
         """Starts empty."""
         self.totals: list[float] = []
-        self.prior = 0.0
+        self.prior, self.reconstruction = 0.0, 0.0
         self.terms, self.mse = np.zeros(num_steps), np.zeros(num_steps)
 
-    def add(self, bits: likelihood.Bound, count: int) -> None:
+    def add(self, seen: Seen, count: int) -> None:
         """Adds the first `count` images of a batch; the rest is padding."""
-        host = jax.tree.map(lambda x: np.asarray(x, np.float64), bits)
-        self.totals += host.total[:count].tolist()
+        whole = jax.tree.map(lambda x: np.asarray(x, np.float64), seen)
+        host = whole.of_network
+        self.totals += whole.total[:count].tolist()
+        self.reconstruction += whole.reconstruction[:count].sum()
         self.prior += host.prior[:count].sum()
         self.terms += host.terms[:, :count].sum(axis=1)
         self.mse += host.mse[:, :count].sum(axis=1)
@@ -70,6 +87,7 @@ def evaluate(
       chunk: diffusion steps at a time.
       seed: of the noise.
     """
+    check(config)
     steps = config.diffusion.num_steps
     compiled = make_bound(config, variance=variance, chunk=chunk, seed=seed)
     sums = Sums(steps)
@@ -77,6 +95,15 @@ def evaluate(
     for batch, count in walk:
         sums.add(compiled(drawable, batch), count)
     return sums
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError for latents of an autoencoder that has no likelihood."""
+    if config.autoencoder.kind == "ae":
+        raise ConfigError(
+            "cannot bound a likelihood: an autoencoder without noise has none. Train "
+            "the latents of one of kind kl or vae."
+        )
 
 
 def batches(
@@ -113,17 +140,20 @@ def batches(
 @functools.lru_cache(maxsize=8)
 def make_bound(
     config: Config, *, variance: Variance | None = None, chunk: int = 1, seed: int = 0
-) -> Callable[[Drawable, dict[str, jax.Array]], likelihood.Bound]:
-    """Returns the compiled bound of a batch of uint8 images."""
-    root, used = jax.random.key(seed), variance or config.diffusion.variance
+) -> Callable[[Drawable, dict[str, jax.Array]], Seen]:
+    """Returns the compiled bound of a batch of uint8 images.
 
-    def bound(drawable: Drawable, batch: dict[str, jax.Array]) -> likelihood.Bound:
+    Of a latent run that of the images, by one draw of latents an image.
+    """
+    root, used = jax.random.key(seed), variance or config.diffusion.variance
+    of_latents = latents.is_latent(config)
+
+    def network(
+        drawable: Drawable, x0: jax.Array, keys: jax.Array, label: jax.Array | None
+    ) -> likelihood.Bound:
         levels = build.chain_schedule(config, drawable.params)
-        denoise = chains.given_labels(
-            config, drawable, levels, batch.get("label"), clip=True
-        )
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(root, batch["i"])
-        x0 = batch["x"].astype(jnp.float32) / 127.5 - 1
+        clip = not of_latents
+        denoise = chains.given_labels(config, drawable, levels, label, clip=clip)
         last = None
         if build.is_continuous(config) and used in ("small", "large"):
             last = jnp.exp(-levels(1).logsnr)
@@ -134,8 +164,29 @@ def make_bound(
             x0,
             variance=used,
             decoder_variance=last,
+            real=of_latents,
             chunk=chunk,
         )
+
+    def bound(drawable: Drawable, batch: dict[str, jax.Array]) -> Seen:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(root, batch["i"])
+        x, label = batch["x"].astype(jnp.float32) / 127.5 - 1, batch.get("label")
+        space = drawable.space
+        if space is None:
+            found = network(drawable, x, keys, label)
+            return Seen(found.total, found, jnp.zeros_like(found.total))
+        moments = latent_space.encode(config, space, x)
+        # Apart from the keys of the chain, which are folds of these from 0 on.
+        draw_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, jnp.uint32(2**31))
+        z = jax.vmap(Moments.sample)(moments, draw_keys)
+        found = network(drawable, z, keys, label)
+        again = latent_space.decode(config, space, z)
+        scale = space.params["log_variance"]
+        error = autoencoding.elbo(x, again, scale, moments).reconstruction
+        dims = math.prod(x.shape[1:])
+        parts = error, found.total, moments.log_variance
+        whole = of_images.bound(*parts, dimensions=dims)
+        return Seen(whole.total, found, error)
 
     return jax.jit(bound)
 
@@ -163,6 +214,11 @@ def evaluate_ode(
     Raises:
       ConfigError: the solver ran out of steps for an image.
     """
+    if latents.is_latent(config):
+        raise ConfigError(
+            "cannot compute the density of images by the flow of latents, which gives "
+            "one of latents. Leave out --ode: the bound is of images."
+        )
     root = jax.random.key(seed)
 
     @jax.jit

@@ -65,7 +65,7 @@ def _network(config: Config) -> Problems:
             f"0 with the loss {diffusion.loss}, which is of one of 256 values a pixel"
         )
         yield "data.rotate", must
-    if latents.is_autoencoder(config):
+    if latents.is_autoencoder(config) or latents.is_named(config):
         return
     levels, sees = len(net.multipliers), latents.seen(config)[:2]
     factor = 2 ** (levels - 1)

@@ -255,8 +255,8 @@ class Train:
     epochs: Annotated[Positive | None, FREE] = None
     """In place of steps: how often every image is seen."""
     stop_at: Annotated[Count | None, FREE] = None
-    """Step to stop at, with a checkpoint, before the run is complete; the same command
-    without this goes on (resumes)."""
+    """Step to stop at, with a checkpoint; the same command without this goes on
+    (resumes)."""
     batch_size: Annotated[int, between(1, 2**20)] = 128
     """Images a step, over all devices and hosts."""
     accumulate: Count = 1

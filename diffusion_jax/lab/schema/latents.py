@@ -23,6 +23,11 @@ def is_autoencoder(config: Config) -> bool:
     return config.autoencoder.kind != "none" and not is_latent(config)
 
 
+def is_named(config: Config) -> bool:
+    """Returns whether a latent run's autoencoder is named, and not yet looked up."""
+    return is_latent(config) and config.autoencoder.kind == "none"
+
+
 def factor(config: Config) -> int:
     """Returns how many pixels a side a latent stands for."""
     return int(2 ** (len(config.autoencoder.multipliers) - 1))
@@ -57,6 +62,8 @@ def problems(config: Config) -> Problems:
     else:
         must = "left out without autoencoder.kind"
         yield from _others("autoencoder", config.autoencoder, Autoencoder(), must)
+    if config.few.method != "none" and config.autoencoder.kind != "none":
+        yield "few.method", "none with an autoencoder or its latents"
     if config.data.latent_draw != "sample" and not is_latent(config):
         yield "data.latent_draw", "left out without data.latent"
 
@@ -109,6 +116,9 @@ def _of_latents(config: Config) -> Problems:
         yield "diffusion.loss", must
     if config.sample.clip:
         yield "sample.clip", "off with data.latent: no range holds latents"
+    if config.sample.classifier_guidance:
+        must = "left out with data.latent: the classifier sees noisy images"
+        yield "sample.classifier_guidance", must
     if config.sample.threshold is not None:
         yield "sample.threshold", "left out with data.latent: no range holds latents"
 

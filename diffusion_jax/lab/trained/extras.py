@@ -11,11 +11,11 @@ from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.process import progress
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema import sampling
+from diffusion_jax.lab.schema import latents, sampling
 from diffusion_jax.lab.schema.config import Config
-from diffusion_jax.lab.trained import weights
+from diffusion_jax.lab.trained import space, weights
 from diffusion_jax.lab.trained.weights import Weights
-from diffusion_jax.lab.wiring import build, chains, guides
+from diffusion_jax.lab.wiring import build, chains, guides, latent_space
 from diffusion_jax.lab.wiring.chains import Drawable
 
 IMAGES, BATCH = 256, 64
@@ -46,9 +46,11 @@ def complete(
 ) -> Drawable:
     """Returns the weights with what sampling needs beside them; `load` has the Args."""
     drawable = Drawable(params)
+    if latents.is_latent(config):
+        drawable = drawable._replace(space=space.load(config, run))
     if (variance or config.sample.variance) == "analytic":
         how = sampling.resolve(config.sample, config.diffusion.num_steps)
-        clip = how["clip"] if variance is None else True
+        clip = how["clip"] or (variance is not None and drawable.space is None)
         table = x0_variance(config, run, drawable, clip=clip)
         drawable = drawable._replace(x0_variance=table)
     if config.sample.classifier_guidance and variance is None:
@@ -93,7 +95,8 @@ def x0_variance(
     def estimate(weights: Any, key: jax.Array, image: Any, label: Any) -> jax.Array:
         levels = build.chain_schedule(config, weights.params)
         denoise = chains.given_labels(config, weights, levels, label, clip=clip)
-        x0 = image.astype(jnp.float32) / 127.5 - 1
+        x = image.astype(jnp.float32) / 127.5 - 1
+        x0 = latent_space.of_images(config, weights.space, x)
         return analytic.x0_variance(key, denoise, levels, x0, estimator="error")
 
     tables = []

@@ -161,6 +161,11 @@ def parse_with(
             "init_from must be left out: the values of weights change nothing here; "
             f"got {found.config.init_from!r}. Say what the network is by its fields."
         )
+    if found.config.data.latent is not None:
+        raise errors.ConfigError(
+            "data.latent must be left out: nothing is looked up here; got "
+            f"{found.config.data.latent!r}. Name an experiment on images."
+        )
     checks.of_options(found)
     checks.validate(found.config)
     return found

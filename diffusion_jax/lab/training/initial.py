@@ -59,6 +59,8 @@ def like(experiment: Config, given: Config) -> Config:
         experiment.data,
         image_size=given.data.image_size,
         channels=given.data.channels,
+        latent=given.data.latent,
+        latent_draw=given.data.latent_draw,
     )
     how = {name: getattr(experiment.net, name) for name in marked(Net, HOW)}
     net = dataclasses.replace(given.net, **how)
@@ -79,6 +81,7 @@ def like(experiment: Config, given: Config) -> Config:
         data=data,
         diffusion=given.diffusion,
         net=net,
+        autoencoder=given.autoencoder,
         sample=sample,
     )
 

@@ -19,7 +19,7 @@ from diffusion_jax.lab.run_folder import board, history, lock, results, runs
 from diffusion_jax.lab.schema import checks, latents
 from diffusion_jax.lab.schema.config import Config, warmup, with_epochs
 from diffusion_jax.lab.trained import weights
-from diffusion_jax.lab.training import beginning, initial, measuring, showing
+from diffusion_jax.lab.training import beginning, encoding, initial, measuring, showing
 from diffusion_jax.lab.wiring import build, chains, learning
 from diffusion_jax.storage import trees
 from diffusion_jax.training import compilation, determinism, feed, flat, parallel
@@ -71,6 +71,8 @@ def train(
       ConfigError: the folder holds another run, or this one diverged.
     """
     start = time.monotonic(), compilation.count()
+    config = encoding.resolved(config)
+    checks.validate(config)
     board.check(config)
     if config.train.deterministic:
         determinism.ask()
@@ -88,10 +90,13 @@ def train(
         parallel.persistent_cache(Path(config.output).resolve() / ".cache")
         mesh = parallel.make_mesh(config.train.devices, config.train.fsdp)
         parallel.check_batch_size(config.train.batch_size, mesh.size)
-        dataset, held = parts or build.load_parts(config, dataset)
-        hosts.check_same("the images", f"{dataset.images.shape}")
-        if note := beginning.few_images(config, len(dataset.images)):
+        images, held = parts or build.load_parts(config, dataset)
+        hosts.check_same("the images", f"{images.images.shape}")
+        if note := beginning.few_images(config, len(images.images)):
             hosts.say(note)
+        own = encoding.begin(config, run, images.images)
+        dataset = encoding.latent_set(config, own, images)
+        held = held and encoding.latent_set(config, own, held)
         fed = beginning.feed_of(config, dataset, mesh)
         hosts.check_same("the input", fed.source)
         step, plan = learning.make_step(config, mesh, fed.stored), config.train
@@ -99,11 +104,11 @@ def train(
         newest = hosts.tell(max(steps, default=-1))
         params = initial.params(config) if newest < 0 else None
         busy: AbstractContextManager[None] = nullcontext()
-        ruler = measuring.make(config, dataset) if newest < plan.steps else None
+        ruler = measuring.make(config, images) if newest < plan.steps else None
         if newest < plan.steps:
             runs.check_room(run, learning.state_shapes(config), len(steps), plan.keep)
             busy = beginning.compiling(step, fed, config, mesh)
-        describe(config, run, mesh, dataset, fed, held)
+        describe(config, run, mesh, images, fed, held)
         with ExitStack() as left:
             with busy:
                 folder = checkpoint.open_folder(
@@ -116,7 +121,7 @@ def train(
                 )
             describe_start(config, int(begun.state.step), len(dataset.images))
             begun = begun._replace(state=learning.as_trained(config, begun.state, mesh))
-            looks = showing.make_draw(config, mesh, held or dataset), ruler
+            looks = showing.make_draw(config, mesh, held or dataset, own), ruler
             watched = measuring.watched(config, mesh, held)
             job = Job(
                 config, run, mesh, fed, step, manager, *looks, watched, requests, start

@@ -17,6 +17,7 @@ from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.measure import extractors, reference
 from diffusion_jax.lab.process import hosts
 from diffusion_jax.lab.run_folder import history, results, runs
+from diffusion_jax.lab.schema import latents
 from diffusion_jax.lab.schema.config import Config, replace
 from diffusion_jax.lab.wiring import chains, few_steps, learning
 from diffusion_jax.lab.wiring.chains import Drawable
@@ -88,7 +89,8 @@ def held_out_loss(
     The images, times and noise are always the same, and nothing is dropped or moved, so
     only the network changes it.
     """
-    held = datasets.middle(held, config.data.shape[:2])
+    if not latents.is_latent(config):
+        held = datasets.middle(held, config.data.shape[:2])
     calm = replace(config, "data", flip=False, random_crop=0, rotate=0.0)
     if config.diffusion.density == "importance":  # which depends on the training so far
         calm = replace(calm, "diffusion", density="uniform")

@@ -14,10 +14,11 @@ from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.schema import latents
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.wiring import autoencoders, chains
+from diffusion_jax.lab.wiring.latent_space import LatentSpace
 
 
 def make_draw(
-    config: Config, mesh: Any, dataset: datasets.Dataset
+    config: Config, mesh: Any, dataset: datasets.Dataset, space: LatentSpace | None
 ) -> Callable[..., np.ndarray]:
     """Returns the function that draws the images of a grid, as `chains.make_draw`.
 
@@ -26,7 +27,8 @@ def make_draw(
     """
     count = config.sample.count
     if not latents.is_autoencoder(config):
-        return chains.make_draw(config, count, mesh)
+        draw = chains.make_draw(config, count, mesh)
+        return lambda drawable, *how: draw(drawable._replace(space=space), *how)
     few = datasets.middle(dataset, config.data.shape[:2]).images
     shown = np.asarray(few[np.arange(min(max(count // 2, 1), len(few)))])
 

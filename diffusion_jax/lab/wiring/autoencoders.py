@@ -10,6 +10,7 @@ from diffusion_jax import autoencoding
 from diffusion_jax.lab.schema import latents
 from diffusion_jax.lab.schema.config import Config, Net
 from diffusion_jax.lab.wiring import moving
+from diffusion_jax.nets import fresh
 from diffusion_jax.nets.autoencoder import AutoencoderKL, Moments
 from diffusion_jax.training import state
 
@@ -41,6 +42,12 @@ def init_decoder(config: Config) -> dict[str, Any]:
     """Returns what is trained beside the network: of vae its log variance, [1]."""
     vae = config.autoencoder.kind == "vae"
     return {"log_variance": np.full(1, -3.0, np.float32)} if vae else {}
+
+
+def shapes(config: Config) -> Any:
+    """Returns the shapes of the network's parameters, as `jax.ShapeDtypeStruct`."""
+    image = np.zeros((1, *config.data.shape), np.float32)
+    return fresh.shapes(make_network(config), image)
 
 
 def apply(

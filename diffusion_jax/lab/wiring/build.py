@@ -208,9 +208,8 @@ def init_params(config: Config, key: jax.Array) -> Any:
 def param_shapes(config: Config) -> Any:
     """Returns the shapes of `init_params`, as `jax.ShapeDtypeStruct`."""
     if latents.is_autoencoder(config):
-        net = autoencoders.make_network(config, config.net)
         beside = jax.eval_shape(lambda: autoencoders.init_decoder(config))
-        return {"net": fresh.shapes(net, _image(config)), **beside}
+        return {"net": autoencoders.shapes(config), **beside}
     shapes = {"net": fresh.shapes(make_network(config), *_inputs(config))}
     if config.diffusion.schedule == "learned":
         shapes["schedule"] = jax.eval_shape(lambda: _init_schedule(jax.random.key(0)))

@@ -18,9 +18,9 @@ from diffusion_jax import (
     schedule,
 )
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.lab.schema import sampling
+from diffusion_jax.lab.schema import latents, sampling
 from diffusion_jax.lab.schema.config import Config
-from diffusion_jax.lab.wiring import build, guides
+from diffusion_jax.lab.wiring import build, guides, latent_space
 from diffusion_jax.schedule import PURE_NOISE
 from diffusion_jax.storage import trees
 from diffusion_jax.training import compilation, parallel
@@ -35,6 +35,8 @@ class Drawable(NamedTuple):
     """Var[x0 | x_t] for t = 0..T, [T + 1], where the variance is analytic."""
     classifier: Any = None
     """Parameters of the noisy classifier, where it guides."""
+    space: latent_space.LatentSpace | None = None
+    """The autoencoder, where the network learns its latents."""
 
     @property
     def sha256(self) -> str:
@@ -206,7 +208,7 @@ def count_evaluations(config: Config, drawable: Drawable) -> float:
         lambda counted: make_rule(config, counted, levels),
         denoise,
         make_grid(config),
-        (1, *config.data.shape),
+        (1, *latents.seen(config)),
         start_std=start_std(config),
     )
     return count * (1 if config.sample.guidance is None else 2)
@@ -232,11 +234,12 @@ def make_draw(
         # Cast once, and not at each of the chain's evaluations.
         cast = drawable._replace(params=build.as_computed(config, drawable.params))
         sampler = make_sampler(config, cast, first=first)
-        shape = (count, *config.data.shape)
+        shape = (count, *latents.seen(config))
         # Computed here, and not when a run starts, which is long before it draws.
         with jax.ensure_compile_time_eval():
             std = start_std(config)
-        images = samplers.sample(key, sampler, grid, shape, start_std=std, first=first)
+        drawn = samplers.sample(key, sampler, grid, shape, start_std=std, first=first)
+        images = latent_space.decode(config, drawable.space, drawn)
         images = jax.lax.with_sharding_constraint(images, out)
         if mesh.is_multi_process:  # every host gets all of them
             images = jax.lax.with_sharding_constraint(images, everywhere)
@@ -286,7 +289,7 @@ def _labelled(
             classes,  # the last row of the embedding, for no label
             scale=sample.guidance,
             active=_active(config, levels),
-            channels=config.data.channels,
+            channels=latents.seen(config)[-1],
         )
         return guided(x, t)
 

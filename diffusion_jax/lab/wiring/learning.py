@@ -11,7 +11,7 @@ import optax
 from diffusion_jax import gaussian, learned, losses, schedule, timesteps, weightings
 from diffusion_jax.lab.schema import latents
 from diffusion_jax.lab.schema.config import Config, micro_batches, replace, warmup
-from diffusion_jax.lab.wiring import autoencoders, few_steps, moving
+from diffusion_jax.lab.wiring import autoencoders, few_steps, latent_space, moving
 from diffusion_jax.lab.wiring.build import (
     init_params,
     is_continuous,
@@ -187,10 +187,11 @@ def draw_times(
 def make_loss(config: Config, *, train: bool = True) -> state.LossFn:
     """Returns the loss of a batch {"image": uint8 [B, H, W, C], "position": [B]}.
 
-    With classes the batch has a "label", [B], too. Flip, time, noise and label dropout
-    come from the step's key and the image's position in the global batch, so they are
-    the same however the batch is split. Only dropout, drawn for a whole micro-batch at
-    a time, is not. That of an autoencoder is `autoencoders.make_loss`.
+    In place of images a latent run has what `latent_space.draw` takes. With classes the
+    batch has a "label", [B], too. Flip, time, noise and label dropout come from the
+    step's key and the image's position in the global batch, so they are the same
+    however the batch is split. Only dropout, drawn for a whole micro-batch at a time,
+    is not. That of an autoencoder is `autoencoders.make_loss`.
 
     The loss takes a memory, of which importance sampling makes its times, and returns
     the mean and {"t", "loss"} of each example, as `state.make_step` wants. There is
@@ -209,8 +210,11 @@ def make_loss(config: Config, *, train: bool = True) -> state.LossFn:
         several = jax.vmap(lambda k: jax.random.split(k, 3))(keys)
         flip_key, label_key, eps_key = jnp.unstack(several, axis=1)
         dropout_key = jax.random.fold_in(key_dropout, position[0])
-        x0 = batch["image"].astype(jnp.float32) / 127.5 - 1
-        x0 = moving.moved(config.data, x0, flip_key)
+        if latents.is_latent(config):
+            x0 = latent_space.draw(config, batch["image"], flip_key)
+        else:
+            x0 = batch["image"].astype(jnp.float32) / 127.5 - 1
+            x0 = moving.moved(config.data, x0, flip_key)
         label = _label(config, batch, label_key)
         levels = make_schedule(config, params)
         t, weight = draw_times(config, key_t, position, levels, memory)
