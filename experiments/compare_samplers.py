@@ -7,6 +7,7 @@ stopped (resume).
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -65,7 +66,8 @@ class Options:
     """What to compare."""
 
     MAIN: ClassVar = (
-        "run evaluations rules count batch_size seed out overwrite raw average step"
+        "run evaluations rules beside count batch_size seed out overwrite "
+        "raw average step"
     )
     run: choices.Named = None
     evaluations: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100, 1000)
@@ -74,6 +76,9 @@ class Options:
     its own number of evaluations."""
     rules: tuple[str, ...] = ()
     """Which rows of the table to draw; all that the network takes when not given."""
+    beside: tuple[str, ...] = ()
+    """Other runs on the same data, such as students of few steps, whose rows follow
+    under their names."""
     count: Count = 800
     """Samples for each number: few make every distance larger."""
     batch_size: Count = 200
@@ -122,10 +127,9 @@ def main(argv: Sequence[str]) -> int:
     drawable, step, kind = extras.load(config, run, options.which)
     size = options.batch_size
     real = reference.of(config, dataset.images, "train", extractor, batch_size=size)
-
-    def distance(drawn: np.ndarray) -> float:
-        return reference.distance_of(real, drawn, extractor, batch_size=size)
-
+    distance = functools.partial(
+        reference.distance_of, real, extractor=extractor, batch_size=size
+    )
     about: dict[str, Any] = {
         "distance": extractor.distance(options.count),
         "count": options.count,
@@ -137,6 +141,9 @@ def main(argv: Sequence[str]) -> int:
         ),
         "versions": runs.versions(),
     }
+    networks = {"": (config, drawable), **beside(options, config)}
+    if options.beside:
+        about["beside"] = {n: of.sha256 for n, (_, of) in networks.items() if n}
     known = runs.recalled(path, about, kept_points) or []
     print(
         f"{run.folder}, {weights.describe(kind, step)}: {about['distance']} of "
@@ -145,19 +152,17 @@ def main(argv: Sequence[str]) -> int:
     budgets = sorted(set(options.evaluations))
     print(f"  {'evaluations (NFE)':<20}" + "".join(f"{b:>13}" for b in budgets))
     points: list[Point] = []
-    rules = options.rules or possible(config)
-    for rule in rules:
-        row = list(measure(rule, config, drawable, options, distance, known))
+    for name, rule, row in table(networks, options, distance, known):
         points += row
         kept = points + [point for point in known if point not in points]
         told = {"command": replaceable.typed(NAME, argv), **about}
         runs.write_json(path, {**told, "points": [p._asdict() for p in kept]})
-        print(line(rule, row, budgets), flush=True)
+        print(line(f"{name}{rule}", row, budgets), flush=True)
     print(f"written: {path}")
     picture = pictures.curves(
         {
             rule: [(p.evaluations, p.distance) for p in points if p.rule == rule]
-            for rule in rules
+            for rule in dict.fromkeys(p.rule for p in points)
         },
         title=f"{options.count:,} samples of {config.name} by sampling rule",
         xlabel="network evaluations a sample (NFE)",
@@ -165,6 +170,43 @@ def main(argv: Sequence[str]) -> int:
     )
     print(f"plot: {pictures.save(picture, plot)}")
     return 0
+
+
+def beside(options: Options, config: Config) -> dict[str, tuple[Config, Drawable]]:
+    """Returns the other networks by what their rows begin with.
+
+    Raises:
+      ConfigError: there is no such run, or it is of other data.
+    """
+    found = {}
+    for name in options.beside:
+        run, other = opening.opened(name, options)
+        if other.data.source != config.data.source:
+            raise ConfigError(
+                f"each of beside must be a run on {config.data.source}; got {name} on "
+                f"{other.data.source}. Leave it out, and compare it by itself."
+            )
+        found[f"{run.folder.name} "] = other, extras.load(other, run, Weights())[0]
+    return found
+
+
+def table(
+    networks: dict[str, tuple[Config, Drawable]],
+    options: Options,
+    distance: Callable[[np.ndarray], float],
+    known: Sequence[Point],
+) -> Iterator[tuple[str, str, list[Point]]]:
+    """Yields what each row begins with, its rule and its points."""
+    for name, (config, drawable) in networks.items():
+        mine = [
+            point._replace(rule=point.rule.removeprefix(name))
+            for point in known
+            if point.rule.startswith(name)
+        ]
+        asked = options.rules if not name else ()
+        for rule in asked or possible(config):
+            row = measure(rule, config, drawable, options, distance, mine)
+            yield name, rule, [p._replace(rule=f"{name}{rule}") for p in row]
 
 
 def possible(config: Config) -> list[str]:

@@ -73,10 +73,13 @@ def test_a_student_trains_resumes_to_the_bit_and_is_sampled(trained, tmp_path):
     with pytest.raises(ConfigError, match=r"not distilled; got one of few.method ect"):
         distil.main([str(run.folder), *SHORT, "--output", str(tmp_path), "--name", "b"])
     out = ["--out", str(tmp_path / "table"), "--count", "80", "--evaluations", "1", "2"]
-    assert compare_samplers.main([str(run.folder), *out]) == 0
-    points = runs.json_fields.load(tmp_path / "table" / "samplers.json")["points"]
-    found = [(p["rule"], p["evaluations"]) for p in points]
-    assert found == [("consistency", 1), ("consistency", 2)]
+    both = [str(trained.folder), "--rules", "ddim", "--beside", str(run.folder)]
+    for _ in range(2):  # and again what is known
+        assert compare_samplers.main([*both, *out]) == 0
+        points = runs.json_fields.load(tmp_path / "table" / "samplers.json")["points"]
+        found = [(p["rule"], p["evaluations"]) for p in points]
+        rows = [("ddim", n) for n in (1, 2)]
+        assert found == [*rows, *(("whole consistency", n) for n in (1, 2))]
 
 
 def test_halving_ends_in_one_step_taught_by_the_student_of_two(trained, tmp_path):

@@ -10,6 +10,8 @@ from diffusion_jax.lab.schema.sampling import Sample
 def student(teacher: Config, method: Method, *, init_from: str) -> Config:
     """Returns the configuration of a student, with the data and network of its teacher.
 
+    It makes half of its teacher's steps, at half of its learning rate.
+
     Args:
       teacher: its configuration.
       method: how it is distilled.
@@ -37,10 +39,12 @@ def student(teacher: Config, method: Method, *, init_from: str) -> Config:
         sample=sample,
         net=dataclasses.replace(teacher.net, dropout=0.0),
     )
+    changed = replace(changed, "train", steps=max(1, teacher.train.steps // 2))
     return replace(
         changed,
         "optimizer",
         preset="modern",
+        learning_rate=teacher.optimizer.learning_rate / 2,
         warmup=min(200, teacher.optimizer.warmup),
         decay="cosine",
         b2=0.99,
