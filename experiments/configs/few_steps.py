@@ -3,7 +3,12 @@
 Command   make train EXP=digits_distilled
           make train EXP=digits_consistency
           make train EXP=digits_meanflow
-          and fashion_mnist_..., cifar10_... in place of digits_...
+          make train EXP=fashion_mnist_distilled
+          make train EXP=fashion_mnist_consistency
+          make train EXP=fashion_mnist_meanflow
+          make train EXP=cifar10_distilled
+          make train EXP=cifar10_consistency
+          make train EXP=cifar10_meanflow
 Hardware  2 CPU cores for the digits, one GPU for the others
 Time      about 6 minutes for the digits; docs/few_steps.md
 Expected  for CIFAR-10 the papers' FID in one step and two: 9.12 and 4.51 distilled
