@@ -14,6 +14,7 @@ from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.measure import bound
+from diffusion_jax.lab.playground import subject
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import checks
 from diffusion_jax.lab.schema.config import replace
@@ -138,6 +139,8 @@ def test_what_cannot_work_on_latents_is_refused_with_the_reason(latent, tmp_path
         sample.main([where, "--exact"])
     with pytest.raises(ConfigError, match="nothing is lossless"):
         codec.main(["fit", where])
+    with pytest.raises(ConfigError, match="cannot play with"):
+        subject.opened(where, None, Weights())
     config = runs.read_config(latent)
     for section, name, value, said in (
         ("sample", "clip", True, "sample.clip must be off with data.latent"),

@@ -9,6 +9,7 @@ import jax
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.network_files import networks
 from diffusion_jax.lab.run_folder import runs
+from diffusion_jax.lab.schema import latents
 from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.trained import opening, weights
@@ -53,6 +54,11 @@ def opened(name: str | None, options: Any, which: Weights) -> Subject:
         parallel.persistent_cache(Path("runs/.cache").resolve())
     else:
         run, config = opening.opened(name, options, which=which)
+    if latents.is_latent(config):
+        raise ConfigError(
+            f"cannot play with {run.folder}: its network sees latents, and its chain "
+            "shows no images. Name a run that was trained on images."
+        )
     params, step, kind = weights.load(config, run, which)
     where = run.folder if run.network is None else run.network.path
     if where.is_relative_to(Path.cwd()):
