@@ -181,7 +181,7 @@ def seen(
     """
     apply = make_apply(config, params, levels, **options)
     if guide is not None and label is not None:
-        null, channels = config.net.classes, config.data.channels
+        null, channels = config.net.classes, latents.seen(config)[-1]
         apply = guidance.classifier_free(
             apply, label, null, scale=guide, channels=channels
         )

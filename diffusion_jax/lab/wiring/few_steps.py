@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax import continuous, distillation, gaussian, grids, samplers
+from diffusion_jax.lab.schema import latents
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.wiring.build import (
     chain_schedule,
@@ -160,7 +161,7 @@ def self_consistency(config: Config, params: Any, teacher: Any) -> jax.Array:
     walk = samplers.ddim(
         seen(config, teacher, levels, label, guide=config.few.guidance), levels
     )
-    grid, shape = grids.uniform(levels, POINTS), (PATHS, *config.data.shape)
+    grid, shape = grids.uniform(levels, POINTS), (PATHS, *latents.seen(config))
     end, path = samplers.trajectory(jax.random.key(0), walk, grid, shape, range(POINTS))
 
     def gap(t: jax.Array, x_t: jax.Array) -> jax.Array:
