@@ -1,6 +1,5 @@
 """Shows how far long work is: a bar on a terminal, a line now and then elsewhere."""
 
-import math
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -70,9 +69,3 @@ class Bar(tqdm):
         if not self.total:
             known["bar_format"] = CLOCK
         return str(self.format_meter(**known)).strip()
-
-    def close(self) -> None:
-        """Takes the bar from the screen; lines stay."""
-        if self.lines:
-            self.delay = math.inf  # nothing to be taken back
-        super().close()

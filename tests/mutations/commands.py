@@ -235,8 +235,8 @@ COMMANDS = [
     Breakage(
         "waiting-lines-of-a-terminal",
         "diffusion_jax/storage/waiting.py",
-        "self.delay = math.inf  # nothing to be taken back",
-        "pass",
+        "        return False\n\n    def line",
+        "        return True\n\n    def line",
         "tests/lab/test_progress.py"
         "::test_without_a_terminal_a_bar_is_a_line_now_and_then",
     ),
