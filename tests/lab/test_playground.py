@@ -471,6 +471,15 @@ def test_the_network_that_is_shipped_is_what_training_left(tmp_path, monkeypatch
     assert not about["logged"]
 
 
+def test_a_run_that_draws_no_pixels_is_refused(opened, refuses, monkeypatch):
+    config = opened.config
+    data = dataclasses.replace(config.data, latent="autoencoder")
+    other = opened.run, dataclasses.replace(config, data=data)
+    monkeypatch.setattr(subject.opening, "opened", lambda *_, **__: other)
+    with refuses("one of latents"):
+        subject.opened("run", None, Weights())
+
+
 def test_remote_addresses_are_asked_for_and_names_are_not_believed(opened, refuses):
     with refuses("0.0.0.0"):
         playground.main(["--host", "0.0.0.0"])

@@ -54,10 +54,12 @@ def opened(name: str | None, options: Any, which: Weights) -> Subject:
         parallel.persistent_cache(Path("runs/.cache").resolve())
     else:
         run, config = opening.opened(name, options, which=which)
-    if latents.is_latent(config):
+    if latents.is_latent(config) or latents.is_autoencoder(config):
+        kind = "an autoencoder" if latents.is_autoencoder(config) else "latents"
         raise ConfigError(
-            f"cannot play with {run.folder}: its network sees latents, and its chain "
-            "shows no images. Name a run that was trained on images."
+            f"the run must be a diffusion model of pixels; got one of {kind}. Its "
+            "pictures are drawn by python -m experiments.sample and "
+            "experiments.eval_autoencoder."
         )
     params, step, kind = weights.load(config, run, which)
     where = run.folder if run.network is None else run.network.path
@@ -87,6 +89,7 @@ def describe(subject: Subject) -> dict[str, Any]:
         "classes": config.net.classes,
         "guided": bool(config.net.classes and config.net.label_dropout),
         "data": config.data.source,
+        "sampler": config.sample.sampler,
     }
 
 
