@@ -37,6 +37,7 @@ def page(subject: Subject) -> str:
     d, net = config.diffusion, config.net
     for wrong, what, got in (
         (net.classes, "without classes", f"{net.classes} classes"),
+        (any(name.startswith("span") for name in weights), "of single steps", "jumps"),
         (net.fourier, "without Fourier features", "some"),
         (net.variant != "official", "of the variant official", net.variant),
         (d.prediction not in LINEAR, f"of {', '.join(LINEAR)}", d.prediction),
