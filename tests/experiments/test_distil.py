@@ -98,6 +98,23 @@ def test_halving_ends_in_one_step_taught_by_the_student_of_two(trained, tmp_path
         checks.with_sampling(config, Sampling("ddim", steps=2))
 
 
+def test_derivatives_are_taught_between_the_whole_times(monkeypatch):
+    made, asked = student(digits.CONFIG, "consistency", init_from="x"), []
+
+    def record(denoise, ends, levels, t, *, warmup):
+        asked.append((np.asarray(t), warmup))
+        return ends.x0
+
+    monkeypatch.setattr(few_steps.distillation, "tangent", record)
+    monkeypatch.setattr(few_steps, "seen", lambda *_, **__: lambda x, t: (x, x))
+    monkeypatch.setattr(few_steps.distillation, "consistency", lambda *_: 0)
+    x, t, u = jnp.zeros([2, 1]), jnp.array([1, 1000]), jnp.array([0.25, 0.75])
+    memory = few_steps.Memory({}, jnp.asarray(made.train.steps // 10))
+    few_steps.loss(made, {}, memory, x, x, (t, t, u), None)
+    np.testing.assert_allclose(asked[0][0], [0.75, 999.25])
+    np.testing.assert_allclose(asked[0][1], 1 / 3, atol=2e-3)
+
+
 def test_mean_flow_trains_from_scratch_and_jumps(tmp_path):
     flags = ["--train.log-every", "4", "--output", str(tmp_path)]
     few = ["--sample.steps", "2"]

@@ -339,6 +339,14 @@ TRAINING = [
         "::test_uint8_rounds_to_the_nearest_and_inverts_the_scaling_of_training",
     ),
     Breakage(
+        "few-steps-whole-times-alone",
+        "diffusion_jax/lab/wiring/few_steps.py",
+        "        t = t - times[2]\n",
+        "        pass\n",
+        "tests/experiments/test_distil.py"
+        "::test_derivatives_are_taught_between_the_whole_times",
+    ),
+    Breakage(
         "few-steps-one-teacher-for-all",
         "diffusion_jax/lab/wiring/few_steps.py",
         "lambda a, b: jnp.where(over, a, b), new.ema_params, memory.teacher",

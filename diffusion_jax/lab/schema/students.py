@@ -6,11 +6,20 @@ from diffusion_jax.lab.schema.config import Config, replace
 from diffusion_jax.lab.schema.few import Few, Method
 from diffusion_jax.lab.schema.sampling import Sample
 
+RATES: dict[Method, float] = {
+    "ect": 0.5,
+    "consistency": 0.05,
+    "consistency_training": 0.05,
+    "progressive": 0.5,
+}
+"""Learning rate of a student, in that of its teacher: as measured on digits."""
+
 
 def student(teacher: Config, method: Method, *, init_from: str) -> Config:
     """Returns the configuration of a student, with the data and network of its teacher.
 
-    It makes half of its teacher's steps, at half of its learning rate.
+    It makes a third of its teacher's steps, at the share of its learning rate that is
+    in `RATES`.
 
     Args:
       teacher: its configuration.
@@ -39,12 +48,12 @@ def student(teacher: Config, method: Method, *, init_from: str) -> Config:
         sample=sample,
         net=dataclasses.replace(teacher.net, dropout=0.0),
     )
-    changed = replace(changed, "train", steps=max(1, teacher.train.steps // 2))
+    changed = replace(changed, "train", steps=max(1, teacher.train.steps // 3))
     return replace(
         changed,
         "optimizer",
         preset="modern",
-        learning_rate=teacher.optimizer.learning_rate / 2,
+        learning_rate=RATES[method] * teacher.optimizer.learning_rate,
         warmup=min(200, teacher.optimizer.warmup),
         decay="cosine",
         b2=0.99,

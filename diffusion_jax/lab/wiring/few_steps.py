@@ -108,6 +108,9 @@ def loss(
         x_t = gaussian.q_sample(x0, eps, levels(t))
         aim = distillation.two_steps(asked, x_t, levels, t, middle, s)
         return distillation.progressive(denoiser(params)(x_t, t), aim, levels(t))
+    if few.method != "ect" and not is_continuous(config):
+        # Whole times alone leave the derivative in t, which teaches, to itself.
+        t = t - times[2]
     level, share = levels(t), memory.step / config.train.steps
     x_t, ends = gaussian.q_sample(x0, eps, level), gaussian.Prediction(x0, eps)
     if few.method == "consistency" or few.guidance is not None:
