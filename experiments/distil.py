@@ -2,8 +2,8 @@
 
 RUN is the teacher, any trained run or network in a file. METHOD is one of
 
-  ect                   the ends of paths, by shrinking steps (the default, most tried)
-  consistency           the same along the teacher's paths, in continuous time
+  ect                   the ends of paths, by shrinking steps (the default)
+  consistency           the same along the teacher's paths, by derivatives; slow
   consistency_training  the same along the data's
   progressive           two steps of DDIM become one, again and again
 
