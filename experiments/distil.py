@@ -8,8 +8,7 @@ RUN is the teacher, any trained run or network in a file. METHOD is one of
   progressive           two steps of DDIM become one, again and again
 
 The student is a run of its own, named after both, which all commands take. All else is
-as in experiments.train: flags, checkpoints, averages, devices, exit codes, and that the
-same command again goes on where it stopped (resume).
+as in experiments.train: flags, checkpoints, averages, devices, exit codes.
 """
 
 from collections.abc import Sequence

@@ -28,7 +28,7 @@ class Options:
     """What to open, and where it is served."""
 
     MAIN: ClassVar = (
-        "run page overwrite port host open allow_remote raw average step strict"
+        "run page overwrite port address open allow_remote raw average step strict"
     )
     run: choices.Named = None
     page: Path | None = None
@@ -38,12 +38,12 @@ class Options:
     """Whether `--page FILE` may replace what is no page of this project."""
     port: Annotated[int, between(0, 65535)] = 8765
     """Port to serve at; 0 for any that is free."""
-    host: str = "127.0.0.1"
+    address: str = "127.0.0.1"
     """Address to serve at; this machine alone when not given."""
     open: bool = False
     """Whether to open the page in a browser."""
     allow_remote: bool = False
-    """Whether `--host` may be one that other machines reach."""
+    """Whether `--address` may be one that other machines reach."""
     which: choices.Which = Weights()
 
 
@@ -59,29 +59,29 @@ def main(argv: Sequence[str]) -> int:
 
     from diffusion_jax.lab.playground import guard, server, subject
 
-    remote = not guard.is_loopback(options.host)
+    remote = not guard.is_loopback(options.address)
     if remote and not options.allow_remote:
         raise ConfigError(
-            "--host must be 127.0.0.1, localhost or ::1, which other machines do not "
-            f"reach; got {options.host}. Give --allow-remote too if they should."
+            "--address must be 127.0.0.1, localhost or ::1, which others do not reach; "
+            f"got {options.address}. Give --allow-remote too if they should."
         )
-    listening = bound(options.host, options.port)
+    listening = bound(options.address, options.port)
     port, token = listening.getsockname()[1], guard.token()
     opened = subject.opened(options.run, options, options.which)
     said = "the digits that come with the package, as there is no run in runs/ yet"
     print(f"{said if opened.shipped else opened.run.folder}: {opened.told}")
     if remote:
         print(
-            f"note: served at {options.host}, which other machines may reach: whoever "
+            f"note: served at {options.address}, which others may reach: whoever "
             "has the address below can use this one, and it is not encrypted",
             file=sys.stderr,
         )
-    name = guard.machine() if options.host in ("0.0.0.0", "::") else options.host
+    name = guard.machine() if options.address in ("0.0.0.0", "::") else options.address
     name = f"[{name}]" if ":" in name else name
-    address = f"http://{name}:{port}/?token={token}"
-    print(f"open {address}\nCtrl-C ends it", flush=True)
+    url = f"http://{name}:{port}/?token={token}"
+    print(f"open {url}\nCtrl-C ends it", flush=True)
     if options.open:
-        webbrowser.open(address)
+        webbrowser.open(url)
     app = server.application(opened, token, port, remote=remote)
     settings = uvicorn.Config(
         app,

@@ -32,6 +32,7 @@ from diffusion_jax.lab.playground import (
     subject,
     walk,
 )
+from diffusion_jax.lab.process import joining
 from diffusion_jax.lab.schema.checks import with_sampling
 from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.sampling import Sampling
@@ -482,7 +483,10 @@ def test_a_run_that_draws_no_pixels_is_refused(opened, refuses, monkeypatch):
 
 def test_remote_addresses_are_asked_for_and_names_are_not_believed(opened, refuses):
     with refuses("0.0.0.0"):
-        playground.main(["--host", "0.0.0.0"])
+        playground.main(["--address", "0.0.0.0"])
+    # Those of several hosts are read before any command reads its own.
+    own = {f"--{field.name}" for field in dataclasses.fields(playground.Options)}
+    assert own.isdisjoint(joining.FLAGS)
     app = server.application(opened, "secret", 8765, remote=True)
     client = TestClient(app, HOST, headers=COOKIE)
     assert client.get("/api/run", headers={"host": "10.0.0.1:8765"}).is_success
