@@ -80,6 +80,25 @@ def test_what_diffusers_lacks_is_named(refuses):
             diffusers_config.to_diffusers(EXPERIMENTS[name].config)
 
 
+def test_a_consistency_model_has_a_scheduler_there(refuses):
+    config = EXPERIMENTS["digits_consistency"].config
+    unet, scheduler = diffusers_config.to_diffusers(config)
+    assert scheduler["_class_name"] == "LCMScheduler"
+    # c_skip, by its formula: x0 is the network's alone.
+    assert 0.25 / (scheduler["timestep_scaling"] ** 2 + 0.25) < 1e-12
+    found = from_diffusers(scheduler, **unet)
+    assert (found.few.method, found.sample.sampler) == ("consistency", "consistency")
+    assert found.diffusion == replace(config, "diffusion", loss="v").diffusion
+    usual = {"_class_name": "LCMScheduler", "prediction_type": "v_prediction"}
+    read = from_diffusers(usual).diffusion
+    assert (read.schedule, read.beta_start, read.beta_end) == ("quad", 0.00085, 0.012)
+    with refuses("timestep_scaling 1.0, not at least 10"):
+        from_diffusers({**usual, "timestep_scaling": 1.0})
+    for method, words in (("distilled", "DDIMScheduler"), ("meanflow", "no scheduler")):
+        with refuses(words):
+            diffusers_config.to_diffusers(EXPERIMENTS[f"digits_{method}"].config)
+
+
 def test_channels_have_to_be_those_of_images(refuses):
     with refuses("4. Networks of latents"):
         from_diffusers(in_channels=4, out_channels=4)
@@ -112,6 +131,8 @@ WRONG = {
     "sample_max_value": [None, "1", True, math.nan, 10**400],
     "timestep_spacing": NO_NAMES,
     "steps_offset": [None, "1", [], 1.0, True],
+    "timestep_scaling": [None, "10", 1, math.nan],
+    "original_inference_steps": [None, "1", 1.0],
     "timestep_values": [[1, 2], 0, ""],
     "_class_name": [*NO_NAMES, "PNDMScheduler"],
     "flavour": ["sweet"],

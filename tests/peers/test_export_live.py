@@ -70,6 +70,27 @@ def test_a_pipeline_opens_and_computes_the_same(config, tmp_path, complaints):
     assert np.abs(here - there).max() < 1e-4 * np.abs(there).max()
 
 
+def test_a_consistency_model_jumps_to_the_same_images(tmp_path):
+    config = small("digits_consistency")
+    network = network_of(config)
+    diffusers_folder.write(tmp_path / "out", network)
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out")
+    assert isinstance(pipeline.scheduler, diffusers.LCMScheduler)
+    pipeline.scheduler.set_timesteps(2)
+    levels = build.make_schedule(config)
+    apply = build.make_apply(config, network.params, levels)
+    denoise = build.make_denoiser(config, apply, levels, clip=config.sample.clip)
+    x = np.random.default_rng(0).normal(size=(2, *config.data.shape)).astype("float32")
+    theirs = torch.tensor(x.transpose(0, 3, 1, 2))
+    for t in pipeline.scheduler.timesteps:
+        with torch.no_grad():
+            there = pipeline.scheduler.step(pipeline.unet(theirs, t).sample, t, theirs)
+        here = denoise(x, np.full(2, int(t) + 1)).x0
+        np.testing.assert_allclose(
+            np.moveaxis(there.denoised.numpy(), 1, -1), here, atol=1e-5
+        )
+
+
 def test_what_diffusers_saves_again_is_read_back(tmp_path):
     """Our record is gone, and its own fields are there."""
     network = network_of(small())

@@ -14,7 +14,7 @@ import numpy as np
 from diffusion_jax import schedule
 from diffusion_jax.errors import ConfigError, needs
 from diffusion_jax.interop import unet_config
-from diffusion_jax.lab.schema import checks
+from diffusion_jax.lab.schema import checks, few
 from diffusion_jax.lab.schema.config import (
     FEWEST_STEPS,
     MOST_STEPS,
@@ -26,11 +26,17 @@ from diffusion_jax.lab.schema.config import (
     ScheduleName,
 )
 from diffusion_jax.lab.schema.facts import Must
+from diffusion_jax.lab.schema.few import Few
 from diffusion_jax.lab.schema.json_fields import is_finite, is_whole
 from diffusion_jax.lab.schema.sampling import Sample
 from diffusion_jax.lab.wiring import build
 
-SCHEDULERS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}
+SCHEDULERS = {
+    "DDPMScheduler": "ddpm",
+    "DDIMScheduler": "ddim",
+    # Of consistency models; x0 is c_out f + c_skip x, and c_skip nearly 0.
+    "LCMScheduler": "consistency",
+}
 _BETAS: dict[str, ScheduleName] = {
     "linear": "linear",
     "scaled_linear": "quad",
@@ -46,6 +52,12 @@ _VARIANCES = {
 }
 # The threshold of diffusers has an upper end, and ours has none: this cuts nothing.
 _NO_END = float(np.finfo(np.float32).max)
+# With which c_skip is 0 in float32 at every time.
+_NO_SKIP = 1e6
+_LACKING = {
+    "progressive": "which DDIMScheduler draws in few.last steps, and it cannot say so",
+    "mean_flow": "for which it has no scheduler",
+}
 
 # Fields of our configuration with the name and the value of the network's.
 _ALIKE = (
@@ -100,12 +112,21 @@ _FIELDS: dict[str, tuple[Any, Must]] = {
     # Only with thresholding.
     "dynamic_thresholding_ratio": (0.995, _NUMBER),
     "sample_max_value": (1.0, Must("a number", lambda v: is_finite(v) or v == np.inf)),
+    # Only of LCMScheduler: of c_skip = 1 / (1 + (2 t scaling)^2), and of its times.
+    "timestep_scaling": (10.0, Must("at least 10", lambda v: is_finite(v) and v >= 10)),
+    "original_inference_steps": (50, Must("a whole number", is_whole)),
     # Of the first releases: chosen steps, which no network has.
     "timestep_values": (None, _only(None)),
     "tensor_format": ("pt", Must("anything", lambda _: True)),
 }
 """What a field means where a scheduler says nothing of it, and what it must be."""
 _DEFAULTS = {name: default for name, (default, _) in _FIELDS.items()}
+_DEFAULTS_OF_LCM = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+}
 # Schedules that are known by their betas alone.
 _BY_BETAS: tuple[ScheduleName, ...] = (
     *("linear", "quad", "const", "warmup10", "warmup50", "cosine", "sigmoid"),
@@ -141,6 +162,7 @@ def from_diffusers(
             f"{network.channels}. Networks of latents and others do not fit."
         )
     diffusion, sample = _read_scheduler(scheduler or {}, where)
+    jumps = sample.sampler == "consistency"
     split = 2 if diffusion.variance == "range" else 1
     if net.out_channels != split * network.channels:
         raise ConfigError(
@@ -159,6 +181,7 @@ def from_diffusers(
             **{name: getattr(net, name) for name in _ALIKE},
         ),
         sample=sample,
+        few=Few("consistency" if jumps else "none"),
     )
     try:
         checks.validate(config)
@@ -210,7 +233,9 @@ def notes(
 
 
 def to_diffusers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the configurations of the UNet2DModel and of the DDPMScheduler.
+    """Returns the configurations of the UNet2DModel and of its scheduler.
+
+    That is the LCMScheduler for a consistency model, else the DDPMScheduler.
 
     Raises:
       ConfigError: the network or its diffusion is nothing that diffusers has.
@@ -226,13 +251,14 @@ def to_diffusers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
         lacking.append(f"prediction {d.prediction}, which must be eps, x0 or v")
     if variance not in variances or (variance == "range") != (d.variance == "range"):
         lacking.append(f"variance {variance}, which must be small, large or range")
-    if config.few.method != "none":
-        lacking.append(f"few.method {config.few.method}, whose x0 is the end of a jump")
+    jumps = config.few.method in few.OWN["consistency"]
+    if config.few.method != "none" and not jumps:
+        lacking.append(f"few.method {config.few.method}, {_LACKING[config.few.method]}")
     if d.schedule == "jsd":
         lacking.append("the schedule jsd, which ends without any signal")
     if lacking:
         raise ConfigError(
-            "a network for diffusers must have what its DDPMScheduler has; got "
+            "a network for diffusers must have what its schedulers have; got "
             f"{'; '.join(lacking)}. Keep it as .safetensors of our own."
         )
     unet = unet_config.write_config(
@@ -241,12 +267,22 @@ def to_diffusers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
         image_size=config.data.image_size,
     )
     threshold = dict(zip(_RANGE, (True, how.threshold, _NO_END), strict=True))
-    scheduler = {
+    own: dict[str, Any] = {
         "_class_name": "DDPMScheduler",
+        "variance_type": variances[variance],
+    }
+    if jumps:
+        steps = min(d.num_steps, _DEFAULTS["original_inference_steps"])
+        own = {
+            "_class_name": "LCMScheduler",
+            "original_inference_steps": steps,
+            "timestep_scaling": _NO_SKIP,
+        }
+    scheduler = {
+        **own,
         "_diffusers_version": unet_config.VERSION,
         "num_train_timesteps": d.num_steps,
         **_write_betas(config),
-        "variance_type": variances[variance],
         "clip_sample": how.clip,
         "clip_sample_range": 1.0,
         "prediction_type": predictions[d.prediction],
@@ -262,7 +298,8 @@ def _read_scheduler(given: Mapping[str, Any], where: str) -> tuple[Diffusion, Sa
     """Returns what a scheduler says of the diffusion and of sampling."""
     named = {k: v for k, v in given.items() if not k.startswith("_")}
     kind = given.get("_class_name", "DDPMScheduler")
-    values = {**_DEFAULTS, **named, "_class_name": kind}
+    usual = _DEFAULTS_OF_LCM if kind == "LCMScheduler" else {}
+    values = {**_DEFAULTS, **usual, **named, "_class_name": kind}
     if values["trained_betas"] is not None and isinstance(values["beta_schedule"], str):
         values["beta_schedule"] = "linear"  # nothing is read of it then
     musts = {name: must for name, (_, must) in _FIELDS.items()}

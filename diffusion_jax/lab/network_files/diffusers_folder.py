@@ -94,7 +94,7 @@ def write(path: Path, network: Network) -> str:
     index = {
         "_class_name": "DDPMPipeline",
         "_diffusers_version": unet["_diffusers_version"],
-        "scheduler": ["diffusers", "DDPMScheduler"],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
         "unet": ["diffusers", unet["_class_name"]],
     }
     files = dict(

@@ -164,9 +164,10 @@ def _use(config: Config, name: str) -> str:
 net = UNet2DModel.from_pretrained({name!r}, subfolder="unet")
 # net(x, t, class_labels=...): DDPMPipeline itself knows no labels"""
     else:
+        few = ", num_inference_steps=2" if config.few.method != "none" else ""
         first = f"""from diffusers import DDPMPipeline
 
-images = DDPMPipeline.from_pretrained({name!r})(batch_size=4).images"""
+images = DDPMPipeline.from_pretrained({name!r})(batch_size=4{few}).images"""
     return f"""```python
 {first}
 ```
