@@ -52,7 +52,7 @@ def files(tmp_path_factory):
 def edited(run, command, *args, out=None):
     """The picture, and the single images, [N, H, W]."""
     argv = [command, *map(str, args)]
-    out = out or run.folder / "edit" / edit.default_name(command, edit.parse(argv)[1])
+    out = out or run.folder / "edit" / edit.default_name(command, edit.parse(argv)[2])
     name = run.folder if run.network is None else run.network.path
     assert edit.main([str(name), *argv]) == 0
     return Image.open(out), single(out)

@@ -119,7 +119,7 @@ def test_held_out_images_are_measured_and_never_trained_on(folder, monkeypatch):
     assert len(seen[0].images) + 180 == 1797
     state, mesh = restored(run).state, parallel.make_mesh(1)
     loss = measuring.held_out_loss(config, mesh, held)
-    wanted = float(loss(learning.as_trained(config, state, mesh).params))
+    wanted = float(loss(learning.as_trained(config, state, mesh)))
     assert runs.read_lines(run.metrics)[-1]["held_out_loss"] == pytest.approx(wanted)
 
 
