@@ -20,6 +20,8 @@ WITHOUT = (
     "timesteps",
     "solvers.phi",
     "latents",
+    # Whose ends of paths are predictions, which were held to that when they were made.
+    "distillation",
 )
 WITHOUT += tuple(f"autoencoding.{name}" for name in ("kl", "hinge", "adversarial"))
 WITHOUT += ("gaussian.normal", "prediction.reverse_variance", "analytic.bounded")
