@@ -215,7 +215,7 @@ def test_a_network_is_told_the_same_time_in_training_and_in_chains(name, monkeyp
     config, told = EXPERIMENTS[name].config, []
 
     class Network:
-        def apply(self, variables, x, t, label, span, **options):
+        def apply(self, variables, x, t, label, **options):
             told.append(np.asarray(t))
             return 0 * x
 

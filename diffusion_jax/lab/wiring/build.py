@@ -135,10 +135,10 @@ def make_apply(
         label: jax.Array | None = None,
         span: jax.Array | None = None,
     ) -> jax.Array:
-        variables = {"params": params["net"]}
+        variables, told = {"params": params["net"]}, dict(options)
         if has_spans(config):
-            span = fed(jnp.zeros_like(t) if span is None else span)
-        return cast(jax.Array, net.apply(variables, x, fed(t), label, span, **options))
+            told["span"] = fed(jnp.zeros_like(t) if span is None else span)
+        return cast(jax.Array, net.apply(variables, x, fed(t), label, **told))
 
     return apply
 
