@@ -40,7 +40,7 @@ MISTAKES = {
         --average 0.5; --seed -1; --count {10**30}; --columns 0; --batch-size 0""",
     "eval_fid net --data digits": "--data x; --reference none",
     "eval_nll net": "--tolerance nan",
-    "compare_samplers net": "--rules; --rules euler; --evaluations 0",
+    "compare_samplers net": "--rules euler; --evaluations 0",
     "legibility net": "--count 5; --splits 0",
     "edit net": """
         vary pipe; vary image.png --seed 4294967296; inpaint image.png;
