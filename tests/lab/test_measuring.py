@@ -1,5 +1,7 @@
 """What is measured and shown of training and of chains, part by part."""
 
+from types import SimpleNamespace
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from diffusion_jax.lab.drawing import figures
 from diffusion_jax.lab.schema import config as schema
 from diffusion_jax.lab.schema.config import replace
 from diffusion_jax.lab.training import measuring
-from diffusion_jax.lab.wiring import build, learning
+from diffusion_jax.lab.wiring import build, learning, moving
 from diffusion_jax.training import flat, parallel
 from experiments.configs import EXPERIMENTS
 
@@ -44,7 +46,8 @@ def test_held_out_images_are_measured_without_dropout(monkeypatch):
     params = flat.pack({"net": {"scale": jnp.ones(())}})
     mesh, held = parallel.make_mesh(1), datasets.load("digits")
     loss = measuring.held_out_loss(CONFIG, mesh, held)
-    assert np.isfinite(loss(jax.device_put(params, parallel.replicated(mesh))))
+    on_devices = jax.device_put(params, parallel.replicated(mesh))
+    assert np.isfinite(loss(SimpleNamespace(params=on_devices, memory=())))
     assert drops
     assert not any(drops)
 
@@ -82,7 +85,7 @@ def test_images_are_loaded_larger_to_be_cut_at_random_and_measured_in_the_middle
     np.testing.assert_array_equal(seen[0, ..., 0], image[1:9, 1:11])
     keys = jax.random.split(jax.random.key(0), 200)
     batch = jnp.asarray(np.repeat(held.images[np.array([0])], 200, 0))
-    cut = np.asarray(learning._moved(config.data, batch, keys))
+    cut = np.asarray(moving.moved(config.data, batch, keys))
     assert {int(corner) for corner in cut[:, 0, 0, 0]} == {*image[:4, :4].ravel()}
     assert not np.ptp(cut - cut[:, :1, :1], axis=0).any()
 
@@ -93,7 +96,7 @@ def test_images_are_turned_about_their_middle():
     slope = np.stack([columns, rows], -1).astype(np.float32)
     keys = jax.random.split(jax.random.key(0), 100)
     turned = np.asarray(
-        learning._moved(data, jnp.asarray(np.repeat(slope[None], 100, 0)), keys)
+        moving.moved(data, jnp.asarray(np.repeat(slope[None], 100, 0)), keys)
     )
     # One to the right of the middle is seen what was there before: its angle.
     x, y = turned[:, 4, 8, 0], turned[:, 4, 8, 1]

@@ -88,6 +88,8 @@ WRITTEN = {
     "compare_samplers RUN --out .": "samplers.json",
     "compare_samplers RUN --out . --evaluations 9": "samplers.png",
     "compare_diffusers --keep .": "converted.safetensors",
+    "report RUN --out f": "f",
+    "playground RUN --page f.html": "f.html",
 }
 # Other paths that commands take: what they read, or a folder that is theirs alone.
 READ = {"reference", "folder", "image", "mask", "first", "second", "listed"}
@@ -126,7 +128,7 @@ def test_every_path_that_a_command_takes_is_one_of_these():
     flags = {
         (line.split()[0], f)
         for line in WRITTEN
-        for f in ("out", "text", "keep")
+        for f in ("out", "text", "keep", "page")
         if f"--{f} " in line
     }
     assert found == flags | {("convert", "out")}
