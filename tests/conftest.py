@@ -58,7 +58,7 @@ LONGEST = (
     "test_bench",
     "test_resume",
     "test_unet_training",
-    "test_autoencoder",
+    "test_autoencoder_runs",
     "test_exact",
     "test_playground_page",
     "test_scheduler_parity",

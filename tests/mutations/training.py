@@ -37,7 +37,7 @@ TRAINING = [
         "diffusion_jax/lab/wiring/autoencoders.py",
         "z = jax.vmap(Moments.sample)(moments, draw_key)",
         "z = moments.sample(key)",
-        "tests/experiments/test_autoencoder.py"
+        "tests/experiments/test_autoencoder_runs.py"
         "::test_the_loss_is_that_of_each_image_however_the_batch_is_cut",
     ),
     Breakage(
@@ -45,7 +45,7 @@ TRAINING = [
         "diffusion_jax/lab/wiring/autoencoders.py",
         "return (error + weight * kl).mean()",
         "return (error + kl).mean()",
-        "tests/experiments/test_autoencoder.py"
+        "tests/experiments/test_autoencoder_runs.py"
         "::test_the_loss_is_that_of_each_image_however_the_batch_is_cut",
     ),
     Breakage(

@@ -35,8 +35,8 @@ def principal(fitted: np.ndarray, seen: np.ndarray, count: int) -> Linear | None
       None where images have more than `LARGEST` numbers, or no more than `count`.
 
     >>> images = np.random.default_rng(0).integers(0, 256, [500, 4], np.uint8)
-    >>> round(principal(images, images, 2).bits_per_dim, 1)  # of uniform values: 8
-    8.2
+    >>> 8 < principal(images, images, 2).bits_per_dim < 8.5  # of uniform values: 8
+    True
     """
     size = int(np.prod(fitted.shape[1:]))
     if not count < size <= LARGEST:
