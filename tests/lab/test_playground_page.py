@@ -412,7 +412,7 @@ def test_a_page_without_a_server_draws_what_jax_draws(page, tmp_path):
     alone, asked = page.context.browser.new_page(), []
     alone.on("request", lambda request: asked.append(request.url))
     alone.on("pageerror", lambda error: asked.append(str(error)))
-    alone.goto((ROOT / "docs" / "playground.html").as_uri())
+    alone.goto((ROOT / "docs" / "playground_digits.html").as_uri())
     drawn = alone.evaluate("[...ddim(5, 2, 20)].at(-1).x0.map(image => [...image])")
     noise = alone.evaluate("[...normal(fold(fold([0, 5], 1), 0), 64)]")
     api.expect(alone.locator("#said")).to_contain_text("step 20 of 20, t = 0; drawn in")
