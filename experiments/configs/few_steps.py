@@ -10,10 +10,10 @@ Command   make train EXP=digits_distilled
           make train EXP=cifar10_consistency
           make train EXP=cifar10_meanflow
 Hardware  2 CPU cores for the digits, one GPU for the others
-Time      about 6 minutes for the digits; docs/few_steps.md
+Time      docs/few_steps.md has what was measured
 Expected  for CIFAR-10 the papers' FID in one step and two: 9.12 and 4.51 distilled
           (Salimans and Ho 2022), 3.60 and 2.11 consistent (ECT, Geng et al. 2024),
-          2.92 in one step of mean flow (Geng et al. 2025); ours in docs/few_steps.md
+          2.92 in one step of mean flow (Geng et al. 2025)
 
 All but mean flow begin from a teacher, the run of digits, fashion_mnist or cifar10_edm,
 which is trained before. From any other: python -m experiments.distil RUN.
