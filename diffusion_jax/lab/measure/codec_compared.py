@@ -10,6 +10,7 @@ from diffusion_jax.lab.coding import files
 from diffusion_jax.lab.coding.coder import Coder
 from diffusion_jax.lab.measure import formats_compared
 from diffusion_jax.lab.measure.formats_compared import Point, Size
+from diffusion_jax.lab.process import progress
 
 SHARES = (1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)
 """Of the bits of a file, where it is cut to see what is left."""
@@ -51,7 +52,8 @@ def compare(
       DataError: images of another shape, so many that formats do not take them in one
         mosaic, or what came back was something else.
     """
-    sizes = formats_compared.lossless(images)  # refuses too many before all else
+    with progress.clock("image formats without loss"):
+        sizes = formats_compared.lossless(images)  # refuses too many before all else
     packed = files.compress(run, images, layout="archive")
     files.decompress(run, packed)  # or it is refused
     cut = files.compress(run, few)
@@ -64,7 +66,8 @@ def compare(
     if len(others):
         sizes.append(formats_compared.histograms(images, others))
     own, shown = _cuts(run, cut, few)
-    alone, together = formats_compared.lossy(images, few)
+    with progress.clock("image formats with loss"):
+        alone, together = formats_compared.lossy(images, few)
     return Compared(mine + sizes, own, alone, together, shown)
 
 
