@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from diffusion_jax.errors import raise_unknown
 from diffusion_jax.nets.blocks import (
     OFFICIAL,
     Activation,
@@ -32,6 +31,7 @@ from diffusion_jax.nets.blocks import (
     Linear,
     ResBlock,
     Upsample,
+    check_computed,
     folded,
     unit,
     wide,
@@ -281,8 +281,7 @@ def check(net: AutoencoderKL, x: jax.Array) -> None:
 
 def check_form(net: AutoencoderKL) -> None:
     """Raises ValueError where the fields of a network do not fit each other."""
-    if net.conv not in ("xla", "matmul"):
-        raise_unknown("conv", net.conv, ("xla", "matmul"))
+    check_computed(net.conv, net.dtype)
     levels = len(net.multipliers)
     if not levels or not set(net.attention) <= set(range(levels)):
         raise ValueError(
@@ -295,11 +294,6 @@ def check_form(net: AutoencoderKL) -> None:
                 f"every level's width must be a multiple of {net.groups}, for its "
                 f"groups; got {width}. Change channels, multipliers or groups."
             )
-    if jnp.dtype(net.dtype) == np.float64 and jnp.result_type(float) != np.float64:
-        raise ValueError(
-            "dtype float64 must be used with JAX's x64 mode on; got it off. Set "
-            "JAX_ENABLE_X64=1, or call the network inside jax.enable_x64(True)."
-        )
 
 
 def _blocks(

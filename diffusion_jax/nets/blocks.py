@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffusion_jax.errors import raise_unknown
 from diffusion_jax.nets import dropout, fresh, norm
 from diffusion_jax.nets.convolutions import (
     by_taps,
@@ -53,6 +54,17 @@ def wide(dtype: Dtype) -> jnp.dtype:
     float32
     """
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def check_computed(conv: str, dtype: Dtype) -> None:
+    """Raises ValueError for a convolution or a type that there is not, or not now."""
+    if conv not in ("xla", "matmul"):
+        raise_unknown("conv", conv, ("xla", "matmul"))
+    if jnp.dtype(dtype) == jnp.float64 and jnp.result_type(float) != jnp.float64:
+        raise ValueError(
+            "dtype float64 must be used with JAX's x64 mode on; got it off. Set "
+            "JAX_ENABLE_X64=1, or call the network inside jax.enable_x64(True)."
+        )
 
 
 def beside(x: Activation, other: Activation) -> Activation:

@@ -32,6 +32,7 @@ from diffusion_jax.nets.blocks import (
     Upsample,
     as_embedding,
     beside,
+    check_computed,
     folded,
     near_zero,
     unit,
@@ -294,9 +295,9 @@ def check(
             f"t must have shape [B], one time an image; got {t.shape} for images "
             f"{x.shape}. Broadcast it: jnp.full(len(x), t)."
         )
-    for name, allowed in (("conv", ("xla", "matmul")), ("variant", tuple(VARIANTS))):
-        if getattr(net, name) not in allowed:
-            raise_unknown(name, getattr(net, name), allowed)
+    check_computed(net.conv, net.dtype)
+    if net.variant not in VARIANTS:
+        raise_unknown("variant", net.variant, tuple(VARIANTS))
     each = math.lcm(net.groups, VARIANTS[net.variant].head_width or 1)
     for width in {net.channels * multiplier for multiplier in net.multipliers}:
         if width % each:
@@ -304,11 +305,6 @@ def check(
                 f"every level's width must be a multiple of {each}, for its groups and "
                 f"attention heads; got {width}. Change channels, multipliers or groups."
             )
-    if jnp.dtype(net.dtype) == np.float64 and jnp.result_type(float) != np.float64:
-        raise ValueError(
-            "dtype float64 must be used with JAX's x64 mode on; got it off. Set "
-            "JAX_ENABLE_X64=1, or call the network inside jax.enable_x64(True)."
-        )
     if net.channels < 4:
         raise ValueError(
             f"channels must be at least 4; got {net.channels}. The paper uses 128."
