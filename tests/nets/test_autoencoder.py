@@ -151,5 +151,7 @@ def test_what_does_not_fit_is_refused(refuses):
         shapes(SMALL.clone(groups=3), 1, 8, 8, 3)
     with refuses("'xl'"):
         shapes(SMALL.clone(conv="xl"), 1, 8, 8, 3)
+    with pytest.raises(ValueError, match=r"x64 mode on; got it off\. Set"):
+        shapes(SMALL.clone(dtype=np.float64), 1, 8, 8, 3)
     with refuses("(1, 4, 4, 4)"):
         SMALL.apply({}, normal(1, 4, 4, 4), method="decode")
