@@ -1,19 +1,46 @@
 """Whether the tests notice mistakes: `make mutations`, or `python -m tests.mutations`.
 
 A breakage is a mistake that somebody could make, and the tests that must fail with it.
+They stand in *.txt, two or more of each module of the mathematics and one of each
+machine, as changes do:
+
+    @@ the file, for all that follow
+    name: arguments for pytest, the quickest tests that must fail
+    -what is there, once: a part of a line, or some
+    +what stands there instead, if anything does
 """
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 
 class Breakage(NamedTuple):
-    """A text to be replaced, and who should notice."""
+    """A text to be replaced in a file of the repository, and who should notice."""
 
     name: str
     file: str
-    """Relative to the repository."""
-    old: str
-    """What is there, once."""
-    new: str
     tests: str
-    """Arguments for pytest: the quickest tests that must fail."""
+    old: str
+    new: str
+
+
+def read(text: str) -> Iterator[Breakage]:
+    """Yields the breakages of a file."""
+    for part in text.split("@@ ")[1:]:
+        file, *lines = part.splitlines()
+        heads = [n for n, line in enumerate(lines) if line[0] not in "-+"]
+        for head, end in zip(heads, [*heads[1:], len(lines)], strict=True):
+            name, _, tests = lines[head].partition(": ")
+            old, new = (
+                "\n".join(s[1:] for s in lines[head + 1 : end] if s[0] == sign)
+                for sign in "-+"
+            )
+            yield Breakage(name, file, tests, old, new)
+
+
+BREAKAGES = [
+    breakage
+    for path in sorted(Path(__file__).parent.glob("*.txt"))
+    for breakage in read(path.read_text())
+]

@@ -15,8 +15,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from . import Breakage
-from .breakages import BREAKAGES
+from . import BREAKAGES, Breakage
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 600
