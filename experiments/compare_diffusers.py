@@ -119,7 +119,8 @@ def compare(folder: Path, file: Path, options: Options) -> None:
     began = time.monotonic()
     with jax.default_matmul_precision("highest"):
         draw = chains.make_draw(config, options.count, parallel.make_mesh(1))
-        ours = draw(chains.Drawable(network.params), jax.random.key(options.seed), 0)
+        drawable = chains.Drawable(network.params, space=network.space)
+        ours = draw(drawable, jax.random.key(options.seed), 0)
     between = time.monotonic()
     theirs = draw_there(folder, config, options)
     ended = time.monotonic()
@@ -199,7 +200,7 @@ def draw_there(folder: Path, config: Config, options: Options) -> np.ndarray:
     and fold n + 1 the noise of step n.
     """
     torch, diffusers = diffusers_config.peers()
-    pipeline = diffusers.DDPMPipeline.from_pretrained(folder)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
     kind = {"ddim": diffusers.DDIMScheduler, "ddpm": diffusers.DDPMScheduler}
     # "trailing" ends in data, and begins in pure noise, as our uniform grid does.
     scheduler = kind[options.sampler].from_config(
@@ -214,7 +215,7 @@ def draw_there(folder: Path, config: Config, options: Options) -> np.ndarray:
     def drawn(fold: jax.Array) -> jax.Array:
         noise = jax.vmap(
             lambda key: jax.random.normal(
-                jax.random.fold_in(key, fold), config.data.shape
+                jax.random.fold_in(key, fold), latents.seen(config)
             )
         )(keys)
         return noise.transpose(0, 3, 1, 2)
@@ -235,6 +236,9 @@ def draw_there(folder: Path, config: Config, options: Options) -> np.ndarray:
             # Its own noise is drawn there, and ours is put in its place.
             with mock.patch(drawn_by, lambda *_, n=n, **__: noise(n + 1)):
                 x = scheduler.step(output, t, x, **more).prev_sample
+        if latents.is_latent(config):
+            vae = pipeline.vqvae.eval()
+            x = vae.decode(x / vae.config.scaling_factor).sample
     return np.asarray(x.numpy().transpose(0, 2, 3, 1))
 
 

@@ -1,10 +1,10 @@
 """Converts trained networks: `python -m experiments.convert IN OUT`.
 
 IN is a run (its folder or name), a .safetensors file of ours, a folder of diffusers
-with a UNet2DModel or an AutoencoderKL, a TensorFlow checkpoint of the authors (its
-prefix, such as model.ckpt-790000), an autoencoder of CompVis in .safetensors, or with
---download the name of a network on the hub, such as google/ddpm-cifar10-32. What it is,
-is seen from its content.
+with a UNet2DModel, an AutoencoderKL or both, a TensorFlow checkpoint of the authors
+(its prefix, such as model.ckpt-790000), an autoencoder of CompVis in .safetensors, or
+with --download the name of a network on the hub, such as google/ddpm-cifar10-32. What
+it is, is seen from its content.
 
 OUT ends in .safetensors, for a file of ours with the configuration inside, which all
 commands take in place of a run; or is the name of a folder, for diffusers.
@@ -42,7 +42,7 @@ from diffusion_jax.lab.schema import choices, latents, sampling
 from diffusion_jax.lab.schema.checks import with_data
 from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import UNKNOWN, Config
-from diffusion_jax.lab.trained import weights
+from diffusion_jax.lab.trained import space, weights
 from diffusion_jax.storage import trees
 from experiments.configs import EXPERIMENTS
 
@@ -86,6 +86,8 @@ def main(argv: Sequence[str]) -> int:
     print(f"{options.source}: SHA-256 {network.sha256}")
     said = weights.describe(about.weights, about.step)
     print(f"{said}, {count:,} parameters, of {about.origin}")
+    if network.space is not None:
+        print("with the autoencoder whose latents it learns")
     if network.config.data.source == UNKNOWN:
         print("its training data are unknown: name them with --data to evaluate it")
     if is_file(options.out):
@@ -101,15 +103,16 @@ def main(argv: Sequence[str]) -> int:
         written = networks.write_folder(options.out, network)
     if of_autoencoder:
         print(f"{options.out / autoencoder_files.WEIGHTS}: SHA-256 {written}")
-        if "log_variance" in network.params:
-            print("note: the width of its decoder is left behind: diffusers has none")
-        print(f"open it: AutoencoderKL.from_pretrained({str(options.out)!r})")
-        return 0
-    print(f"{options.out / diffusers_folder.WEIGHTS}: SHA-256 {written}")
-    if network.config.net.classes:
-        print("note: DDPMPipeline knows no labels; UNet2DModel takes class_labels")
     else:
-        print(f"open it: DDPMPipeline.from_pretrained({str(options.out)!r})")
+        print(f"{options.out / diffusers_folder.WEIGHTS}: SHA-256 {written}")
+    decoder = network.params if network.space is None else network.space.params
+    if "log_variance" in decoder:
+        print("note: the width of its decoder is left behind: diffusers has none")
+    opener = diffusers_folder.opener(network.config)
+    if network.config.net.classes:
+        print(f"note: {opener} knows no labels; UNet2DModel takes class_labels")
+    else:
+        print(f"open it: {opener}.from_pretrained({str(options.out)!r})")
     return 0
 
 
@@ -206,11 +209,7 @@ def read(options: Options) -> Network:
 def of_run(run: runs.Run, which: Weights) -> Network:
     """Returns the network of a run; its digest is of the weights, without a file."""
     config = runs.read_config(run)
-    if latents.is_latent(config):
-        raise ConfigError(
-            "cannot convert a model of latents: without its autoencoder nothing could "
-            "be drawn. Convert the autoencoder, or use the run where it is."
-        )
+    own = space.load(config, run) if latents.is_latent(config) else None
     params, step, words = weights.load(config, run, which)
     params = jax.tree.map(np.asarray, params)
     origin = f"the run {config.name}"
@@ -220,7 +219,7 @@ def of_run(run: runs.Run, which: Weights) -> Network:
     if step is not None:
         config = changes.before(run, config, step)
         about = about._replace(changes=changes.in_words(run, step))
-    return Network(config, params, about, trees.digest(params))
+    return Network(config, params, about, trees.digest(params), own)
 
 
 def scores(run: runs.Run, digest: str, config: Config) -> dict[str, dict[str, str]]:

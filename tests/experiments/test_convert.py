@@ -92,7 +92,7 @@ def test_a_model_of_latents_is_not_torn_from_its_autoencoder(tmp_path):
     config = replace(config, "sample", clip=False)
     config = replace(config, "net", attention=())
     runs.write_json(tmp_path / "latent" / "config.json", to_dict(config))
-    with pytest.raises(ConfigError, match="cannot convert a model of latents"):
+    with pytest.raises(ConfigError, match="must have its autoencoder in"):
         convert.main([str(tmp_path / "latent"), str(tmp_path / "out.safetensors")])
 
 

@@ -14,6 +14,7 @@ from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.measure import bound
+from diffusion_jax.lab.network_files import diffusers_folder, networks
 from diffusion_jax.lab.playground import subject
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import checks
@@ -23,7 +24,15 @@ from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.training import encoding
 from diffusion_jax.lab.wiring import chains, latent_space
 from diffusion_jax.training import parallel
-from experiments import codec, edit, eval_autoencoder, eval_nll, sample, train
+from experiments import (
+    codec,
+    convert,
+    edit,
+    eval_autoencoder,
+    eval_nll,
+    sample,
+    train,
+)
 from experiments.configs import EXPERIMENTS
 
 TINY = shlex.split(
@@ -71,6 +80,41 @@ def test_samples_are_the_decoded_latents_of_the_chain(latent):
     assert (latent.samples / "step_00000012.png").exists()
 
 
+def test_a_network_of_latents_goes_to_others_and_comes_back(latent, tmp_path, capsys):
+    def draw(where):
+        opened = lab.load(where)
+        return opened.sample(jax.random.key(3), 4, sampler="ddim", steps=4)
+
+    drawn = draw(latent.folder)
+    file, folder = tmp_path / "a.safetensors", tmp_path / "a"
+    for source, out in ((latent.folder, file), (file, folder)):
+        assert convert.main([str(source), str(out)]) == 0
+    said = capsys.readouterr().out
+    assert f"open it: LDMPipeline.from_pretrained('{folder}')" in said
+    assert "4x4, 2 channels, of the autoencoder" in (folder / "README.md").read_text()
+    np.testing.assert_array_equal(draw(file), drawn)
+    record = (folder / diffusers_folder.RECORD).read_text()
+    assert str(latent.folder.parent) not in record
+    # The scale of its latents is in the weights there: the same but for rounding.
+    for ours in (True, False):
+        assert np.abs(draw(folder).astype(int) - drawn).max() <= 1
+        found = networks.read(networks.find(folder))
+        bound.check(
+            found.config,
+            chains.Drawable((), space=networks.read(networks.find(file)).space),
+        )
+        with pytest.raises(ConfigError, match="does not say how far decoded images"):
+            bound.check(found.config, chains.Drawable((), space=found.space))
+        if ours:
+            (folder / diffusers_folder.RECORD).unlink()
+    config = json.loads((folder / "vqvae/config.json").read_text())
+    (folder / "vqvae/config.json").write_text(
+        json.dumps(config | {"latent_channels": 3})
+    )
+    with pytest.raises(ConfigError, match=r"as many in_channels as its .* 3; got 2"):
+        networks.read(networks.find(folder))
+
+
 def test_latents_have_mean_0_and_variance_1_and_are_encoded_once(latent, monkeypatch):
     config = runs.read_config(latent)
     own = space.load(config, latent)
@@ -114,7 +158,7 @@ def test_the_bound_of_images_is_that_of_latents_and_of_the_decoder(latent, capsy
         eval_nll.main([*flags, "--ode"])
     without = replace(config, "autoencoder", kind="ae")
     with pytest.raises(ConfigError, match="an autoencoder without noise has none"):
-        bound.check(without)
+        bound.check(without, chains.Drawable(()))
 
 
 def test_known_pixels_stay_as_they_are_where_latents_are_painted(latent, tmp_path):

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 
 from diffusion_jax.lab.network_files import networks, records
+from diffusion_jax.lab.schema import latents
 from diffusion_jax.lab.schema.config import Net, replace
-from diffusion_jax.lab.wiring import build
+from diffusion_jax.lab.wiring import build, latent_space
 from experiments.configs import EXPERIMENTS
 
 ABOUT = records.About("averaged", 12, "the run small", {}, recipe=True)
@@ -24,13 +25,27 @@ def small(name="digits", **fields):
 
 
 def network_of(config, seed=0):
-    """Random parameters, none of them trivial."""
+    """Random parameters, none of them trivial; of latents with an autoencoder."""
     rng = np.random.default_rng(seed)
-    like = build.param_shapes(config)
-    params = jax.tree.map(
-        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), like
-    )
-    return records.Network(config, params, ABOUT, "")
+
+    def random(like):
+        draw = lambda leaf: rng.normal(size=leaf.shape).astype(np.float32)  # noqa: E731
+        return jax.tree.map(draw, like)
+
+    made = records.Network(config, random(build.param_shapes(config)), ABOUT, "")
+    if not latents.is_latent(config):
+        return made
+    space = latent_space.of_tree(random(latent_space.shapes(config)))
+    scale = space.scale._replace(scale=np.exp(space.scale.scale))
+    return made._replace(space=space._replace(scale=scale))
+
+
+def of_latents():
+    """A small network of the latents of a small autoencoder."""
+    config = small("digits_latent", attention=(2,))
+    own = EXPERIMENTS["digits_autoencoder"].config.autoencoder
+    own = dataclasses.replace(own, channels=8, groups=4)
+    return dataclasses.replace(config, autoencoder=own)
 
 
 def read(path, **options):

@@ -9,7 +9,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from small_networks import EXPORTED, network_of, small
+from small_networks import EXPORTED, network_of, of_latents, small
 
 from diffusion_jax.interop import unet_config as ours
 from diffusion_jax.lab.network_files import diffusers_config, diffusers_folder, networks
@@ -114,6 +114,30 @@ def test_both_draw_the_same_images(size, flags, tmp_path, capsys):
     off = float(re.search(r"largest difference (\S+),", shown)[1])
     print(shown)
     assert off < 1e-3
+
+
+def test_both_draw_the_same_images_from_latents(tmp_path, capsys, complaints):
+    network = network_of(of_latents())
+    networks.write_folder(tmp_path / "out", network)
+    pipeline = diffusers.LDMPipeline.from_pretrained(tmp_path / "out")
+    # That the autoencoder has a KL divergence, and no codebook, does not matter to it.
+    assert len([text for text in complaints if "accelerate" not in text]) <= 1
+    assert pipeline(num_inference_steps=2, output_type="np").images.shape == (
+        1,
+        8,
+        8,
+        1,
+    )
+    flags = ["--count", "2", "--steps", "10"]
+    assert compare_diffusers.main([str(tmp_path / "out"), *flags]) == 0
+    shown = capsys.readouterr().out
+    print(shown)
+    low, high, off = map(
+        float,
+        re.search(r"from (\S+) to (\S+)\nlargest difference (\S+),", shown).groups(),
+    )
+    assert high - low > 1
+    assert off < 1e-4
 
 
 def test_other_noise_is_other_images(tmp_path, capsys, monkeypatch):

@@ -87,7 +87,7 @@ def evaluate(
       chunk: diffusion steps at a time.
       seed: of the noise.
     """
-    check(config)
+    check(config, drawable)
     steps = config.diffusion.num_steps
     compiled = make_bound(config, variance=variance, chunk=chunk, seed=seed)
     sums = Sums(steps)
@@ -97,12 +97,18 @@ def evaluate(
     return sums
 
 
-def check(config: Config) -> None:
+def check(config: Config, drawable: Drawable) -> None:
     """Raises ConfigError for latents of an autoencoder that has no likelihood."""
     if config.autoencoder.kind == "ae":
         raise ConfigError(
             "cannot bound a likelihood: an autoencoder without noise has none. Train "
             "the latents of one of kind kl or vae."
+        )
+    space = drawable.space
+    if space is not None and "log_variance" not in space.params:
+        raise ConfigError(
+            "cannot bound a likelihood: a folder of diffusers does not say how far "
+            "decoded images are off. Name the run, or a .safetensors file of ours."
         )
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.interop import (
     autoencoder_config,
@@ -15,14 +17,17 @@ from diffusion_jax.interop import (
     unet_names,
 )
 from diffusion_jax.lab.network_files import diffusers_folder, model_card, records
+from diffusion_jax.lab.network_files.diffusers_config import of_autoencoder
 from diffusion_jax.lab.network_files.diffusers_folder import RECORD, TENSORS
 from diffusion_jax.lab.network_files.records import About, Described, Network
 from diffusion_jax.lab.schema import checks, json_fields
 from diffusion_jax.lab.schema.autoencoder import Autoencoder
 from diffusion_jax.lab.schema.config import UNKNOWN, Config, Data
 from diffusion_jax.lab.wiring import autoencoders
-from diffusion_jax.nets.autoencoder import AutoencoderKL
-from diffusion_jax.storage import tensor_files
+from diffusion_jax.lab.wiring.latent_space import LatentSpace
+from diffusion_jax.latents import Scale
+from diffusion_jax.nets.autoencoder import AutoencoderKL, rescaled
+from diffusion_jax.storage import tensor_files, trees
 
 CONFIG, WEIGHTS = "config.json", f"{TENSORS}.safetensors"
 SIDE = 256
@@ -57,8 +62,9 @@ def describe(path: Path) -> Described:
     name = records.plain_name(path.resolve().name)
     config = _config(found.net, name, found.image_size, str(path))
     about = About("released", None, f"the diffusers folder {name}", {}, recipe=False)
-    factor = given.get("scaling_factor", 0.18215)
-    note = f"scaling_factor {factor} is left behind: latent diffusion finds its own"
+    note = (
+        f"scaling_factor {_factor(path)} is left behind: latent diffusion finds its own"
+    )
     record = path / RECORD
     if record.is_file():
         text = json.dumps(diffusers_folder.read_json(record))
@@ -66,7 +72,7 @@ def describe(path: Path) -> Described:
         # Our record says more, and counts while it agrees with the folder; of a vae
         # that lacks the width of the decoder.
         with contextlib.suppress(ValueError):
-            if ours.autoencoder.kind == "kl" and _written(ours) == given:
+            if ours.autoencoder.kind == "kl" and of_autoencoder(ours) == given:
                 return Described(dataclasses.replace(ours, name=name), known)
     return Described(config, about, (note,))
 
@@ -117,8 +123,7 @@ def write(path: Path, network: Network) -> str:
         writes.
       OSError: the folder cannot be written.
     """
-    config = _written(network.config)
-    arrays = unet_names.to_tensors(network.params["net"], _names(network.config))
+    config, arrays = of_params(network.config, network.params)
     files = {CONFIG: config, RECORD: records.write(network)}
 
     def card(digest: str) -> str:
@@ -127,7 +132,39 @@ def write(path: Path, network: Network) -> str:
             network.config, network.about, path.name, digest, count
         )
 
-    return diffusers_folder.write_whole(path, files, WEIGHTS, arrays, card)
+    return diffusers_folder.write_whole(path, files, {WEIGHTS: arrays}, card)
+
+
+def of_params(config: Config, params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns an autoencoder in diffusers' words: its configuration, its tensors."""
+    return of_autoencoder(config), unet_names.to_tensors(params["net"], _names(config))
+
+
+def of_space(
+    config: Config, space: LatentSpace
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the autoencoder of latents as `of_params`, with their scale in it.
+
+    That is multiplied into the weights, so that the factor of LDMPipeline is 1.
+
+    Raises:
+      ValueError: diffusers has no such autoencoder, or it has no place for the scale.
+    """
+    written = of_autoencoder(config)
+    net = rescaled(space.params["net"], *space.scale)
+    return written, of_params(config, {"net": net})[1]
+
+
+def read_space(path: Path, config: Config) -> LatentSpace:
+    """Returns the autoencoder beside a U-Net of diffusers, as LDMPipeline takes it.
+
+    Args:
+      path: its folder.
+      config: of the network that learns its latents.
+    """
+    scale = np.full(config.autoencoder.latent, _factor(path), np.float32)
+    # The pipeline knows no shift.
+    return LatentSpace(read(path, config)[0], Scale(0 * scale, scale))
 
 
 def _config(net: AutoencoderKL, name: str, side: int, where: str) -> Config:
@@ -146,13 +183,13 @@ def _config(net: AutoencoderKL, name: str, side: int, where: str) -> Config:
     return config
 
 
-def _written(config: Config) -> dict[str, Any]:
-    net = autoencoders.make_network(config)
-    return autoencoder_config.write_config(net, image_size=min(config.data.shape[:2]))
+def _factor(path: Path) -> float:
+    said = diffusers_folder.read_json(path / CONFIG)
+    return float(said.get("scaling_factor", 0.18215))
 
 
 def _names(config: Config, table: str = "diffusers") -> renaming.Names:
-    own = diffusers_folder.shapes(config)
+    own = _shapes(config)
     if table == "compvis":
         return autoencoder_names.compvis_names(own)
     levels = len(config.autoencoder.multipliers)
@@ -160,5 +197,10 @@ def _names(config: Config, table: str = "diffusers") -> renaming.Names:
 
 
 def _params(config: Config, table: str, found: Mapping[str, Any], path: Path) -> Any:
-    own, names = diffusers_folder.shapes(config), _names(config, table)
+    own, names = _shapes(config), _names(config, table)
     return {"net": unet_names.from_tensors(found, names, own, where=str(path))}
+
+
+def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    made = trees.by_path(autoencoders.shapes(config))
+    return {name: leaf.shape for name, leaf in made.items()}

@@ -13,8 +13,9 @@ import numpy as np
 
 from diffusion_jax import schedule
 from diffusion_jax.errors import ConfigError, needs
-from diffusion_jax.interop import unet_config
-from diffusion_jax.lab.schema import checks, few
+from diffusion_jax.interop import autoencoder_config, unet_config
+from diffusion_jax.lab.schema import checks, few, latents
+from diffusion_jax.lab.schema.autoencoder import Autoencoder
 from diffusion_jax.lab.schema.config import (
     FEWEST_STEPS,
     MOST_STEPS,
@@ -29,7 +30,7 @@ from diffusion_jax.lab.schema.facts import Must
 from diffusion_jax.lab.schema.few import Few
 from diffusion_jax.lab.schema.json_fields import is_finite, is_whole
 from diffusion_jax.lab.schema.sampling import Sample
-from diffusion_jax.lab.wiring import build
+from diffusion_jax.lab.wiring import autoencoders, build
 
 SCHEDULERS = {
     "DDPMScheduler": "ddpm",
@@ -139,6 +140,7 @@ def from_diffusers(
     *,
     name: str,
     where: str,
+    of: Config | None = None,
 ) -> Config:
     """Returns the configuration of a network of diffusers.
 
@@ -150,16 +152,29 @@ def from_diffusers(
         are meant, with which the paper's schedule comes.
       name: of the experiment.
       where: the folder, for errors.
+      of: the configuration of the autoencoder whose latents it learns.
 
     Raises:
       ValueError: it has what we do not support; all of it is named.
     """
     network = unet_config.read_config(unet, where=where)
-    net = network.net
-    if network.channels not in (1, 3):
+    net, size = network.net, network.image_size
+    if of is None and network.channels not in (1, 3):
         raise ConfigError(
             f"{where} must be of grey or RGB images, in_channels 1 or 3; got "
-            f"{network.channels}. Networks of latents and others do not fit."
+            f"{network.channels}. Networks of latents alone and others do not fit."
+        )
+    data = Data(UNKNOWN, image_size=size, channels=network.channels)
+    if of is not None:
+        by, sides = latents.factor(of), np.broadcast_to(size, 2).tolist()
+        if network.channels != of.autoencoder.latent:
+            raise ConfigError(
+                f"{where} must have as many in_channels as its autoencoder has "
+                f"latents, {of.autoencoder.latent}; got {network.channels}. Give the "
+                "folder as it was released."
+            )
+        data = dataclasses.replace(
+            of.data, image_size=(by * sides[0], by * sides[1]), latent=of.name
         )
     diffusion, sample = _read_scheduler(scheduler or {}, where)
     jumps = sample.sampler == "consistency"
@@ -172,7 +187,7 @@ def from_diffusers(
         )
     config = Config(
         name=name,
-        data=Data(UNKNOWN, image_size=network.image_size, channels=network.channels),
+        data=data,
         diffusion=diffusion,
         net=Net(
             classes=net.num_classes,
@@ -182,6 +197,7 @@ def from_diffusers(
         ),
         sample=sample,
         few=Few("consistency" if jumps else "none"),
+        autoencoder=Autoencoder() if of is None else of.autoencoder,
     )
     try:
         checks.validate(config)
@@ -263,8 +279,8 @@ def to_diffusers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     unet = unet_config.write_config(
         build.make_network(config),
-        config.data.channels,
-        image_size=config.data.image_size,
+        latents.seen(config)[-1],
+        image_size=latents.seen(config)[:2],
     )
     threshold = dict(zip(_RANGE, (True, how.threshold, _NO_END), strict=True))
     own: dict[str, Any] = {
@@ -292,6 +308,16 @@ def to_diffusers(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
         "rescale_betas_zero_snr": False,
     }
     return unet, scheduler
+
+
+def of_autoencoder(config: Config) -> dict[str, Any]:
+    """Returns the configuration of the AutoencoderKL of a run, or of its latents.
+
+    Raises:
+      ValueError: diffusers has no such autoencoder.
+    """
+    net = autoencoders.make_network(config)
+    return autoencoder_config.write_config(net, image_size=min(config.data.shape[:2]))
 
 
 def _read_scheduler(given: Mapping[str, Any], where: str) -> tuple[Diffusion, Sample]:

@@ -1,4 +1,8 @@
-"""Reads and writes folders of diffusers: a UNet2DModel and its scheduler."""
+"""Reads and writes folders of diffusers: a UNet2DModel and its scheduler.
+
+With an autoencoder beside them, whose latents the U-Net learns, it is that of an
+LDMPipeline; `autoencoder_files` has that part.
+"""
 
 import contextlib
 import dataclasses
@@ -12,7 +16,7 @@ from diffusion_jax.errors import ConfigError, first_of
 from diffusion_jax.interop import unet_names
 from diffusion_jax.lab.network_files import diffusers_config, model_card, records
 from diffusion_jax.lab.network_files.records import About, Described, Network
-from diffusion_jax.lab.schema import json_fields
+from diffusion_jax.lab.schema import json_fields, latents
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.wiring import build
 from diffusion_jax.storage import tensor_files, trees
@@ -30,17 +34,26 @@ _JSON = (
 )
 WEIGHTS, _CARD = f"unet/{TENSORS}.safetensors", "README.md"
 _OF_AUTOENCODER = ("config.json", f"{TENSORS}.safetensors")
+VAE = "vqvae"
+"""The folder of the autoencoder in one of an LDMPipeline."""
 
 
-def describe(path: Path) -> Described:
-    """Returns what is known of a folder for diffusers."""
+def describe(path: Path, of: Config | None = None) -> Described:
+    """Returns what is known of a folder for diffusers.
+
+    Args:
+      path: the folder.
+      of: the configuration of the autoencoder in it.
+    """
     unet = read_json(_first(path, "unet/config.json", "config.json"))
     there = [*path.glob("scheduler/scheduler_config.json")]
     there += path.glob("scheduler_config.json")
     scheduler = read_json(there[0]) if there else None
     name = records.plain_name(path.resolve().name)
     where = str(path)
-    config = diffusers_config.from_diffusers(unet, scheduler, name=name, where=where)
+    config = diffusers_config.from_diffusers(
+        unet, scheduler, name=name, where=where, of=of
+    )
     # An EMA of diffusers' own training has its number of updates.
     step = unet.get("optimization_step", -1)
     step = step if json_fields.is_whole(step) and step >= 0 else None
@@ -54,10 +67,21 @@ def describe(path: Path) -> Described:
     ours, known = records.read(json.dumps(read_json(record)), record)
     # Our record says more, and counts while it agrees with the folder.
     with contextlib.suppress(ConfigError):
-        if diffusers_config.to_diffusers(ours) == (unet, scheduler):
+        alike = diffusers_config.to_diffusers(ours) == (unet, scheduler)
+        if of is not None:
+            written = map(diffusers_config.of_autoencoder, (ours, of))
+            alike = alike and next(written) == next(written)
+        if alike and latents.is_latent(ours) == (of is not None):
             return Described(dataclasses.replace(ours, name=name), known)
     note = f"{record} is no more what the folder is: read without it"
     return Described(config, about, (note, *notes))
+
+
+def opener(config: Config) -> str:
+    """Returns the class of diffusers that opens what is written of a network."""
+    if latents.is_autoencoder(config):
+        return "AutoencoderKL"
+    return "LDMPipeline" if latents.is_latent(config) else "DDPMPipeline"
 
 
 def read(path: Path, config: Config, *, progress: bool = False) -> tuple[Any, str]:
@@ -76,11 +100,18 @@ def read(path: Path, config: Config, *, progress: bool = False) -> tuple[Any, st
     return {"net": params}, stored.sha256
 
 
-def write(path: Path, network: Network) -> str:
+def write(
+    path: Path, network: Network, vae: tuple[dict[str, Any], Any] | None = None
+) -> str:
     """Writes a folder that diffusers opens; returns the SHA-256 of the weights.
 
     It is made under a temporary name, then renamed, so that what has the name is whole.
     A folder that was there is replaced, and stays if anything fails.
+
+    Args:
+      path: the folder.
+      network: what to write.
+      vae: the configuration and the tensors of its autoencoder.
 
     Raises:
       ConfigError: diffusers has no such network, or the folder holds more than this
@@ -92,7 +123,7 @@ def write(path: Path, network: Network) -> str:
     names = unet_names.diffusers_names(own, len(network.config.net.multipliers))
     arrays = unet_names.to_tensors(network.params["net"], names)
     index = {
-        "_class_name": "DDPMPipeline",
+        "_class_name": opener(network.config),
         "_diffusers_version": unet["_diffusers_version"],
         "scheduler": ["diffusers", scheduler["_class_name"]],
         "unet": ["diffusers", unet["_class_name"]],
@@ -100,28 +131,32 @@ def write(path: Path, network: Network) -> str:
     files = dict(
         zip(_JSON, (index, unet, scheduler, records.write(network)), strict=True)
     )
+    weights = {WEIGHTS: arrays}
+    if vae is not None:
+        said, tensors = vae
+        named, of_weights = (f"{VAE}/{name}" for name in _OF_AUTOENCODER)
+        index[VAE] = ["diffusers", said["_class_name"]]
+        files[named], weights[of_weights] = said, tensors
 
     def card(digest: str) -> str:
         count = sum(array.size for array in arrays.values())
         return model_card.write(network.config, network.about, path.name, digest, count)
 
-    return write_whole(path, files, WEIGHTS, arrays, card)
+    return write_whole(path, files, weights, card)
 
 
 def write_whole(
     path: Path,
     files: Mapping[str, Any],
-    weights: str,
-    arrays: Mapping[str, Any],
+    weights: Mapping[str, Mapping[str, Any]],
     card: Callable[[str], str],
 ) -> str:
-    """Writes a folder whole or not at all; returns the SHA-256 of the weights.
+    """Writes a folder whole or not at all; returns the SHA-256 of the first weights.
 
     Args:
       path: the folder.
       files: what is written as JSON, by the names of the files.
-      weights: the name of the file of weights.
-      arrays: what is in it.
+      weights: tensors by name, by the names of the files.
       card: returns the model card's text of that digest.
 
     Raises:
@@ -137,7 +172,10 @@ def write_whole(
             (partial / name).write_text(json.dumps(value, indent=2) + "\n")
         # diffusers reads no file that does not say so.
         meta = {"format": "pt"}
-        digest = tensor_files.write_safetensors(partial / weights, arrays, meta)
+        digest, *_ = (
+            tensor_files.write_safetensors(partial / name, arrays, meta)
+            for name, arrays in weights.items()
+        )
         (partial / _CARD).write_text(card(digest))
         try:
             if path.is_dir():
@@ -158,7 +196,8 @@ def check_replaceable(path: Path) -> None:
             "another place."
         )
     there = {str(f.relative_to(path)) for f in path.rglob("*") if not f.is_dir()}
-    others = sorted(there - {*_JSON, WEIGHTS, _CARD, *_OF_AUTOENCODER})
+    inside = (f"{VAE}/{name}" for name in _OF_AUTOENCODER)
+    others = sorted(there - {*_JSON, WEIGHTS, _CARD, *_OF_AUTOENCODER, *inside})
     if others:
         raise ConfigError(
             f"{path} must hold only what this command wrote, to be replaced; got "

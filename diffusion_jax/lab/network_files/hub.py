@@ -15,9 +15,9 @@ PATIENCE = 8.0
 # A network alone, or the pipeline that it is the U-Net of.
 _CONFIGS = (
     *("README.md", "model_index.json", "config.json", "scheduler_config.json"),
-    *("unet/config.json", "scheduler/scheduler_config.json"),
+    *("unet/config.json", "scheduler/scheduler_config.json", "vqvae/config.json"),
 )
-_WEIGHTS = ("diffusion_pytorch_model", "unet/diffusion_pytorch_model")
+_WEIGHTS = tuple(f"{at}diffusion_pytorch_model" for at in ("", "unet/", "vqvae/"))
 # The second is a pickle, read with care: only where there is nothing better.
 _ENDINGS = (".safetensors", ".bin")
 

@@ -3,6 +3,7 @@
 import shlex
 
 from diffusion_jax.lab.network_files.records import About, public_source
+from diffusion_jax.lab.schema import latents
 from diffusion_jax.lab.schema.config import UNKNOWN, Config
 
 
@@ -109,6 +110,7 @@ def _rows(config: Config, about: About, digest: str, count: int) -> dict[str, st
     rows = {
         "images": f"{data.shape[0]}x{data.shape[1]}, {colours}",
         "data": unknown if data.source == UNKNOWN else public_source(data.source),
+        **_latents(config),
         "weights": f"{about.weights}{step}, float32",
         "origin": about.origin,
         "SHA-256": f"`{digest}`",
@@ -128,10 +130,18 @@ def _rows(config: Config, about: About, digest: str, count: int) -> dict[str, st
     return rows
 
 
+def _latents(config: Config) -> dict[str, str]:
+    if not latents.is_latent(config):
+        return {}
+    height, width, channels = latents.seen(config)
+    said = f"{height}x{width}, {channels} channels, of the autoencoder in vqvae/"
+    return {"latents": f"{said}; their scale is in its weights"}
+
+
 def _network(config: Config, count: int) -> str:
     net = config.net
     widths = ", ".join(str(net.channels * m) for m in net.multipliers)
-    height, width, _ = config.data.shape
+    height, width, _ = latents.seen(config)
     factors = [min(height, width) // side for side in net.attention]
     seen = " and ".join(f"{height // n}x{width // n}" for n in factors)
     where = f" at {seen} and" if seen else ""
@@ -162,12 +172,13 @@ def _use(config: Config, name: str) -> str:
         first = f"""from diffusers import UNet2DModel
 
 net = UNet2DModel.from_pretrained({name!r}, subfolder="unet")
-# net(x, t, class_labels=...): DDPMPipeline itself knows no labels"""
+# net(x, t, class_labels=...): a pipeline knows no labels"""
     else:
         few = ", num_inference_steps=2" if config.few.method != "none" else ""
-        first = f"""from diffusers import DDPMPipeline
+        opener = "LDMPipeline" if latents.is_latent(config) else "DDPMPipeline"
+        first = f"""from diffusers import {opener}
 
-images = DDPMPipeline.from_pretrained({name!r})(batch_size=4{few}).images"""
+images = {opener}.from_pretrained({name!r})(batch_size=4{few}).images"""
     return f"""```python
 {first}
 ```

@@ -3,7 +3,8 @@
 Read are
 
   diffusion_jax   our .safetensors, with the configuration inside
-  diffusers       a folder of a UNet2DModel, or of a pipeline with one
+  diffusers       a folder of a UNet2DModel, or of a pipeline with one: DDPMPipeline,
+                  or LDMPipeline with an AutoencoderKL beside it
   official        a TensorFlow checkpoint of the authors, which names no configuration
   autoencoder     a folder of diffusers' AutoencoderKL
   compvis         an autoencoder in a .safetensors file of CompVis, the same
@@ -38,10 +39,12 @@ from diffusion_jax.lab.schema.config import (
     Net,
     official,
 )
-from diffusion_jax.lab.wiring import build
+from diffusion_jax.lab.wiring import build, latent_space
 from diffusion_jax.storage import tensor_files, tensorflow_checkpoint, trees
 
 FORMAT = "diffusion_jax.network"
+_SPACE = "autoencoder"
+"""Of latents, in a file of ours."""
 
 
 _SMALL, _WIDE = Diffusion(variance="small"), (1, 1, 2, 2, 4, 4)
@@ -145,14 +148,24 @@ def read(found: Found, *, average: bool = True, progress: bool = False) -> Netwo
         print(f"note: {note}")
     if found.kind in _READERS:
         params, digest = _READERS[found.kind](found.path, config, progress=progress)
-        return Network(config, params, about, digest)
+        space = None
+        if latents.is_latent(config):
+            beside = found.path / diffusers_folder.VAE
+            space = autoencoder_files.read_space(beside, config)
+        return Network(config, params, about, digest, space)
     stored = tensor_files.read(found.path, progress=progress)
     arrays = {name: unet_names.exact(x) for name, x in stored.arrays.items()}
     like = build.param_shapes(config)
+    if latents.is_latent(config):
+        # A folder of diffusers, which this may come from, does not know it.
+        decoder = f"{_SPACE}.beside.log_variance" in arrays
+        like[_SPACE] = latent_space.shapes(config, decoder=decoder)
     wanted = trees.by_path(like, ".")
     unet_names.check_fits(arrays, wanted, str(found.path))
     params = jax.tree.unflatten(jax.tree.structure(like), [arrays[n] for n in wanted])
-    return Network(config, params, about, stored.sha256)
+    beside = params.pop(_SPACE, None)
+    space = None if beside is None else latent_space.of_tree(beside)
+    return Network(config, params, about, stored.sha256, space)
 
 
 def read_official(
@@ -193,21 +206,30 @@ def read_official(
 
 def write_folder(path: Path, network: Network) -> str:
     """Writes a folder for diffusers; returns the SHA-256 of its file of weights."""
-    of_autoencoder = latents.is_autoencoder(network.config)
-    writer = autoencoder_files.write if of_autoencoder else diffusers_folder.write
-    return writer(path, network)
+    if latents.is_autoencoder(network.config):
+        return autoencoder_files.write(path, network)
+    vae = None
+    if network.space is not None:
+        vae = autoencoder_files.of_space(network.config, network.space)
+    return diffusers_folder.write(path, network, vae)
 
 
 def write_file(path: Path, network: Network) -> str:
     """Writes a network to a .safetensors file; returns its SHA-256."""
     record = json.dumps(records.write(network), sort_keys=True)
-    return trees.write(path, network.params, {FORMAT: record})
+    tree = network.params
+    if network.space is not None:
+        tree = {**tree, _SPACE: latent_space.to_tree(network.space)}
+    return trees.write(path, tree, {FORMAT: record})
 
 
 def _describe(found: Found) -> Described:
     path = found.path
     if found.kind == "diffusers":
-        return diffusers_folder.describe(path)
+        beside = path / diffusers_folder.VAE
+        there = (beside / autoencoder_files.CONFIG).is_file()
+        of = autoencoder_files.describe(beside).config if there else None
+        return diffusers_folder.describe(path, of)
     if found.kind == "autoencoder":
         return autoencoder_files.describe(path)
     if found.kind == "compvis":

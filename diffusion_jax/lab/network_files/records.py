@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.schema import checks, json_fields
 from diffusion_jax.lab.schema.config import Config, from_dict, to_dict
+from diffusion_jax.lab.wiring.latent_space import LatentSpace
 
 VERSION = 1
 
@@ -38,6 +39,8 @@ class Network(NamedTuple):
     about: About
     sha256: str
     """Of the file that the weights came from; of the weights where it is a run."""
+    space: LatentSpace | None = None
+    """The autoencoder, where it learns latents."""
 
 
 class Described(NamedTuple):
@@ -53,7 +56,12 @@ def write(network: Network) -> dict[str, Any]:
     """Returns the metadata of a network, as JSON has it."""
     data = network.config.data
     # Paths on this machine are not published.
-    data = dataclasses.replace(data, path=None, source=public_source(data.source))
+    data = dataclasses.replace(
+        data,
+        path=None,
+        source=public_source(data.source),
+        latent=data.latent and Path(data.latent).name,
+    )
     config = dataclasses.replace(
         network.config,
         name=Config.name,  # that of the file

@@ -1,16 +1,16 @@
 """Reads the autoencoder of a latent run: <run>/autoencoder.safetensors.
 
 The run keeps a copy, with the scale of its latents, so that it can be moved and sampled
-without the run that it is from.
+without the run that it is from. Of a network in a file it is in there.
 """
 
 from pathlib import Path
 
-from diffusion_jax import latents
 from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab.network_files import networks
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.config import Config
-from diffusion_jax.lab.wiring import autoencoders
+from diffusion_jax.lab.wiring import latent_space
 from diffusion_jax.lab.wiring.latent_space import LatentSpace
 from diffusion_jax.storage import trees
 
@@ -27,6 +27,10 @@ def load(config: Config, run: runs.Run) -> LatentSpace:
       ConfigError: it is not there.
       DataError: the file is damaged.
     """
+    if run.network is not None:
+        found = networks.read(run.network).space
+        assert found is not None  # or it is no network of latents
+        return found
     path = path_of(run)
     if not path.is_file():
         raise ConfigError(
@@ -34,7 +38,5 @@ def load(config: Config, run: runs.Run) -> LatentSpace:
             "Restore it, or train the run again."
         )
     stored = trees.read(path).params
-    scale = latents.Scale(**stored.pop("scale"))
-    params = {"net": stored["net"], **stored.get("beside", {})}
-    trees.check(params["net"], autoencoders.shapes(config), path)
-    return LatentSpace(params, scale)
+    trees.check(stored, latent_space.shapes(config), path)
+    return latent_space.of_tree(stored)

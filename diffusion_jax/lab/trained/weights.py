@@ -47,8 +47,8 @@ def load(config: Config, run: runs.Run, which: Weights) -> tuple[Any, int | None
     """
     check_alone(run, which)
     if run.network is not None:
-        _, params, about, _ = networks.read(run.network, average=not which.raw)
-        return _on_all(params), about.step, about.weights
+        network = networks.read(run.network, average=not which.raw)
+        return _on_all(network.params), network.about.step, network.about.weights
     index = _tracked(config, which)
     like, mesh = learning.state_shapes(config), parallel.make_mesh()
     if config.train.fsdp > 1:  # one device may not hold all of it

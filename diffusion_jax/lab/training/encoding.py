@@ -23,7 +23,7 @@ from diffusion_jax.lab.schema import latents as kinds
 from diffusion_jax.lab.schema.autoencoder import Autoencoder
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.trained import space, weights
-from diffusion_jax.lab.wiring import autoencoders
+from diffusion_jax.lab.wiring import autoencoders, latent_space
 from diffusion_jax.lab.wiring.latent_space import LatentSpace
 from diffusion_jax.nets.autoencoder import Moments
 from diffusion_jax.storage import archives, files, trees
@@ -139,14 +139,11 @@ def begin(config: Config, run: runs.Run, images: Any) -> LatentSpace | None:
     scale = latents.Scale(*(np.asarray(part, np.float32) for part in scale))
     if config.autoencoder.kind == "kl":
         params["log_variance"] = _fitted(config, params, images)
+    own = LatentSpace(params, scale)
     if hosts.first():
-        beside = {k: v for k, v in params.items() if k != "net"}
-        stored = {"net": params["net"], "scale": scale._asdict()}
         meta = {"autoencoder": json.dumps(dataclasses.asdict(config.autoencoder))}
-        trees.write(
-            space.path_of(run), stored | ({"beside": beside} if beside else {}), meta
-        )
-    return LatentSpace(params, scale)
+        trees.write(space.path_of(run), latent_space.to_tree(own), meta)
+    return own
 
 
 def latent_set(

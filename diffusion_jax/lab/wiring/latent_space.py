@@ -21,6 +21,33 @@ class LatentSpace(NamedTuple):
     """By which the latents of the training images have mean 0 and variance 1."""
 
 
+def to_tree(space: LatentSpace) -> dict[str, Any]:
+    """Returns it as files have it."""
+    beside = {name: leaf for name, leaf in space.params.items() if name != "net"}
+    tree = {"net": space.params["net"], "scale": space.scale._asdict()}
+    return tree | ({"beside": beside} if beside else {})
+
+
+def of_tree(tree: dict[str, Any]) -> LatentSpace:
+    """Returns what `to_tree` was given."""
+    params = {"net": tree["net"], **tree.get("beside", {})}
+    return LatentSpace(params, Scale(**tree["scale"]))
+
+
+def shapes(config: Config, *, decoder: bool = True) -> dict[str, Any]:
+    """Returns the shapes of `to_tree` for a latent run, as `jax.ShapeDtypeStruct`.
+
+    Args:
+      config: of the run.
+      decoder: whether the variance of p(x | z) is known.
+    """
+    one: Any = jax.ShapeDtypeStruct((config.autoencoder.latent,), jnp.float32)
+    params = {"net": autoencoders.shapes(config)}
+    if decoder and config.autoencoder.kind != "ae":
+        params["log_variance"] = jax.ShapeDtypeStruct((1,), jnp.float32)
+    return to_tree(LatentSpace(params, Scale(one, one)))
+
+
 def encode(config: Config, space: LatentSpace, x: jax.Array) -> Moments:
     """Returns the distribution of the scaled latents of images in [-1, 1]."""
     mean, log_variance = autoencoders.apply(config, space.params, x, "encode")
