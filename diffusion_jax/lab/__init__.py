@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffusion_jax.lab.autoencoder import TrainedAutoencoder
     from diffusion_jax.lab.notebook import Trained, distil, load, train
     from diffusion_jax.lab.schema.config import (
         Config,
@@ -24,6 +25,7 @@ __all__ = [
     "Sample",
     "Train",
     "Trained",
+    "TrainedAutoencoder",
     "distil",
     "load",
     "train",
@@ -36,7 +38,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = (
         "notebook"
-        if name in ("Trained", "distil", "load", "train")
+        if name in ("Trained", "TrainedAutoencoder", "distil", "load", "train")
         else "schema.config"
     )
     return getattr(importlib.import_module(f"{__name__}.{home}"), name)

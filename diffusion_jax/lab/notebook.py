@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -14,20 +14,22 @@ from diffusion_jax import gaussian
 from diffusion_jax import schedule as schedules
 from diffusion_jax.errors import ConfigError, raise_unknown
 from diffusion_jax.lab import given
+from diffusion_jax.lab.autoencoder import TrainedAutoencoder
 from diffusion_jax.lab.drawing import draws
 from diffusion_jax.lab.measure import bound
 from diffusion_jax.lab.network_files import hub
 from diffusion_jax.lab.process import entry, stopping
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema import checks
+from diffusion_jax.lab.schema import checks, latents
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.few import DISTILLED, Method
 from diffusion_jax.lab.schema.sampling import Sampling, Variance
 from diffusion_jax.lab.schema.students import student
-from diffusion_jax.lab.trained import extras, opening, weights
+from diffusion_jax.lab.trained import extras, opening, space, weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.training import initial, loop
-from diffusion_jax.lab.wiring import build, chains
+from diffusion_jax.lab.wiring import build, chains, latent_space
+from diffusion_jax.latents import Scale
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -56,6 +58,23 @@ class Trained:
     def schedule(self) -> schedules.Schedule:
         """Returns the noise schedule of its chains: t in {0, ..., T} -> NoiseLevel."""
         return build.chain_schedule(self.config, self.params)
+
+    @functools.cached_property
+    def autoencoder(self) -> TrainedAutoencoder:
+        """Returns the autoencoder of a network of latents.
+
+        What it encodes to is what `denoise` takes, once it has noise.
+
+        Raises:
+          ConfigError: the network is one of images.
+        """
+        if not latents.is_latent(self.config):
+            raise ConfigError(
+                f"cannot take an autoencoder out of {self.config.name}: it learns the "
+                "images themselves. Load a run with data.latent."
+            )
+        own = jax.device_put(space.load(self.config, self.run))
+        return TrainedAutoencoder(self.config, own, None, "its autoencoder's", self.run)
 
     def sample(
         self, key: jax.Array, count: int = 1, *, batch_size: int = 64, **how: Any
@@ -158,8 +177,8 @@ def load(
     raw: bool = False,
     step: int | None = None,
     download: bool = False,
-) -> Trained:
-    """Returns the trained network at a path.
+) -> Trained | TrainedAutoencoder:
+    """Returns the trained network, or the autoencoder, at a path.
 
     Args:
       where: the folder or name of a run; a .safetensors file of ours; a folder of
@@ -186,8 +205,12 @@ def load(
     with given.in_python():
         if download:
             path = str(hub.fetch(path or ""))
-        run, config = opening.opened(path, which, which=which)
+        run, config = opening.opened(path, which, which=which, autoencoder=None)
         params, found, kind = weights.load(config, run, which)
+    if latents.is_autoencoder(config):
+        as_they_are = np.zeros(config.autoencoder.latent, np.float32)
+        own = latent_space.LatentSpace(params, Scale(as_they_are, 1 + as_they_are))
+        return TrainedAutoencoder(config, own, found, kind, run)
     return Trained(config, params, found, kind, run)
 
 
@@ -198,7 +221,7 @@ def train(
     labels: ArrayLike | None = None,
     strict: bool = False,
     force: bool = False,
-) -> Trained:
+) -> Trained | TrainedAutoencoder:
     """Trains a network, or resumes its run, and returns it.
 
     As `experiments.train`, in the same folder, <output>/<name>: the same call again
@@ -269,7 +292,7 @@ def distil(
     teacher = load(where)
     source = teacher.run.network.path if teacher.run.network else teacher.run.folder
     made = student(teacher.config, method, init_from=str(source))
-    return train(dataclasses.replace(made, **changes))
+    return cast(Trained, train(dataclasses.replace(made, **changes)))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from small_run import state_digests
 
+from diffusion_jax import lab
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.measure import linear, reconstruction
@@ -67,6 +68,10 @@ def test_a_run_is_measured_and_no_diffusion_is_asked_of_it(vae, capsys):
     assert terms["bits_per_dim"] == pytest.approx(
         terms["reconstruction"] + result["kl_nats"] / 64 / np.log(2)
     )
+    held = build.load_data(runs.read_config(vae), split="test").images
+    bits = lab.load(vae.folder).bits_per_dim(held)
+    assert bits.shape == (180,)
+    assert bits.mean() == pytest.approx(terms["bits_per_dim"], rel=1e-5)
     for name in ("pairs", "prior", "traversals", "interpolation"):
         assert (vae.folder / f"eval/autoencoder_{name}.png").stat().st_size
     with pytest.raises(ConfigError, match=r"must be of diffusion; got .*/vae"):

@@ -1,12 +1,14 @@
 """Diffusion in latents: all that one sees is images, and the autoencoder stays."""
 
 import dataclasses
+import functools
 import json
 import shlex
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 
 from diffusion_jax import lab
@@ -22,7 +24,7 @@ from diffusion_jax.lab.schema.config import replace
 from diffusion_jax.lab.trained import extras, space
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.training import encoding
-from diffusion_jax.lab.wiring import chains, latent_space
+from diffusion_jax.lab.wiring import autoencoders, chains, latent_space
 from diffusion_jax.training import parallel
 from experiments import (
     codec,
@@ -113,6 +115,38 @@ def test_a_network_of_latents_goes_to_others_and_comes_back(latent, tmp_path, ca
     )
     with pytest.raises(ConfigError, match=r"as many in_channels as its .* 3; got 2"):
         networks.read(networks.find(folder))
+
+
+def test_a_notebook_encodes_and_decodes(latent, monkeypatch):
+    images = datasets.load("digits").images[:5]
+    (latent.folder.parent / "runs").mkdir()
+    for name, run in (("digits_autoencoder", "other"), ("digits_latent", "latent")):
+        link = latent.folder.parent / "runs" / name
+        link.symlink_to(latent.folder.parent / run)
+    monkeypatch.chdir(latent.folder.parent)
+    page = (processes.ROOT / "docs" / "latent.md").read_text()
+    [lines] = [b for b in page.split("```")[1::2] if "lab.load" in b]
+    scope = {"images": images, "jax": jax}
+    exec(lines.removeprefix("python"), scope)
+    net, model, x = scope["net"], scope["model"], images / np.float32(127.5) - 1
+    apply = functools.partial(autoencoders.apply, net.config, net.params)
+    mean = apply(x, "encode").mean
+    np.testing.assert_allclose(scope["z"], mean, atol=1e-5)
+    wanted = pictures.to_uint8(np.asarray(apply(mean, "decode"))).astype(int)
+    assert np.abs(scope["again"] - wanted).max() <= 1
+    assert repr(net).startswith("<other: 8x8x1 to 4x4x2, ")
+    own = space.load(model.config, latent)
+    expected = latent_space.encode(model.config, own, x).mean
+    np.testing.assert_allclose(scope["scaled"], expected, atol=1e-4)
+    decoded = latent_space.decode(model.config, own, expected)
+    off = pictures.to_uint8(np.asarray(decoded)).astype(int)
+    off = off - model.autoencoder.decode(scope["scaled"])
+    assert np.abs(off).max() <= 1
+    for wrong in (lambda: net.decode(images), lambda: net.encode(images[:, :4])):
+        with pytest.raises(ConfigError, match=r"must be of shape \[N, "):
+            wrong()
+    with pytest.raises(ConfigError, match="only an autoencoder of kind vae"):
+        net.bits_per_dim(images)
 
 
 def test_latents_have_mean_0_and_variance_1_and_are_encoded_once(latent, monkeypatch):

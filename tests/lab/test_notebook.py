@@ -322,7 +322,8 @@ def test_the_face_is_small_and_loads_nothing():
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    names = "Config Data Diffusion Net Optimizer Sample Train Trained distil load train"
+    names = "Config Data Diffusion Net Optimizer Sample Train Trained"
+    names += " TrainedAutoencoder distil load train"
     assert found.stdout.split() == names.split()
 
 

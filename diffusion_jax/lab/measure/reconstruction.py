@@ -150,13 +150,17 @@ def latents(seen: Seen) -> dict[str, Any]:
     }
 
 
+def bits_per_dim(seen: Seen) -> np.ndarray:
+    """Returns the bound (ELBO) of each image by a vae, in bits/dim, [N]."""
+    return seen.bits + seen.kl / seen.images[0].size / np.log(2)
+
+
 def bound(seen: Seen) -> dict[str, float]:
-    """Returns the terms of the bound of a vae (ELBO), in bits/dim."""
-    rate = seen.kl / seen.images[0].size / np.log(2)
-    total = seen.bits + rate
+    """Returns the mean bound of a vae and its terms, in bits/dim."""
+    total = bits_per_dim(seen)
     return {
         "bits_per_dim": float(total.mean()),
         "reconstruction": float(seen.bits.mean()),
-        "rate": float(rate.mean()),
+        "rate": float((total - seen.bits).mean()),
         "standard_error": float(total.std(ddof=1) / np.sqrt(len(total))),
     }

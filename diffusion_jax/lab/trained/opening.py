@@ -21,7 +21,7 @@ def opened(
     which: Weights | None = None,
     how: Sampling | None = None,
     data: str | None = None,
-    autoencoder: bool = False,
+    autoencoder: bool | None = False,
 ) -> tuple[runs.Run, Config]:
     """Returns a trained network's run and configuration, checked on all hosts.
 
@@ -31,7 +31,8 @@ def opened(
       which: the choice of weights.
       how: the way to sample, in place of the run's.
       data: to compare with, in place of the run's.
-      autoencoder: whether the run must be one of an autoencoder, and not of diffusion.
+      autoencoder: whether the run must be one of an autoencoder, and not of diffusion;
+        None for either.
 
     Raises:
       ConfigError: there is no such run, it has no such weights, is of the other kind,
@@ -43,7 +44,7 @@ def opened(
     hosts.check_same("the options", repr(options))
     hosts.check_shared(run.folder)
     config = with_data(runs.read_config(run), data)
-    if latents.is_autoencoder(config) != autoencoder:
+    if autoencoder not in (None, latents.is_autoencoder(config)):
         kinds = "diffusion", "an autoencoder"
         raise ConfigError(
             f"RUN must be of {kinds[autoencoder]}; got {run.folder}, of "
