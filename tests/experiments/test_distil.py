@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from small_run import SMALL, digests, restored
 
-from diffusion_jax import lab
+from diffusion_jax import gaussian, lab, losses
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import checks
@@ -18,8 +19,9 @@ from diffusion_jax.lab.schema.few import DISTILLED, Few
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.schema.students import student
 from diffusion_jax.lab.trained import weights
-from diffusion_jax.lab.wiring import few_steps, learning
+from diffusion_jax.lab.wiring import build, few_steps, learning
 from diffusion_jax.storage import trees
+from diffusion_jax.training.state import TrainState
 from experiments import compare_samplers, distil, sample, train
 from experiments.configs import EXPERIMENTS, cifar10, digits
 
@@ -98,21 +100,22 @@ def test_halving_ends_in_one_step_taught_by_the_student_of_two(trained, tmp_path
         checks.with_sampling(config, Sampling("ddim", steps=2))
 
 
-def test_derivatives_are_taught_between_the_whole_times(monkeypatch):
-    made, asked = student(digits.CONFIG, "consistency", init_from="x"), []
-
-    def record(denoise, ends, levels, t, *, warmup):
-        asked.append((np.asarray(t), warmup))
-        return ends.x0
-
-    monkeypatch.setattr(few_steps.distillation, "tangent", record)
-    monkeypatch.setattr(few_steps, "seen", lambda *_, **__: lambda x, t: (x, x))
-    monkeypatch.setattr(few_steps.distillation, "consistency", lambda *_: 0)
-    x, t, u = jnp.zeros([2, 1]), jnp.array([1, 1000]), jnp.array([0.25, 0.75])
-    memory = few_steps.Memory({}, jnp.asarray(made.train.steps // 10))
-    few_steps.loss(made, {}, memory, x, x, (t, t, u), None)
-    np.testing.assert_allclose(asked[0][0], [0.75, 999.25])
-    np.testing.assert_allclose(asked[0][1], 1 / 3, atol=2e-3)
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_consistency_is_taught_at_even_angles_between_the_whole_times(name):
+    made = student(digits.CONFIG, "consistency", init_from="x")
+    made = replace(made, "diffusion", schedule=name)
+    key, position, levels = (
+        jax.random.key(0),
+        jnp.arange(1000),
+        build.make_schedule(made),
+    )
+    t, _ = learning.draw_times(made, key, position, levels, None)
+    level = few_steps.real_schedule(made)(t)
+    angles = np.sort(np.arctan2(level.sigma, level.alpha)) / (np.pi / 2)
+    wanted = np.minimum(np.linspace(0, 1.05, 1000), 1)
+    np.testing.assert_allclose(angles, wanted, atol=0.05)
+    assert (t > 999.9).mean() == pytest.approx(0.05, abs=0.02)
+    assert np.mean(t % 1 > 0) > 0.9
 
 
 def test_mean_flow_trains_from_scratch_and_jumps(tmp_path):
@@ -156,7 +159,7 @@ def test_every_method_has_a_loss_of_its_own_and_guided(method):
         (["magic"], "METHOD must be one of ect.*got 'magic'"),
         (["ect", "--few.guidance", "2"], "few.guidance must be left out where no"),
         (["progressive", "--few.first", "6"], r"few.first must be few.last = 1 times"),
-        (["progressive", "--few.first", "16"], "at most half of the 20 diffusion"),
+        (["progressive", "--few.first", "16"], "at most 10, for the 20 diffusion"),
         (["--sample.sampler", "ddpm"], "sample.sampler must be consistency, since"),
         (["--sample.steps", "21"], "sample.steps must be at most"),
         (["--few.method", "none"], "sample.sampler must be another than consistency"),
@@ -168,8 +171,62 @@ def test_what_does_not_fit_is_refused(trained, tmp_path, flags, words):
         distil.main([str(trained.folder), *flags, "--output", str(tmp_path)])
 
 
-def test_teachers_that_tell_no_image_from_noise_are_refused(tmp_path):
-    eps = replace(digits.CONFIG, "diffusion", prediction="eps", loss="eps")
+def of_gaussian_data(params, made, n, key):
+    """The loss of `few_steps` on data N(0, 0.5^2), by networks x -> c(t) x."""
+    keys, levels = jax.random.split(key, 3), few_steps.real_schedule(made)
+    t = few_steps.times(made, jax.random.uniform(keys[0], [256]))
+    x0, eps = (jax.random.normal(key, [256, 1]) for key in keys[1:])
+    x0, level = x0 / 2, levels(t)
+    if made.few.method == "none":
+        pred = seen(made, params, levels)(gaussian.q_sample(x0, eps, level), t)
+        return losses.simple(pred, x0, eps, level).mean()
+    memory = few_steps.Memory(params, n)
+    return few_steps.loss(made, params, memory, x0, eps, (t, t, t), None).mean()
+
+
+def seen(made, params, levels, *_, **__):
+    def denoise(x, t):
+        out = tiny.through(params, t[:, None] / 1000) * x
+        return gaussian.predict(made.diffusion.prediction, out, x, levels(t))
+
+    return denoise
+
+
+def test_a_student_of_a_network_of_eps_learns_its_mean_and_then_the_truth(monkeypatch):
+    teacher = replace(digits.CONFIG, "diffusion", schedule="linear", prediction="eps")
+    made = replace(student(teacher, "ect", init_from="x"), "train", steps=4000)
+    checks.validate(made)
+    monkeypatch.setattr(few_steps, "seen", seen)
+    t, levels = jnp.array([50.0, 300.0, 600.0, 1000.0]), few_steps.real_schedule(made)
+    variance = levels(t).alpha ** 2 / 4 + levels(t).sigma ** 2
+    mean, end = levels(t).alpha / 4 / variance, 0.5 / jnp.sqrt(variance)
+
+    def learned(params, config, first, steps):
+        def loss(params, key, n):
+            return of_gaussian_data(params, config, first + n, key)
+
+        params = tiny.trained(loss, params, steps, 3e-3)
+        return params, seen(config, params, levels)(jnp.ones([4, 1]), t).x0[:, 0]
+
+    params, _ = learned(tiny.fresh(jax.random.key(0), 1, 1), teacher, 0, 500)
+    params, found = learned(params, made, 0, 1000)
+    np.testing.assert_allclose(found, mean, atol=2e-2)
+    params, found = learned(params, made, 1000, 3000)
+    np.testing.assert_allclose(found, end, atol=1e-2)
+
+
+def test_what_learns_v_is_its_own_teacher():
+    eps = replace(digits.CONFIG, "diffusion", prediction="eps")
+    made = student(eps, "consistency", init_from="x")
+    one, two = {"w": jnp.ones(1)}, {"w": jnp.full(1, 2.0)}
+    for step, teacher in ((416, two), (417, one)):
+        memory = few_steps.Memory(one, step - 1)
+        state = TrainState(jnp.asarray(step), two, (two,), (), memory, None)
+        assert few_steps.remembered(made, state).memory.teacher == teacher
+
+
+def test_teachers_that_cannot_be_are_refused(tmp_path):
+    eps = replace(digits.CONFIG, "diffusion", prediction="eps", schedule="ve")
     with pytest.raises(ConfigError, match=r"one of v, edm, velocity.*eps tells no"):
         checks.validate(student(eps, "ect", init_from="x"))
     with pytest.raises(ConfigError, match="RUN must be a folder"):

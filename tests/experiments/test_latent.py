@@ -29,6 +29,7 @@ from diffusion_jax.training import parallel
 from experiments import (
     codec,
     convert,
+    distil,
     edit,
     eval_autoencoder,
     eval_nll,
@@ -252,3 +253,25 @@ def test_an_autoencoder_is_named_that_is_one(latent):
         encoding.resolved(
             replace(replace(fresh, "data", channels=3), "data", latent=other)
         )
+
+
+def test_a_student_of_latents_has_its_teachers_autoencoder_and_draws_images(latent):
+    where = [
+        "--output",
+        str(latent.folder.parent),
+        "--name",
+        "few",
+        "--train.steps",
+        "4",
+    ]
+    where += ["--train.log-every", "2"]
+    assert distil.main([str(latent.folder), *TINY, *where]) == 0
+    few = lab.load(latent.folder.parent / "few")
+    assert few.config.data.latent == str(latent.folder)
+    one, two = (
+        space.load(found.config, found.run) for found in (few, lab.load(latent.folder))
+    )
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    drawn = few.sample(jax.random.key(3), 2, steps=1)
+    assert (drawn.shape, drawn.dtype) == ((2, 8, 8, 1), np.uint8)
+    assert "self_consistency" in runs.read_lines(few.run.metrics)[-1]

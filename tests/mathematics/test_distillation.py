@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import mixtures
 import numpy as np
-import optax
 import pytest
+import tiny
 
 from diffusion_jax import continuous, distillation, gaussian, grids, jumps, samplers
 from diffusion_jax import schedule as schedules
@@ -197,41 +197,7 @@ def test_consistency_sampling_ends_in_the_data_for_any_number_of_steps():
 
 
 # Networks that learn: x times a function of time, for data N(0, SPREAD^2).
-SPREAD, WIDTH = 0.5, 32
-
-
-def fresh(key, inputs, outputs):
-    keys = jax.random.split(key, 3)
-    sizes = (inputs, WIDTH, WIDTH, outputs)
-    return [
-        (jax.random.normal(k, (a, b)) / np.sqrt(a), jnp.zeros(b))
-        for k, a, b in zip(keys, sizes[:-1], sizes[1:], strict=True)
-    ]
-
-
-def through(params, x):
-    for i, (kernel, bias) in enumerate(params):
-        x = x @ kernel + bias[None]
-        x = jnp.tanh(x) if i < len(params) - 1 else x
-    return x
-
-
-def trained(loss, params, steps, rate):
-    """The average of the last half of the parameters."""
-    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps), b2=0.99)
-
-    @jax.jit
-    def run(params):
-        def step(carry, n):
-            params, state = carry
-            grad = jax.grad(loss)(params, jax.random.fold_in(jax.random.key(5), n))
-            updates, state = optimizer.update(grad, state, params)
-            return (optax.apply_updates(params, updates), state), None
-
-        start = params, optimizer.init(params)
-        return jax.lax.scan(step, start, jnp.arange(steps))[0][0]
-
-    return run(params)
+SPREAD = 0.5
 
 
 def scaled(params, made):
@@ -239,7 +205,7 @@ def scaled(params, made):
 
     def denoise(x, t, s=None):
         told = jnp.stack([t, t if s is None else s], axis=1)
-        return gaussian.predict("v", through(params, told) * x, x, made(t))
+        return gaussian.predict("v", tiny.through(params, told) * x, x, made(t))
 
     return denoise
 
@@ -255,7 +221,7 @@ def teacher_of(made):
     return denoise
 
 
-def few_loss(method, made, params, key):
+def few_loss(method, made, params, key, _):
     keys = jax.random.split(key, 4)
     t = jax.random.uniform(keys[0], [64], minval=0.01)
     x0, eps = (jax.random.normal(k, [64, 1]) for k in keys[1:3])
@@ -289,8 +255,9 @@ TRUTHS = ("consistency", "ect", "mean_flow", "progressive")
 @pytest.mark.parametrize("method", TRUTHS)
 def test_a_network_learns_the_truth_of_gaussian_data(method):
     made = FLOW if method == "mean_flow" else REAL["cosine"]
-    params = fresh(jax.random.key(0), 2, 1)
-    params = trained(functools.partial(few_loss, method, made), params, 3000, 3e-3)
+    params = tiny.fresh(jax.random.key(0), 2, 1)
+    loss = functools.partial(few_loss, method, made)
+    params = tiny.trained(loss, params, 3000, 3e-3)
     one, t = jnp.ones([5, 1]), jnp.array([0.05, 0.25, 0.5, 0.75, 0.95])
 
     def size(level):
@@ -328,13 +295,13 @@ def test_one_step_samples_of_a_mixture_end_where_its_flow_does():
         def denoise(x, t):
             t = jnp.broadcast_to(t, len(x))
             told = jnp.concatenate([x, jnp.sin(jnp.outer(t, 1.0 + jnp.arange(4)))], 1)
-            return gaussian.predict("v", through(params, told), x, made(t))
+            return gaussian.predict("v", tiny.through(params, told), x, made(t))
 
         return denoise
 
     centres = jnp.asarray(data.means, jnp.float32)
 
-    def loss(params, key):
+    def loss(params, key, _):
         keys = jax.random.split(key, 3)
         t = jax.random.uniform(keys[0], [128], minval=0.01)
         which = jax.random.bernoulli(keys[1], data.weights[1], [128]).astype(int)
@@ -344,7 +311,7 @@ def test_one_step_samples_of_a_mixture_end_where_its_flow_does():
         g = distillation.tangent(student(jax.lax.stop_gradient(params)), ends, made, t)
         return distillation.consistency(student(params)(x_t, t), g, made(t)).mean()
 
-    params = trained(loss, fresh(jax.random.key(1), 6, 2), 4000, 3e-3)
+    params = tiny.trained(loss, tiny.fresh(jax.random.key(1), 6, 2), 4000, 3e-3)
     start = jax.random.normal(jax.random.key(7), [2000, 2])
     exact = samplers.sample(
         jax.random.key(0),
@@ -354,6 +321,6 @@ def test_one_step_samples_of_a_mixture_end_where_its_flow_does():
         start=start,
     )
     found = student(params)(start, jnp.ones(2000)).x0
-    other = samplers.ddim(student(fresh(jax.random.key(1), 6, 2)), made)
+    other = samplers.ddim(student(tiny.fresh(jax.random.key(1), 6, 2)), made)
     assert sliced(found, exact) < 0.06
     assert sliced(other.step(None, start, (), 1.0, 0.0).x, exact) > 0.3

@@ -217,16 +217,15 @@ def few_steps(config: Config) -> Problems:
     yield from few.sampling_problems(
         config.few, sample.sampler, steps, eta=eta, grid=grid
     )
-    plain = config.few.method in ("none", "mean_flow")
     for name in ("guidance", "classifier_guidance", "threshold"):
-        if getattr(sample, name) is not None and not plain:
+        if getattr(sample, name) is not None and config.few.method in few.DISTILLED:
             must = f"left out with few.method {config.few.method}, whose x0 is no mean"
             yield f"sample.{name}", must
 
 
 def of_training(config: Config) -> None:
     """Raises ConfigError for ways to sample that need a network trained before."""
-    if config.few.method not in ("none", "mean_flow") and config.init_from is None:
+    if config.few.method in few.DISTILLED and config.init_from is None:
         _fail("init_from", f"given with few.method {config.few.method}", None)
     if config.sample.variance == "analytic":
         must = "small, large, learned or range in training: it is estimated afterwards"
@@ -239,7 +238,7 @@ def of_training(config: Config) -> None:
 def of_denoiser(config: Config) -> None:
     """Raises ConfigError where the network's x0 is no mean of the images at x_t."""
     method = config.few.method
-    if method not in ("none", "mean_flow"):
+    if method in few.DISTILLED:
         raise ConfigError(
             "the network must tell the mean of the images at each time; got one of "
             f"few.method {method}, whose x0 is the end of a jump. Name its teacher"

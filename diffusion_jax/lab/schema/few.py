@@ -62,8 +62,12 @@ class Few:
     guidance: Annotated[float | None, at_least(0)] = None
     """Classifier-free guidance (CFG) of the teacher, which the student learns with the
     rest (Meng et al. 2023)."""
+    learn_v: Share = 0.0
+    """Share of the run in which the network first learns v of the data, beginning with
+    weights that predict eps or x0; what it is then is its teacher."""
     tangent_warmup: Share = 0.3
-    """Of consistency: share of the run over which the tangent's derivative fades in."""
+    """Of consistency: share of the rest over which the tangent's derivative fades
+    in."""
 
 
 def takes(method: str, rule: str) -> bool:
@@ -100,16 +104,19 @@ def problems(
         yield (
             "diffusion.prediction",
             f"one of {', '.join(SEES_NOISE)} with few.method {few.method}, since "
-            f"{prediction} tells no image from pure noise. First train the network on "
-            "as one: train --init-from RUN --diffusion.prediction v --diffusion.loss v",
+            f"{prediction} tells no image from pure noise; a student learns v first, "
+            "but not with the schedule ve",
         )
     halved = few.first // few.last
     if few.method == "progressive" and (
         few.last * halved != few.first or halved & (halved - 1) or halved < 1
     ):
         yield "few.first", f"few.last = {few.last} times a power of two"
-    if few.method == "progressive" and 2 * few.first > total:
-        yield "few.first", f"at most half of the {total} diffusion steps"
+    most = total // (4 if few.learn_v else 2)
+    if few.method == "progressive" and few.first > most:
+        yield "few.first", f"at most {most}, for the {total} diffusion steps"
+    if few.learn_v and few.method == "mean_flow":
+        yield "few.learn_v", "0 with few.method mean_flow, which has no teacher"
     if few.guidance is not None and (few.method == "mean_flow" or not dropped):
         must = "left out where no teacher was trained with classes and dropped labels"
         yield "few.guidance", must

@@ -62,8 +62,6 @@ def problems(config: Config) -> Problems:
     else:
         must = "left out without autoencoder.kind"
         yield from _others("autoencoder", config.autoencoder, Autoencoder(), must)
-    if config.few.method != "none" and config.autoencoder.kind != "none":
-        yield "few.method", "none with an autoencoder or its latents"
     if config.data.latent_draw != "sample" and not is_latent(config):
         yield "data.latent_draw", "left out without data.latent"
 
@@ -100,6 +98,8 @@ def _trained(config: Config) -> Problems:
     if own.kind == "vae" and config.data.rotate:
         must = "0 with vae, whose bound is of one of 256 values a pixel"
         yield "data.rotate", must
+    if config.few.method != "none":
+        yield "few.method", "none with an autoencoder"
     if config.train.measure_every is not None:
         must = "left out with an autoencoder, which eval_autoencoder measures"
         yield "train.measure_every", must

@@ -3,7 +3,7 @@
 import dataclasses
 
 from diffusion_jax.lab.schema.config import Config, replace
-from diffusion_jax.lab.schema.few import Few, Method
+from diffusion_jax.lab.schema.few import SEES_NOISE, Few, Method
 from diffusion_jax.lab.schema.sampling import Sample
 
 RATES: dict[Method, float] = {
@@ -13,6 +13,8 @@ RATES: dict[Method, float] = {
     "progressive": 0.5,
 }
 """Learning rate of a student, in that of its teacher: as measured on digits."""
+LEARN_V = 0.25
+"""`Few.learn_v` of the student of a teacher that predicts neither v nor the like."""
 
 
 def student(teacher: Config, method: Method, *, init_from: str) -> Config:
@@ -50,7 +52,7 @@ def student(teacher: Config, method: Method, *, init_from: str) -> Config:
     )
     changed = replace(changed, "train", steps=max(1, teacher.train.steps // 3))
     return replace(
-        changed,
+        turned(changed, teacher),
         "optimizer",
         preset="modern",
         learning_rate=RATES[method] * teacher.optimizer.learning_rate,
@@ -61,3 +63,22 @@ def student(teacher: Config, method: Method, *, init_from: str) -> Config:
         ema_lengths=(),
         ema_snapshots=0,
     )
+
+
+def turned(config: Config, teacher: Config) -> Config:
+    """Returns a student with the diffusion of a teacher, as one that can be consistent.
+
+    The weights of one that predicts eps or x0 learn v first (Sec. 4, Salimans and Ho
+    2022): pure noise has no x0 by its eps, and x_t without noise no eps by its x0.
+
+    >>> eps = replace(Config(), "diffusion", prediction="eps")
+    >>> made = turned(Config(few=Few("ect")), eps)
+    >>> made.diffusion.prediction, made.few.learn_v
+    ('v', 0.25)
+    """
+    diffusion, learn_v = teacher.diffusion, teacher.few.learn_v
+    if diffusion.prediction not in SEES_NOISE and diffusion.schedule != "ve":
+        diffusion = dataclasses.replace(diffusion, prediction="v")
+        learn_v = LEARN_V
+    few = dataclasses.replace(config.few, learn_v=learn_v)
+    return dataclasses.replace(config, diffusion=diffusion, few=few)

@@ -9,8 +9,10 @@ import numpy as np
 
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.schema.config import Config, Net
+from diffusion_jax.lab.schema import students
+from diffusion_jax.lab.schema.config import Config, Net, replace
 from diffusion_jax.lab.schema.facts import HOW, SHAPE, marked
+from diffusion_jax.lab.schema.few import DISTILLED
 from diffusion_jax.lab.trained import weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build
@@ -20,7 +22,8 @@ from diffusion_jax.storage import trees
 def given(config: Config, *, force: bool = False) -> Config:
     """Returns the configuration of the weights to start from.
 
-    For a run that has begun from them it is its own, and they may be gone.
+    For a run that has begun from them it is its own, and they may be gone. The
+    autoencoder of a latent run is the copy that it has.
 
     Raises:
       ConfigError: there are no such weights.
@@ -28,7 +31,11 @@ def given(config: Config, *, force: bool = False) -> Config:
     begun = _begun(config, force)
     if begun is not None and begun.init_from == config.init_from:
         return begun
-    return runs.read_config(_source(config))
+    source = _source(config)
+    found = runs.read_config(source)
+    if found.data.latent is not None and source.network is None:
+        found = replace(found, "data", latent=str(source.folder))
+    return found
 
 
 def resolved(config: Config, *, force: bool = False) -> Config:
@@ -76,7 +83,7 @@ def like(experiment: Config, given: Config) -> Config:
         clip=given.sample.clip,
         variance=given.sample.variance if ddpm else experiment.sample.variance,
     )
-    return dataclasses.replace(
+    made = dataclasses.replace(
         experiment,
         data=data,
         diffusion=given.diffusion,
@@ -84,6 +91,8 @@ def like(experiment: Config, given: Config) -> Config:
         autoencoder=given.autoencoder,
         sample=sample,
     )
+    taught = experiment.few.method in DISTILLED
+    return students.turned(made, given) if taught else made
 
 
 def params(config: Config) -> Any:

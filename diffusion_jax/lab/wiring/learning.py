@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from diffusion_jax import gaussian, learned, losses, schedule, timesteps, weightings
-from diffusion_jax.lab.schema import latents
+from diffusion_jax.lab.schema import few, latents
 from diffusion_jax.lab.schema.config import Config, micro_batches, replace, warmup
 from diffusion_jax.lab.wiring import autoencoders, few_steps, latent_space, moving
 from diffusion_jax.lab.wiring.build import (
@@ -172,6 +172,8 @@ def draw_times(
         case "antithetic":
             u = timesteps.antithetic(key, position, size)
     one = jnp.ones_like(u)
+    if config.few.method in few.OWN["consistency"]:
+        return few_steps.times(config, u), one
     match d.density:
         case "importance" if config.few.method == "none":
             return timesteps.importance(u, timesteps.probabilities(memory))
