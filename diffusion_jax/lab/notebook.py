@@ -275,7 +275,7 @@ def distil(
 
     Args:
       where: the teacher, as in `load`.
-      method: ect, consistency, consistency_training or progressive.
+      method: ect, consistency or progressive.
       **changes: fields of `Config` in place of the student's: name, train, few, ...
 
     Raises:

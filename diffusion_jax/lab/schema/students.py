@@ -9,7 +9,6 @@ from diffusion_jax.lab.schema.sampling import Sample
 RATES: dict[Method, float] = {
     "ect": 0.5,
     "consistency": 0.05,
-    "consistency_training": 0.05,
     "progressive": 0.5,
 }
 """Learning rate of a student, in that of its teacher: as measured on digits."""
@@ -57,7 +56,7 @@ def student(teacher: Config, method: Method, *, init_from: str) -> Config:
         preset="modern",
         learning_rate=RATES[method] * teacher.optimizer.learning_rate,
         warmup=min(200, teacher.optimizer.warmup),
-        decay="cosine",
+        decay="constant" if halved else "cosine",  # the last halving is the hardest
         b2=0.99,
         ema_decay=(0.99,),
         ema_lengths=(),
