@@ -11,10 +11,12 @@ diffusion models are (`likelihood.bound`). Moments are mean and log variance of
 q(z | x), what the encoder of `nets.autoencoder` puts out.
 
 And what a discriminator of patches adds (Esser et al. 2021): `hinge` is its own loss,
-`adversarial` the decoder's, weighed by `adaptive_weight`.
+`adversarial` the decoder's, weighed by `adaptive_weight`; `perceptual` is an error in
+the features of any network.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -182,6 +184,29 @@ def adaptive_weight(
     sizes = (jnp.sqrt(jnp.square(a).sum()) for a in (of_reconstruction, of_adversarial))
     nll, g = sizes
     return jax.lax.stop_gradient(scale * jnp.clip(nll / (g + 1e-4), 0, 1e4))
+
+
+def perceptual(features: Sequence[jax.Array], others: Sequence[jax.Array]) -> jax.Array:
+    """Returns how far images are apart in the features of a network, [B].
+
+    The sum over layers of the mean over positions of |f - g|^2, where f and g have
+    length 1 at each position (Eq. 1, Zhang et al. 2018, with all weights 1).
+
+    Args:
+      features: of each layer, [B, h, w, c].
+      others: of other images, as features.
+
+    >>> left, right = jnp.array([[[[3.0, 0.0]]]]), jnp.array([[[[0.0, 5.0]]]])
+    >>> print(perceptual([left, left], [right, left]))
+    [2.]
+    """
+
+    def unit(f: jax.Array) -> jax.Array:
+        return f * jax.lax.rsqrt(jnp.square(f).sum(axis=-1, keepdims=True) + 1e-10)
+
+    layers = zip(features, others, strict=True)
+    each = [jnp.square(unit(f) - unit(g)).sum(axis=-1) for f, g in layers]
+    return sum((_mean(apart) for apart in each), jnp.zeros(len(features[0])))
 
 
 def _sum(x: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ For images that the Inception network was not trained on, and for machines witho
 weights. A distance in its features is not FID and is never called so.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -31,8 +31,11 @@ class Classifier(nn.Module):
     """Number of features."""
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> Features:
-        """Returns the features of images, uint8 [B, H, W, C].
+    def __call__(self, images: jax.Array, *, levels: bool = False) -> Any:
+        """Returns the `Features` of images, uint8 [B, H, W, C].
+
+        With `levels` the activations at each resolution in their place, a list, of
+        images in [-1, 1]: of those an error has a gradient.
 
         Raises:
           ValueError: images of another shape or type.
@@ -42,19 +45,23 @@ class Classifier(nn.Module):
         >>> print(seen.features.shape, seen.logits.shape)
         (2, 64) (2, 10)
         """
-        if images.ndim != 4 or images.dtype != jnp.uint8:
+        if not levels and (images.ndim != 4 or images.dtype != jnp.uint8):
             raise ValueError(
                 f"images must be uint8 of shape [B, H, W, C]; got {images.dtype} "
                 f"{images.shape}. Round samples to 0..255 first."
             )
-        x = images.astype(jnp.float32) / 127.5 - 1
+        x = images if levels else images.astype(jnp.float32) / 127.5 - 1
         channels = self.channels
         x = nn.relu(nn.Conv(channels, (3, 3), precision="highest")(x))
+        seen = [x]
         while max(x.shape[1:3]) > 4:
             channels = min(2 * channels, 128)
             conv = nn.Conv(channels, (3, 3), strides=2, precision="highest")
             x = nn.relu(conv(x))
             x = nn.LayerNorm()(x)
+            seen.append(x)
+        if levels:
+            return seen
         x = x.reshape(len(x), -1)
         x = nn.relu(nn.Dense(self.width, precision="highest")(x))
         return Features(x, nn.Dense(self.num_classes, precision="highest")(x))

@@ -28,6 +28,10 @@ SMALL = shlex.split(
 )
 
 
+KL = "--autoencoder.kind kl"
+RIVAL = f"{KL} --autoencoder.discriminator 0.5"
+
+
 def trained(folder, name, *flags):
     where = ["--output", str(folder), "--name", name]
     assert train.main(["digits_vae", *SMALL, *where, *flags]) == 0
@@ -91,6 +95,13 @@ def test_a_run_is_measured_and_no_diffusion_is_asked_of_it(vae, capsys):
         ("--data.rotate 5", "data.rotate must be 0 with vae"),
         ("--data.latent-draw mode", "must be left out without data.latent"),
         ("--train.measure-every 1000", "which eval_autoencoder measures"),
+        ("--autoencoder.discriminator 1", "discriminator must be left out without"),
+        ("--autoencoder.perceptual 1", "perceptual must be left out without kind kl"),
+        ("--autoencoder.discriminator-start 9", "left out without autoencoder.disc"),
+        (f"{KL} --autoencoder.free-bits 1", "left out without kind vae"),
+        (f"{RIVAL} --train.batch-size 1", "batch_size must be at least 2 with"),
+        (f"{RIVAL} --train.accumulate 2", "must be 1 with autoencoder.discriminator"),
+        (f"{RIVAL} --train.parallel shard_map", "parallel must be mesh with"),
     ],
 )
 def test_what_says_nothing_of_an_autoencoder_is_refused(flags, said):

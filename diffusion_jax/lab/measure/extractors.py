@@ -108,14 +108,7 @@ def _inception(path: str | None, download: bool, preprocessing: str) -> Extracto
 
 def _classifier(config: Config, dataset: datasets.Dataset) -> Extractor:
     path = judges.path_of(config)
-    if jax.process_count() > 1 and not path.exists():
-        raise ConfigError(
-            f"the classifier must be trained before several hosts use it; got none at "
-            f"{path}. Train it on one: python -m experiments.train_classifier, or "
-            "evaluate once with --hosts 1."
-        )
-    judge = judges.load(path) if path.exists() else judges.train(config, dataset)
-
+    judge = judges.find(config, dataset)
     apply = functools.partial(judges.features_of, judge.params, judge.num_classes)
     details = {
         "file": str(path),

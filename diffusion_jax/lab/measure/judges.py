@@ -11,12 +11,17 @@ import numpy as np
 import optax
 
 from diffusion_jax.data import datasets
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.schema.config import MOST_CLASSES, Config
 from diffusion_jax.lab.wiring import fitting
 from diffusion_jax.nets.classifier import Classifier, Features
 from diffusion_jax.storage import trees
 
 WIDTH = 64
+INSTEAD = (
+    "Measure by Inception instead: experiments.eval_fid with --weights FILE or "
+    "--download."
+)
 
 
 def path_of(config: Config) -> Path:
@@ -28,18 +33,44 @@ def path_of(config: Config) -> Path:
     return Path(config.output) / ".classifiers" / f"{name}{held}_{shape}.safetensors"
 
 
+def find(
+    config: Config, dataset: datasets.Dataset, hint: str = INSTEAD
+) -> fitting.Fitted:
+    """Returns the classifier of a configuration's data, trained if there is none.
+
+    Args:
+      config: of the run.
+      dataset: its training images.
+      hint: what to do where none can be trained.
+
+    Raises:
+      ConfigError: as `train`; or several hosts would have to.
+    """
+    path = path_of(config)
+    if path.exists():
+        return load(path)
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"the classifier must be trained before several hosts use it; got none at "
+            f"{path}. Train it on one: python -m experiments.train_classifier, or "
+            "evaluate once with --hosts 1."
+        )
+    return train(config, dataset, hint=hint)
+
+
 def train(
-    config: Config, dataset: datasets.Dataset, *, steps: int = 1500, seed: int = 0
+    config: Config,
+    dataset: datasets.Dataset,
+    *,
+    steps: int = 1500,
+    seed: int = 0,
+    hint: str = INSTEAD,
 ) -> fitting.Fitted:
     """Trains a classifier on four fifths of the images, writes it, and returns it.
 
     Raises:
       ConfigError: the images have no labels, or do not fit in memory.
     """
-    hint = (
-        "Measure by Inception instead: experiments.eval_fid with --weights FILE or "
-        "--download."
-    )
     images, labels = fitting.labelled(dataset, hint)
     path = path_of(config)
     print(f"training a classifier of {config.data.source}: {path}")

@@ -107,7 +107,7 @@ def summary(step: int, pending: list[dict[str, Any]]) -> dict[str, Any]:
         sums, counts = np.sum([p["quarters"] for p in known], axis=0)
         pairs = zip(sums.tolist(), counts.tolist(), strict=True)
         line["loss_by_time"] = [s / n if n else None for s, n in pairs]
-    for name in ("reconstruction", "kl"):
+    for name in ("reconstruction", "kl", "perceptual", "adversarial"):
         if made and name in made[-1]:
             line[name] = float(np.mean([p[name] for p in made]))
     if made and "learning_rate" in made[-1]:

@@ -38,3 +38,13 @@ class Autoencoder:
     kl_weight: Annotated[float | None, at_least(0)] = None
     """Of the KL divergence, a sum over the latents, beside that sum: 1e-6 of kl, and
     1, the bound itself, of vae (beta) when not given."""
+    free_bits: Annotated[float, at_least(0)] = 0.0
+    """Of vae: nats that a channel of the latents may cost an image for nothing."""
+    perceptual: Annotated[float, at_least(0)] = 0.0
+    """Of kl: weight of the error in the features of the classifier of the data, beside
+    the mean error of a pixel. It is no LPIPS, which is of a network of photographs."""
+    discriminator: Annotated[float, at_least(0)] = 0.0
+    """Of kl: how much of the gradient of all else at the decoder's last layer is that
+    of a discriminator of patches, which learns too; 0.5 by the authors, 0 for none."""
+    discriminator_start: Annotated[int, at_least(0)] = 0
+    """Steps before it begins: 50,001 by the authors."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from diffusion_jax.lab.schema.autoencoder import Autoencoder
-from diffusion_jax.lab.schema.config import Config, Diffusion, Net
+from diffusion_jax.lab.schema.config import Config, Diffusion, Net, micro_batches
 from diffusion_jax.lab.schema.facts import HOW, marked
 
 Problems = Iterator[tuple[str, str] | tuple[str, str, object]]
@@ -92,6 +92,9 @@ def _trained(config: Config) -> Problems:
     yield from _others("diffusion", config.diffusion, Diffusion(), must)
     if own.kind == "vae" and own.loss != "l1":
         yield "autoencoder.loss", "left out with vae, whose loss is the bound", own.loss
+    yield from _judged(config)
+    if own.free_bits and own.kind != "vae":
+        yield "autoencoder.free_bits", "left out without kind vae"
     if own.kind == "ae" and own.kl_weight is not None:
         must = "left out with ae, which has no noise and so no KL divergence"
         yield "autoencoder.kl_weight", must
@@ -103,6 +106,29 @@ def _trained(config: Config) -> Problems:
     if config.train.measure_every is not None:
         must = "left out with an autoencoder, which eval_autoencoder measures"
         yield "train.measure_every", must
+
+
+def _judged(config: Config) -> Problems:
+    """Yields what does not fit a discriminator or a classifier that judges."""
+    own, plan = config.autoencoder, config.train
+    for name in ("perceptual", "discriminator"):
+        if getattr(own, name) and own.kind != "kl":
+            yield f"autoencoder.{name}", "left out without kind kl"
+    if own.discriminator_start and not own.discriminator:
+        must = "left out without autoencoder.discriminator"
+        yield "autoencoder.discriminator_start", must
+    if not own.discriminator:
+        return
+    must = "{} with autoencoder.discriminator, whose weight is of a whole batch"
+    if plan.batch_size < 2:
+        yield "train.batch_size", must.format("at least 2")
+    if micro_batches(config) > 1:
+        of_what = "train.accumulate and the replicas of optimizer.preset"
+        yield of_what, must.format("1"), micro_batches(config)
+    if plan.parallel != "mesh":
+        yield "train.parallel", must.format("mesh")
+    if min(config.data.shape[:2]) < 6:
+        yield "data.image_size", "at least 6 with autoencoder.discriminator"
 
 
 def _of_latents(config: Config) -> Problems:

@@ -130,6 +130,7 @@ def start(
     mesh: Any,
     folder: checkpoint.Folder,
     params: Any = None,
+    judge: Any = None,
     *,
     strict: bool = False,
 ) -> Begun:
@@ -141,11 +142,16 @@ def start(
       config, run, mesh: of the training.
       folder: of checkpoints.
       params: of `initial.params`, where it has been called already.
+      judge: of `measuring.judge`.
       strict: whether the newest checkpoint must verify.
     """
     if not folder.steps():
         params = initial.params(config) if params is None else params
         state = first_state(config, mesh, params)
+        if judge is not None:
+            placed = parallel.state_sharding(judge, mesh)
+            memory = state.memory._replace(judge=parallel.place(judge, placed))
+            state = state._replace(memory=memory)
         if hosts.first():
             run.changes.unlink(missing_ok=True)
             runs.write_json(run.config, to_dict(config))

@@ -103,6 +103,7 @@ def train(
         steps = checkpoint.steps(run.checkpoints)
         newest = hosts.tell(max(steps, default=-1))
         params = initial.params(config) if newest < 0 else None
+        judge = measuring.judge(config, images) if newest < 0 else None
         busy: AbstractContextManager[None] = nullcontext()
         ruler = measuring.make(config, images) if newest < plan.steps else None
         if newest < plan.steps:
@@ -117,7 +118,7 @@ def train(
                 manager = left.enter_context(folder)
                 manager.keep.scores |= measuring.scores(config, run, steps)
                 begun = beginning.start(
-                    config, run, mesh, manager, params, strict=strict
+                    config, run, mesh, manager, params, judge, strict=strict
                 )
             describe_start(config, int(begun.state.step), len(dataset.images))
             begun = begun._replace(state=learning.as_trained(config, begun.state, mesh))

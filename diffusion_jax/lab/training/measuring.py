@@ -14,12 +14,12 @@ import numpy as np
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import pictures
-from diffusion_jax.lab.measure import extractors, reference
+from diffusion_jax.lab.measure import extractors, judges, reference
 from diffusion_jax.lab.process import hosts
 from diffusion_jax.lab.run_folder import history, results, runs
 from diffusion_jax.lab.schema import latents
 from diffusion_jax.lab.schema.config import Config, replace
-from diffusion_jax.lab.wiring import chains, few_steps, learning
+from diffusion_jax.lab.wiring import chains, critics, few_steps, learning
 from diffusion_jax.lab.wiring.chains import Drawable
 from diffusion_jax.training import compilation, feed, flat, parallel
 
@@ -65,6 +65,21 @@ def make(config: Config, dataset: datasets.Dataset) -> Ruler | None:
     return Ruler(extractor, real, extractor.distance(plan.measure_count))
 
 
+def judge(config: Config, dataset: datasets.Dataset) -> Any:
+    """Returns the classifier that compares images for an autoencoder; None for none.
+
+    Its parameters but for the last layers, which are of its classes.
+
+    Raises:
+      ConfigError: there is none, and none can be trained on these data.
+    """
+    if not critics.compare(config):
+        return None
+    hint = "Or leave out --autoencoder.perceptual."
+    found = judges.find(config, dataset, hint).params["params"]
+    return {name: part for name, part in found.items() if "Dense" not in name}
+
+
 def watched(
     config: Config, mesh: Any, held: datasets.Dataset | None
 ) -> dict[str, Callable[[Any], jax.Array]]:
@@ -92,6 +107,8 @@ def held_out_loss(
     if not latents.is_latent(config):
         held = datasets.middle(held, config.data.shape[:2])
     calm = replace(config, "data", flip=False, random_crop=0, rotate=0.0)
+    # The discriminator's part of the loss is of how far it has come.
+    calm = replace(calm, "autoencoder", discriminator=0.0)
     if config.diffusion.density == "importance":  # which depends on the training so far
         calm = replace(calm, "diffusion", density="uniform")
     loss = flat.of_tree(learning.make_loss(calm, train=False))

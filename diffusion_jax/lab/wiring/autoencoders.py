@@ -9,12 +9,12 @@ import numpy as np
 from diffusion_jax import autoencoding
 from diffusion_jax.lab.schema import latents
 from diffusion_jax.lab.schema.config import Config, Net
-from diffusion_jax.lab.wiring import moving
+from diffusion_jax.lab.wiring import critics, moving
 from diffusion_jax.nets import fresh
 from diffusion_jax.nets.autoencoder import AutoencoderKL, Moments
 from diffusion_jax.training import state
 
-TERMS = ("reconstruction", "kl")
+TERMS = ("reconstruction", "kl", "perceptual", "adversarial")
 """Of the loss of an autoencoder, by their names in metrics.jsonl."""
 
 
@@ -72,7 +72,7 @@ def make_loss(config: Config) -> state.LossFn:
     Of kl and ae: the error of an image, and kl_weight times the KL divergence of its
     latents, both divided by its numbers. Of vae: the bound in bits/dim, with kl_weight
     (beta) times the rate. What it has seen are the terms of each example, without
-    weights.
+    weights, and with a discriminator what it learns from.
     """
     own, weight, net = config.autoencoder, latents.kl_weight(config), config.net
 
@@ -93,15 +93,52 @@ def make_loss(config: Config) -> state.LossFn:
         again = apply(config, params, z, "decode", net=net)
         if own.kind == "vae":
             scale = params["log_variance"]
-            _, error, kl = autoencoding.elbo(x, again, scale, moments)
-        else:
-            error = autoencoding.reconstruction(x, again, kind=own.loss, mean=True)
-            kl = autoencoding.kl(moments) / np.prod(x.shape[1:])
-        return (error + weight * kl).mean(), {"reconstruction": error, "kl": kl}
+            free = own.free_bits
+            error, kl = autoencoding.elbo(x, again, scale, moments, free=free)[1:]
+            return (error + weight * kl).mean(), {"reconstruction": error, "kl": kl}
+        kl = autoencoding.kl(moments) / np.prod(x.shape[1:])
+        each, seen = _judged(config, params, x, z, again, memory)
+        return (each + weight * kl).mean(), {**seen, "kl": kl}
 
     return loss_fn
 
 
+def _judged(
+    config: Config,
+    params: Any,
+    x: jax.Array,
+    z: jax.Array,
+    again: jax.Array,
+    memory: Any,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the loss of decoded images by all judges, [B], and its terms."""
+    own = config.autoencoder
+
+    def error(again: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        off = autoencoding.reconstruction(x, again, kind=own.loss, mean=True)
+        if not own.perceptual:
+            return off, {"reconstruction": off}
+        far = critics.perceptual(memory.judge, x, again)
+        return off + own.perceptual * far, {"reconstruction": off, "perceptual": far}
+
+    total, seen = error(again)
+    if not own.discriminator:
+        return total, seen
+    fixed, of = jax.lax.stop_gradient((params["net"], z))
+    decoder = fixed["decoder"]
+
+    def redone(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+        last = {**decoder["conv_out"], "kernel": kernel}
+        net = {**fixed, "decoder": {**decoder, "conv_out": last}}
+        image = apply(config, {"net": net}, of, "decode", net=config.net)
+        return image, error(image)[0]
+
+    kernel = decoder["conv_out"]["kernel"]
+    against = critics.adversarial(config, memory, again, kernel, redone)
+    seen |= {"adversarial": against, "images": x, "decoded": again}
+    return total + against, seen
+
+
 def means(config: Config, seen: dict[str, jax.Array]) -> state.Metrics:
     """Returns the mean terms of a batch, for the log."""
-    return {name: seen[name].mean() for name in TERMS}
+    return {name: seen[name].mean() for name in TERMS if name in seen}

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,13 @@ import optax
 from diffusion_jax import gaussian, learned, losses, schedule, timesteps, weightings
 from diffusion_jax.lab.schema import few, latents
 from diffusion_jax.lab.schema.config import Config, micro_batches, replace, warmup
-from diffusion_jax.lab.wiring import autoencoders, few_steps, latent_space, moving
+from diffusion_jax.lab.wiring import (
+    autoencoders,
+    critics,
+    few_steps,
+    latent_space,
+    moving,
+)
 from diffusion_jax.lab.wiring.build import (
     init_params,
     is_continuous,
@@ -72,6 +78,8 @@ def init_state(
     if params is None:
         params = init_params(config, key_params)
     memory: Any = ()
+    if critics.compete(config) or critics.compare(config):
+        memory = critics.memory_of(config, jax.random.fold_in(key, 2))
     if few_steps.has_teacher(config):
         memory = few_steps.memory_of(params)
     elif config.diffusion.density == "importance":
@@ -322,11 +330,14 @@ def _pure_step(config: Config, mesh: jax.sharding.Mesh) -> state.StepFn:
     if strategy != "mesh" and official:
         parts = max(1, parts // mesh.size)
 
-    def remember(memory: timesteps.History, seen: dict[str, jax.Array]) -> Any:
+    def by_importance(memory: timesteps.History, seen: dict[str, jax.Array]) -> Any:
         return timesteps.record(memory, seen["t"], seen["loss"])
 
-    taught = few_steps.has_teacher(config)
-    by_importance = not taught and config.diffusion.density == "importance"
+    taught, remember = few_steps.has_teacher(config), cast(Any, None)
+    if critics.compete(config):
+        remember = functools.partial(critics.remembered, config, rate(config))
+    elif not taught and config.diffusion.density == "importance":
+        remember = by_importance
     loss_fn = parallel.gathered(flat.of_tree(make_loss(config)), mesh)
     rate_at = rate(config)
     made = state.make_step(
@@ -337,7 +348,7 @@ def _pure_step(config: Config, mesh: jax.sharding.Mesh) -> state.StepFn:
         clip_each=official,
         accumulate=parts,
         axis_name=None if strategy == "mesh" else parallel.AXIS,
-        remember=remember if by_importance else None,
+        remember=remember,
         report=functools.partial(
             autoencoders.means if latents.is_autoencoder(config) else _by_quarter,
             config,
@@ -392,6 +403,7 @@ def gradient(chosen: Config) -> Callable[..., Any]:
     whole = replace(chosen, "optimizer", preset="modern")
     whole = replace(whole, "train", accumulate=1)
     whole = replace(whole, "diffusion", density="uniform")
+    whole = replace(whole, "autoencoder", discriminator=0.0, perceptual=0.0)
     if few_steps.has_teacher(whole):
         whole = replace(whole, "few", method="none")
     loss = jax.grad(make_loss(whole), has_aux=True)
