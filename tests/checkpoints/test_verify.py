@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import nonsense
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -22,7 +23,7 @@ from diffusion_jax.training import parallel
 from experiments import checkpoints
 from experiments.configs import EXPERIMENTS
 
-FLIPS = 100
+FLIPS = 7 * nonsense.PROFILE.max_examples
 
 
 def state(step):
@@ -119,7 +120,9 @@ def test_no_lost_or_shortened_file_comes_back(folder):
     changed = 0
     for file in files(folder / "2"):
         content = file.read_bytes()
-        for bad in (None, b"", content[: len(content) // 2], content + b"x"):
+        older = folder / "1" / file.relative_to(folder / "2")
+        swapped = older.read_bytes() if older.exists() else b"of something else"
+        for bad in (None, b"", content[: len(content) // 2], content + b"x", swapped):
             if bad is None:
                 file.unlink()
             else:
@@ -127,6 +130,21 @@ def test_no_lost_or_shortened_file_comes_back(folder):
             changed += outcome(folder) == 1
         file.write_bytes(content)
     assert changed > 10
+    assert outcome(folder) == 2
+
+
+def test_no_lost_folder_comes_back(folder):
+    inside = sorted(path for path in (folder / "2").rglob("*") if path.is_dir())
+    for place in (*inside, folder / "2"):
+        kept = shutil.move(place, folder.with_name("kept"))
+        # Its step is gone with it, or is none.
+        assert restore(folder).step == 1 or outcome(folder) == 2
+        shutil.move(kept, place)
+    kept = shutil.move(folder / "2", folder.with_name("kept"))
+    (folder / "2").write_text("in the way")
+    assert restore(folder).step == 1
+    (folder / "2").unlink()
+    shutil.move(kept, folder / "2")
     assert outcome(folder) == 2
 
 

@@ -6,7 +6,6 @@ Small disks in memory are mounted for it, where this machine permits that.
 import contextlib
 import errno
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -15,15 +14,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from . import PRIVATE, moments, trainings
-from .cases import Outcome, SkippedError, check, outcome
+from . import moments, trainings
+from .cases import PRIVATE, Outcome, SkippedError, check, outcome
 from .trainings import Training
 
 STEPS = 400
 SIZE = 32
 """MiB of a disk."""
-MOST = 16_384
-"""Bytes of a file, where that is limited: more than of what a command prints."""
 Break = Callable[[Training], Callable[[], None]]
 
 
@@ -67,10 +64,6 @@ def cases(folder: Path, seed: int) -> Iterator[Outcome]:
         lambda: survives("full", fill, disk=True),
     )
     yield outcome(
-        f"no file above {MOST:,} bytes in mid-run",
-        lambda: survives("limit", limit, disk=False),
-    )
-    yield outcome(
         "checkpoints read-only in mid-run",
         lambda: survives("readonly", make_read_only, disk=True),
     )
@@ -110,11 +103,6 @@ def cases(folder: Path, seed: int) -> Iterator[Outcome]:
             trainings.same_end(run, whole, STEPS)
         return said
 
-    def a_file_in_the_place() -> str:
-        where = folder / "file"
-        where.write_text("in the way")
-        return nowhere("file_start", where)
-
     def programs() -> str:
         """Checks that a full disk of compiled programs stops no run."""
         where, run = folder / "programs", folder / "programs_run" / "digits"
@@ -129,7 +117,6 @@ def cases(folder: Path, seed: int) -> Iterator[Outcome]:
 
     yield outcome("disk read-only from the start", read_only_from_the_start)
     yield outcome("disk full from the start", full_from_the_start)
-    yield outcome("a file where the folder should be", a_file_in_the_place)
     yield outcome("disk of compiled programs full", programs)
 
 
@@ -207,12 +194,6 @@ def fill(training: Training) -> Callable[[], None]:
         (where / "ballast").unlink()
 
     return mend
-
-
-def limit(training: Training) -> Callable[[], None]:
-    """Lets a process write no file beyond a size."""
-    resource.prlimit(training.process.pid, resource.RLIMIT_FSIZE, (MOST, MOST))
-    return lambda: None
 
 
 def make_read_only(training: Training) -> Callable[[], None]:

@@ -1,7 +1,4 @@
-"""Killed at any moment, and started again by a loop: the run ends as if nothing was.
-
-The evaluation of a run too.
-"""
+"""Killed at any moment, and started again by a loop: the run ends as if nothing was."""
 
 import random
 import time
@@ -10,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import moments, trainings
-from .cases import FailedError, Outcome, check, outcome
+from .cases import Outcome, check, outcome
 from .trainings import Training
 
 STEPS = 3000
@@ -104,7 +101,6 @@ def cases(folder: Path, seed: int) -> Iterator[Outcome]:
     yield outcome(f"{len(kills)} kills hit all kinds of moments", lambda: kinds(kills))
     yield outcome("killed run", lambda: trainings.same_end(run, whole, STEPS))
     yield outcome("killed run: nothing left over", lambda: nothing_left(run))
-    yield from evaluations(folder, run, rng)
 
 
 def disturbed(
@@ -175,70 +171,3 @@ def nothing_left(run: Path) -> None:
     """Checks that no temporary file is left of what was interrupted."""
     found = trainings.left_over(run)
     check(not found, f"{len(found)} left: {', '.join(found[:3])}")
-
-
-def evaluations(folder: Path, run: Path, rng: random.Random) -> Iterator[Outcome]:
-    """Yields the outcomes of an evaluation that is killed, and goes on."""
-    files = ("fid.json", "neighbours.png")
-    results: list[tuple[bytes, ...]] = []
-    given = [str(run), "--count", "1200", "--steps", "4", "--batch-size", "10"]
-
-    def evaluate(number: int, delay: float | None) -> int | None:
-        log = folder / "eval.logs" / f"{number}.log"
-        training = trainings.start(
-            run, log=log, module="experiments.eval_fid", given=given
-        )
-        if delay is not None:
-            seen = drawn(run) if number % 2 else moments.started(training)
-            moments.wait(training, moments.later(seen, delay))
-            trainings.kill(training)
-            return training.process.returncode
-        code = trainings.ended(training)
-        check(code == 0, f"exit code {code}, {trainings.last_words(log)}")
-        results.append(tuple((run / "eval" / name).read_bytes() for name in files))
-        return code
-
-    def interrupted() -> str:
-        went_on, killed = 0, 0
-        for number in range(8):
-            # By turns after some samples are there, and at any time since the start.
-            delay = rng.uniform(0, 0.3) if number % 2 else rng.uniform(1, 8)
-            killed += evaluate(number, delay) == -9
-            log = trainings.text(folder / "eval.logs" / f"{number}.log")
-            went_on += "going on from sample" in log
-        evaluate(8, None)
-        went_on += "going on from sample" in trainings.text(folder / "eval.logs/8.log")
-        check(killed >= 4, f"only {killed} kills came before the end")
-        check(went_on, "no evaluation went on from the samples of another")
-        return f"{killed} kills, {went_on} went on from samples that were there"
-
-    def undisturbed() -> str:
-        for path in (run / "eval", run.parent / ".classifiers", run.parent / ".cache"):
-            if not path.exists():
-                raise FailedError(f"{path} is not there")
-            path.rename(path.with_name(f"{path.name}.killed"))
-        evaluate(9, None)
-        check(len(results) == 2, "an evaluation without results")
-        for name, one, other in zip(files, *results, strict=True):
-            check(one == other, f"{name} differs")
-        return ", ".join(files)
-
-    yield outcome("evaluation killed and started again", interrupted)
-    yield outcome("the same evaluation undisturbed: same files", undisturbed)
-
-
-def drawn(run: Path) -> moments.Moment:
-    """The note on the samples of an evaluation is there, or has changed."""
-    before: list[set[tuple[str, int]]] = []
-
-    def moment() -> bool:
-        try:
-            notes = (run / "eval" / "samples").glob("*.json")
-            now = {(note.name, note.stat().st_mtime_ns) for note in notes}
-        except OSError:
-            return False
-        if not before:
-            before.append(now)
-        return now != before[0]
-
-    return moment

@@ -1,9 +1,7 @@
 """Long runs: what a process holds does not grow."""
 
-import functools
 import os
 import re
-import shutil
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -12,13 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import damage, trainings
+from . import trainings
 from .cases import Outcome, check, outcome
 
-CYCLES, WARM_UP = 1000, 400
-"""Saves and restores; the first ones, after which memory must not grow."""
-ROWS = 16_384
-"""Of a matrix of 16 columns: 1 MiB, in parameters, moments and average."""
 STEPS = 20_000
 PICTURES, BETWEEN = 500, 5
 """Checkpoints and pictures of one run, and the steps from one to the next."""
@@ -32,7 +26,6 @@ class Held(NamedTuple):
     """What a process holds at a time."""
 
     done: int
-    """Cycles or steps."""
     memory: int
     """Resident, bytes."""
     files: int
@@ -72,7 +65,7 @@ def flat(samples: Sequence[Held], last: int, warm_up: int, most: float) -> str:
 
     Args:
       samples: what was held, over all the time.
-      last: cycles or steps in all.
+      last: steps in all.
       warm_up: how many of them do not count.
       most: bytes that memory may grow by each time; the error must be below it too, or
         nothing has been measured.
@@ -98,69 +91,7 @@ def flat(samples: Sequence[Held], last: int, warm_up: int, most: float) -> str:
     return ", ".join(said)
 
 
-def cycles(folder: Path, seed: int) -> Iterator[Outcome]:
-    """Yields the outcomes of many saves and restores in one process."""
-    import jax
-
-    from diffusion_jax.checkpoints import checkpoint
-    from diffusion_jax.training import parallel
-
-    state = damage.init(seed, ROWS)
-    like = jax.eval_shape(lambda: state)
-    one = parallel.replicated(parallel.make_mesh(1))
-    bump = jax.jit(lambda tree: jax.tree.map(_bumped, tree))
-    samples: list[Held] = []
-
-    def one_manager() -> str:
-        now = state
-        shown = functools.partial(print, "cycle", flush=True)
-        with checkpoint.open_folder(folder / "one", keep=3) as opened:
-            for step in range(1, CYCLES + 1):
-                now = bump(now)
-                checkpoint.save(opened, step, now, {"pending": [], "seed": seed})
-                checkpoint.wait(opened)
-                found = checkpoint.restore(opened, like, one)
-                check(found.step == step, f"step {found.step} in the place of {step}")
-                if step % 10 == 0:
-                    samples.append(held(step))
-                    shown(samples[-1])
-        _write(folder / "one.tsv", samples)
-        return flat(samples, CYCLES, WARM_UP, A_SAVE)
-
-    def many_managers() -> str:
-        """The folder opened and closed each time, as by runs that go on."""
-        now, found = state, []
-        for step in range(1, CYCLES // 4 + 1):
-            now = bump(now)
-            with checkpoint.open_folder(folder / "many", keep=3) as opened:
-                checkpoint.save(opened, step, now, {"pending": []})
-            with checkpoint.open_folder(folder / "many", read_only=True) as opened:
-                checkpoint.restore(opened, like, one)
-            if step % 5 == 0:
-                found.append(held(step))
-        _write(folder / "many.tsv", found)
-        return flat(found, CYCLES // 4, WARM_UP // 4, A_SAVE)
-
-    def clean() -> None:
-        for name in ("one", "many"):
-            names = sorted(path.name for path in (folder / name).iterdir())
-            steps = [each for each in names if each.isdecimal()]
-            check(len(steps) <= 4, f"{len(steps)} steps kept: {steps}")
-            check(names == steps, f"left over: {sorted(set(names) - set(steps))}")
-
-    yield outcome(f"{CYCLES:,} saves and restores", one_manager)
-    yield outcome(f"{CYCLES // 4:,} openings of a folder", many_managers)
-    yield outcome("nothing but checkpoints left", clean)
-    shutil.rmtree(folder / "one", ignore_errors=True)
-
-
-def _bumped(leaf: object) -> object:
-    import jax
-
-    return leaf if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf + 1
-
-
-def steps(folder: Path, seed: int) -> Iterator[Outcome]:
+def cases(folder: Path, seed: int) -> Iterator[Outcome]:
     """Yields the outcomes of long runs of digits, with its own network."""
     # One device: the other core is for the other cases. Four times the usual steps,
     # alone, and then little else than checkpoints and pictures.

@@ -1,0 +1,32 @@
+"""Does to runs what machines do: kills them, fills their disks, lets them run long.
+
+Each subject works in a folder of its own, which stays where something failed.
+"""
+
+import os
+
+import pytest
+
+from . import codecs, determinism, disks, kills, partners, signals, soak
+
+# Long ones first.
+SUBJECTS = {
+    "soak": soak.cases,  # 20,000 steps, and 500 pictures: memory
+    "kill": kills.cases,  # -9 at 30 moments
+    "signal": signals.cases,  # SIGTERM and SIGINT at any moment, and twice
+    "disk": disks.cases,  # full, read-only, missing, and room again
+    "determinism": determinism.cases,  # the same bytes twice
+    "codec": codecs.cases,  # kill -9 while files are compressed and read
+    "hosts": partners.cases,  # two processes, one killed
+}
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_nothing_is_lost(subject, tmp_path):
+    failed = []
+    for verdict, what, seconds in SUBJECTS[subject](
+        tmp_path, int(os.environ.get("TORTURE_SEED", "0"))
+    ):
+        print(f"{verdict:<8} {what}, {seconds:.1f} s", flush=True)
+        failed += [what] * (verdict == "failed")
+    assert not failed
