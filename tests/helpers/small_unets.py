@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax import samplers
 from diffusion_jax.nets import blocks, unet
 
 # float32 against float64, relative to the largest value of the result.
@@ -131,11 +130,3 @@ def by_shape(tree):
     """Shapes of the leaves by their path, "down0_block0/conv1/kernel"."""
     pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {name_of(path): leaf.shape for path, leaf in pairs}
-
-
-# The chains that diffusers' schedulers were run for.
-RULES = {
-    "ddim 50": samplers.ddim,
-    "ddpm large": functools.partial(samplers.ddpm, variance="large"),
-    "ddpm small": functools.partial(samplers.ddpm, variance="small"),
-}

@@ -1,4 +1,4 @@
-"""The U-Net against diffusers' UNet2DModel: same weights, same images, same noise.
+"""The U-Net against diffusers' UNet2DModel: same weights, same images.
 
 tests/golden/diffusers_unets.npz has what that computes in each case of
 peers/make_unet_golden.py. Weights are drawn from their names in diffusers, here as
@@ -19,13 +19,11 @@ import jax.numpy as jnp
 import make_unet_golden as golden
 import numpy as np
 import pytest
-from small_unets import RULES, quick_jit, whole
+from small_unets import quick_jit, whole
 
-from diffusion_jax import gaussian, grids, samplers, schedule
 from diffusion_jax.interop import unet_config, unet_names
 from diffusion_jax.nets import blocks
 
-NETWORKS = {**golden.CASES, "chain": golden.CHAIN}
 # Every kind of block, and both sets of constants.
 GRADIENTS = ("attention at two", "labels", "defaults")
 
@@ -39,7 +37,7 @@ def file():
 @functools.cache
 def opened(name):
     """(network, names, shapes by our names) of a case, by its configuration."""
-    config = {"_class_name": "UNet2DModel", **NETWORKS[name].config}
+    config = {"_class_name": "UNet2DModel", **golden.CASES[name].config}
     net, size, channels = unet_config.read_config(config, where="config.json")
     own = unet_names.shapes(net, channels, image_size=size)
     return net, unet_names.diffusers_names(own, len(net.multipliers)), own
@@ -55,13 +53,12 @@ def their_shapes(name):
     }
 
 
-def parameters(name, **given):
-    """The parameters of a case; tensors that are not given are drawn."""
+def parameters(name):
     _, names, own = opened(name)
     drawn = {
         key: golden.tensor(key, shape) for key, shape in their_shapes(name).items()
     }
-    return unet_names.from_tensors(drawn | given, names, own, where="the file")
+    return unet_names.from_tensors(drawn, names, own, where="the file")
 
 
 @functools.cache
@@ -145,26 +142,3 @@ def test_group_norm_epsilon_is_1e_6(file):
     # 1e-5 is the default of PyTorch and of diffusers.
     assert difference("1e-5", other, file["norm: diffusers"]) < 1e-5
     assert difference("wrong", other, file["norm: official"]) > 0.1
-
-
-# Chains.
-
-
-@pytest.mark.parametrize("name", ["ddim 50", "ddpm small"])
-def test_chain_ends_in_the_images_of_diffusers(name, file):
-    """With its own tables, in float32: they move paths by up to 2e-4."""
-    last = {key: file[f"chain: {key}"] for key in golden.LAST}
-    net, params = opened("chain")[0], parameters("chain", **last)
-    lin, size = schedule.linear(golden.T), golden.CHAIN.config["sample_size"]
-    denoise = gaussian.denoiser(
-        lambda x, t: net.apply({"params": params}, x, t), lin, "eps", clip=True
-    )
-    _, steps, _ = golden.CHAINS[name]
-    shape = (golden.CHAIN.batch, size, size, 3)
-    images = quick_jit(
-        lambda key: samplers.sample(
-            key, RULES[name](denoise, lin), grids.uniform(lin, steps), shape
-        )
-    )(jax.random.key(0))
-    assert images.dtype == np.float32
-    assert difference(name, np.asarray(images), file[name]) < 1e-3

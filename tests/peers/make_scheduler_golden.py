@@ -108,7 +108,6 @@ CASES = {
     "ddpm small: cosine": Case(DDPM, uniform(20), FREE | SMALL, "cosine"),
     "ddpm large: tail": Case(DDPM, TAIL, FREE | LARGE),
     "ddpm large: uneven": Case(DDPM, UNEVEN, FREE | LARGE),
-    "ddpm large: 10": Case(DDPM, uniform(10), FREE | LARGE),
     "ddpm learned: uneven": Case(DDPM, UNEVEN, FREE | {"variance_type": "learned"}),
     "ddim 0: 20": Case(DDIM, uniform(20), FREE | LAST),
     "ddim 0: quadratic": Case(DDIM, quadratic(20), FREE),

@@ -3,10 +3,9 @@
     python tests/peers/make_unet_golden.py
 
 Made with torch 2.13.0+cpu, diffusers 0.42.1 and numpy 2.4.6, in float64 but for the
-time embedding, which diffusers has in float32; of JAX comes only the noise of chains,
-and of diffusion_jax nothing. There are no weights in the file: they are numbers drawn
-from the name of each tensor, by a generator whose bits never change, so that tests draw
-the same ones without PyTorch.
+time embedding, which diffusers has in float32; of diffusion_jax comes nothing. There
+are no weights in the file: they are numbers drawn from the name of each tensor, by a
+generator whose bits never change, so that tests draw the same ones without PyTorch.
 
 The file holds of each case the names and shapes of all tensors as diffusers has them,
 the output, and of sum(output * c), c drawn as the weights are, the gradient: with
@@ -15,11 +14,6 @@ products with DIRECTIONS drawn vectors of numbers of variance 1. Images are
 [B, H, W, C]. The case "256" has all six levels of the networks of 256 pixels a side,
 at 64 pixels, 1/16 of their width and one block a level; the rest of them is left to
 test_unets_live.py.
-
-Of chains it holds the images that they end in. Their network is random but for its last
-convolution: `fit` has found it by least squares, so that it predicts the noise of
-images as well as the random features allow. With a random one, chains run into the
-bounds of the clip, where all are alike. That convolution is in the file.
 """
 
 import types
@@ -29,12 +23,10 @@ from typing import NamedTuple
 
 import numpy as np
 from make_inception_golden import uniform
-from make_scheduler_golden import channels_first, noise_of, start_and_noise, versions
+from make_scheduler_golden import channels_first, versions
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "diffusers_unets.npz"
-T = 1000
 DIRECTIONS = 3
-LAST = ("conv_out.weight", "conv_out.bias")
 
 # Of diffusers' conversions of the authors' networks; left out they are its defaults.
 OFFICIAL = types.MappingProxyType(
@@ -84,27 +76,10 @@ CASES = {
     "defaults": Case(config(16, (16, 32), (1,), constants={})),
 }
 
-# Single modules, by piece, get images of this shape.
-PIECE, TIMES = (2, 8, 8, 16), np.array([0, 3, 500, 999])
-VARIANTS = {
-    "official": OFFICIAL,
-    "diffusers": {
-        "norm_eps": 1e-5,
-        "freq_shift": 0,
-        "flip_sin_to_cos": True,
-        "downsample_padding": 1,
-    },
-}
+# Of GroupNorm by itself: its images, and its epsilon in both sets of constants.
+PIECE, EPSILONS = (2, 8, 8, 16), {"official": 1e-6, "diffusers": 1e-5}
 TINY = 1e-3
 """By which the images of GroupNorm are scaled: to a variance of its epsilon."""
-
-CHAIN = Case(config(8, (16, 16), (1,)))
-# By name: the scheduler, how many steps, its options.
-CHAINS = {
-    "ddim 50": ("DDIMScheduler", 50, {"timestep_spacing": "trailing"}),
-    "ddpm large": ("DDPMScheduler", T, {"variance_type": "fixed_large"}),
-    "ddpm small": ("DDPMScheduler", T, {"variance_type": "fixed_small"}),
-}
 
 
 # What tests draw too.
@@ -199,89 +174,17 @@ def measured(case):
 
 
 def pieces():
-    """Outputs of single modules with both sets of constants."""
+    """Outputs of GroupNorm with both."""
     import torch
-    from diffusers.models.downsampling import Downsample2D
-    from diffusers.models.embeddings import Timesteps
     from diffusers.models.resnet import ResnetBlock2D
-    from diffusers.models.upsampling import Upsample2D
 
-    channels, made = PIECE[-1], {}
-    x = channels_first(normalized("x", PIECE)).double()
-    for variant, of in VARIANTS.items():
-        shape = {"in_channels": channels, "temb_channels": 4, "groups": 4}
-        down = Downsample2D(channels, True, padding=of["downsample_padding"], name="op")
-        modules = {
-            "down": drawn(down, "down."),
-            "norm": drawn(ResnetBlock2D(**shape, eps=of["norm_eps"]).norm1, "norm."),
-            "up": drawn(Upsample2D(channels, True), "up."),
-        }
+    x, made = TINY * channels_first(normalized("x", PIECE)).double(), {}
+    shape = {"in_channels": PIECE[-1], "temb_channels": 4, "groups": 4}
+    for variant, epsilon in EPSILONS.items():
+        norm = drawn(ResnetBlock2D(**shape, eps=epsilon).norm1, "norm.")
         with torch.no_grad():
-            for piece, module in modules.items():
-                seen = TINY * x if piece == "norm" else x
-                made[f"{piece}: {variant}"] = channels_last(module.double()(seen))
-        embed = Timesteps(channels, of["flip_sin_to_cos"], of["freq_shift"])
-        made[f"time: {variant}"] = embed(torch.from_numpy(TIMES)).numpy()
+            made[f"norm: {variant}"] = channels_last(norm.double()(x))
     return made
-
-
-def fit(net):
-    """The network, its last convolution such that it predicts noise as it best can.
-
-    By linear regression on what the rest of it makes of Gaussian images of deviation
-    0.5 at all levels of noise.
-    """
-    import torch
-
-    count, size = 250, CHAIN.config["sample_size"]
-    t = np.arange(count) * T // count
-    x0, eps = (
-        channels_first(normalized(name, (count, size, size, 3))).to(net.dtype)
-        for name in ("x0", "eps")
-    )
-    alpha_bar = torch.from_numpy(np.cumprod(1 - np.linspace(1e-4, 0.02, T))[t])
-    alpha_bar = alpha_bar.to(net.dtype)[:, None, None, None]
-    x_t = alpha_bar.sqrt() * 0.5 * x0 + (1 - alpha_bar).sqrt() * eps
-    seen = []
-    hook = net.conv_out.register_forward_pre_hook(lambda _, args: seen.extend(args))
-    with torch.no_grad():
-        net(x_t, torch.from_numpy(t))
-    hook.remove()
-    columns = torch.nn.functional.unfold(seen[0], 3, padding=1).transpose(1, 2)
-    columns = columns.reshape(count * size**2, -1).double().numpy()
-    columns = np.append(columns, np.ones([len(columns), 1]), axis=1)
-    wanted = channels_last(eps).reshape(len(columns), -1)
-    found = np.linalg.lstsq(columns, wanted, rcond=None)[0].astype(np.float32)
-    print(f"the last convolution leaves {np.mean((columns @ found - wanted) ** 2):.3f}")
-    with torch.no_grad():
-        net.conv_out.weight[:] = torch.from_numpy(found[:-1].T.reshape(3, -1, 3, 3))
-        net.conv_out.bias[:] = torch.from_numpy(found[-1])
-    return net
-
-
-def walk(net, name):
-    """The images that a chain ends in, by diffusers as released."""
-    import diffusers
-    import torch
-
-    kind, steps, options = CHAINS[name]
-    peer = getattr(diffusers, kind)(
-        num_train_timesteps=T, beta_start=1e-4, beta_end=0.02, **options
-    )
-    peer.set_timesteps(steps)
-    step = {"use_clipped_model_output": True} if kind == "DDIMScheduler" else {}
-    size = CHAIN.config["sample_size"]
-    drawn = start_and_noise(steps, CHAIN.batch, (size, size, 3), "float32")
-    noise = [channels_first(each).to(net.dtype) for each in drawn]
-    x = noise[0]
-    # Threads that wait for each other cost so small a network seconds a step where
-    # the cores are busy with something else.
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        for at, each in zip(peer.timesteps, noise[1:], strict=True):
-            with noise_of(peer, each):
-                x = peer.step(net(x, at).sample, at, x, **step).prev_sample
-    return channels_last(x)
 
 
 def channels_last(x):
@@ -294,12 +197,6 @@ def main():
         found = measured(case)
         print(f"{name:20} output up to {np.abs(found['output']).max():.2f}")
         made |= {f"{name}: {key}": value for key, value in found.items()}
-    net = fit(network(CHAIN))
-    made |= {f"chain: {name}": net.state_dict()[name].numpy() for name in LAST}
-    for name in CHAINS:
-        made[name] = walk(net.double(), name)
-        bound = np.mean(np.abs(made[name]) > 0.999)
-        print(f"{name:20} {bound:.0%} of the values at the bounds")
     np.savez_compressed(GOLDEN, **made)
     print(f"{GOLDEN.stat().st_size} bytes")
 

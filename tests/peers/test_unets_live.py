@@ -18,9 +18,8 @@ import make_unet_golden as golden
 import numpy as np
 import pytest
 import safetensors.numpy
-from small_unets import RULES, quick_jit
+from small_unets import quick_jit
 
-from diffusion_jax import gaussian, grids, samplers, schedule
 from diffusion_jax.interop import unet_config, unet_names
 
 torch = pytest.importorskip("torch")
@@ -170,41 +169,6 @@ def test_fields_that_are_missing_mean_what_diffusers_takes_them_for():
     assert defaults == unet_config._DEFAULTS
 
 
-# Chains.
-
-
-@pytest.fixture(scope="module")
-def chain_net(tmp_path_factory):
-    """(diffusers' network as it makes it, its last convolution fitted, its folder)."""
-    net, folder = golden.fit(initialised(golden.CHAIN)), tmp_path_factory.mktemp("net")
-    net.save_pretrained(folder)
-    return net, folder
-
-
-@pytest.mark.parametrize("name", golden.CHAINS)
-def test_chains_end_in_the_same_images(name, chain_net):
-    theirs, folder = chain_net
-    net, params, _, _ = imported(folder)
-    lin, size = schedule.linear(golden.T), golden.CHAIN.config["sample_size"]
-    denoise = gaussian.denoiser(
-        lambda x, t: net.apply({"params": params}, x, t), lin, "eps", clip=True
-    )
-    images = samplers.sample(
-        jax.random.key(0),
-        RULES[name](denoise, lin),
-        grids.uniform(lin, golden.CHAINS[name][1]),
-        (golden.CHAIN.batch, size, size, 3),
-    )
-    expected = golden.walk(theirs, name)
-    assert np.mean(np.abs(expected) < 0.99) > 0.3
-    off = np.abs(np.asarray(images) - expected).max()
-    print(f"{name}: largest difference {off:.1e}")
-    assert off < 1e-3
-
-
-# The file.
-
-
 @pytest.mark.parametrize("name", golden.CASES)
 def test_file_is_what_diffusers_does(name, file):
     found = golden.measured(golden.CASES[name])
@@ -220,11 +184,3 @@ def test_file_is_what_diffusers_does(name, file):
 def test_file_has_what_modules_of_diffusers_do(file):
     for name, value in golden.pieces().items():
         np.testing.assert_allclose(value, file[name], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", golden.CHAINS)
-def test_file_has_where_chains_of_diffusers_end(name, file):
-    net = golden.network(golden.CHAIN)
-    last = {key: torch.from_numpy(file[f"chain: {key}"]) for key in golden.LAST}
-    net.load_state_dict({**net.state_dict(), **last})
-    assert np.abs(golden.walk(net.double(), name) - file[name]).max() < 1e-5
