@@ -27,7 +27,7 @@ from jax._src.interpreters import mlir
 from jax._src.lib.mlir import ir
 
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.wiring import chains, learning
+from diffusion_jax.lab.wiring import build, chains, learning
 
 jax.jit(lambda: 0)()  # now the flags have been read
 # What tests start compiles as it does for users.
@@ -167,6 +167,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
     return small_run.copied(shared / "trained", tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes programs of `small_run.Small`."""
+    monkeypatch.setattr(build, "make_network", small_run.make_small)
 
 
 @pytest.fixture(autouse=True)

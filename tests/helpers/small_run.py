@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +26,7 @@ from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import config
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.wiring import build, chains, learning
+from diffusion_jax.nets import fresh
 from diffusion_jax.training import parallel
 from experiments import train
 
@@ -99,7 +101,8 @@ def share_steps(make: Callable[..., Any]) -> Callable[..., Any]:
             return make(chosen, mesh, stored, options)
         shapes = str(jax.tree.map(lambda x: (x.shape, x.dtype), stored))
         alike = _alike(chosen, sample=config.Sample())
-        key = alike, mesh, shapes, learning.make_loss, learning.make_optimizer
+        made_of = build.make_network, learning.make_loss, learning.make_optimizer
+        key = alike, mesh, shapes, *made_of
         if key not in made:
             made[key] = make(chosen, mesh, stored)
         return replace(made[key], rest=() if stored is None else (stored,))
@@ -140,6 +143,26 @@ def _alike(chosen: Config, **sections: Any) -> Config:
     source = replace(chosen.data, source="digits", path=None)
     told = {"name": "", "output": "", "init_from": None, "data": source, "train": train}
     return replace(chosen, **(told | sections))
+
+
+class Small(nn.Module):
+    """In place of the U-Net where all around it is looked at: it is soon compiled."""
+
+    wide: bool = False
+    """Whether it tells a variance too."""
+
+    @nn.compact
+    def __call__(self, x, t, label=None, train=False):
+        """Returns as much as the U-Net."""
+        h = nn.Conv(8, (3, 3), kernel_init=fresh.kernel())(x)
+        h = nn.silu(h + jnp.sin(t / 100)[:, None, None, None])
+        out = x.shape[-1] * (1 + self.wide)
+        return nn.Conv(out, (3, 3), kernel_init=fresh.kernel())(h)
+
+
+def make_small(chosen: Config) -> Small:
+    """Returns it, as `build.make_network` returns a network."""
+    return Small(chosen.diffusion.variance in ("learned", "range"))
 
 
 @jax.custom_vjp

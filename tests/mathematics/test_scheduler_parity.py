@@ -1,9 +1,9 @@
 """The sampling rules against diffusers' schedulers: same network, noise and grid.
 
 tests/golden/diffusers_schedulers.npz has the whole path of x by diffusers for each case
-of peers/make_scheduler_golden.py. In DPM-Solver++(3M) diffusers takes half of the second
-derivative, as the released code of that does, whose order is then 2; there, and for
-EDM's noise, which has no peer, the rules are held to the definition in NumPy.
+of peers/make_scheduler_golden.py. In DPM-Solver++(3M) diffusers takes half of the
+second derivative, as the released code of that does, whose order is then 2: there, and
+for EDM's noise, which has no peer, the rules are held to the definition in NumPy.
 """
 
 import itertools
@@ -118,10 +118,6 @@ def test_path_is_that_of_diffusers_in_single_precision(name, paths):
     actual = walk(name, ROUNDED[name], start=start)[0]
     assert actual.dtype == np.float32
     np.testing.assert_allclose(actual, paths[name], rtol=0, atol=1e-4)
-
-
-
-
 
 
 def test_third_order_integrates_the_parabola_through_three_outputs(x64):

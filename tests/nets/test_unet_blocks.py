@@ -72,35 +72,6 @@ def true_block(params, parts, shift, time):
     return numpy_unet.res_block(params["block"], x, time, 4)
 
 
-def slopes(run, args, truth):
-    """The slope along random directions of all arguments, as `run` has its gradient,
-    and as `truth` has it in float64; with the length of the gradient."""
-    weights = normal(*np.shape(truth(*double(args))), seed=9)
-    rng = np.random.default_rng(7)
-    along = jax.tree.map(lambda a: rng.normal(size=np.shape(a)), args)
-    index = tuple(range(len(args)))
-    loss = lambda *args: (run(*args) * weights).sum()  # noqa: E731
-    found = double(quick_jit(jax.grad(loss, index))(*args))
-
-    def value(step):
-        moved = jax.tree.map(lambda a, v: a + step * v, double(args), along)
-        return (truth(*moved) * weights).sum()
-
-    products = jax.tree.map(lambda g, v: (g * v).sum(), found, along)
-    length = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(found)))
-    return sum(jax.tree.leaves(products)), (value(1e-5) - value(-1e-5)) / 2e-5, length
-
-
-@pytest.mark.parametrize(
-    ("name", "width", "conv"),
-    [("one", 8, "xla"), ("two", 12, "matmul"), ("straddling", 8, "xla")],
-)
-def test_res_block_equals_numpy(name, width, conv):
-    block, args, params = given_block(PARTS[name], width, conv=conv)
-    assert ("shortcut" in params["block"]) == (PARTS[name] != (width,))
-    assert_close(apply(block, params, *args), true_block(double(params), *args))
-
-
 def test_dropout_is_of_what_the_last_convolution_reads():
     rate, read = 0.1, []
     block, args, params = given_block((8,), 8, dropout=rate)
@@ -121,35 +92,6 @@ def test_dropout_is_of_what_the_last_convolution_reads():
 
 
 # Attention.
-
-
-class Attended(nn.Module):
-    """An attention and its products, in one module."""
-
-    block: blocks.Attention
-
-    def __call__(self, x, shift):
-        (weights,) = blocks.folded([self.block])
-        return self.block(blocks.Activation((x,), shift), weights).whole()
-
-
-def test_gradients_of_blocks_equal_numpy():
-    """Those of a residual block and of attention, by all that they are given."""
-    attention = Attended(blocks.Attention(channels=8, groups=4, dtype=jnp.float32))
-    args = normal(2, 4, 6, 8), normal(8, seed=4)
-
-    def true_attention(params, x, shift):
-        return numpy_unet.attention(params["block"], x + shift, 4)
-
-    of_attention = attention, args, parameters(attention, *args), true_attention
-    of_block = *given_block(PARTS["straddling"], 8), true_block
-    for block, args, params, truth in (of_attention, of_block):
-
-        def run(params, *args, block=block):
-            return block.apply({"params": params}, *args)
-
-        found, expected, length = slopes(run, (params, *args), truth)
-        assert abs(found - expected) < 1e-5 * length
 
 
 def test_softmax_is_float32_in_bfloat16():

@@ -3,7 +3,6 @@
 from collections import Counter
 from functools import partial
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +12,6 @@ import pytest
 from diffusion_jax import gaussian
 from diffusion_jax.lab.schema import config
 from diffusion_jax.lab.wiring import build, chains, learning
-from diffusion_jax.nets import fresh
 from diffusion_jax.training import averages, parallel, state
 
 TINY = config.Config(
@@ -26,24 +24,6 @@ TINY = config.Config(
     train=config.Train(steps=20, batch_size=16),
     sample=config.Sample(steps=5, count=8),
 )
-
-
-class Small(nn.Module):
-    """In place of the U-Net where all around it is looked at: it is soon compiled."""
-
-    @nn.compact
-    def __call__(self, x, t, label=None, train=False):
-        h = nn.Conv(8, (3, 3), kernel_init=fresh.kernel())(x)
-        h = nn.silu(h + jnp.sin(t / 100)[:, None, None, None])
-        return nn.Conv(x.shape[-1], (3, 3), kernel_init=fresh.kernel())(h)
-
-
-@pytest.fixture
-def small_network(monkeypatch):
-    """Makes programs of `Small`, and keeps none of them for others."""
-    monkeypatch.setattr(build, "make_network", lambda config, **_: Small())
-    monkeypatch.setattr(learning, "make_step", learning.make_step.__wrapped__)
-    monkeypatch.setattr(chains, "make_draw", chains.make_draw.__wrapped__)
 
 
 @pytest.fixture(scope="module")
