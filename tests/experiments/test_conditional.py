@@ -3,12 +3,10 @@
 import functools
 import json
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_run import SMALL
+import small_run
 
-from diffusion_jax import gaussian
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.measure import bound
@@ -27,7 +25,7 @@ def folder(tmp_path_factory):
 def labelled(folder):
     # Long enough for the label to matter.
     flags = ["--train.steps", "60", "--optimizer.learning-rate", "0.02"]
-    argv = ["digits_conditional", *SMALL, *flags, "--output", str(folder)]
+    argv = ["digits_conditional", *small_run.SMALL, *flags, "--output", str(folder)]
     assert train.main([*argv, "--optimizer.ema-decay", "0.9"]) == 0
     return runs.Run(folder / "digits_conditional")
 
@@ -88,11 +86,7 @@ def test_the_bound_is_of_the_image_with_its_label(labelled, monkeypatch):
     hold_apart(right, other)
 
     # By the flow of a network that is quick to compile, and told as the other is.
-    def told(config, drawable, levels, label, *, clip):
-        tone = jnp.cos(label).reshape(-1, 1, 1, 1)
-        return gaussian.denoiser(lambda x, t: tone * jnp.tanh(x), levels, "v")
-
-    monkeypatch.setattr(chains, "given_labels", told)
+    monkeypatch.setattr(chains, "given_labels", small_run.told)
     hold_apart(
         *(
             bound.evaluate_ode(config, drawable, labels, chosen, tolerance=1e-2)[:, 0]
@@ -154,7 +148,7 @@ def test_the_analytic_variance_has_the_best_bound(trained):
 
 
 def test_labels_must_fit_the_network(folder):
-    argv = ["digits", *SMALL, "--output", str(folder), "--name", "few"]
+    argv = ["digits", *small_run.SMALL, "--output", str(folder), "--name", "few"]
     with pytest.raises(
         ConfigError,
         match=r"labels must be in 0..4.*got 0..9. In .*, set --net.classes to 10",

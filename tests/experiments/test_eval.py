@@ -7,8 +7,8 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import small_run
 from PIL import Image
-from small_run import train_small
 
 from diffusion_jax import errors
 from diffusion_jax.checkpoints import checkpoint
@@ -24,6 +24,7 @@ from diffusion_jax.lab.schema.config import replace
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.trained import extras
 from diffusion_jax.lab.training import measuring
+from diffusion_jax.lab.wiring import chains
 from diffusion_jax.nets import inception
 from experiments import convert, eval_fid, eval_nll, sample
 
@@ -291,7 +292,8 @@ def test_bound_and_its_terms_are_reported(run, capsys):
     np.testing.assert_allclose(other["standard_error"], result["standard_error"], 1e-5)
 
 
-def test_bits_of_the_probability_flow_are_reported(run, capsys):
+def test_bits_of_the_probability_flow_are_reported(run, capsys, monkeypatch):
+    monkeypatch.setattr(chains, "given_labels", small_run.told)
     argv = [str(run.folder), "--ode", "--max-images", "5", "--batch-size", "4"]
     flags = ["--probes", "2", "--tolerance", "1e-3", "--trace", "gaussian"]
     assert eval_nll.main([*argv, *flags]) == 0
@@ -312,7 +314,6 @@ def test_bits_of_the_probability_flow_are_reported(run, capsys):
         "training_step": 12,
     }.items():
         assert result[name] == expected, name
-    # A network after twelve steps is as good as none: about the prior's bits.
     assert 5 < result["bits_per_dim"] < 12
     assert result["evaluations_per_image"] > 13
 
@@ -415,7 +416,7 @@ def test_a_run_measures_itself_as_eval_fid_does(run, monkeypatch):
     monkeypatch.setattr(measuring, "measure", measure)
     flags = "--train.checkpoint-every 6 --train.keep 1 --train.measure-every 6"
     flags += " --train.measure-count 70"
-    own = train_small(run.folder.parent, "measured", *flags.split())
+    own = small_run.train_small(run.folder.parent, "measured", *flags.split())
     found = results.in_training(own)
     assert sorted(found) == [6, 12]
     numbers = evaluate(own, "--count", "70")["numbers"]

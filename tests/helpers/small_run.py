@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax import gaussian
 from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.data import datasets
 from diffusion_jax.lab.measure import judges
@@ -120,7 +121,8 @@ def share_draws(make: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(make)
     def draw(chosen: Config, count: int, mesh: Any) -> Any:
         alike = _alike(chosen, train=config.Train(), optimizer=config.Optimizer())
-        key = alike, count, mesh, chains.make_sampler, build.make_network
+        made_of = chains.make_sampler, chains.make_denoiser, build.make_network
+        key = alike, count, mesh, *made_of
         if key not in made:
             made[key] = make(chosen, count, mesh)
         return made[key]
@@ -163,6 +165,18 @@ class Small(nn.Module):
 def make_small(chosen: Config) -> Small:
     """Returns it, as `build.make_network` returns a network."""
     return Small(chosen.diffusion.variance in ("learned", "range"))
+
+
+def told(chosen: Config, drawable: Any, levels: Any, label: Any, *, clip: bool) -> Any:
+    """A denoiser in place of `chains.given_labels`, which hears of labels."""
+    tone = 1.0 if label is None else jnp.cos(label).reshape(-1, 1, 1, 1)
+    return gaussian.denoiser(lambda x, t: tone * jnp.tanh(x), levels, "v")
+
+
+def denoiser(chosen: Config, drawable: Any, **_: Any) -> Any:
+    """One in place of `chains.make_denoiser`."""
+    levels = chains.sampling_schedule(chosen, drawable.params)
+    return told(chosen, drawable, levels, None, clip=True)
 
 
 @jax.custom_vjp
