@@ -71,7 +71,7 @@ def test_any_batch_reads_what_any_other_wrote():
 
 @pytest.mark.parametrize("layout", ["progressive", "archive"])
 def test_files_of_the_first_version_are_read_for_ever(layout):
-    """Made by tests/peers/make_codec_golden.py, with a network that is one matrix."""
+    """Made by the first version, with a network that is one matrix."""
     stored = np.load(GOLDEN / "codec.npz")
     profile = profiles.load(GOLDEN / "codec.safetensors")
     got = decoded(layout, profile, linear(stored["matrix"]), stored[layout].tobytes())

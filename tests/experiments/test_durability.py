@@ -15,7 +15,6 @@ from small_run import digests, restored, state_digests, train_small
 
 from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.wiring import learning
 from diffusion_jax.training import determinism
 
 
@@ -63,38 +62,6 @@ def test_a_run_that_moves_between_devices_is_the_same_within_1e_5(folder, whole,
     for a, b in zip(*logs, strict=True):
         assert a["step"] == b["step"]
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
-
-
-# What a checkpoint could have left out, and what of the end differs when each is put
-# back to what it was at first.
-LEARNED = {"params", "averages", "opt_state", "log"}
-LEFT_OUT = {
-    "key": {"key"} | LEARNED,
-    "opt_state": LEARNED,
-    "averages": {"averages"},
-    "step": LEARNED,
-    "pending": {"log"},
-}
-
-
-@pytest.mark.parametrize("part", LEFT_OUT)
-def test_a_checkpoint_without_a_part_would_not_go_unnoticed(part, folder, whole, half):
-    run = copy_of(half, f"without_{part}")
-    state, meta, step, _ = restored(half)
-    if part == "pending":
-        meta = {**meta, "pending": []}
-    else:
-        first = learning.init_state(runs.read_config(run))
-        # That of the key is all that it ever is.
-        first = first._replace(key=jax.random.key(99))
-        state = state._replace(**{part: getattr(first, part)})
-    shutil.rmtree(run.checkpoints)
-    with checkpoint.open_folder(run.checkpoints) as store:
-        checkpoint.save(store, step, state, meta)
-    train_small(folder, run.folder.name, *UNTIL)
-    ended, right = digests(run), digests(whole)
-    assert len(right) == 7
-    assert {name for name in right if ended[name] != right[name]} == LEFT_OUT[part]
 
 
 def test_a_disk_that_fills_during_a_run_costs_nothing_but_time(folder, whole, half):

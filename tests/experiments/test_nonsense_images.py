@@ -20,9 +20,6 @@ from PIL import Image
 
 from diffusion_jax.data import image_files, image_folders
 from diffusion_jax.errors import DataError
-from diffusion_jax.lab.schema.config import replace
-from diffusion_jax.lab.wiring import build
-from experiments.configs import EXPERIMENTS
 
 RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 RGB = np.stack([RAMP, 255 - RAMP, RAMP // 2], axis=-1)
@@ -201,17 +198,3 @@ def test_unusual_images_are_read_right(name, tmp_path):
     assert np.abs(found - right).max() <= 1, (found[..., 0], right[..., 0])
     (folded,) = whole_folder(tmp_path, 8)
     np.testing.assert_array_equal(folded, found)
-
-
-def test_what_cannot_be_read_is_left_out_where_the_flag_says_so(tmp_path):
-    """The hint is the flag's, as a command has it."""
-    for i in range(3):
-        Image.new("L", (8, 8), i).save(tmp_path / f"{i}.png")
-    (tmp_path / "bad.png").write_bytes(b"no image")
-    config = EXPERIMENTS["digits"].config
-    config = replace(config, "data", source=f"folder:{tmp_path}", hold_out=0.0)
-    with pytest.raises(DataError, match=r"bad\.png.*\n.* --data\.skip-unreadable"):
-        build.load_data(config)
-    skips = replace(config, "data", skip_unreadable=True)
-    with pytest.warns(UserWarning, match=r"left out unreadable images; got 1 of 4"):
-        assert len(build.load_data(skips).images) == 3

@@ -10,9 +10,8 @@ from PIL import Image
 from small_run import SMALL
 
 from diffusion_jax import lab
-from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.training import arguments
-from experiments import convert, edit, eval_fid, eval_nll, sample
+from experiments import edit, eval_nll, sample
 from experiments.configs import EXPERIMENTS
 
 H, W = 8, 16
@@ -68,23 +67,3 @@ def test_the_bound_is_of_images_of_that_size(wide):
     assert eval_nll.main(argv) == 0
     written = json.loads((found.run.folder / "eval/nll_train.json").read_text())
     assert np.isfinite(written["bits_per_dim"])
-
-
-def test_a_network_for_diffusers_gives_the_same_images(wide, tmp_path):
-    found, _ = wide
-    assert convert.main([str(found.run.folder), str(tmp_path / "out")]) == 0
-    unet = json.loads((tmp_path / "out/unet/config.json").read_text())
-    assert unet["sample_size"] == [H, W]
-    key = jax.random.key(0)
-    again = lab.load(tmp_path / "out").sample(key, 3)
-    np.testing.assert_array_equal(again, found.sample(key, 3))
-
-
-def test_samples_in_files_must_stand_as_the_images_do(wide, tmp_path):
-    options = eval_fid.Options(samples=f"folder:{tmp_path}")
-    config = wide[0].config
-    Image.new("L", (W, H)).save(tmp_path / "a.png")
-    assert eval_fid.load_samples(options, config).shape == (1, H, W, 1)
-    Image.new("L", (H, W)).save(tmp_path / "b.png")
-    with pytest.raises(ConfigError, match=r"must be 8x16 .*; got 16x8 in"):
-        eval_fid.load_samples(options, config)

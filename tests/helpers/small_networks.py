@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 from diffusion_jax.lab.network_files import networks, records
 from diffusion_jax.lab.schema import latents
@@ -52,6 +53,25 @@ def read(path, **options):
     found = networks.find(path)
     assert found is not None
     return networks.read(found, **options)
+
+
+def any_bits(shapes):
+    """Parameters of any bits that are numbers: subnormal, huge and -0 among them."""
+    rng = np.random.default_rng(0)
+
+    def draw(shape):
+        values = rng.integers(2**32, size=shape, dtype=np.uint32).view(np.float32)
+        return np.where(np.isfinite(values), values, np.float32(-0.0))
+
+    flat = {key: draw(shape) for key, shape in shapes.items()}
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def assert_same_bits(one, other):
+    """Of -0 and 0 too."""
+    same(one, other)
+    for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True):
+        np.testing.assert_array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
 def same(one, other):

@@ -3,10 +3,9 @@
 import functools
 import json
 
-import jax
 import numpy as np
 import pytest
-from flax import traverse_util
+from small_networks import any_bits, assert_same_bits
 
 from diffusion_jax.interop import autoencoder_config, autoencoder_names, unet_names
 from diffusion_jax.nets.autoencoder import AutoencoderKL
@@ -34,15 +33,7 @@ def names_of(table, name):
 
 
 def parameters(name):
-    """Parameters of any bits that are numbers: subnormal, huge and -0 among them."""
-    rng = np.random.default_rng(0)
-
-    def draw(shape):
-        values = rng.integers(2**32, size=shape, dtype=np.uint32).view(np.float32)
-        return np.where(np.isfinite(values), values, np.float32(-0.0))
-
-    flat = {key: draw(shape) for key, shape in shapes(name).items()}
-    return traverse_util.unflatten_dict(flat, sep="/")
+    return any_bits(shapes(name))
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -51,9 +42,7 @@ def test_there_and_back_every_weight_has_the_same_bits(table, name):
     names, params = names_of(table, name), parameters(name)
     theirs = unet_names.to_tensors(params, names)
     back = unet_names.from_tensors(theirs, names, shapes(name), where="a file")
-    assert jax.tree.structure(back) == jax.tree.structure(params)
-    for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(params), strict=True):
-        np.testing.assert_array_equal(one.view(np.uint32), other.view(np.uint32))
+    assert_same_bits(back, params)
 
 
 def compvis(*, levels, blocks, attention):

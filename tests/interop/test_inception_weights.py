@@ -3,12 +3,10 @@
 import hashlib
 import io
 import itertools
-import pickle
 import tarfile
 
 import jax
 import make_inception_golden as golden
-import nonsense
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -16,7 +14,7 @@ from flax import traverse_util
 from graph_writer import OTHERS, constant
 from small_networks import same
 
-from diffusion_jax.errors import ConfigError, DataError
+from diffusion_jax.errors import ConfigError
 from diffusion_jax.interop import inception_weights
 from experiments import convert
 
@@ -105,37 +103,16 @@ def load(path, content, refuses, *all_said):
 
 
 def test_all_that_is_wrong_with_safetensors_is_said_at_once(tensors, tmp_path, refuses):
-    tensors = dict(tensors)
-    kernel = tensors.pop("mixed/tower/conv/kernel")
-    tensors["mixed/tower/conv/weight"] = kernel
-    tensors["softmax/kernel"] = tensors["softmax/kernel"].T.copy()
-    tensors["conv/bias"] = tensors["conv/bias"].astype(np.float16)
-    tensors["conv_1/var"] = -tensors["conv_1/var"]
+    tensors = {**tensors, "conv_1/var": -tensors["conv_1/var"]}
     tensors["conv_1/mean"] = np.full(32, np.nan, np.float32)
+    del tensors["mixed/tower/conv/kernel"]
     all_said = (
         "mixed/tower/conv/kernel: nothing for float32[1,1,192,48]",
-        "mixed/tower/conv/weight: float32[1,1,192,48] for nothing",
-        "softmax/kernel: float32[1008,2048] for float32[2048,1008]",
-        "conv/bias: float16[32] for float32[32]",
         "conv_1/var: some below 0",
         "conv_1/mean: values that are not finite",
     )
     content = safetensors.numpy.save(tensors)
     load(tmp_path / "a.safetensors", content, refuses, *all_said)
-
-
-MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
-
-
-@pytest.mark.parametrize("head", [b"", MAGIC], ids=["plain", "pytorch"])
-def test_pickle_is_refused_and_not_run(tmp_path, head):
-    """Under any name, and behind what PyTorch's files of old begin with."""
-    path = tmp_path / "a.pb"
-    path.write_bytes(head + nonsense.evil(tmp_path))
-    message = r"must .*; got " if head else r"got a pickle.* It was not run\."
-    with pytest.raises(DataError, match=message):
-        inception_weights.load(path)
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_other_files_are_refused(tmp_path, refuses):
@@ -176,13 +153,6 @@ def test_saved_file_holds_the_same_and_is_held_to_the_digest_in_its_name(
     assert (weights.sha256, weights.format) == (digest, "safetensors")
     same(weights.variables, variables)
     assert list(path.parent.iterdir()) == [path]
-
-
-def test_other_variables_are_not_saved(variables, tmp_path, refuses):
-    params = {k: v for k, v in variables["params"].items() if k != "conv"}
-    with refuses("conv/bias: nothing for float32[32]; conv/kernel: nothing"):
-        inception_weights.save({**variables, "params": params}, tmp_path / "a")
-    assert not list(tmp_path.iterdir())
 
 
 def test_command_converts(graph_file, variables, tmp_path, capsys):

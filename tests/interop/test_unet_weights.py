@@ -3,11 +3,10 @@
 import functools
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
+from small_networks import any_bits, assert_same_bits
 
 from diffusion_jax.interop import unet_config, unet_names
 from diffusion_jax.nets import unet
@@ -46,16 +45,7 @@ def names_of(table, name):
 
 
 def parameters(name):
-    """Parameters of any bits that are numbers: subnormal, huge and -0 among them."""
-    rng = np.random.default_rng(0)
-
-    def draw(shape):
-        bits = rng.integers(2**32, size=shape, dtype=np.uint32)
-        values = bits.view(np.float32)
-        return np.where(np.isfinite(values), values, np.float32(-0.0))
-
-    flat = {key: draw(shape) for key, shape in shapes(name).items()}
-    return traverse_util.unflatten_dict(flat, sep="/")
+    return any_bits(shapes(name))
 
 
 def read(found, table="diffusers", name="small", **options):
@@ -67,13 +57,6 @@ def read(found, table="diffusers", name="small", **options):
 
 def exported(table="diffusers", name="small"):
     return unet_names.to_tensors(parameters(name), names_of(table, name))
-
-
-def assert_same_bits(one, other):
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        assert a.dtype == b.dtype == np.float32
-        np.testing.assert_array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
 # Names.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import mixtures
 import numpy as np
 import pytest
-from rules import MADE, RULES, grid_of, made_for
+from rules import RULES, grid_of, made_for
 
 from diffusion_jax import samplers
 
@@ -87,25 +87,3 @@ def hold_moments(rule, data, x, extra):
     error = np.abs(np.cov(flat.T) - data.cov) / np.outer(size, size)
     off = error - rule.excess * np.abs(data.cov) / np.outer(size, size)
     assert off.max() < 5 * np.sqrt(2 / len(x)) + 0.04 + extra
-
-
-def test_the_oracle_itself_is_bayes_rule(x64):
-    """E[x0 | x_t] and E[eps | x_t] of a mixture, by quadrature on one pixel."""
-    weights, means, stds = [0.3, 0.7], [0.5, -0.4], [0.2, 0.1]
-    covs = [[[std**2]] for std in stds]
-    data = mixtures.Mixture(weights, means, covs, (1,))
-    x0 = np.linspace(-3, 3, 20_001)
-    density = sum(
-        w * np.exp(-0.5 * ((x0 - m) / s) ** 2) / s
-        for w, m, s in zip(weights, means, stds, strict=True)
-    )
-    for made, t in ((MADE["linear"], 200), (MADE["ve"], 0.4)):
-        level = made(t)
-        for x_t in (-0.5, 0.1, 1.0):
-            noise = (x_t - float(level.alpha) * x0) / float(level.sigma)
-            post = density * np.exp(-0.5 * noise**2)
-            pred = data.denoiser(made)(jnp.full([1, 1], x_t), t)
-            np.testing.assert_allclose(pred.x0[0, 0], (post @ x0) / post.sum(), 1e-6)
-            np.testing.assert_allclose(
-                pred.eps[0, 0], (post @ noise) / post.sum(), 1e-6
-            )

@@ -60,12 +60,6 @@ def test_features_are_those_of_pytorch_fid(peer, variables, preprocessing):
         assert relative_error(actual.logits, peer["logits"]) < 1e-5
 
 
-def test_golden_file_tells_mistakes_apart(peer):
-    """Images and ways of preprocessing differ by much more than the tolerance."""
-    assert relative_error(peer["tensorflow"], peer["pytorch_fid"]) > 1e-2
-    assert relative_error(peer["tensorflow"][:1], peer["tensorflow"][1:]) > 1e-1
-
-
 def test_size_is_that_of_the_released_network():
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.uint8)
     key = jax.random.key(0)
