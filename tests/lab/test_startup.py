@@ -1,5 +1,6 @@
 """What a command does before its first step: little is loaded, and little compiled."""
 
+import importlib
 import subprocess
 import sys
 from dataclasses import replace
@@ -31,38 +32,42 @@ SMALL = Config(
 )
 
 
-def loaded_by(code):
-    """The packages that a process has loaded after some code."""
-    code += "; import sys; print(*{name.split('.')[0] for name in sys.modules})"
-    return set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
+# What is loaded after the package alone, after some commands and after all; and that
+# notebooks have names of modules before these are loaded.
+STAGES = f"""
+import sys
+import diffusion_jax, experiments.__main__
+from diffusion_jax import lab
+print(*sys.modules)
+print(*dir(lab))
+import experiments.train, experiments.edit, experiments.codec
+print(*sys.modules)
+import {", ".join(f"experiments.{name}" for name in COMMANDS)}
+print(*sys.modules)
+"""
+FACE = "Config Data Diffusion Net Optimizer Sample Train Trained TrainedAutoencoder "
+FACE += "distil load train"
 
 
-def test_the_package_alone_loads_nothing():
-    assert not {"jax", "numpy", "flax"} & loaded_by(
-        "import diffusion_jax, experiments.__main__"
-    )
-
-
-def test_commands_load_what_is_slow_only_where_they_use_it():
-    modules = ", ".join(f"experiments.{name}" for name in COMMANDS)
-    loaded = loaded_by(f"import {modules}")
+def test_packages_are_loaded_where_they_are_used():
+    command = [sys.executable, "-c", STAGES]
+    lines = subprocess.check_output(command, text=True).splitlines()
+    bare, face, light, whole = (set(line.split()) for line in lines)
+    assert not {"jax", "numpy", "flax"} & bare
+    assert "diffusion_jax.lab" in bare
+    assert face == set(FACE.split())
+    assert "flax" not in light
     assert len(COMMANDS) >= 15
-    assert "jax" in loaded
-    assert not loaded & set(SLOW.split())
-    light = "import experiments.train, experiments.edit, experiments.codec"
-    assert "flax" not in loaded_by(light)
+    assert "jax" in whole
+    assert not whole & set(SLOW.split())
 
 
-def test_modules_are_there_by_name():
-    code = (
-        "import importlib\n"
-        "for package in '', '.training', '.evaluation':\n"
-        "    p = importlib.import_module(f'diffusion_jax{package}')\n"
-        "    assert set(p.__all__) <= set(dir(p))\n"
-        "    assert all(getattr(p, n).__name__.endswith(n) for n in p.__all__)\n"
-        "    assert not hasattr(p, 'nothing')"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+@pytest.mark.parametrize("package", ["", ".training", ".evaluation"])
+def test_modules_are_there_by_name(package):
+    found = importlib.import_module(f"diffusion_jax{package}")
+    assert set(found.__all__) <= set(dir(found))
+    assert all(getattr(found, n).__name__.endswith(n) for n in found.__all__)
+    assert not hasattr(found, "nothing")
 
 
 def test_the_first_state_is_that_of_the_seed_to_the_bit():

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from . import codecs, determinism, disks, kills, partners, signals, soak
+from . import determinism, disks, kills, partners, signals, soak
 
 # Long ones first.
 SUBJECTS = {
@@ -16,7 +16,6 @@ SUBJECTS = {
     "signal": signals.cases,  # SIGTERM and SIGINT at any moment, and twice
     "disk": disks.cases,  # full, read-only, missing, and room again
     "determinism": determinism.cases,  # the same bytes twice
-    "codec": codecs.cases,  # kill -9 while files are compressed and read
     "hosts": partners.cases,  # two processes, one killed
 }
 

@@ -70,7 +70,6 @@ def start(
     *flags: object,
     log: Path,
     cache: Path | None = None,
-    module: str = "experiments.train",
     given: Sequence[str] | None = None,
     extra: Mapping[str, str] | None = None,
     **options: Any,
@@ -82,7 +81,6 @@ def start(
       flags: more than those of the small network.
       log: the file.
       cache: of compiled programs, see `environment`.
-      module: which command.
       given: its arguments, in the place of those of training.
       extra: variables of its environment.
       options: of `subprocess.Popen`.
@@ -94,7 +92,7 @@ def start(
     assert writer.stdin is not None
     with writer.stdin:
         process = subprocess.Popen(
-            [sys.executable, "-m", module, *given],
+            [sys.executable, "-m", "experiments.train", *given],
             env={**environment(cache), **(extra or {})},
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
