@@ -1,10 +1,15 @@
-"""What the page may ask for, read from JSON and checked before anything is computed."""
+"""What the page may ask for, read and checked before anything is computed."""
 
 import dataclasses
+import io
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
 
-from diffusion_jax.errors import ConfigError
+import numpy as np
+from PIL import Image
+
+from diffusion_jax.data import image_files
+from diffusion_jax.errors import ConfigError, DataError
 from diffusion_jax.lab.schema import facts, json_fields, sampling
 from diffusion_jax.lab.schema.checks import with_sampling
 from diffusion_jax.lab.schema.config import Config
@@ -13,6 +18,9 @@ from diffusion_jax.lab.schema.sampling import Grid, Order, RuleName, Sampling
 
 IMAGES, PIXELS = 64, 2**20
 """Most images of an answer, and most pixels of all of them."""
+FORMATS = ("PNG", "JPEG", "WEBP")
+MOST_PIXELS = 16 * 10**6
+"""Of an image file."""
 _Id = Annotated[str, Must("of at most 64 characters", lambda v: len(v) <= 64)]
 _Ids = Annotated[tuple[str, ...], Entries(2)]
 _Many = Annotated[int, between(1, IMAGES)]
@@ -46,17 +54,6 @@ class Denoise:
 
 
 @dataclass(frozen=True)
-class Vary:
-    """An image, noised to a depth and drawn again from there."""
-
-    image: _Id = ""
-    depth: Count | None = None
-    how: How = How()
-    seed: Seed = 0
-    count: _Many = 8
-
-
-@dataclass(frozen=True)
 class Interpolate:
     """Images between two, mixed at a depth or on the arc between their encodings."""
 
@@ -82,16 +79,6 @@ class Inpaint:
 
 
 @dataclass(frozen=True)
-class Colorize:
-    """The colours of an image."""
-
-    image: _Id = ""
-    how: How = How()
-    seed: Seed = 0
-    count: _Many = 8
-
-
-@dataclass(frozen=True)
 class Compress:
     """An image in the fewest bytes, byte by byte."""
 
@@ -108,7 +95,7 @@ class Resume:
     job: _Id = ""
 
 
-KINDS = (Denoise, Vary, Interpolate, Inpaint, Colorize, Compress, Resume)
+KINDS = (Denoise, Interpolate, Inpaint, Compress, Resume)
 
 
 def read(text: bytes, kind: type[Asked]) -> Asked:
@@ -125,12 +112,39 @@ def read(text: bytes, kind: type[Asked]) -> Asked:
     Traceback (most recent call last):
     diffusion_jax.errors.ConfigError: count must be from 1 to 64; got 65. Change it.
     """
-    found, wrong = json_fields.read(json_fields.parse(text.decode("utf-8")), kind)
-    problems = wrong or facts.problems(found)
-    for name, must, got in problems:
+    values = json_fields.parse(text.decode("utf-8"))
+    found, wrong = json_fields.read(values, kind, hint="Leave it out.")
+    for name, must, got in wrong or facts.problems(found):
         raise ConfigError(f"{name} must be {must}; got {got}. Change it.")
     answer: Asked = found
     return answer
+
+
+def decoded(data: bytes, config: Config) -> tuple[np.ndarray, tuple[int, int]]:
+    """Returns an image in the shape of the run's data, and its own height and width.
+
+    Args:
+      data: a file, PNG, JPEG or WebP, of at most 16 million pixels.
+      config: of the run.
+
+    Raises:
+      DataError: it is no such file.
+    """
+    height, width, channels = config.data.shape
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as head:
+            pixels = head.width * head.height
+        if pixels > MOST_PIXELS:
+            raise ValueError(f"{pixels:,} pixels, over the limit of {MOST_PIXELS:,}")
+        return image_files.decode(
+            io.BytesIO(data), (height, width), channels, formats=FORMATS
+        )
+    except Exception as error:  # decoders fail in many ways
+        why = str(error) if type(error) is ValueError else type(error).__name__
+        raise DataError(
+            f"the image must be a PNG, JPEG or WebP file that can be read; got "
+            f"{len(data):,} bytes that are not ({why[:200]}). Convert it to PNG."
+        ) from error
 
 
 def sampled(config: Config, how: How, count: int) -> Config:
@@ -160,16 +174,3 @@ def sampled(config: Config, how: How, count: int) -> Config:
             "variance or classifier guidance. Choose another sampler."
         )
     return changed
-
-
-def typed(how: How) -> list[str]:
-    """Returns the flags of a way to sample.
-
-    >>> typed(How(sampler="ddim", steps=10))
-    ['--sampler', 'ddim', '--steps', '10']
-    """
-    said = []
-    for name, value in dataclasses.asdict(how).items():
-        if value is not None:
-            said += [f"--{name}", f"{value:g}" if name == "guidance" else str(value)]
-    return said

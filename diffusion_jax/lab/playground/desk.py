@@ -1,10 +1,13 @@
-"""Gives jobs to the one thread that computes, one after another, and stops them."""
+"""Gives jobs to the one thread that computes, and keeps what they left in memory."""
 
 import asyncio
 import secrets
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
+
+from diffusion_jax.errors import ConfigError
 
 WAITING = 4
 """Jobs that may wait for the one that is computed."""
@@ -72,3 +75,35 @@ class Desk:
         finally:
             self.order.remove(name)
             self.stopped.discard(name)
+
+
+class Kept(Generic[T]):
+    """The newest of some values, by names that nobody can guess; the oldest go."""
+
+    def __init__(self, most: int, what: str) -> None:
+        """Keeps `most` of what is called `what` in messages."""
+        self.most, self.what = most, what
+        self.values: OrderedDict[str, T] = OrderedDict()
+
+    def put(self, value: T, name: str = "") -> str:
+        """Returns the name of a value, a new one where none is given."""
+        name = name or secrets.token_urlsafe(12)
+        self.values[name] = value
+        self.values.move_to_end(name)
+        while len(self.values) > self.most:
+            self.values.popitem(last=False)
+        return name
+
+    def get(self, name: str) -> T:
+        """Returns a value that is still there.
+
+        Raises:
+          ConfigError: there is none of the name.
+        """
+        if name not in self.values:
+            raise ConfigError(
+                f"{self.what} must be among the last {self.most}; got another. Give "
+                "it again."
+            )
+        self.values.move_to_end(name)
+        return self.values[name]

@@ -15,6 +15,7 @@ from diffusion_jax.lab.playground import asked, walk
 from diffusion_jax.lab.playground.asked import How
 from diffusion_jax.lab.playground.subject import Subject
 from diffusion_jax.lab.playground.walk import Plan
+from diffusion_jax.lab.process import flags
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.wiring import chains
@@ -45,19 +46,8 @@ def denoise(subject: Subject, told: asked.Denoise, images: Images) -> Route:
     keys, start = walk.noise(config, told.seed, told.count)
     plan = Plan(config, subject.drawable, chains.make_grid(config), keys, start)
     words = ["--count", str(told.count), "--no-strip", "--out", "drawn.png"]
-    command = _typed(subject, "sample", [], told, words)
+    command = _typed(subject, "sample", words, told)
     return Route(config, plan, None, command, told.counted)
-
-
-def vary(subject: Subject, told: asked.Vary, images: Images) -> Route:
-    """Returns the chain of variations of an image."""
-    config = _of_one_class(asked.sampled(subject.config, told.how, told.count))
-    depth = _depth(config, told.depth)
-    x0 = jnp.repeat(_floats(images(told.image))[None], told.count, axis=0)
-    keys, _ = walk.noise(config, told.seed, told.count)
-    plan = _noised(subject, config, keys, x0, depth)
-    words = ["vary", "IMAGE.png", "--depth", str(depth), "--count", str(told.count)]
-    return Route(config, plan, None, _typed(subject, "edit", words, told))
 
 
 def interpolate(subject: Subject, told: asked.Interpolate, images: Images) -> Route:
@@ -93,7 +83,11 @@ def inpaint(subject: Subject, told: asked.Inpaint, images: Images) -> Route:
     white[list(told.mask)] = True
     grid = chains.make_grid(config)
     if told.resamples > 1:
-        _check_forgets(config)
+        if edits.has_memory(config):
+            raise ConfigError(
+                "resamples must be 1 with a rule that has a memory; got more with "
+                f"{config.sample.sampler}. Use ddpm or ddim."
+            )
         jump = min(JUMP, len(grid) - 2)
         grid = editing.repaint_grid(grid, jump, told.resamples)
     keys, start = walk.noise(config, told.seed, told.count)
@@ -103,22 +97,6 @@ def inpaint(subject: Subject, told: asked.Inpaint, images: Images) -> Route:
     words = ["inpaint", "IMAGE.png", "MASK.png", "--count", str(told.count)]
     if told.resamples > 1:
         words += ["--resamples", str(told.resamples), "--jump", str(jump)]
-    return Route(config, plan, None, _typed(subject, "edit", words, told))
-
-
-def colorize(subject: Subject, told: asked.Colorize, images: Images) -> Route:
-    """Returns the chain that draws the colours of an image."""
-    config = _of_one_class(asked.sampled(subject.config, told.how, told.count))
-    if config.data.channels != 3:
-        raise ConfigError(
-            "the network must be one of RGB images, to draw colours; got one of grey "
-            "images. Open another run."
-        )
-    keys, start = walk.noise(config, told.seed, told.count)
-    grey = _floats(images(told.image))[None].mean(-1, keepdims=True)
-    grid = chains.make_grid(config)
-    plan = Plan(config, subject.drawable, grid, keys, start, (grey,))
-    words = ["colorize", "IMAGE.png", "--count", str(told.count)]
     return Route(config, plan, None, _typed(subject, "edit", words, told))
 
 
@@ -189,24 +167,11 @@ def _of_one_class(config: Config) -> Config:
     return config
 
 
-def _check_forgets(config: Config) -> None:
-    if edits.has_memory(config):
-        raise ConfigError(
-            "resamples must be 1 with a rule that has a memory; got more with "
-            f"{config.sample.sampler}. Use ddpm or ddim."
-        )
-
-
-def _typed(
-    subject: Subject,
-    command: str,
-    words: Sequence[str],
-    told: Any,
-    more: Sequence[str] = (),
-) -> str:
+def _typed(subject: Subject, command: str, words: Sequence[str], told: Any) -> str:
     """Returns the command line that draws the same."""
-    flags = shlex.join([*words, "--seed", str(told.seed), *asked.typed(told.how)])
+    how = flags.typed({"seed": told.seed, **dataclasses.asdict(told.how)})
     run, *which = subject.typed.split(" --")  # edit takes RUN before its command
     chosen = [f"--{each}" for each in which]
-    said = ["python -m", f"experiments.{command}", run, flags, *chosen, *more]
-    return " ".join(said)
+    before, after = ([], words) if command == "sample" else (words, [])
+    said = [run, shlex.join(before), how, *chosen, shlex.join(after)]
+    return " ".join(["python -m", f"experiments.{command}", *filter(None, said)])

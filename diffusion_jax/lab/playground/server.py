@@ -2,8 +2,8 @@
 
   GET  /                     the page
   GET  /api/run              what the network is, and who is being served
-  POST /api/denoise          and vary, interpolate, inpaint, colorize, compress: lines
-                             of JSON (application/x-ndjson), one a step
+  POST /api/denoise          and interpolate, inpaint, compress: lines of JSON
+                             (application/x-ndjson), one a step
   POST /api/resume           the rest of the lines of a job that was stopped
   DELETE /api/jobs/ID        stops a job before its next step
   PUT  /api/image            a file as the body, kept under an id
@@ -34,16 +34,8 @@ from starlette.types import ASGIApp, Send
 
 from diffusion_jax.errors import ConfigError, DataError
 from diffusion_jax.lab.coding import coder
-from diffusion_jax.lab.playground import (
-    answers,
-    asked,
-    guard,
-    plans,
-    subject,
-    watching,
-)
-from diffusion_jax.lab.playground.desk import BusyError, Desk
-from diffusion_jax.lab.playground.kept import Kept, decoded
+from diffusion_jax.lab.playground import answers, asked, guard, plans, subject
+from diffusion_jax.lab.playground.desk import BusyError, Desk, Kept
 from diffusion_jax.lab.playground.subject import Subject
 from diffusion_jax.lab.schema import sampling
 from diffusion_jax.lab.schema.config import Config
@@ -134,13 +126,9 @@ def _table(request: Request) -> Table:
 
 async def _page(request: Request) -> Response:
     nonce = secrets.token_urlsafe(16)
-    text = page().replace("__NONCE__", nonce)
-    return HTMLResponse(text, headers={"Content-Security-Policy": CSP.format(nonce)})
-
-
-def page() -> str:
-    """Returns the page as it is in the package, with marks for the nonce."""
-    return resources.files(__package__).joinpath("page.html").read_text("utf-8")
+    page = resources.files(__package__).joinpath("page.html").read_text("utf-8")
+    policy = {"Content-Security-Policy": CSP.format(nonce)}
+    return HTMLResponse(page.replace("__NONCE__", nonce), headers=policy)
 
 
 async def _run(request: Request) -> Response:
@@ -161,7 +149,7 @@ async def _run(request: Request) -> Response:
             "rules": rules,
             "most": asked.IMAGES,
             "jobs": table.desk.order,
-            "codec": _profile(table).is_file(),
+            "codec": coder.path_of(table.subject.run.folder).is_file(),
             "logged": table.subject.run.metrics.is_file(),
         }
     )
@@ -243,7 +231,7 @@ async def _image(request: Request) -> Response:
     table = _table(request)
     data = await guard.body(request, FILE)
     config = table.subject.config
-    image, own = await run_in_threadpool(decoded, data, config)
+    image, own = await run_in_threadpool(asked.decoded, data, config)
     return JSONResponse(
         {
             "id": table.images.put(image),
@@ -255,9 +243,8 @@ async def _image(request: Request) -> Response:
 
 
 async def _file(request: Request) -> Response:
-    table = _table(request)
     try:
-        found = table.files.get(request.path_params["name"])
+        found = _table(request).files.get(request.path_params["name"])
     except ConfigError as error:
         return _error(str(error), 404)
     return Response(
@@ -268,31 +255,21 @@ async def _file(request: Request) -> Response:
 
 
 async def _metrics(request: Request) -> Response:
-    table = _table(request)
+    known = _table(request).subject
     since = request.query_params.get("since", "-1")
     if not since.removeprefix("-").isascii() or not since.removeprefix("-").isdigit():
         raise ConfigError("since must be a whole number; got none. Give a step.")
-    run, digest = table.subject.run, _digest(table)
-    number = int(since[:20])
-    return JSONResponse(await run_in_threadpool(watching.metrics, run, digest, number))
+    what = known.run, known.drawable.sha256, int(since[:20])
+    return JSONResponse(await run_in_threadpool(answers.metrics, *what))
 
 
 async def _sample(request: Request) -> Response:
-    table = _table(request)
+    run, step = _table(request).subject.run, request.path_params["step"]
     try:
-        run, step = table.subject.run, request.path_params["step"]
-        picture = await run_in_threadpool(watching.sample, run, step)
+        picture = await run_in_threadpool(answers.sample, run, step)
     except ConfigError as error:
         return _error(str(error), 404)
     return Response(picture, media_type="image/png")
-
-
-def _digest(table: Table) -> str:
-    return table.subject.drawable.sha256
-
-
-def _profile(table: Table) -> Any:
-    return coder.path_of(table.subject.run.folder)
 
 
 def _coder(table: Table) -> coder.Coder:

@@ -24,7 +24,7 @@ BYTES, FRAMES = 24 * 2**20, 400
 """Most bytes and frames of an answer: of longer chains every n-th step is shown."""
 
 Known = tuple[jax.Array, ...]
-"""Nothing, or an image and where it is known, boolean; or a grey image alone."""
+"""Nothing, or an image and where it is known, boolean."""
 
 
 class Plan(NamedTuple):
@@ -157,8 +157,6 @@ def _program(config: Config, known: int) -> Callable[..., samplers.Step]:
 def _rule(config: Config, drawable: Drawable, known: Known) -> samplers.Sampler:
     rule = chains.make_sampler(config, drawable)
     levels = chains.sampling_schedule(config, drawable.params)
-    if len(known) == 1:
-        return editing.colorize(rule, levels, *known)
     return editing.inpaint(rule, levels, *known) if known else rule
 
 

@@ -59,7 +59,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read(
-    values: Any, cls: Any, prefix: str = ""
+    values: Any,
+    cls: Any,
+    prefix: str = "",
+    *,
+    hint: str = "Read the file with the version that wrote it.",
 ) -> tuple[Any, list[tuple[str, str, str]]]:
     """Returns the dataclass with these values, and which of them are wrong.
 
@@ -69,6 +73,7 @@ def read(
       values: as JSON has them.
       cls: the dataclass.
       prefix: of the names of its fields, such as "net.".
+      hint: what to do about a key that no field has.
 
     Returns:
       The dataclass, and (field, what it must be, what was got) of each wrong value.
@@ -83,23 +88,23 @@ def read(
     if unknown := sorted(values.keys() - hints):
         raise ConfigError(
             f"the fields of {cls.__name__} must be among {', '.join(hints)}; got "
-            f"{', '.join(unknown)}. Read the file with the version that wrote it."
+            f"{', '.join(unknown)}. {hint}"
         )
     wrong, fields = [], {}
     for name, value in values.items():
-        hint, key = hints[name], prefix + name
-        if dataclasses.is_dataclass(hint):
-            fields[name], more = read(value, hint, f"{key}.")
+        kind, key = hints[name], prefix + name
+        if dataclasses.is_dataclass(kind):
+            fields[name], more = read(value, kind, f"{key}.", hint=hint)
             wrong += more
             continue
-        must = _of_type(hint)
+        must = _of_type(kind)
         if not must.holds(value):
             wrong.append((key, must.words, _shown(value)))
         # JSON has one kind of list, and of number: some write 2.0 as 2.
         elif isinstance(value, list):
             fields[name] = tuple(value)
         else:
-            whole = hint in (float, float | None) and value is not None
+            whole = kind in (float, float | None) and value is not None
             fields[name] = float(value) if whole else value
     return None if wrong else cls(**fields), wrong
 
