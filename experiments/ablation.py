@@ -32,7 +32,7 @@ from diffusion_jax.lab.schema.checks import validate
 from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import Config, changed, replace
 from diffusion_jax.lab.schema.facts import Count, Seed, at_least
-from diffusion_jax.lab.trained import extras
+from diffusion_jax.lab.trained import opening
 from diffusion_jax.lab.training import loop
 from diffusion_jax.lab.wiring import build, chains
 from diffusion_jax.lab.wiring.chains import Drawable
@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
     configs, begun = plan(options), time.monotonic()
     folder = Path(options.output) / f"ablation_{options.experiment}"
     folder.mkdir(parents=True, exist_ok=True)
-    name = prepare(next(iter(configs.values())), options)
+    name = ruler(next(iter(configs.values())), options).name
     widths = (
         f"  {{:<{max(map(len, configs)) + 2}}}{{:>18}}{{:>10}}{{:>{len(name) + 2}}}"
     )
@@ -128,9 +128,14 @@ def merged(
 ) -> dict[str, dict[str, Any]]:
     """Returns these rows and those of an earlier table of the same budget, in order."""
     rows = runs.recalled(path, about, lambda rows: {**rows, **found}) or found
-    base = EXPERIMENTS[about["experiment"]].config
-    names = [name.removeprefix(f"{base.name}_") for name in family(base)]
-    return {name: rows[name] for name in names if name in rows}
+    return {name: rows[name] for name in rows_of(about["experiment"]) if name in rows}
+
+
+def rows_of(experiment: str) -> dict[str, Config]:
+    """Returns the whole configurations of all rows, by their names."""
+    base = EXPERIMENTS[experiment].config
+    every = family(base).items()
+    return {name.removeprefix(f"{base.name}_"): config for name, config in every}
 
 
 def plan(options: Options) -> dict[str, Config]:
@@ -140,11 +145,7 @@ def plan(options: Options) -> dict[str, Config]:
       ValueError: an unknown row.
       ConfigError: values that do not fit.
     """
-    base = EXPERIMENTS[options.experiment].config
-    made = {
-        name.removeprefix(f"{base.name}_"): config
-        for name, config in family(base).items()
-    }
+    made = rows_of(options.experiment)
     for row in options.rows:
         if row not in made:
             errors.raise_unknown("each of rows", row, tuple(made))
@@ -179,13 +180,11 @@ def _budget(row: str, config: Config, options: Options) -> Config:
     return config
 
 
-def prepare(config: Config, options: Options) -> str:
-    """Returns the name of the distance, after what all rows share has been made."""
+def ruler(config: Config, options: Options) -> reference.Ruler:
+    """Returns what the samples of a row are measured with, the same for all rows."""
     dataset = build.load_data(config)
     extractor = extractors.choose("classifier", config, dataset)
-    extractors.check_count(extractor, options.count)
-    reference.of(config, dataset.images, "train", extractor, batch_size=64)
-    return extractor.distance(options.count)
+    return reference.ruler(config, dataset.images, extractor, options.count)
 
 
 def measured(
@@ -251,7 +250,7 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
     }
     if not runs.has_checkpoint(run):
         return {**about, "bound": None, "l_simple": None, "distance": None}
-    drawable, step, _ = extras.load(config, run, Weights())
+    drawable, step, _ = opening.load(config, run, Weights())
     if step is not None and step > options.steps:
         raise ConfigError(
             f"steps must be at least those of the run that is there, {step:,}; got "
@@ -270,11 +269,18 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
         return known
     dataset = build.load_data(config)
     with _logged(run):
+        count, seed = options.bound_images, options.seed
+        chosen = datasets.choose(len(dataset.images), count, seed)
+        sums = bound.evaluate(config, drawable, dataset, chosen, seed=seed)
+        mean, spread = bound.mean(np.array(sums.totals))
+        folder, how = run.folder / "eval" / "samples", {"seed": seed, "batch_size": 64}
+        drawn = draws.to_disk(folder, config, drawable, count=options.count, **how)
         result = {
             **about,
-            **bound_of(config, drawable, dataset, options),
+            "bound": mean,
+            "bound_error": spread,
             "l_simple": l_simple(config, drawable, dataset, options),
-            "distance": distance(config, run, drawable, dataset, options),
+            "distance": ruler(config, options).distance(drawn),
         }
     runs.write_json(path, {"key": key, **result})
     return result
@@ -289,16 +295,6 @@ def _logged(run: runs.Run) -> Iterator[None]:
         contextlib.redirect_stderr(log),
     ):
         yield
-
-
-def bound_of(
-    config: Config, drawable: Drawable, dataset: datasets.Dataset, options: Options
-) -> dict[str, float | None]:
-    """Returns the bound over the whole chain in bits/dim, and its standard error."""
-    chosen = datasets.choose(len(dataset.images), options.bound_images, options.seed)
-    sums = bound.evaluate(config, drawable, dataset, chosen, seed=options.seed)
-    mean, error = bound.mean(np.array(sums.totals))
-    return {"bound": mean, "bound_error": error}
 
 
 def l_simple(
@@ -340,27 +336,6 @@ def paper_times(chain: schedule.Schedule, share: np.ndarray) -> jax.Array:
     """Returns the times of a chain with the noise of the paper's t = 1 + 1000 share."""
     level = schedule.linear()(1 + (1000 * share).astype(int))
     return continuous.time_of(chain, level.logsnr)
-
-
-def distance(
-    config: Config,
-    run: runs.Run,
-    drawable: Drawable,
-    dataset: datasets.Dataset,
-    options: Options,
-) -> float:
-    """Returns the Frechet distance of the samples from the training images."""
-    drawn = draws.to_disk(
-        run.folder / "eval" / "samples",
-        config,
-        drawable,
-        count=options.count,
-        seed=options.seed,
-        batch_size=64,
-    )
-    extractor = extractors.choose("classifier", config, dataset)
-    real = reference.of(config, dataset.images, "train", extractor, batch_size=64)
-    return reference.distance_of(real, drawn, extractor, batch_size=64)
 
 
 def line(widths: str, row: str, result: dict[str, Any], name: str) -> str:

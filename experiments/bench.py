@@ -13,15 +13,12 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
-
-import tyro
+from typing import Any, ClassVar, Literal
 
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.process import entry, progress, replaceable
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import checks, config
-from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.facts import Count, Positive
 from diffusion_jax.lab.speed import measuring, peer, tables
 from diffusion_jax.lab.training import arguments
@@ -64,9 +61,7 @@ class Options:
     """JSON file to write, after every row; of a table also one of Markdown."""
     overwrite: bool = False
     """Whether a file may be replaced that this command did not write."""
-    config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=Config
-    )
+    config: arguments.Unnamed = arguments.DEFAULT
 
     @property
     def sizes(self) -> tuple[int, ...]:

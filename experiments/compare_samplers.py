@@ -7,7 +7,6 @@ stopped (resume).
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.facts import Count, Seed
 from diffusion_jax.lab.schema.few import takes
 from diffusion_jax.lab.schema.sampling import RULES, Sampling
-from diffusion_jax.lab.trained import extras, opening, weights
+from diffusion_jax.lab.trained import opening, weights
 from diffusion_jax.lab.wiring import build, chains, latent_space
 from diffusion_jax.lab.wiring.chains import Drawable
 from diffusion_jax.storage.waiting import Bar
@@ -122,29 +121,29 @@ def main(argv: Sequence[str]) -> int:
         replaceable.check_file(path, replaceable.report_of(NAME), overwrite=over)
         replaceable.check_file(plot, pictures.MARK, overwrite=over)
     dataset = build.load_data(config)
-    extractor = extractors.choose("classifier", config, dataset)
-    extractors.check_count(extractor, options.count)
-    drawable, step, kind = extras.load(config, run, options.which)
-    size = options.batch_size
-    real = reference.of(config, dataset.images, "train", extractor, batch_size=size)
-    distance = functools.partial(
-        reference.distance_of, real, extractor=extractor, batch_size=size
+    extractor, size = (
+        extractors.choose("classifier", config, dataset),
+        options.batch_size,
     )
+    ruler = reference.ruler(
+        config, dataset.images, extractor, options.count, batch_size=size
+    )
+    halves = ruler.real.halves
+    drawable, step, kind = opening.load(config, run, options.which)
     about: dict[str, Any] = {
-        "distance": extractor.distance(options.count),
+        "distance": ruler.name,
         "count": options.count,
         "seed": options.seed,
         "weights_sha256": drawable.sha256,
         "training_step": step,
-        "half_of_train_against_the_other_half": (
-            real.halves if np.isfinite(real.halves) else None
-        ),
+        "half_of_train_against_the_other_half": halves if np.isfinite(halves) else None,
         "versions": runs.versions(),
     }
     networks = {"": (config, drawable), **beside(options, config)}
     if options.beside:
         about["beside"] = {n: of.sha256 for n, (_, of) in networks.items() if n}
-    known = runs.recalled(path, about, kept_points) or []
+    kept = runs.recalled(path, about, lambda points, command="": points) or []
+    known = [Point(**point) for point in kept]
     print(
         f"{run.folder}, {weights.describe(kind, step)}: {about['distance']} of "
         f"{options.count:,} samples; in brackets evaluations, where they are others"
@@ -152,7 +151,7 @@ def main(argv: Sequence[str]) -> int:
     budgets = sorted(set(options.evaluations))
     print(f"  {'evaluations (NFE)':<20}" + "".join(f"{b:>13}" for b in budgets))
     points: list[Point] = []
-    for name, rule, row in table(networks, options, distance, known):
+    for name, rule, row in table(networks, options, ruler.distance, known):
         points += row
         kept = points + [point for point in known if point not in points]
         told = {"command": replaceable.typed(NAME, argv), **about}
@@ -186,7 +185,7 @@ def beside(options: Options, config: Config) -> dict[str, tuple[Config, Drawable
                 f"each of beside must be a run on {config.data.source}; got {name} on "
                 f"{other.data.source}. Leave it out, and compare it by itself."
             )
-        found[f"{run.folder.name} "] = other, extras.load(other, run, Weights())[0]
+        found[f"{run.folder.name} "] = other, opening.load(other, run, Weights())[0]
     return found
 
 
@@ -212,11 +211,6 @@ def table(
 def possible(config: Config) -> list[str]:
     """Returns the rows that a network can take."""
     return [r for r in (*rows(), "ode") if takes(config.few.method, r.split()[0])]
-
-
-def kept_points(points: list[dict[str, Any]], command: str = "") -> list[Point]:
-    """Returns the points of an earlier table, whatever command made it."""
-    return [Point(**point) for point in points]
 
 
 def validate(options: Options) -> None:

@@ -11,11 +11,10 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-import tyro
 from jax.sharding import Mesh
 
 from diffusion_jax.errors import ConfigError
@@ -55,9 +54,7 @@ class Options:
     """File to write the compiled program to."""
     overwrite: bool = False
     """Whether a file may be replaced that this command did not write."""
-    config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=Config
-    )
+    config: arguments.Unnamed = arguments.DEFAULT
 
 
 def main(argv: Sequence[str]) -> int:

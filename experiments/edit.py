@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     of_options(options.shared)
     # Load Flax, which no mistake in the arguments should wait for.
     from diffusion_jax.lab.drawing import edits, outputs
-    from diffusion_jax.lab.trained import extras, opening, weights
+    from diffusion_jax.lab.trained import opening, weights
     from diffusion_jax.lab.wiring import build
 
     shared: edit_options.Shared = options.shared
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     outputs.check_file(out, overwrite=shared.overwrite)
     outputs.check_folder(folder)
     draw = getattr(edits, command.replace("-", "_"))(config, options)
-    drawable, step, kind = extras.load(config, run, shared.which)
+    drawable, step, kind = opening.load(config, run, shared.which)
     told = weights.describe(kind, step)
     print(f"{run.folder}: {told}")
     with progress.clock(f"drawing: {command}"):

@@ -28,7 +28,7 @@ from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.facts import MOST_SEED, Count, Seed
 from diffusion_jax.lab.schema.sampling import Sampling
-from diffusion_jax.lab.trained import extras, opening, weights
+from diffusion_jax.lab.trained import opening, weights
 from diffusion_jax.lab.training import initial
 from diffusion_jax.lab.wiring import build, chains, learning
 from diffusion_jax.training import parallel
@@ -248,9 +248,9 @@ def draw(
     step: int | None = 0
     if options.untrained:
         params = learning.init_state(config, initial.params(config)).params
-        drawable, kind = extras.complete(config, run, params), "untrained"
+        drawable, kind = opening.complete(config, run, params), "untrained"
     else:
-        drawable, step, kind = extras.load(config, run, options.which)
+        drawable, step, kind = opening.load(config, run, options.which)
     folder, size = run.folder / "eval" / "samples", options.batch_size
     drawn = [
         draws.to_disk(folder, config, drawable, count=count, seed=seed, batch_size=size)

@@ -28,7 +28,7 @@ from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.facts import Count, Seed
 from diffusion_jax.lab.schema.sampling import Tolerance, Variance
-from diffusion_jax.lab.trained import extras, opening, weights
+from diffusion_jax.lab.trained import opening, weights
 from diffusion_jax.lab.wiring import build
 
 TABLE_ROWS = 11
@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
         )
     dataset = build.load_data(config, split=options.split)
     variance = variance_of(config, options)
-    drawable, step, kind = extras.load(config, run, which, variance=variance)
+    drawable, step, kind = opening.load(config, run, which, variance=variance)
     chosen = datasets.choose(len(dataset.images), options.max_images, options.seed)
     about = {
         "data": config.data.source,

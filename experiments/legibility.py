@@ -29,7 +29,7 @@ from diffusion_jax.lab.schema import choices
 from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.facts import Count, Seed, at_least
 from diffusion_jax.lab.schema.sampling import Sampling
-from diffusion_jax.lab.trained import extras, opening, weights
+from diffusion_jax.lab.trained import opening, weights
 from diffusion_jax.lab.wiring import build
 from diffusion_jax.storage.waiting import Bar
 from diffusion_jax.training import parallel
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
             "the run must have been trained on labelled images that fit in memory; got "
             f"{config.data.source}. Use digits or fashion_mnist, say."
         )
-    drawable, step, kind = extras.load(config, run, which)
+    drawable, step, kind = opening.load(config, run, which)
     key = jax.random.key(options.seed)
     batches = draws.in_batches(config, drawable, key, options.count, 64)
     samples = np.concatenate(list(batches))

@@ -10,14 +10,14 @@ import numpy as np
 
 from diffusion_jax.errors import ConfigError, counted
 from diffusion_jax.evaluation import pictures
-from diffusion_jax.lab.drawing import draws, exact, exact_records, figures, outputs
+from diffusion_jax.lab.drawing import draws, exact, figures, outputs
 from diffusion_jax.lab.process import entry, hosts, progress, replaceable
 from diffusion_jax.lab.schema import choices, sampling
 from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.facts import Count, Seed
 from diffusion_jax.lab.schema.sampling import Sampling
-from diffusion_jax.lab.trained import extras, opening, weights
+from diffusion_jax.lab.trained import opening, weights
 from diffusion_jax.lab.wiring import chains
 from diffusion_jax.lab.wiring.chains import Drawable
 from diffusion_jax.training import parallel
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     if options.exact:
         exact.check(config)
     check_out(options, out)
-    drawable, step, kind = extras.load(config, run, which)
+    drawable, step, kind = opening.load(config, run, which)
     said = sampling.describe(chains.describe_sampling(config))
     told = weights.describe(kind, step)
     print(f"{run.folder}: {told}, {said}")
@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
         return draw_figure(config, drawable, out, options, made)
     count, size = options.count, options.batch_size
     if options.exact:
-        batches = exact_records.in_batches(
+        batches = exact.in_batches(
             config,
             drawable,
             made,
@@ -190,7 +190,7 @@ def record_of(out: Path, options: Options) -> Path:
 def check_out(options: Options, out: Path) -> None:
     """Raises ConfigError where a file that is no drawing would be replaced."""
     if options.exact or options.figure == "quality":  # which have numbers beside them
-        numbers, mark = record_of(out, options), exact_records.MARK
+        numbers, mark = record_of(out, options), exact.MARK
         if numbers == out:
             raise ConfigError(
                 f"--out must not end in .json, as the numbers beside the drawing do; "

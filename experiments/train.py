@@ -21,7 +21,7 @@ from contextlib import suppress
 from diffusion_jax.errors import DivergedError
 from diffusion_jax.lab.process import entry
 from diffusion_jax.lab.training import arguments
-from diffusion_jax.training import determinism
+from diffusion_jax.training import compilation
 from experiments.configs import EXPERIMENTS, table
 
 DIVERGED = 3
@@ -53,7 +53,7 @@ if __name__ == "__main__":
         # The flag must be set before JAX looks for devices, which it does when hosts
         # join, before `main`. `train` says what is wrong.
         with suppress(ValueError):
-            determinism.ask()
+            compilation.ask()
     try:
         entry.guarded(command, several=True)
     except SystemExit as left:

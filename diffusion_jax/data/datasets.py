@@ -21,11 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion_jax.data import image_files, image_folders, parquet
-from diffusion_jax.data.formats import read_npz
 from diffusion_jax.data.image_files import LazyImages
 from diffusion_jax.data.prepared_tfds import read_tfds
 from diffusion_jax.data.sizes import Size, fitter, sides
-from diffusion_jax.data.sources import cifar10, digits, idx, mnist
+from diffusion_jax.data.sources import cifar10, digits, idx, mnist, read_npz
 from diffusion_jax.errors import DataError
 
 __all__ = [

@@ -25,7 +25,7 @@ from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.schema.few import DISTILLED, Method
 from diffusion_jax.lab.schema.sampling import Sampling, Variance
 from diffusion_jax.lab.schema.students import student
-from diffusion_jax.lab.trained import extras, opening, space, weights
+from diffusion_jax.lab.trained import opening, space, weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.training import initial, loop
 from diffusion_jax.lab.wiring import build, chains, latent_space
@@ -99,7 +99,7 @@ class Trained:
         with given.in_python():
             chosen = given.options(how, Sampling)
             config = checks.with_sampling(self.config, chosen)
-            drawable = extras.complete(config, self.run, self.params)
+            drawable = opening.complete(config, self.run, self.params)
             parts = draws.in_batches(config, drawable, key, count, batch_size)
             return np.concatenate(list(parts))
 
@@ -155,7 +155,7 @@ class Trained:
         with given.in_python():
             checks.of_denoiser(self.config)
             build.check_labels(self.config, dataset)
-            drawable = extras.complete(
+            drawable = opening.complete(
                 self.config, self.run, self.params, variance=used
             )
             sums = bound.evaluate(

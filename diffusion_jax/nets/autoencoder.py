@@ -36,7 +36,7 @@ from diffusion_jax.nets.blocks import (
     unit,
     wide,
 )
-from diffusion_jax.nets.products import product
+from diffusion_jax.nets.convolutions import product
 
 LOWEST, HIGHEST = -30.0, 20.0
 """Where the log variance is clamped, as in the authors' code."""

@@ -16,13 +16,14 @@ import jax.numpy as jnp
 from diffusion_jax.errors import raise_unknown
 from diffusion_jax.nets import dropout, fresh, norm
 from diffusion_jax.nets.convolutions import (
+    attend,
     by_taps,
     convolved,
     doubled,
     patches,
+    product,
     repeated,
 )
-from diffusion_jax.nets.products import attend, product
 
 Dtype = Any
 FEW = 4

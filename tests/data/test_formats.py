@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from image_data import archive, binary, binary_members, idx, random_batches
 
-from diffusion_jax.data import formats
+from diffusion_jax.data import sources
 from diffusion_jax.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:each batch of the official CIFAR-10")
@@ -87,20 +87,20 @@ def test_cifar10_round_trip(tmp_path, write, where):
             (tmp_path / name).write_bytes(raw)
         path = tmp_path / name.split("/")[0] if where == "folder" else tmp_path
     batches = random_batches()
-    images, labels = formats.read_cifar10(path, "train")
+    images, labels = sources.read_cifar10(path, "train")
     expected = [batches[f"data_batch_{i}"] for i in range(1, 6)]
     np.testing.assert_array_equal(images, np.concatenate([b[0] for b in expected]))
     np.testing.assert_array_equal(labels, np.concatenate([b[1] for b in expected]))
     assert images.dtype == np.uint8
     assert labels.dtype == np.int32
-    images, _ = formats.read_cifar10(path, "test")
+    images, _ = sources.read_cifar10(path, "test")
     np.testing.assert_array_equal(images, batches["test_batch"][0])
 
 
 def test_cifar10_of_unofficial_size_warns(tmp_path):
     path = archive(tmp_path / "a.tar.gz", binary_members())
     with pytest.warns(UserWarning, match="10000 images"):
-        formats.read_cifar10(path, "test")
+        sources.read_cifar10(path, "test")
 
 
 ROW = np.zeros((1, 3072), np.uint8)
@@ -126,7 +126,7 @@ def test_cifar10_damaged_batch(tmp_path, name, content, message):
     path = archive(tmp_path / "inside" / "a.tar.gz", {name: raw})
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(DataError, match=message):
-        formats.read_cifar10(path, "test")
+        sources.read_cifar10(path, "test")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -140,7 +140,7 @@ def test_cifar10_pickles_are_not_run(tmp_path, protocol):
     }
     path = archive(tmp_path / "a.tar.gz", {PY: pickle.dumps(content, protocol)})
     with contextlib.suppress(DataError):
-        formats.read_cifar10(path, "test")
+        sources.read_cifar10(path, "test")
     assert not (tmp_path / "canary").exists()
     pickle.loads(pickle.dumps(content, protocol))  # the attack itself works
     assert (tmp_path / "canary").exists()
@@ -154,7 +154,7 @@ def test_damaged_pickles_are_read_or_refused(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "test_batch"
     path.write_bytes(raw)
     with contextlib.suppress(DataError):
-        formats.read_cifar10(path.parent, "test")
+        sources.read_cifar10(path.parent, "test")
 
 
 def test_cifar10_links_are_not_followed(tmp_path):
@@ -166,7 +166,7 @@ def test_cifar10_links_are_not_followed(tmp_path):
         info.type, info.linkname = tarfile.SYMTYPE, str(secret)
         tar.addfile(info)
     with pytest.raises(DataError, match="every batch"):
-        formats.read_cifar10(path, "test")
+        sources.read_cifar10(path, "test")
 
 
 def test_cifar10_missing_batch_and_path(tmp_path):
@@ -174,19 +174,19 @@ def test_cifar10_missing_batch_and_path(tmp_path):
     path = archive(tmp_path / "cut.tar.gz", content)
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(DataError, match="whole tar archive"):
-        formats.read_cifar10(path)
+        sources.read_cifar10(path)
     del content["cifar-10-batches-bin/data_batch_3.bin"]
     path = archive(tmp_path / "a.tar.gz", content)
     with pytest.raises(DataError, match="data_batch_3"):
-        formats.read_cifar10(path)
+        sources.read_cifar10(path)
     folder = tmp_path / "cifar-10-batches-bin"
     folder.mkdir()
     (folder / "test_batch.bin").write_bytes(bytes(3073))
-    assert len(formats.read_cifar10(tmp_path, "test")[0]) == 1
+    assert len(sources.read_cifar10(tmp_path, "test")[0]) == 1
     with pytest.raises(DataError, match="data_batch_1"):
-        formats.read_cifar10(tmp_path)
+        sources.read_cifar10(tmp_path)
     with pytest.raises(DataError, match="none"):
-        formats.read_cifar10(tmp_path / "absent")
+        sources.read_cifar10(tmp_path / "absent")
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_idx_round_trip(tmp_path, zipped, shape):
     array = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     raw = idx(array)
     (tmp_path / "a").write_bytes(gzip.compress(raw, mtime=0) if zipped else raw)
-    np.testing.assert_array_equal(formats.read_idx(tmp_path / "a"), array)
+    np.testing.assert_array_equal(sources.read_idx(tmp_path / "a"), array)
 
 
 IDX = idx(np.arange(24, dtype=np.uint8).reshape(2, 3, 4))
@@ -219,9 +219,9 @@ IDX = idx(np.arange(24, dtype=np.uint8).reshape(2, 3, 4))
 def test_idx_damaged(tmp_path, raw, message):
     (tmp_path / "a").write_bytes(raw)
     with pytest.raises(DataError, match=message):
-        formats.read_idx(tmp_path / "a")
+        sources.read_idx(tmp_path / "a")
     with pytest.raises(DataError, match="No such file"):
-        formats.read_idx(tmp_path / "absent")
+        sources.read_idx(tmp_path / "absent")
 
 
 @pytest.mark.parametrize(
@@ -231,12 +231,12 @@ def test_idx_damaged(tmp_path, raw, message):
 def test_npz_round_trip(tmp_path, name, shape):
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     np.savez_compressed(tmp_path / "a.npz", **{name: images}, labels=np.arange(3))
-    found, labels = formats.read_npz(tmp_path / "a.npz")
+    found, labels = sources.read_npz(tmp_path / "a.npz")
     np.testing.assert_array_equal(found, images.reshape(3, 5, 4, -1))
     np.testing.assert_array_equal(labels, [0, 1, 2])
     assert labels.dtype == np.int32
     np.savez(tmp_path / "b.npz", **{name: images})
-    assert formats.read_npz(tmp_path / "b.npz")[1] is None
+    assert sources.read_npz(tmp_path / "b.npz")[1] is None
 
 
 GOOD = np.zeros((3, 5, 4), np.uint8)
@@ -260,7 +260,7 @@ GOOD = np.zeros((3, 5, 4), np.uint8)
 def test_npz_of_other_content(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(DataError, match=message):
-        formats.read_npz(tmp_path / "a.npz")
+        sources.read_npz(tmp_path / "a.npz")
 
 
 def test_other_types_and_orders_of_axes_are_read_where_they_are_plain(tmp_path):
@@ -274,13 +274,13 @@ def test_other_types_and_orders_of_axes_are_read_where_they_are_plain(tmp_path):
     ):
         np.savez(tmp_path / "a.npz", images)
         with pytest.warns(match="rounded to") if warns else contextlib.nullcontext():
-            found, _ = formats.read_npz(tmp_path / "a.npz")
+            found, _ = sources.read_npz(tmp_path / "a.npz")
         np.testing.assert_array_equal(found, pixels)
         assert found.dtype == np.uint8
     # Three pixels wide it may be either.
     np.savez(tmp_path / "a.npz", pixels[:, :3])
     np.testing.assert_array_equal(
-        formats.read_npz(tmp_path / "a.npz")[0], pixels[:, :3]
+        sources.read_npz(tmp_path / "a.npz")[0], pixels[:, :3]
     )
 
 
@@ -291,4 +291,4 @@ def test_npz_of_other_files(tmp_path):
     (tmp_path / "folder.npz").mkdir()
     for name in ("a.npy", "cut.npz", "folder.npz", "absent.npz"):
         with pytest.raises(DataError, match=r"must be an npz file .*; got .*Check the"):
-            formats.read_npz(tmp_path / name)
+            sources.read_npz(tmp_path / name)

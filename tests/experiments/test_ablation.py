@@ -76,7 +76,7 @@ def test_the_table_its_numbers_and_its_plot(folder, tiny, trained, capsys, monke
     with Image.open(out / "ablation.png") as image:
         assert image.size[0] > 800
     # Again, with what is known: nothing is trained or drawn.
-    monkeypatch.setattr(ablation, "distance", None)
+    monkeypatch.setattr(ablation, "l_simple", None)
     assert ablation.main(argv) == 0
     assert json.loads((out / "ablation.json").read_text())["rows"] == result["rows"]
 

@@ -11,7 +11,7 @@ from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.measure import bound
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.lab.trained import extras, weights
+from diffusion_jax.lab.trained import opening, weights
 from diffusion_jax.lab.wiring import build, chains, fitting
 from experiments import eval_nll, sample, train, train_noisy_classifier
 
@@ -33,7 +33,7 @@ def labelled(folder):
 @pytest.fixture(autouse=True)
 def little_is_looked_at(monkeypatch):
     """For a variance and for a classifier, whose worth is not judged here."""
-    monkeypatch.setattr(extras, "IMAGES", 128)
+    monkeypatch.setattr(opening, "IMAGES", 128)
     monkeypatch.setattr(fitting, "BATCH", 32)
     monkeypatch.setattr(train_noisy_classifier, "accuracy_at", lambda *_: 1.0)
 
@@ -74,7 +74,7 @@ def test_the_bound_is_of_the_image_with_its_label(labelled, monkeypatch):
     assert eval_nll.main(argv) == 0
     written = json.loads((labelled.folder / "eval/nll_train.json").read_text())
     config = runs.read_config(labelled)
-    drawable = extras.load(config, labelled, weights.Weights())[0]
+    drawable = opening.load(config, labelled, weights.Weights())[0]
     dataset = build.load_data(config)
     wrong = dataset._replace(labels=(dataset.labels + 1) % 10)
     chosen = datasets.choose(len(dataset.images), 8, 0)

@@ -15,7 +15,7 @@ from small_run import digests, restored, state_digests, train_small
 
 from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.lab.run_folder import runs
-from diffusion_jax.training import determinism
+from diffusion_jax.training import compilation
 
 
 @pytest.fixture(scope="module")
@@ -88,20 +88,20 @@ def test_a_disk_that_fills_during_a_run_costs_nothing_but_time(folder, whole, ha
     assert not [path for path in run.folder.rglob("*") if "tmp" in path.name]
 
 
-FLAG = f"{determinism.FLAG}=true"
+FLAG = f"{compilation.FLAG}=true"
 # What JAX has read by the time that it has devices: XLA ends a process whose flags it
 # does not know.
 LOOK = """
 import os, sys
 import jax
-from diffusion_jax.training import determinism
+from diffusion_jax.training import compilation
 from diffusion_jax.lab.process import stopping
 from experiments import train
 
 def look():
-    assert not determinism._started()
+    assert not compilation._started()
     print(os.environ.get("XLA_FLAGS"))
-    print(jax.device_count(), determinism._started())
+    print(jax.device_count(), compilation._started())
     sys.exit(0)
 
 stopping.requests = look
@@ -127,15 +127,15 @@ def test_the_flag_is_there_before_jax_looks_for_devices(tmp_path):
 
 def test_the_flag_is_given_once_and_not_against_another():
     env = {"XLA_FLAGS": FLAG}
-    determinism.ask(env)
+    compilation.ask(env)
     assert env == {"XLA_FLAGS": FLAG}
     with pytest.raises(ValueError, match=r"must not forbid .*; got .*=false\. Take"):
-        determinism.ask({"XLA_FLAGS": f"{determinism.FLAG}=false"})
+        compilation.ask({"XLA_FLAGS": f"{compilation.FLAG}=false"})
 
 
 def test_a_gpu_that_was_found_without_the_flag_is_refused(monkeypatch):
     jax.devices()
-    determinism.ask({})  # of a CPU nothing is asked
+    compilation.ask({})  # of a CPU nothing is asked
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(ValueError, match="got a GPU that was found without it"):
-        determinism.ask({})
+        compilation.ask({})

@@ -22,7 +22,7 @@ from diffusion_jax.lab.schema.checks import with_sampling
 from diffusion_jax.lab.schema.choices import Weights
 from diffusion_jax.lab.schema.config import replace
 from diffusion_jax.lab.schema.sampling import Sampling
-from diffusion_jax.lab.trained import extras
+from diffusion_jax.lab.trained import opening
 from diffusion_jax.lab.training import measuring
 from diffusion_jax.lab.wiring import chains
 from diffusion_jax.nets import inception
@@ -135,7 +135,7 @@ def draw(run, tmp_path):
 
     def drawn(count=10, *, raw=False, how=Sampling(), seed=0):
         chosen = with_sampling(config, how)
-        params = extras.load(chosen, run, Weights(raw=raw))[0]
+        params = opening.load(chosen, run, Weights(raw=raw))[0]
         options = {"count": count, "seed": seed, "batch_size": 4}
         return draws.to_disk(tmp_path, chosen, params, **options)
 

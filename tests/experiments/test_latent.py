@@ -21,7 +21,7 @@ from diffusion_jax.lab.playground import subject
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import checks
 from diffusion_jax.lab.schema.config import replace
-from diffusion_jax.lab.trained import extras, space
+from diffusion_jax.lab.trained import opening, space
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.training import encoding
 from diffusion_jax.lab.wiring import autoencoders, chains, latent_space
@@ -73,7 +73,7 @@ def test_samples_are_the_decoded_latents_of_the_chain(latent):
     opened = lab.load(latent.folder)
     drawn = opened.sample(jax.random.key(3), 4)
     assert (drawn.shape, drawn.dtype) == ((4, 8, 8, 1), np.uint8)
-    drawable = extras.complete(opened.config, latent, opened.params)
+    drawable = opening.complete(opened.config, latent, opened.params)
     draw = chains.make_draw(opened.config, 4, parallel.make_mesh())
     z = draw(drawable._replace(space=None), jax.random.key(3))
     assert z.shape == (4, 4, 4, 2)
@@ -232,7 +232,7 @@ def test_what_cannot_work_on_latents_is_refused_with_the_reason(latent, tmp_path
             checks.validate(replace(config, section, **{name: value}))
     (latent.folder / "autoencoder.safetensors").rename(tmp_path / "kept")
     with pytest.raises(ConfigError, match="must have its autoencoder in"):
-        extras.load(config, latent, Weights())
+        opening.load(config, latent, Weights())
     (tmp_path / "kept").rename(latent.folder / "autoencoder.safetensors")
 
 

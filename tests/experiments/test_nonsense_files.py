@@ -16,7 +16,7 @@ import pytest
 from hypothesis import strategies as st
 from nonsense import npy, npz
 
-from diffusion_jax.data.formats import read_npz
+from diffusion_jax.data.sources import read_npz
 from diffusion_jax.errors import DataError
 from diffusion_jax.evaluation import moments
 from diffusion_jax.lab.schema import config

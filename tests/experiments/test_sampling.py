@@ -19,7 +19,7 @@ from diffusion_jax.lab.schema import sampling
 from diffusion_jax.lab.schema.checks import with_sampling
 from diffusion_jax.lab.schema.sampling import Sample, Sampling, override, resolve
 from diffusion_jax.lab.schema.students import student
-from diffusion_jax.lab.trained import extras
+from diffusion_jax.lab.trained import opening
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build, chains
 from diffusion_jax.training import parallel
@@ -184,7 +184,7 @@ def test_a_new_rule_is_a_row_of_the_table(trained, tmp_path, monkeypatch):
     said = "4 steps of half (eta 0.25, churn 3.0, quadratic grid)"
     assert sampling.describe(chains.describe_sampling(config)) == said
     assert chains.count_evaluations(config, chains.Drawable(None)) == 4
-    drawable, *_ = extras.load(config, trained, Weights())
+    drawable, *_ = opening.load(config, trained, Weights())
     draw = chains.make_draw(config, 8, parallel.make_mesh())
     same = with_sampling(config, Sampling("ddim", 4, "quadratic", eta=0.25))
     usual = chains.make_draw(same, 8, parallel.make_mesh())

@@ -13,12 +13,11 @@ import small_networks
 
 from diffusion_jax.codec import certified
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.lab.drawing import exact_records
-from diffusion_jax.lab.drawing.exact import batch, walk_of
-from diffusion_jax.lab.drawing.exact_records import Record
+from diffusion_jax.lab.drawing import exact
+from diffusion_jax.lab.drawing.exact import Record, batch, walk_of
 from diffusion_jax.lab.schema.config import Config, replace
 from diffusion_jax.lab.schema.sampling import Sample
-from diffusion_jax.lab.trained import exact
+from diffusion_jax.lab.trained.exact import denoise64
 from diffusion_jax.lab.wiring import build, chains
 from diffusion_jax.training import parallel
 from experiments import sample
@@ -38,8 +37,8 @@ def test_x0_is_the_same_for_every_batch_and_number_of_devices(name):
     x = np.random.default_rng(0).normal(size=(16, 8, 8, 1))
     rough = jax.jit(lambda x, t: chains.make_denoiser(config, drawable)(x, t).x0)
     before = np.asarray(rough(jnp.asarray(x, jnp.float32), 200))
-    eight = exact.denoise64(config, drawable)
-    one = exact.denoise64(config, drawable, mesh=parallel.make_mesh(1))
+    eight = denoise64(config, drawable)
+    one = denoise64(config, drawable, mesh=parallel.make_mesh(1))
     whole = eight(x, 200)
     assert whole.dtype == np.float64
     assert 1e-8 < np.abs(whole - before).max() < 1e-3
@@ -136,11 +135,11 @@ def test_pixels_are_the_same_for_every_batch_and_machine(
     assert f"sha256 of the pixels: {sha256}; " in capsys.readouterr().out
 
     def elsewhere(*of, **how):
-        see, rng = exact.denoise64(*of, **how), np.random.default_rng(0)
+        see, rng = denoise64(*of, **how), np.random.default_rng(0)
         error = 2.0**-14 * 0.99
         return lambda x, *rest: see(x, *rest) + rng.uniform(-error, error, x.shape)
 
-    monkeypatch.setattr(exact_records, "denoise64", elsewhere)
+    monkeypatch.setattr(exact, "denoise64", elsewhere)
     three = ("--count", "7", "--batch-size", "3")
     listed = ("--listed", str(tmp_path / "a.json"))
     same, _ = drawn(trained, tmp_path / "b.npz", *three, *listed)
@@ -173,11 +172,11 @@ def test_a_record_of_something_else_is_refused(said, tmp_path):
     made = {"command": "python -m experiments.sample", "seed": 0, "steps": 3}
     listed = certified.Listed(np.array([70, 400]), np.array([5, -6]))
     before = Record(walk, listed, 4, "0123")
-    exact_records.write(path, before, made, (8, 8, 1))
-    after = exact_records.read(path, walk, {**made, "command": "x"}, (8, 8, 1))
+    exact.write(path, before, made, (8, 8, 1))
+    after = exact.read(path, walk, {**made, "command": "x"}, (8, 8, 1))
     jax.tree.map(np.testing.assert_array_equal, after, before)
     record = json.loads(path.read_text())
     DAMAGED[said](record)
     path.write_text(json.dumps(record))
     with pytest.raises(ConfigError, match=" +".join(said.split())):
-        exact_records.read(path, walk, made, (8, 8, 1))
+        exact.read(path, walk, made, (8, 8, 1))

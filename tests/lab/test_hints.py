@@ -48,7 +48,7 @@ ASKED_BY = {
     "diffusion_jax.lab.run_folder.runs": "train ablation",
     "diffusion_jax.lab.schema.checks": "",
     "diffusion_jax.lab.schema.few": "train distil",
-    "diffusion_jax.lab.trained.extras": "sample edit eval_fid legibility",
+    "diffusion_jax.lab.trained.opening": "sample edit eval_fid legibility",
     "diffusion_jax.lab.trained.weights": "sample edit eval_fid eval_nll legibility "
     "convert compare_samplers",
     "diffusion_jax.lab.training.beginning": "train",

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diffusion_jax.errors import ConfigError
-from diffusion_jax.lab.report import charts, page, reading, tables
+from diffusion_jax.lab.report import elements, page, reading, tables
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.config import replace, to_dict
 from experiments import report
@@ -349,12 +349,12 @@ def test_whatever_is_in_the_files_there_is_a_page(result, line):
 
 
 def test_a_line_is_where_its_numbers_are():
-    axis = charts.Axis(0, 10, 100, 200)
+    axis = elements.Axis(0, 10, 100, 200)
     assert [axis(x) for x in (0, 5, 10)] == [100, 150, 200]
-    logs = charts.Axis(0.01, 1, 0, 100, logarithmic=True)
+    logs = elements.Axis(0.01, 1, 0, 100, logarithmic=True)
     assert logs(0.1) == pytest.approx(50)
     points = [(float(x), 2.0 * x) for x in range(1000)]
-    few = charts.thinned(points)
-    assert len(few) <= charts.MOST_POINTS
+    few = elements.thinned(points)
+    assert len(few) <= elements.MOST_POINTS
     assert all(y == pytest.approx(2 * x) for x, y in few)
-    assert charts.smoothed(points)[500] == pytest.approx(points[500])
+    assert elements.smoothed(points)[500] == pytest.approx(points[500])

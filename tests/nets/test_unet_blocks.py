@@ -16,7 +16,7 @@ from small_unets import (
     quick_jit,
 )
 
-from diffusion_jax.nets import blocks, convolutions, dropout, embeddings, products
+from diffusion_jax.nets import blocks, convolutions, dropout, embeddings
 
 
 def res_block(**options):
@@ -104,7 +104,7 @@ def test_softmax_is_float32_in_bfloat16():
     scores = np.einsum("bqc,bkc->bqk", q, k) / np.sqrt(8)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     expected = weights / weights.sum(-1, keepdims=True) @ v
-    out = quick_jit(lambda *args: products.attend(*args, 8**-0.5))(*half)
+    out = quick_jit(lambda *args: convolutions.attend(*args, 8**-0.5))(*half)
     assert out.dtype == jnp.bfloat16
     error = np.abs(double(out) - expected)
     assert error.max() < 0.02 * np.abs(expected).max()
@@ -165,7 +165,7 @@ def test_the_gradient_of_a_kernel_is_summed_in_float32():
     kernel = jnp.asarray(normal(8, 4), jnp.float32)
 
     def loss(kernel):
-        return (products.product((x,), kernel) * of_y).astype(jnp.float32).sum()
+        return (convolutions.product((x,), kernel) * of_y).astype(jnp.float32).sum()
 
     # Within one program XLA may leave the rounding out; here it cannot.
     made = jax.grad(loss)(kernel)

@@ -132,12 +132,11 @@ def quality(
     pictures.check_plots()
     dataset = build.load_data(config)
     extractor = extractors.choose("auto", config, dataset)
-    extractors.check_count(extractor, count)
-    real = reference.of(config, dataset.images, "train", extractor, batch_size=64)
+    ruler = reference.ruler(config, dataset.images, extractor, count)
+    real, name = ruler.real, ruler.name
     grid = chains.make_grid(config)
     with progress.clock("drawing the chains"):
         end, seen = chain(config, drawable, count=count, seed=seed, frames=13)
-    name = extractor.distance(count)
     rows = []
     for t, x0 in [*zip(seen.t.tolist(), seen.x0, strict=True), (0, end)]:
         features, _ = extractors.extract(

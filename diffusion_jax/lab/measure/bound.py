@@ -79,7 +79,7 @@ def evaluate(
 
     Args:
       config: of the network.
-      drawable: its weights, with what the variance needs (`extras.complete`).
+      drawable: its weights, with what the variance needs (`opening.complete`).
       dataset: the images.
       chosen: indices of those to evaluate.
       variance: of the reverse steps; the configured one when not given.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion_jax.evaluation import metrics, moments
-from diffusion_jax.lab.measure.extractors import Extractor, extract
+from diffusion_jax.lab.measure.extractors import Extractor, check_count, extract
 from diffusion_jax.lab.process import hosts
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema.config import Config
@@ -98,6 +98,40 @@ def distance_of(
     label = "features of samples"
     seen, _ = extract(extractor, images, batch_size=batch_size, label=label)
     return distance(real, seen) if hosts.first() else float("nan")
+
+
+class Ruler(NamedTuple):
+    """What samples are measured with: an extractor and the reference statistics."""
+
+    extractor: Extractor
+    real: Reference
+    name: str
+    """Of the distance, such as FID@2500 or fd_digits_classifier."""
+    batch_size: int
+
+    def distance(self, images: np.ndarray) -> float:
+        """Returns `distance_of` uint8 images."""
+        size = self.batch_size
+        return distance_of(self.real, images, self.extractor, batch_size=size)
+
+
+def ruler(
+    config: Config,
+    images: Any,
+    extractor: Extractor,
+    count: int,
+    *,
+    batch_size: int = 64,
+    more: str = "Give more with --count.",
+) -> Ruler:
+    """Returns what so many samples are measured with, from training images.
+
+    Raises:
+      ConfigError: no more samples than features; `more` says what to do.
+    """
+    check_count(extractor, count, more=more)
+    real = of(config, images, "train", extractor, batch_size=batch_size)
+    return Ruler(extractor, real, extractor.distance(count), batch_size)
 
 
 def _compute(features: np.ndarray) -> Reference:

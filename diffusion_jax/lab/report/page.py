@@ -14,8 +14,15 @@ import diffusion_jax
 from diffusion_jax import likelihood
 from diffusion_jax.errors import counted
 from diffusion_jax.lab.report import tables
-from diffusion_jax.lab.report.charts import Series, chart
-from diffusion_jax.lab.report.elements import Element, html, picture, table, tag
+from diffusion_jax.lab.report.elements import (
+    Element,
+    Series,
+    chart,
+    html,
+    picture,
+    table,
+    tag,
+)
 from diffusion_jax.lab.report.reading import Story, finite
 from diffusion_jax.lab.schema.config import Config
 from diffusion_jax.lab.wiring import learning

@@ -13,7 +13,8 @@ from diffusion_jax.lab.process import flags
 from diffusion_jax.lab.schema import checks, config
 
 # Its fields are flags without a prefix.
-_Unnamed = Annotated[config.Config, tyro.conf.arg(name="")]
+Unnamed = Annotated[config.Config, tyro.conf.arg(name="")]
+DEFAULT = config.Config()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Training:
         "train.batch_size train.checkpoint_every "
         "sample.sampler"
     )
-    config: _Unnamed = dataclasses.field(default_factory=config.Config)
+    config: Unnamed = DEFAULT
 
 
 Experiments = Mapping[str, config.Experiment]

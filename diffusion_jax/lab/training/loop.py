@@ -13,16 +13,17 @@ from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import MissingError, counted, first_of
 from diffusion_jax.evaluation import pictures
+from diffusion_jax.lab.measure import reference
 from diffusion_jax.lab.process import hosts, stopping
 from diffusion_jax.lab.process.progress import Progress
 from diffusion_jax.lab.run_folder import board, history, lock, results, runs
 from diffusion_jax.lab.schema import checks, latents
 from diffusion_jax.lab.schema.config import Config, warmup, with_epochs
 from diffusion_jax.lab.trained import weights
-from diffusion_jax.lab.training import beginning, encoding, initial, measuring, showing
+from diffusion_jax.lab.training import beginning, encoding, initial, measuring
 from diffusion_jax.lab.wiring import build, chains, learning
 from diffusion_jax.storage import trees
-from diffusion_jax.training import compilation, determinism, feed, flat, parallel
+from diffusion_jax.training import compilation, feed, flat, parallel
 from diffusion_jax.training.state import TrainState
 
 
@@ -36,8 +37,8 @@ class Job(NamedTuple):
     step: parallel.Step
     manager: Any
     draw: Callable[..., np.ndarray]
-    """What draws the images of a grid, as `showing.make_draw` returns it."""
-    ruler: measuring.Ruler | None
+    """What draws the images of a grid, as `measuring.make_draw` returns it."""
+    ruler: reference.Ruler | None
     """What samples are measured with in training, if they are."""
     watched: dict[str, Callable[[Any], jax.Array]]
     """What is logged beside the loss, as functions of the state: "held_out_loss" where
@@ -75,7 +76,7 @@ def train(
     checks.validate(config)
     board.check(config)
     if config.train.deterministic:
-        determinism.ask()
+        compilation.ask()
     parallel.split_cpu(config.train.batch_size)  # both before JAX looks for devices
     run = runs.of(config)
     with (signals or stopping.requests)() as requests, lock.hold(run.folder):
@@ -122,7 +123,7 @@ def train(
                 )
             describe_start(config, int(begun.state.step), len(dataset.images))
             begun = begun._replace(state=learning.as_trained(config, begun.state, mesh))
-            looks = showing.make_draw(config, mesh, held or dataset, own), ruler
+            looks = measuring.make_draw(config, mesh, held or dataset, own), ruler
             watched = measuring.watched(config, mesh, held)
             job = Job(
                 config, run, mesh, fed, step, manager, *looks, watched, requests, start
@@ -289,7 +290,7 @@ def write_grid(config: Config, run: runs.Run, draw: Any, state: TrainState) -> N
     key = jax.random.key(config.train.seed)
     drawn = draw(chains.Drawable(parallel.whole(state.ema_params)), key)
     if hosts.first():
-        picture = showing.picture(config, pictures.to_uint8(drawn))
+        picture = measuring.picture(config, pictures.to_uint8(drawn))
         pictures.save(picture, grid_path(run, int(state.step)))
 
 
@@ -305,7 +306,7 @@ def draw_loss(config: Config, run: runs.Run, lines: list[dict[str, Any]]) -> obj
             [line["step"] for line in lines],
             [line["loss"] for line in lines],
             title=f"{config.name}: training loss",
-            ylabel=f"loss ({showing.loss_name(config)})",
+            ylabel=f"loss ({measuring.loss_name(config)})",
             path=run.folder / "loss.png",
         )
     except MissingError as error:  # a plot is no reason to fail
@@ -339,7 +340,7 @@ def finish(job: Job, state: TrainState) -> int:
     print(
         f"done: step {step:,}, {minutes} min {left} s since the start of this command"
     )
-    print(f"  {showing.what(config):<13}{grid_path(run, step)}")
+    print(f"  {measuring.what(config):<13}{grid_path(run, step)}")
     print(f"  loss         {plot}")
     print(f"  metrics      {run.metrics}")
     print(f"  checkpoints  {run.checkpoints}/")

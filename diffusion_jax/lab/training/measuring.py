@@ -1,39 +1,32 @@
-"""Measures a run while it trains: the loss of held-out images, and FID.
+"""Measures a run while it trains, and what it shows: held-out loss, FID, samples.
 
 The distance of samples from the images is that of `eval_fid` with as many samples: from
 the same noise, by the same extractor, with the averaged weights (EMA).
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from diffusion_jax.data import datasets
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.measure import extractors, judges, reference
+from diffusion_jax.lab.measure.reference import Ruler
 from diffusion_jax.lab.process import hosts
 from diffusion_jax.lab.run_folder import history, results, runs
 from diffusion_jax.lab.schema import latents
 from diffusion_jax.lab.schema.config import Config, replace
-from diffusion_jax.lab.wiring import chains, critics, few_steps, learning
+from diffusion_jax.lab.wiring import autoencoders, chains, critics, few_steps, learning
 from diffusion_jax.lab.wiring.chains import Drawable
+from diffusion_jax.lab.wiring.latent_space import LatentSpace
 from diffusion_jax.training import compilation, feed, flat, parallel
-
-BATCH = 64
-"""Images at a time whose features are extracted."""
-
-
-class Ruler(NamedTuple):
-    """An extractor, the reference statistics, and the name of the distance."""
-
-    extractor: extractors.Extractor
-    real: reference.Reference
-    name: str
-    """Such as FID@2500 or fd_digits_classifier."""
 
 
 def make(config: Config, dataset: datasets.Dataset) -> Ruler | None:
@@ -58,11 +51,9 @@ def make(config: Config, dataset: datasets.Dataset) -> Ruler | None:
             "--train.measure-every."
         ) from error
     hosts.check_same("the extractor", extractor.details["sha256"])
-    more = "Give more with --train.measure-count."
-    extractors.check_count(extractor, plan.measure_count, more=more)
     images = datasets.middle(dataset, config.data.shape[:2]).images
-    real = reference.of(config, images, "train", extractor, batch_size=BATCH)
-    return Ruler(extractor, real, extractor.distance(plan.measure_count))
+    count, more = plan.measure_count, "Give more with --train.measure-count."
+    return reference.ruler(config, images, extractor, count, more=more)
 
 
 def judge(config: Config, dataset: datasets.Dataset) -> Any:
@@ -172,7 +163,7 @@ def measure(
         pictures.to_uint8(draw(drawable, key, first)) for first in range(0, count, size)
     ]
     drawn = np.concatenate(batches)[:count]
-    value = reference.distance_of(ruler.real, drawn, ruler.extractor, batch_size=BATCH)
+    value = ruler.distance(drawn)
     if hosts.first():
         result = {
             "numbers": {f"{ruler.name} vs train": {"mean": value, "of_each": [value]}},
@@ -202,3 +193,48 @@ def scores(
     if config.train.measure_every is not None:
         return {step: found.get(step) for step in steps}
     return {step: history.score(config, run, step) for step in steps if found}
+
+
+def make_draw(
+    config: Config, mesh: Any, dataset: datasets.Dataset, space: LatentSpace | None
+) -> Callable[..., np.ndarray]:
+    """Returns the function that draws the images of a grid, as `chains.make_draw`.
+
+    Of an autoencoder they are the first images of a data set, each before its
+    reconstruction from the mean of its latents.
+    """
+    count = config.sample.count
+    if not latents.is_autoencoder(config):
+        draw = chains.make_draw(config, count, mesh)
+        return lambda drawable, *how: draw(drawable._replace(space=space), *how)
+    few = datasets.middle(dataset, config.data.shape[:2]).images
+    shown = np.asarray(few[np.arange(min(max(count // 2, 1), len(few)))])
+
+    @jax.jit
+    def again(params: Any, images: jax.Array) -> jax.Array:
+        x = images.astype(jnp.float32) / 127.5 - 1
+        y = autoencoders.apply(config, params, x, "__call__", net=config.net)
+        both = jnp.stack([x, y], axis=1)
+        return both.reshape(-1, *x.shape[1:])
+
+    return lambda drawable, key, first=0: np.asarray(again(drawable.params, shown))
+
+
+def picture(config: Config, drawn: np.ndarray) -> Image.Image:
+    """Returns the picture of what `make_draw` has drawn, as uint8 images."""
+    if not latents.is_autoencoder(config):
+        return pictures.by_class(drawn, chains.count_classes(config))
+    return pictures.grid(drawn, columns=2 * math.ceil(math.sqrt(len(drawn)) / 2))
+
+
+def what(config: Config) -> str:
+    """Returns what a grid shows, in a word."""
+    return "pairs" if latents.is_autoencoder(config) else "samples"
+
+
+def loss_name(config: Config) -> str:
+    """Returns what the loss of a run is called."""
+    own = config.autoencoder
+    if latents.is_autoencoder(config):
+        return "bits/dim" if own.kind == "vae" else own.loss
+    return config.diffusion.loss
