@@ -14,7 +14,7 @@ from typing import NamedTuple
 from diffusion_jax.checkpoints import checkpoint, retention
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.process import entry
-from diffusion_jax.lab.report import tables
+from diffusion_jax.lab.report import reading, tables
 from diffusion_jax.lab.run_folder import results, runs
 from diffusion_jax.lab.schema import choices
 from diffusion_jax.storage.waiting import Bar
@@ -51,12 +51,7 @@ class Row(NamedTuple):
 def main(argv: Sequence[str]) -> int:
     """Lists the checkpoints; returns the exit code."""
     options = entry.parse(Options, argv, "checkpoints", __doc__)
-    run = runs.find(options.run)
-    if run.network is not None:
-        raise ConfigError(
-            "RUN must be a folder that training wrote, which has checkpoints; got the "
-            f"network {run.network.path}. Give a run."
-        )
+    run = reading.named(options.run)
     found = rows(run.checkpoints)
     if not found:
         raise ConfigError(

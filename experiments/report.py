@@ -41,13 +41,12 @@ class Options:
 def main(argv: Sequence[str]) -> int:
     """Writes the page; returns the exit code."""
     options = entry.parse(Options, argv, "report", __doc__)
-    named: Sequence[str | None] = options.runs or [None]
-    if len(named) > page.MOST_RUNS:
+    found = reading.each_named(options.runs or [None])
+    if len(found) > page.MOST_RUNS:
         raise ConfigError(
-            f"RUN must be at most {page.MOST_RUNS} runs; got {len(named)}. Leave some "
+            f"RUN must be at most {page.MOST_RUNS} runs; got {len(found)}. Leave some "
             "out, or compare them by: python -m experiments.runs compare RUN RUN"
         )
-    found = [reading.named(name) for name in named]
     out = options.out or found[0].folder / "report.html"
     replaceable.check_file(out, page.MARK.encode(), overwrite=options.overwrite)
     made = replaceable.typed("report", argv)

@@ -117,18 +117,19 @@ def compared(names: Sequence[str]) -> str:
     Raises:
       ConfigError: there are fewer than two, or one of them is no run.
     """
-    if len(names) < 2:
+    found = reading.each_named(names)
+    if len(found) < 2:
         raise ConfigError(
-            f"RUN must be two runs or more; got {len(names)}. Name another, or look at "
+            f"RUN must be two runs or more; got {len(found)}. Name another, or look at "
             "one by: python -m experiments.report RUN"
         )
-    stories = [reading.story(reading.named(name)) for name in names]
-    found = [tables.differing(stories), tables.figures(stories)]
-    found += tables.evaluations(stories)
+    stories = list(map(reading.story, found))
+    every = [tables.differing(stories), tables.figures(stories)]
+    every += tables.evaluations(stories)
     wrong = [f"note: {s.name}: {said}" for s in stories for said in s.wrong]
     parts = [
         f"{table.title}\n{tables.text(table)}" if table.rows else f"{table.title}: none"
-        for table in found
+        for table in every
     ]
     return "\n\n".join([*parts, *map(tables.printable, wrong)])
 

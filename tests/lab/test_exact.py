@@ -14,7 +14,7 @@ import small_networks
 from diffusion_jax.codec import certified
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.drawing import exact
-from diffusion_jax.lab.drawing.exact import Record, batch, walk_of
+from diffusion_jax.lab.drawing.exact import Record, batch, check, walk_of
 from diffusion_jax.lab.schema.config import Config, replace
 from diffusion_jax.lab.schema.sampling import Sample
 from diffusion_jax.lab.trained.exact import denoise64
@@ -98,7 +98,7 @@ REFUSED = {
 @pytest.mark.parametrize("said", REFUSED)
 def test_what_is_not_exact_is_refused(said):
     with pytest.raises(ConfigError, match=f"cannot draw exactly .*{said}.*Leave out"):
-        walk_of(Config(sample=Sample(**REFUSED[said])), chains.Drawable({}))
+        check(Config(sample=Sample(**REFUSED[said])))
 
 
 def test_noise_beyond_64_bits_is_refused():

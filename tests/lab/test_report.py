@@ -110,8 +110,10 @@ def test_two_runs_are_compared_configurations_first(two, tmp_path, capsys):
     assert "  loss (mean of the last tenth)" in figures
     assert "1.5 ± 0.1" in figures
     assert "20 steps of ddim (eta 0.0, uniform grid)" in figures
-    with pytest.raises(ConfigError, match=r"two runs or more; got 1\."):
-        listing.main(["compare", "first"])
+    one = str(two[0].folder)
+    for names in ([one], [one, f"{one}/../first"]):
+        with pytest.raises(ConfigError, match=r"two runs or more; got 1\."):
+            listing.main(["compare", *names])
     with pytest.raises(ConfigError, match="must hold runs; got none"):
         listing.main([str(tmp_path / "nowhere")])
 
@@ -243,8 +245,12 @@ def test_several_runs_stand_side_by_side_what_differs_first(two, tmp_path):
     heads = re.findall("<h2>(.*?)</h2>", (tmp_path / "out.html").read_text())
     assert heads == ORDER
     assert re.search(r"net\.channels\s*16\s*32", page.text)
+    assert reported(tmp_path, *two, two[0]).text == page.text
+    many = [tmp_path / "many" / str(i) for i in range(9)]
+    for folder in many:
+        (folder / "checkpoints").mkdir(parents=True)
     with pytest.raises(ConfigError, match="at most 8 runs; got 9"):
-        report.main([str(two[0].folder)] * 9)
+        report.main(list(map(str, many)))
 
 
 ORDER = [

@@ -63,7 +63,7 @@ def coarse_to_fine(config: Config, options: edit_options.CoarseToFine) -> Draw:
     """Returns the function that draws Fig. 9 of Ho et al. 2020."""
     last = _first_time(config)
     depths = options.depths or tuple(last * k // 8 for k in range(8, -1, -1))
-    _check_depths(config, depths, least=0)
+    check_depths(config, depths, least=0)
     return _between(config, options, depths)
 
 
@@ -127,12 +127,7 @@ def inpaint(config: Config, options: edit_options.Inpaint) -> Draw:
     grid = editing.repaint_grid(
         chains.make_grid(config), options.jump, options.resamples
     )
-    if options.resamples > 1 and has_memory(config):
-        raise ConfigError(
-            "resamples must be 1 with a rule that has a memory; got "
-            f"{options.resamples} with {config.sample.sampler}. Use ddpm or ddim."
-        )
-
+    check_resamples(config, options.resamples)
     kept: Any = ~white
     if latents.is_latent(config):  # a latent is repainted for any pixel of its own
         by = latents.factor(config)
@@ -239,6 +234,15 @@ def compiled(
 def _per_depth(config: Config) -> tuple[int, ...]:
     """Returns the place of the depth, the last, where each has a program of its own."""
     return (-1,) if has_memory(config) else ()
+
+
+def check_resamples(config: Config, resamples: int) -> None:
+    """Raises ConfigError where a rule cannot walk a stretch of its chain again."""
+    if resamples > 1 and has_memory(config):
+        raise ConfigError(
+            f"resamples must be 1 with a rule that has a memory; got {resamples} with "
+            f"{config.sample.sampler}. Use ddpm or ddim."
+        )
 
 
 def has_memory(config: Config) -> bool:
@@ -368,11 +372,12 @@ def _depth(config: Config, options: Any) -> int:
     """Returns the depth that was asked for, half of T where none was."""
     half = config.diffusion.num_steps // 2
     depth: int = half if options.depth is None else options.depth
-    _check_depths(config, (depth,), least=1)
+    check_depths(config, (depth,), least=1)
     return depth
 
 
-def _check_depths(config: Config, depths: Sequence[int], *, least: int) -> None:
+def check_depths(config: Config, depths: Sequence[int], *, least: int) -> None:
+    """Raises ConfigError for a depth beyond the chain."""
     last = _first_time(config)
     for depth in depths:
         if not least <= depth <= last:

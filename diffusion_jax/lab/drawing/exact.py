@@ -84,11 +84,8 @@ def walk_of(config: Config, drawable: Drawable) -> Walk:
     """Returns the walk of the configuration's chain, as this machine computes it.
 
     The numbers of a step are what the rule makes of x0 = 1, of x_t = 1, and of noise.
-
-    Raises:
-      ConfigError: a way to sample that is not exact.
+    The configuration must be one that `check` passes.
     """
-    check(config)
     grid, std = chains.make_grid(config), chains.start_std(config)
     count = len(grid) - 1
 

@@ -32,10 +32,6 @@ from diffusion_jax.storage import tensor_files, trees
 CONFIG, WEIGHTS = "config.json", f"{TENSORS}.safetensors"
 SIDE = 256
 """Pixels a side that a file of CompVis is taken to be for: that of its experiments."""
-_FIELDS = (
-    *("channels", "multipliers", "blocks", "latent", "attention"),
-    *("middle_attention", "groups", "quant"),
-)
 
 
 def is_folder(path: Path) -> bool:
@@ -173,7 +169,7 @@ def _config(net: AutoencoderKL, name: str, side: int, where: str) -> Config:
             f"{where} must be of grey or RGB images; got {net.image_channels} channels."
             " Others do not fit."
         )
-    given = {field: getattr(net, field) for field in _FIELDS}
+    given = {field: getattr(net, field) for field in autoencoders.ALIKE}
     config = Config(
         name=name,
         data=Data(UNKNOWN, image_size=side, channels=net.image_channels),

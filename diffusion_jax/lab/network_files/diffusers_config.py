@@ -60,11 +60,6 @@ _LACKING = {
     "mean_flow": "for which it has no scheduler",
 }
 
-# Fields of our configuration with the name and the value of the network's.
-_ALIKE = (
-    *("channels", "multipliers", "blocks", "attention"),
-    *("dropout", "groups", "variant"),
-)
 _RANGE = ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")
 
 
@@ -193,7 +188,7 @@ def from_diffusers(
             classes=net.num_classes,
             # No field says whether a row stands for no label.
             label_dropout=0.0 if net.num_classes else Net.label_dropout,
-            **{name: getattr(net, name) for name in _ALIKE},
+            **{name: getattr(net, name) for name in build.ALIKE},
         ),
         sample=sample,
         few=Few("consistency" if jumps else "none"),

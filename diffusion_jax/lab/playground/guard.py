@@ -10,6 +10,7 @@ import hmac
 import ipaddress
 import secrets
 import socket
+from contextlib import suppress
 from http.cookies import CookieError, SimpleCookie
 
 from starlette.datastructures import MutableHeaders
@@ -74,10 +75,8 @@ class Guard:
             )
             return answer
         cookies = SimpleCookie()
-        try:
+        with suppress(CookieError):
             cookies.load(request.headers.get("cookie", ""))
-        except CookieError:
-            cookies.clear()
         if self.cookie in cookies and self._same(cookies[self.cookie].value):
             return None
         return PlainTextResponse(
@@ -92,13 +91,9 @@ class Guard:
         """Returns whether a Host header names this machine; any port may lead here."""
         name = host.rpartition(":")[0] if ":" in host.rpartition("]")[2] else host
         name = name.removeprefix("[").removesuffix("]").lower()
-        if name == "localhost" or (self.remote and name == machine().lower()):
-            return True
-        try:  # no other site can give itself an address of numbers
-            address = ipaddress.ip_address(name)
-        except ValueError:
-            return False
-        return self.remote or address.is_loopback
+        # No other site can give itself an address of numbers.
+        own = name == machine().lower() or _address(name) is not None
+        return is_loopback(name) or (self.remote and own)
 
 
 def token() -> str:
@@ -112,12 +107,14 @@ def is_loopback(host: str) -> bool:
     >>> is_loopback("127.0.0.1"), is_loopback("::1"), is_loopback("0.0.0.0")
     (True, True, False)
     """
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    address = _address(host)
+    return host == "localhost" or (address is not None and address.is_loopback)
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    with suppress(ValueError):
+        return ipaddress.ip_address(host)
+    return None
 
 
 def machine() -> str:

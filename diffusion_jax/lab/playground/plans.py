@@ -83,11 +83,7 @@ def inpaint(subject: Subject, told: asked.Inpaint, images: Images) -> Route:
     white[list(told.mask)] = True
     grid = chains.make_grid(config)
     if told.resamples > 1:
-        if edits.has_memory(config):
-            raise ConfigError(
-                "resamples must be 1 with a rule that has a memory; got more with "
-                f"{config.sample.sampler}. Use ddpm or ddim."
-            )
+        edits.check_resamples(config, told.resamples)
         jump = min(JUMP, len(grid) - 2)
         grid = editing.repaint_grid(grid, jump, told.resamples)
     keys, start = walk.noise(config, told.seed, told.count)
@@ -153,8 +149,7 @@ def _floats(image: np.ndarray) -> Any:
 def _depth(config: Config, depth: int | None) -> int:
     last = int(chains.make_grid(config)[0])
     found = max(1, last // 2) if depth is None else depth
-    if found > last:
-        raise ConfigError(f"depth must be in 1..{last}; got {found}. Ask for less.")
+    edits.check_depths(config, (found,), least=1)
     return found
 
 

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -150,10 +150,16 @@ def named(path: str | None) -> runs.Run:
     found = runs.find(path)
     if found.network is not None:
         raise ConfigError(
-            "RUN must be a folder that training wrote, which has its losses; got the "
-            f"network {found.network.path}. Give a run."
+            "RUN must be a folder that training wrote, with losses and checkpoints; "
+            f"got the network {found.network.path}. Give a run."
         )
     return found
+
+
+def each_named(paths: Sequence[str | None]) -> list[runs.Run]:
+    """Returns the runs of `named`, each once."""
+    found = map(named, paths)
+    return [*{run.folder.resolve(): run for run in found}.values()]
 
 
 def every_run(folder: Path) -> list[runs.Run]:

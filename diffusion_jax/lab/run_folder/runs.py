@@ -73,11 +73,11 @@ def of(cfg: config.Config) -> Run:
     return Run(Path(cfg.output) / cfg.name)
 
 
-def find(path: str | None, output: str = "runs") -> Run:
+def find(path: str | None, output: str = "runs", *, called: str = "RUN") -> Run:
     """Returns the run at a path or of a name; the newest one when none is given.
 
     In place of a run there may be a network, in a file or a folder. What is drawn with
-    it goes to NAME.drawn beside it, so that it stays as it is.
+    it goes to NAME.drawn beside it, so that it stays as it is. Errors call it `called`.
 
     Raises:
       ConfigError: there is no such run.
@@ -107,7 +107,7 @@ def find(path: str | None, output: str = "runs") -> Run:
     hub = f" One of the Hugging Face hub is fetched by: {fetch}." if is_name else ""
     there = Path(path).exists() or (Path(output) / path).exists()
     raise errors.ConfigError(
-        "RUN must be a folder that training wrote, or a network in a file; got "
+        f"{called} must be a folder that training wrote, or a network in a file; got "
         f"{path!r}, {'which is neither' if there else 'where nothing is'}. Runs in "
         f"{output}/: "
         f"{known or 'none, run `make train` first'}.{hub}"

@@ -31,7 +31,7 @@ def given(config: Config, *, force: bool = False) -> Config:
     begun = _begun(config, force)
     if begun is not None and begun.init_from == config.init_from:
         return begun
-    source = _source(config)
+    source = runs.find(config.init_from, called="init_from")
     found = runs.read_config(source)
     if found.data.latent is not None and source.network is None:
         found = replace(found, "data", latent=str(source.folder))
@@ -50,7 +50,7 @@ def resolved(config: Config, *, force: bool = False) -> Config:
         return dataclasses.replace(config, init_from=known)
     whole = str(Path(config.init_from).resolve())
     if known != whole:
-        source = _source(config)
+        source = runs.find(config.init_from, called="init_from")
         place = source.folder if source.network is None else source.network.path
         whole = str(place.resolve())
     return dataclasses.replace(config, init_from=whole)
@@ -103,7 +103,7 @@ def params(config: Config) -> Any:
     """
     if config.init_from is None:
         return None
-    source = _source(config)
+    source = runs.find(config.init_from, called="init_from")
     given = runs.read_config(source)
     if config.few.method != "none" and given.few.method != "none":
         raise ConfigError(
@@ -159,11 +159,3 @@ def _begun(config: Config, force: bool) -> Config | None:
         if not force:
             raise
         return None
-
-
-def _source(config: Config) -> runs.Run:
-    try:
-        return runs.find(config.init_from)
-    except ConfigError as error:
-        # Other commands call the argument RUN.
-        raise ConfigError(str(error).replace("RUN must", "init_from must", 1)) from None

@@ -14,28 +14,30 @@ from diffusion_jax.nets import fresh
 from diffusion_jax.nets.autoencoder import AutoencoderKL, Moments
 from diffusion_jax.training import state
 
+ALIKE = (
+    *("channels", "multipliers", "blocks", "latent", "attention"),
+    *("middle_attention", "groups", "quant"),
+)
+"""Fields of a configuration's autoencoder that the network has under the same names."""
 TERMS = ("reconstruction", "kl", "perceptual", "adversarial")
 """Of the loss of an autoencoder, by their names in metrics.jsonl."""
 
 
 def make_network(config: Config, net: Net | None = None) -> AutoencoderKL:
     """Returns the autoencoder; `net` says how it is computed, in float32 without."""
-    own, how = config.autoencoder, net or Net()
+    own = config.autoencoder
     return AutoencoderKL(
-        channels=own.channels,
-        multipliers=own.multipliers,
-        blocks=own.blocks,
-        latent=own.latent,
-        attention=own.attention,
-        middle_attention=own.middle_attention,
-        groups=own.groups,
-        quant=own.quant,
         noise=own.kind != "ae",
         image_channels=config.data.channels,
-        dtype=jnp.dtype(how.dtype),
-        conv="xla" if how.conv == "auto" else how.conv,
-        remat=how.remat,
+        **{name: getattr(own, name) for name in ALIKE},
+        **computed(net or Net()),
     )
+
+
+def computed(net: Net) -> dict[str, Any]:
+    """Returns the fields of a network that say how it is computed, not what it is."""
+    conv = "xla" if net.conv == "auto" else net.conv
+    return {"dtype": jnp.dtype(net.dtype), "conv": conv, "remat": net.remat}
 
 
 def init_decoder(config: Config) -> dict[str, Any]:

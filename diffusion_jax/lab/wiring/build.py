@@ -21,6 +21,11 @@ Apply = Callable[..., jax.Array]
 
 FIRST_LOGSNR = (-5.0, 13.3)
 """Ends of a learned schedule before training (Kingma et al. 2021)."""
+ALIKE = (
+    *("channels", "multipliers", "blocks", "attention"),
+    *("dropout", "groups", "variant", "fourier"),
+)
+"""Fields of a configuration's network that the U-Net has under the same names."""
 IN_TRAINING = {
     "data_dir": "In training data_dir is --data.path.",
     "skip_unreadable=True": "In training that is --data.skip-unreadable.",
@@ -80,20 +85,11 @@ def make_network(config: Config) -> UNet:
     split = config.diffusion.variance in ("learned", "range")
     return UNet(
         out_channels=latents.seen(config)[-1] * (2 if split else 1),
-        channels=net.channels,
-        multipliers=net.multipliers,
-        blocks=net.blocks,
-        attention=net.attention,
-        dropout=net.dropout,
-        groups=net.groups,
-        dtype=jnp.dtype(net.dtype),
-        conv="xla" if net.conv == "auto" else net.conv,
-        remat=net.remat,
         # The last row stands for no label.
         num_classes=net.classes + (1 if net.classes and net.label_dropout else 0),
-        variant=net.variant,
-        fourier=net.fourier,
         spans=has_spans(config),
+        **{name: getattr(net, name) for name in ALIKE},
+        **autoencoders.computed(net),
     )
 
 
