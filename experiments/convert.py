@@ -226,11 +226,6 @@ def scores(run: runs.Run, digest: str, config: Config) -> dict[str, dict[str, st
     """Returns what the evaluations in a folder say of just these weights.
 
     For each number its "value", and "of" what it is.
-
-    Args:
-      run: where the evaluations are.
-      digest: of the weights.
-      config: of the network.
     """
     found: dict[str, dict[str, str]] = {}
     for name, result in results.read(run, digest):

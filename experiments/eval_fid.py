@@ -270,12 +270,6 @@ def left_out(
 ) -> dict[str, str]:
     """Returns the numbers for which there are too few samples, and why; says so too.
 
-    Args:
-      extractor: of the features.
-      count: samples.
-      options: whether they are compared with images, or with statistics alone.
-      images: to compare with.
-
     Raises:
       ConfigError: there are too few for any.
     """

@@ -36,13 +36,7 @@ def in_batches(
 
     All devices of all hosts draw, and every host gets all images.
 
-    Args:
-      config: of the run, with the way to sample.
-      drawable: the weights to draw with.
-      key: of the noise; image i depends on (key, i) alone.
-      count: how many images.
-      batch_size: images at a time, at most.
-      done: how many of them are there already, and left out.
+    Image i depends on (key, i) alone; `done` of them are there already, and left out.
     """
     size = min(batch_size, count)
     draw = _draw(config, size)
@@ -73,13 +67,7 @@ def to_disk(
     The file is named after all that decides what is in it, so that other weights or
     another sampler never meet old samples.
 
-    Args:
-      folder: where the samples go.
-      config: of the run, with the way to sample.
-      drawable: the weights to draw with.
-      count: how many images.
-      seed: of the noise; image i depends on (seed, i) alone.
-      batch_size: images at a time.
+    Image i depends on (seed, i) alone.
     """
     # A digest leaves out what is None.
     names = "x0_variance", "classifier", "space"

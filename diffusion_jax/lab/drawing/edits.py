@@ -208,11 +208,9 @@ def compiled(
     Of a latent run the edit is given the latents of images, [B, H, W, C], and gives
     others.
 
-    Args:
-      config: of the run, with the way to sample.
-      edit: from the rule with these weights and its schedule, and the arrays, to
-        images about [-1, 1].
-      static: places of the arguments that must be known when it is compiled.
+    The edit takes the rule with these weights and its schedule, and the arrays, and
+    gives images about [-1, 1]; `static` are the places of arguments that must be known
+    when it is compiled.
     """
 
     @functools.partial(jax.jit, static_argnums=static)

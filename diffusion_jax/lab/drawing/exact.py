@@ -127,13 +127,7 @@ def batch(
     Image i depends on (seed, first + i) alone. Values are counted by image, step and
     pixel, in that order.
 
-    Args:
-      denoise: the network.
-      walk: how to go.
-      shape: [B, H, W, C].
-      seed: of the noise.
-      first: number of the first image.
-      known: what was in doubt elsewhere.
+    `first` is the number of the first image, `known` what was in doubt elsewhere.
 
     Raises:
       ConfigError: noise so large that it is beyond 64 bits.
@@ -205,18 +199,13 @@ def in_batches(
 ) -> Iterator[np.ndarray]:
     """Returns batches of uint8 images, [B, H, W, C], which write a file at their end.
 
-    Args:
-      config: of the run, with the way to sample.
-      drawable: the weights to draw with.
-      made: as of `outputs.about`; its seed is taken.
-      out: the file, by which another machine draws the same.
-      count: how many images.
-      batch_size: images at a time, at most.
-      given: such a file of another machine, to draw the same by.
+    The configuration must be one that `check` passes; the seed is that of `made`, from
+    `outputs.about`. `out` is the file by which another machine draws the same, `given`
+    such a file of another.
 
     Raises:
-      ConfigError: a way to sample that is not exact; or the given file is of something
-        else, or damaged, or the images are not those that it is of.
+      ConfigError: the given file is of something else, or damaged, or the images are
+        not those that it is of.
     """
     own, size = walk_of(config, drawable), min(batch_size, count)
     theirs = None if given is None else read(given, own, made, config.data.shape)
@@ -260,11 +249,7 @@ def write(
 ) -> None:
     """Writes what is to be known of a drawing.
 
-    Args:
-      path: of the file.
-      record: of the drawing.
-      made: as of `outputs.about`.
-      shape: of an image.
+    `made` is as of `outputs.about`, the shape that of an image.
     """
     walk, sizes = record.walk, (record.images, len(record.walk.times), np.prod(shape))
     places = np.unravel_index(record.listed.place, sizes)
@@ -284,11 +269,7 @@ def write(
 def read(path: Path, own: Walk, made: dict[str, Any], shape: tuple[int, ...]) -> Record:
     """Returns what a file says of a drawing.
 
-    Args:
-      path: of the file.
-      own: the walk as this machine computes it.
-      made: as of `outputs.about` here.
-      shape: of an image.
+    `own` is the walk as this machine computes it; the rest as for `write`.
 
     Raises:
       ConfigError: it is no such file, or of another network, seed or way to sample.

@@ -118,13 +118,8 @@ def quality(
 ) -> None:
     """Writes Fig. 10: how far x0, as seen along the chain, is from the data.
 
-    Args:
-      config: of the run, with the way to sample.
-      drawable: the weights.
-      out: where the plot goes, a PNG; the numbers go beside it, as JSON.
-      made: as of `outputs.about`, kept with the numbers.
-      count: samples; more than the extractor has features.
-      seed: of the samples.
+    The plot goes to `out`, a PNG, and the numbers beside it, as JSON with `made`, which
+    `outputs.about` returns. The count must be above the extractor's features.
 
     Raises:
       ConfigError: too few samples.

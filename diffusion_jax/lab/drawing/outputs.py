@@ -32,13 +32,7 @@ def about(
 ) -> dict[str, Any]:
     """Returns how a drawing was made, as JSON has it, to be kept in its file.
 
-    Args:
-      command: of `experiments`.
-      argv: what was typed after it.
-      config: of the run, with the way to sample.
-      drawable: the weights drawn with.
-      words: what the weights are.
-      seed: of the noise.
+    `argv` is what was typed after the command, `words` what the weights are.
     """
     return {
         "command": replaceable.typed(command, argv),
@@ -77,12 +71,7 @@ def other_than_usual(*options: Any) -> str:
 
 
 def check_file(path: Path, *, overwrite: bool) -> None:
-    """Raises ConfigError where a drawing would take the place of something else.
-
-    Args:
-      path: of the drawing.
-      overwrite: whether it may.
-    """
+    """Raises ConfigError where a drawing would take the place of something else."""
     replaceable.check_file(path, *MARKS, overwrite=overwrite)
 
 
@@ -102,10 +91,7 @@ def check_folder(folder: Path) -> None:
 def save_each(batches: Iterator[np.ndarray], folder: Path, made: Any) -> None:
     """Writes one PNG an image, 000000.png, 000001.png, ..., and removes older ones.
 
-    Args:
-      batches: of images, uint8 [B, H, W, C].
-      folder: checked by `check_folder`.
-      made: as of `about`.
+    The images are uint8, [B, H, W, C], and the folder is checked by `check_folder`.
     """
     first = next(batches)  # where nothing can be drawn, nothing is lost
     for old in _set_of(folder):

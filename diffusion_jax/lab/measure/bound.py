@@ -77,15 +77,9 @@ def evaluate(
 ) -> Sums:
     """Returns the bound of the chosen images, with a progress bar.
 
-    Args:
-      config: of the network.
-      drawable: its weights, with what the variance needs (`opening.complete`).
-      dataset: the images.
-      chosen: indices of those to evaluate.
-      variance: of the reverse steps; the configured one when not given.
-      batch_size: images at a time, over all devices.
-      chunk: diffusion steps at a time.
-      seed: of the noise.
+    They are those at the indices `chosen`, so many at a time over all devices, and
+    `chunk` diffusion steps at a time. The drawable has what the variance needs
+    (`opening.complete`), which is the configured one when not given.
     """
     check(config, drawable)
     steps = config.diffusion.num_steps
@@ -211,11 +205,8 @@ def evaluate_ode(
 ) -> np.ndarray:
     """Returns bits/dim and evaluations of the chosen images, [images, 2].
 
-    Args:
-      config, drawable, dataset, chosen, batch_size, seed: as for `evaluate`.
-      trace: how the divergence is found, by random probes or exactly.
-      probes: random probes an image.
-      tolerance: of the solver, relative and absolute.
+    As `evaluate`; the divergence is found by random probes, so many an image, or
+    exactly. The tolerance of the solver is relative and absolute.
 
     Raises:
       ConfigError: the solver ran out of steps for an image.

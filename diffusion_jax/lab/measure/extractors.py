@@ -52,15 +52,11 @@ def choose(
 ) -> Extractor:
     """Returns the extractor of a kind, or the best one available.
 
-    Args:
-      kind: "inception", "classifier", or "auto": Inception where its weights are found
-        and the images have 32 pixels or more a side, else the classifier, which is
-        trained first where there is none yet.
-      config: the run's configuration.
-      dataset: its training images, for the classifier.
-      weights: file of Inception's weights; searched for when not given.
-      download: whether they may be downloaded.
-      preprocessing: "tensorflow" or "pytorch-fid".
+    The kind is "inception", "classifier", or "auto": Inception where its weights are
+    found and the images have 32 pixels or more a side, else the classifier, which is
+    trained on the data set first where there is none yet. Weights are searched for when
+    not given, and downloaded if they may be; preprocessing is "tensorflow" or
+    "pytorch-fid".
 
     Raises:
       DataError: the weights are missing or damaged.

@@ -122,14 +122,14 @@ def ruler(
     count: int,
     *,
     batch_size: int = 64,
-    more: str = "Give more with --count.",
+    **hint: str,
 ) -> Ruler:
     """Returns what so many samples are measured with, from training images.
 
     Raises:
-      ConfigError: no more samples than features; `more` says what to do.
+      ConfigError: no more samples than features; the hint is that of `check_count`.
     """
-    check_count(extractor, count, more=more)
+    check_count(extractor, count, **hint)
     real = of(config, images, "train", extractor, batch_size=batch_size)
     return Ruler(extractor, real, extractor.distance(count), batch_size)
 

@@ -141,13 +141,9 @@ def from_diffusers(
 
     What training needs to know beside is as in an experiment where nothing is given.
 
-    Args:
-      unet: the UNet2DModel's configuration.
-      scheduler: the scheduler's; where there is none, the defaults of DDPMScheduler
-        are meant, with which the paper's schedule comes.
-      name: of the experiment.
-      where: the folder, for errors.
-      of: the configuration of the autoencoder whose latents it learns.
+    Without a scheduler the defaults of DDPMScheduler are meant, with which the paper's
+    schedule comes. `of` is the configuration of the autoencoder whose latents the
+    network learns, and `where` the folder, for errors.
 
     Raises:
       ValueError: it has what we do not support; all of it is named.
@@ -212,9 +208,7 @@ def notes(
 ) -> tuple[str, ...]:
     """Returns notes on what was assumed of a network that diffusers alone describes.
 
-    Args:
-      unet: the UNet2DModel's configuration, which `from_diffusers` has read.
-      scheduler: the scheduler's; None where there is none.
+    `from_diffusers` has read the two; the second is None where there is none.
 
     >>> notes({}, {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"})
     ()

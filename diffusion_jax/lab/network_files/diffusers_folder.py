@@ -153,11 +153,8 @@ def write_whole(
 ) -> str:
     """Writes a folder whole or not at all; returns the SHA-256 of the first weights.
 
-    Args:
-      path: the folder.
-      files: what is written as JSON, by the names of the files.
-      weights: tensors by name, by the names of the files.
-      card: returns the model card's text of that digest.
+    `files` are written as JSON and `weights` as tensors, by the names of the files;
+    `card` makes of the first weights' digest the text of the model card.
 
     Raises:
       ConfigError: the folder holds more than is written by this.

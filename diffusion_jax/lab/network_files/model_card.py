@@ -10,12 +10,8 @@ from diffusion_jax.lab.schema.config import UNKNOWN, Config
 def write(config: Config, about: About, name: str, digest: str, count: int) -> str:
     """Returns the text of the card, with the YAML head that the hub reads.
 
-    Args:
-      config: of the network.
-      about: which weights, of which step, from where, with which scores.
-      name: of the folder.
-      digest: SHA-256 of the file of weights.
-      count: how many weights there are.
+    The name is that of the folder, the digest (SHA-256) that of the file of its `count`
+    weights.
     """
     net, rows = config.net, _rows(config, about, digest, count)
     table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items())

@@ -131,11 +131,8 @@ def read_config(found: Found) -> Config:
 def read(found: Found, *, average: bool = True, progress: bool = False) -> Network:
     """Returns the network in a file or folder, every tensor checked.
 
-    Args:
-      found: from `find`.
-      average: of a checkpoint of the authors': whether to take the moving average, or
-        the last weights.
-      progress: whether to show a bar where there is a terminal.
+    Of a checkpoint of the authors `average` takes the moving average, and not the last
+    weights.
 
     Raises:
       ValueError: the file is damaged, or does not hold the tensors that the
@@ -177,12 +174,9 @@ def read_official(
 ) -> Network:
     """Returns the network in a checkpoint of the authors.
 
-    Args:
-      path: the checkpoint, such as model.ckpt-790000.
-      config: of the experiment that it was trained in; when not given, one of the same
-        network and diffusion, with data that nobody named.
-      average: whether to take the moving average, or the last weights.
-      progress: whether to show a bar where there is a terminal.
+    The path is such as model.ckpt-790000. The configuration is that of the experiment;
+    when not given, one of the same network and diffusion, with data that nobody named.
+    `average` is as of `read`.
 
     Raises:
       ValueError: TensorFlow is missing, or the tensors are of another network.

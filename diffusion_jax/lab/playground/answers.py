@@ -134,10 +134,8 @@ def _packed(images: np.ndarray) -> str:
 def metrics(run: runs.Run, digest: str, since: int) -> dict[str, Any]:
     """Returns what a run has logged after a step, and the steps of its pictures.
 
-    Args:
-      run: which may be training now.
-      digest: of the weights whose evaluations are wanted.
-      since: of the last line that is known; -1 for none.
+    The run may be training now. `since` is the step of the last line that is known, -1
+    for none; the digest is that of the weights whose evaluations are wanted.
 
     Raises:
       ConfigError: a file is damaged.

@@ -101,9 +101,7 @@ KINDS = (Denoise, Interpolate, Inpaint, Compress, Resume)
 def read(text: bytes, kind: type[Asked]) -> Asked:
     """Returns what was asked for.
 
-    Args:
-      text: JSON, an object with fields of `kind`.
-      kind: one of KINDS.
+    The text is JSON, an object with fields of `kind`, which is one of KINDS.
 
     Raises:
       ValueError: it is no such object, or a value is out of its bounds.
@@ -123,9 +121,7 @@ def read(text: bytes, kind: type[Asked]) -> Asked:
 def decoded(data: bytes, config: Config) -> tuple[np.ndarray, tuple[int, int]]:
     """Returns an image in the shape of the run's data, and its own height and width.
 
-    Args:
-      data: a file, PNG, JPEG or WebP, of at most 16 million pixels.
-      config: of the run.
+    The file is PNG, JPEG or WebP, of at most 16 million pixels.
 
     Raises:
       DataError: it is no such file.

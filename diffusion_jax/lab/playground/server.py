@@ -77,11 +77,8 @@ class Lines(StreamingResponse):
 def application(opened: Subject, token: str, port: int, *, remote: bool) -> ASGIApp:
     """Returns the application that serves a network.
 
-    Args:
-      opened: the network.
-      token: which the address of the page must have.
-      port: of the server.
-      remote: whether it answers under other addresses than those of loopback.
+    The address of the page must have the token. `remote` is whether it answers under
+    other addresses than those of loopback.
     """
     table = Table(
         opened,

@@ -37,10 +37,7 @@ class Subject(NamedTuple):
 def opened(name: str | None, options: Any, which: Weights) -> Subject:
     """Returns the network of a run; that which is shipped where there is no run.
 
-    Args:
-      name: of the run or the network's file, as `runs.find` takes it.
-      options: of the command.
-      which: the weights.
+    The arguments are those of `opening.opened`.
 
     Raises:
       ConfigError, CheckpointError, ValueError: a run was named, and it is not there or

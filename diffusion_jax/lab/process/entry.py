@@ -49,9 +49,7 @@ def note_warnings() -> None:
 def guarded(main: Callable[[Sequence[str]], int], *, several: bool = False) -> None:
     """Runs a command and exits with its code; with 2 and one message for bad input.
 
-    Args:
-      main: from the arguments to the exit code.
-      several: whether it works on several hosts.
+    `several` is whether it works on several hosts.
     """
     from diffusion_jax.checkpoints.checkpoint import CheckpointError
 
@@ -111,12 +109,6 @@ def parse(
 ) -> Options:
     """Returns a command's options as the arguments give them.
 
-    Args:
-      options: their dataclass.
-      argv: the arguments.
-      command: its name in `experiments`.
-      description: what `--help` says of it.
-
     Raises:
       ConfigError: a value that is not as its field says.
       SystemExit: `--help`, or a flag that does not exist or has another type.
@@ -131,9 +123,6 @@ def parse(
 def typed(command: str) -> str:
     """Returns how a command was called, for its `--help`.
 
-    Args:
-      command: its name in `experiments`.
-
     >>> typed("train")
     'python -m experiments.train'
     """
@@ -145,9 +134,7 @@ def typed(command: str) -> str:
 def join_hosts(argv: Sequence[str], *, several: bool) -> list[str]:
     """Returns the command's own arguments after joining the other hosts of its job.
 
-    Args:
-      argv: all arguments; those about hosts are taken out.
-      several: whether the command works on several hosts.
+    Those about hosts are taken out. `several` is whether the command works on several.
 
     Raises:
       ConfigError: it does not, or the hosts cannot be found.

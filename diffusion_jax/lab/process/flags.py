@@ -31,13 +31,9 @@ def read(
 ) -> Any:
     """Returns what `tyro.cli` reads.
 
-    Args:
-      kind: the dataclass of the flags. Its MAIN, if it has one, is a string with the
-        names of those that `--help` shows, such as "count data.source".
-      args: the arguments.
-      prog: how the command is called.
-      brief: what `--help` says in place of the description.
-      options: as of `tyro.cli`.
+    The MAIN of the dataclass, if it has one, is a string with the names of those that
+    `--help` shows, such as "count data.source"; `brief` is what it says in place of the
+    description. Options are those of `tyro.cli`.
 
     Raises:
       SystemExit: help was asked for, or a flag does not exist or has another type.
@@ -57,10 +53,7 @@ def read(
 def overview(prog: str, text: str, commands: Mapping[str, type]) -> str:
     """Returns what `--help` says of a program that has commands of its own.
 
-    Args:
-      prog: how it is called.
-      text: what it does.
-      commands: the dataclass of the flags of each; their docstrings say what they do.
+    The docstrings of the commands' dataclasses say what they do.
     """
     lines = [f"usage: {prog} COMMAND ...", "", filled(text), "", "commands:"]
     for name, kind in commands.items():
@@ -75,12 +68,6 @@ def of_several(
     args: Sequence[str], prog: str, text: str, commands: Mapping[str, type]
 ) -> tuple[str, Any]:
     """Returns the name of the command that is named first, and its options.
-
-    Args:
-      args: the arguments.
-      prog: how the program is called.
-      text: what it does.
-      commands: the dataclass of the flags of each.
 
     Raises:
       ConfigError: no such command.
@@ -139,11 +126,8 @@ class Flag(NamedTuple):
 def main_flags(kind: Any, default: Any, prog: str, description: str) -> str:
     """Returns the text of `--help`: a line or two for each flag that it shows.
 
-    Args:
-      kind: the dataclass of the flags.
-      default: what they are when not given; None for the defaults of the fields.
-      prog: how the command is called.
-      description: what it does; indented lines stay as they are.
+    Without a default the flags have the defaults of their fields. Indented lines of the
+    description stay as they are.
     """
     flags = dict(_flags(kind, default))
     names = kind.MAIN.split() if hasattr(kind, "MAIN") else list(flags)

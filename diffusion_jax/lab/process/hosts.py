@@ -73,8 +73,7 @@ def check_shared(folder: Path) -> None:
 
     Also where the hosts are several, but never joined.
 
-    Args:
-      folder: made when missing.
+    The folder is made when missing.
     """
     if jax.process_count() == 1:
         return
@@ -113,8 +112,7 @@ def make_stop(requested: list[int]) -> Callable[[int, bool], bool]:
     later, so that no step waits for it. Then, and at the last step, all have it in
     their lists.
 
-    Args:
-      requested: the signals that came, by number; see `stopping.requests`.
+    The list has the signals that came, by number; see `stopping.requests`.
     """
     if jax.process_count() == 1:
         return lambda step, last: last or bool(requested)

@@ -94,9 +94,7 @@ def decide(given: Mapping[str, str], env: Mapping[str, str]) -> Job | None:
 
     Decides by its arguments alone: nothing is asked of JAX or of a network.
 
-    Args:
-      given: the flags, from `split`.
-      env: the environment.
+    The flags are those of `split`.
 
     Raises:
       ConfigError: they are incomplete, or do not fit together.
@@ -140,9 +138,6 @@ def decide(given: Mapping[str, str], env: Mapping[str, str]) -> Job | None:
 
 def join(job: Job) -> None:
     """Joins the other hosts; only the first one prints from here on.
-
-    Args:
-      job: from `decide`.
 
     Raises:
       ConfigError: JAX cannot find them, or they have unlike numbers of devices.

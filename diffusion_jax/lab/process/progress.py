@@ -26,13 +26,8 @@ class Progress:
     ) -> None:
         """Starts counting at step `begin` of `last`.
 
-        Args:
-          begin: steps that are done.
-          last: how many there are in all.
-          images_per_step: the batch size.
-          file: where to show it; stderr when None.
-          row: the last of the steps that are done, where they were skipped in a row:
-            how many by which cause.
+        The steps skipped in a row before that are in `row`, by their causes. It is
+        shown on stderr where no file is given.
         """
         self.file = file or sys.stderr
         self.step, self.last, self.images = begin, last, images_per_step
@@ -54,10 +49,7 @@ class Progress:
     def update(self, step: int, loss: float | None, cause: str = "") -> None:
         """Shows that `step` steps are done and what the last loss was.
 
-        Args:
-          step: the number of steps.
-          loss: of the last of them; None where it was skipped.
-          cause: of that. `row` counts the steps skipped in a row by their causes.
+        The loss is of the last of them; None where it was skipped, for this cause.
         """
         if loss is None:
             self.row[cause] += 1
@@ -136,13 +128,7 @@ def clock(
     A chain is one program, of which no share is known while it runs: a bar would stand
     still. Where there is no terminal it is a line now and then.
 
-    Args:
-      text: what is being done.
-      total: units that there will be.
-      done: how many there are already.
-      shown: whether this process shows anything.
-      unit: of the work.
-      unit_scale: whether thousands are written as k.
+    `done` of the units are there already; `unit_scale` writes thousands as k.
 
     Yields:
       The bar, whose `update` takes how many units have come.

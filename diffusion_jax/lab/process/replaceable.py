@@ -27,10 +27,7 @@ def report_of(command: str) -> bytes:
 def check_file(path: Path, *marks: bytes, overwrite: bool) -> None:
     """Raises ConfigError where something else would be replaced.
 
-    Args:
-      path: of the file to be written.
-      marks: of what may be replaced, see `has`.
-      overwrite: whether any file may.
+    The marks are of what may be replaced, see `has`; with `overwrite` any file may be.
     """
     if path.exists() and not path.is_file():
         raise ConfigError(f"cannot write {path}: that is no file. Name another.")

@@ -51,9 +51,7 @@ def html(element: Element) -> str:
 def table(of: Table, *, wide: bool = False) -> Element:
     """Returns a table; the rows of its protocol are quieter.
 
-    Args:
-      of: the table.
-      wide: whether its cells are words, not numbers.
+    With `wide` its cells are words, not numbers.
     """
     first = len(of.rows) - of.protocol
     body = tag("tbody")
@@ -76,10 +74,7 @@ def table(of: Table, *, wide: bool = False) -> Element:
 def picture(path: Path, said: str, room: int) -> Element | None:
     """Returns a picture of a file with a line below it; None where it is none.
 
-    Args:
-      path: of a PNG file.
-      said: the line.
-      room: bytes that it may take in the page.
+    It is of a PNG file, and may take `room` bytes of the page.
     """
     try:
         kind, content = fitted(path, room * 3 // 4)
@@ -150,14 +145,9 @@ def chart(
 ) -> Element | None:
     """Returns a chart with a legend; None where there are not two points.
 
-    Args:
-      title: above it.
-      series: the lines.
-      xlabel: of the axis below.
-      unit: of the values, where the title does not say it.
-      smooth: whether to draw means of neighbours, with the points behind them.
-      lowest: whether the legend says where a line is lowest.
-      from_zero: whether the axis begins at 0.
+    The unit is of the values, where the title does not say it. `smooth` draws means of
+    neighbours, with the points behind them; `lowest` has the legend say where a line is
+    lowest; `from_zero` begins the axis at 0.
     """
     there = [s for s in series if len(s.points) > 1]
     drawn = [s._replace(points=thinned(s.points)) for s in there]
@@ -204,11 +194,7 @@ class Axis:
     ) -> None:
         """Takes the numbers at the ends, and the pixels there.
 
-        Args:
-          low, high: the numbers.
-          start, end: the pixels.
-          rounded: whether the ends are moved out to round numbers.
-          logarithmic: the scale.
+        `rounded` moves the ends out to round numbers.
         """
         self.logarithmic, self.start, self.end = logarithmic, start, end
         if low == high:

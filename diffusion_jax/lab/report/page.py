@@ -42,10 +42,7 @@ MOST_STEPS = 100_000
 def page(found: Sequence[Story], made: str, at: float) -> str:
     """Returns the page.
 
-    Args:
-      found: one run, or several.
-      made: the command line that made it.
-      at: when, in seconds since 1970.
+    `made` is the command line, `at` the time in seconds since 1970.
     """
     names = ", ".join(story.name for story in found)
     style = tag("style")

@@ -80,10 +80,7 @@ class Board:
 def opened(config: Config, run: runs.Run, step: int) -> Iterator[Board]:
     """Opens a file of events that has all of a run up to a step.
 
-    Args:
-      config: which says whether there is to be one.
-      run: of the first host, which alone writes.
-      step: that the run goes on from.
+    The configuration says whether there is to be one. The first host alone writes.
     """
     if not (config.train.tensorboard and hosts.first()):
         yield Board()

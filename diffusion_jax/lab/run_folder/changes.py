@@ -18,11 +18,6 @@ def record(run: runs.Run, config: Config, step: int) -> None:
     """Writes that a run goes on from a step, and with which configuration.
 
     What was changed at this step or later has made no step that is still there.
-
-    Args:
-      run: which has a checkpoint of the step.
-      config: with which it goes on.
-      step: of the checkpoint.
     """
     lines = runs.read_lines(run.changes)
     kept = [line for line in lines if line["step"] < step]
@@ -41,11 +36,6 @@ def record(run: runs.Run, config: Config, step: int) -> None:
 
 def before(run: runs.Run, config: Config, step: int) -> Config:
     """Returns the configuration under which the updates up to a step were made.
-
-    Args:
-      run: whose changes are undone.
-      config: the last one.
-      step: number of updates.
 
     Raises:
       ConfigError: changes.jsonl is damaged.

@@ -48,10 +48,7 @@ class Log(NamedTuple):
 def record(log: Log, step: int, metrics: dict[str, jax.Array]) -> None:
     """Adds the metrics of a step to the log; every log_every-th one writes a line.
 
-    Args:
-      log: what the run is logged with; the metrics join its `pending`.
-      step: updates made.
-      metrics: of the last of them, from `state.make_step`.
+    They are those of `state.make_step`, and join the log's `pending`.
 
     Raises:
       DivergedError: too many were skipped in a row to hope for a later one.

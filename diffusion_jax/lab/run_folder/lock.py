@@ -37,9 +37,6 @@ def hold(folder: Path) -> Iterator[None]:
     On several hosts the first one holds the lock for all, and all must call this alike.
     Where the folder was made and nothing was written into it, it is gone afterwards.
 
-    Args:
-      folder: of the run.
-
     Raises:
       LockedError: another process has it.
       ConfigError: the folder cannot be made, or nothing can be written into it.

@@ -35,10 +35,6 @@ def read(run: runs.Run, digest: str) -> list[tuple[str, dict[str, Any]]]:
     """Returns the results of just these weights by name, the newest last.
 
     What is damaged, or of another kind, is left out.
-
-    Args:
-      run: of which they are.
-      digest: of the weights.
     """
     folder = run.folder / "eval"
     found = [  # older versions wrote no lines

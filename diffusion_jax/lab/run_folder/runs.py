@@ -181,10 +181,8 @@ def recalled(
 
     None where the file is not there, damaged, or made by something else.
 
-    Args:
-      path: of a JSON file, an object.
-      about: what decides the result; it stands in the file under the same names.
-      read: from all else that is in the file, as keywords, to what is returned.
+    `about`, what decides the result, stands in the file under the same names; `read`
+    takes all else that is there, as keywords.
     """
     try:
         values = json.loads(path.read_text())
@@ -274,11 +272,8 @@ def check_room(run: Run, state: Any, there: int, keep: int) -> None:
 
     All hosts must call it alike.
 
-    Args:
-      run: where the checkpoints go.
-      state: what they are of, by its shapes.
-      there: how many there are already.
-      keep: how many of the newest stay.
+    The checkpoints are of a state of these shapes; `there` are there already, and
+    `keep` of the newest stay.
     """
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     fits = hosts.tell(min(shutil.disk_usage(run.folder).free // size, 2**30))

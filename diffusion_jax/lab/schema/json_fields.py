@@ -69,11 +69,8 @@ def read(
 
     It is None where some are. A field without a value has its default.
 
-    Args:
-      values: as JSON has them.
-      cls: the dataclass.
-      prefix: of the names of its fields, such as "net.".
-      hint: what to do about a key that no field has.
+    The prefix is of the names of its fields, such as "net."; `hint` says what to do
+    about a key that no field has.
 
     Returns:
       The dataclass, and (field, what it must be, what was got) of each wrong value.

@@ -54,14 +54,7 @@ class Clock(NamedTuple):
 
 
 def row(work: Work, mesh: Any, effort: Effort, *, fresh: bool) -> dict[str, Any]:
-    """Returns the figures of a row of a table, as `train` or `sample`.
-
-    Args:
-      work: what to measure.
-      mesh: the devices, or more than the row is to use.
-      effort: how often a training step is timed.
-      fresh: as of `train`.
-    """
+    """Returns the figures of a row of a table, as `train` or `sample`."""
     if work.devices is not None:
         fsdp = math.gcd(work.devices, work.config.train.fsdp)
         mesh = parallel.make_mesh(work.devices, fsdp)
@@ -75,11 +68,7 @@ def row(work: Work, mesh: Any, effort: Effort, *, fresh: bool) -> dict[str, Any]
 def train(work: Work, mesh: Any, effort: Effort, *, fresh: bool) -> dict[str, Any]:
     """Returns the figures of training steps on one batch that does not change.
 
-    Args:
-      work: the configuration, the size of the batch and an option of the compiler.
-      mesh: the devices.
-      effort: how often a step is timed.
-      fresh: whether to measure what fresh batches cost too, by another program.
+    `fresh` measures what fresh batches cost too, by another program.
     """
     size = work.batch
     chosen = config.replace(work.config, "train", batch_size=size)

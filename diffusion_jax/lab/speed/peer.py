@@ -40,10 +40,7 @@ def check(config: Config) -> None:
 def compare(config: Config, row: dict[str, Any], effort: Effort) -> dict[str, Any]:
     """Returns what PyTorch takes for the work of a row, and how it was run.
 
-    Args:
-      config: the configuration; its network must be one of diffusers'.
-      row: as of `measuring.row`.
-      effort: how often a training step is timed.
+    The row is as of `measuring.row`; the network must be one of diffusers'.
 
     Raises:
       ConfigError: PyTorch or diffusers is missing, or diffusers has no such network.

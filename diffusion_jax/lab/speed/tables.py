@@ -183,11 +183,8 @@ def row(
 ) -> dict[str, Any]:
     """Returns a row of a report.
 
-    Args:
-      work: what was measured.
-      found: its figures, or an "error".
-      before: the rows before, of which one may be the base.
-      top: TFLOP/s of a large matrix product, by one device.
+    `found` has its figures, or an "error"; one of the rows before may be its base;
+    `top` is the TFLOP/s of a large matrix product, by one device.
     """
     about = {"name": work.name, "form": work.form, "dtype": work.config.net.dtype}
     made = {**about, "what": work.what, "batch": work.batch, **found}

@@ -36,14 +36,9 @@ def opened(
 ) -> tuple[runs.Run, Config]:
     """Returns a trained network's run and configuration, checked on all hosts.
 
-    Args:
-      name: of the run or the network's file, as `runs.find` takes it.
-      options: of the command, the same on all hosts.
-      which: the choice of weights.
-      how: the way to sample, in place of the run's.
-      data: to compare with, in place of the run's.
-      autoencoder: whether the run must be one of an autoencoder, and not of diffusion;
-        None for either.
+    The run is named as `runs.find` takes it, and the options are the same on all hosts.
+    The way to sample and the data stand in place of the run's. `autoencoder` says
+    whether the run must be one of an autoencoder, or of diffusion; None, either.
 
     Raises:
       ConfigError: there is no such run, it has no such weights, is of the other kind,
@@ -77,12 +72,8 @@ def load(
 ) -> tuple[Drawable, int | None, str]:
     """Returns weights with what `complete` adds, their step, and their name.
 
-    Args:
-      config: of the run, with the way to sample.
-      run: its folder.
-      which: the weights to choose.
-      variance: of the reverse steps of a bound, which clips and is not guided; without
-        it, what `config.sample` needs is added.
+    The variance is of the reverse steps of a bound, which clips and is not guided;
+    without it, what `config.sample` needs is added.
 
     Raises:
       ConfigError, CheckpointError: as `weights.load`; or there is no classifier.

@@ -34,10 +34,7 @@ def load(config: Config, run: runs.Run, which: Weights) -> tuple[Any, int | None
     The name is such as "averaged", "last" or "averaged (length 0.08)"; the step of a
     network in a file may be None, for unknown.
 
-    Args:
-      config: the run's configuration.
-      run: the folder of checkpoints and snapshots, or a network in a file.
-      which: the weights to choose.
+    The run is a folder of checkpoints and snapshots, or a network in a file.
 
     Raises:
       CheckpointError: there is no such checkpoint.

@@ -60,12 +60,9 @@ def parse_training(
 ) -> Training:
     """Returns what the arguments describe, checked.
 
-    Args:
-      argv: an experiment's name (digits when the first one is a flag), then flags.
-      experiments: those there are, by name.
-      prog: how the command is called, for `--help`.
-      overview: what `--help` says where no experiment is named.
-      of: what stands for the experiment in `--help`; its name when not given.
+    The arguments are an experiment's name (digits when the first one is a flag), then
+    flags. `overview` is what `--help` says where no experiment is named, and `of` what
+    stands there for its name.
 
     Raises:
       ConfigError: an unknown experiment, or values that do not fit.
@@ -139,12 +136,7 @@ def parse_with(
 ) -> Any:
     """Returns the options of a command that has a configuration among them, `config`.
 
-    Args:
-      options: their dataclass.
-      argv: an experiment's name (digits when the first one is a flag), then flags.
-      experiments: those there are, by name.
-      prog: how the command is called.
-      description: what `--help` says of it.
+    The arguments are as of `parse_training`.
 
     Raises:
       ConfigError: as `parse`.

@@ -136,14 +136,9 @@ def start(
 ) -> Begun:
     """Returns the newest checkpoint that verifies, or a fresh state without any.
 
-    Newer checkpoints, which are damaged, are set aside.
-
-    Args:
-      config, run, mesh: of the training.
-      folder: of checkpoints.
-      params: of `initial.params`, where it has been called already.
-      judge: of `measuring.judge`.
-      strict: whether the newest checkpoint must verify.
+    Newer checkpoints, which are damaged, are set aside. `params` are of
+    `initial.params`, where it has been called already, `judge` of `measuring.judge`.
+    With `strict` the newest checkpoint must verify.
     """
     if not folder.steps():
         params = initial.params(config) if params is None else params

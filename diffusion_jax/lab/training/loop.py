@@ -59,13 +59,10 @@ def train(
 ) -> int:
     """Trains, or resumes where the run stopped; returns the exit code.
 
-    Args:
-      config: the configuration.
-      strict: whether the newest checkpoint must verify; otherwise the newest that does
-        is taken.
-      force: whether the run may resume with another configuration.
-      dataset: the images, in place of those that the configuration names.
-      signals: context that handles signals; `stopping.requests` when not given.
+    With `strict` the newest checkpoint must verify, otherwise the newest that does is
+    taken; with `force` the run may resume with another configuration. The data set
+    stands in place of the one that is named there; `signals` is a context that handles
+    them, `stopping.requests` when not given.
 
     Raises:
       CheckpointError: there are checkpoints, and none can be resumed from.
@@ -178,9 +175,7 @@ def describe_start(config: Config, step: int, images: int) -> None:
 def loop(job: Job, begun: beginning.Begun) -> TrainState:
     """Returns the state after the last step, or after the one at which to stop.
 
-    Args:
-      job: of the run.
-      begun: what to start from; its state is donated.
+    The state of `begun` is donated.
     """
     config, run, plan, sample = job.config, job.run, job.config.train, job.config.sample
     state = begun.state

@@ -150,12 +150,8 @@ def measure(
 
     All hosts must call it, and all get the number.
 
-    Args:
-      ruler: from `make`.
-      config, run: of the training.
-      draw: from `chains.make_draw`, of config.sample.count images.
-      drawable: the averaged weights.
-      step: updates that they have seen.
+    `draw` is of `chains.make_draw`, with config.sample.count images; the drawable has
+    the averaged weights.
     """
     count, size = config.train.measure_count, config.sample.count
     key = jax.random.key(0)  # as eval_fid

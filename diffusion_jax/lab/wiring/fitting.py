@@ -36,9 +36,7 @@ class Fitted(NamedTuple):
 def labelled(dataset: datasets.Dataset, hint: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns images and labels.
 
-    Args:
-      dataset: the images, [N, H, W, C], and their labels, [N].
-      hint: what to do without labels, for the error.
+    The hint says what to do without labels.
 
     Raises:
       ConfigError: the images have no labels, or do not fit in memory.
@@ -62,13 +60,9 @@ def fit(
 ) -> tuple[Any, np.ndarray]:
     """Returns the trained parameters, and the indices of the images held out.
 
-    Args:
-      params: to begin with.
-      loss: of a batch.
-      images: uint8, [N, H, W, C].
-      labels: [N].
-      steps: updates, with a learning rate that falls to 0 as a cosine.
-      seed: of the held-out fifth, of the order of the others, and of the keys.
+    The images are uint8, [N, H, W, C], the labels [N]. The learning rate falls to 0 as
+    a cosine; the seed is of the held-out fifth, of the order of the others, and of the
+    keys.
     """
     order = np.random.default_rng(seed).permutation(len(images))
     held, fitted = np.split(order, [int(HELD_OUT * len(images))])
@@ -94,10 +88,9 @@ def fit(
 def by_batches(function: Callable[[int, np.ndarray], Any], images: np.ndarray) -> Any:
     """Returns what a function gives for images, batch by batch, on the host.
 
-    Args:
-      function: of the index of the first of `BATCH` images, and these; returns arrays
-        of as many rows. The last batch is padded, so that nothing compiles again.
-      images: uint8, [N, H, W, C].
+    It takes the index of the first of `BATCH` images, uint8 [N, H, W, C], and these,
+    and returns arrays of as many rows. The last batch is padded, so that nothing
+    compiles again.
     """
     parts = []
     for first in range(0, len(images), BATCH):
@@ -118,11 +111,8 @@ def load(
 ) -> Fitted:
     """Returns the classifier in a file.
 
-    Args:
-      path: of the file.
-      check: raises an error where the content is no classifier of its kind.
-      command: the one that writes such files.
-      again: what to do without a usable file.
+    `check` raises an error where the content is no classifier of its kind; `again` says
+    what to do without a usable file.
 
     Raises:
       ConfigError: there is none, or the file is damaged or no classifier of the kind.

@@ -67,11 +67,8 @@ def init_state(
 ) -> state.TrainState:
     """Returns the training state before the first step.
 
-    Args:
-      config: of the run.
-      params: those to start from, a tree or packed; from the seed when None.
-      key: `jax.random.key(config.train.seed)` when None. Given under jit, one compiled
-        program serves all seeds.
+    Parameters are a tree or packed, from the seed when None, and so is the key: given
+    under jit, one compiled program serves all seeds.
     """
     key = jax.random.key(config.train.seed) if key is None else key
     key_params, key_run = jax.random.split(key)
@@ -375,11 +372,8 @@ def make_step(
 ) -> parallel.Step:
     """Returns the training step, compiled for the mesh by the configured strategy.
 
-    Args:
-      config: of the run.
-      mesh: the devices.
-      stored: images on the devices, where batches are indices of them: `feed.Feed`.
-      options: of the compiler, as `parallel.data_parallel`.
+    `stored` are images on the devices, where batches are indices of them: `feed.Feed`.
+    Options of the compiler are as of `parallel.data_parallel`.
     """
     step, strategy = _pure_step(config, mesh), config.train.parallel
     step = step if stored is None else feed.gathering(step)
