@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_unets
 
 from diffusion_jax import continuous, gaussian, guidance, schedule
 from diffusion_jax.data import datasets
@@ -19,19 +20,6 @@ from experiments import train_noisy_classifier
 from experiments.configs import digits
 
 SMALL = NoisyClassifier(3, channels=8, width=8)
-
-
-def parameters(net, *shape, seed=0):
-    """Random parameters, none trivial, drawn by NumPy: no initialiser is compiled."""
-    rng = np.random.default_rng(seed)
-    x, t = jnp.zeros(shape), jnp.zeros(shape[0])
-    tree = jax.eval_shape(net.init, jax.random.key(0), x, t)["params"]
-
-    def draw(leaf):
-        size = np.sqrt(np.prod(leaf.shape[:-1], initial=1.0))
-        return jnp.asarray(rng.normal(size=leaf.shape) / size, jnp.float32)
-
-    return jax.tree.map(draw, tree)
 
 
 # The network.
@@ -54,7 +42,10 @@ def test_any_size_of_image(shape):
 
 def test_examples_are_computed_on_their_own_and_time_matters():
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 8, 8, 1)), jnp.float32)
-    params, t = parameters(SMALL, *x.shape), jnp.array([3.0, 500.0, 999.0])
+    params, t = (
+        small_unets.parameters(SMALL, x, jnp.zeros(3)),
+        jnp.array([3.0, 500.0, 999.0]),
+    )
     run = jax.jit(lambda x, t: SMALL.apply({"params": params}, x, t))
     out = run(x, t)
     other = run(x.at[1].multiply(5.0), t)
@@ -68,7 +59,10 @@ def test_its_gradient_is_smooth(x64):
     """Finite differences of the gradient agree: relu would break them somewhere."""
     rng = np.random.default_rng(2)
     x, way = (jnp.asarray(rng.normal(size=(8, 4, 4, 1)), jnp.float32) for _ in "ab")
-    params, t = parameters(SMALL, *x.shape), jnp.linspace(0.0, 999.0, 8)
+    params, t = (
+        small_unets.parameters(SMALL, x, jnp.zeros(8)),
+        jnp.linspace(0.0, 999.0, 8),
+    )
 
     def slope(h):
         def total(h):
