@@ -50,11 +50,10 @@ class Compress:
     """Writes images to one file, without loss."""
 
     run: _Run
+    out: Path
+    """The file to write."""
     files: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """Image files, or folders of them, of the size of the run's images."""
-    out: Path | None = None
-    """The file to write; FIRST.ddpx beside the first, or in codec/ of the run's folder
-    when not given."""
     data: bool = False
     """Whether to take the run's own images instead of files."""
     split: Literal["train", "test"] = "train"
@@ -63,11 +62,11 @@ class Compress:
     """With --data: only so many images, drawn at random."""
     layout: Literal["progressive", "archive"] = "progressive"
     """One that may be cut anywhere, or archive, which is smaller for many images."""
-    rule: Literal["max", "mrc", "orc"] = "max"
+    rule: Literal["max", "mrc"] = "max"
     """How noise is chosen in a progressive file: that of the best reconstruction, or a
-    sample, by minimal random coding or by ordered random coding."""
+    sample, by minimal random coding."""
     seed: Seed = 0
-    """Of --max-images, and of what is random in a file."""
+    """Of --max-images."""
     batch_size: Count = 64
     """Images at a time, in a progressive file."""
     overwrite: bool = False
@@ -174,12 +173,9 @@ def compress(options: Compress, argv: Sequence[str]) -> None:
             f"images must be files or --data; got {got}. Name image files after the "
             "run, or give --data for its own."
         )
-    out = options.out or _default_out(options)
-    if (
-        not options.overwrite
-        and out.is_file()
-        and replaceable.has(out, container.MAGIC)
-    ):
+    out = options.out
+    there = out.is_file() and replaceable.has(out, container.MAGIC)
+    if there and not options.overwrite:
         raise ConfigError(
             f"cannot write {out}: a compressed file is there, which may be all that is "
             "left of its images. Name another, or give --overwrite."
@@ -188,14 +184,8 @@ def compress(options: Compress, argv: Sequence[str]) -> None:
     network = coder.opened(options.run, options, options.which)
     found = coder.load(network)
     images = _images(options, network)
-    data = files.compress(
-        found,
-        images,
-        layout=options.layout,
-        rule=options.rule,
-        seed=options.seed,
-        batch_size=options.batch_size,
-    )
+    how = {"rule": options.rule, "batch_size": options.batch_size}
+    data = files.compress(found, images, options.layout, **how)
     with storage.replacing(out, durable=True) as file:
         file.write(data)
     print(f"{network.run.folder}: {network.told}")
@@ -224,20 +214,6 @@ def _images(options: Compress, network: "Network") -> np.ndarray:
     images = build.load_data(network.config, split=options.split).images
     chosen = datasets.choose(len(images), options.max_images, options.seed)
     return np.asarray(images[chosen])
-
-
-def _default_out(options: Compress) -> Path:
-    if options.files:
-        first = options.files[0].resolve()
-        return first.with_name((first.name if first.is_dir() else first.stem) + ".ddpx")
-    from diffusion_jax.lab.run_folder import runs
-
-    count = "" if options.max_images is None else f"_{options.max_images}"
-    return (
-        runs.find(options.run).folder
-        / "codec"
-        / f"{options.split}{count}_{options.layout}.ddpx"
-    )
 
 
 def decompress(options: Decompress, argv: Sequence[str]) -> None:
@@ -269,16 +245,9 @@ def decompress(options: Decompress, argv: Sequence[str]) -> None:
     found = coder.load(network, head.identity)
     bits = None if options.bytes is None else 8 * options.bytes
     if options.rate is not None:
-        size = head.number * int(np.prod(found.profile.shape))
-        bits = int(options.rate * size)
-    got = files.decompress(
-        found,
-        data,
-        bits=bits,
-        show=options.show,
-        seed=options.seed,
-        batch_size=options.batch_size,
-    )
+        bits = int(options.rate * head.number * int(np.prod(found.profile.shape)))
+    how = {name: getattr(options, name) for name in ("show", "seed", "batch_size")}
+    got = files.decompress(found, data, bits=bits, **how)
     made = _made(options, argv, network)
     if folder:
         outputs.save_each(iter([got.images]), out, made)

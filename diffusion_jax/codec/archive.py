@@ -20,7 +20,7 @@ import numpy as np
 
 from diffusion_jax.codec import container, rans, steps
 from diffusion_jax.codec.bins import Grid, Pixels
-from diffusion_jax.codec.certified import NONE, ONE, Denoise64, joined
+from diffusion_jax.codec.certified import NONE, Denoise64, joined
 from diffusion_jax.codec.container import Decoded
 from diffusion_jax.codec.profile import Profile
 from diffusion_jax.codec.rans import Stack
@@ -28,8 +28,9 @@ from diffusion_jax.codec.steps import Tick, View
 
 _PAID = 6
 """Images on a stack that pay for what another pops first."""
-_OF_LANE, _MOST_LANES = 1024, 1024
-"""Pixel values that there are for a head, which costs 6 bytes; and heads at most."""
+_OF_LANE, _MOST_LANES = 1024, {1: 1024, 2: 64}
+"""Pixel values that there are for a head, which costs 6 bytes; and heads at most in a
+file of each version."""
 
 
 def encode(
@@ -37,7 +38,6 @@ def encode(
     denoise: Denoise64,
     images: np.ndarray,
     *,
-    seed: int = 0,
     tick: Tick = steps.silent,
 ) -> bytes:
     """Returns the file of some images.
@@ -46,7 +46,6 @@ def encode(
       profile: of the network.
       denoise: the network, in float64.
       images: uint8 [N, H, W, C].
-      seed: of the bits that are there from the start.
       tick: called with the number of images after each evaluation.
 
     Raises:
@@ -56,7 +55,7 @@ def encode(
     chain, parts = profile.archive, steps.split(profile, images)
     most, batches = batches_of(len(images))
     view = View(profile, chain, denoise, most, found=[], tick=tick)
-    stack = rans.start(_lanes(parts.symbols.size), seed)
+    stack = rans.start(_lanes(parts.symbols.size))
     for these in batches:
         symbols = parts.symbols[these]
         k = _pop(stack, _first(profile, symbols))
@@ -88,10 +87,8 @@ def decode(
       ValueError: a network that is not in float64.
     """
     file = container.opened(data, profile)
-    if file.layout == "raw":
-        return container.raw(file, profile)
     if file.layout != "archive":
-        raise container.of_layout("archive", file)
+        return container.other("archive", file, profile)
     chain, stack = profile.archive, stack_of(file, profile)
     most, batches = batches_of(file.number)
     view = View(profile, chain, denoise, most, file.listed, tick=tick)
@@ -133,7 +130,7 @@ def stack_of(file: container.File, profile: Profile) -> Stack:
     if not file.whole:
         raise container.cut_whole("an archive", file)
     data, size = file.payload, int(np.prod(profile.shape))
-    lanes = _lanes(file.number * size)
+    lanes = _lanes(file.number * size, file.version)
     if len(data) < 8 * lanes or len(data) % 4:
         raise container.damaged(f"a payload of {len(data):,} bytes")
     heads = np.frombuffer(data, "<u8", lanes).astype(np.uint64)
@@ -142,9 +139,9 @@ def stack_of(file: container.File, profile: Profile) -> Stack:
     return rans.opened(heads, words, passes * (2 * profile.archive.steps + 3))
 
 
-def _lanes(values: int) -> int:
+def _lanes(values: int, version: int = container.VERSION) -> int:
     """Returns how many heads the stack of so many pixel values has."""
-    return min(_MOST_LANES, 1 << max(0, (values // _OF_LANE).bit_length() - 1))
+    return min(_MOST_LANES[version], 1 << max(0, (values // _OF_LANE).bit_length() - 1))
 
 
 def _parts(stack: Stack, size: int) -> list[slice]:
@@ -202,7 +199,7 @@ def _seen(view: View, k: np.ndarray, these: np.ndarray) -> Pixels:
     """Returns P(x0 | x_0) where x_0 is k times its unit."""
     profile, chain = view.profile, view.chain
     clean = view.clean(np.multiply(k, _delta(profile, 0)), 0, these)
-    return Pixels(np.multiply(clean, 1 / ONE), chain.pixel_sd, profile.middles)
+    return steps.pixels(profile, chain, clean)
 
 
 def _delta(profile: Profile, i: int) -> float:

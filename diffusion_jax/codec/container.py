@@ -1,7 +1,8 @@
 """The file: what is in front of the bits, and what of it can be wrong.
 
   0   4  magic, "DDPX"
-  4   1  version, 1
+  4   1  version, 2; of version 1 an archive has more heads, and a progressive file no
+         scales of errors
   5   1  layout: 0 progressive, 1 archive, 2 raw
   6   8  identity of the profile
   14     N, the number of images
@@ -25,7 +26,7 @@ from diffusion_jax.codec.profile import Profile
 from diffusion_jax.codec.steps import MOST_PIXELS, Split
 from diffusion_jax.errors import DataError
 
-MAGIC, VERSION = b"DDPX", 1
+MAGIC, VERSION = b"DDPX", 2
 LAYOUTS = (*CHAINS, "raw")
 MOST = 2**31 - 1
 """Of any number in a file."""
@@ -35,6 +36,7 @@ _AGAIN = "Copy it again from where it was made."
 class File(NamedTuple):
     """What a file says, in so far as it is there."""
 
+    version: int
     layout: str
     identity: bytes
     """Of the profile."""
@@ -120,9 +122,9 @@ def opened(data: bytes, profile: Profile | None = None) -> File:
         )
     if len(data) < 14:
         raise _cut(len(data))
-    if data[4] != VERSION or data[5] >= len(LAYOUTS):
+    if not 1 <= data[4] <= VERSION or data[5] >= len(LAYOUTS):
         raise DataError(
-            f"a compressed file must be of version {VERSION}, with a layout below "
+            f"a compressed file must be of version 1 to {VERSION}, with a layout below "
             f"{len(LAYOUTS)}; got {data[4]} and {data[5]}. It is damaged, or of "
             "another version of this program: use that one."
         )
@@ -151,9 +153,8 @@ def opened(data: bytes, profile: Profile | None = None) -> File:
     crc = int.from_bytes(rest, "little") if len(rest) == 4 else None
     listed = Listed(spots, values - ONE)
     pixels = pixels.astype(np.uint8)
-    return File(
-        layout, identity, count, listed, outside, pixels, payload, length, crc, place
-    )
+    head = data[4], layout, identity, count
+    return File(*head, listed, outside, pixels, payload, length, crc, place)
 
 
 def checked(images: np.ndarray, file: File) -> Decoded:
@@ -171,26 +172,23 @@ def checked(images: np.ndarray, file: File) -> Decoded:
     return Decoded(images, True, np.zeros(file.number, np.int64), images.size)
 
 
-def raw(file: File, profile: Profile) -> Decoded:
-    """Returns the images of a file of plain pixels.
+def other(wanted: str, file: File, profile: Profile) -> Decoded:
+    """Returns the images of a file of plain pixels, of which no layout is asked.
 
     Raises:
-      DataError: it is cut or damaged.
+      DataError: it is cut or damaged, or of a layout that is not the one wanted.
     """
+    if file.layout != "raw":
+        raise DataError(
+            f"the file must have the layout {wanted}; got {file.layout}. Read it with "
+            f"codec.{file.layout}.decode."
+        )
     if file.length != file.number * int(np.prod(profile.shape)):
         raise damaged(f"{file.length:,} bytes of pixels")
     if not file.whole:
         raise cut_whole("a file of plain pixels", file)
     pixels = np.frombuffer(file.payload, np.uint8)
     return checked(pixels.reshape(-1, *profile.shape).copy(), file)
-
-
-def of_layout(wanted: str, file: File) -> DataError:
-    """Returns the error for a file of another layout."""
-    return DataError(
-        f"the file must have the layout {wanted}; got {file.layout}. Read it with "
-        f"codec.{file.layout}.decode."
-    )
 
 
 def cut_whole(what: str, file: File) -> DataError:

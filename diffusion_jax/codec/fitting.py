@@ -5,6 +5,8 @@ dimension. All else follows:
 
   rate of a jump t -> s         1/2 sum_d log2(1 + c0^2 V_t[d] / small)
   information about x0 by t     sum of 1/2 mmse dSNR / ln 2
+  pixels seen from x_t          -log2 P(x0 | x_t), where the square of the error is as
+                                large as that of its dimension and of its texture
 
 The first is the mean of KL(q(x_s | x_t, x0) || p(x_s | x_t)) where p has the best
 variance for each dimension, small + c0^2 V_t[d] (see `prediction`). The times of a
@@ -12,14 +14,15 @@ chain have equal shares of the second. Where it ends, and how many steps it has,
 searched among all that come into question, by the size of a file.
 """
 
-import heapq
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
+from diffusion_jax.codec import bins
 from diffusion_jax.codec.bins import TOTAL, Pixels
-from diffusion_jax.codec.profile import MOST_BITS, Chain, Profile
+from diffusion_jax.codec.certified import ONE
+from diffusion_jax.codec.profile import MOST_BITS, TEXTURES, Chain, Profile
 from diffusion_jax.errors import DataError
 from diffusion_jax.schedule import Schedule, tables
 
@@ -34,6 +37,7 @@ SCANNED = 48
 _NOISE = (0.02, 0.5)
 """sigma / alpha of the first and last time at which a chain may end."""
 _SMALLEST = 2.0**-20
+_TURNS = 6
 _PRIOR = 1e-4
 """Bits a dimension that a chain may leave out where it begins."""
 _FINER = 4
@@ -49,8 +53,14 @@ class Scan(NamedTuple):
     """int64 [S], rising."""
     errors: np.ndarray
     """float64 [S, D]: V_t."""
+    each: np.ndarray
+    """float64 [S, N]: sum of the squares of an image's errors."""
     pixels: np.ndarray
-    """float64 [S]: bits an image to code all pixels, seen from x_t."""
+    """float64 [S, N]: bits to code all pixels of an image, seen from x_t."""
+    sd: np.ndarray
+    """float64 [S, D]: deviation of pixels, see `Chain.pixel_sd`."""
+    texture: np.ndarray
+    """float64 [S, TEXTURES]: factors of it."""
 
 
 def fit(
@@ -97,8 +107,17 @@ def fit(
     levels = log_alpha, logsnr
     scan = _scan(denoise, *levels, times, images, alphabet, seed, batch_size, tick)
     tried = _chains(scan, *levels, seed)
-    progressive, few = _best(tried, _symbols, lambda chain: int(chain.times[0]))
-    archive, fewest = _best(tried, _information, lambda chain: chain.steps)
+    progressive, few = _best(
+        [(chain, _symbols(chain) + _late(scan, logsnr, end)) for chain, end in tried],
+        lambda chain: int(chain.times[0]),
+    )
+    archive, fewest = _best(
+        [
+            (chain, float(rates_of(chain).sum() + scan.pixels[end].mean()))
+            for chain, end in tried
+        ],
+        lambda chain: chain.steps,
+    )
     found = {
         "predicted_progressive": f"{few:.2f}",
         "predicted_archive": f"{fewest:.2f}",
@@ -149,7 +168,7 @@ def _scan(
     symbols = np.minimum(np.searchsorted(alphabet, images), len(alphabet) - 1)
     symbols = symbols.reshape(x0.shape)
     rng = np.random.default_rng(seed)
-    errors, pixels = [], []
+    errors, each, pixels, parts = [], [], [], []
     for t in times:
         alpha, sigma = np.exp(log_alpha[t]), np.exp(log_alpha[t] - 0.5 * logsnr[t])
         seen = np.empty_like(x0)
@@ -166,10 +185,36 @@ def _scan(
                 f"the network must predict finite values; got others at t = {t}. "
                 "Train it again, or take an earlier checkpoint."
             )
-        errors.append(np.maximum(np.square(x0 - seen).mean(axis=0), _SMALLEST))
-        code = Pixels(seen, np.sqrt(errors[-1]), middles)
-        pixels.append(bits_of(code.interval(symbols)[1]).sum(axis=1).mean())
-    return Scan(times, np.array(errors), np.array(pixels))
+        square = np.square(x0 - seen)
+        errors.append(np.maximum(square.mean(axis=0), _SMALLEST))
+        kind = bins.texture(np.rint(seen * ONE), images.shape[1:])
+        parts.append(_deviations(square, kind))
+        code = Pixels(seen, parts[-1][0] * parts[-1][1][kind], middles)
+        each.append(square.sum(axis=1))
+        pixels.append(bits_of(code.interval(symbols)[1]).sum(axis=1))
+    sd, textures = zip(*parts, strict=True)
+    return Scan(times, *map(np.array, (errors, each, pixels, sd, textures)))
+
+
+def _deviations(square: np.ndarray, kind: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns deviations of dimensions, [D], and factors of textures, [TEXTURES].
+
+    The likeliest of errors that are Gaussian, found by turns.
+
+    Args:
+      square: of errors, [N, D].
+      kind: their textures, [N, D].
+    """
+    count = np.bincount(kind.ravel(), minlength=TEXTURES)
+    own = square.mean(axis=0) + _SMALLEST
+    for _ in range(_TURNS):
+        # As if each texture had been seen once more, with an error as usual.
+        ratio = np.bincount(kind.ravel(), (square / own).ravel(), TEXTURES)
+        factor = (ratio + 1) / (count + 1)
+        own = (square / factor[kind]).mean(axis=0) + _SMALLEST
+    # So that a factor is 1 where an error is as large as that of its dimension.
+    mean = square.mean() / own.mean()
+    return np.sqrt(own * mean), np.sqrt(factor / mean)
 
 
 def bits_of(freq: np.ndarray) -> np.ndarray:
@@ -183,44 +228,48 @@ def bits_of(freq: np.ndarray) -> np.ndarray:
 
 def _chains(
     scan: Scan, log_alpha: np.ndarray, logsnr: np.ndarray, seed: int
-) -> list[tuple[Chain, float]]:
-    """Returns all chains that come into question, and the bits of an image's pixels."""
+) -> list[tuple[Chain, int]]:
+    """Returns all chains that come into question, and where in the scan they end."""
     noise = np.exp(-0.5 * logsnr[scan.times])
     possible = np.flatnonzero(noise[:-1] <= _NOISE[1])
     possible = possible if len(possible) else np.arange(1)
     picked = np.linspace(0, len(possible) - 1, ENDS).astype(int)
     return [
-        (
-            _chain(scan, log_alpha, logsnr, int(end), steps, seed),
-            float(scan.pixels[end]),
-        )
+        (_chain(scan, log_alpha, logsnr, int(end), steps, seed), int(end))
         for end in possible[np.unique(picked)]
         for steps in STEPS
     ]
 
 
 def _best(
-    tried: list[tuple[Chain, float]],
-    size: Callable[[Chain], float],
-    first: Callable[[Chain], int],
+    sized: list[tuple[Chain, float]], first: Callable[[Chain], int]
 ) -> tuple[Chain, float]:
     """Returns the best chain of those with about the smallest files, and their bits.
 
     Args:
-      tried: chains, and the bits of an image's pixels.
-      size: from a chain to the bits an image that its steps take.
+      sized: chains, and the bits that an image takes.
       first: from a chain to what has to be small in the best. A progressive file has
         its pixels late, where a cut is finer; an archive few evaluations.
     """
-    sized = [(chain, size(chain) + pixels) for chain, pixels in tried]
     least = min(bits for _, bits in sized)
     good = [(chain, bits) for chain, bits in sized if bits <= (1 + NEAR) * least]
     return min(good, key=lambda found: (first(found[0]), found[1]))
 
 
-def _information(chain: Chain) -> float:
-    """Returns the bits an image that the steps of an archive take."""
-    return float(rates_of(chain).sum())
+def _late(scan: Scan, logsnr: np.ndarray, end: int) -> float:
+    """Returns the bits of an image's pixels at the end of a progressive file's steps.
+
+    Every image has as many symbols as others. One that holds more than they do comes
+    as far as so much of its own information leads, and is seen from there.
+    """
+    snr = logsnr[scan.times]
+    density = 0.5 * scan.each * np.exp(snr)[:, None]
+    pieces = 0.5 * (density[1:] + density[:-1]) * -np.diff(snr)[:, None]
+    # Information from x_T on, up to each time: the last is first.
+    gone = np.concatenate([np.zeros_like(pieces[:1]), pieces[::-1].cumsum(axis=0)])
+    given = gone[len(snr) - 1 - end].mean()
+    both = zip(gone.T, scan.pixels[::-1].T, strict=True)
+    return float(np.mean([np.interp(given, own, bits) for own, bits in both]))
 
 
 def _symbols(chain: Chain) -> float:
@@ -251,7 +300,8 @@ def _chain(
     times = np.unique(np.rint(places).astype(np.int64))
     logs = np.log(scan.errors).T
     errors = np.exp([np.interp(-logsnr[times], -snr, each) for each in logs]).T
-    return chain_of(log_alpha, logsnr, times, errors, seed=seed)
+    chain = chain_of(log_alpha, logsnr, times, errors, seed=seed)
+    return chain._replace(pixel_sd=scan.sd[end], texture=scan.texture[end])
 
 
 def chain_of(
@@ -289,6 +339,7 @@ def chain_of(
         small=small,
         sd=sd,
         pixel_sd=np.sqrt(errors[0]),
+        texture=np.ones(TEXTURES),
         delta_bits=np.maximum(0, -np.floor(np.log2(fine / _FINER))).astype(np.int64),
         chunk=np.zeros(sd.shape, np.int64),
         bits=np.zeros(len(c0), np.int64),
@@ -305,13 +356,10 @@ def chain_of(
 def _chunks(rates: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """Returns for each dimension its symbol; all have about the same information.
 
-    The largest rates go first, each to where there is least. None stays empty.
+    Dealt from the largest rate down, there and back: 0, 1, 2, 2, 1, 0, 0, ...
     """
-    chunk = np.zeros(len(rates), np.int64)
-    loads = [(0.0, 0, symbol) for symbol in range(count)]
-    shuffled = rng.permutation(len(rates))
-    for place in shuffled[np.argsort(-rates[shuffled], kind="stable")]:
-        load, size, symbol = heapq.heappop(loads)
-        chunk[place] = symbol
-        heapq.heappush(loads, (load + float(rates[place]), size + 1, symbol))
+    order, chunk = rng.permutation(len(rates)), np.zeros(len(rates), np.int64)
+    turn = np.arange(len(rates)) % (2 * count)
+    order = order[np.argsort(-rates[order], kind="stable")]
+    chunk[order] = np.minimum(turn, 2 * count - 1 - turn)
     return chunk

@@ -1,15 +1,28 @@
-"""The normal distribution function in whole numbers, alike everywhere."""
+"""The normal distribution in whole numbers, by tables that ship with the package.
+
+`normal_quantile.npy` is round(2^20 Phi^-1((i + 1/2) / 2^16)) for i = 2^15..2^16 - 1,
+the upper half; `normal_cdf.npy` is round(2^30 Phi(-8 + i / 256)) for i = 0..4096. Both
+are int32, and whoever decodes reads them in place of calling a function of a library,
+whose last digit differs between platforms.
+"""
 
 import functools
+import hashlib
+from importlib import resources
 
 import numpy as np
-
-from diffusion_jax.codec import tables
 
 BITS = 30
 """A unit of probability is 2^-30."""
 ONE = 1 << BITS
 _REACH, _CELL = 8 << 20, 12
+SHA256 = {
+    "normal_quantile": (
+        "37f9656a37dad9ab61645405bad207e2fe7a0dabf033c8d4f77f4782ec998a19"
+    ),
+    "normal_cdf": "7b8bfbf24c526f358afce593e095d3f5bca3d0dc6c54f24b2879ea3946901ce5",
+}
+"""Of the values as little-endian int32."""
 
 
 def cdf_fixed(x: np.ndarray) -> np.ndarray:
@@ -35,5 +48,33 @@ def cdf_fixed(x: np.ndarray) -> np.ndarray:
 @functools.cache
 def _lines() -> tuple[np.ndarray, np.ndarray]:
     """Returns where each line between two points begins, and its rise."""
-    table = tables.load("normal_cdf").astype(np.int64)
+    table = load("normal_cdf").astype(np.int64)
     return table[:-1], np.diff(table)
+
+
+@functools.cache
+def load(name: str) -> np.ndarray:
+    """Returns a table, int32, that cannot be written to.
+
+    Args:
+      name: a key of SHA256.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    file = resources.files(__package__) / f"{name}.npy"
+    with file.open("rb") as opened:
+        table = np.load(opened, allow_pickle=False)
+    found = digest(table)
+    if found != SHA256[name]:
+        raise ValueError(
+            f"{file} must have the sha256 {SHA256[name][:12]}; got {found[:12]}. "
+            "Install the package again."
+        )
+    table.setflags(write=False)
+    return table
+
+
+def digest(table: np.ndarray) -> str:
+    """Returns the sha256 of the values as little-endian int32."""
+    return hashlib.sha256(table.astype("<i4").tobytes()).hexdigest()

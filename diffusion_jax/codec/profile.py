@@ -23,6 +23,7 @@ FORMAT = "diffusion_jax codec profile 1"
 LAYOUTS = ("progressive", "archive")
 MOST_STEPS, MOST_BITS = 1000, 16
 MOST_DIMENSIONS = 2**24
+TEXTURES = 32
 
 
 class Chain(NamedTuple):
@@ -43,7 +44,9 @@ class Chain(NamedTuple):
     sd: np.ndarray
     """float64 [n, D], deviation of p(x_i | x_{i+1})."""
     pixel_sd: np.ndarray
-    """float64 [D], deviation of x0 - x0_hat(x_0)."""
+    """float64 [D], deviation of x0 - x0_hat(x_0) where `texture` is 1."""
+    texture: np.ndarray
+    """float64 [TEXTURES], factors of it by how uneven x0_hat is, see `bins.texture`."""
     delta_bits: np.ndarray
     """int64 [n + 1]: in an archive x_i is a multiple of 2^-delta_bits."""
     chunk: np.ndarray
@@ -131,6 +134,8 @@ def _arrays(profile: Profile) -> dict[str, np.ndarray]:
     arrays = {"alphabet": profile.alphabet}
     for layout in LAYOUTS:
         chain = profile.chain(layout)._asdict()
+        if np.all(chain["texture"] == 1):  # as files of the first version have it
+            del chain["texture"]
         arrays |= {f"{layout}.{name}": array for name, array in chain.items()}
     return arrays
 
@@ -165,13 +170,14 @@ def _checked(arrays: dict[str, np.ndarray], words: dict[str, str]) -> Profile:
 
 
 def _chain(arrays: dict[str, np.ndarray], layout: str, size: int) -> Chain:
+    arrays = {f"{layout}.texture": np.ones(TEXTURES)} | arrays
     values = {name: arrays[f"{layout}.{name}"] for name in Chain._fields}
     chain = Chain(**values)
     n = len(chain.c0)
     longer, wide = (n + 1,), (n, size)
     shapes: dict[str, Any] = dict.fromkeys(Chain._fields, (n,))
     shapes |= dict.fromkeys(("times", "alpha", "sigma", "delta_bits"), longer)
-    shapes |= {"sd": wide, "chunk": wide, "pixel_sd": (size,)}
+    shapes |= {"sd": wide, "chunk": wide, "pixel_sd": (size,), "texture": (TEXTURES,)}
     whole = ("times", "delta_bits", "chunk", "bits")
     for name, array in values.items():
         kind = np.int64 if name in whole else np.float64
@@ -186,7 +192,7 @@ def _chain(arrays: dict[str, np.ndarray], layout: str, size: int) -> Chain:
         raise ValueError(f"symbols of {layout} that are none")
     if chain.delta_bits.max() > 16:
         raise ValueError(f"{layout}.delta_bits outside its range")
-    for name in ("alpha", "sigma", "small", "sd", "pixel_sd"):
+    for name in ("alpha", "sigma", "small", "sd", "pixel_sd", "texture"):
         if values[name].min() <= 0:
             raise ValueError(f"{layout}.{name} outside its range")
     return chain

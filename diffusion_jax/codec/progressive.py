@@ -6,16 +6,17 @@ towards where x_i would be if x0 were known, q(x_i | x_{i+1}, x0):
 
   log w_k = sum_d A_d z_kd^2 + B_d z_kd,  A = (1 - s^2/small)/2, B = s (mu_q - mu)/small
 
-the logarithm of q / p at row k. Three rules choose a row (who reads need not know):
+the logarithm of q / p at row k. Two rules choose a row (who reads need not know):
 
   max   the largest w. The best reconstruction for the bits.
   mrc   k drawn in proportion to w: minimal random coding (Havasi et al. 2019),
         which Sec. 4.3 of Ho et al. 2020 assumes. x_i is a sample of q.
-  orc   ordered random coding (Theis and Yosri 2022): the same, with low k more often.
 
 What is left, the pixels seen from x_0, follows in a range coder; those of which the
-network is least sure come first. All is one string of bits: step by step, of all images
-each, so that whatever is cut off, is cut off all alike.
+network is least sure come first. Every image has as many symbols, so x_0 is far from
+those that hold more than others: how far stands in front of all pixels. All is one
+string of bits: step by step, of all images each, so that whatever is cut off, is cut
+off all alike.
 """
 
 from typing import Literal
@@ -23,16 +24,20 @@ from typing import Literal
 import numpy as np
 
 from diffusion_jax.codec import container, noise, ranges, steps
-from diffusion_jax.codec.bins import Pixels
+from diffusion_jax.codec.bins import TOTAL, Pixels
 from diffusion_jax.codec.certified import NONE, ONE, Denoise64, joined
 from diffusion_jax.codec.container import Decoded
 from diffusion_jax.codec.profile import Chain, Profile
 from diffusion_jax.codec.steps import UNIT, Tick, View
 from diffusion_jax.errors import raise_unknown
 
-Rule = Literal["max", "mrc", "orc"]
+Rule = Literal["max", "mrc"]
 Show = Literal["mean", "sample", "flow"]
-RULES, SHOWS = ("max", "mrc", "orc"), ("mean", "sample", "flow")
+RULES, SHOWS = ("max", "mrc"), ("mean", "sample", "flow")
+SCALES = np.ldexp([1.0, 1.5], np.arange(-2, 6)[:, None]).ravel()
+"""Of an image's errors, as multiples of those of the profile."""
+_AGAIN = 8
+"""How much likelier a scale becomes each time that an image has it."""
 _SLAB = 2**22
 """Numbers of a table of noise that are looked at together."""
 
@@ -43,7 +48,6 @@ def encode(
     images: np.ndarray,
     *,
     rule: Rule = "max",
-    seed: int = 0,
     batch_size: int = 64,
     tick: Tick = steps.silent,
 ) -> bytes:
@@ -54,7 +58,6 @@ def encode(
       denoise: the network, in float64.
       images: uint8 [N, H, W, C].
       rule: how a row of noise is chosen.
-      seed: of the choice by mrc and orc.
       batch_size: images that the network is given at a time.
       tick: called with the number of images after each evaluation.
 
@@ -67,7 +70,7 @@ def encode(
     chain, parts = profile.progressive, steps.split(profile, images)
     view = View(profile, chain, denoise, batch_size, found=[], tick=tick)
     count, size = parts.symbols.shape
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(profile.seed)
     bits = np.zeros((count, planes(chain)[-1]), np.uint8)
     clean = np.zeros((count, size), np.int16)
     levels = profile.levels
@@ -129,10 +132,8 @@ def decode(
         raise_unknown("show", show, SHOWS)
     file = container.opened(data, profile)
     size = int(np.prod(profile.shape))
-    if file.layout == "raw":
-        return container.raw(file, profile)
     if file.layout != "progressive":
-        raise container.of_layout("progressive", file)
+        return container.other("progressive", file, profile)
     chain = profile.progressive
     steps_end = file.number * int(planes(chain)[-1])
     if 8 * file.length < steps_end:
@@ -151,7 +152,8 @@ def decode(
     flat = np.rint(clean * (127.5 / ONE) + 127.5).astype(np.uint8)
     exact = 0
     if used >= steps_end:
-        exact = _read_pixels(profile, stream[steps_end:], clean, flat)
+        scaled = file.version > 1
+        exact = _read_pixels(profile, stream[steps_end:], clean, flat, scaled)
     flat.reshape(-1)[file.place] = file.value
     images = flat.reshape(-1, *profile.shape)
     if file.whole and used == there:
@@ -190,7 +192,6 @@ def choose(
     line = (s * apart / chain.small[i]).astype(np.float32).T
     best, found = np.full(len(apart), -np.inf), np.zeros(len(apart), np.int64)
     slab = max(1, _SLAB // max(len(columns), len(apart)))
-    passed = np.zeros(len(apart))
     for first in range(0, rows, slab):
         count = min(slab, rows - first)
         table = noise.rows(profile.seed, i, j, first, count, len(columns))
@@ -198,12 +199,6 @@ def choose(
         score = (z**2 @ square)[:, None] + z @ line
         if rule == "mrc":
             score = score + rng.gumbel(size=score.shape)
-        elif rule == "orc":
-            # The k-th of as many exponential variables as there are rows, by order.
-            left = np.arange(rows - first, rows - first - count, -1)[:, None]
-            arrival = passed + np.cumsum(rng.exponential(size=score.shape) / left, 0)
-            passed = arrival[-1]
-            score = score - np.log(arrival)
         place = np.argmax(score, axis=0)
         top = np.take_along_axis(score, place[None], 0)[0]
         found = np.where(top > best, first + place, found)
@@ -305,29 +300,60 @@ def _order(profile: Profile) -> np.ndarray:
     return np.argsort(-profile.progressive.pixel_sd, kind="stable")
 
 
-def _pixels(profile: Profile, clean: np.ndarray, d: int) -> Pixels:
+def _column(code: Pixels, d: int) -> Pixels:
     """Returns the distribution of dimension d of all images, [N, 1]."""
-    mean = np.multiply(clean[:, d : d + 1], 1 / ONE)
-    return Pixels(mean, profile.progressive.pixel_sd[d : d + 1], profile.middles)
+    return code._replace(mean=code.mean[:, d : d + 1], sd=code.sd[:, d : d + 1])
+
+
+def _scale(code: Pixels, symbols: np.ndarray, image: int) -> int:
+    """Returns which of SCALES codes an image with the fewest bits."""
+    tried = Pixels(code.mean[image], code.sd[image] * SCALES[:, None], code.middles)
+    every = np.broadcast_to(symbols[image], tried.sd.shape)
+    # The largest product of frequencies.
+    return int(np.log2(tried.interval(every)[1]).sum(axis=1).argmax())
+
+
+def _scale_edges(counts: np.ndarray) -> list[int]:
+    """Returns the intervals of SCALES where each was met so often before."""
+    edges = TOTAL * np.append(0, np.cumsum(counts)) // counts.sum()
+    return [int(edge) for edge in edges]
 
 
 def _write_pixels(profile: Profile, symbols: np.ndarray, clean: np.ndarray) -> bytes:
-    writer = ranges.Writer()
+    writer, counts = ranges.Writer(), np.ones(len(SCALES), np.int64)
+    code = steps.pixels(profile, profile.progressive, clean)
+    for image in range(len(symbols)):
+        k, edges = _scale(code, symbols, image), _scale_edges(counts)
+        writer.write(edges[k], edges[k + 1] - edges[k])
+        counts[k] += _AGAIN
+        code.sd[image] *= SCALES[k]
     for d in _order(profile):
-        start, freq = _pixels(profile, clean, d).interval(symbols[:, d : d + 1])
+        start, freq = _column(code, d).interval(symbols[:, d : d + 1])
         for one in zip(start[:, 0].tolist(), freq[:, 0].tolist(), strict=True):
             writer.write(*one)
     return writer.finish()
 
 
 def _read_pixels(
-    profile: Profile, bits: np.ndarray, clean: np.ndarray, flat: np.ndarray
+    profile: Profile,
+    bits: np.ndarray,
+    clean: np.ndarray,
+    flat: np.ndarray,
+    scaled: bool,
 ) -> int:
     """Puts those pixels in place that the bits determine; returns how many."""
     reader, exact = ranges.Reader(np.packbits(bits).tobytes(), len(bits)), 0
+    code = steps.pixels(profile, profile.progressive, clean)
+    counts = np.ones(len(SCALES), np.int64)
+    for image in range(len(clean) if scaled else 0):
+        k = reader.read(_scale_edges(counts))
+        if k is None:
+            return exact
+        counts[k] += _AGAIN
+        code.sd[image] *= SCALES[k]
     every = np.arange(len(profile.alphabet) + 1)[None]
     for d in _order(profile):
-        edges = _pixels(profile, clean, d).edge(every)
+        edges = _column(code, d).edge(every)
         for image, row in enumerate(edges.tolist()):
             symbol = reader.read(row)
             if symbol is None:

@@ -5,8 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from diffusion_jax.codec import steps
-from diffusion_jax.codec.bins import Pixels
-from diffusion_jax.codec.certified import ONE, Denoise64
+from diffusion_jax.codec.certified import Denoise64
 from diffusion_jax.codec.fitting import bits_of
 from diffusion_jax.codec.profile import LAYOUTS, Profile
 from diffusion_jax.codec.steps import Tick, View
@@ -80,6 +79,6 @@ def sizes(
         terms = ratio - 1 - np.log(ratio) + (apart / chain.sd[i]) ** 2
         rates.append(0.5 * terms.sum(axis=1) / np.log(2))
     clean = seen(0)[1]
-    code = Pixels(clean / ONE, chain.pixel_sd, profile.middles)
+    code = steps.pixels(profile, chain, clean)
     pixels = bits_of(code.interval(parts.symbols)[1]).sum(axis=1)
     return Sizes(prior / np.log(2), np.array(rates), pixels)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffusion_jax.codec import certified, noise
+from diffusion_jax.codec import bins, certified, noise
 from diffusion_jax.codec.certified import Denoise64, Listed
 from diffusion_jax.codec.profile import Chain, Profile
 from diffusion_jax.errors import DataError
@@ -29,7 +29,7 @@ class View(NamedTuple):
     chain: Chain
     denoise: Denoise64
     batch_size: int
-    """Images that it is always given; fewer are filled up."""
+    """Images that it is given at most; others are filled up to a power of two."""
     known: Listed | None = None
     """By who wrote, for who reads; None for who writes."""
     found: list[Listed] | None = None
@@ -49,10 +49,10 @@ class View(NamedTuple):
         for first in range(0, len(x), self.batch_size):
             part = x[first : first + self.batch_size]
             here = starts[first : first + self.batch_size]
-            full, missing = part, self.batch_size - len(part)
-            if missing:
-                full = np.pad(part, ((0, missing), (0, 0)), "edge")
-            shaped = full.reshape(-1, *self.profile.shape)
+            # Of few sizes, as a network is compiled for each.
+            full = min(self.batch_size, 1 << (len(part) - 1).bit_length())
+            padded = np.pad(part, ((0, full - len(part)), (0, 0)), "edge")
+            shaped = padded.reshape(-1, *self.profile.shape)
             time = int(self.chain.times[place])
             both = certified.predict(self.denoise, shaped, time)
             grid, near = (each.reshape(-1, size)[: len(part)] for each in both)
@@ -77,6 +77,19 @@ def mean(chain: Chain, place: int, x: np.ndarray, clean: np.ndarray) -> np.ndarr
     # In two steps: a machine that multiplies and adds in one rounds once.
     first = np.multiply(np.multiply(clean, 1 / certified.ONE), chain.c0[place])
     return np.add(first, np.multiply(x, chain.ct[place]))
+
+
+def pixels(profile: Profile, chain: Chain, clean: np.ndarray) -> bins.Pixels:
+    """Returns the distribution of pixels by what the network sees in x_0.
+
+    Args:
+      profile: with the alphabet.
+      chain: with the deviations.
+      clean: x0 seen from x_0, in units of 2^-12, [B, D].
+    """
+    sd = chain.pixel_sd * chain.texture[bins.texture(clean, profile.shape)]
+    mean = np.multiply(clean, 1 / certified.ONE)
+    return bins.Pixels(mean, sd, profile.middles)
 
 
 def rounded(x: np.ndarray) -> np.ndarray:

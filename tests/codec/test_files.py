@@ -70,12 +70,21 @@ def test_any_batch_reads_what_any_other_wrote():
 
 
 @pytest.mark.parametrize("layout", ["progressive", "archive"])
-def test_files_of_the_first_version_are_read_for_ever(layout):
-    """Made by the first version, with a network that is one matrix."""
-    stored = np.load(GOLDEN / "codec.npz")
-    profile = profiles.load(GOLDEN / "codec.safetensors")
-    got = decoded(layout, profile, linear(stored["matrix"]), stored[layout].tobytes())
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_of_all_versions_are_read_for_ever(version, layout):
+    """Made by each version, with a network that is one matrix."""
+    name = GOLDEN / f"codec_{version}"
+    stored, profile = np.load(f"{name}.npz"), profiles.load(Path(f"{name}.safetensors"))
+    data = stored[layout].tobytes()
+    assert container.opened(data, profile).version == version
+    got = decoded(layout, profile, linear(stored["matrix"]), data)
     np.testing.assert_array_equal(got, stored["images"])
+
+
+def test_a_file_of_many_images_has_few_heads():
+    """Of the first version it had one for each 1,024 pixel values, up to 1,024."""
+    assert [archive._lanes(2**k) for k in (8, 13, 18, 30)] == [1, 8, 64, 64]
+    assert [archive._lanes(2**k, 1) for k in (8, 13, 18, 30)] == [1, 8, 256, 1024]
 
 
 def linear(matrix):
@@ -162,7 +171,7 @@ def head(number, *rest, version=1, layout=0, identity=b"12345678"):
         (b"\x89PNG1234567890abc", "PNG"),
         (b"DDPX\x01\x00123", "ends within it, after 9 bytes"),
         (head(1)[:14], "ends within it"),
-        (head(1, version=2), "2 and 0"),
+        (head(1, version=3), "3 and 0"),
         (head(1, layout=7), "1 and 7"),
         (head(0), "0 images"),
         (head(2**30), "1,073,741,824 images"),
@@ -278,6 +287,32 @@ def test_fitting_finds_the_deviations_and_equal_shares():
         fitting.fit(lambda x, t: x * np.nan, levels, images)
 
 
+def test_fitting_finds_where_errors_are_large():
+    """By dimension and by texture, as the product of both."""
+    rng = np.random.default_rng(0)
+    own, factor = np.array([0.01, 0.05, 0.2]), np.array([0.2, 1.0, 3.0])
+    kind = rng.choice([0, 20, 31], (9000, 3), p=[0.5, 0.3, 0.2])
+    sd = own * factor[np.searchsorted([0, 20, 31], kind)]
+    found, textures = fitting._deviations(
+        np.square(sd * rng.normal(size=sd.shape)), kind
+    )
+    np.testing.assert_allclose(found * textures[kind], sd, rtol=0.06)
+    assert np.square(found).mean() == pytest.approx(np.square(sd).mean(), rel=0.06)
+
+
+def test_an_image_that_holds_more_is_seen_from_an_earlier_place():
+    """As far as the bits of the mean image lead: here one holds thrice as much."""
+    logsnr = -np.linspace(-4, 4, 801)  # information is a straight line of e^logsnr
+    times = np.arange(0, 801, 10)
+    density = np.exp(-logsnr[times])[:, None] * [[0.5, 1.5]]
+    pixels = np.linspace(100, 900, len(times))[:, None] * [[1, 1]]
+    scan = fitting.Scan(times, *[None] * 4, None)._replace(each=density, pixels=pixels)
+    # To the 40th place: the first goes twice as far, the second two thirds of it.
+    assert fitting._late(scan, logsnr, 40) == pytest.approx(
+        (100 + 900 - 800 * 40 * 2 / 240) / 2
+    )
+
+
 def test_symbols_share_the_information_and_none_is_empty():
     profile, _ = codec_toys.gaussian(np.geomspace(0.01, 0.5, 64), [2, 190], (8, 8, 1))
     chain = profile.progressive
@@ -290,7 +325,7 @@ def test_symbols_share_the_information_and_none_is_empty():
 def test_the_chain_is_chosen_by_size_and_then_by_what_matters():
     fake = codec_toys.gaussian(0.2, [20, 190], (2, 2, 1))[0].archive
     sized = [(fake._replace(times=np.array([t])), bits) for t, bits in SIZED]
-    chain, bits = fitting._best(sized, lambda chain: 0.0, lambda c: int(c.times[0]))
+    chain, bits = fitting._best(sized, lambda c: int(c.times[0]))
     # 30 is smaller than any, 10 too large, and of the two at 20 the smaller is taken.
     assert (chain.times[0], bits) == (20, 101.0)
 
@@ -305,7 +340,10 @@ def test_times_share_the_information_equally_and_begin_in_noise():
     left = np.exp(2 * log_alpha[times[-1] - 1 : times[-1] + 1]) / (2 * np.log(2))
     assert left[0] > 1e-4 * 0.98 > left[1] * 0.97
     errors = scale**2 / (1 + scale**2 * np.exp(logsnr[times]))
-    scan = fitting.Scan(times, np.repeat(errors[:, None], 30, 1), np.zeros(len(times)))
+    errors = np.repeat(errors[:, None], 30, 1)
+    ones = np.ones((len(times), profiles.TEXTURES))
+    each = np.zeros((len(times), 2))
+    scan = fitting.Scan(times, errors, each, each, np.sqrt(errors), ones)
     chain = fitting._chain(scan, log_alpha, logsnr, 3, 8, 0)
     rates = fitting.rates_of(chain).sum(axis=1)
     np.testing.assert_allclose(rates, rates.mean(), rtol=0.02)

@@ -40,9 +40,8 @@ def test_files_and_folders_go_in_and_come_out(fitted, tmp_path, capsys):
     for i, image in enumerate(digits):
         Image.fromarray(image[..., 0]).save(tmp_path / "in" / f"{i}.png")
     out = tmp_path / "x.ddpx"
-    few = ["--batch-size", "4"]
-    assert codec.main(["compress", str(fitted), str(tmp_path / "in"), *few]) == 0
-    (tmp_path / "in.ddpx").rename(out)
+    few, given = ["--batch-size", "4"], [str(tmp_path / "in"), "--out", str(out)]
+    assert codec.main(["compress", str(fitted), *given, *few]) == 0
     assert "3 images, progressive" in capsys.readouterr().out
     run = ["--run", str(fitted)]
     where = ["--out", str(tmp_path / "o"), *run, *few]

@@ -18,7 +18,7 @@ from diffusion_jax.errors import ConfigError, DataError
 from diffusion_jax.lab.process import progress
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import checks, latents
-from diffusion_jax.lab.schema.config import Config
+from diffusion_jax.lab.schema.config import Config, replace
 from diffusion_jax.lab.trained import exact, opening, weights
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.wiring import build, chains
@@ -176,8 +176,8 @@ def bar(title: str, total: int) -> Iterator[Callable[[int], object]]:
 
 
 def _in_float32(network: Network) -> Callable[[np.ndarray, float], np.ndarray]:
-    """Returns the network as it was trained: enough to measure with, and faster."""
-    config = network.config
+    """Returns the network in float32: enough to measure with, and faster."""
+    config = replace(network.config, "net", dtype="float32")
 
     @jax.jit
     def see(drawable: Drawable, x: jax.Array, t: jax.Array) -> jax.Array:

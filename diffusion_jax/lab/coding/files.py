@@ -1,36 +1,26 @@
 """Images to compressed files and back, and what a file says, by a run as a codec."""
 
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
 from diffusion_jax.codec import archive, container, progressive
 from diffusion_jax.codec.container import Decoded
 from diffusion_jax.codec.profile import Chain, Profile
-from diffusion_jax.codec.progressive import Rule, Show
 from diffusion_jax.lab.coding.coder import Coder, bar
-
-Layout = Literal["progressive", "archive"]
 
 
 def compress(
-    coder: Coder,
-    images: np.ndarray,
-    *,
-    layout: Layout = "progressive",
-    rule: Rule = "max",
-    seed: int = 0,
-    batch_size: int = 64,
+    coder: Coder, images: np.ndarray, layout: str = "progressive", **options: Any
 ) -> bytes:
-    """Returns the file of some images, uint8 [N, H, W, C].
+    """Returns the file of some images, and shows how far it is.
 
     Args:
       coder: the run.
-      images: of its shape.
-      layout: one that may be cut anywhere, or one for many images that is smaller.
-      rule: of a progressive file, how noise is chosen.
-      seed: of what is random.
-      batch_size: images at a time, of a progressive file.
+      images: uint8 [N, H, W, C], of its shape.
+      layout: "progressive", which may be cut anywhere, or "archive", which is smaller
+        for many images.
+      options: of `progressive.encode`; an archive has none.
 
     Raises:
       DataError: images of another shape or type, or none.
@@ -38,36 +28,17 @@ def compress(
     profile, denoise = coder.profile, coder.denoise
     with bar("compressing", len(images) * len(profile.chain(layout).times)) as tick:
         if layout == "archive":
-            return archive.encode(profile, denoise, images, seed=seed, tick=tick)
-        return progressive.encode(
-            profile,
-            denoise,
-            images,
-            rule=rule,
-            seed=seed,
-            batch_size=batch_size,
-            tick=tick,
-        )
+            return archive.encode(profile, denoise, images, tick=tick)
+        return progressive.encode(profile, denoise, images, tick=tick, **options)
 
 
-def decompress(
-    coder: Coder,
-    data: bytes,
-    *,
-    bits: int | None = None,
-    show: Show = "mean",
-    seed: int = 0,
-    batch_size: int = 64,
-) -> Decoded:
+def decompress(coder: Coder, data: bytes, **options: Any) -> Decoded:
     """Returns the images of a file, or what is there of it says of them.
 
     Args:
       coder: the run that it was made with.
       data: the file; if it is progressive, its end may be missing.
-      bits: of a progressive file's payload to look at; all when not given.
-      show: what stands for missing bits, see `progressive.decode`.
-      seed: of what is random.
-      batch_size: images at a time, of a progressive file.
+      options: of `progressive.decode`, where it is.
 
     Raises:
       DataError: no such file, another run's, or damaged.
@@ -78,16 +49,7 @@ def decompress(
     with bar("decompressing", total) as tick:
         if file.layout == "archive":
             return archive.decode(profile, denoise, data, tick=tick)
-        return progressive.decode(
-            profile,
-            denoise,
-            data,
-            bits=bits,
-            show=show,
-            seed=seed,
-            batch_size=batch_size,
-            tick=tick,
-        )
+        return progressive.decode(profile, denoise, data, tick=tick, **options)
 
 
 def in_words(data: bytes, profile: Profile | None) -> list[str]:
