@@ -19,6 +19,7 @@ from diffusion_jax.lab.schema.few import DISTILLED, Few
 from diffusion_jax.lab.schema.sampling import Sampling
 from diffusion_jax.lab.schema.students import student
 from diffusion_jax.lab.trained import weights
+from diffusion_jax.lab.training import initial
 from diffusion_jax.lab.wiring import build, few_steps, learning
 from diffusion_jax.storage import trees
 from diffusion_jax.training.state import TrainState
@@ -223,6 +224,10 @@ def test_what_learns_v_is_its_own_teacher():
         memory = few_steps.Memory(one, step - 1)
         state = TrainState(jnp.asarray(step), two, (two,), (), memory, None)
         assert few_steps.remembered(made, state).memory.teacher == teacher
+    base = EXPERIMENTS["digits_consistency"].config
+    begun = initial.like(base, eps)
+    assert (begun.diffusion.prediction, begun.few.learn_v) == ("v", 0.25)
+    assert initial.like(base, begun).few == begun.few  # resumed
 
 
 def test_teachers_that_cannot_be_are_refused(tmp_path):

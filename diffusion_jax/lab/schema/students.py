@@ -28,8 +28,8 @@ def student(teacher: Config, method: Method, *, init_from: str) -> Config:
       init_from: where its weights are.
 
     >>> made = student(Config(), "progressive", init_from="runs/digits")
-    >>> made.name, made.sample.sampler, made.sample.steps
-    ('digits_progressive', 'ddim', 1)
+    >>> made.name, made.sample.sampler, made.sample.steps, made.optimizer.decay
+    ('digits_progressive', 'ddim', 1, 'constant')
     """
     few, old = Few(method), teacher.sample
     halved = method == "progressive"
@@ -56,7 +56,8 @@ def student(teacher: Config, method: Method, *, init_from: str) -> Config:
         preset="modern",
         learning_rate=RATES[method] * teacher.optimizer.learning_rate,
         warmup=min(200, teacher.optimizer.warmup),
-        decay="constant" if halved else "cosine",  # the last halving is the hardest
+        # At a rate that falls to 0, the last and hardest halving would learn nothing.
+        decay="constant" if halved else "cosine",
         b2=0.99,
         ema_decay=(0.99,),
         ema_lengths=(),
