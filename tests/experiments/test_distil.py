@@ -133,6 +133,21 @@ def test_mean_flow_trains_from_scratch_and_jumps(tmp_path):
     assert [0 < line["self_consistency"] < 5 for line in lines] == [True] * 3
 
 
+def test_networks_of_jumps_are_told_times_without_fast_waves(monkeypatch):
+    told = {}
+
+    class Net:
+        def apply(self, variables, x, t, label, span):
+            told.update(t=t, span=span)
+            return x
+
+    monkeypatch.setattr(build, "make_network", lambda config: Net())
+    made, one = EXPERIMENTS["digits_meanflow"].config, jnp.ones(1)
+    apply = build.make_apply(made, {"net": {}}, few_steps.real_schedule(made))
+    apply(jnp.ones([1, 8, 8, 1]), one, None, one / 2)
+    assert (told["t"], told["span"]) == (10, 5)
+
+
 @pytest.mark.parametrize("method", DISTILLED)
 def test_every_method_has_a_loss_of_its_own_and_guided(method):
     small = dataclasses.replace(

@@ -123,7 +123,8 @@ def make_apply(
             # The log-SNR, since a time's noise changes as the schedule learns.
             low, high = FIRST_LOGSNR
             return 1000 * (high - levels(t).logsnr) / (high - low)
-        return 1000 * t / continuous.last_time(levels)
+        # The derivative in t, which teaches jumps, would be noise by fast waves.
+        return (10 if has_spans(config) else 1000) * t / continuous.last_time(levels)
 
     def apply(
         x: jax.Array,
