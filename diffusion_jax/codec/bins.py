@@ -69,12 +69,7 @@ def search(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns k with edge(k) <= at < edge(k + 1), edge(k), and their distance.
 
-    Args:
-      edge: rises with k, from 0 at `low` to 2^24 at `high`.
-      at: positions, int64.
-      guess: of k, each from `low` to below `high`.
-      low: the least k.
-      high: what is above the largest.
+    The edges rise from 0 at `low` to 2^24 at `high`, and k is guessed to begin with.
     """
     a, b, step = guess, guess + 1, 1
     start, stop = edge(np.stack([a, b]))
@@ -129,11 +124,7 @@ def texture(clean: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
 
     That is the number of bits of 9 sum g^2 - (sum g)^2 over the 3x3 pixels about it:
     one more where the variance is twice as large. A network errs little where an image
-    is flat, and much in patterns and at edges.
-
-    Args:
-      clean: what is seen, in units of 2^-12, integers [B, D].
-      shape: H, W and C.
+    is flat, and much in patterns and at edges. What is seen is in units of 2^-12.
 
     >>> print(texture(np.array([[0, 0, 0, 4096]]), (1, 4, 1)))
     [[ 0  0 29 29]]

@@ -76,24 +76,16 @@ def predict(
 
 
 def places(starts: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns where each value of some images is counted, int64 [B, ...].
+    """Returns where each value of images [B, ...] is counted, int64 of that shape.
 
-    Args:
-      starts: where the first value of each is, int64 [B].
-      shape: of the images, [B, ...].
+    The first value of each image is at its start, int64 [B].
     """
     within = np.arange(np.prod(shape[1:], dtype=np.int64)).reshape(1, *shape[1:])
     return np.asarray(starts, np.int64).reshape(-1, *[1] * (len(shape) - 1)) + within
 
 
 def listed(grid: np.ndarray, near: np.ndarray, starts: np.ndarray) -> Listed:
-    """Returns the values in doubt of what `predict` gave, for those who decode.
-
-    Args:
-      grid: of `predict`, [B, ...].
-      near: of `predict`, [B, ...].
-      starts: see `places`.
-    """
+    """Returns the values in doubt of what `predict` gave, at their `places`."""
     return joined([Listed(places(starts, grid.shape)[near], grid[near])])
 
 
@@ -105,12 +97,7 @@ def joined(parts: Iterable[Listed]) -> Listed:
 
 
 def settled(grid: np.ndarray, starts: np.ndarray, known: Listed) -> np.ndarray:
-    """Returns the grid of `predict` with the values that are listed in their place.
-
-    Args:
-      grid: of `predict` on this machine, [B, ...].
-      starts: see `places`.
-      known: what the other machine listed, of these values and any others.
+    """Returns the grid of `predict` with what another machine listed for its `places`.
 
     Raises:
       ValueError: an entry is no neighbour of the value that it replaces, as none

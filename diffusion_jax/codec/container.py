@@ -85,13 +85,7 @@ def packed(
 ) -> bytes:
     """Returns the bytes of a file, or of one with plain pixels if that is smaller.
 
-    Args:
-      layout: one of LAYOUTS.
-      profile: that the payload was made with.
-      images: what is in it.
-      parts: the same, with the values outside the alphabet.
-      listed: see `certified`.
-      payload: the bits.
+    Its parts are the images with the values outside the alphabet apart.
     """
     lists = _list(listed.place, listed.value + ONE) + _list(parts.place, parts.value)
     body = lists + varint(len(payload)) + payload
@@ -105,11 +99,9 @@ def packed(
 
 
 def opened(data: bytes, profile: Profile | None = None) -> File:
-    """Returns what a file says.
+    """Returns what a file says, of which the end may be missing.
 
-    Args:
-      data: the bytes of it, of which the end may be missing.
-      profile: that it has to be made with, if one is at hand.
+    It has to be made with the profile, if one is at hand.
 
     Raises:
       DataError: it is no such file, of another version or another profile, cut in

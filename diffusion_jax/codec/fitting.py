@@ -108,7 +108,10 @@ def fit(
     scan = _scan(denoise, *levels, times, images, alphabet, seed, batch_size, tick)
     tried = _chains(scan, *levels, seed)
     progressive, few = _best(
-        [(chain, _symbols(chain) + _late(scan, logsnr, end)) for chain, end in tried],
+        [
+            (chain, float(chain.chunks @ chain.bits) + _late(scan, logsnr, end))
+            for chain, end in tried
+        ],
         lambda chain: int(chain.times[0]),
     )
     archive, fewest = _best(
@@ -199,11 +202,8 @@ def _scan(
 def _deviations(square: np.ndarray, kind: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns deviations of dimensions, [D], and factors of textures, [TEXTURES].
 
-    The likeliest of errors that are Gaussian, found by turns.
-
-    Args:
-      square: of errors, [N, D].
-      kind: their textures, [N, D].
+    The likeliest of Gaussian errors with these squares and textures, [N, D] both, found
+    by turns.
     """
     count = np.bincount(kind.ravel(), minlength=TEXTURES)
     own = square.mean(axis=0) + _SMALLEST
@@ -246,10 +246,8 @@ def _best(
 ) -> tuple[Chain, float]:
     """Returns the best chain of those with about the smallest files, and their bits.
 
-    Args:
-      sized: chains, and the bits that an image takes.
-      first: from a chain to what has to be small in the best. A progressive file has
-        its pixels late, where a cut is finer; an archive few evaluations.
+    In the best, `first` is small. A progressive file has its pixels late, where a cut
+    is finer; an archive few evaluations.
     """
     least = min(bits for _, bits in sized)
     good = [(chain, bits) for chain, bits in sized if bits <= (1 + NEAR) * least]
@@ -270,11 +268,6 @@ def _late(scan: Scan, logsnr: np.ndarray, end: int) -> float:
     given = gone[len(snr) - 1 - end].mean()
     both = zip(gone.T, scan.pixels[::-1].T, strict=True)
     return float(np.mean([np.interp(given, own, bits) for own, bits in both]))
-
-
-def _symbols(chain: Chain) -> float:
-    """Returns the bits an image that the steps of a progressive file take."""
-    return float((chain.chunks * chain.bits).sum())
 
 
 def rates_of(chain: Chain) -> np.ndarray:

@@ -159,11 +159,10 @@ def _checked(arrays: dict[str, np.ndarray], words: dict[str, str]) -> Profile:
     size, alphabet = int(np.prod(shape)), arrays["alphabet"]
     if len(shape) != 3 or min(shape) < 1 or size > MOST_DIMENSIONS:
         raise ValueError(f"images of {shape}")
-    rising = np.all(alphabet[1:] > alphabet[:-1])
-    if alphabet.dtype != np.uint8 or alphabet.ndim != 1 or not len(alphabet):
-        raise ValueError("an alphabet that is none")
-    if not rising:
+    if not len(alphabet) or not np.array_equal(alphabet, np.unique(alphabet)):
         raise ValueError("an alphabet out of order")
+    if alphabet.dtype != np.uint8:
+        raise ValueError("an alphabet of other than bytes")
     chains = {layout: _chain(arrays, layout, size) for layout in LAYOUTS}
     seed = int(about.pop("seed"))
     return Profile(shape, alphabet, seed, **chains, about=about)

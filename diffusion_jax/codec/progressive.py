@@ -175,16 +175,9 @@ def choose(
     rule: Rule,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Returns the row of noise that a symbol of each image stands for, int64 [B].
+    """Returns the row of noise that symbol j of step i is for each image, int64 [B].
 
-    Args:
-      profile: with the chain, and the seed of the noise.
-      i: the step.
-      j: the symbol.
-      columns: its dimensions.
-      apart: mu_q - mu in these, [B, columns].
-      rule: how to choose.
-      rng: of the choice.
+    Of its dimensions, the columns, mu_q - mu is given, [B, columns].
     """
     chain = profile.progressive
     s, rows = chain.sd[i, columns], 1 << int(chain.bits[i])
@@ -214,8 +207,9 @@ def _begin(profile: Profile, count: int) -> np.ndarray:
 
 
 def _moved(chain: Chain, i: int, mu: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """Returns x_i."""
-    return steps.rounded(np.add(mu, np.multiply(z, chain.sd[i])))
+    """Returns x_i, a multiple of 2^-20."""
+    x = np.add(mu, np.multiply(z, chain.sd[i]))
+    return np.multiply(np.rint(np.multiply(x, 1 / UNIT)), UNIT)
 
 
 def noise_of(profile: Profile, i: int, j: int, k: np.ndarray, width: int) -> np.ndarray:
@@ -227,14 +221,7 @@ def noise_of(profile: Profile, i: int, j: int, k: np.ndarray, width: int) -> np.
 def _walk(
     view: View, stream: np.ndarray, these: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the last x of some images that the bits lead to, and its place.
-
-    Args:
-      view: of the network.
-      stream: the bits that there are.
-      these: numbers of the images.
-      count: of images in the file.
-    """
+    """Returns the last x of some of all images that the bits lead to, and its place."""
     profile, chain = view.profile, view.chain
     x, depth = _begin(profile, len(these)), np.full(len(these), chain.steps)
     before = planes(chain)[::-1]

@@ -64,12 +64,7 @@ def start(lanes: int, seed: int = 0) -> Stack:
 
 
 def opened(heads: np.ndarray, words: np.ndarray, count: int) -> Stack:
-    """Returns a stack to read from.
-
-    Args:
-      heads: uint64 [L].
-      words: uint32.
-      count: operations that the writer made.
+    """Returns a stack to read from, after so many operations of who wrote it.
 
     Raises:
       DataError: a head that no writer leaves.
@@ -80,12 +75,7 @@ def opened(heads: np.ndarray, words: np.ndarray, count: int) -> Stack:
 
 
 def push(stack: Stack, start: np.ndarray, freq: np.ndarray) -> None:
-    """Pushes one symbol onto each of the first lanes.
-
-    Args:
-      stack: what is changed.
-      start: of the intervals, int64 [width].
-      freq: their lengths, at least 1.
+    """Pushes one symbol onto each of the first lanes, by its interval, int64 [width].
 
     Raises:
       DataError: an interval is empty, as only damaged files have it.

@@ -39,10 +39,8 @@ class View(NamedTuple):
     def clean(self, x: np.ndarray, place: int, images: np.ndarray) -> np.ndarray:
         """Returns x0 as the network sees it, in units of 2^-12, int64 [B, D].
 
-        Args:
-          x: what it is given, float64 [B, D].
-          place: of its time in the chain.
-          images: their numbers in the file, [B].
+        It is given x, float64 [B, D], at the time of a place in the chain; the images
+        have the numbers [B] in the file.
         """
         size, parts = x.shape[1], []
         starts = (np.asarray(images, np.int64) * len(self.chain.times) + place) * size
@@ -68,11 +66,7 @@ class View(NamedTuple):
 def mean(chain: Chain, place: int, x: np.ndarray, clean: np.ndarray) -> np.ndarray:
     """Returns the mean of p(x_place | x_{place + 1} = x), float64 [B, D].
 
-    Args:
-      chain: with the constants.
-      place: of the step.
-      x: float64 [B, D].
-      clean: x0 seen from it, in units of 2^-12.
+    x0 as it is seen from x is in units of 2^-12; both are [B, D].
     """
     # In two steps: a machine that multiplies and adds in one rounds once.
     first = np.multiply(np.multiply(clean, 1 / certified.ONE), chain.c0[place])
@@ -80,21 +74,10 @@ def mean(chain: Chain, place: int, x: np.ndarray, clean: np.ndarray) -> np.ndarr
 
 
 def pixels(profile: Profile, chain: Chain, clean: np.ndarray) -> bins.Pixels:
-    """Returns the distribution of pixels by what the network sees in x_0.
-
-    Args:
-      profile: with the alphabet.
-      chain: with the deviations.
-      clean: x0 seen from x_0, in units of 2^-12, [B, D].
-    """
+    """Returns the distribution of pixels by x0 as x_0 shows it, 2^-12 [B, D]."""
     sd = chain.pixel_sd * chain.texture[bins.texture(clean, profile.shape)]
     mean = np.multiply(clean, 1 / certified.ONE)
     return bins.Pixels(mean, sd, profile.middles)
-
-
-def rounded(x: np.ndarray) -> np.ndarray:
-    """Returns x rounded to multiples of 2^-20."""
-    return np.multiply(np.rint(np.multiply(x, 1 / UNIT)), UNIT)
 
 
 class Split(NamedTuple):

@@ -47,12 +47,7 @@ class Coder(NamedTuple):
 
 
 def opened(name: str | None, options: Any, which: Weights) -> Network:
-    """Returns the network of a run, of a kind that the codec knows.
-
-    Args:
-      name: of the run or the network's file, as `runs.find` takes it.
-      options: of the command.
-      which: the weights.
+    """Returns the network of a run, named as `runs.find` takes it.
 
     Raises:
       ConfigError: there is no such run, or it is of another kind.
@@ -79,10 +74,7 @@ def opened(name: str | None, options: Any, which: Weights) -> Network:
 def fit(network: Network, *, count: int = fitting.IMAGES, seed: int = 0) -> Coder:
     """Returns the network with a profile, which is written into the run's folder.
 
-    Args:
-      network: of `opened`.
-      count: training images to measure on, at most; drawn at random.
-      seed: of that, and of the noise.
+    It is measured on so many training images at most, drawn at random.
 
     Raises:
       DataError: its schedule is of another kind.
@@ -119,11 +111,7 @@ def _earlier(folder: Path, identity: bytes) -> Path:
 
 
 def load(network: Network, identity: bytes | None = None) -> Coder:
-    """Returns the network with the profile that `fit` wrote.
-
-    Args:
-      network: of the run.
-      identity: of an earlier profile, which a file was made with; the newest if None.
+    """Returns the network with the profile that `fit` wrote, the newest or a named one.
 
     Raises:
       ConfigError: there is none, or it was made with other weights.
@@ -146,11 +134,7 @@ def load(network: Network, identity: bytes | None = None) -> Coder:
 
 
 def of_profile(identity: bytes, output: str = "runs") -> str:
-    """Returns the run that files were made with.
-
-    Args:
-      identity: of its profile.
-      output: the folder of runs to look through.
+    """Returns the run in a folder of runs whose profile has an identity.
 
     Raises:
       ConfigError: no run there has the profile.

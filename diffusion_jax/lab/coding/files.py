@@ -13,14 +13,9 @@ from diffusion_jax.lab.coding.coder import Coder, bar
 def compress(
     coder: Coder, images: np.ndarray, layout: str = "progressive", **options: Any
 ) -> bytes:
-    """Returns the file of some images, and shows how far it is.
+    """Returns the file of images, uint8 [N, H, W, C], and shows how far it is.
 
-    Args:
-      coder: the run.
-      images: uint8 [N, H, W, C], of its shape.
-      layout: "progressive", which may be cut anywhere, or "archive", which is smaller
-        for many images.
-      options: of `progressive.encode`; an archive has none.
+    The options are those of `progressive.encode`; an archive has none.
 
     Raises:
       DataError: images of another shape or type, or none.
@@ -35,10 +30,7 @@ def compress(
 def decompress(coder: Coder, data: bytes, **options: Any) -> Decoded:
     """Returns the images of a file, or what is there of it says of them.
 
-    Args:
-      coder: the run that it was made with.
-      data: the file; if it is progressive, its end may be missing.
-      options: of `progressive.decode`, where it is.
+    The options are those of `progressive.decode`; an archive has none.
 
     Raises:
       DataError: no such file, another run's, or damaged.
@@ -53,11 +45,7 @@ def decompress(coder: Coder, data: bytes, **options: Any) -> Decoded:
 
 
 def in_words(data: bytes, profile: Profile | None) -> list[str]:
-    """Returns what a file says, line by line.
-
-    Args:
-      data: its bytes.
-      profile: that it was made with; without it less is known.
+    """Returns what a file says, line by line; without its profile that is less.
 
     Raises:
       DataError: no such file, or damaged in front of its payload.

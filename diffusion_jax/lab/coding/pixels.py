@@ -14,14 +14,10 @@ _EXACT = ("1", "L", "P", "LA", "RGB", "RGBA", "PA")
 
 
 def read(paths: Sequence[Path], shape: tuple[int, int, int]) -> np.ndarray:
-    """Returns the images of files and folders, uint8 [N, H, W, C].
+    """Returns the images of files and folders, in order, uint8 [N, H, W, C].
 
     Nothing is resized, cut or rounded. Colours of a palette, and grey in three
     channels, are the same pixels in another form.
-
-    Args:
-      paths: image files, or folders of which all images are taken, in order.
-      shape: H, W and C.
 
     Raises:
       DataError: none are there, or one cannot be had in that shape without loss.
