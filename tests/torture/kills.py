@@ -10,8 +10,8 @@ from . import moments, trainings
 from .cases import Outcome, check, outcome
 from .trainings import Training
 
-STEPS = 3000
-"""Of the run that is killed again and again."""
+STEPS, FEW = 3000, 400
+"""Of the run that is killed again and again, and of one of another kind."""
 SEEN_WITHIN = 4.0
 """Seconds of training, once all is compiled, in which a moment has to come."""
 Aim = Callable[[Training, random.Random], moments.Moment]
@@ -82,14 +82,34 @@ AIMS: list[Aim] = [
 def cases(folder: Path, seed: int) -> Iterator[Outcome]:
     """Yields the outcomes: one a kill, and those of the run that came of it."""
     rng = random.Random(seed)
-    whole, run = folder / "whole" / "digits", folder / "killed" / "digits"
-    flags = ["--train.steps", STEPS]
-    yield trainings.undisturbed(whole, STEPS)
     first = [aim for aim in AIMS if aim is at_compilation]
     others = [aim for aim in AIMS if aim is not at_compilation]
     rng.shuffle(others)
     kills: list[Kill] = []
-    loop = disturbed(run, flags, [*first, *others], rng, folder / "killed.logs")
+    yield from survived(folder, "digits", STEPS, [*first, *others], rng, kills)
+    yield outcome(f"{len(kills)} kills hit all kinds of moments", lambda: kinds(kills))
+
+
+def of_latents(folder: Path, seed: int) -> Iterator[Outcome]:
+    """Yields the outcomes for an autoencoder with a discriminator, and its latents."""
+    rng = random.Random(seed)
+    aims = [at_compilation, at_start, at_any_time, at_save, at_commit]
+    for name in ("digits_autoencoder", "digits_latent"):
+        yield from survived(folder, name, FEW, aims, rng, [])
+
+
+def survived(
+    folder: Path,
+    name: str,
+    steps: int,
+    aims: Sequence[Aim],
+    rng: random.Random,
+    kills: list[Kill],
+) -> Iterator[Outcome]:
+    """Yields the outcomes of a run that is killed, and notes the kills."""
+    whole, run = (folder / which / name for which in ("whole", "killed"))
+    yield trainings.undisturbed(whole, steps)
+    loop = disturbed(run, ["--train.steps", steps], aims, rng, folder / f"{name}.logs")
     for number, killed in enumerate(loop, 1):
         kills.append(killed)
         result = outcome(
@@ -98,9 +118,9 @@ def cases(folder: Path, seed: int) -> Iterator[Outcome]:
             lambda kill=killed: lost_little(kill),
         )
         yield result._replace(seconds=killed.seconds)
-    yield outcome(f"{len(kills)} kills hit all kinds of moments", lambda: kinds(kills))
-    yield outcome("killed run", lambda: trainings.same_end(run, whole, STEPS))
-    yield outcome("killed run: nothing left over", lambda: nothing_left(run))
+    said = f"killed run of {name}"
+    yield outcome(said, lambda: trainings.same_end(run, whole, steps))
+    yield outcome(f"{said}: nothing left over", lambda: nothing_left(run))
 
 
 def disturbed(

@@ -5,7 +5,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from . import trainings
@@ -24,14 +24,35 @@ FLAGS = shlex.split(
 
 def cases(folder: Path, seed: int) -> Iterator[Outcome]:
     """Yields the outcomes: a host killed, or as dead as one without a network."""
+    # A machine that is cut off closes no connection: only its silence tells.
+    strikes = [(v, kind) for kind in (signal.SIGKILL, signal.SIGSTOP) for v in (0, 1)]
+    yield from struck(folder, "digits", strikes, seed)
+
+
+def of_latents(folder: Path, seed: int) -> Iterator[Outcome]:
+    """Yields the outcomes for an autoencoder with a discriminator, and its latents."""
+    strikes, known = [(seed % 2, signal.SIGKILL)], folder / "whole/digits_autoencoder"
+    yield from struck(folder, "digits_autoencoder", strikes, seed)
+    yield from struck(folder, "digits_latent", strikes, seed, "--data.latent", known)
+
+
+def struck(
+    folder: Path,
+    name: str,
+    strikes: Sequence[tuple[int, signal.Signals]],
+    seed: int,
+    *more: object,
+) -> Iterator[Outcome]:
+    """Yields the outcomes of runs of two hosts, to one of which something happens."""
     flags = [*FLAGS, "--train.seed", seed, "--train.steps", STEPS, "--train.devices", 2]
-    whole = folder / "whole" / "digits"
+    flags += more
+    whole = folder / "whole" / name
 
     def undisturbed() -> None:
         both_finish(whole, *flags)
 
     def loses(victim: int, kind: signal.Signals) -> str:
-        run = folder / f"{kind.name}{victim}" / "digits"
+        run = folder / f"{kind.name}{victim}" / name
         given = ["-m", "experiments.train", *trainings.arguments(run, *flags)]
         with processes.started(given) as both:
             until = time.monotonic() + 240
@@ -55,17 +76,12 @@ def cases(folder: Path, seed: int) -> Iterator[Outcome]:
         check(lines_of(run) == lines_of(whole), "other lines in metrics.jsonl")
         return f"host {1 - victim} ended after {seconds:.1f} s, exit code {code}"
 
-    yield outcome(f"two hosts undisturbed, {STEPS} steps", undisturbed)
-    for victim in (0, 1):
+    yield outcome(f"{name} on two hosts undisturbed, {STEPS} steps", undisturbed)
+    words = {signal.SIGKILL: "killed by -9", signal.SIGSTOP: "silent"}
+    for victim, kind in strikes:
         yield outcome(
-            f"host {victim} killed by -9, both started again to an equal end",
-            lambda victim=victim: loses(victim, signal.SIGKILL),
-        )
-    # A machine that is cut off closes no connection: only its silence tells.
-    for victim in (0, 1):
-        yield outcome(
-            f"host {victim} silent, both started again to an equal end",
-            lambda victim=victim: loses(victim, signal.SIGSTOP),
+            f"host {victim} {words[kind]}, both started again to an equal end",
+            lambda victim=victim, kind=kind: loses(victim, kind),
         )
 
 

@@ -13,10 +13,12 @@ from . import determinism, disks, kills, partners, signals, soak
 SUBJECTS = {
     "soak": soak.cases,  # 20,000 steps, and 500 pictures: memory
     "kill": kills.cases,  # -9 at 30 moments
+    "kill-latent": kills.of_latents,  # at 5, an autoencoder and a run of its latents
     "signal": signals.cases,  # SIGTERM and SIGINT at any moment, and twice
     "disk": disks.cases,  # full, read-only, missing, and room again
     "determinism": determinism.cases,  # the same bytes twice
     "hosts": partners.cases,  # two processes, one killed
+    "hosts-latent": partners.of_latents,  # the same of an autoencoder and its latents
 }
 
 

@@ -20,12 +20,23 @@ EVERY, GRID_EVERY, KEEP = 40, 60, 2
 """Steps between two checkpoints, between two grids; how many checkpoints stay."""
 # Learning rate and dropout depend on the step, which a run that goes on must get right.
 SMALL = shlex.split(  # flags as a person types them
-    f"""--net.channels 8 --net.multipliers 1 --net.blocks 1 --net.attention
---net.groups 4 --net.dropout 0.1 --train.batch-size 8 --train.devices 1
---optimizer.warmup 2 --diffusion.num-steps 20 --sample.steps 4 --sample.count 4
+    f"""--train.batch-size 8 --train.devices 1 --optimizer.warmup 2 --sample.count 4
 --train.log-every 1 --train.checkpoint-every {EVERY} --train.keep {KEEP}
 --sample.every {GRID_EVERY}"""
 )
+NETWORK = shlex.split(
+    """--net.channels 8 --net.multipliers 1 --net.blocks 1 --net.attention
+--net.groups 4 --net.dropout 0.1 --diffusion.num-steps 20 --sample.steps 4"""
+)
+KINDS = {
+    "digits": NETWORK,
+    "digits_autoencoder": shlex.split(
+        """--autoencoder.channels 8 --autoencoder.groups 4
+--autoencoder.discriminator 0.5 --autoencoder.discriminator-start 30"""
+    ),
+    "digits_latent": NETWORK,
+}
+"""The flags of each experiment, by which the folder of a run is called."""
 LONGEST = 300
 """Seconds that a command may take before it counts as hanging."""
 
@@ -61,8 +72,9 @@ def environment(cache: Path | None) -> dict[str, str]:
 
 def arguments(run: Path, *flags: object) -> list[str]:
     """Returns the arguments of the command that trains a small network."""
+    kind = run.name if run.name in KINDS else "digits"
     where = ["--output", str(run.parent), "--name", run.name]
-    return ["digits", *SMALL, *where, *map(str, flags)]
+    return [kind, *SMALL, *KINDS[kind], *where, *map(str, flags)]
 
 
 def start(
