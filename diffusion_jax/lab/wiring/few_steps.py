@@ -74,9 +74,9 @@ def remembered(config: Config, new: TrainState) -> TrainState:
     return new._replace(memory=Memory(teacher, new.step))
 
 
-def real_schedule(config: Config, params: Any = None) -> Schedule:
+def real_schedule(config: Config) -> Schedule:
     """Returns the schedule at real times, in its own unit."""
-    made = make_schedule(config, params)
+    made = make_schedule(config)
     return made if is_continuous(config) else continuous.interpolate(made)
 
 
