@@ -275,8 +275,9 @@ def distil(
 
     Args:
       where: the teacher, as in `load`.
-      method: ect, consistency or progressive.
-      **changes: fields of `Config` in place of the student's: name, train, few, ...
+      method: ect, consistency, consistency_training or progressive.
+      **changes: fields of `Config` in place of the student's: name, train, few, ...;
+        what few leaves out, its method and learn_v, is the student's.
 
     Raises:
       ConfigError, DivergedError: as `load` and `train`.
@@ -292,6 +293,9 @@ def distil(
     teacher = load(where)
     source = teacher.run.network.path if teacher.run.network else teacher.run.folder
     made = student(teacher.config, method, init_from=str(source))
+    if few := changes.get("few"):
+        first = few.learn_v or made.few.learn_v
+        changes["few"] = dataclasses.replace(few, method=method, learn_v=first)
     return cast(Trained, train(dataclasses.replace(made, **changes)))
 
 

@@ -6,9 +6,18 @@ from typing import Annotated, Literal, NamedTuple
 
 from diffusion_jax.lab.schema.facts import Count, Share, at_least
 
-Method = Literal["none", "progressive", "consistency", "ect", "mean_flow"]
-DISTILLED: tuple[Method, ...] = ("ect", "consistency", "progressive")
+Method = Literal[
+    "none", "progressive", "consistency", "consistency_training", "ect", "mean_flow"
+]
+DISTILLED: tuple[Method, ...] = (
+    "ect",
+    "consistency",
+    "consistency_training",
+    "progressive",
+)
 """Those that have a teacher; the first where none is named."""
+CONSISTENT: tuple[Method, ...] = ("ect", "consistency", "consistency_training")
+"""Those whose x0 is the end of the path through x_t."""
 SEES_NOISE = ("v", "edm", "velocity")
 """Predictions whose x0 is x_t without noise, and finite in pure noise."""
 
@@ -26,13 +35,13 @@ TAKES = {
     "none": Takes((), "its x0 is a mean of images"),
     "progressive": Takes(("ddim",), "it was halved for these steps of ddim alone"),
     **dict.fromkeys(
-        ("consistency", "ect"),
+        CONSISTENT,
         Takes(("consistency",), "its x0 is the end of a path, not a mean of images"),
     ),
     "mean_flow": Takes((), "it knows velocities and their means"),
 }
 OWN: dict[str, tuple[str, ...]] = {
-    "consistency": ("consistency", "ect"),
+    "consistency": CONSISTENT,
     "mean_flow": ("mean_flow",),
 }
 """Rules that only networks of some methods can take."""
@@ -45,9 +54,9 @@ class Few:
     method: Method = "none"
     """none: as the other fields say. progressive: two steps of DDIM become one, again
     and again. consistency: the end of the teacher's paths, in continuous time (sCM).
-    ect: that of the data's, by steps which shrink. mean_flow: average velocities, from
-    scratch. All but the last begin with the weights that init_from names, the
-    teacher's."""
+    consistency_training: of the data's. ect: that by steps which shrink. mean_flow:
+    average velocities, from scratch. All but the last begin with the weights that
+    init_from names, the teacher's."""
     first: Count = 32
     """Of progressive: steps of DDIM of the first student; a power of two times last."""
     last: Count = 1

@@ -9,6 +9,7 @@ from diffusion_jax.lab.schema.sampling import Sample
 RATES: dict[Method, float] = {
     "ect": 0.5,
     "consistency": 0.05,
+    "consistency_training": 0.05,
     "progressive": 0.5,
 }
 """Learning rate of a student, in that of its teacher: as measured on digits."""
