@@ -2,9 +2,9 @@
 
 RUN is the teacher, any trained run or network in a file. METHOD is one of
 
-  ect                   the ends of the data's paths, by shrinking steps (the default)
-  consistency           the ends of the teacher's paths, by derivatives; slow
-  consistency_training  the ends of the data's paths, by derivatives; slow
+  ect                   ends of the data's paths, by shrinking steps (default)
+  consistency           ends of the teacher's paths, by derivatives; slow
+  consistency_training  ends of the data's paths, by derivatives; slow
   progressive           two steps of DDIM become one, again and again
 
 The student is a run of its own, named after both, which all commands take. All else is

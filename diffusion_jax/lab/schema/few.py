@@ -31,7 +31,7 @@ class Takes(NamedTuple):
     """What its output is."""
 
 
-TAKES = {
+TAKES: dict[str, Takes] = {
     "none": Takes((), "its x0 is a mean of images"),
     "progressive": Takes(("ddim",), "it was halved for these steps of ddim alone"),
     **dict.fromkeys(
