@@ -393,6 +393,7 @@ CALLS = {
     ),
     "autoencoding.hinge": lambda a: autoencoding.hinge(a.x, 0.3 * a.y),
     "autoencoding.adversarial": lambda a: autoencoding.adversarial(a.x),
+    "autoencoding.perceptual": lambda a: autoencoding.perceptual([a.x], [a.y]),
     "latents.bound": lambda a: latents.bound(a.u, 2 * a.u, a.log, dimensions=8),
     "losses.simple": every(
         KINDS,

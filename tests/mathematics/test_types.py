@@ -23,7 +23,9 @@ WITHOUT = (
     # Whose ends of paths are predictions, which were held to that when they were made.
     "distillation",
 )
-WITHOUT += tuple(f"autoencoding.{name}" for name in ("kl", "hinge", "adversarial"))
+WITHOUT += tuple(
+    f"autoencoding.{name}" for name in ("kl", "hinge", "adversarial", "perceptual")
+)
 WITHOUT += ("gaussian.normal", "prediction.reverse_variance", "analytic.bounded")
 WITHOUT += (
     "losses.normal_kl",
