@@ -45,6 +45,7 @@ LONGEST = (
     "test_family",
     "test_conditional",
     "test_latent",
+    "test_judged_autoencoders",
     "test_distil",
     "test_transforms",
     "test_eval",
