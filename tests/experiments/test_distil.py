@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from small_run import SMALL, digests, restored
 
 from diffusion_jax import gaussian, lab, losses
 from diffusion_jax.errors import ConfigError
+from diffusion_jax.lab import notebook
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import checks
 from diffusion_jax.lab.schema.config import Train, replace
@@ -247,6 +249,17 @@ def test_what_learns_v_is_its_own_teacher():
     begun = initial.like(base, eps)
     assert (begun.diffusion.prediction, begun.few.learn_v) == ("v", 0.25)
     assert initial.like(base, begun).few == begun.few  # resumed
+
+
+def test_fields_in_place_of_the_students_leave_it_a_student(monkeypatch):
+    eps = replace(digits.CONFIG, "diffusion", prediction="eps")
+    run = SimpleNamespace(network=None, folder="there")
+    teacher = SimpleNamespace(config=eps, run=run)
+    monkeypatch.setattr(notebook, "load", lambda where: teacher)
+    monkeypatch.setattr(notebook, "train", lambda config: config)
+    made = lab.distil("there", "consistency", few=Few(tangent_warmup=0.5))
+    assert made.few == Few("consistency", tangent_warmup=0.5, learn_v=0.25)
+    assert lab.distil("there", few=Few(learn_v=0.1)).few == Few("ect", learn_v=0.1)
 
 
 def test_teachers_that_cannot_be_are_refused(tmp_path):
