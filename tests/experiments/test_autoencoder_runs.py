@@ -101,6 +101,7 @@ def test_a_run_is_measured_and_no_diffusion_is_asked_of_it(vae, capsys):
         (f"{KL} --autoencoder.free-bits 1", "left out without kind vae"),
         (f"{RIVAL} --train.batch-size 1", "batch_size must be at least 2 with"),
         (f"{RIVAL} --train.accumulate 2", "must be 1 with autoencoder.discriminator"),
+        (f"{RIVAL} --optimizer.preset official", "optimizer.preset must be modern"),
         (f"{RIVAL} --train.parallel shard_map", "parallel must be mesh with"),
     ],
 )

@@ -122,9 +122,10 @@ def _judged(config: Config) -> Problems:
     must = "{} with autoencoder.discriminator, whose weight is of a whole batch"
     if plan.batch_size < 2:
         yield "train.batch_size", must.format("at least 2")
-    if micro_batches(config) > 1:
-        of_what = "train.accumulate and the replicas of optimizer.preset"
-        yield of_what, must.format("1"), micro_batches(config)
+    if plan.accumulate > 1:
+        yield "train.accumulate", must.format("1")
+    elif micro_batches(config) > 1:
+        yield "optimizer.preset", must.format("modern")
     if plan.parallel != "mesh":
         yield "train.parallel", must.format("mesh")
     if min(config.data.shape[:2]) < 6:

@@ -85,7 +85,7 @@ def load(
 def complete(
     config: Config, run: runs.Run, params: Any, *, variance: str | None = None
 ) -> Drawable:
-    """Returns the weights with what sampling needs beside them; `load` has the Args."""
+    """Returns the weights with what sampling needs beside them, as `load`."""
     drawable = Drawable(params)
     if latents.is_latent(config):
         drawable = drawable._replace(space=space.load(config, run))
