@@ -36,6 +36,21 @@ compiler.distributed = SimpleNamespace(global_state=alone)
 """
 """Code that has each host keep its programs on disk, as JAX has the first alone: to
 compile them again takes most of the time of the others."""
+TINY = """
+import sys
+sys.path.append("tests/helpers")
+import small_run
+from diffusion_jax.lab.wiring import build
+build.make_network = small_run.make_small
+"""
+"""Code that has a command work with a tiny network, which is soon compiled."""
+TRAIN = f"""
+{TINY}
+from diffusion_jax.lab.process import entry
+from experiments import train
+entry.guarded(train.command, several=True)
+"""
+"""The command of training with it."""
 LONGEST = 240
 """Seconds that any of them may take before it is killed."""
 

@@ -152,6 +152,8 @@ class Small(nn.Module):
 
     wide: bool = False
     """Whether it tells a variance too."""
+    num_classes: int = 0
+    """It looks at no labels."""
 
     @nn.compact
     def __call__(self, x, t, label=None, train=False):

@@ -1,15 +1,16 @@
 """A network in float64, and what is drawn with it: the same everywhere."""
 
 import dataclasses
-import functools
 import hashlib
 import json
+import shlex
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_networks
+import small_run
 
 from diffusion_jax.codec import certified
 from diffusion_jax.errors import ConfigError
@@ -22,30 +23,26 @@ from diffusion_jax.lab.wiring import build, chains
 from diffusion_jax.training import parallel
 from experiments import sample
 
-SAMPLES = {
-    "digits_conditional": Sample(guidance=2.0, guidance_interval=(0.1, 50.0)),
-    "digits_cosine_hybrid": Sample(threshold=0.9),
-}
 
-
-@pytest.mark.parametrize("name", SAMPLES)
-def test_x0_is_the_same_for_every_batch_and_number_of_devices(name):
-    small = small_networks.small(name, multipliers=(1,), attention=())
-    config = dataclasses.replace(small, sample=SAMPLES[name])
+def test_x0_is_the_same_for_every_batch_and_number_of_devices():
+    """Guided in an interval and cut at a threshold, of a network with a variance."""
+    small = small_networks.small(
+        "digits_cosine_hybrid", multipliers=(1,), attention=(), classes=10
+    )
+    how = Sample(guidance=2.0, guidance_interval=(0.1, 50.0), threshold=0.9)
+    config = dataclasses.replace(small, sample=how)
     params = small_networks.network_of(config).params
     drawable = chains.Drawable(jax.tree.map(lambda leaf: leaf / 4, params))
     x = np.random.default_rng(0).normal(size=(16, 8, 8, 1))
     rough = jax.jit(lambda x, t: chains.make_denoiser(config, drawable)(x, t).x0)
     before = np.asarray(rough(jnp.asarray(x, jnp.float32), 200))
-    eight = denoise64(config, drawable)
+    whole = denoise64(config, drawable)(x, 200)
     one = denoise64(config, drawable, mesh=parallel.make_mesh(1))
-    whole = eight(x, 200)
     assert whole.dtype == np.float64
     assert 1e-8 < np.abs(whole - before).max() < 1e-3
     assert (np.abs(whole) < 0.99).mean() > 0.1
-    alone = [one(x[i : i + 1], 200, i) for i in (0, 5, 15)]
-    for other in (one(x, 200)[[0, 5, 15]], np.concatenate(alone)):
-        assert np.abs(other - whole[[0, 5, 15]]).max() < 1e-13
+    for i in (0, 5, 15):
+        assert np.abs(one(x[i : i + 1], 200, i) - whole[i]).max() < 1e-13
     # Outside nothing has changed.
     assert jnp.asarray(1.5).dtype == jnp.float32
     np.testing.assert_array_equal(rough(jnp.asarray(x, jnp.float32), 200), before)
@@ -95,39 +92,40 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("said", REFUSED)
-def test_what_is_not_exact_is_refused(said):
-    with pytest.raises(ConfigError, match=f"cannot draw exactly .*{said}.*Leave out"):
-        check(Config(sample=Sample(**REFUSED[said])))
+def test_what_is_not_exact_is_refused():
+    for said, how in REFUSED.items():
+        words = f"cannot draw exactly .*{said}.*Leave out"
+        with pytest.raises(ConfigError, match=words):
+            check(Config(sample=Sample(**how)))
 
 
 def test_noise_beyond_64_bits_is_refused():
-    config = Config(sample=Sample("ddim", 50))
-    for most, fits in ((80.0, True), (1e4, False), (1e9, False)):
+    def draw(most):
+        config = Config(sample=Sample("ddim", 50))
         config = replace(config, "diffusion", schedule="ve", sigma_max=most)
         walk = walk_of(config, chains.Drawable({}))
-        draw = functools.partial(batch, lambda x, t, first: 0 * x, walk, (2, 2, 2, 1))
-        if fits:
-            assert (draw(seed=0, first=0)[0] == 128).all()
-            continue
+        return batch(lambda x, t, first: 0 * x, walk, (2, 2, 2, 1), seed=0, first=0)[0]
+
+    assert (draw(80.0) == 128).all()
+    for most in (1e4, 1e9):
         with pytest.raises(ConfigError, match="too large for whole numbers of 64 bits"):
-            draw(seed=0, first=0)
+            draw(most)
 
 
-def drawn(run, out, *flags):
-    how = ["--exact", "--format", "npz", "--sampler", "ddim", "--eta", "0.5"]
-    argv = [str(run.folder), *how, "--steps", "4", "--out", str(out), *flags]
-    assert sample.main(argv) == 0
-    with np.load(out) as file:
-        return file["images"], json.loads(out.with_suffix(".json").read_text())
+@pytest.mark.usefixtures("small_network")
+def test_pixels_are_the_same_for_every_batch_and_machine(tmp_path, monkeypatch, capsys):
+    run = small_run.train_small(tmp_path, "run", "--sample.every", "1000000")
 
+    def drawn(name, *flags):
+        out = tmp_path / f"{name}.npz"
+        how = shlex.split("--exact --format npz --sampler ddim --eta 0.5 --steps 4")
+        assert sample.main([str(run.folder), *how, "--out", str(out), *flags]) == 0
+        with np.load(out) as file:
+            return file["images"], json.loads(out.with_suffix(".json").read_text())
 
-def test_pixels_are_the_same_for_every_batch_and_machine(
-    trained, tmp_path, monkeypatch, capsys
-):
     # As many values in doubt as it takes to see what becomes of them.
     monkeypatch.setattr(certified, "SURE", 2.0**-14)
-    images, record = drawn(trained, tmp_path / "a.npz", "--count", "24")
+    images, record = drawn("a", "--count", "24")
     assert images.std() > 10
     assert 2000 < len(record["listed"]) < 4000
     sha256 = hashlib.sha256(images.tobytes()).hexdigest()
@@ -140,14 +138,13 @@ def test_pixels_are_the_same_for_every_batch_and_machine(
         return lambda x, *rest: see(x, *rest) + rng.uniform(-error, error, x.shape)
 
     monkeypatch.setattr(exact, "denoise64", elsewhere)
-    three = ("--count", "7", "--batch-size", "3")
     listed = ("--listed", str(tmp_path / "a.json"))
-    same, _ = drawn(trained, tmp_path / "b.npz", *three, *listed)
+    same, _ = drawn("b", "--count", "7", "--batch-size", "3", *listed)
     np.testing.assert_array_equal(same, images[:7])
     # Without what is listed they are others.
     (tmp_path / "a.json").write_text(json.dumps({**record, "listed": []}))
     with pytest.raises(ConfigError, match=r"the sha256 of .*a\.json.*differs from"):
-        drawn(trained, tmp_path / "c.npz", "--count", "24", *listed)
+        drawn("c", "--count", "24", *listed)
     assert not (tmp_path / "c.npz").exists()
 
 
@@ -165,8 +162,7 @@ DAMAGED = {
 }
 
 
-@pytest.mark.parametrize("said", DAMAGED)
-def test_a_record_of_something_else_is_refused(said, tmp_path):
+def test_a_record_of_something_else_is_refused(tmp_path):
     config = Config(sample=Sample("ddim", 3))
     walk, path = walk_of(config, chains.Drawable({})), tmp_path / "a.json"
     made = {"command": "python -m experiments.sample", "seed": 0, "steps": 3}
@@ -175,8 +171,10 @@ def test_a_record_of_something_else_is_refused(said, tmp_path):
     exact.write(path, before, made, (8, 8, 1))
     after = exact.read(path, walk, {**made, "command": "x"}, (8, 8, 1))
     jax.tree.map(np.testing.assert_array_equal, after, before)
-    record = json.loads(path.read_text())
-    DAMAGED[said](record)
-    path.write_text(json.dumps(record))
-    with pytest.raises(ConfigError, match=" +".join(said.split())):
-        exact.read(path, walk, made, (8, 8, 1))
+    written = path.read_text()
+    for said, damage in DAMAGED.items():
+        record = json.loads(written)
+        damage(record)
+        path.write_text(json.dumps(record))
+        with pytest.raises(ConfigError, match=" +".join(said.split())):
+            exact.read(path, walk, made, (8, 8, 1))

@@ -18,7 +18,6 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.process import hosts
 from diffusion_jax.lab.run_folder import lock, runs
 from diffusion_jax.lab.training import beginning
-from diffusion_jax.lab.wiring import learning
 from experiments import train
 
 HOLD = """
@@ -61,22 +60,17 @@ def refused(folder, match):
         pass
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def nothing_compiled(monkeypatch):
-    """The command must end before it makes a step."""
-    monkeypatch.setattr(learning, "make_step", None)
-    monkeypatch.setattr(learning, "state_shapes", None)
+    """The command must end before it has a state."""
+    monkeypatch.setattr(beginning, "first_state", lambda *_: pytest.fail("it went on"))
 
 
-def test_a_second_process_is_told_whose_the_run_is_until_that_dies(
-    tmp_path, nothing_compiled
-):
+def test_a_second_process_is_told_whose_the_run_is_until_that_dies(tmp_path):
     run = tmp_path / "digits"
     with holder(run) as (owner, child):
-        me = (
-            f"process {owner.pid} on {os.uname().nodename}, {time.strftime('since %Y')}"
-        )
-        said = f"cannot train {run}: {me}.* trains it.*--name NAME"
+        since = f"on {os.uname().nodename}, {time.strftime('since %Y')}"
+        said = f"cannot train {run}: process {owner.pid} {since}.* trains it.*--name"
         with pytest.raises(lock.LockedError, match=said):
             train.main(["digits", "--output", str(tmp_path)])
         assert sorted(path.name for path in tmp_path.rglob("*")) == [".lock", "digits"]
@@ -109,30 +103,31 @@ def test_the_other_hosts_end_as_the_first(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("where", ["file", "file/below", "digits"])
-def test_a_folder_that_cannot_be_is_named(where, tmp_path, nothing_compiled):
-    (tmp_path / "file").write_text("")
-    (tmp_path / "digits").write_text("")
-    output = tmp_path if where == "digits" else tmp_path / where
+@pytest.mark.parametrize("where", ["file", "file/below", "."])
+def test_a_folder_that_cannot_be_is_named(where, tmp_path):
+    for name in ("file", "digits"):
+        (tmp_path / name).write_text("")
+    output = tmp_path / where
     with pytest.raises(ConfigError, match=f"cannot train into {output}.*: .+ "):
         train.main(["digits", "--output", str(output)])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["digits", "file"]
 
 
-def test_a_folder_that_was_made_for_nothing_is_gone(tmp_path):
-    flags = ["--train.devices", "99", "--output", str(tmp_path), "--name", "a"]
-    with pytest.raises(ValueError, match="devices must be in 1"):
-        train.main(["digits", *flags])
-    assert not (tmp_path / "a").exists()
-
-
-def test_a_disk_without_room_for_a_checkpoint_is_named(tmp_path, monkeypatch):
-    usage = type("Usage", (), {"free": 100_000})
+@pytest.mark.parametrize(
+    ("flags", "free", "said"),
+    [
+        (["--train.devices", "99"], 2**40, "devices must be in 1"),
+        ([], 100_000, "cannot train into .*digits: its disk has no room"),
+    ],
+)
+def test_a_folder_that_was_made_for_nothing_is_gone(
+    flags, free, said, tmp_path, monkeypatch
+):
+    usage = type("Usage", (), {"free": free})
     monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(beginning, "first_state", lambda *_: pytest.fail("it went on"))
-    folder = tmp_path / "digits"
-    with pytest.raises(ConfigError, match=f"train into {folder}: its disk has no room"):
-        train.main(["digits", "--output", str(tmp_path)])
+    with pytest.raises(ValueError, match=said):
+        train.main(["digits", "--output", str(tmp_path), *flags])
+    assert not (tmp_path / "digits").exists()
 
 
 def test_a_run_that_was_moved_leaves_the_lock_of_another_alone(tmp_path):

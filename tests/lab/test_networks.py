@@ -21,15 +21,6 @@ def folder(tmp_path):
     return tmp_path / "good"
 
 
-@pytest.fixture
-def file(tmp_path):
-    networks.write_file(tmp_path / "good.safetensors", network_of(small()))
-    return tmp_path / "good.safetensors"
-
-
-# There and back.
-
-
 @pytest.mark.parametrize("name", ["digits_vdm", "digits_conditional"])
 def test_a_file_gives_back_the_network(name, tmp_path):
     network = network_of(small(name))
@@ -37,8 +28,7 @@ def test_a_file_gives_back_the_network(name, tmp_path):
     found = read(tmp_path / "a.safetensors")
     same(found.params, network.params)
     assert found.config == dataclasses.replace(network.config, name="a")
-    assert found.about == ABOUT
-    assert found.sha256 == digest
+    assert (found.about, found.sha256) == (ABOUT, digest)
     assert networks.write_file(tmp_path / "b.safetensors", found) == digest
 
 
@@ -46,14 +36,14 @@ def test_a_file_gives_back_the_network(name, tmp_path):
 def test_a_folder_gives_back_the_network_and_without_our_record_what_is_computed(
     config, tmp_path
 ):
-    network = network_of(config)
-    digest = diffusers_folder.write(tmp_path / "out", network)
-    found = read(tmp_path / "out")
+    network, out = network_of(config), tmp_path / "out"
+    digest = diffusers_folder.write(out, network)
+    found = read(out)
     same(found.params, network.params)
     assert found.config == dataclasses.replace(config, name="out")
     assert (found.about, found.sha256) == (ABOUT, digest)
-    (tmp_path / "out" / diffusers_folder.RECORD).unlink()
-    found = read(tmp_path / "out")
+    (out / diffusers_folder.RECORD).unlink()
+    found = read(out)
     same(found.params, network.params)
     nets = [build.make_network(c).clone(dropout=0.0) for c in (config, found.config)]
     assert nets[0] == nets[1]
@@ -72,25 +62,18 @@ def test_a_folder_that_was_changed_is_read_as_it_is_now(folder, capsys):
     assert "is no more what the folder is" in capsys.readouterr().out
 
 
-def test_a_network_alone_is_taken_for_the_papers_and_that_is_said(
-    folder, tmp_path, capsys
-):
+def test_a_network_alone_is_taken_for_the_papers_and_that_is_said(folder, capsys):
     assert networks.find(folder / "unet") == networks.find(folder)
-    (folder / "unet").rename(tmp_path / "alone")
-    found = read(tmp_path / "alone").config.diffusion
+    alone = (folder / "unet").rename(folder.with_name("alone"))
+    found = read(alone).config.diffusion
     assert "there is no scheduler_config.json" in capsys.readouterr().out
     assert (found.schedule, found.beta_end, found.num_steps) == ("linear", 0.02, 1000)
     assert (found.prediction, found.variance) == ("eps", "small")
-
-
-def test_a_folder_of_the_first_releases_is_read(folder, tmp_path):
-    """All in one folder, without our record; the scheduler has few fields."""
-    old = tmp_path / "old"
-    (folder / "unet").rename(old)
+    # As of the first releases: all in one folder, the scheduler has few fields.
     scheduler = {"_class_name": "DDPMScheduler", "variance_type": "fixed_large"}
     scheduler |= {"timestep_values": None, "trained_betas": None}
-    (old / "scheduler_config.json").write_text(json.dumps(scheduler))
-    found = read(old)
+    (alone / "scheduler_config.json").write_text(json.dumps(scheduler))
+    found = read(alone)
     same(found.params, network_of(small()).params)
     assert found.config.diffusion.variance == "large"
 
@@ -103,8 +86,7 @@ def test_a_checkpoint_of_the_authors_is_read(monkeypatch):
     for which, network in both.items():
         names = unet_names.official_names(own, average=which)
         arrays |= unet_names.to_tensors(network.params["net"], names)
-    for name in [n for n in arrays if n.endswith("/W")]:
-        arrays[f"{name}/Adam"] = arrays[name]
+    arrays |= {f"{n}/Adam": arrays[n] for n in arrays if n.endswith("/W")}
     stored = tensor_files.Tensors(arrays, {}, "tensorflow", "f" * 64)
     monkeypatch.setattr(tensor_files, "read", lambda path, progress: stored)
     for average, words in ((True, "averaged"), (False, "last")):
@@ -133,11 +115,9 @@ def test_a_checkpoint_tells_which_network_it_is(name, monkeypatch, tmp_path, ref
 
 
 def test_a_file_says_nothing_of_the_machine(tmp_path):
-    config = replace(small(), "data", path="/home/somebody/data")
-    config = replace(config, "data", source="folder:/home/somebody/photos")
-    config = dataclasses.replace(
-        config, output=str(tmp_path / "secret"), init_from="/home/somebody/a"
-    )
+    secret = "/home/somebody/secret"
+    config = replace(small(), "data", path=secret, source=f"folder:{secret}/photos")
+    config = dataclasses.replace(config, output=secret, init_from=secret)
     networks.write_file(tmp_path / "a.safetensors", network_of(config))
     diffusers_folder.write(tmp_path / "a", network_of(config))
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
@@ -150,43 +130,28 @@ def test_a_file_says_nothing_of_the_machine(tmp_path):
     assert "| data | folder:photos |" in (tmp_path / "a" / "README.md").read_text()
 
 
-def test_a_field_younger_than_the_file_has_its_default(tmp_path):
-    values = records.write(network_of(small()))
-    del values["config"]["net"]["variant"], values["config"]["init_from"]
-    config, _ = records.read(json.dumps(values), tmp_path)
-    assert config.net.variant == "official"
-
-
-# What is wrong with files.
-
-
-def test_a_file_that_was_cut_off_is_refused(file, folder, refuses):
-    for path, opened in ((file, file), (folder / diffusers_folder.WEIGHTS, folder)):
-        path.write_bytes(path.read_bytes()[:-1])
-        with refuses(""):
-            read(opened)
-
-
-def test_tensors_of_another_network_are_refused(file, refuses):
-    stored = tensor_files.read(file)
-    arrays = {
-        name: x for name, x in stored.arrays.items() if name != "net.conv_in.bias"
-    }
-    tensor_files.write_safetensors(file, arrays, stored.meta)
+def test_tensors_of_another_network_are_refused(tmp_path, refuses):
+    path = tmp_path / "a.safetensors"
+    networks.write_file(path, network_of(small()))
+    stored = tensor_files.read(path)
+    del stored.arrays["net.conv_in.bias"]
+    tensor_files.write_safetensors(path, stored.arrays, stored.meta)
     with refuses("net.conv_in.bias: nothing for float32[8]"):
-        read(file)
+        read(path)
 
 
-def test_weights_and_configuration_without_each_other_are_refused(folder, refuses):
+def test_a_folder_that_was_cut_off_lacks_a_part_or_is_of_others_is_refused(
+    folder, refuses
+):
     weights = folder / diffusers_folder.WEIGHTS
     with refuses("tensors alone"):
         networks.find(weights)
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with refuses(""):
+        read(folder)
     weights.unlink()
     with refuses("config.json"):
         read(folder)
-
-
-def test_a_configuration_of_another_family_or_none_is_refused(folder, refuses):
     other = json.dumps({"_class_name": "AutoencoderKL", "sample_size": 64})
     for text, got in (
         (other, "the class 'AutoencoderKL'"),
@@ -239,13 +204,17 @@ def test_a_folder_that_was_there_stays_if_anything_fails(at, folder, monkeypatch
 
         return call
 
+    other = network_of(small(), seed=1)
     before, calls = content(), []
-    for owner, name in ((tensor_files, "write_safetensors"), (type(folder), "rename")):
-        monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
-    with pytest.raises(OSError, match="Input/output"):
-        diffusers_folder.write(folder, network_of(small(), seed=1))
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        for owner, name in (
+            (tensor_files, "write_safetensors"),
+            (type(folder), "rename"),
+        ):
+            patch.setattr(owner, name, failing(getattr(owner, name)))
+        with pytest.raises(OSError, match="Input/output"):
+            diffusers_folder.write(folder, other)
     assert content() == before
-    diffusers_folder.write(folder, network_of(small(), seed=1))
-    same(read(folder).params, network_of(small(), seed=1).params)
+    diffusers_folder.write(folder, other)
+    same(read(folder).params, other.params)
     assert list(folder.parent.iterdir()) == [folder]

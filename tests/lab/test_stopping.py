@@ -13,7 +13,7 @@ from diffusion_jax.lab.process import stopping
 
 # As a compiler: seconds within one call, during which the interpreter runs no handler.
 SCRIPT = """
-import hashlib, os, pathlib, sys
+import hashlib, os, pathlib, sys, time
 from diffusion_jax.lab.process import stopping
 
 def busy():
@@ -69,23 +69,23 @@ def test_a_signal_that_is_not_noted_ends_the_process_within_a_call(
     assert ("again: at once, without" in err) == bool(noted)
 
 
+# The child that lives on has a copy of the pipe, on which a thread listens.
 NOTED = """signals.note()
-    os.kill(os.getpid(), 15)
-    while not signals.numbers: pass
-    signals.done()"""
-OF_A_CHILD = """signals.note()
     child = os.fork()
     if not child:
         os.kill(os.getpid(), 15)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == 15"""
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == 15
+    assert not signals.numbers
+    os.fork() or (os.close(1), os.close(2), time.sleep(6), os._exit(0))
+    os.kill(os.getpid(), 15)
+    while not signals.numbers: pass
+    signals.done()"""
 
 
-@pytest.mark.parametrize(("body", "numbers"), [(NOTED, [15]), (OF_A_CHILD, [])])
-def test_a_first_signal_is_noted_unless_it_is_of_a_forked_child(
-    body, numbers, tmp_path
-):
-    code, out, _ = end_of(started(body, tmp_path))
-    assert (code, out) == (0, f"the end {numbers}\n")
+def test_a_first_signal_is_noted_and_a_forked_child_has_its_own(tmp_path):
+    process = started(NOTED, tmp_path)
+    assert process.wait(timeout=5) == 0
+    assert end_of(process)[1] == "the end [15]\n"
 
 
 def test_handlers_are_given_back():
@@ -120,10 +120,3 @@ def test_what_is_ignored_stays_so():
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def test_a_forked_child_that_lives_on_holds_nothing_up(tmp_path):
-    # The child's copy of the pipe would keep the thread that listens to it.
-    body = "os.fork() or (__import__('time').sleep(6), os._exit(0))"
-    process = started(body, tmp_path)
-    assert process.wait(timeout=5) == 0

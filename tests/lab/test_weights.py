@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from diffusion_jax.checkpoints import checkpoint
@@ -19,6 +18,8 @@ from diffusion_jax.training import averages
 
 STEPS, EVERY = 160, 10
 DECAYS, LENGTHS = (0.9, 0.99), (0.05, 0.10)
+PATH = np.cumsum(np.random.default_rng(0).normal(size=(STEPS, 20)), axis=0)
+PATH = PATH.astype(np.float32)
 
 
 class State(NamedTuple):
@@ -27,126 +28,104 @@ class State(NamedTuple):
     averages: tuple[Any, ...]
 
 
-def config_of(decays=DECAYS, lengths=LENGTHS, every=EVERY):
+def config_of(lengths=LENGTHS, every=EVERY):
     optimizer = SimpleNamespace(
-        ema_decay=decays, ema_lengths=lengths, ema_snapshots=every
+        ema_decay=DECAYS, ema_lengths=lengths, ema_snapshots=every
     )
     return SimpleNamespace(optimizer=optimizer, train=SimpleNamespace(fsdp=1))
 
 
 def tree_of(params):
-    return {"a": {"w": jnp.asarray(params[:-1])}, "b": jnp.asarray(params[-1])}
-
-
-def init_state(config):
-    optimizer = config.optimizer
-    count = len(optimizer.ema_decay) + len(optimizer.ema_lengths)
-    fresh = tree_of(jnp.zeros(20))
-    return State(jnp.zeros((), jnp.int32), fresh, (fresh,) * count)
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    monkeypatch.setattr(
-        learning,
-        "state_shapes",
-        lambda config: jax.eval_shape(lambda: init_state(config)),
-    )
-
-
-@pytest.fixture(scope="module")
-def path():
-    rng = np.random.default_rng(0)
-    return np.cumsum(rng.normal(size=(STEPS, 20)), axis=0).astype(np.float32)
-
-
-@pytest.fixture(scope="module")
-def trained(path, tmp_path_factory):
-    """A run with checkpoints of steps 80, 115 and 160, snapshots each 10."""
-    run, config = runs.Run(tmp_path_factory.mktemp("run")), config_of()
-    train(run, config, path, saves=(80, 115, STEPS))
-    return run
-
-
-def train(run, config, path, *, begin=0, saves=()):
-    """Makes all updates; begin: after which to write anything, as after a stop."""
-    optimizer = config.optimizer
-    profiles = [averages.exponential(decay) for decay in optimizer.ema_decay]
-    profiles += [averages.power(length) for length in optimizer.ema_lengths]
-
-    @jax.jit
-    def update(state, params):
-        kept = tuple(
-            optax.incremental_update(params, average, 1 - profile(state.step))
-            for profile, average in zip(profiles, state.averages, strict=True)
-        )
-        return State(state.step + 1, params, kept)
-
-    state = init_state(config)
-    with checkpoint.open_folder(run.checkpoints, keep=9) as manager:
-        for step, params in enumerate(path, start=1):
-            state = update(state, tree_of(params))
-            if step <= begin:
-                continue
-            if weights.due(config, step):
-                weights.save_snapshots(run, config, state)
-            if step in saves:
-                checkpoint.save(manager, step, state, {})
-        checkpoint.wait(manager)
+    params = jnp.asarray(params, jnp.float32)
+    return {"a": {"w": params[:-1]}, "b": params[-1]}
 
 
 def flat(tree):
     return np.append(tree["a"]["w"], tree["b"])
 
 
-def power_average(path, length, step):
+def of_decay(decay, step):
+    kept = decay ** np.arange(step - 1, -1, -1.0)
+    kept[1:] *= 1 - decay
+    return kept @ PATH[:step]
+
+
+def of_length(length, step):
     ends = (np.arange(step + 1) / step) ** (averages.gamma(length) + 1)
-    return np.diff(ends) @ path[:step].astype(np.float64)
+    return np.diff(ends) @ PATH[:step]
 
 
-def test_default_is_the_first_average_of_the_latest_checkpoint(trained, path):
-    params, step, words = weights.load(config_of(), trained, Weights())
-    kept = 0.9 ** np.arange(STEPS - 1, -1, -1.0)
-    kept[1:] *= 0.1
-    assert (step, words) == (STEPS, "averaged")
-    np.testing.assert_allclose(flat(params), kept @ path, rtol=1e-4)
+def state_at(step, config):
+    own = config.optimizer
+    kept = [of_decay(decay, step) for decay in own.ema_decay]
+    kept += [of_length(length, step) for length in own.ema_lengths]
+    return State(jnp.int32(step), tree_of(PATH[step - 1]), tuple(map(tree_of, kept)))
 
 
-def test_last_weights_of_an_earlier_checkpoint(trained, path):
-    which = Weights(raw=True, step=80)
-    params, step, words = weights.load(config_of(), trained, which)
-    assert (step, words) == (80, "last")
-    np.testing.assert_array_equal(flat(params), path[79])
+def train(run, config, steps=STEPS, *, begin=0, saves=()):
+    """Writes what a run does; begin: after which to write anything, as after a stop."""
+    with checkpoint.open_folder(run.checkpoints, keep=9) as manager:
+        for step in range(begin + 1, steps + 1):
+            if weights.due(config, step):
+                weights.save_snapshots(run, config, state_at(step, config))
+            if step in saves:
+                checkpoint.save(manager, step, state_at(step, config), {})
 
 
-def test_tracked_averages_are_taken_as_they_are(trained, path):
-    decay, _, words = weights.load(config_of(), trained, Weights(average=0.99))
-    assert words == "averaged (decay 0.99)"
-    kept = 0.99 ** np.arange(STEPS - 1, -1, -1.0)
-    kept[1:] *= 0.01
-    np.testing.assert_allclose(flat(decay), kept @ path, rtol=1e-4)
-    length, _, words = weights.load(config_of(), trained, Weights(average=0.1))
-    assert words == "averaged (length 0.1)"
-    expected = power_average(path, 0.1, STEPS)
-    np.testing.assert_allclose(flat(length), expected, rtol=1e-4, atol=1e-4)
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def shapes(config):
+        return jax.eval_shape(lambda: state_at(1, config))
+
+    monkeypatch.setattr(learning, "state_shapes", shapes)
 
 
-@pytest.mark.parametrize(("length", "step"), [(0.04, 80), (0.15, 115), (0.08, 160)])
-def test_other_lengths_are_made_of_snapshots(trained, path, length, step):
-    # At step 115 there is no snapshot but the averages in the checkpoint.
-    which = Weights(average=length, step=step)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run with checkpoints of steps 80, 115 and 160, snapshots each 10."""
+    run = runs.Run(tmp_path_factory.mktemp("run"))
+    train(run, config_of(), saves=(80, 115, STEPS))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("which", "step", "said", "expected"),
+    [
+        (Weights(), STEPS, "averaged", of_decay(0.9, STEPS)),
+        (Weights(raw=True, step=80), 80, "last", PATH[79]),
+        (Weights(average=0.99), STEPS, "averaged (decay 0.99)", of_decay(0.99, STEPS)),
+        (Weights(average=0.1), STEPS, "averaged (length 0.1)", of_length(0.1, STEPS)),
+    ],
+)
+def test_weights_of_a_checkpoint_are_taken_as_they_are(
+    trained, which, step, said, expected
+):
     params, at, words = weights.load(config_of(), trained, which)
+    assert (at, words) == (step, said)
+    np.testing.assert_array_equal(flat(params), expected.astype(np.float32))
+
+
+def near(run, config, length, step):
+    """How far a reconstruction is off, of what sets the average apart."""
+    which = Weights(average=length, step=step)
+    params, at, words = weights.load(config, run, which)
     assert (at, words) == (step, f"averaged (length {length})")
     assert isinstance(params["b"], jax.Array)
     assert params["b"].dtype == jnp.float32
-    truth = power_average(path, length, step)
-    far = np.linalg.norm(flat(params) - truth)
-    assert far < 0.03 * np.linalg.norm(truth - path[step - 1])
+    truth = of_length(length, step)
+    apart = np.linalg.norm(truth - PATH[step - 1])
+    return np.linalg.norm(flat(params) - truth) / apart
 
 
-def test_resumed_run_writes_the_same_snapshots(trained, path, tmp_path):
+@pytest.mark.parametrize(("length", "step"), [(0.04, 80), (0.15, 115), (0.08, 160)])
+def test_other_lengths_are_made_of_snapshots(trained, length, step):
+    # At step 115 there is no snapshot but the averages in the checkpoint.
+    assert near(trained, config_of(), length, step) < 0.03
+
+
+def test_resumed_run_writes_the_same_snapshots(trained, tmp_path):
     run = runs.Run(tmp_path / "again")
-    train(run, config_of(), path)
+    train(run, config_of())
     folder = run.folder / "averages"
     assert len(list(folder.iterdir())) == 2 * STEPS // EVERY
     weights.cut_snapshots(run, 85)
@@ -155,7 +134,7 @@ def test_resumed_run_writes_the_same_snapshots(trained, path, tmp_path):
     assert len(left) == 2 * 8
     assert left[0] == "00000010_0.safetensors"
     assert left[-1] == "00000080_1.safetensors"
-    train(run, config_of(), path, begin=85)
+    train(run, config_of(), begin=85)
     for file in folder.iterdir():
         there = trained.folder / "averages" / file.name
         assert file.read_bytes() == there.read_bytes()
@@ -179,22 +158,16 @@ def test_average_that_is_not_there_is_refused(trained, refuses):
             weights.load(config_of(lengths=lengths), trained, which)
 
 
-def test_too_few_snapshots_are_refused(refuses, path, tmp_path):
-    config, run = config_of(every=0), runs.Run(tmp_path)
-    train(run, config, path[:20], saves=(20,))
+def test_too_few_snapshots_and_damaged_ones_are_refused(refuses, tmp_path):
+    config, run = config_of(every=0), runs.Run(tmp_path / "few")
+    train(run, config, 20, saves=(20,))
     with refuses("32% with 0 before step 20. Use 0.05 or 0.1,"):
         weights.load(config, run, Weights(average=0.2))
-    near, _, _ = weights.load(config, run, Weights(average=0.08))
-    truth = power_average(path, 0.08, 20)
-    assert np.linalg.norm(flat(near) - truth) < 0.05 * np.linalg.norm(truth)
-
-
-def test_damaged_snapshot_is_refused(refuses, path, tmp_path):
-    config, run = config_of(), runs.Run(tmp_path)
-    train(run, config, path[:20], saves=(20,))
+    config, run = config_of(), runs.Run(tmp_path / "damaged")
+    train(run, config, 20, saves=(20,))
     file = run.folder / "averages" / "00000010_1.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with refuses("Delete it"):
         weights.load(config, run, Weights(average=0.08))
     file.unlink()
-    weights.load(config, run, Weights(average=0.08))
+    assert near(run, config, 0.08, 20) < 0.05

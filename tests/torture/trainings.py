@@ -83,6 +83,7 @@ def start(
     log: Path,
     cache: Path | None = None,
     given: Sequence[str] | None = None,
+    command: Sequence[str] = ("-m", "experiments.train"),
     extra: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Training:
@@ -94,6 +95,7 @@ def start(
       log: the file.
       cache: of compiled programs, see `environment`.
       given: its arguments, in the place of those of training.
+      command: what Python runs.
       extra: variables of its environment.
       options: of `subprocess.Popen`.
     """
@@ -104,7 +106,7 @@ def start(
     assert writer.stdin is not None
     with writer.stdin:
         process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.train", *given],
+            [sys.executable, *command, *given],
             env={**environment(cache), **(extra or {})},
             cwd=ROOT,
             stdin=subprocess.DEVNULL,

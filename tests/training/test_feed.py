@@ -27,8 +27,7 @@ SOURCES = ["host", "device", "grain"]
 
 @pytest.fixture(autouse=True)
 def installed(request):
-    source = getattr(request.node, "callspec", None)
-    if source and source.params.get("source") == "grain":
+    if "grain" in request.node.name:
         pytest.importorskip("grain")
 
 
@@ -38,22 +37,28 @@ def dataset(count=37):
     return datasets.Dataset(images, np.arange(count, dtype=np.int32) % 10, "random")
 
 
-def lazily(known):
-    images = LazyImages(lambda i: known.images[i], known.images.shape)
-    return known._replace(images=images)
+KNOWN = dataset()
 
 
-def make(source, mesh, known=None, **options):
+def lazily(read=lambda i: KNOWN.images[i]):
+    return KNOWN._replace(images=LazyImages(read, KNOWN.images.shape))
+
+
+def make(source, devices, known=KNOWN, **options):
+    mesh = parallel.make_mesh(devices)
     options = {"seed": 3, "batch_size": 8, "labels": True, **options}
-    return feed.make(known or dataset(), mesh, source=source, **options)
+    return feed.make(known, mesh, source=source, **options), mesh
+
+
+def compiled(step, fed, mesh, strategy="mesh"):
+    step = step if fed.stored is None else feed.gathering(step)
+    return parallel.data_parallel(step, mesh, strategy=strategy, stored=fed.stored)
 
 
 def convolution(params, batch, key):
     """The loss of the smallest network that has a convolution, a norm and labels."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["position"])
     x = batch["image"].astype(jnp.float32) / 127.5 - 1
-    flip = jax.vmap(jax.random.bernoulli)(keys)[:, None, None, None]
-    x = jnp.where(flip, x[:, :, ::-1], x)
     noisy = 0.8 * x + 0.6 * jax.vmap(lambda k: jax.random.normal(k, (8, 8, 1)))(keys)
     h = jax.lax.conv_general_dilated(
         noisy, params["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -63,73 +68,57 @@ def convolution(params, batch, key):
     return ((h.mean(-1, keepdims=True) - x) ** 2).mean()
 
 
-def steps(source, devices):
-    """The state and all metrics of four training steps, as bytes."""
-    mesh = parallel.make_mesh(devices)
-    fed = make(source, mesh)
-    assert fed.source == source
-    optimizer, means = optax.adam(1e-2), [averages.exponential(0.9)]
-    step = state.make_step(convolution, optimizer, averages=means)
-    if fed.stored is not None:
-        step = feed.gathering(step)
-    step = parallel.data_parallel(step, mesh, stored=fed.stored)
-    rng = np.random.default_rng(1)
-    params = {"w": rng.normal(size=(3, 3, 1, 8)), "label": rng.normal(size=(10, 8))}
-    params = jax.tree.map(jnp.float32, params)
-    now = state.init(jax.random.key(0), params, optimizer)
-    now, seen = jax.device_put(now, parallel.replicated(mesh)), []
-    for batch in fed.batches(1, 5):
-        now, metrics = step(now, batch)
-        seen.append(metrics)
-    now = now._replace(key=jax.random.key_data(now.key))
-    return [np.asarray(x).tobytes() for x in jax.tree.leaves((now, seen))]
+def test_states_and_metrics_with_grain_are_bitwise_the_same_from_every_source():
+    def four_steps(source):
+        fed, mesh = make(source, 8)
+        assert fed.source == source
+        optimizer, rng = optax.adam(1e-2), np.random.default_rng(1)
+        means = [averages.exponential(0.9)]
+        step = state.make_step(convolution, optimizer, averages=means)
+        step = compiled(step, fed, mesh)
+        params = {"w": rng.normal(size=(3, 3, 1, 8)), "label": rng.normal(size=(10, 8))}
+        params = jax.tree.map(jnp.float32, params)
+        now = state.init(jax.random.key(0), params, optimizer)
+        now, seen = jax.device_put(now, parallel.replicated(mesh)), []
+        for batch in fed.batches(1, 5):
+            now, metrics = step(now, batch)
+            seen.append(metrics)
+        now = now._replace(key=jax.random.key_data(now.key))
+        return [np.asarray(x).tobytes() for x in jax.tree.leaves((now, seen))]
 
-
-def test_states_and_metrics_are_bitwise_the_same_from_every_source():
-    pytest.importorskip("grain")
-    first, *others = (steps(source, 8) for source in SOURCES)
+    first, *others = map(four_steps, SOURCES)
     assert all(other == first for other in others)
 
 
-def seen_by(source, strategy, devices, known):
-    """What a step that only looks at its batch has seen, in the order of steps."""
-    mesh = parallel.make_mesh(devices)
-    fed = make(source, mesh, known, strategy=strategy)
+@pytest.mark.parametrize("strategy", parallel.STRATEGIES)
+@pytest.mark.parametrize("source", SOURCES)
+def test_step_k_sees_the_batch_of_k_by_every_strategy(source, strategy):
+    # Those that are read as needed too.
+    known = KNOWN if source == "device" else lazily()
+    fed, mesh = make(source, 8, known, strategy=strategy)
 
     def look(state, batch):
         if strategy != "mesh":
             batch = jax.lax.all_gather(batch, parallel.AXIS, tiled=True)
         return state, batch
 
-    look = look if fed.stored is None else feed.gathering(look)
-    step = parallel.data_parallel(look, mesh, strategy=strategy, stored=fed.stored)
+    step = compiled(look, fed, mesh, strategy)
     state = jax.device_put(jnp.zeros(3), parallel.replicated(mesh))
-    return [jax.device_get(step(state + 0, b)[1]) for b in fed.batches(3, 9)]
-
-
-@pytest.mark.parametrize("strategy", parallel.STRATEGIES)
-@pytest.mark.parametrize("source", SOURCES)
-def test_step_k_sees_the_batch_of_k_by_every_strategy(source, strategy):
-    known = dataset()
-    # Those that are read as needed too.
-    seen = seen_by(source, strategy, 8, known if source == "device" else lazily(known))
+    seen = [jax.device_get(step(state + 0, b)[1]) for b in fed.batches(3, 9)]
     assert len(seen) == 6
-    for step, batch in enumerate(seen, 3):
-        index = datasets.batch_indices(3, step, len(known.images), 8)
-        np.testing.assert_array_equal(batch["image"], known.images[index])
-        np.testing.assert_array_equal(batch["label"], known.labels[index])
+    for number, batch in enumerate(seen, 3):
+        index = datasets.batch_indices(3, number, len(KNOWN.images), 8)
+        np.testing.assert_array_equal(batch["image"], KNOWN.images[index])
+        np.testing.assert_array_equal(batch["label"], KNOWN.labels[index])
         np.testing.assert_array_equal(batch["position"], np.arange(8))
         assert batch["image"].dtype == np.uint8
 
 
 def test_images_are_an_argument_of_the_program_and_not_part_of_it():
-    mesh = parallel.make_mesh(8)
-    fed = make("device", mesh, dataset(5003), labels=False)
-    step = feed.gathering(lambda state, batch: (state, batch["image"].sum()))
-    lowered = jax.jit(
-        step,
-        in_shardings=(None, parallel.sharded(mesh), parallel.replicated(mesh)),
-    ).lower(0.0, next(fed.batches(0, 1)), fed.stored)
+    fed, mesh = make("device", 8, dataset(5003), labels=False)
+    step = compiled(lambda state, batch: (state, batch["image"].sum()), fed, mesh)
+    indices = step.put(next(fed.batches(0, 1)))
+    lowered = step.program.lower(jnp.zeros(()), indices, *step.rest)
     assert re.search(r"%arg\d+: tensor<5003x8x8x1xui8>", lowered.as_text())
     program = lowered.compile().as_text()
     # Each device takes its own from its own copy.
@@ -140,79 +129,65 @@ def test_images_are_an_argument_of_the_program_and_not_part_of_it():
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_without_labels_there_are_none(source):
-    fed = make(source, parallel.make_mesh(1), labels=False)
+    fed, _ = make(source, 1, labels=False)
     assert "label" not in next(fed.batches(0, 1)) | (fed.stored or {})
     assert list(fed.batches(7, 7)) == []
 
 
 def test_auto_is_the_device_then_grain_then_the_host(monkeypatch):
-    known, mesh = dataset(), parallel.make_mesh(1)
-    fed = make("auto", mesh)
-    assert fed.source == "device"
-    assert feed.describe(fed).startswith("images stay on the device")
-    kinds = {found(make("auto", mesh, lazily(known)))}
-    monkeypatch.setattr(feed, "LIMIT", known.images.nbytes - 1)
-    kinds.add(found(make("auto", mesh)))
-    assert kinds == {("grain", "prepared in the background by grain")}
+    def found(known=KNOWN):
+        fed, _ = make("auto", 1, known)
+        return fed.source, feed.describe(fed)
+
+    kind, words = found()
+    assert (kind, words[:30]) == ("device", "images stay on the device, 0.0")
+    lazy = found(lazily())
+    monkeypatch.setattr(feed, "LIMIT", KNOWN.images.nbytes - 1)
+    assert lazy == found() == ("grain", "prepared in the background by grain")
     monkeypatch.setattr(feed, "find_spec", lambda name: None)
-    host = ("host", "from the host, a batch before each step")
-    assert found(make("auto", mesh)) == host
-
-
-def found(fed):
-    return fed.source, feed.describe(fed)
+    assert found() == ("host", "from the host, a batch before each step")
 
 
 def test_what_cannot_be_had_is_named(monkeypatch, refuses):
-    known, mesh = dataset(), parallel.make_mesh(8)
     with refuses("images that are read as needed"):
-        make("device", mesh, lazily(known))
+        make("device", 8, lazily())
     device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 800})
     assert feed.size_limit(SimpleNamespace(local_devices=(device,))) == 800 / 8
     # All eight copies are in the memory of the host.
-    monkeypatch.setattr(feed, "LIMIT", 8 * known.images.nbytes - 8)
+    monkeypatch.setattr(feed, "LIMIT", 8 * KNOWN.images.nbytes - 8)
     with refuses("0.00226 MiB"):
-        make("device", mesh)
+        make("device", 8)
     monkeypatch.setitem(sys.modules, "grain", None)
     chosen = config.replace(config.Config(), "train", input="grain")
-    with pytest.raises(
-        errors.ConfigError, match=r"(?s)grain is missing.*--train\.input"
-    ):
-        beginning.feed_of(chosen, known, mesh)
+    said = r"(?s)grain is missing.*--train\.input"
+    with pytest.raises(errors.ConfigError, match=said):
+        beginning.feed_of(chosen, KNOWN, parallel.make_mesh(8))
 
 
-def test_errors_in_the_background_come_out_as_they_are():
-    pytest.importorskip("grain")
-
+def test_errors_in_the_background_of_grain_come_out_as_they_are():
     def broken(i):
         raise errors.DataError(f"every image must be readable; got {i}. Repair it.")
 
-    known = dataset()
-    images = LazyImages(broken, known.images.shape)
-    fed = make("grain", parallel.make_mesh(1), known._replace(images=images))
+    fed, _ = make("grain", 1, lazily(broken))
     with pytest.raises(errors.DataError, match="every image must be readable; got"):
         next(fed.batches(0, 100))
 
 
-def test_closing_ends_the_threads_at_once():
-    pytest.importorskip("grain")
-    known, read = dataset(), []
+def test_closing_ends_the_threads_of_grain_at_once():
+    read = []
 
     def slow(i):
         read.append(i)
         time.sleep(0.01)
-        return known.images[i]
+        return KNOWN.images[i]
 
-    images = LazyImages(slow, known.images.shape)
-    fed = make("grain", parallel.make_mesh(1), known._replace(images=images))
-    batches = fed.batches(0, 10_000)
+    batches = make("grain", 1, lazily(slow))[0].batches(0, 10_000)
     next(batches)
     begun = time.monotonic()
     batches.close()
     assert time.monotonic() - begun < 1
-    deadline = time.monotonic() + 10
     while any("grain" in thread.name for thread in threading.enumerate()):
-        assert time.monotonic() < deadline
+        assert time.monotonic() - begun < 10
         time.sleep(0.01)
     # The batch in use, the one on its way, those that wait and those in the making.
     assert len(read) <= 8 * (2 + feed.WAITING + feed.THREADS)

@@ -17,23 +17,28 @@ def quadratic(params, batch, key):
     return 0.5 * jnp.square(params["w"][None] - batch["x"]).sum(-1).mean()
 
 
-def batch_of(*rows):
-    return {"x": jnp.array(rows, jnp.float32)}
+def linear(params, batch, key):
+    """Its gradient is mean(x)."""
+    return (params["w"][None] * batch["x"]).sum(-1).mean()
 
 
-def run(loss_fn, optimizer, batches, w=(0.0, 0.0), **options):
-    options.setdefault("averages", [LAST])
-    count, memory = len(options["averages"]), options.pop("memory", ())
+def run(loss_fn, optimizer, batches, w=(0.0, 0.0), memory=(), **options):
+    """The state after a step for each batch, and the metrics of all."""
+    options = {"averages": [LAST], "clip_norm": None, **options}
     step = jax.jit(state.make_step(loss_fn, optimizer, **options))
-    params = {"w": jnp.array(w)}
+    count = len(options["averages"])
     now = state.init(
-        jax.random.key(0), params, optimizer, averages=count, memory=memory
+        jax.random.key(0), {"w": jnp.array(w)}, optimizer, averages=count, memory=memory
     )
     seen = []
-    for batch in batches:
-        now, metrics = step(now, batch)
+    for rows in batches:
+        now, metrics = step(now, {"x": jnp.array(rows, jnp.float32)})
         seen.append(metrics)
     return now, seen
+
+
+def cause_of(metrics):
+    return state.CAUSES[int(metrics["cause"])]
 
 
 def test_gradient_is_clipped_by_its_global_norm():
@@ -41,47 +46,37 @@ def test_gradient_is_clipped_by_its_global_norm():
         ([3.0, 4.0], [0.6, 0.8], 5.0),
         ([0.3, 0.4], [0.3, 0.4], 0.5),  # not scaled up
     ):
-        batches = [batch_of(row, row)]
-        now, (metrics,) = run(quadratic, optax.sgd(1.0), batches, clip_norm=1.0)
+        now, (seen,) = run(quadratic, optax.sgd(1.0), [[row, row]], clip_norm=1.0)
         np.testing.assert_allclose(now.params["w"], moved, rtol=1e-6)
-        np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-6)
-        np.testing.assert_allclose(metrics["loss"], norm**2 / 2, rtol=1e-6)
+        np.testing.assert_allclose(seen["grad_norm"], norm, rtol=1e-6)
+        np.testing.assert_allclose(seen["loss"], norm**2 / 2, rtol=1e-6)
 
 
 def test_official_clipping_clips_each_part_and_then_averages():
     # Two parts whose gradients have norms 5 and 0.5: clipped to 1 and left alone.
     # Examples 0 and 2 go to the first part, 1 and 3 to the second.
-    batch = batch_of(*[[3.0, 4.0], [0.3, 0.4]] * 2)
+    rows = [[3.0, 4.0], [0.3, 0.4]] * 2
     each = {"clip_each": True, "accumulate": 2}
     for options, expected in ((each, [0.45, 0.6]), ({}, [0.6, 0.8])):
-        now, _ = run(quadratic, optax.sgd(1.0), [batch], **options)
+        now, _ = run(quadratic, optax.sgd(1.0), [rows], clip_norm=1.0, **options)
         np.testing.assert_allclose(now.params["w"], expected, rtol=1e-6)
 
 
 def test_accumulated_gradient_is_that_of_the_whole_batch():
-    batches = [batch_of(*np.random.default_rng(0).normal(size=(8, 2)))] * 3
-    how = quadratic, optax.adam(0.1), batches
-    whole, a = run(*how, clip_norm=None)
+    batches = [np.random.default_rng(0).normal(size=(8, 2))] * 3
+    whole, a = run(quadratic, optax.adam(0.1), batches)
     for parts in (2, 8):
-        cut, b = run(*how, accumulate=parts, clip_norm=None)
+        cut, b = run(quadratic, optax.adam(0.1), batches, accumulate=parts)
         np.testing.assert_allclose(cut.params["w"], whole.params["w"], rtol=1e-5)
         np.testing.assert_allclose(b[-1]["loss"], a[-1]["loss"], rtol=1e-6)
 
 
 def test_average_with_ramp_weighs_as_its_formula_says():
-    steps, decay = 30, 0.7
-    rows = np.random.default_rng(1).normal(size=(steps, 2)).astype(np.float32)
-    start = np.array([100.0, 50.0])
-    now, _ = run(
-        lambda p, b, k: (p["w"] * b["x"][0]).sum(),
-        optax.sgd(1.0),
-        [batch_of(row) for row in rows],
-        w=start,
-        averages=[averages.exponential(decay, ramp=True), LAST],
-        clip_norm=None,
-    )
-    path, average = start - np.cumsum(rows.astype(np.float64), axis=0), start
-    for n, w in enumerate(path):
+    decay, rows = 0.7, np.random.default_rng(1).normal(size=(30, 2)).astype(np.float32)
+    average = start = np.array([100.0, 50.0])
+    means = [averages.exponential(decay, ramp=True), LAST]
+    now, _ = run(linear, optax.sgd(1.0), rows[:, None], start, averages=means)
+    for n, w in enumerate(start - np.cumsum(rows.astype(np.float64), axis=0)):
         d = min(decay, (1 + n) / (10 + n))
         average = d * average + (1 - d) * w
     np.testing.assert_allclose(now.ema_params["w"], average, rtol=1e-5)
@@ -92,7 +87,7 @@ def test_key_is_folded_with_the_step_and_never_changes():
     def noisy(params, batch, key):
         return params["w"].sum() * 0 + jax.random.normal(key)
 
-    now, seen = run(noisy, optax.sgd(0.1), [batch_of([0.0, 0.0])] * 3)
+    now, seen = run(noisy, optax.sgd(0.1), [[[0.0, 0.0]]] * 3)
     key = jax.random.key(0)
     expected = [jax.random.normal(jax.random.fold_in(key, n)) for n in range(3)]
     np.testing.assert_array_equal([m["loss"] for m in seen], expected)
@@ -120,9 +115,8 @@ def test_learning_rate_rises_from_zero_and_falls_to_zero():
     expected = 2e-4 * np.minimum(steps / 5000, 1)
     np.testing.assert_allclose([constant(n) for n in steps], expected, atol=1e-10)
     falling = state.learning_rate(1.0, warmup=10, decay_steps=110)
-    np.testing.assert_allclose(
-        [falling(n) for n in (0, 5, 10, 60, 110)], [0, 0.5, 1, 0.5, 0], atol=1e-6
-    )
+    rates = [falling(n) for n in (0, 5, 10, 60, 110)]
+    np.testing.assert_allclose(rates, [0, 0.5, 1, 0.5, 0], atol=1e-6)
 
 
 def test_what_does_not_fit_is_refused():
@@ -131,20 +125,7 @@ def test_what_does_not_fit_is_refused():
     now = state.init(jax.random.key(0), {"w": jnp.zeros(2)}, optax.sgd(1.0))
     step = state.make_step(quadratic, optax.sgd(1.0), averages=[LAST, LAST])
     with pytest.raises(ValueError, match="as many as those of the state, 1; got 2"):
-        step(now, batch_of([1.0, 1.0]))
-
-
-def test_a_loss_is_looked_at_where_its_gradient_is_finite():
-    for bad in (np.nan, np.inf, -np.inf):
-
-        def loss(params, batch, key, bad=bad):
-            return quadratic(params, batch, key) + bad
-
-        batches = [batch_of([1.0, 2.0])]
-        now, (metrics,) = run(loss, optax.sgd(1.0), batches, clip_norm=None)
-        assert np.isfinite(metrics["grad_norm"])
-        assert state.CAUSES[int(metrics["cause"])] == "loss"
-        np.testing.assert_array_equal(now.params["w"], [0.0, 0.0])
+        step(now, {"x": jnp.ones((1, 2))})
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -154,19 +135,17 @@ def test_a_loss_remembers_what_it_saw_of_the_whole_batch_in_order(parts):
         return (each * (1 + memory["count"])).mean(), {"x": batch["x"], "each": each}
 
     def remember(memory, seen):
-        return {"count": memory["count"] + 1, "x": seen["x"], "each": seen["each"]}
+        return {"count": memory["count"] + 1, **seen}
 
     rows = np.arange(8, dtype=np.float32).reshape(4, 2)
     memory = {"count": jnp.zeros(()), "x": jnp.zeros((4, 2)), "each": jnp.zeros(4)}
-    options = {"clip_norm": None, "accumulate": parts, "memory": memory}
-    batches = [batch_of(*rows)] * 2
-    now, seen = run(loss, optax.sgd(0.1), batches, remember=remember, **options)
+    options = {"accumulate": parts, "memory": memory, "remember": remember}
+    now, seen = run(loss, optax.sgd(0.1), [rows] * 2, **options)
     np.testing.assert_array_equal(now.memory["x"], rows)
     assert float(now.memory["count"]) == 2
     # The second step's loss knew of the first: it counts twice.
-    np.testing.assert_allclose(
-        seen[1]["loss"], 2 * now.memory["each"].mean(), rtol=1e-6
-    )
+    twice = 2 * now.memory["each"].mean()
+    np.testing.assert_allclose(seen[1]["loss"], twice, rtol=1e-6)
 
 
 def fragile(params, batch, key, memory):
@@ -208,13 +187,10 @@ def test_a_single_example_gone_wrong_skips_the_step_on_every_device(spread):
         axis_name=None if strategy == "mesh" else parallel.AXIS,
         remember=remember,
     )
-    first = state.init(
-        jax.random.key(0),
-        {"a": jnp.zeros(()), "w": jnp.zeros(2048)},
-        optimizer,
-        memory={"sum": jnp.zeros(()), "count": jnp.zeros(())},
-    )
-    now = parallel.place(first, parallel.state_sharding(first, mesh))
+    params = {"a": jnp.zeros(()), "w": jnp.zeros(2048)}
+    memory = {"sum": jnp.zeros(()), "count": jnp.zeros(())}
+    now = state.init(jax.random.key(0), params, optimizer, memory=memory)
+    now = parallel.place(now, parallel.state_sharding(now, mesh))
     compiled = parallel.data_parallel(step, mesh, strategy=strategy)
     x = np.random.default_rng(0).normal(size=(8, 2048)).astype(np.float32)
 
@@ -222,35 +198,44 @@ def test_a_single_example_gone_wrong_skips_the_step_on_every_device(spread):
         one = one._replace(step=0, key=jax.random.key_data(one.key))
         return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(one)]
 
-    for code, cause in enumerate(state.CAUSES):
-        before = bits(now)
+    # And once more without anything wrong.
+    for number, cause in enumerate((*state.CAUSES, ""), 1):
+        before, code = bits(now), state.CAUSES.index(cause)
         batch = {"x": x.copy(), "bad": np.zeros(8, np.int32)}
         batch["bad"][5] = code
         if cause == "batch":
             batch["x"][5, 7] = np.nan
         now, metrics = compiled(now, batch)
-        assert state.CAUSES[int(metrics["cause"])] == cause
+        assert cause_of(metrics) == cause
         assert int(metrics["skipped"]) == bool(cause)
-        assert int(now.step) == code + 1
+        assert int(now.step) == number
         assert (bits(now) == before) == bool(cause)
         if cause == "gradient":
             assert int(metrics["tensor"]) == 1  # of w
             assert np.isfinite(metrics["loss"])
         if cause == "update":
             assert np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
-    after = bits(now)
-    now, metrics = compiled(now, {"x": x, "bad": np.zeros(8, np.int32)})
-    assert bits(now) != after
     assert int(now.memory["count"]) == 2
     kept = (now.params, now.averages, now.opt_state, now.memory)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(kept))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_loss_is_looked_at_where_its_gradient_is_finite(bad):
+    def loss(*given):
+        return quadratic(*given) + bad
+
+    now, (metrics,) = run(loss, optax.sgd(1.0), [[[1.0, 2.0]]])
+    assert np.isfinite(metrics["grad_norm"])
+    assert cause_of(metrics) == "loss"
+    np.testing.assert_array_equal(now.params["w"], [0.0, 0.0])
+
+
 def test_an_optimizer_that_divides_by_nothing_is_noticed():
     # Adam without epsilon, and a gradient of 0: 0 / 0.
-    how = quadratic, optax.adam(0.1, eps=0.0), [batch_of([1.0, 0.0])]
+    how = quadratic, optax.adam(0.1, eps=0.0), [[[1.0, 0.0]]]
     now, (metrics,) = run(*how)
-    assert state.CAUSES[int(metrics["cause"])] == "update"
+    assert cause_of(metrics) == "update"
     np.testing.assert_array_equal(now.params["w"], [0.0, 0.0])
     unchecked, _ = run(*how, check_update=False)
     assert np.isnan(unchecked.params["w"]).any()
@@ -258,14 +243,8 @@ def test_an_optimizer_that_divides_by_nothing_is_noticed():
 
 def test_a_part_whose_norm_overflows_is_no_part_of_norm_zero():
     # Clipped by itself to 1 / inf of its size, it would vanish among the others.
-    rows = [[1e25, 0.0], [0.0, 0.5]]
-    now, (metrics,) = run(
-        lambda params, batch, key: (params["w"][None] * batch["x"]).sum(-1).mean(),
-        optax.sgd(1.0),
-        [batch_of(*rows)],
-        clip_each=True,
-        accumulate=2,
-    )
+    rows, options = [[1e25, 0.0], [0.0, 0.5]], {"clip_each": True, "accumulate": 2}
+    now, (metrics,) = run(linear, optax.sgd(1.0), [rows], clip_norm=1.0, **options)
     assert float(metrics["loss"]) == 0
-    assert state.CAUSES[int(metrics["cause"])] == "gradient"
+    assert cause_of(metrics) == "gradient"
     np.testing.assert_array_equal(now.params["w"], [0.0, 0.0])
