@@ -51,7 +51,7 @@ LONGEST = (
     "test_eval",
     "test_train",
     "test_notebook",
-    "test_unet_parity",
+    "test_parity",
     "test_ablation",
     "test_edit",
     "test_sampling",

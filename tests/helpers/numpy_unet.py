@@ -99,9 +99,7 @@ def attention(p, x, groups):
     return x + dense(p["out"], out)
 
 
-def unet(
-    p, x, t, label=None, *, channels, levels, blocks, attention_at, groups, trace=None
-):
+def unet(p, x, t, label=None, *, channels, levels, blocks, attention_at, groups):
     """The whole network, without dropout.
 
     Args:
@@ -114,24 +112,16 @@ def unet(
       blocks: residual blocks a level on the way down.
       attention_at: pixels of the shorter side with attention.
       groups: groups of every normalisation.
-      trace: a dict that is filled with the output of every block, or None.
     """
-    trace = {} if trace is None else trace
-
-    def keep(name, value):
-        trace[name] = value
-        return value
-
     time = swish(dense(p["time1"], time_embedding(t, channels)))
-    time = keep("time2", dense(p["time2"], time))
+    time = dense(p["time2"], time)
     if label is not None:
         time = time + np.stack([p["label"]["embedding"][n] for n in label])
 
     def level(h, name):
-        h = keep(name, res_block(p[name], h, time, groups))
+        h = res_block(p[name], h, time, groups)
         if min(h.shape[1:3]) in attention_at:
-            name = f"{name}_attention"
-            h = keep(name, attention(p[name], h, groups))
+            h = attention(p[f"{name}_attention"], h, groups)
         return h
 
     h = conv3x3(p["conv_in"], x)
@@ -141,17 +131,17 @@ def unet(
             h = level(h, f"down{i}_block{j}")
             saved.append(h)
         if i != levels - 1:
-            h = keep(f"down{i}_downsample", downsample(p[f"down{i}_downsample"], h))
+            h = downsample(p[f"down{i}_downsample"], h)
             saved.append(h)
 
-    h = keep("middle_block0", res_block(p["middle_block0"], h, time, groups))
-    h = keep("middle_attention", attention(p["middle_attention"], h, groups))
-    h = keep("middle_block1", res_block(p["middle_block1"], h, time, groups))
+    h = res_block(p["middle_block0"], h, time, groups)
+    h = attention(p["middle_attention"], h, groups)
+    h = res_block(p["middle_block1"], h, time, groups)
 
     for i in range(levels - 1, -1, -1):
         for j in range(blocks + 1):
             h = level(np.concatenate([h, saved.pop()], axis=3), f"up{i}_block{j}")
         if i != 0:
-            h = keep(f"up{i}_upsample", upsample(p[f"up{i}_upsample"], h))
+            h = upsample(p[f"up{i}_upsample"], h)
     assert not saved
     return conv3x3(p["conv_out"], swish(group_norm(p["norm_out"], h, groups)))

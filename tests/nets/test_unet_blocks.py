@@ -1,31 +1,13 @@
 """The blocks of the U-Net against a NumPy float64 reference, and by hand."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy_unet
 import pytest
-from small_unets import (
-    FAST_KEY,
-    apply,
-    assert_close,
-    double,
-    normal,
-    parameters,
-    quick_jit,
-)
+from small_unets import assert_close, double, normal, parameters, quick_jit
 
-from diffusion_jax.nets import blocks, convolutions, dropout, embeddings
-
-
-def res_block(**options):
-    """A small residual block; options replace the defaults."""
-    defaults = {"channels": 8, "groups": 4, "dropout": 0.5, "conv": "xla"}
-    return blocks.ResBlock(**{**defaults, **options}, dtype=jnp.float32)
-
-
-# The embedding of time.
+from diffusion_jax.nets import blocks, convolutions, embeddings
 
 
 @pytest.mark.parametrize("channels", [4, 5, 128])
@@ -40,60 +22,6 @@ def test_time_embedding_equals_numpy(channels):
     np.testing.assert_array_equal(of_float, actual)
 
 
-# Residual blocks and their dropout.
-
-
-class WithTime(nn.Module):
-    """A block, and what it adds of the embedding of time, in one module."""
-
-    block: blocks.ResBlock
-
-    def __call__(self, parts, shift, time, key=None):
-        kernel, bias = self.block.time(time.shape[-1])
-        x = blocks.Activation(parts, shift)
-        return self.block(x, jax.nn.silu(time) @ kernel + bias[None], key).whole()
-
-
-# One part, two, and two whose groups straddle; with a shift that was never written.
-PARTS = {"one": (8,), "two": (8, 4), "straddling": (6, 6)}
-
-
-def given_block(sizes, width, **options):
-    """A block that is told the time, its arguments, and its parameters."""
-    block = WithTime(res_block(channels=width, **options))
-    parts = tuple(normal(2, 6, 6, size, seed=size + i) for i, size in enumerate(sizes))
-    args = parts, normal(sum(sizes), seed=4), normal(2, 32, seed=2)
-    return block, args, parameters(block, *args)
-
-
-def true_block(params, parts, shift, time):
-    """The same by NumPy, in float64."""
-    x = np.concatenate(parts, axis=-1) + shift
-    return numpy_unet.res_block(params["block"], x, time, 4)
-
-
-def test_dropout_is_of_what_the_last_convolution_reads():
-    rate, read = 0.1, []
-    block, args, params = given_block((8,), 8, dropout=rate)
-
-    def listen(module, args, kwargs, context):
-        if context.module.name == "conv2":
-            read.append(args[0])
-        return module(*args, **kwargs)
-
-    for key in (FAST_KEY, None):
-        with nn.intercept_methods(listen):
-            block.apply({"params": params}, *args, key)
-    dropped, before = (np.asarray(x) for x in read)
-    kept = dropout.unpacked(dropout.mask(FAST_KEY, before.shape, rate)[0], 8)
-    share = dropout.mask(FAST_KEY, (1, 1), rate)[1]
-    assert_close(dropped, np.where(kept, before / share, 0), 2e-6)
-    assert 0.5 * rate < 1 - np.mean(kept) < 2 * rate
-
-
-# Attention.
-
-
 def test_softmax_is_float32_in_bfloat16():
     # All scores are about 360, where bfloat16 counts in steps of 2; what decides
     # between the pixels is smaller than that.
@@ -106,11 +34,16 @@ def test_softmax_is_float32_in_bfloat16():
     expected = weights / weights.sum(-1, keepdims=True) @ v
     out = quick_jit(lambda *args: convolutions.attend(*args, 8**-0.5))(*half)
     assert out.dtype == jnp.bfloat16
-    error = np.abs(double(out) - expected)
-    assert error.max() < 0.02 * np.abs(expected).max()
+    assert_close(out, expected, 0.02)
 
 
-# Down and up.
+# Convolutions.
+
+
+def applied(block, x):
+    """(parameters in float64, result) of a block on its own."""
+    params = parameters(block, x)
+    return double(params), jax.jit(block.apply)({"params": params}, x)
 
 
 @pytest.mark.parametrize("conv", ["xla", "matmul"])
@@ -118,10 +51,16 @@ def test_softmax_is_float32_in_bfloat16():
 def test_changes_of_size_equal_numpy(way, conv):
     """Strides of 2 pad below and to the right only; the nearest pixel is repeated."""
     kind = {"downsample": blocks.Downsample, "upsample": blocks.Upsample}[way]
-    block, x = kind(conv=conv, dtype=jnp.float32), normal(2, 4, 6, 5)
-    params = parameters(block, x)
-    found = apply(block, params, x).whole()
-    assert_close(found, getattr(numpy_unet, way)(double(params), x))
+    x = normal(2, 4, 6, 5)
+    params, found = applied(kind(conv=conv, dtype=jnp.float32), x)
+    assert_close(found.whole(), getattr(numpy_unet, way)(params, x))
+
+
+@pytest.mark.usefixtures("forms_of")
+def test_few_channels_are_convolved_as_many():
+    x = normal(2, 4, 6, 3)
+    params, (y, bias) = applied(blocks.Conv(5, "xla", jnp.float32), x)
+    assert_close(y + bias[None, None, None], numpy_unet.conv3x3(params, x))
 
 
 @pytest.mark.usefixtures("forms_of")
@@ -142,21 +81,9 @@ def test_doubling_is_repetition_and_a_convolution(side):
         return out, *back(jnp.asarray(of_y))
 
     run = quick_jit(run, static_argnums=0)
-    found, expected = (
-        run(form, jnp.asarray(x), jnp.asarray(kernel))
-        for form in (convolutions.doubled, plainly)
-    )
-    for a, b in zip(found, expected, strict=True):
+    pair = (run(form, x, kernel) for form in (convolutions.doubled, plainly))
+    for a, b in zip(*pair, strict=True):
         assert_close(a, b, 2e-5)
-
-
-@pytest.mark.usefixtures("forms_of")
-def test_few_channels_are_convolved_as_many():
-    x = normal(2, 4, 6, 3)
-    conv = blocks.Conv(5, "xla", jnp.float32)
-    params = parameters(conv, x)
-    y, bias = apply(conv, params, x)
-    assert_close(y + bias[None, None, None], numpy_unet.conv3x3(double(params), x))
 
 
 def test_the_gradient_of_a_kernel_is_summed_in_float32():
@@ -170,5 +97,4 @@ def test_the_gradient_of_a_kernel_is_summed_in_float32():
     # Within one program XLA may leave the rounding out; here it cannot.
     made = jax.grad(loss)(kernel)
     assert made.dtype == jnp.float32
-    truth = np.einsum("bhwc,bhwd->cd", double(x), double(of_y))
-    assert_close(made, truth, 1e-5)
+    assert_close(made, np.einsum("bhwc,bhwd->cd", double(x), double(of_y)), 1e-5)

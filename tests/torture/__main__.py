@@ -6,17 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .cases import PRIVATE
+from . import PRIVATE
 
 TESTS = Path(__file__).resolve().parents[1]
+# Commands that give another one mounts of its own, where the machine permits it.
 ALONE = ("unshare", "--map-root-user", "--mount"), ("unshare", "--mount")
-"""Commands that give another one mounts of its own, where the machine permits it."""
 
-
-def main(argv: list[str]) -> None:
-    """Becomes pytest."""
+if __name__ == "__main__":
     command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal"]
-    command += ["-rP", str(TESTS / "torture" / "survival.py"), *argv]
+    command += ["-rP", str(TESTS / "torture" / "survival.py"), *sys.argv[1:]]
     command += map(str, sorted((TESTS / "experiments").glob("test_nonsense*.py")))
     command += [str(TESTS / "checkpoints" / "test_verify.py")]
     os.environ["HYPOTHESIS_PROFILE"] = "torture"
@@ -27,7 +25,3 @@ def main(argv: list[str]) -> None:
             command = [*words, *command]
             break
     os.execvp(command[0], command)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,20 +1,17 @@
 """When to strike: what the folder of a run shows of what its process is doing.
 
-A moment is polled until it has come. What was really hit is told afterwards, by what
-the process left behind.
+A moment is a function that says whether it has come, and is polled. What was really
+hit is told afterwards, by what the process left behind.
 """
 
 import os
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 from . import trainings
-from .trainings import Training
 
-Moment = Callable[[], bool]
 PAUSE = 0.0003
 """Seconds between two looks, once the process does steps; ten times these before."""
+# Files of a checkpoint that one which is being removed may have lost.
 ALWAYS = (
     "_CHECKPOINT_METADATA",
     "manifest/process_0.json",
@@ -24,12 +21,9 @@ ALWAYS = (
     "state/manifest.ocdbt",
     "state/ocdbt.process_0/manifest.ocdbt",
 )
-"""Files of a checkpoint that one which is being removed may have lost."""
-PATIENCE = 120.0
-"""Seconds after which a moment that does not come is given up."""
 
 
-def wait(training: Training, moment: Moment, patience: float = PATIENCE) -> bool:
+def wait(training, moment, patience=120.0):
     """Returns whether a moment came before the process ended, or patience did."""
     until, pause = time.monotonic() + patience, 10 * PAUSE
     near = stepping(training)
@@ -42,118 +36,108 @@ def wait(training: Training, moment: Moment, patience: float = PATIENCE) -> bool
     return False
 
 
-def later(seen: Moment, seconds: float) -> Moment:
+def later(seen, seconds):
     """The moment some time after another one."""
-    since: list[float] = []
+    since = []
 
-    def moment() -> bool:
+    def moment():
         if not since and seen():
             since.append(time.monotonic())
-        return bool(since) and time.monotonic() - since[0] >= seconds
+        return since and time.monotonic() - since[0] >= seconds
 
     return moment
 
 
-def either(one: Moment, other: Moment) -> Moment:
-    """The first of two moments."""
+def either(one, other):
     return lambda: one() or other()
 
 
-def then(first: Moment, second: Moment) -> Moment:
+def then(first, second):
     """The first time that one is seen, once another one was."""
-    been: list[bool] = []
-
-    def moment() -> bool:
-        if not been and first():
-            been.append(True)
-        return bool(been) and second()
-
-    return moment
+    been = later(first, 0)
+    return lambda: been() and second()
 
 
-def started(training: Training) -> Moment:
-    """The process was started: at once."""
+def started(training):
     return lambda: True
 
 
-def said(training: Training, words: str) -> Moment:
-    """The process has printed something."""
-    return lambda: words in trainings.text(training.log)
+def beginning(training):
+    """The process has said where it begins; now it compiles."""
+    return lambda: " step " in trainings.text(training.log)
 
 
-def stepping(training: Training) -> Moment:
+def stepping(training):
     """The first step of this process is done."""
-    return said(training, "first step after")
+    return lambda: "first step after" in trainings.text(training.log)
 
 
-def saving(training: Training) -> Moment:
-    """A checkpoint is being written."""
-    return lambda: bool(_saves(training.run))
+def saving(training):
+    """The process writes a checkpoint; what another one left does not count."""
+    return then(stepping(training), lambda: _saves(training.run))
 
 
-def committed(training: Training) -> Moment:
+def committed(training):
     """A checkpoint of this process has just become whole; an old one goes next."""
-    before: list[set[str]] = []
+    before = []
 
-    def moment() -> bool:
+    def moment():
         now = set(_steps(training.run))
-        if not before:
-            before.append(now)
-        return bool(now - before[0]) and len(now) > trainings.KEEP
+        before.append(now)
+        return now - before[0] and len(now) > trainings.KEEP
 
     return moment
 
 
-def deleting(training: Training) -> Moment:
+def deleting(training):
     """A checkpoint has lost some of its files, in the hands of this process."""
     before = partial(training.run)
-    return lambda: bool(partial(training.run) - before)
+    return then(stepping(training), lambda: partial(training.run) - before)
 
 
-def drawing(training: Training) -> Moment:
+def drawing(training):
     """The step of a grid is done, and the grid is not there."""
-    return lambda: _drawing(training.run)
+    return then(stepping(training), lambda: _drawing(training.run))
 
 
-def writing_grid(training: Training) -> Moment:
-    """The file of a grid is being written."""
-    return lambda: bool(_grids(training.run))
+def writing_grid(training):
+    return then(stepping(training), lambda: _grids(training.run))
 
 
-def drawn(training: Training) -> Moment:
+def drawn(training):
     """The process has done steps, and a grid is there: all programs are compiled."""
-    done, grids = stepping(training), training.run / "samples"
-    return lambda: done() and any(name.endswith(".png") for name in _names(grids))
+    grids = training.run / "samples"
+    return then(
+        stepping(training), lambda: any(n[-4:] == ".png" for n in _names(grids))
+    )
 
 
-def restoring(training: Training) -> Moment:
+def restoring(training):
     """The process has opened files of a checkpoint."""
     place = f"{training.run.resolve()}/checkpoints/"
     folder = f"/proc/{training.process.pid}/fd"
 
-    def moment() -> bool:
+    def moment():
         try:
-            return any(
-                os.readlink(entry.path).startswith(place)
-                for entry in os.scandir(folder)
-            )
+            opened = [os.readlink(entry.path) for entry in os.scandir(folder)]
         except OSError:
             return False
+        return any(path.startswith(place) for path in opened)
 
     return moment
 
 
-def hit(training: Training, before: set[str]) -> list[str]:
-    """Returns what a process was doing when it was killed, by what it left.
+def hit(training, before):
+    """What a process was doing when it was killed, by what it left.
 
     Args:
       training: the process, killed.
       before: the steps that were `partial` when it was started.
     """
-    printed, run = trainings.text(training.log), training.run
+    run = training.run
     if trainings.begun_at(training.log) is None:
         return ["the start"]
-    if "first step after" not in printed:
+    if not stepping(training)():
         return ["compilation"]
     found = {
         "a save": _saves(run),
@@ -163,8 +147,8 @@ def hit(training: Training, before: set[str]) -> list[str]:
     return [name for name, there in found.items() if there] or ["a step"]
 
 
-def partial(run: Path) -> set[str]:
-    """Returns the steps that have lost some of the files that every one has."""
+def partial(run):
+    """The steps that have lost some of the files that every one has."""
     folder = run / "checkpoints"
     return {
         step
@@ -173,20 +157,19 @@ def partial(run: Path) -> set[str]:
     }
 
 
-def _steps(run: Path) -> list[str]:
+def _steps(run):
     return [name for name in _names(run / "checkpoints") if name.isdecimal()]
 
 
-def _saves(run: Path) -> list[str]:
-    names = _names(run / "checkpoints")
-    return [name for name in names if "orbax-checkpoint-tmp" in name]
+def _saves(run):
+    return [n for n in _names(run / "checkpoints") if "orbax-checkpoint-tmp" in n]
 
 
-def _grids(run: Path) -> list[str]:
+def _grids(run):
     return [name for name in _names(run / "samples") if name.endswith(".tmp")]
 
 
-def _drawing(run: Path) -> bool:
+def _drawing(run):
     try:
         with (run / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 300))
@@ -195,10 +178,10 @@ def _drawing(run: Path) -> bool:
     except (OSError, IndexError, ValueError):
         return False
     due = step and step % trainings.GRID_EVERY == 0
-    return bool(due) and f"step_{step:08d}.png" not in _names(run / "samples")
+    return due and f"step_{step:08d}.png" not in _names(run / "samples")
 
 
-def _names(folder: Path) -> list[str]:
+def _names(folder):
     try:
         return os.listdir(folder)
     except OSError:

@@ -4,105 +4,83 @@ import random
 import re
 import signal
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
 
 from . import moments, trainings
-from .cases import Outcome, check, outcome
-from .trainings import Training
 
 STEPS = 1200
-WITHIN = 30.0
-"""Seconds in which a run must have ended after a signal."""
-AT_ONCE = 3.0
-"""Seconds in which it must have ended after a second one."""
+FLAGS = "--train.steps", STEPS
+WITHIN, AT_ONCE = 30.0, 3.0
+"""Seconds in which a run must have ended after a signal, and after a second one."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# What it is doing, how often, and the longest and shortest time after that begins.
+PLANS = (
+    ("the start", 4, moments.started, (0.2, 3)),
+    ("compilation", 2, moments.beginning, (0.1, 4)),
+    ("steps", 4, moments.stepping, (0, 1)),
+    ("a save", 2, moments.saving, (0, 0.05)),
+    ("a grid", 2, moments.drawing, (0, 0.02)),
+)
 
 
-def cases(folder: Path, seed: int) -> Iterator[Outcome]:
-    """Yields the outcomes: one a signal, and those of the run that came of it."""
+def cases(folder, seed):
+    """One a signal, and those of the run that came of it."""
     rng = random.Random(seed)
-    flags = ["--train.steps", STEPS]
     run, whole = folder / "stopped" / "digits", folder / "whole" / "digits"
-    plans = [
-        *[("the start", moments.started, rng.uniform(0.2, 3)) for _ in range(4)],
-        *[("compilation", compiling, rng.uniform(0.1, 4)) for _ in range(2)],
-        *[("steps", moments.stepping, rng.uniform(0, 1)) for _ in range(4)],
-        *[("a save", saving, rng.uniform(0, 0.05)) for _ in range(2)],
-        *[("a grid", moments.drawing, rng.uniform(0, 0.02)) for _ in range(2)],
-    ]
-    for number, (name, seen, delay) in enumerate(plans):
-        kind = SIGNALS[number % 2]
-        log = folder / "logs" / f"{number}.log"
-
-        def stopped(seen=seen, delay=delay, kind=kind, log=log) -> str:
-            training = trainings.start(run, *flags, log=log)
-            came = moments.wait(training, moments.later(seen(training), delay))
-            check(came, f"the moment did not come, {trainings.last_words(log)}")
-            return one(training, kind)
-
-        yield outcome(f"{kind.name} during {name}", stopped)
+    for name, times, seen, between in PLANS:
+        for number in range(times):
+            kind, log = SIGNALS[number % 2], folder / "logs" / f"{name} {number}.log"
+            given = run, log, kind, seen, rng.uniform(*between)
+            yield f"{kind.name} during {name}", partial(stopped, *given)
     for kind in SIGNALS:
         log = folder / "logs" / f"twice_{kind.name}.log"
-
-        def twice(kind=kind, log=log) -> str:
-            training = trainings.start(run, *flags, log=log)
-            came = moments.wait(training, saving(training))
-            check(came, f"no checkpoint was written, {trainings.last_words(log)}")
-            return second(training, kind)
-
-        yield outcome(f"{kind.name} twice", twice)
-    yield outcome(
-        "the run goes on to its end",
-        lambda: trainings.finish(run, *flags, log=folder / "end.log") and None,
-    )
+        yield f"{kind.name} twice", partial(twice, run, log, kind)
+    end = partial(trainings.finish, run, *FLAGS, log=folder / "end.log")
+    yield "the run goes on to its end", end
     yield trainings.undisturbed(whole, STEPS, cache=folder / "cache")
-    yield outcome("stopped run", lambda: trainings.same_end(run, whole, STEPS))
+    yield "stopped run", partial(trainings.same_end, run, whole, STEPS)
 
 
-def compiling(training: Training) -> moments.Moment:
-    """The process has said where it begins."""
-    return moments.said(training, " step ")
-
-
-def saving(training: Training) -> moments.Moment:
-    """The process writes a checkpoint; what another one left does not count."""
-    return moments.then(moments.stepping(training), moments.saving(training))
-
-
-def one(training: Training, kind: signal.Signals) -> str:
-    """Checks that a run ends well after a signal."""
-    before = max(trainings.logged(training.run), default=0)
+def sent(run, log, kind, seen, delay=0.0):
+    """A training that was sent a signal at a moment, and the last step by then."""
+    training = trainings.start(run, *FLAGS, log=log)
+    came = moments.wait(training, moments.later(seen(training), delay))
+    assert came, f"the moment did not come, {trainings.last_words(log)}"
+    before = max(trainings.logged(run), default=0)
     training.process.send_signal(kind)
+    return training, before
+
+
+def left(training, within):
+    """Exit code, what was printed, and both in words, of one that had to end soon."""
     began = time.monotonic()
     code = trainings.ended(training, within=2 * WITHIN)
     seconds, printed = time.monotonic() - began, trainings.text(training.log)
-    check(seconds < WITHIN, f"{seconds:.1f} s")
-    check("Traceback" not in printed, trainings.last_words(training.log))
-    codes = [128 + kind]
-    if not printed:  # while Python loads the program, the kernel may end it
-        codes.append(-kind)
-    check(code in codes, f"exit code {code}, {trainings.last_words(training.log)}")
+    assert seconds < within, f"{seconds:.1f} s"
+    assert "Traceback" not in printed, trainings.last_words(training.log)
+    return code, printed, f"exit code {code} after {seconds:.1f} s"
+
+
+def stopped(run, log, kind, seen, delay):
+    training, before = sent(run, log, kind, seen, delay)
+    code, printed, said = left(training, WITHIN)
+    # While Python loads the program, the kernel may end it.
+    codes = [128 + kind] if printed else [128 + kind, -kind]
+    assert code in codes, f"exit code {code}, {trainings.last_words(log)}"
     found = re.search(r"stopped at step ([\d,]+)", printed)
     if found is None:
-        check("first step after" not in printed, trainings.last_words(training.log))
-        return f"exit code {code} after {seconds:.1f} s, before the first step"
-    step = int(found[1].replace(",", ""))
-    newest = max(trainings.steps_of(training.run), default=0)
-    check(newest == step, f"stopped at {step}, with {newest} as the last checkpoint")
-    check(before <= step <= before + 40, f"stopped at {step}, signalled at {before}")
-    return f"exit code {code} after {seconds:.1f} s, a checkpoint at step {step}"
+        assert "first step after" not in printed, trainings.last_words(log)
+        return f"{said}, before the first step"
+    step, newest = int(found[1].replace(",", "")), max(trainings.steps_of(run))
+    assert newest == step, f"stopped at {step}, with {newest} as the last checkpoint"
+    assert before <= step <= before + 40, f"stopped at {step}, signalled at {before}"
+    return f"{said}, a checkpoint at step {step}"
 
 
-def second(training: Training, kind: signal.Signals) -> str:
-    """Checks that a second signal ends a run at once."""
-    training.process.send_signal(kind)
+def twice(run, log, kind):
+    training, _ = sent(run, log, kind, moments.saving)
     time.sleep(0.05)
-    began = time.monotonic()
     training.process.send_signal(kind)
-    code = trainings.ended(training, within=2 * WITHIN)
-    seconds, printed = time.monotonic() - began, trainings.text(training.log)
-    check(seconds < AT_ONCE, f"{seconds:.1f} s")
-    check(code in (-kind, 128 + kind), f"exit code {code}")
-    check("Traceback" not in printed, trainings.last_words(training.log))
-    return f"exit code {code} after {seconds:.1f} s"
+    code, _, said = left(training, AT_ONCE)
+    assert code in (-kind, 128 + kind), said
+    return said

@@ -4,6 +4,8 @@ Each subject works in a folder of its own, which stays where something failed.
 """
 
 import os
+import time
+import traceback
 
 import pytest
 
@@ -24,10 +26,18 @@ SUBJECTS = {
 
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_nothing_is_lost(subject, tmp_path):
-    failed = []
-    for verdict, what, seconds in SUBJECTS[subject](
-        tmp_path, int(os.environ.get("TORTURE_SEED", "0"))
-    ):
-        print(f"{verdict:<8} {what}, {seconds:.1f} s", flush=True)
-        failed += [what] * (verdict == "failed")
+    seed, failed = int(os.environ.get("TORTURE_SEED", "0")), []
+    for what, case in SUBJECTS[subject](tmp_path, seed):
+        began = time.monotonic()
+        try:
+            verdict, said = "passed", case()
+        except pytest.skip.Exception as error:
+            verdict, said = "skipped", error
+        except Exception as error:
+            if not isinstance(error, AssertionError):
+                traceback.print_exc()
+            verdict, said = "failed", f"{type(error).__name__}: {error}"
+        line = " ".join(f"{what}: {said}".split()) if said else what
+        print(f"{verdict:<8} {line}, {time.monotonic() - began:.1f} s", flush=True)
+        failed += [line] * (verdict == "failed")
     assert not failed
