@@ -127,9 +127,6 @@ def test_what_one_host_began_two_go_on_with_until_one_gets_a_signal(folder, walk
     step = checkpoint.steps(run.checkpoints)[-1]
     assert step % hosts.ASK_EVERY == 1  # asked after one step, read after the next
     assert_as_alone(run, folder, step)
-    # One host can go on with what two have made.
-    here(folder, "begun", step + 1)
-    assert checkpoint.steps(run.checkpoints)[-1] == step + 1
 
 
 def test_two_hosts_draw_and_evaluate_as_one(walked, folder):
@@ -138,22 +135,19 @@ def test_two_hosts_draw_and_evaluate_as_one(walked, folder):
     cache, of = folder / ".cache" / "reference", Path(judging[0])
 
     def made():
-        (drawn,) = of.rglob("samples/*.npy")
-        found = json.loads((of / "eval" / "fid.json").read_text())
         assert list(cache.iterdir())
-        images = np.load(drawing[-1])["images"]
-        return images.astype(int), np.load(drawn).astype(int), found
+        found = json.loads((of / "eval" / "fid.json").read_text())
+        return np.load(drawing[-1])["images"].astype(int), found
 
-    images_of_two, drawn_by_two, two = made()
+    images_of_two, two = made()
     for path in (of / "eval", cache):
         shutil.rmtree(path)
     Path(drawing[-1]).unlink()
     assert sample.main(drawing) == eval_fid.main(judging) == 0
-    images, drawn, one = made()
+    images, one = made()
     assert images.std() > 10
     assert np.abs(images - images_of_two).max() <= 1
     assert (images != images_of_two).mean() < 0.02
-    assert np.abs(drawn - drawn_by_two).max() <= 1
     shares = (found["numbers"].pop("class_shares") for found in (two, one))
     np.testing.assert_allclose(*shares, atol=1e-4)
     for part in ("numbers", "half_of_train_against_the_other_half"):

@@ -102,9 +102,6 @@ def test_closed_form_is_the_integral_of_the_running_sums():
     expected = np.sqrt(np.mean(off**2) / np.mean(sums[-1] ** 2))
     error = averages.expected_error(tracked, weights, 1000, 0.15)
     np.testing.assert_allclose(error, expected, rtol=1e-6)
-    for nudge in ([1, -1, 0], [-1, 1, 0], [0, 1, -1], [0, -1, 1]):
-        other = weights + 1e-3 * np.array(nudge)
-        assert averages.expected_error(tracked, other, 1000, 0.15) > error
 
 
 def test_any_length_is_made_of_two_that_were_tracked():

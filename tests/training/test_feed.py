@@ -93,23 +93,27 @@ def test_states_and_metrics_with_grain_are_bitwise_the_same_from_every_source():
 @pytest.mark.parametrize("strategy", parallel.STRATEGIES)
 @pytest.mark.parametrize("source", SOURCES)
 def test_step_k_sees_the_batch_of_k_by_every_strategy(source, strategy):
-    # Those that are read as needed too.
-    known = KNOWN if source == "device" else lazily()
-    fed, mesh = make(source, 8, known, strategy=strategy)
+    # Of images that are read as needed too, with labels and without.
+    known, labels = KNOWN if source == "device" else lazily(), strategy != "pmap"
+    fed, mesh = make(source, 8, known, strategy=strategy, labels=labels)
 
     def look(state, batch):
+        traced.append(batch)
         if strategy != "mesh":
             batch = jax.lax.all_gather(batch, parallel.AXIS, tiled=True)
         return state, batch
 
-    step = compiled(look, fed, mesh, strategy)
+    step, traced = compiled(look, fed, mesh, strategy), []
     state = jax.device_put(jnp.zeros(3), parallel.replicated(mesh))
     seen = [jax.device_get(step(state + 0, b)[1]) for b in fed.batches(3, 9)]
-    assert len(seen) == 6
+    assert (len(seen), len(traced)) == (6, 1)
+    assert list(fed.batches(7, 7)) == []
     for number, batch in enumerate(seen, 3):
         index = datasets.batch_indices(3, number, len(KNOWN.images), 8)
         np.testing.assert_array_equal(batch["image"], KNOWN.images[index])
-        np.testing.assert_array_equal(batch["label"], KNOWN.labels[index])
+        if labels:
+            np.testing.assert_array_equal(batch.pop("label"), KNOWN.labels[index])
+        assert set(batch) == {"image", "position"}
         np.testing.assert_array_equal(batch["position"], np.arange(8))
         assert batch["image"].dtype == np.uint8
 
@@ -125,13 +129,6 @@ def test_images_are_an_argument_of_the_program_and_not_part_of_it():
     assert "u8[1,8,8,1]" in program
     assert "all-gather" not in program
     assert len(program) < 5003 * 64
-
-
-@pytest.mark.parametrize("source", SOURCES)
-def test_without_labels_there_are_none(source):
-    fed, _ = make(source, 1, labels=False)
-    assert "label" not in next(fed.batches(0, 1)) | (fed.stored or {})
-    assert list(fed.batches(7, 7)) == []
 
 
 def test_auto_is_the_device_then_grain_then_the_host(monkeypatch):

@@ -9,7 +9,8 @@ from small_run import hurt
 
 from diffusion_jax.training import averages, parallel, state
 
-LAST = averages.exponential(0.0)
+LAST, SGD = averages.exponential(0.0), optax.sgd(1.0)
+EACH = {"clip_each": True, "accumulate": 2}
 
 
 def quadratic(params, batch, key):
@@ -41,25 +42,25 @@ def cause_of(metrics):
     return state.CAUSES[int(metrics["cause"])]
 
 
-def test_gradient_is_clipped_by_its_global_norm():
-    for row, moved, norm in (
-        ([3.0, 4.0], [0.6, 0.8], 5.0),
-        ([0.3, 0.4], [0.3, 0.4], 0.5),  # not scaled up
-    ):
-        now, (seen,) = run(quadratic, optax.sgd(1.0), [[row, row]], clip_norm=1.0)
-        np.testing.assert_allclose(now.params["w"], moved, rtol=1e-6)
-        np.testing.assert_allclose(seen["grad_norm"], norm, rtol=1e-6)
-        np.testing.assert_allclose(seen["loss"], norm**2 / 2, rtol=1e-6)
-
-
-def test_official_clipping_clips_each_part_and_then_averages():
-    # Two parts whose gradients have norms 5 and 0.5: clipped to 1 and left alone.
+STEEP, FLAT = [3.0, 4.0], [0.3, 0.4]  # gradients of norm 5 and 0.5
+CLIPPED = [
+    ([STEEP, STEEP], {}, [0.6, 0.8], 5.0),
+    ([FLAT, FLAT], {}, FLAT, 0.5),  # not scaled up
     # Examples 0 and 2 go to the first part, 1 and 3 to the second.
-    rows = [[3.0, 4.0], [0.3, 0.4]] * 2
-    each = {"clip_each": True, "accumulate": 2}
-    for options, expected in ((each, [0.45, 0.6]), ({}, [0.6, 0.8])):
-        now, _ = run(quadratic, optax.sgd(1.0), [rows], clip_norm=1.0, **options)
-        np.testing.assert_allclose(now.params["w"], expected, rtol=1e-6)
+    ([STEEP, FLAT] * 2, {}, [0.6, 0.8], 2.75),
+    ([STEEP, FLAT] * 2, EACH, [0.45, 0.6], 0.75),
+]
+
+
+@pytest.mark.parametrize(("rows", "options", "moved", "norm"), CLIPPED)
+def test_the_whole_gradient_is_clipped_or_officially_that_of_each_part(
+    rows, options, moved, norm
+):
+    now, (seen,) = run(quadratic, SGD, [rows], clip_norm=1.0, **options)
+    np.testing.assert_allclose(now.params["w"], moved, rtol=1e-6)
+    np.testing.assert_allclose(seen["grad_norm"], norm, rtol=1e-6)
+    loss = np.square(rows).sum(axis=1).mean() / 2
+    np.testing.assert_allclose(seen["loss"], loss, rtol=1e-6)
 
 
 def test_accumulated_gradient_is_that_of_the_whole_batch():
@@ -75,7 +76,7 @@ def test_average_with_ramp_weighs_as_its_formula_says():
     decay, rows = 0.7, np.random.default_rng(1).normal(size=(30, 2)).astype(np.float32)
     average = start = np.array([100.0, 50.0])
     means = [averages.exponential(decay, ramp=True), LAST]
-    now, _ = run(linear, optax.sgd(1.0), rows[:, None], start, averages=means)
+    now, _ = run(linear, SGD, rows[:, None], start, averages=means)
     for n, w in enumerate(start - np.cumsum(rows.astype(np.float64), axis=0)):
         d = min(decay, (1 + n) / (10 + n))
         average = d * average + (1 - d) * w
@@ -121,9 +122,9 @@ def test_learning_rate_rises_from_zero_and_falls_to_zero():
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="accumulate must be at least 1; got 0"):
-        state.make_step(quadratic, optax.sgd(1.0), averages=[LAST], accumulate=0)
-    now = state.init(jax.random.key(0), {"w": jnp.zeros(2)}, optax.sgd(1.0))
-    step = state.make_step(quadratic, optax.sgd(1.0), averages=[LAST, LAST])
+        state.make_step(quadratic, SGD, averages=[LAST], accumulate=0)
+    now = state.init(jax.random.key(0), {"w": jnp.zeros(2)}, SGD)
+    step = state.make_step(quadratic, SGD, averages=[LAST, LAST])
     with pytest.raises(ValueError, match="as many as those of the state, 1; got 2"):
         step(now, {"x": jnp.ones((1, 2))})
 
@@ -220,31 +221,30 @@ def test_a_single_example_gone_wrong_skips_the_step_on_every_device(spread):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(kept))
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_loss_is_looked_at_where_its_gradient_is_finite(bad):
-    def loss(*given):
-        return quadratic(*given) + bad
-
-    now, (metrics,) = run(loss, optax.sgd(1.0), [[[1.0, 2.0]]])
-    assert np.isfinite(metrics["grad_norm"])
-    assert cause_of(metrics) == "loss"
-    np.testing.assert_array_equal(now.params["w"], [0.0, 0.0])
+def beyond(number):
+    return lambda *given: quadratic(*given) + number
 
 
-def test_an_optimizer_that_divides_by_nothing_is_noticed():
+SKIPPED = [
+    ("loss", beyond(np.nan), SGD, [[1.0, 2.0]], {}),
+    ("loss", beyond(np.inf), SGD, [[1.0, 2.0]], {}),
+    ("loss", beyond(-np.inf), SGD, [[1.0, 2.0]], {}),
     # Adam without epsilon, and a gradient of 0: 0 / 0.
-    how = quadratic, optax.adam(0.1, eps=0.0), [[[1.0, 0.0]]]
-    now, (metrics,) = run(*how)
-    assert cause_of(metrics) == "update"
-    np.testing.assert_array_equal(now.params["w"], [0.0, 0.0])
-    unchecked, _ = run(*how, check_update=False)
-    assert np.isnan(unchecked.params["w"]).any()
-
-
-def test_a_part_whose_norm_overflows_is_no_part_of_norm_zero():
+    ("update", quadratic, optax.adam(0.1, eps=0.0), [[1.0, 0.0]], {}),
     # Clipped by itself to 1 / inf of its size, it would vanish among the others.
-    rows, options = [[1e25, 0.0], [0.0, 0.5]], {"clip_each": True, "accumulate": 2}
-    now, (metrics,) = run(linear, optax.sgd(1.0), [rows], clip_norm=1.0, **options)
-    assert float(metrics["loss"]) == 0
-    assert cause_of(metrics) == "gradient"
+    ("gradient", linear, SGD, [[1e25, 0.0], [0.0, 0.5]], EACH | {"clip_norm": 1.0}),
+]
+
+
+@pytest.mark.parametrize(("cause", "loss", "optimizer", "rows", "options"), SKIPPED)
+def test_a_step_is_skipped_for_what_is_not_finite_alone(
+    cause, loss, optimizer, rows, options
+):
+    now, (metrics,) = run(loss, optimizer, [rows], **options)
+    assert cause_of(metrics) == cause
+    finite = {k: bool(np.isfinite(metrics[k])) for k in ("loss", "grad_norm")}
+    assert finite == {"loss": cause != "loss", "grad_norm": cause != "gradient"}
     np.testing.assert_array_equal(now.params["w"], [0.0, 0.0])
+    if cause == "update":
+        unchecked, _ = run(loss, optimizer, [rows], check_update=False)
+        assert np.isnan(unchecked.params["w"]).any()
