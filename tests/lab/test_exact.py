@@ -84,19 +84,18 @@ def test_the_numbers_of_a_step_are_those_of_the_papers(schedule, how):
     np.testing.assert_allclose(walk.steps / 2**32, true, atol=1e-9)
 
 
-REFUSED = {
-    "by unipc": {"sampler": "unipc"},
-    "variance analytic": {"variance": "analytic"},
-    "classifier's guidance": {"classifier_guidance": 1.0},
-    "the clip": {"clip": False},
-}
-
-
-def test_what_is_not_exact_is_refused():
-    for said, how in REFUSED.items():
-        words = f"cannot draw exactly .*{said}.*Leave out"
-        with pytest.raises(ConfigError, match=words):
-            check(Config(sample=Sample(**how)))
+@pytest.mark.parametrize(
+    ("said", "how"),
+    [
+        ("by unipc", {"sampler": "unipc"}),
+        ("variance analytic", {"variance": "analytic"}),
+        ("classifier's guidance", {"classifier_guidance": 1.0}),
+        ("the clip", {"clip": False}),
+    ],
+)
+def test_what_is_not_exact_is_refused(said, how):
+    with pytest.raises(ConfigError, match=f"cannot draw exactly .*{said}.*Leave out"):
+        check(Config(sample=Sample(**how)))
 
 
 def test_noise_beyond_64_bits_is_refused():

@@ -16,6 +16,7 @@ import numpy as np
 import processes
 import pytest
 import small_run
+from jax.flatten_util import ravel_pytree
 
 from diffusion_jax.checkpoints import checkpoint
 from diffusion_jax.lab.process import entry, hosts, joining
@@ -62,17 +63,16 @@ def assert_as_alone(run, folder, step):
         state, meta, *_ = small_run.restored(run)
         moments = state.opt_state[0]
         kinds = state.params, state.averages, moments.mu, moments.nu
+        each = [ravel_pytree(kind)[0] for kind in kinds]
         exact = int(state.step), jax.random.key_data(state.key).tolist()
-        return kinds, exact, meta["pending"], runs.read_lines(run.metrics)
+        return each, exact, meta["pending"], runs.read_lines(run.metrics)
 
     alone = here(folder, f"alone_{step}", step)
-    kinds, exact, pending, lines = found(run)
+    each, exact, pending, lines = found(run)
     wanted, same, waiting, expected = found(alone)
     assert exact == same
-    for kind, other in zip(kinds, wanted, strict=True):
-        largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(other))
-        for a, b in zip(*map(jax.tree.leaves, (kind, other)), strict=True):
-            np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * largest)
+    for x, y in zip(each, wanted, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 * np.abs(y).max())
     assert_near(pending, waiting, 1e-6)
     assert_near(lines, expected, 1e-5)
 

@@ -1,6 +1,7 @@
 """Trained networks in files: written, read back, and refused where they are wrong."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -21,27 +22,27 @@ def folder(tmp_path):
     return tmp_path / "good"
 
 
-@pytest.mark.parametrize("name", ["digits_vdm", "digits_conditional"])
-def test_a_file_gives_back_the_network(name, tmp_path):
-    network = network_of(small(name))
-    digest = networks.write_file(tmp_path / "a.safetensors", network)
-    found = read(tmp_path / "a.safetensors")
+def assert_there_and_back(write, network, path):
+    digest = write(path, network)
+    found = read(path)
     same(found.params, network.params)
     assert found.config == dataclasses.replace(network.config, name="a")
     assert (found.about, found.sha256) == (ABOUT, digest)
-    assert networks.write_file(tmp_path / "b.safetensors", found) == digest
+    assert write(path.with_stem("b"), found) == digest
+
+
+@pytest.mark.parametrize("name", ["digits_vdm", "digits_conditional"])
+def test_a_file_gives_back_the_network(name, tmp_path):
+    network = network_of(small(name))
+    assert_there_and_back(networks.write_file, network, tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("config", EXPORTED.values(), ids=EXPORTED)
 def test_a_folder_gives_back_the_network_and_without_our_record_what_is_computed(
     config, tmp_path
 ):
-    network, out = network_of(config), tmp_path / "out"
-    digest = diffusers_folder.write(out, network)
-    found = read(out)
-    same(found.params, network.params)
-    assert found.config == dataclasses.replace(config, name="out")
-    assert (found.about, found.sha256) == (ABOUT, digest)
+    network, out = network_of(config), tmp_path / "a"
+    assert_there_and_back(diffusers_folder.write, network, out)
     (out / diffusers_folder.RECORD).unlink()
     found = read(out)
     same(found.params, network.params)
@@ -197,21 +198,17 @@ def test_a_folder_that_was_there_stays_if_anything_fails(at, folder, monkeypatch
 
     def failing(real):
         def call(*args):
-            calls.append(real)
-            if len(calls) == at:
+            if next(calls) == at:
                 raise OSError(5, "Input/output error")
             return real(*args)
 
         return call
 
-    other = network_of(small(), seed=1)
-    before, calls = content(), []
+    other, before, calls = network_of(small(), seed=1), content(), itertools.count(1)
+    writing = failing(tensor_files.write_safetensors)
     with monkeypatch.context() as patch:
-        for owner, name in (
-            (tensor_files, "write_safetensors"),
-            (type(folder), "rename"),
-        ):
-            patch.setattr(owner, name, failing(getattr(owner, name)))
+        patch.setattr(tensor_files, "write_safetensors", writing)
+        patch.setattr(type(folder), "rename", failing(type(folder).rename))
         with pytest.raises(OSError, match="Input/output"):
             diffusers_folder.write(folder, other)
     assert content() == before
