@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from processes import QUICK_XLA
@@ -26,7 +25,6 @@ import small_run
 from jax._src.interpreters import mlir
 from jax._src.lib.mlir import ir
 
-from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.wiring import build, chains, learning
 
 jax.jit(lambda: 0)()  # now the flags have been read
@@ -52,6 +50,7 @@ LONGEST = (
     "test_train",
     "test_notebook",
     "test_parity",
+    "test_networks_live",
     "test_ablation",
     "test_edit",
     "test_sampling",
@@ -80,7 +79,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_disable_most_optimizations", True)
 
 
-def reused(make: Callable[[], object]) -> Callable[[], object]:
+def reused(make):
     """Makes contexts that serve ten programs each, as JAX 0.11 does by itself.
 
     To make one takes longer than to write down a small program. A program within
@@ -88,7 +87,7 @@ def reused(make: Callable[[], object]) -> Callable[[], object]:
     """
     local = threading.local()
 
-    def context() -> object:
+    def context():
         if ir.Context.current is not None:
             return make()
         local.used = getattr(local, "used", -1) + 1
@@ -103,10 +102,10 @@ if jax.__version_info__ < (0, 11):
     mlir.make_ir_context = reused(mlir.make_ir_context)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items):
     places = {name: place for place, name in enumerate(LONGEST)}
 
-    def place(item: pytest.Item) -> int:
+    def place(item):
         # What is compiled otherwise drops the programs of those before.
         last = len(places) + bool(item.get_closest_marker("optimised"))
         return places.get(item.path.stem, last)
@@ -114,26 +113,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish():
     # A million objects of modules need not be looked through, nor ever so often.
     gc.freeze()
     gc.set_threshold(20_000, 10, 10)
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure(config):
     # In the background of a script it is ignored, here and in all that tests start.
     with contextlib.suppress(ValueError):  # a worker on another thread
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("filterwarnings", "error:::diffusion_jax")
-    config.addinivalue_line(
-        "markers",
-        "optimised: programs of this file are compiled with all optimisations",
-    )
+    optimised = "optimised: programs of this file are compiled with all optimisations"
+    config.addinivalue_line("markers", optimised)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def full_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
+def full_compilation(request):
     """Compiles files marked `optimised` as users do.
 
     All others are compiled with few optimisations: compiling takes most of the time.
@@ -152,17 +149,17 @@ def full_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def shared_programs() -> Iterator[None]:
+def shared_programs():
     """Runs of one configuration share their programs."""
+    steps, draws = small_run.share_steps, small_run.share_draws
     with pytest.MonkeyPatch.context() as patch:
-        steps = small_run.share_steps(learning.make_step)
-        patch.setattr(learning, "make_step", steps)
-        patch.setattr(chains, "make_draw", small_run.share_draws(chains.make_draw))
+        patch.setattr(learning, "make_step", steps(learning.make_step))
+        patch.setattr(chains, "make_draw", draws(chains.make_draw))
         yield
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
+def trained(tmp_path_factory):
     """A small trained run of the digits, of the file's own; `small_run.SMALL`."""
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -171,13 +168,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
 
 
 @pytest.fixture
-def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_network(monkeypatch):
     """Makes programs of `small_run.Small`."""
     monkeypatch.setattr(build, "make_network", small_run.make_small)
 
 
 @pytest.fixture(autouse=True)
-def no_pile_of_programs() -> Iterator[None]:
+def no_pile_of_programs():
     """Drops what was compiled before it is too much: the disk still has it.
 
     Each program on CPU holds memory maps, of which Linux gives a process 65,530: beyond
@@ -192,25 +189,25 @@ def no_pile_of_programs() -> Iterator[None]:
 
 
 @pytest.fixture
-def x64() -> Iterator[None]:
+def x64():
     """The test runs in double precision."""
     with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture(params=["float32", "float64"])
-def precision(request: pytest.FixtureRequest) -> Iterator[str]:
+def precision(request):
     """The test runs twice, and bounds its errors by the precision it runs in."""
     with jax.enable_x64(request.param == "float64"):
         yield request.param
 
 
 @pytest.fixture
-def refuses() -> Callable[[str], contextlib.AbstractContextManager]:
+def refuses():
     """A block must raise ValueError: what must hold, what was got, what to do."""
 
     @contextlib.contextmanager
-    def context(got: str) -> Iterator[None]:
+    def context(got):
         with pytest.raises(ValueError) as caught:
             yield
         message = str(caught.value)

@@ -1,5 +1,8 @@
 """U-Nets and autoencoders of diffusers, opened and computed as ours."""
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import make_autoencoder_golden
@@ -45,8 +48,15 @@ def of_autoencoder(net, case, params, x):
     return (moments * c).sum() + (decoded * d).sum(), (moments, decoded)
 
 
-def computed(kind, net, names, case, params, *, slopes=True, jit=quick_jit):
-    """(outputs, gradient by images, gradients of tensors by their names)."""
+class Computed(NamedTuple):
+    outputs: tuple[np.ndarray, ...]
+    of_x: np.ndarray | None
+    """The gradient by the images."""
+    of_tensors: Mapping[str, np.ndarray]
+    """Those of tensors by their names in diffusers; none where there are no slopes."""
+
+
+def computed(kind, net, names, case, params, *, slopes):
     form = {"UNet2DModel": of_unet, "AutoencoderKL": of_autoencoder}[kind]
     x = GOLDENS[kind].inputs(case)[0]
 
@@ -54,7 +64,8 @@ def computed(kind, net, names, case, params, *, slopes=True, jit=quick_jit):
         return form(net, case, params, x)
 
     if not slopes:
-        return jax.tree.map(np.asarray, jit(run)(params, x)[1]), None, {}
-    (of_params, of_x), outputs = jit(jax.grad(run, (0, 1), has_aux=True))(params, x)
-    tensors = unet_names.to_tensors(of_params, names)
-    return *jax.tree.map(np.asarray, (outputs, of_x)), tensors
+        outputs = quick_jit(run)(params, x)[1]
+        return Computed(jax.tree.map(np.asarray, outputs), None, {})
+    derived = quick_jit(jax.grad(run, (0, 1), has_aux=True))(params, x)
+    (of_params, of_x), outputs = jax.tree.map(np.asarray, derived)
+    return Computed(outputs, of_x, unet_names.to_tensors(of_params, names))

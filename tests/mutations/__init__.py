@@ -10,22 +10,13 @@ machine, as changes do:
     +what stands there instead, if anything does
 """
 
-from collections.abc import Iterator
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
+
+Breakage = namedtuple("Breakage", "name file tests old new")
 
 
-class Breakage(NamedTuple):
-    """A text to be replaced in a file of the repository, and who should notice."""
-
-    name: str
-    file: str
-    tests: str
-    old: str
-    new: str
-
-
-def read(text: str) -> Iterator[Breakage]:
+def read(text):
     """Yields the breakages of a file."""
     for part in text.split("@@ ")[1:]:
         file, *lines = part.splitlines()
@@ -39,8 +30,5 @@ def read(text: str) -> Iterator[Breakage]:
             yield Breakage(name, file, tests, old, new)
 
 
-BREAKAGES = [
-    breakage
-    for path in sorted(Path(__file__).parent.glob("*.txt"))
-    for breakage in read(path.read_text())
-]
+FILES = sorted(Path(__file__).parent.glob("*.txt"))
+BREAKAGES = [breakage for path in FILES for breakage in read(path.read_text())]

@@ -40,15 +40,15 @@ def test_it_computes_what_diffusers_does(kind, name):
     drawn = {k: make_unet_golden.tensor(k, shape) for k, shape in shape_of.items()}
     params = unet_names.from_tensors(drawn, names, own, where="the file")
     slopes = name in GRADIENTS
-    found, of_x, gradients = computed(kind, net, names, case, params, slopes=slopes)
+    made = computed(kind, net, names, case, params, slopes=slopes)
     keys = ("output",) if kind == "UNet2DModel" else ("moments", "decoded")
-    for key, output in zip(keys, found, strict=True):
+    for key, output in zip(keys, made.outputs, strict=True):
         assert_near(f"{name}: {key}", output, there[key], 1e-4)
-    if of_x is not None and "gradient" in there:
-        off = np.linalg.norm(of_x - there["gradient"])
+    if slopes and "gradient" in there:
+        off = np.linalg.norm(made.of_x - there["gradient"])
         assert off < 1e-3 * np.linalg.norm(there["gradient"])
     figures = dict(zip(there["names"], there["figures"], strict=True))
-    for key, gradient in gradients.items():
+    for key, gradient in made.of_tensors.items():
         off = np.abs(make_unet_golden.figures(key, gradient) - figures[key]).max()
         # A softmax does not see what is added to all keys: that has no gradient.
         norm = figures[key.replace("to_k.bias", "to_q.bias")][0]

@@ -21,30 +21,28 @@ import numpy as np
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "inception.npz"
 
 
-def uniform(name, shape, salt=""):
+def uniform(name, shape):
     """Numbers in [-1, 1), the same for ever for a name: float32."""
-    digest = hashlib.sha256(f"{salt}{name}".encode()).digest()
+    digest = hashlib.sha256(name.encode()).digest()
     bits = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
     raw = bits.random_raw(int(np.prod(shape))) >> np.uint64(40)
     return (raw.astype(np.float32) * np.float32(2**-23) - 1).reshape(shape)
 
 
-def tensor(name, shape, salt=""):
+def tensor(name, shape):
     """A tensor of the random network, by PyTorch's name and layout."""
-    u = uniform(name, shape, salt)
+    u = uniform(name, shape)
     kind = name.rsplit(".", 1)[1]
     if len(shape) > 1:  # keeps the size of activations through the layers
         return u * np.float32(np.sqrt(6 / np.prod(shape[1:])))
     if kind == "running_var":
         return 1 + u * np.float32(0.8)
-    if kind == "weight":
-        return 1 + u * np.float32(0.5)
-    return u * np.float32(0.5)
+    return (kind == "weight") + u * np.float32(0.5)
 
 
-def images(shape=(2, 32, 32, 3), salt=""):
+def images(shape=(2, 32, 32, 3)):
     """Noise, darker from image to image: uint8, [B, H, W, C]."""
-    x = (uniform("images", shape, salt) + 1) * 127.99
+    x = (uniform("images", shape) + 1) * 127.99
     return (x / np.arange(1, shape[0] + 1).reshape(-1, 1, 1, 1)).astype(np.uint8)
 
 
@@ -71,16 +69,14 @@ def resize(x, side, *, half_pixel):
 
 def import_pytorch_fid():
     """pytorch_fid.inception; without torchvision's operators, which it does not use."""
-    sys.modules.setdefault(
-        "torchvision._meta_registrations",
-        types.ModuleType("torchvision._meta_registrations"),
-    )
+    name = "torchvision._meta_registrations"
+    sys.modules.setdefault(name, types.ModuleType(name))
     from pytorch_fid import inception
 
     return inception
 
 
-def network(salt=""):
+def network():
     """(pytorch-fid's network with random weights, as it is before it takes blocks)."""
     import torch
 
@@ -94,7 +90,7 @@ def network(salt=""):
     net.Mixed_7b = pi.FIDInceptionE_1(1280)
     net.Mixed_7c = pi.FIDInceptionE_2(2048)
     weights = {
-        name: torch.from_numpy(tensor(name, tuple(value.shape), salt))
+        name: torch.from_numpy(tensor(name, tuple(value.shape)))
         for name, value in net.state_dict().items()
         if not name.endswith("num_batches_tracked")
     }
@@ -108,37 +104,27 @@ def pool3(net, x, *, preprocess):
 
     pi = import_pytorch_fid()
     pi.fid_inception_v3 = lambda: net
-    model = pi.InceptionV3(
-        [3],
-        resize_input=preprocess,
-        normalize_input=preprocess,
-        use_fid_inception=True,
-    ).eval()
+    ways = {"resize_input": preprocess, "normalize_input": preprocess}
+    model = pi.InceptionV3([3], **ways, use_fid_inception=True).eval()
     x = np.ascontiguousarray(np.asarray(x, np.float32).transpose(0, 3, 1, 2))
     with torch.no_grad():
         return model(torch.from_numpy(x))[0][:, :, 0, 0].numpy()
 
 
-def outputs(net, x):
-    """What the golden file says of uint8 images, by name."""
+def main():
+    net, x = network(), images()
     scaled = (resize(x, 299, half_pixel=False) - 128) / 128
     tensorflow = pool3(net, scaled, preprocess=False)
-    return {
+    made = {
         "pytorch_fid": pool3(net, x.astype(np.float32) / 255, preprocess=True),
         "tensorflow": tensorflow,
         "logits": tensorflow @ net.fc.weight.detach().numpy().T,
     }
-
-
-def main():
-    net = network()
     tensors = [
         f"{name} {','.join(map(str, value.shape))}"
         for name, value in net.state_dict().items()
         if not name.endswith("num_batches_tracked")
     ]
-    made = outputs(net, images())
-    GOLDEN.parent.mkdir(exist_ok=True)
     np.savez_compressed(GOLDEN, tensors=np.array(tensors), **made)
     for name, value in made.items():
         print(name, value.shape, f"mean {value.mean():.3g} deviation {value.std():.3g}")

@@ -3,18 +3,16 @@
     python tests/peers/make_scheduler_golden.py
 
 Made with torch 2.13.0+cpu, diffusers 0.42.1, numpy 2.4.6 and jax 0.10.2, from which
-only the noise comes. Nothing of diffusion_jax is used, and no weights: the network is a
-formula, `network`, which knows alpha and sigma of its time, so that the paths stay
-bounded. Paths are the same whether it predicts eps or x0.
+only the noise comes. There are no weights: the network is a formula, `network`, which
+knows alpha and sigma of its time, so that the paths stay bounded.
 
 Times are ours, 0 is data: diffusers' timestep is one less, its previous timestep -1 and
 its last sigma of 0 are t = 0. Example b has the key fold_in(key(0), b); fold 0 of that
 draws its start, fold i + 1 the noise of step i.
 
-The file holds of each case x before every step and at the end, [steps + 1, B, H, W, C]
-in float32, and the versions it was made with. diffusers keeps alpha_bar in float32,
-which moves paths by up to 2e-4 where t is small. Here that table has been replaced by
-one in float64, so that all that is left to differ is the rules.
+The file holds of each case x before every step and at the end, [steps + 1, B, H, W, C].
+diffusers keeps alpha_bar in float32, which moves paths by up to 2e-4 where t is small.
+Here it is in float64, so that all that is left to differ is the rules.
 """
 
 import contextlib
@@ -38,14 +36,11 @@ SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 
 
 class Case(NamedTuple):
-    """One path of one scheduler."""
+    """One path of a class of diffusers, by our times, [steps + 1]."""
 
     scheduler: str
-    """The class in diffusers."""
     grid: np.ndarray
-    """Our times, [steps + 1]."""
     options: Mapping = NONE
-    """Of the constructor."""
     schedule: str = "linear"
     step: Mapping = NONE
     """Options of step()."""
@@ -77,22 +72,16 @@ FREE = {"clip_sample": False}
 LAST = {"timestep_spacing": "trailing"}
 SMALL, LARGE = ({"variance_type": f"fixed_{name}"} for name in ("small", "large"))
 # Else diffusers' sample_max_value of 1 would make it a clip to [-1, 1].
-THRESHOLD = {
-    "thresholding": True,
-    "dynamic_thresholding_ratio": 0.9,
-    "sample_max_value": 100.0,
-}
+THRESHOLD = {"thresholding": True, "dynamic_thresholding_ratio": 0.9}
+THRESHOLD |= {"sample_max_value": 100.0}
 # Only the step to sigma = 0 is of the first order.
 HIGH = {"lower_order_final": False, "euler_at_final": False}
 SECOND = {**HIGH, "solver_order": 2}
 SDE = {**SECOND, "algorithm_type": "sde-dpmsolver++"}
 # Not "midpoint": in its second step ours integrates the line through two outputs.
 THIRD = {**HIGH, "solver_order": 3, "solver_type": "heun"}
-TO_ONE = {
-    "solver_order": 3,
-    "lower_order_final": False,
-    "final_sigmas_type": "sigma_min",
-}
+TO_ONE = {"solver_order": 3, "lower_order_final": False}
+TO_ONE |= {"final_sigmas_type": "sigma_min"}
 
 DDPM, DDIM = "DDPMScheduler", "DDIMScheduler"
 MULTISTEP, SINGLESTEP = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
@@ -278,15 +267,10 @@ def heun_step(peer, case, ask, x, i, t, s):
 def noise_of(peer, drawn):
     """What diffusers draws in this block is `drawn`."""
     module = importlib.import_module(type(peer).__module__)
-    if not hasattr(module, "randn_tensor"):  # UniPC
-        yield
-        return
-    kept = module.randn_tensor
+    kept = getattr(module, "randn_tensor", None)  # of UniPC there is none
     module.randn_tensor = lambda *_, dtype, **__: drawn.to(dtype)
-    try:
-        yield
-    finally:
-        module.randn_tensor = kept
+    yield
+    module.randn_tensor = kept
 
 
 def channels_first(x):
@@ -295,21 +279,13 @@ def channels_first(x):
     return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
 
 
-def versions():
-    return [
-        f"{name} {importlib.metadata.version(name)}"
-        for name in ("diffusers", "torch", "numpy", "jax")
-    ]
-
-
-def main():
-    made = {}
-    for name, case in CASES.items():
-        path = walk(case)
-        print(f"{name:22} x up to {np.abs(path).max():.2f}")
-        made[name] = path.astype(np.float32)
-    np.savez_compressed(GOLDEN, versions=np.array(versions()), **made)
+def write(path, made):
+    """Writes a file of arrays, with the versions it was made with."""
+    names = ("diffusers", "torch", "numpy", "jax")
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in names]
+    np.savez_compressed(path, versions=np.array(versions), **made)
+    print(f"{path.stat().st_size} bytes")
 
 
 if __name__ == "__main__":
-    main()
+    write(GOLDEN, {name: walk(case).astype("f4") for name, case in CASES.items()})

@@ -3,9 +3,9 @@
     python tests/peers/make_unet_golden.py
 
 Made with torch 2.13.0+cpu, diffusers 0.42.1 and numpy 2.4.6, in float64 but for the
-time embedding, which diffusers has in float32; of diffusion_jax comes nothing. There
-are no weights in the file: they are numbers drawn from the name of each tensor, by a
-generator whose bits never change, so that tests draw the same ones without PyTorch.
+time embedding, which diffusers has in float32. There are no weights in the file: they
+are numbers drawn from the name of each tensor, by a generator whose bits never change,
+so that tests draw the same ones without PyTorch.
 
 The file holds of each case the names and shapes of all tensors as diffusers has them,
 the output, and of sum(output * c), c drawn as the weights are, the gradient: with
@@ -13,7 +13,7 @@ respect to the images all of it, with respect to each tensor its norm and its in
 products with DIRECTIONS drawn vectors of numbers of variance 1. Images are
 [B, H, W, C]. The case "256" has all six levels of the networks of 256 pixels a side,
 at 64 pixels, 1/16 of their width and one block a level; the rest of them is left to
-test_unets_live.py.
+test_networks_live.py.
 """
 
 import types
@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 from make_inception_golden import uniform
-from make_scheduler_golden import channels_first, versions
+from make_scheduler_golden import channels_first, write
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "diffusers_unets.npz"
 DIRECTIONS = 3
@@ -41,26 +41,27 @@ OFFICIAL = types.MappingProxyType(
 
 
 class Case(NamedTuple):
-    """One shape of the network."""
+    """One shape of the network: keyword arguments of UNet2DModel, and images."""
 
     config: Mapping
-    """Keyword arguments of UNet2DModel."""
     batch: int = 2
 
 
-def config(size, widths, attention, *, groups=4, blocks=1, constants=OFFICIAL, **rest):
-    """Keyword arguments of UNet2DModel, with attention at some levels."""
+def levels(widths, attention, *, groups, blocks, down="", up=""):
+    """Keyword arguments of both networks, with attention at some levels."""
     kinds = ["Attn" if i in attention else "" for i in range(len(widths))]
     return {
-        "sample_size": size,
         "block_out_channels": widths,
-        "down_block_types": tuple(f"{kind}DownBlock2D" for kind in kinds),
-        "up_block_types": tuple(f"{kind}UpBlock2D" for kind in kinds[::-1]),
+        "down_block_types": tuple(f"{kind}Down{down}Block2D" for kind in kinds),
+        "up_block_types": tuple(f"{kind}Up{up}Block2D" for kind in kinds[::-1]),
         "layers_per_block": blocks,
         "norm_num_groups": groups,
-        **constants,
-        **rest,
     }
+
+
+def config(size, widths, attention, *, groups=4, blocks=1, constants=OFFICIAL, **rest):
+    made = levels(widths, attention, groups=groups, blocks=blocks)
+    return {"sample_size": size, **made, **constants, **rest}
 
 
 GREY = {"in_channels": 1, "out_channels": 1}
@@ -92,13 +93,12 @@ def normalized(name, shape):
 
 def tensor(name, shape):
     """A tensor of the random network, by diffusers' name and layout."""
-    kind = name.rsplit(".", 1)[1]
     if name == "class_embedding.weight":
         return normalized(name, shape)
     if len(shape) > 1:  # keeps the size of activations through the layers
         return normalized(name, shape) / np.float32(np.sqrt(np.prod(shape[1:])))
     u = uniform(name, shape) * np.float32(0.5)
-    return 1 + u if kind == "weight" else u
+    return 1 + u if name.endswith(".weight") else u
 
 
 def inputs(case):
@@ -126,10 +126,9 @@ def figures(name, gradient):
 
 
 def network(case):
-    """diffusers' network with the weights that we draw."""
     import diffusers
 
-    return drawn(diffusers.UNet2DModel(**case.config))
+    return diffusers.UNet2DModel(**case.config)
 
 
 def drawn(module, prefix=""):
@@ -152,38 +151,44 @@ def run(net, case):
     x = channels_first(x).to(net.dtype).requires_grad_()
     label = None if label is None else torch.from_numpy(label)
     output = net(x, torch.from_numpy(t), class_labels=label).sample
-    c = channels_first(weighting(case)).to(net.dtype)
-    named = dict(net.named_parameters())
-    of_x, *rest = torch.autograd.grad((output * c).sum(), [x, *named.values()])
-    gradients = {name: grad.numpy() for name, grad in zip(named, rest, strict=True)}
+    (of_x,), gradients = slopes(net, [x], (output, weighting(case)))
     return channels_last(output), channels_last(of_x), gradients
 
 
-def measured(case):
-    """What the file holds of a case, by the last word of its key."""
-    net = network(case).double()
-    output, of_x, gradients = run(net, case)
-    shapes = [" ".join(map(str, each.shape)) for each in gradients.values()]
-    return {
-        "names": np.array(list(gradients)),
-        "shapes": np.array(shapes),
-        "output": output.astype(np.float32),
-        "gradient": of_x.astype(np.float32),
-        "figures": np.stack([figures(*pair) for pair in gradients.items()]),
-    }
+def slopes(net, others, *pairs):
+    """Gradients of sum(output * c) with respect to others, and to named tensors."""
+    import torch
+
+    named = dict(net.named_parameters())
+    loss = sum((output * channels_first(c).to(net.dtype)).sum() for output, c in pairs)
+    found = torch.autograd.grad(loss, [*others, *named.values()])
+    rest = [each.numpy() for each in found[len(others) :]]
+    return found[: len(others)], dict(zip(named, rest, strict=True))
+
+
+def measured(keys, run, network, cases):
+    """What a file holds of each case, its outputs by the last words of their keys."""
+    made = {}
+    for name, case in cases.items():
+        *outputs, gradients = run(drawn(network(case)).double(), case)
+        print(f"{name:20} output up to {np.abs(outputs[0]).max():.2f}")
+        found = {k: a.astype(np.float32) for k, a in zip(keys, outputs, strict=True)}
+        shapes = [" ".join(map(str, each.shape)) for each in gradients.values()]
+        found |= {"names": np.array(list(gradients)), "shapes": np.array(shapes)}
+        found["figures"] = np.stack([figures(*pair) for pair in gradients.items()])
+        made |= {f"{name}: {key}": value for key, value in found.items()}
+    return made
 
 
 def pieces():
     """Outputs of GroupNorm with both."""
-    import torch
     from diffusers.models.resnet import ResnetBlock2D
 
     x, made = TINY * channels_first(normalized("x", PIECE)).double(), {}
     shape = {"in_channels": PIECE[-1], "temb_channels": 4, "groups": 4}
     for variant, epsilon in EPSILONS.items():
         norm = drawn(ResnetBlock2D(**shape, eps=epsilon).norm1, "norm.")
-        with torch.no_grad():
-            made[f"norm: {variant}"] = channels_last(norm.double()(x))
+        made[f"norm: {variant}"] = channels_last(norm.double()(x))
     return made
 
 
@@ -191,15 +196,6 @@ def channels_last(x):
     return x.detach().numpy().transpose(0, 2, 3, 1)
 
 
-def main():
-    made = {"versions": np.array(versions()), **pieces()}
-    for name, case in CASES.items():
-        found = measured(case)
-        print(f"{name:20} output up to {np.abs(found['output']).max():.2f}")
-        made |= {f"{name}: {key}": value for key, value in found.items()}
-    np.savez_compressed(GOLDEN, **made)
-    print(f"{GOLDEN.stat().st_size} bytes")
-
-
 if __name__ == "__main__":
-    main()
+    made = measured(("output", "gradient"), run, network, CASES)
+    write(GOLDEN, {**pieces(), **made})

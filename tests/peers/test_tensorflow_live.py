@@ -22,6 +22,9 @@ STEP = 790_000
 OWN = unet_names.shapes(TWO_LEVELS, 3, image_size=16)
 
 
+PARAMS = parameters(TWO_LEVELS, normal(1, 16, 16, 3), np.zeros(1, np.float32))
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """Its prefix, with the values that averages and last weights had in training.
@@ -30,49 +33,39 @@ def checkpoint(tmp_path_factory):
     own doing: one step of both is made.
     """
     prefix = tmp_path_factory.mktemp("tf") / f"model.ckpt-{STEP}"
-    params = parameters(TWO_LEVELS, normal(1, 16, 16, 3), np.zeros(1, np.float32))
     names = unet_names.official_names(OWN, average=False)
     with tensorflow.Graph().as_default(), v1.Session() as session:
         variables = {
             name: v1.get_variable(name, initializer=value, use_resource=False)
-            for name, value in unet_names.to_tensors(params, names).items()
+            for name, value in unet_names.to_tensors(PARAMS, names).items()
         }
-        step = v1.train.create_global_step()
-        loss = tensorflow.add_n(
-            [tensorflow.reduce_sum(v**2) for v in variables.values()]
-        )
-        optimizer = v1.train.AdamOptimizer(0.1)
-        update = optimizer.minimize(loss, var_list=list(variables.values()))
+        each, step = list(variables.values()), v1.train.create_global_step()
+        loss = tensorflow.add_n([tensorflow.reduce_sum(v**2) for v in each])
+        update = v1.train.AdamOptimizer(0.1).minimize(loss, var_list=each)
         average = v1.train.ExponentialMovingAverage(0.5)
         with v1.control_dependencies([update]):
-            track = average.apply(list(variables.values()))
+            track = average.apply(each)
         # An average begins as what it is of, which by then has to be something.
-        session.run(v1.variables_initializer(list(variables.values())))
+        session.run(v1.variables_initializer(each))
         session.run(v1.global_variables_initializer())
         session.run(v1.assign(step, STEP))
         session.run(track)
         v1.train.Saver().save(session, str(prefix))
         kept = {name: average.average(v) for name, v in variables.items()}
-        values = session.run({True: kept, False: variables})
-    return prefix, values
-
-
-def read(path, average):
-    found = tensor_files.read(path, progress=True)
-    params = unet_names.from_tensors(
-        found.arrays,
-        unet_names.official_names(OWN, average=average),
-        OWN,
-        where=str(path),
-        ignore=unet_names.official_others(OWN),
-    )
-    return found, params
+        return prefix, session.run({True: kept, False: variables})
 
 
 @pytest.mark.parametrize("average", [True, False])
 def test_weights_come_in_to_the_bit(checkpoint, average):
     prefix, values = checkpoint
-    found, params = read(prefix, average)
+    found = tensor_files.read(prefix, progress=True)
+    params = unet_names.from_tensors(
+        found.arrays,
+        unet_names.official_names(OWN, average=average),
+        OWN,
+        where=str(prefix),
+        ignore=unet_names.official_others(OWN),
+    )
     names = unet_names.official_names(OWN, average=False)
     back = unet_names.to_tensors(params, names)
     assert back.keys() == values[average].keys()
@@ -83,9 +76,7 @@ def test_weights_come_in_to_the_bit(checkpoint, average):
     assert found.arrays["global_step"] == STEP
     # Weights, their averages, two moments each; the step and the powers of the decays.
     assert len(found.arrays) == 4 * len(OWN) + 3
-    assert jax.tree.structure(params) == jax.tree.structure(
-        parameters(TWO_LEVELS, normal(1, 16, 16, 3), np.zeros(1, np.float32))
-    )
+    assert jax.tree.structure(params) == jax.tree.structure(PARAMS)
 
 
 def test_each_of_its_names_will_do(checkpoint):
@@ -146,11 +137,6 @@ def test_tensorflow_says_nothing_and_leaves_accelerators(checkpoint):
         "assert not tensorflow.config.get_visible_devices('GPU')"
     )
     quiet = {k: v for k, v in os.environ.items() if not k.startswith("TF_")}
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(checkpoint[0])],
-        env=quiet,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert (done.stdout, done.stderr) == ("", "")
+    command = [sys.executable, "-c", program, str(checkpoint[0])]
+    done = subprocess.run(command, env=quiet, capture_output=True, check=True)
+    assert (done.stdout, done.stderr) == (b"", b"")
