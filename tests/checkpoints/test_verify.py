@@ -84,9 +84,12 @@ def outcome(path):
 
 def test_no_flipped_bit_comes_back(folder):
     draw, seen, inside = random.Random(0), {}, files(folder / "2")
+    size = sum(file.stat().st_size for file in inside)
     for file in inside:
         content = file.read_bytes()
-        for _ in range(FLIPS // len(inside) if content else 0):
+        # Half by size, half by file, lest the small ones be left out.
+        share = (len(content) / size + 1 / len(inside)) / 2
+        for _ in range(round(FLIPS * share) if content else 0):
             bad = bytearray(content)
             bad[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
             file.write_bytes(bad)
@@ -96,7 +99,7 @@ def test_no_flipped_bit_comes_back(folder):
     assert outcome(folder) == 2
     # A manifest vouches for itself; data files for nothing.
     assert set(seen[".json"]) == {1}
-    assert seen["d"].count(1) > 10
+    assert seen["d"].count(1) > 5
     # Nor is a number of the manifest believed that no leaf depends on.
     path = manifest_of(folder)
     path.write_text(path.read_text().replace('"loss": 2', '"loss": 3'))

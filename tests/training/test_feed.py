@@ -9,15 +9,16 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from test_parallel import TINY
 
 from diffusion_jax import errors
 from diffusion_jax.data import datasets
 from diffusion_jax.data.image_files import LazyImages
 from diffusion_jax.lab.schema import config
 from diffusion_jax.lab.training import beginning
-from diffusion_jax.training import averages, compilation, feed, parallel, state
+from diffusion_jax.lab.wiring import learning
+from diffusion_jax.training import compilation, feed, parallel
 
 # Bits are compared: the programs are those of users.
 pytestmark = pytest.mark.optimised
@@ -55,31 +56,13 @@ def compiled(step, fed, mesh, strategy="mesh"):
     return parallel.data_parallel(step, mesh, strategy=strategy, stored=fed.stored)
 
 
-def convolution(params, batch, key):
-    """The loss of the smallest network that has a convolution, a norm and labels."""
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["position"])
-    x = batch["image"].astype(jnp.float32) / 127.5 - 1
-    noisy = 0.8 * x + 0.6 * jax.vmap(lambda k: jax.random.normal(k, (8, 8, 1)))(keys)
-    h = jax.lax.conv_general_dilated(
-        noisy, params["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    h = h + params["label"][batch["label"]][:, None, None]
-    h = jax.nn.silu(h * jax.lax.rsqrt((h**2).mean((1, 2), keepdims=True) + 1e-6))
-    return ((h.mean(-1, keepdims=True) - x) ** 2).mean()
-
-
+@pytest.mark.usefixtures("small_network")
 def test_states_and_metrics_with_grain_are_bitwise_the_same_from_every_source():
     def four_steps(source):
-        fed, mesh = make(source, 8)
+        fed, mesh = make(source, 8, labels=False)
         assert fed.source == source
-        optimizer, rng = optax.adam(1e-2), np.random.default_rng(1)
-        means = [averages.exponential(0.9)]
-        step = state.make_step(convolution, optimizer, averages=means)
-        step = compiled(step, fed, mesh)
-        params = {"w": rng.normal(size=(3, 3, 1, 8)), "label": rng.normal(size=(10, 8))}
-        params = jax.tree.map(jnp.float32, params)
-        now = state.init(jax.random.key(0), params, optimizer)
-        now, seen = jax.device_put(now, parallel.replicated(mesh)), []
+        step = learning.make_step(TINY, mesh, fed.stored)
+        now, seen = learning.as_trained(TINY, learning.init_state(TINY), mesh), []
         for batch in fed.batches(1, 5):
             now, metrics = step(now, batch)
             seen.append(metrics)
