@@ -29,8 +29,8 @@ WRITERS = (
 @pytest.mark.parametrize("write", WRITERS)
 def test_what_cannot_be_written_leaves_what_was_there(write, tmp_path):
     path = tmp_path / "file"
-    path.write_text("".join(f'{{"step": {n}}}\n' for n in range(500)))
-    before = path.read_bytes()
+    before = b"".join(b'{"step": %d}\n' % n for n in range(500))
+    path.write_bytes(before)
     with no_file_beyond(1000), pytest.raises(OSError, match="large") as caught:
         write(path)
     assert str(caught.value.filename).startswith(str(tmp_path))
@@ -60,8 +60,8 @@ def test_what_a_run_needs_is_on_the_disk_before_it_has_its_name(
 def test_lines_are_synced_when_asked_for(tmp_path, monkeypatch):
     run, synced = runs.Run(tmp_path), []
     monkeypatch.setattr(os, "fsync", synced.append)
-    for path in (run.metrics, run.speed):
-        runs.append_line(path, {"step": 1})
+    runs.append_line(run.metrics, {"step": 1})
+    runs.append_line(run.speed, {"step": 1})
     assert synced == []
     runs.to_disk(run)
     assert len(synced) == 2
@@ -100,16 +100,13 @@ OTHERS = (
 
 def test_a_result_is_taken_from_a_file_that_the_same_has_made(tmp_path):
     path, about = tmp_path / "a.json", {"seed": 1, "rule": ("ddim", 0.5)}
-
-    def recalled():
-        return runs.recalled(path, about, lambda table: sum(table))
-
-    assert recalled() is None
     runs.write_json(path, {**about, "table": [3, 4]})
-    assert recalled() == 7
+    assert runs.recalled(path, about, lambda table: sum(table)) == 7
     for text in OTHERS:
         path.write_text(text)
-        assert recalled() is None, text
+        assert runs.recalled(path, about, lambda table: sum(table)) is None, text
+    path.unlink()
+    assert runs.recalled(path, about, dict) is None
 
 
 def test_what_a_killed_process_began_to_write_is_removed(tmp_path):
@@ -133,9 +130,7 @@ def test_room_is_asked_for_before_and_little_is_said(tmp_path, monkeypatch, caps
         runs.check_room(runs.Run(tmp_path), state, there, 3)
         return capsys.readouterr().err
 
-    with pytest.raises(
-        ConfigError, match=f"{tmp_path}: its disk has no room .*, 0.00 MiB"
-    ):
+    with pytest.raises(ConfigError, match=f"{tmp_path}: its disk has no room"):
         check(4003)
     assert "has room for 1 checkpoint of 0.00 MiB more; train.keep = 3" in check(4004)
     assert check(4004, there=4) == ""  # it takes the place of one that goes
