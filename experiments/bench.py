@@ -19,7 +19,7 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.process import entry, progress, replaceable
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import checks, config
-from diffusion_jax.lab.schema.facts import Count, Positive
+from diffusion_jax.lab.schema.facts import Count
 from diffusion_jax.lab.speed import measuring, peer, tables
 from diffusion_jax.lab.training import arguments
 from diffusion_jax.training import parallel
@@ -31,7 +31,7 @@ class Options:
     """What to measure, and how."""
 
     MAIN: ClassVar = (
-        "what batch_sizes steps repeats scaling peer table minutes out "
+        "what batch_sizes steps repeats scaling peer table out "
         "overwrite data.image_size net.channels net.multipliers net.dtype "
         "train.parallel train.devices train.fsdp sample.sampler sample.steps"
     )
@@ -52,11 +52,7 @@ class Options:
     install .[peers]), and print how much faster this is."""
     table: bool = False
     """Whether to make the table of docs/performance.md, on one device: training, also
-    with the arithmetic of the authors' code, chains, and options of the compiler."""
-    minutes: Positive = 8.0
-    """How long a table may take: what there is no time for is named."""
-    candidates: tuple[str, ...] = tables.CANDIDATES
-    """Options of the compiler that a table tries one by one, each NAME=VALUE."""
+    with the arithmetic of the authors' code, and chains."""
     out: Path | None = None
     """JSON file to write, after every row; of a table also one of Markdown."""
     overwrite: bool = False
@@ -90,7 +86,6 @@ def main(argv: Sequence[str]) -> int:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": runs.versions(),
         "rows": [],
-        "left_out": [],
     }
 
     def save() -> None:
@@ -101,8 +96,9 @@ def main(argv: Sequence[str]) -> int:
             options.out.with_suffix(".md").write_text(tables.markdown(report))
 
     save()  # which may fail, and had better do so now
-    minutes = options.minutes if options.table else math.inf
-    tables.within(minutes, pieces(options, mesh, report), report, save)
+    for work in pieces(options, mesh, report):
+        work()
+        save()
     print(tables.markdown(report), end="")
     if options.out is not None:
         print(f"written: {options.out}")
@@ -148,32 +144,25 @@ def check_table(options: Options) -> None:
             f"what {' '.join(options.what)} and scaling {options.scaling}. Measure "
             "them without --table."
         )
-    if options.config.train.parallel == "pmap":
-        raise ConfigError(
-            "train.parallel must be mesh or shard_map for a table: pmap takes no "
-            "options of the compiler; got pmap. Change it with --train.parallel mesh."
-        )
     if options.out is not None and options.out.suffix == ".md":
         raise ConfigError(
             "out must be a file of JSON, beside which a table writes one of Markdown; "
             f"got {options.out}. Let it end in .json."
         )
-    for candidate in options.candidates:
-        tables.told(candidate)
     for work in tables.of_readme(options.config, options.sizes):
         checks.validate(config.replace(work.config, "train", batch_size=work.batch))
 
 
 def pieces(
     options: Options, mesh: Any, report: dict[str, Any]
-) -> list[tuple[str, Callable[[], None]]]:
-    """Returns what is to be measured in turn, by name; each adds to the report."""
+) -> list[Callable[[], None]]:
+    """Returns what is to be measured in turn; each adds to the report."""
     chosen, sizes, rows = options.config, options.sizes, report["rows"]
     effort = measuring.Effort(options.steps, options.repeats)
     tops = report["ceilings_tflops"]
     if options.table:
         works = tables.of_readme(chosen, sizes)
-        more = tables.options_of_compiler(works[0], options.candidates)
+        more = []
     else:
         works = tables.plain(chosen, options.what, sizes)
         more = tables.scaling(chosen, sizes, mesh.size) if options.scaling else []
@@ -200,14 +189,12 @@ def pieces(
             row["peer"] = found
             print(f"  {work.name}, by PyTorch: {tables.in_words(found)}", flush=True)
 
-    todo: list[tuple[str, Callable[[], None]]]
-    todo = [(work.name, partial(own, work)) for work in works]
-    if options.peer:
-        todo += [
-            (f"{work.name}, by PyTorch", partial(by_peer, work, number))
-            for number, work in enumerate(works)
-        ]
-    return todo + [(work.name, partial(own, work)) for work in more]
+    by_others = enumerate(works) if options.peer else ()
+    return [
+        *(partial(own, work) for work in works),
+        *(partial(by_peer, work, number) for number, work in by_others),
+        *(partial(own, work) for work in more),
+    ]
 
 
 if __name__ == "__main__":

@@ -57,15 +57,7 @@ def test_a_row_for_each_batch_size(tmp_path, capsys):
         (["digits", "--batch-sizes", "0"], "batch_sizes must be one or more whole"),
         (["--table", "--scaling"], "what and scaling must be left out of a table"),
         (["--table", "--what", "train"], "must be left out.*got what train and"),
-        (
-            ["--table", "--candidates", "fast"],
-            "must be none or xla_name=value; got 'fa",
-        ),
         (["--table", "--out", "table.md"], "out must be a file of JSON.*got table.md"),
-        (
-            ["--table", "--train.parallel", "pmap"],
-            "must be mesh or shard_map.*got pmap",
-        ),
         # The authors' arithmetic takes a batch in eight parts.
         (["--table", "--batch-sizes", "12"], "batch_size must be a multiple of 8; got"),
     ],

@@ -97,9 +97,7 @@ def share_steps(make: Callable[..., Any]) -> Callable[..., Any]:
     made: dict[Any, Any] = {}
 
     @functools.wraps(make)
-    def step(chosen: Config, mesh: Any, stored: Any = None, options: Any = None) -> Any:
-        if options:
-            return make(chosen, mesh, stored, options)
+    def step(chosen: Config, mesh: Any, stored: Any = None) -> Any:
         shapes = str(jax.tree.map(lambda x: (x.shape, x.dtype), stored))
         alike = _alike(chosen, sample=config.Sample())
         made_of = build.make_network, learning.make_loss, learning.make_optimizer

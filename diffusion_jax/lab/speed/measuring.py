@@ -16,10 +16,10 @@ import numpy as np
 from diffusion_jax.data import datasets
 from diffusion_jax.lab.schema import config
 from diffusion_jax.lab.speed import arithmetic
-from diffusion_jax.lab.speed.tables import Work, told
+from diffusion_jax.lab.speed.tables import Work
 from diffusion_jax.lab.training import beginning
 from diffusion_jax.lab.wiring import build, chains, learning
-from diffusion_jax.training import compilation, feed, flat, parallel
+from diffusion_jax.training import feed, flat, parallel
 
 STORED = 2048
 """Images that the input is gathered from: enough that none is in a cache."""
@@ -78,8 +78,7 @@ def train(work: Work, mesh: Any, effort: Effort, *, fresh: bool) -> dict[str, An
     images = rng.integers(0, 256, shape, dtype=np.uint8)
     labels = np.arange(len(images)) % max(classes, 1)
     dataset = datasets.Dataset(images, labels, "random")
-    options = compilation.options(mesh.devices.flat[0]) | told(work.option)
-    step = learning.make_step(chosen, mesh, options=options)
+    step = learning.make_step(chosen, mesh)
     batch = parallel.shard(feed.batch_at(dataset, bool(classes), 0, size, 0), mesh)
     held, losses = [beginning.first_state(chosen, mesh)], []
 

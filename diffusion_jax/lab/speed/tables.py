@@ -1,7 +1,6 @@
 """Plans what `experiments.bench` measures, and writes its table."""
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -10,27 +9,9 @@ import jax
 from diffusion_jax.errors import ConfigError
 from diffusion_jax.lab.schema import config, sampling
 from diffusion_jax.lab.schema.config import Config
-from diffusion_jax.training import compilation
 
 SIZES = (128, 512)
 """Batch sizes of the table in docs/performance.md, where none are given."""
-NONE = "none"
-# Of XLA for GPUs. The first row is training once more: what the two differ by is noise.
-# The next three gained nothing on these networks (docs/performance.md), the others have
-# not been tried; the last may take minutes to compile.
-CANDIDATES = (
-    NONE,
-    "xla_gpu_experimental_enable_conv_fusion=true",
-    "xla_gpu_experimental_enable_fusion_autotuner=true",
-    "xla_gpu_experimental_enable_fusion_block_level_rewriter=true",
-    "xla_gpu_unsupported_enable_triton_multi_output_fusion=true",
-    "xla_gpu_use_runtime_fusion=true",
-    "xla_gpu_cudnn_gemm_fusion_level=2",
-    "xla_gpu_triton_gemm_any=true",
-    "xla_gpu_enable_triton_hopper=true",
-    "xla_gpu_command_buffer_scheduling_mode=CONCURRENT",
-    "xla_gpu_experimental_enable_triton_heroless_priority_fusion=true",
-)
 AUTHORS, CONFIGURED = "the authors' arithmetic", "as configured"
 
 
@@ -44,8 +25,6 @@ class Work(NamedTuple):
     batch: int
     devices: int | None = None
     """How many to use; all when None."""
-    option: str = NONE
-    """Of the compiler, beside those of the platform; see `told`."""
     base: str = ""
     """Name of the row that it is compared with."""
 
@@ -76,14 +55,6 @@ def of_readme(chosen: Config, sizes: tuple[int, ...]) -> list[Work]:
         drawn = sampling.override(drawn, sampling.Sampling(sampler="ddim"))
     short = dataclasses.replace(chosen, sample=drawn)
     return [*rows, Work(form, short, "sample", sizes[-1])]
-
-
-def options_of_compiler(usual: Work, candidates: Iterable[str]) -> list[Work]:
-    """Returns the row again with each option, one by one."""
-    return [
-        usual._replace(form=f"`{one}`", option=one, base=usual.name)
-        for one in candidates
-    ]
 
 
 def scaling(chosen: Config, sizes: Iterable[int], found: int) -> list[Work]:
@@ -129,53 +100,13 @@ def check_scaling(batch_size: int, found: int) -> None:
         )
 
 
-def told(candidate: str) -> compilation.Options:
-    """Returns an option of the compiler as JAX takes it, from NAME=VALUE or "none".
-
-    >>> told("xla_gpu_triton_gemm_any=true"), told("xla_gpu_cudnn_gemm_fusion_level=2")
-    ({'xla_gpu_triton_gemm_any': True}, {'xla_gpu_cudnn_gemm_fusion_level': '2'})
-    """
-    if candidate == NONE:
-        return {}
-    name, equals, value = candidate.partition("=")
-    if not (name.startswith("xla_") and equals and value):
-        raise ConfigError(
-            f"candidates must be {NONE} or xla_name=value; got {candidate!r}. Write "
-            "it as in XLA_FLAGS, without the dashes."
-        )
-    return {name: {"true": True, "false": False}.get(value, value)}
-
-
-def within(
-    minutes: float,
-    pieces: Iterable[tuple[str, Callable[[], None]]],
-    report: dict[str, Any],
-    save: Callable[[], None],
-) -> None:
-    """Does pieces of work while there is time, and saves the report after each.
-
-    A piece is begun if there is time for it to take as long as the one before; the
-    names of the others are added to the report.
-    """
-    ends, last = time.perf_counter() + 60 * minutes, 0.0
-    for name, work in pieces:
-        began = time.perf_counter()
-        if began + last > ends:
-            report["left_out"].append(name)
-        else:
-            work()
-            last = time.perf_counter() - began
-        save()
-
-
 def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Returns the result of work, or {"error": its first line} where it fails."""
     try:
         return work()
     except RuntimeError as error:  # of XLA or of PyTorch, as when memory is short
         said = str(error).strip() or type(error).__name__
-        unknown = "No such compile option" in said
-        return {"error": "not known to this jaxlib" if unknown else said.split("\n")[0]}
+        return {"error": said.split("\n")[0]}
 
 
 def row(
@@ -224,8 +155,6 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [columns, ["---"] * len(columns)]
     lines += [[row[name] for name in columns] for row in rows]
     parts += ["| " + " | ".join(line) + " |" for line in lines]
-    if report["left_out"]:
-        parts += ["", f"Not tried, for want of time: {'; '.join(report['left_out'])}."]
     return "\n".join(parts) + "\n"
 
 

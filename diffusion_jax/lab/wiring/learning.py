@@ -25,7 +25,7 @@ from diffusion_jax.lab.wiring.build import (
     param_shapes,
     seen,
 )
-from diffusion_jax.training import averages, compilation, feed, flat, parallel, state
+from diffusion_jax.training import averages, feed, flat, parallel, state
 
 FIRST_TIME = 1e-5
 """Least continuous time, as in Song et al. 2021: at 0 vp has no noise."""
@@ -365,21 +365,15 @@ def _pure_step(config: Config, mesh: jax.sharding.Mesh) -> state.StepFn:
 
 
 def make_step(
-    config: Config,
-    mesh: jax.sharding.Mesh,
-    stored: Any = None,
-    options: compilation.Options | None = None,
+    config: Config, mesh: jax.sharding.Mesh, stored: Any = None
 ) -> parallel.Step:
     """Returns the training step, compiled for the mesh by the configured strategy.
 
     `stored` are images on the devices, where batches are indices of them: `feed.Feed`.
-    Options of the compiler are as of `parallel.data_parallel`.
     """
     step, strategy = _pure_step(config, mesh), config.train.parallel
     step = step if stored is None else feed.gathering(step)
-    return parallel.data_parallel(
-        step, mesh, strategy=strategy, stored=stored, options=options
-    )
+    return parallel.data_parallel(step, mesh, strategy=strategy, stored=stored)
 
 
 def _by_quarter(config: Config, seen: dict[str, jax.Array]) -> state.Metrics:
