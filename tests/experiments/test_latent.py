@@ -17,6 +17,7 @@ from diffusion_jax.errors import ConfigError
 from diffusion_jax.evaluation import pictures
 from diffusion_jax.lab.measure import bound
 from diffusion_jax.lab.network_files import diffusers_folder, networks
+from diffusion_jax.lab.network_files.records import About, Network
 from diffusion_jax.lab.playground import subject
 from diffusion_jax.lab.run_folder import runs
 from diffusion_jax.lab.schema import checks
@@ -24,7 +25,7 @@ from diffusion_jax.lab.schema.config import replace
 from diffusion_jax.lab.trained import opening, space
 from diffusion_jax.lab.trained.weights import Weights
 from diffusion_jax.lab.training import encoding
-from diffusion_jax.lab.wiring import autoencoders, chains, latent_space
+from diffusion_jax.lab.wiring import autoencoders, build, chains, latent_space
 from diffusion_jax.training import parallel
 from experiments import (
     codec,
@@ -55,14 +56,16 @@ def trained(folder, experiment, name, *flags):
 
 @pytest.fixture(scope="module")
 def latent(tmp_path_factory):
-    """A latent run that went on when its autoencoder was gone, and another one."""
-    folder = tmp_path_factory.mktemp("runs")
-    for seed, name in enumerate(("digits_autoencoder", "other")):
-        flags = [*AUTOENCODER.split(), "--train.seed", str(seed)]
-        trained(folder, "digits_autoencoder", name, *flags)
+    """A latent run that went on when its autoencoder was gone."""
+    folder, name = tmp_path_factory.mktemp("runs"), "digits_autoencoder"
+    own = runs.read_config(trained(folder, name, name, *AUTOENCODER.split()))
     flags = NETWORK.split()
     made = trained(folder, "digits_latent", "latent", *flags, "--train.stop-at", "5")
-    config = replace(runs.read_config(made), "data", latent=str(folder / "other"))
+    shapes, about = build.param_shapes(own), About("last", 1, "", {}, recipe=True)
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
+    other = folder / "other.safetensors"
+    networks.write_file(other, Network(own, params, about, "0" * 64))
+    config = replace(runs.read_config(made), "data", latent=str(other))
     with pytest.raises(ConfigError, match=r"must be the one that .* began with"):
         encoding.begin(config, made, datasets.load("digits").images)
     (folder / "digits_autoencoder").rename(folder / "moved")
@@ -121,7 +124,7 @@ def test_a_network_of_latents_goes_to_others_and_comes_back(latent, tmp_path, ca
 def test_a_notebook_encodes_and_decodes(latent, monkeypatch):
     images = datasets.load("digits").images[:5]
     (latent.folder.parent / "runs").mkdir()
-    for name, run in (("digits_autoencoder", "other"), ("digits_latent", "latent")):
+    for name, run in (("digits_autoencoder", "moved"), ("digits_latent", "latent")):
         link = latent.folder.parent / "runs" / name
         link.symlink_to(latent.folder.parent / run)
     monkeypatch.chdir(latent.folder.parent)
@@ -135,7 +138,7 @@ def test_a_notebook_encodes_and_decodes(latent, monkeypatch):
     np.testing.assert_allclose(scope["z"], mean, atol=1e-5)
     wanted = pictures.to_uint8(np.asarray(apply(mean, "decode"))).astype(int)
     assert np.abs(scope["again"] - wanted).max() <= 1
-    assert repr(net).startswith("<other: 8x8x1 to 4x4x2, ")
+    assert repr(net).startswith("<moved: 8x8x1 to 4x4x2, ")
     own = space.load(model.config, latent)
     expected = latent_space.encode(model.config, own, x).mean
     np.testing.assert_allclose(scope["scaled"], expected, atol=1e-4)
@@ -244,7 +247,7 @@ def test_an_autoencoder_is_named_that_is_one(latent):
         encoding.resolved(nowhere)
     with pytest.raises(ConfigError, match="must be of an autoencoder; got"):
         eval_autoencoder.main([str(latent.folder)])
-    other = str(latent.folder.parent / "other")
+    other = str(latent.folder.parent / "moved")
     found = encoding.resolved(replace(fresh, "data", latent=other))
     assert found.data.latent == other
     with pytest.raises(ConfigError, match=r"must be left out with data\.latent"):
