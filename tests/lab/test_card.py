@@ -9,14 +9,12 @@ from diffusion_jax.lab.schema.config import replace
 
 
 def test_a_recipe_that_nobody_told_is_not_on_the_card(tmp_path):
-    """And it is in order whatever the names."""
     folder = tmp_path / 'we"ird'
     config = replace(small(), "data", source="folder:a|b")
     diffusers_folder.write(folder, network_of(config))
     text = (folder / "README.md").read_text()
     assert "| training | loss v, batch 64" in text
-    code = text.partition("```python\n")[2].partition("```")[0]
-    compile(code, "card", "exec")
+    compile(text.partition("```python\n")[2].partition("```")[0], "card", "exec")
     assert "| data | folder:a\\|b |" in text
     (folder / diffusers_folder.RECORD).unlink()
     diffusers_folder.write(tmp_path / "again", read(folder))
@@ -26,11 +24,10 @@ def test_a_recipe_that_nobody_told_is_not_on_the_card(tmp_path):
 
 def test_the_card_says_what_it_is(tmp_path):
     config = replace(small("digits_conditional"), "data", image_size=(8, 16))
-    network = network_of(config)
     scores = {"fd vs train": {"value": "1.8", "of": "1,797 samples"}}
     changes = ("after step 8: train.batch_size from 16 to 32",)
     about = ABOUT._replace(scores=scores, changes=changes)
-    network = network._replace(about=about)
+    network = network_of(config)._replace(about=about)
     digest = diffusers_folder.write(tmp_path / "out", network)
     text = (tmp_path / "out" / "README.md").read_text()
     count = sum(leaf.size for leaf in jax.tree.leaves(network.params))
@@ -46,7 +43,7 @@ def test_the_card_says_what_it_is(tmp_path):
         "| data | digits |",
         "10, and a last row for none",
         "| changed under way | after step 8: train.batch_size from 16 to 32 |",
+        unet_config.CLASS,
     ):
         assert said in text, said
-    assert unet_config.CLASS in text
     assert "pipeline_tag" not in text  # the hub has none for it

@@ -24,9 +24,6 @@ def test_a_schedule_that_ends_before_noise_says_what_fits():
     assert said.endswith("--diffusion.beta-end 0.4 fits (0.02 is of T = 1000).")
     assert not beginning.signal_left(ending("linear", num_steps=50, beta_end=0.4))
     assert "cosine" in beginning.signal_left(ending("quad", num_steps=50))
-
-
-def test_no_experiment_ends_before_noise():
     for name, experiment in EXPERIMENTS.items():
         assert not beginning.signal_left(experiment.config), name
 

@@ -59,7 +59,6 @@ FOREIGN = {"file_format", "rowvar", "check_vma", "xla_name", "return_inverse"}
 
 
 def named(parser):
-    """Returns the flags of a parser and of its subcommands."""
     for action in parser._actions:
         yield from (f for f in action.option_strings if f.startswith("--"))
         if isinstance(action, argparse._SubParsersAction):
@@ -78,15 +77,7 @@ def flags_of(command):
     if command not in kinds:
         kinds = {command: [importlib.import_module(f"experiments.{command}").Options]}
     found = {flag for k in kinds[command] for flag in named(tyro.extras.get_parser(k))}
-    more = {*joining.FLAGS, HELP_ALL}
-    return {flag.replace("_", "-") for flag in found} | more
-
-
-@pytest.fixture(scope="module")
-def flags():
-    """Returns the flags of each command."""
-    with pytest.warns(DeprecationWarning, match="get_parser"):
-        return {command: flags_of(command) for command in COMMANDS}
+    return {flag.replace("_", "-") for flag in found} | {*joining.FLAGS, HELP_ALL}
 
 
 def texts(tree):
@@ -124,7 +115,9 @@ def reached(name, seen):
 REACHED = {c: reached(f"experiments.{c}", {f"experiments.{c}"}) for c in COMMANDS}
 
 
-def test_flags_in_messages_are_there(flags):
+def test_flags_in_messages_are_there():
+    with pytest.warns(DeprecationWarning, match="get_parser"):
+        flags = {command: flags_of(command) for command in COMMANDS}
     wrong = []
     for name, tree in TREES.items():
         askers = [c for c in COMMANDS if name in REACHED[c]]
@@ -148,10 +141,10 @@ def test_arguments_in_messages_are_there():
     taken = {name: set(parameters(tree)) for name, tree in TREES.items()}
     for name, tree in TREES.items():
         callers = [other for other in TREES if name in IMPORTS[other]]
-        known = FOREIGN.union(
-            *(taken[other] for other in (name, *callers, *IMPORTS[name]))
-        )
-        for text in raised(tree):
+        around = (name, *callers, *IMPORTS[name])
+        known = FOREIGN.union(*(taken[other] for other in around))
+        raised = (node for node in ast.walk(tree) if isinstance(node, ast.Raise))
+        for text in (text for node in raised for text in texts(node)):
             unknown = set(ARGUMENT.findall(text)) - known
             assert not unknown, f"{name}: {unknown}: {text}"
 
@@ -163,10 +156,3 @@ def parameters(tree):
             yield from (a.arg for a in (*node.args.args, *node.args.kwonlyargs))
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             yield node.target.id
-
-
-def raised(tree):
-    """Returns the texts of what a tree raises."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Raise) and node.exc is not None:
-            yield from texts(node.exc)

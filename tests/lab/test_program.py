@@ -43,8 +43,10 @@ SIZES = {
 }
 
 
-def test_sizes_of_shapes():
+def test_sizes_of_shapes(refuses):
     assert {shape: compiled_program.size(shape) for shape in SIZES} == SIZES
+    with refuses("'hello'"):
+        compiled_program.kernels("hello")
 
 
 def kinds(function, *args):
@@ -74,8 +76,3 @@ def test_what_devices_tell_each_other_is_the_gradient():
     found = compiled_program.kernels(lowered.compile().as_text())
     told = [kernel.moved for kernel in found if kernel.kind == "collective"]
     assert told == [2 * w.nbytes]
-
-
-def test_text_that_is_no_program_is_refused(refuses):
-    with refuses("'hello'"):
-        compiled_program.kernels("hello")

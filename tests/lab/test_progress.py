@@ -1,6 +1,7 @@
 """What a person sees of a long loop."""
 
 import io
+import re
 import time
 import warnings
 from types import SimpleNamespace
@@ -24,23 +25,19 @@ def test_without_a_terminal_there_is_a_line_every_ten_seconds(clock):
     clock.now += 60  # compiling
     for step in range(1, 42):
         shown.update(step, 0.5)
-        clock.now += 0.5
-    lines = file.getvalue().splitlines()
-    assert len(lines) == 3
-    assert lines[0] == "step 1/7,200, loss 0.5000"
-    # Two steps a second, so 7,179 steps take 59 minutes and 49 seconds.
-    assert lines[1] == "step 21/7,200, loss 0.5000, 128 images/s, 59:49 left"
-
-
-def test_a_pause_does_not_slow_the_speed_that_is_shown(clock):
-    shown = progress.Progress(0, 100, 10, io.StringIO())
-    for step in range(1, 10):
-        shown.update(step, 0.5)
-        if step == 5:
+        if step == 30:
             shown.pause()
             clock.now += 1000
-        clock.now += 1.0
-    assert shown.rate == 10
+        clock.now += 0.5
+    shown.doing("drawing 64 samples")
+    assert file.getvalue().splitlines() == [
+        "step 1/7,200, loss 0.5000",
+        # Two steps a second, so 7,179 steps take 59 minutes and 49 seconds.
+        "step 21/7,200, loss 0.5000, 128 images/s, 59:49 left",
+        # A pause does not slow the speed that is shown.
+        "step 31/7,200, loss 0.5000, 128 images/s, 59:44 left",
+        "step 41/7,200, drawing 64 samples",
+    ]
 
 
 class Terminal(io.StringIO):
@@ -59,9 +56,7 @@ def test_a_terminal_gets_a_bar(clock):
     shown.pause()
     shown.close()
     last = file.getvalue().split("\r")[-1]
-    assert "100% |" in last
-    assert "step 10/10" in last
-    assert "loss 0.2500" in last
+    assert re.search(r"100% \|.*step 10/10, loss 0.2500", last)
 
 
 def test_a_chain_that_says_nothing_has_a_clock_and_no_share(monkeypatch):
@@ -97,19 +92,11 @@ def walked(monkeypatch, seconds, each, kind=io.StringIO, **options):
 
 
 def test_without_a_terminal_a_bar_is_a_line_now_and_then(seconds, monkeypatch):
-    shown = walked(monkeypatch, seconds, 4.0)
-    lines = shown.splitlines()
-    assert lines == [
-        "reading: 3 of 8 images, 00:12 so far, 00:20 left",
-        "reading: 6 of 8 images, 00:24 so far, 00:08 left",
-    ]
-    assert "\r" not in shown
+    assert walked(monkeypatch, seconds, 4.0) == (
+        "reading: 3 of 8 images, 00:12 so far, 00:20 left\n"
+        "reading: 6 of 8 images, 00:24 so far, 00:08 left\n"
+    )
     assert not walked(monkeypatch, seconds, 4.0, shown=False)
-
-
-@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
-def test_what_takes_less_than_two_seconds_shows_nothing(kind, seconds, monkeypatch):
-    assert not walked(monkeypatch, seconds, 0.2, kind)
 
 
 def test_on_a_terminal_a_bar_has_the_time_left_and_goes(seconds, monkeypatch):
@@ -117,6 +104,8 @@ def test_on_a_terminal_a_bar_has_the_time_left_and_goes(seconds, monkeypatch):
     assert "reading:  50%|" in shown
     assert "[00:04<00:04," in shown
     assert not shown.rpartition("\r")[0].rpartition("\r")[2].strip()
+    for kind in (io.StringIO, Terminal):  # what takes two seconds shows nothing
+        assert not walked(monkeypatch, seconds, 0.2, kind)
 
 
 def test_a_clock_is_a_line_now_and_then_too(seconds, monkeypatch):
@@ -127,14 +116,6 @@ def test_a_clock_is_a_line_now_and_then_too(seconds, monkeypatch):
             bar.refresh()
     said = waiting.sys.stderr.getvalue().splitlines()
     assert said[:2] == ["compiling, 00:10 so far", "compiling, 00:20 so far"]
-
-
-def test_training_says_what_it_waits_for_without_a_terminal():
-    file = io.StringIO()
-    shown = progress.Progress(0, 10, 64, file)
-    shown.update(1, 0.5)
-    shown.doing("drawing 64 samples")
-    assert file.getvalue() == "step 1/10, drawing 64 samples\n"
 
 
 def test_a_warning_is_a_note_in_one_line(monkeypatch, capsys):
