@@ -22,17 +22,17 @@ def image(grey: int) -> bytes:
 
 def stored(place: Path, kind: str, files: dict[str, bytes]) -> Path:
     """Writes files into a folder or an archive; returns its path."""
+    where = place / ("images" if kind == "folder" else "images.zip")
     if kind == "folder":
         for name, raw in files.items():
-            path = place / "images" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(raw)
-        return place / "images"
-    with zipfile.ZipFile(place / "images.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            (where / name).parent.mkdir(parents=True, exist_ok=True)
+            (where / name).write_bytes(raw)
+        return where
+    with zipfile.ZipFile(where, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.mkdir("empty")
         for name, raw in files.items():
             archive.writestr(name, raw)
-    return place / "images.zip"
+    return where
 
 
 def load(where: Path, **options) -> datasets.Dataset:
@@ -45,12 +45,12 @@ def write(request, tmp_path):
 
 
 NAMES = ["dog/b.png", "cat/z/c.png", "cat/a.png", "10/a.png"]  # 10, cat, dog
+FILES = {name: image(i) for i, name in enumerate(NAMES)}
 
 
 @pytest.mark.parametrize("memory_limit", [2**31, 0])
 def test_a_subfolder_is_a_class(write, memory_limit):
-    files = {name: image(i) for i, name in enumerate(NAMES)}
-    where = write({**files, ".hidden/a.png": image(9), "cat/._a.png": b""})
+    where = write({**FILES, ".hidden/a.png": image(9), "cat/._a.png": b""})
     found = load(where, memory_limit=memory_limit)
     assert greys(found.images) == [3, 2, 1, 0]
     assert found.labels.dtype == np.int32
@@ -64,8 +64,7 @@ def test_a_subfolder_is_a_class(write, memory_limit):
 
 
 def test_labels_are_of_the_images_that_are_left(write):
-    files = {name: image(i) for i, name in enumerate(NAMES)}
-    where = write({**files, "cat/b.png": b"no image"})
+    where = write({**FILES, "cat/b.png": b"no image"})
     with pytest.raises(DataError, match=r"got 1 of 5 .*cat/b\.png"):
         load(where)
     with pytest.warns(UserWarning, match="left out unreadable"):
@@ -80,8 +79,7 @@ def table(**labels) -> bytes:
 
 def test_a_table_comes_before_subfolders(write):
     labels = {name: 5 - i for i, name in enumerate(NAMES)}
-    files = {name: image(i) for i, name in enumerate(NAMES)}
-    where = write({**files, "dataset.json": table(**labels, **{"gone.png": 0})})
+    where = write({**FILES, "dataset.json": table(**labels, **{"gone.png": 0})})
     with pytest.warns(UserWarning, match=r"names 1 images .* there, gone\.png first"):
         found = load(where)
     assert found.labels.tolist() == [2, 3, 4, 5]

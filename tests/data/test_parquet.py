@@ -19,34 +19,24 @@ IMAGE = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
 
 def cells(values: list[int | None]) -> list[dict | None]:
     """Grey images as cells of a column; None for one that is elsewhere."""
-    return [
-        {
-            "bytes": None if v is None else png(np.full((8, 8, 3), v, np.uint8)),
-            "path": f"{v}.png",
-        }
-        for v in values
-    ]
+    shown = lambda v: png(np.full((8, 8, 3), v, np.uint8))  # noqa: E731
+    return [{"bytes": v if v is None else shown(v), "path": f"{v}.png"} for v in values]
 
 
 def write(
     path: Path,
     images: list[int | None],
-    *,
-    rows: int = 2,
     features: dict | None = None,
     column: str = "image",
     **labels,
 ) -> None:
-    """Writes a shard, with labels and further columns of images ("cells")."""
-    columns = {column: pyarrow.array(cells(images), IMAGE)}
-    for name, values in labels.items():
-        columns[name] = pyarrow.array(values, IMAGE if values == "cells" else None)
-    table = pyarrow.table(columns)
+    """Writes a shard, with labels."""
+    table = pyarrow.table({column: pyarrow.array(cells(images), IMAGE), **labels})
     if features is not None:
         words = json.dumps({"info": {"features": features}})
         table = table.replace_schema_metadata({"huggingface": words})
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_table(table, path, row_group_size=rows)
+    files.write_table(table, path, row_group_size=2)
 
 
 def load(where: Path | str, **options) -> datasets.Dataset:
@@ -101,48 +91,37 @@ def test_an_image_that_is_elsewhere_is_named_or_left_out(tmp_path, refuses):
     assert (greys(found.images), found.labels.tolist()) == ([1, 2, 3], [0, 1, 3])
 
 
-def pointer(path: Path) -> None:
-    path.write_text("version https://git-lfs.github.com/spec/v1\n")
-
-
 TWO = {"a": CLASSES["kind"], "b": CLASSES["kind"]}
+PICTURE = pyarrow.array(cells([0]), IMAGE)
+POINTER = b"version https://git-lfs.github.com/spec/v1\n"
 REFUSED = {
-    "absent": lambda p: None,
-    "Parquet magic bytes not found": lambda p: pointer(p / "train-0.parquet"),
-    "no rows": lambda p: write(p / "a.parquet", [], label=[]),
-    "0 among text (string)": lambda p: files.write_table(
-        pyarrow.table({"text": ["a"]}), p / "a.parquet"
-    ),
-    "2 among one ": lambda p: files.write_table(
-        pyarrow.table({n: pyarrow.array(cells([0]), IMAGE) for n in ("one", "two")}),
-        p / "a.parquet",
-    ),
-    "0 (none), among image, text": lambda p: write(p / "a.parquet", [0], text=["a"]),
-    "2 (a, b), among": lambda p: write(
-        p / "a.parquet", [0], a=[0], b=[1], features=TWO
-    ),
-    "2 (label, labels)": lambda p: write(p / "a.parquet", [0], label=[0], labels=[1]),
-    "label with 1 that are null": lambda p: write(
-        p / "a.parquet", [0, 1], label=[0, None]
-    ),
-    "int64 of shape (1,)": lambda p: write(p / "a.parquet", [0], label=[2**40]),
-    "1: train-00001-of-00002.parquet": lambda p: write(
-        p / "train-00001-of-00002.parquet", [0], label=[0]
-    ),
-    "one; two": lambda p: [
-        write(p / name / "train-0.parquet", [0], label=[0]) for name in ("one", "two")
-    ],
-    "validation-0.parquet": lambda p: write(p / "validation-0.parquet", [0], label=[0]),
-    "image, more in b.parquet": lambda p: [
-        write(p / "a.parquet", [0], label=[0]),
-        write(p / "b.parquet", [0], more=[0]),
-    ],
+    "absent": {},
+    "Parquet magic bytes not found": {"train-0": POINTER},
+    "no rows": {"a": {"images": [], "label": []}},
+    "0 among text (string)": {"a": pyarrow.table({"text": ["a"]})},
+    "2 among one ": {"a": pyarrow.table({"one": PICTURE, "two": PICTURE})},
+    "0 (none), among image, text": {"a": {"text": ["a"]}},
+    "2 (a, b), among": {"a": {"a": [0], "b": [1], "features": TWO}},
+    "2 (label, labels)": {"a": {"label": [0], "labels": [1]}},
+    "label with 1 that are null": {"a": {"images": [0, 1], "label": [0, None]}},
+    "int64 of shape (1,)": {"a": {"label": [2**40]}},
+    "1: train-00001-of-00002.parquet": {"train-00001-of-00002": {"label": [0]}},
+    "one; two": {"one/train-0": {"label": [0]}, "two/train-0": {"label": [0]}},
+    "validation-0.parquet": {"validation-0": {"label": [0]}},
+    "image, more in b.parquet": {"a": {"label": [0]}, "b": {"more": [0]}},
 }
 
 
 @pytest.mark.parametrize("got", REFUSED)
 def test_what_is_missing_or_ambiguous_is_refused(got, tmp_path, refuses):
-    REFUSED[got](tmp_path)
+    for name, content in REFUSED[got].items():
+        path = tmp_path / f"{name}.parquet"
+        if isinstance(content, dict):
+            write(path, **{"images": [0], **content})
+        elif isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            files.write_table(content, path)
     with refuses(got):
         load(tmp_path / got if got == "absent" else tmp_path)
 

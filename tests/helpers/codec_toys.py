@@ -1,6 +1,7 @@
 """Images whose best codec is known, and its profile: no network, no calibration."""
 
 import numpy as np
+from scipy.special import ndtr
 
 from diffusion_jax import schedule
 from diffusion_jax.codec import fitting
@@ -18,12 +19,8 @@ SIGMA = np.exp(LOG_ALPHA - 0.5 * LOGSNR)
 def gaussian(scale, times, shape, *, symbol=None, seed=0):
     """Pixels that are independent and N(0, scale^2): a profile and its network.
 
-    Args:
-      scale: of each dimension, [D], or one for all.
-      times: of both chains.
-      shape: of images.
-      symbol: bits of a symbol, in place of those that `fitting` takes.
-      seed: of the noise.
+    The scale is of each dimension or one for all, the times are those of both chains,
+    and `symbol` the bits of a symbol in place of those that `fitting` takes.
     """
     size = int(np.prod(shape))
     scale = np.broadcast_to(np.asarray(scale, np.float64), (size,))
@@ -94,30 +91,20 @@ def five_images(rng, count, shape):
 
 def bound_of_five(profile, denoise, chain):
     """Bits of a pixel of each of VALUES on a chain, by quadrature, [5]."""
-    levels, total = VALUES / 127.5 - 1, np.zeros(len(VALUES))
+    levels = VALUES / 127.5 - 1
     last = chain.sigma[-1] ** 2
     mean = (chain.alpha[-1] * levels) ** 2
-    total += 0.5 * (mean + last - 1 - np.log(last)) / np.log(2)
+    total = 0.5 * (mean + last - 1 - np.log(last)) / np.log(2)
     for i in range(chain.steps):
         x, weight = quadrature(chain.times[i + 1])
         seen = denoise(x, chain.times[i + 1])
-        spread = chain.small[i] + chain.c0[i] ** 2 * (
-            (chain.sd[i, 0] ** 2 - chain.small[i]) / chain.c0[i] ** 2
-        )
-        apart = chain.c0[i] * (levels[:, None] - seen)
-        ratio = chain.small[i] / spread
-        terms = ratio - 1 - np.log(ratio) + apart**2 / spread
+        apart = chain.c0[i] * (levels[:, None] - seen) / chain.sd[i, 0]
+        ratio = chain.small[i] / chain.sd[i, 0] ** 2
+        terms = ratio - 1 - np.log(ratio) + apart**2
         total += 0.5 * (terms * weight).sum(axis=1) / np.log(2)
     x, weight = quadrature(chain.times[0])
     seen, sd = denoise(x, chain.times[0]), chain.pixel_sd[0]
     middles = np.concatenate([[-np.inf], profile.middles, [np.inf]])
-    upper = _phi((middles[1:, None] - seen) / sd)
-    lower = _phi((middles[:-1, None] - seen) / sd)
+    upper, lower = (ndtr((m[:, None] - seen) / sd) for m in (middles[1:], middles[:-1]))
     mass = np.maximum(upper - lower, 2.0**-24)
     return total - (np.log2(mass) * weight).sum(axis=1)
-
-
-def _phi(z):
-    from scipy.special import ndtr
-
-    return ndtr(z)

@@ -1,13 +1,8 @@
 """Features and covariances drawn at random, and their statistics."""
 
 import numpy as np
-from hypothesis import settings
-from hypothesis import strategies as st
 
 from diffusion_jax.evaluation import moments
-
-seeds = st.integers(0, 2**32 - 1)
-quick = settings(max_examples=25, deadline=None)
 
 
 def features(seed=0, count=1000, dimension=12, shift=0.0):

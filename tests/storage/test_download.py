@@ -91,6 +91,8 @@ def test_fetch_puts_the_whole_file_in_place(tmp_path, server, manner, capfd):
         fetch(f"{server}/changed", path)
     assert path.read_bytes() == CONTENT
     assert files_under(tmp_path) == [path]
+    with pytest.raises(DataError, match="writable"):
+        fetch(f"{server}/{manner}", path / "below")
     assert capfd.readouterr() == ("", "")  # no bar, without a terminal
 
 
@@ -160,12 +162,6 @@ def test_looking_up_a_name_fails_in_time(tmp_path, monkeypatch, look_up, message
 def test_other_addresses_are_refused(tmp_path, url):
     with pytest.raises(DataError, match="must begin with https://"):
         download.fetch(url, tmp_path / "a", sha256=SHA256)
-
-
-def test_unwritable_folder_is_named(tmp_path, server):
-    (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="writable"):
-        download.fetch(f"{server}/whole", tmp_path / "file" / "a", sha256=SHA256)
 
 
 def test_concurrent_downloads_do_not_mix(tmp_path, server):
