@@ -190,6 +190,8 @@ def test_a_file_belongs_to_a_profile(refuses):
     stack = archive.encode(profile, denoise, images)
     with refuses("archive"):
         progressive.decode(profile, denoise, stack)
+    with pytest.raises(DataError, match="must be whole; got"):
+        archive.decode(profile, denoise, stack[:-1])
     file = container.opened(stack, profile)
     for payload in (file.payload[:4], file.payload + b"\x00"):
         with refuses(f"a payload of {len(payload)} bytes"):
