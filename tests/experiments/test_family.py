@@ -73,7 +73,7 @@ SIZES = {n: [getattr(made.net, field) for field in LITTLE] for n, made in LARGE.
 def test_every_large_experiment_builds(name):
     """Shapes only: what is traced is what would compile. Each large size once.
 
-    With one block a level: `test_unet_structure` counts the others.
+    With one block a level: `test_unet` counts the others.
     """
     config = LARGE[name]
     first = name == next(n for n, size in SIZES.items() if size == SIZES[name])
