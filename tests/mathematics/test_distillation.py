@@ -1,6 +1,7 @@
 """Losses and rules of few steps, on data whose paths are known."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -21,91 +22,90 @@ REAL = {
     "ve": continuous.ve(sigma_max=20.0),
 }
 FLOW = REAL["flow"]
-SHARES = jnp.array([0.03, 0.2, 0.5, 0.8, 0.97])
+CLEAN = schedules.linear()(0)
+START = jnp.asarray(np.random.default_rng(1).normal(size=(6, *DATA.shape)))
 
 
 def along(x_t, level, end):
     """Where the exact flow takes x_t of `DATA`, [B, ...]."""
-    level, end = level.like(x_t), end.like(x_t)
-    rows = [
-        a.reshape(len(x_t), 1) for a in (level.alpha, level.sigma, end.alpha, end.sigma)
-    ]
-    alpha, sigma, alpha_s, sigma_s = (jnp.broadcast_to(a, (len(x_t), 1)) for a in rows)
-    mean, basis, spread = (
-        jnp.asarray(a)[None] for a in (DATA.means[0], DATA.basis[0], DATA.spread[0])
-    )
-    off = (x_t.reshape(len(x_t), -1) - alpha * mean) @ basis[0]
-    scale = jnp.sqrt(
-        (alpha_s**2 * spread + sigma_s**2) / (alpha**2 * spread + sigma**2)
-    )
-    return (alpha_s * mean + (off * scale) @ basis[0].T).reshape(x_t.shape)
-
-
-def clean(x):
-    return schedules.NoiseLevel(jnp.zeros(len(x)), jnp.full(len(x), jnp.inf))
+    rows = level.alpha, level.sigma, end.alpha, end.sigma
+    alpha, sigma, alpha_s, sigma_s = (jnp.reshape(a, (-1, 1)) for a in rows)
+    mean, spread, basis = DATA.means, DATA.spread, DATA.basis[0]
+    off = (x_t.reshape(len(x_t), -1) - alpha * mean) @ basis
+    scale = (alpha_s**2 * spread + sigma_s**2) / (alpha**2 * spread + sigma**2)
+    return (alpha_s * mean + (off * jnp.sqrt(scale)) @ basis.T).reshape(x_t.shape)
 
 
 def exact(made):
     """The consistency function of `DATA`, as a denoiser."""
 
     def denoise(x_t, t):
-        level = made(jnp.broadcast_to(t, x_t.shape[:1]))
-        x0, wide = along(x_t, level, clean(x_t)), level.like(x_t)
-        return Prediction(x0, (x_t - wide.alpha * x0) / wide.sigma)
+        level = made(jnp.broadcast_to(t, x_t.shape[:1])).like(x_t)
+        x0 = along(x_t, level, CLEAN)
+        return Prediction(x0, (x_t - level.alpha * x0) / level.sigma)
 
     return denoise
 
 
 def exact_jump(x_t, t, s):
     """The mean velocity of `DATA` on `FLOW`, as x0 and eps of a straight line."""
-    level, prev = (FLOW(jnp.broadcast_to(a, x_t.shape[:1])) for a in (t, s))
+    level, prev = (FLOW(jnp.broadcast_to(a, x_t.shape[:1])).like(x_t) for a in (t, s))
     x_s = along(x_t, level, prev)
-    level, prev = level.like(x_t), prev.like(x_t)
     # x_t = alpha x0 + sigma eps and x_s = alpha_s x0 + sigma_s eps.
     det = level.alpha * prev.sigma - level.sigma * prev.alpha
     x0 = (x_t * prev.sigma - x_s * level.sigma) / det
     return Prediction(x0, (x_s * level.alpha - x_t * prev.alpha) / det)
 
 
-def drawn(made, seed=0):
+def from_start(rule, made, steps, start=START):
+    grid = grids.uniform(made, steps)
+    return samplers.sample(jax.random.key(0), rule, grid, start.shape, start=start)
+
+
+def drawn(made):
     """x_t at some times, and the ends of the exact path through it."""
-    t = SHARES * continuous.last_time(made)
-    eps = jax.random.normal(jax.random.key(seed), (len(t), *DATA.shape))
-    x_t = gaussian.q_sample(DATA.draw(len(t), seed), eps, made(t))
-    seen = DATA.denoiser(made)(x_t, t)
-    return t, x_t, Prediction(seen.x0, seen.eps)
+    t = jnp.array([0.03, 0.2, 0.5, 0.8, 0.97]) * continuous.last_time(made)
+    eps = jax.random.normal(jax.random.key(0), (len(t), *DATA.shape))
+    x_t = gaussian.q_sample(DATA.draw(len(t)), eps, made(t))
+    return t, x_t, Prediction(*DATA.denoiser(made)(x_t, t)[:2])
 
 
 @pytest.mark.parametrize("name", REAL)
 @pytest.mark.usefixtures("x64")
 def test_the_consistency_function_has_no_tangent(name):
-    made = REAL[name]
-    t, x_t, ends = drawn(made)
-    denoise, level = exact(made), made(t)
-    g = distillation.tangent(denoise, ends, made, t)
-    assert np.abs(g).max() < 1e-8
-    assert distillation.consistency(denoise(x_t, t), g, level).max() < 1e-8
-    # So it is by equation (2) for any network, whose ends do move.
-    other = DATA.denoiser(made)
+    made, other = REAL[name], DATA.denoiser(REAL[name])
 
-    def end(t):
-        return other(gaussian.q_sample(ends.x0, ends.eps, made(t)), t).x0
+    def angle(t):
+        return jnp.arctan(jnp.exp(-made(t).logsnr / 2))
 
-    _, moved = jax.jvp(end, (t,), (jnp.ones_like(t),))
-    _, turned = jax.jvp(
-        lambda t: jnp.arctan(jnp.exp(-made(t).logsnr / 2)), (t,), (jnp.ones_like(t),)
-    )
-    cos = jnp.sqrt(jax.nn.sigmoid(level.logsnr))
-    wanted = schedules.widened(cos / turned, x_t) * moved
-    g = distillation.tangent(other, ends, made, t)
-    np.testing.assert_allclose(g, wanted, rtol=1e-6, atol=1e-8)
+    @jax.jit
+    def parts():
+        (t, x_t, ends), denoise = drawn(made), exact(made)
+        level, tangent = made(t), distillation.tangent
+        none = tangent(denoise, ends, made, t)
+        lost = distillation.consistency(denoise(x_t, t), none, level)
+
+        # What it is by equation (2), for a network whose ends do move.
+        def end(t):
+            return other(gaussian.q_sample(ends.x0, ends.eps, made(t)), t).x0
+
+        moved, turned = (jax.jvp(f, (t,), (jnp.ones_like(t),))[1] for f in (end, angle))
+        cos = jnp.sqrt(jax.nn.sigmoid(level.logsnr))
+        wanted = schedules.widened(cos / turned, x_t) * moved
+        near = distillation.difference(other, ends, made, t, t * (1 - 1e-6))
+        # Without its second term: cos^2 (v - F).
+        still = tangent(other, ends, made, t, warmup=0.0)
+        velocity, seen = (distillation.across(p, level) for p in (ends, other(x_t, t)))
+        first = schedules.widened(cos**2, x_t) * (velocity - seen)
+        found = tangent(other, ends, made, t)
+        return (none, lost), (found, near, wanted), (still, first)
+
+    zeros, (found, near, wanted), (still, first) = parts()
+    assert max(np.abs(zero).max() for zero in zeros) < 1e-8
     assert np.abs(wanted).max() > 0.05
-    near = distillation.difference(other, ends, made, t, t * (1 - 1e-6))
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-8)
     np.testing.assert_allclose(near, wanted, rtol=1e-4, atol=1e-5)
-    # Without its second term: cos^2 (v - F).
-    still = distillation.tangent(other, ends, made, t, warmup=0.0)
-    seen = distillation.across(ends, level) - distillation.across(other(x_t, t), level)
-    np.testing.assert_allclose(still, schedules.widened(cos**2, x_t) * seen, atol=1e-9)
+    np.testing.assert_allclose(still, first, atol=1e-9)
 
 
 @pytest.mark.usefixtures("x64")
@@ -114,10 +114,11 @@ def test_gradients_are_of_the_network_alone():
     made, scale = REAL["cosine"], jnp.asarray(0.9)
     t, x_t, ends = drawn(made)
 
+    def network(x, t):
+        return x * (1 + t.reshape(-1, 1, 1, 1))
+
     def denoise(scale):
-        return gaussian.denoiser(
-            lambda x, t: scale * x * (1 + t.reshape(-1, 1, 1, 1)), made, "v"
-        )
+        return gaussian.denoiser(lambda *of: scale * network(*of), made, "v")
 
     def loss(scale):
         g = distillation.tangent(denoise(scale), ends, made, t)
@@ -126,8 +127,7 @@ def test_gradients_are_of_the_network_alone():
 
     g = distillation.tangent(denoise(scale), ends, made, t)
     size = jnp.sqrt((g**2).mean((1, 2, 3), keepdims=True))
-    of_turned = x_t * (1 + t.reshape(-1, 1, 1, 1))
-    wanted = -2 * (g / (size + 0.1) * of_turned).mean((1, 2, 3)).sum()
+    wanted = -2 * (g / (size + 0.1) * network(x_t, t)).mean((1, 2, 3)).sum()
     np.testing.assert_allclose(jax.grad(loss)(scale), wanted, rtol=1e-9)
 
     def aimed(scale):
@@ -140,24 +140,23 @@ def test_gradients_are_of_the_network_alone():
 @pytest.mark.parametrize("name", REAL)
 @pytest.mark.usefixtures("x64")
 def test_two_steps_of_ddim_end_where_one_to_their_x0_does(name):
-    made = REAL[name]
-    t, x_t, _ = drawn(made)
-    teacher, middle, s = DATA.denoiser(made), 0.7 * t, 0.5 * t
-    x0 = distillation.two_steps(teacher, x_t, made, t, middle, s)
-    level = made(t)
-    wide = level.like(x_t)
-    eps = (x_t - wide.alpha * x0) / wide.sigma
-    ended, rule = x_t, samplers.ddim(teacher, made)
-    for now, then in ((t, middle), (middle, s)):
-        ended = rule.step(
-            jax.random.split(jax.random.key(0), 5), ended, (), now, then
-        ).x
-    np.testing.assert_allclose(gaussian.q_sample(x0, eps, made(s)), ended, atol=1e-9)
-    loss = distillation.progressive(Prediction(x0, eps), x0, level)
-    assert loss.max() == 0
-    off = distillation.progressive(Prediction(x0 + 0.1, eps), x0, level)
-    snr = np.exp(np.asarray(level.logsnr))
-    np.testing.assert_allclose(off, 0.01 * np.maximum(1, snr), rtol=1e-9)
+    made, teacher = REAL[name], DATA.denoiser(REAL[name])
+
+    @jax.jit
+    def parts():
+        t, x_t, _ = drawn(made)
+        times = t, 0.7 * t, 0.5 * t
+        x0, level = distillation.two_steps(teacher, x_t, made, *times), made(t)
+        eps = (x_t - level.like(x_t).alpha * x0) / level.like(x_t).sigma
+        ended, keys = x_t, jax.random.split(jax.random.key(0), 5)
+        for now, then in itertools.pairwise(times):
+            ended = samplers.ddim(teacher, made).step(keys, ended, (), now, then).x
+        off = distillation.progressive(Prediction(x0 + 0.1, eps), x0, level)
+        return gaussian.q_sample(x0, eps, made(times[-1])), ended, off, level.logsnr
+
+    found, ended, off, logsnr = parts()
+    np.testing.assert_allclose(found, ended, atol=1e-9)
+    np.testing.assert_allclose(off, 0.01 * np.maximum(1, np.exp(logsnr)), rtol=1e-9)
 
 
 @pytest.mark.usefixtures("x64")
@@ -171,18 +170,14 @@ def test_mean_velocities_satisfy_mean_flow_and_jump_to_the_end():
 
     assert distillation.mean_flow(still, ends, FLOW, t, s).min() > 1e-3
     for steps in (1, 2, 3):
-        rule, keys = jumps.mean_flow(exact_jump, FLOW), jax.random.key(0)
-        start = jax.random.normal(jax.random.key(1), (6, *DATA.shape))
-        grid = grids.uniform(FLOW, steps)
-        found = samplers.sample(keys, rule, grid, start.shape, start=start)
-        wanted = DATA.flow(start, FLOW(1.0), FLOW(0.0))
+        wanted = DATA.flow(START, FLOW(1.0), FLOW(0.0))
+        found = from_start(jumps.mean_flow(exact_jump, FLOW), FLOW, steps)
         np.testing.assert_allclose(found, wanted, atol=1e-9)
 
 
 @pytest.mark.usefixtures("x64")
 def test_consistency_sampling_ends_in_the_data_for_any_number_of_steps():
     made = schedules.linear()
-    start = jax.random.normal(jax.random.key(1), (6, *DATA.shape))
     rule = jumps.consistency(exact(made), made)
     for steps in (1, 2, 4):
         grid, shape = grids.uniform(made, steps), (40_000, *DATA.shape)
@@ -190,14 +185,17 @@ def test_consistency_sampling_ends_in_the_data_for_any_number_of_steps():
         flat = found.reshape(len(found), -1)
         np.testing.assert_allclose(flat.mean(0), DATA.mean, atol=0.02)
         np.testing.assert_allclose(np.cov(flat.T), DATA.cov, atol=0.02)
-    one = samplers.sample(
-        jax.random.key(0), rule, grids.uniform(made, 1), start.shape, start=start
-    )
-    np.testing.assert_allclose(one, DATA.flow(start, made(1000), made(0)), atol=1e-9)
+    one, wanted = from_start(rule, made, 1), DATA.flow(START, made(1000), made(0))
+    np.testing.assert_allclose(one, wanted, atol=1e-9)
 
 
 # Networks that learn: x times a function of time, for data N(0, SPREAD^2).
 SPREAD = 0.5
+LINE = mixtures.normal(np.zeros(1), [[SPREAD**2]])
+
+
+def halves(t):
+    return t, t - 0.25, jnp.maximum(t - 0.5, 1e-4)
 
 
 def scaled(params, made):
@@ -210,33 +208,18 @@ def scaled(params, made):
     return denoise
 
 
-@functools.cache
-def teacher_of(made):
-    def denoise(x, t):
-        level = made(t).like(x)
-        x0 = x * level.alpha * SPREAD**2
-        x0 = x0 / (level.alpha**2 * SPREAD**2 + level.sigma**2)
-        return Prediction(x0, (x - level.alpha * x0) / level.sigma)
-
-    return denoise
-
-
 def few_loss(method, made, params, key, _):
     keys = jax.random.split(key, 4)
     t = jax.random.uniform(keys[0], [64], minval=0.01)
     x0, eps = (jax.random.normal(k, [64, 1]) for k in keys[1:3])
-    x0 = SPREAD * x0
-    level = made(t)
-    x_t, teacher = gaussian.q_sample(x0, eps, level), teacher_of(made)
-    student = scaled(params, made)
-    ends = teacher(x_t, t)
+    x0, teacher, student = SPREAD * x0, LINE.denoiser(made), scaled(params, made)
     if method == "progressive":
-        place = jnp.ceil(2 * t)
-        times = place / 2, place / 2 - 0.25, jnp.maximum(place / 2 - 0.5, 1e-4)
-        x_t = gaussian.q_sample(x0, eps, made(times[0]))
-        aim = distillation.two_steps(teacher, x_t, made, *times)
-        pred = student(x_t, times[0])
-        return distillation.progressive(pred, aim, made(times[0])).mean()
+        t, middle, s = halves(jnp.ceil(2 * t) / 2)
+        x_t = gaussian.q_sample(x0, eps, made(t))
+        aim = distillation.two_steps(teacher, x_t, made, t, middle, s)
+        return distillation.progressive(student(x_t, t), aim, made(t)).mean()
+    x_t = gaussian.q_sample(x0, eps, made(t))
+    ends = teacher(x_t, t)
     if method == "mean_flow":
         # Some of them all the way.
         s = t * jnp.maximum(0, jax.random.uniform(keys[3], [64], minval=-0.3))
@@ -246,36 +229,27 @@ def few_loss(method, made, params, key, _):
         g = distillation.difference(fixed, ends, made, t, t * 0.98)
     else:
         g = distillation.tangent(fixed, ends, made, t)
-    return distillation.consistency(student(x_t, t), g, level).mean()
+    return distillation.consistency(student(x_t, t), g, made(t)).mean()
 
 
-TRUTHS = ("consistency", "ect", "mean_flow", "progressive")
-
-
-@pytest.mark.parametrize("method", TRUTHS)
+@pytest.mark.parametrize("method", ["consistency", "ect", "mean_flow", "progressive"])
 def test_a_network_learns_the_truth_of_gaussian_data(method):
     made = FLOW if method == "mean_flow" else REAL["cosine"]
-    params = tiny.fresh(jax.random.key(0), 2, 1)
     loss = functools.partial(few_loss, method, made)
-    params = tiny.trained(loss, params, 3000, 3e-3)
+    params = tiny.trained(loss, tiny.fresh(jax.random.key(0), 2, 1), 3000, 3e-3)
     one, t = jnp.ones([5, 1]), jnp.array([0.05, 0.25, 0.5, 0.75, 0.95])
-
-    def size(level):
-        return jnp.sqrt(level.alpha**2 * SPREAD**2 + level.sigma**2)
-
+    size = jnp.sqrt(made(t).alpha ** 2 * SPREAD**2 + made(t).sigma ** 2)
+    wanted = SPREAD / size
     if method == "mean_flow":
         pred = scaled(params, made)(one, t, 0 * t)
         found = gaussian.q_sample(pred.x0, pred.eps, made(0 * t))[:, 0]
-        wanted = size(made(0 * t)) / size(made(t))
     elif method == "progressive":
-        t = jnp.array([0.5, 1.0])
-        x0 = distillation.two_steps(
-            teacher_of(made), one[:2], made, t, t - 0.25, jnp.maximum(t - 0.5, 1e-4)
-        )
-        found, wanted = scaled(params, made)(one[:2], t).x0[:, 0], x0[:, 0]
+        one, t = one[:2], jnp.array([0.5, 1.0])
+        teacher = LINE.denoiser(made)
+        wanted = distillation.two_steps(teacher, one, made, *halves(t))[:, 0]
+        found = scaled(params, made)(one, t).x0[:, 0]
     else:
         found = scaled(params, made)(one, t).x0[:, 0]
-        wanted = SPREAD / size(made(t))
     np.testing.assert_allclose(found, wanted, atol=1e-2)
 
 
@@ -313,13 +287,7 @@ def test_one_step_samples_of_a_mixture_end_where_its_flow_does():
 
     params = tiny.trained(loss, tiny.fresh(jax.random.key(1), 6, 2), 4000, 3e-3)
     start = jax.random.normal(jax.random.key(7), [2000, 2])
-    exact = samplers.sample(
-        jax.random.key(0),
-        samplers.ddim(teacher, made),
-        grids.uniform(made, 200),
-        start.shape,
-        start=start,
-    )
+    exact = from_start(samplers.ddim(teacher, made), made, 200, start)
     found = student(params)(start, jnp.ones(2000)).x0
     other = samplers.ddim(student(tiny.fresh(jax.random.key(1), 6, 2)), made)
     assert sliced(found, exact) < 0.06

@@ -21,7 +21,7 @@ VARIANCE_BOUND = {"float32": 1e-4, "float64": 1e-10}
 # log-SNR, 1e-6 where it stays above -16. These two end at -20.
 STEP_BOUND = {"const": 2e-6, "warmup10": 2e-6, "warmup50": 1.5e-6}
 
-X0, EPS, X_T = np.clip(draw(0, T, 2, 3), -1, 1), draw(1, T, 2, 3), draw(2, T, 2, 3)
+X0, EPS = np.clip(draw(0, T, 2, 3), -1, 1), draw(1, T, 2, 3)
 
 
 def within(actual, expected, bound, scale, what):
@@ -58,33 +58,50 @@ def computed(name, precision):
     return got
 
 
-def test_equation_1_q_sample(precision):
+def test_a_noising_and_a_reverse_step_of_every_schedule(precision):
+    """Eqs. 4 and 7, of EPS as x_t: any will do; and noise of the variance asked for."""
+    single, bound = precision == "float32", BOUND[precision]
     for name in SCHEDULES:
-        truth = oracle(name)
+        truth, got = oracle(name), computed(name, precision)
         terms = wide(truth.alphas[1:]) * abs(X0) + wide(truth.sigmas[1:]) * abs(EPS)
-        got, expected = computed(name, precision)["x_t"], truth.q_sample(X0, EPS, TIMES)
-        within(got, expected, BOUND[precision], terms, name)
-
-
-def test_equation_2_q_posterior(precision):
-    """Of EPS as x_t: any will do."""
-    for name in SCHEDULES:
-        truth = oracle(name)
-        mean, variance = computed(name, precision)["posterior"]
+        within(got["x_t"], truth.q_sample(X0, EPS, TIMES), bound, terms, name)
         c0, ct = truth.coefficients(TIMES)
-        terms = wide(c0) * abs(X0) + wide(ct) * abs(EPS)
-        bound = BOUND[precision]
-        if precision == "float32":
-            bound = STEP_BOUND.get(name, bound)
-            # c0 carries the error of 1 - e^D: 1e-4 of a number as small as beta.
-            terms = terms + VARIANCE_BOUND[precision] / bound * wide(c0) * abs(X0)
+        expected, (mean, variance) = (
+            truth.posterior_mean(X0, EPS, TIMES),
+            got["posterior"],
+        )
+        # c0 carries the error of 1 - e^D: 1e-4 of a number as small as beta.
+        close = STEP_BOUND.get(name, bound) if single else bound
+        extra = VARIANCE_BOUND[precision] / close if single else 0
+        terms = wide(c0) * abs(X0) * (1 + extra) + wide(ct) * abs(EPS)
+        within(mean, expected, close, terms, name)
         # At t = 1 the posterior is x0 itself: ct is 0.
-        within(mean, truth.posterior_mean(X0, EPS, TIMES), bound, terms, name)
         np.testing.assert_array_equal(mean[0], X0[0].astype(precision))
-        expected = wide(truth.variance("small", TIMES))
-        assert variance.shape == (T, 1, 1)
-        np.testing.assert_allclose(variance, expected, rtol=VARIANCE_BOUND[precision])
-        assert variance[0] == 0
+        small, large = (truth.variance(kind, TIMES) for kind in ("small", "large"))
+        close = {"rtol": VARIANCE_BOUND[precision]}
+        np.testing.assert_allclose(variance, wide(small), **close)
+        # Without noise, with unit noise, and with each variance.
+        mean, unit, *noisy = map(np.asarray, got["drawn"])
+        terms = wide(c0 * (101 if single else 1)) * abs(X0) + wide(ct) * abs(EPS)
+        within(mean, expected, bound * (2 if single else 1), terms, name)
+        z = np.asarray(unit - mean, np.float64)
+        assert 0.9 < z[1:].std() < 1.1
+        variances = {
+            "small": small,
+            "large": large,
+            "learned": np.full(T, np.exp(-3)),
+            "range": large**0.3 * small**0.7,
+            "analytic": small + 0.2 * c0**2,
+            "given": np.linspace(0.1, 1, T),
+        }
+        for x_s, variance in zip(noisy, variances.values(), strict=True):
+            scale = wide(np.sqrt(variance))
+            # Half of the variance's bound, beside the rounding of the sum itself.
+            terms = scale * abs(z) + 1e-2 * (1 + abs(EPS))
+            within(x_s - mean, scale * z, VARIANCE_BOUND[precision], terms, name)
+            assert np.all(np.any(x_s[1:] != mean[1:], axis=(1, 2)))
+            # The step to data adds none.
+            np.testing.assert_array_equal(x_s[0], mean[0])
 
 
 def test_equation_2_of_the_paper_a_step_of_the_forward_process(x64):
@@ -94,50 +111,17 @@ def test_equation_2_of_the_paper_a_step_of_the_forward_process(x64):
     for name in ("linear", "cosine", "jsd"):
         made, beta = SCHEDULES[name](), wide(betas_of(name))
         got = gaussian.q_step(keys, jnp.asarray(X0), made(TIMES - 1), made(TIMES))
-        np.testing.assert_allclose(
-            got, np.sqrt(1 - beta) * X0 + np.sqrt(beta) * z, 1e-7, 1e-9
-        )
+        expected = np.sqrt(1 - beta) * X0 + np.sqrt(beta) * z
+        np.testing.assert_allclose(got, expected, rtol=1e-7, atol=1e-9)
 
 
 def test_pure_noise_says_nothing_of_x0(precision):
     """For the predictions that do not name it; the others are finite there."""
-    level, x = SCHEDULES["jsd"]()(T), jnp.asarray(X_T[:1])
+    made, x = SCHEDULES["jsd"](), jnp.asarray(EPS[:1])
     for kind in gaussian.KINDS:
-        x0 = gaussian.predict(kind, 0.5 * x, x, level, SCHEDULES["jsd"]()(T - 1)).x0
-        assert np.isnan(x0).all() == (kind in ("eps", "score")), kind
-        assert np.isfinite(x0).all() == (kind not in ("eps", "score")), kind
-
-
-def test_p_sample_at_every_step(precision):
-    """The posterior mean of the predicted x0, plus noise of the variance asked for."""
-    for name in SCHEDULES:
-        truth = oracle(name)
-        mean, unit, *noisy = map(np.asarray, computed(name, precision)["drawn"])
-        c0, ct = truth.coefficients(TIMES)
-        terms = wide(c0 * (101 if precision == "float32" else 1)) * abs(X0)
-        bound = BOUND[precision] * (2 if precision == "float32" else 1)
-        terms = terms + wide(ct) * abs(EPS)
-        within(mean, truth.posterior_mean(X0, EPS, TIMES), bound, terms, name)
-        z = np.asarray(unit - mean, np.float64)
-        assert 0.9 < z[1:].std() < 1.1
-        small, large = (truth.variance(kind, TIMES) for kind in ("small", "large"))
-        expected = [
-            small,
-            large,
-            np.full(T, np.exp(-3)),
-            large**0.3 * small**0.7,
-            small + 0.2 * c0**2,
-            np.linspace(0.1, 1, T),
-        ]
-        for x_s, variance in zip(noisy, expected, strict=True):
-            scale = wide(np.sqrt(variance))
-            # Half of the variance's bound, beside the rounding of the sum itself.
-            bound = VARIANCE_BOUND[precision]
-            terms = scale * abs(z) + 1e-2 * (1 + abs(EPS))
-            within(x_s - mean, scale * z, bound, terms, name)
-            assert np.all(np.any(x_s[1:] != mean[1:], axis=(1, 2)))
-            # The step to data adds none.
-            np.testing.assert_array_equal(x_s[0], mean[0])
+        x0 = gaussian.predict(kind, 0.5 * x, x, made(T), made(T - 1)).x0
+        unsaid = kind in ("eps", "score")
+        assert np.all(np.isnan(x0) if unsaid else np.isfinite(x0)), kind
 
 
 def test_noise_of_an_example_is_that_of_its_key(x64):

@@ -17,7 +17,7 @@ def levels(name):
     if name in ("linear", "cosine"):
         made = getattr(schedule, name)()
         return made(TIMES), made(TIMES - 1)
-    made = {"vp": continuous.vp, "ve": continuous.ve}[name]()
+    made = getattr(continuous, name)()
     return made(TIMES / 1000), made((TIMES - 0.5) / 1000)
 
 
@@ -28,16 +28,14 @@ def scales(level):
 
 @jax.jit
 def _through(level, prev_level, x0, eps):
-    x_t, out = gaussian.q_sample(x0, eps, level), {}
-    for kind in gaussian.KINDS:
-        output = gaussian.target(kind, x0, eps, level, prev_level)
-        pred = gaussian.predict(kind, output, x_t, level, prev_level)
-        again = {
-            other: gaussian.target(other, pred.x0, pred.eps, level, prev_level)
-            for other in gaussian.KINDS
-        }
-        out[kind] = output, again
-    return out
+    x_t, pair = gaussian.q_sample(x0, eps, level), (level, prev_level)
+
+    def targets(x0, eps):
+        return {kind: gaussian.target(kind, x0, eps, *pair) for kind in gaussian.KINDS}
+
+    said = targets(x0, eps)
+    seen = {k: gaussian.predict(k, out, x_t, *pair)[:2] for k, out in said.items()}
+    return {kind: (said[kind], targets(*ends)) for kind, ends in seen.items()}
 
 
 def test_every_kind_reads_into_every_other(precision):
@@ -80,12 +78,11 @@ def test_every_kind_reads_into_every_other(precision):
 
         for kind, (output, again) in got.items():
             truth = said(kind, X0, EPS, alpha, sigma, c0, ct)
-            error = np.abs(np.asarray(output, np.float64) - truth)
+            error = np.abs(np.float64(output) - truth)
             assert np.all(error <= 2 * allowed(kind, 1.0, 1.0)), (name, kind)
             x0, eps = (1 + np.asarray(g) for g in grown[kind])
             for other, found in again.items():
-                direct = np.asarray(got[other][0], np.float64)
-                error = np.abs(np.asarray(found, np.float64) - direct)
+                error = np.abs(np.float64(found) - np.float64(got[other][0]))
                 assert np.all(error <= allowed(other, x0, eps)), (name, kind, other)
 
 
@@ -93,20 +90,16 @@ def test_without_noise(x64):
     """At sigma = 0 x0 is there for all; eps where the output still says it."""
     level = schedule.linear()(0)
     x_t = gaussian.q_sample(X0, EPS, level)
-    for kind in gaussian.KINDS:
-        if kind == "mean":
-            continue
+    unsaid = {"x0": np.full_like(EPS, np.nan), "score": np.zeros_like(EPS)}
+    for kind in set(gaussian.KINDS) - {"mean"}:
         output = gaussian.target(kind, X0, EPS, level)
-        assert np.all(np.isfinite(output)) == (kind != "score")
         if kind == "score":
+            assert not np.any(np.isfinite(output))
             output = 0 * x_t + 0.5
         pred = gaussian.predict(kind, output, x_t, level)
-        np.testing.assert_allclose(pred.x0, X0, rtol=1e-14, err_msg=kind)
-        if kind == "x0":
-            assert np.all(np.isnan(pred.eps))
-        else:
-            expected = 0 if kind == "score" else EPS
-            np.testing.assert_allclose(pred.eps, expected, rtol=1e-14, err_msg=kind)
+        close = {"rtol": 1e-14, "err_msg": kind}
+        np.testing.assert_allclose(pred.x0, X0, **close)
+        np.testing.assert_allclose(pred.eps, unsaid.get(kind, EPS), **close)
 
 
 def test_edm_is_table_1_whatever_the_data(x64):

@@ -1,20 +1,13 @@
 """The terms of the bound against the paper's formulas, and against integrals."""
 
+import itertools
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from oracles import (
-    SCHEDULES,
-    T,
-    bits_per_dim,
-    decoder_nll,
-    draw,
-    normal_kl,
-    oracle,
-    wide,
-)
+import oracles
+from oracles import SCHEDULES, T, bits_per_dim, decoder_nll, draw, oracle, wide
 
 from diffusion_jax import gaussian, losses, schedule
 
@@ -36,10 +29,6 @@ X0, EPS = pixels(0, T, 4, 4), draw(1, T, 4, 4)
 
 
 def test_simple_in_every_space(x64):
-    """An error d in eps is sigma/alpha d in x0, d/alpha in v, c0 sigma/alpha d in mean.
-
-    (The mean's two ways of depending on eps cancel: x_t is given, only x0 moves.)
-    """
     t = TIMES[:-1]
     x0, eps, off = X0[t], EPS[t], draw(2, len(t), 4, 4)
     square = np.square(off).mean(axis=(1, 2))
@@ -47,24 +36,23 @@ def test_simple_in_every_space(x64):
     @jax.jit
     def of(x_t, level, prev_level):
         pred = gaussian.predict("eps", jnp.asarray(eps + off), x_t, level)
-        spaces = [
-            losses.simple(pred, x0, eps, level, prev_level, space=space)
-            for space in gaussian.KINDS
-        ]
-        return losses.simple(pred, x0, eps, level), spaces
+        simple = partial(losses.simple, pred, x0, eps, level)
+        weighted = losses.weighted(pred, eps, level, lambda logsnr: jnp.exp(-logsnr))
+        spaces = [simple(prev_level, space=space) for space in gaussian.KINDS]
+        return simple(), weighted, spaces
 
     for name in ("linear", "cosine"):
         truth, made = oracle(name), SCHEDULES[name]()
-        alpha, sigma, (c0, _) = truth.alphas[t], truth.sigmas[t], truth.coefficients(t)
-        ratio = sigma / alpha
-        growth = {"eps": 1, "x0": ratio, "v": 1 / alpha, "mean": c0 * ratio}
-        growth |= {"score": 1 / sigma, "velocity": 1 + ratio}
-        # (x0 - c_skip x) / c_out, where x is given.
-        growth["edm"] = ratio / (0.5 * sigma / np.sqrt(sigma**2 + 0.25 * alpha**2))
-        default, spaces = of(truth.q_sample(x0, eps, t), made(t), made(t - 1))
+        alpha, sigma = truth.alphas[t], truth.sigmas[t]
+        default, weighted, spaces = of(truth.q_sample(x0, eps, t), made(t), made(t - 1))
         np.testing.assert_allclose(default, square, rtol=1e-12)
+        expected = (sigma / alpha) ** 2 * square
+        np.testing.assert_allclose(weighted, expected, rtol=1e-9)
         for space, got in zip(gaussian.KINDS, spaces, strict=True):
-            expected = growth[space] ** 2 * square
+            # An error of 1 in eps is one of -sigma / alpha in x0: x_t is given.
+            scales = alpha, sigma, *truth.coefficients(t)
+            growth = oracles.said(space, -sigma / alpha, 1, *scales)
+            expected = growth**2 * square
             np.testing.assert_allclose(got, expected, rtol=1e-8, err_msg=space)
 
 
@@ -78,16 +66,16 @@ def test_normal_kl_keeps_its_digits_where_variances_are_close():
 
 def test_decoder_of_every_bin(x64):
     x0, mean = (a.ravel() for a in np.meshgrid(BINS, np.linspace(-1.1, 1.1, 23)))
-    for exact in (False, True):
-        for log_variance in (-12.0, -9.8, -5.0, 0.0):
-            log_variance = np.full((), log_variance)
-            inputs = jnp.asarray(x0), jnp.asarray(mean), jnp.asarray(log_variance)
-            got = losses.decoder(*inputs, exact=exact)
-            expected = decoder_nll(x0, mean, log_variance, exact=exact)
-            # At the floor a probability is a difference of numbers near 1.
-            one, other = np.exp(-got), np.exp(-expected)
-            np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-15)
-            assert np.max(got) <= -np.log(1e-12) + 1e-9
+    for exact, log_variance in itertools.product(
+        (False, True), (-12.0, -9.8, -5.0, 0.0)
+    ):
+        inputs = x0, mean, np.full((), log_variance)
+        got = losses.decoder(*map(jnp.asarray, inputs), exact=exact)
+        expected = decoder_nll(*inputs, exact=exact)
+        # At the floor a probability is a difference of numbers near 1.
+        one, other = np.exp(-got), np.exp(-expected)
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-15)
+        assert np.max(got) <= -np.log(1e-12) + 1e-9
 
 
 def test_decoder_keeps_small_probabilities():
@@ -105,9 +93,9 @@ def test_decoder_has_finite_gradients_for_any_learned_variance():
     """A learned log-variance has no range; an early step may go far."""
     grad = jax.grad(lambda *args: losses.decoder(*args).sum(), (1, 2))
     for log_variance in (-100.0, -60.0, 60.0):
-        inputs = (jnp.zeros(3), jnp.array([-0.3, 0.0, 0.3]), jnp.full(3, log_variance))
-        for leaf in grad(*inputs):
-            assert np.all(np.isfinite(leaf)), log_variance
+        mean = jnp.array([-0.3, 0.0, 0.3])
+        slopes = grad(jnp.zeros(3), mean, jnp.full(3, log_variance))
+        assert np.all(np.isfinite(slopes)), log_variance
 
 
 @jax.jit
@@ -184,31 +172,33 @@ def test_vlb_of_an_exploding_chain(x64):
     for variance, chosen in (("small", small), ("large", after - before)):
         t, data = jnp.arange(1, 41), jnp.asarray(x0)
         got = losses.vlb(pred, data, x_t, made, t, variance=variance)
-        nats = normal_kl(off, wide(np.log(small)), 0 * off, wide(np.log(chosen)))
+        nats = oracles.normal_kl(
+            off, wide(np.log(small)), 0 * off, wide(np.log(chosen))
+        )
         np.testing.assert_allclose(got[1:], bits_per_dim(nats), rtol=1e-9)
-        nats = decoder_nll(x0[:1], guess[:1], np.log(small[0]))
-        np.testing.assert_allclose(got[:1], bits_per_dim(nats), rtol=1e-9)
+        # The decoder's variance is that of the next step, or the one asked for.
+        told = losses.vlb(pred, data, x_t, made, t, decoder_variance=0.3)
+        for first, width in ((got[:1], small[0]), (told[:1], 0.3)):
+            nats = decoder_nll(x0[:1], guess[:1], np.log(width))
+            np.testing.assert_allclose(first, bits_per_dim(nats), rtol=1e-9)
 
 
 def test_prior(precision):
-    """And that of the paper: 8.7e-6 bits/dim where E[x^2] = 0.3, as on CIFAR-10."""
+    """KL to N(0, max(1, sigma)^2); and the paper's number, where E[x^2] = 0.3."""
     bound = {"float32": 1e-5, "float64": 1e-8}[precision]
-    for name in ("linear", "cosine", "quad", "jsd"):
-        got = losses.prior(jnp.asarray(X0[:20]), SCHEDULES[name]()(T))
-        expected = oracle(name).prior(X0[:20])
-        np.testing.assert_allclose(got, expected, rtol=bound, atol=1e-9 * bound)
+    truths = [
+        (oracle(name).alphas[-1], oracle(name).sigmas[-1], SCHEDULES[name]()(T))
+        for name in ("linear", "cosine", "quad", "jsd")
+    ]
+    for alpha, sigma in ((0.7, 0.3), (0.7, 0.99), (0.7, 1.01), (0.7, 4.0), (1.0, 50.0)):
+        fields = np.log(alpha), 2 * np.log(alpha / sigma)
+        truths.append((alpha, sigma, schedule.NoiseLevel(*map(jnp.asarray, fields))))
+    for alpha, sigma, level in truths:
+        std = max(1.0, sigma)
+        nats = oracles.normal_kl(alpha * X0[:20], 2 * np.log(sigma), 0, 2 * np.log(std))
+        got = losses.prior(jnp.asarray(X0[:20]), level)
+        np.testing.assert_allclose(
+            got, bits_per_dim(nats), rtol=bound, atol=1e-9 * bound
+        )
     got = losses.prior(jnp.full([2, 4, 4, 3], 0.3**0.5), schedule.linear()(1000))
-    assert got.shape == (2,)
-    np.testing.assert_allclose(got, 8.7e-6, atol=0.05e-6)
-
-
-def test_the_divergence_of_normals_is_its_integral(x64):
-    x = np.linspace(-12, 12, 20_001)
-
-    def log(mean, log_variance):
-        square = (x - mean) ** 2 * np.exp(-log_variance)
-        return -0.5 * (square + log_variance + np.log(2 * np.pi))
-
-    p, q = log(0.3, -0.4), log(-0.5, 0.7)
-    found = losses.normal_kl(0.3, -0.4, -0.5, 0.7)
-    np.testing.assert_allclose(found, np.trapezoid(np.exp(p) * (p - q), x), rtol=1e-9)
+    np.testing.assert_allclose(got, [8.7e-6] * 2, atol=0.05e-6)
