@@ -4,6 +4,7 @@ Each is a function of `Inputs`, whose first axis is a batch of B examples, and g
 arrays with that axis. A new function needs a line here.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -75,25 +76,24 @@ class Inputs(NamedTuple):
     level: schedule.NoiseLevel
     prev_level: schedule.NoiseLevel
 
+    @property
+    def pred(self):
+        return gaussian.Prediction(self.y, self.x)
+
+    @property
+    def pair(self):
+        return self.level, self.prev_level
+
 
 def inputs(seed=0):
     rng = np.random.default_rng(seed)
-    t = np.array([1, 2, 3, 5, 8, 13, 17, 20])[::-1].copy()
-    arrays = (
-        rng.uniform(-0.9, 0.9, (B, *SHAPE)),
-        rng.normal(size=(B, *SHAPE)),
-        rng.normal(size=(B, *SHAPE)),
-        rng.uniform(-3, 0, (B, *SHAPE)),
-        rng.uniform(0.1, 0.9, B),
-    )
-    return Inputs(
-        *(jnp.asarray(a, float) for a in arrays),
-        jnp.asarray(t),
-        jnp.arange(B) + 100 * seed,
-        jax.random.split(jax.random.key(seed), B),
-        LIN(t),
-        LIN(t - 1),
-    )
+    t = np.array([20, 17, 13, 8, 5, 3, 2, 1])
+    x0 = rng.uniform(-0.9, 0.9, (B, *SHAPE))
+    x, y = rng.normal(size=(2, B, *SHAPE))
+    arrays = x0, x, y, rng.uniform(-3, 0, (B, *SHAPE)), rng.uniform(0.1, 0.9, B)
+    number, keys = jnp.arange(B) + 100 * seed, jax.random.split(jax.random.key(seed), B)
+    real = (jnp.asarray(a, float) for a in arrays)
+    return Inputs(*real, jnp.asarray(t), number, keys, LIN(t), LIN(t - 1))
 
 
 def network(x, t):
@@ -133,36 +133,30 @@ def walked(make, **options):
     def call(a):
         rule, x = make(denoiser(threshold=0.9), LIN, **options), a.x
         memory = rule.init(x, DOWN)
-        for t, s in ((19, 9), (9, 7)):
-            new = rule.step(a.keys, x, memory, jnp.asarray(t), jnp.asarray(s))
-            x, memory = new.x, new.memory
-        return new.x, new.x0
+        for times in ((19, 9), (9, 7)):
+            x, memory, x0 = rule.step(a.keys, x, memory, *map(jnp.asarray, times))
+        return x, x0
 
     return call
 
 
-def _solvers(a):
-    orders = ("2S", "3M", "SDE")
-    return [walked(solvers.dpm_solver_pp, order=order)(a) for order in orders]
+def stepped(rule, t, s):
+    """One step of all examples."""
+    return lambda a: rule.step(a.keys, a.x, (), jnp.asarray(t), jnp.asarray(s))[::2]
 
 
 def _padded(a):
     rule, grid = samplers.padded(RULES["small"]), samplers.pad(DOWN, 4)
-    x = rule.step(a.keys, a.x, (), *map(jnp.asarray, grid[:2])).x
-    return rule.step(a.keys, x, (), *map(jnp.asarray, grid[2:])).x
+    for t, s in (grid[:2], grid[2:]):
+        a = a._replace(x=stepped(rule, t, s)(a)[0])
+    return a.x
 
 
 def _trajectory(a):
     options = {"start": a.x, "first": a.number[0]}
-    end, path = samplers.trajectory(
-        KEY, RULES["small"], GRID, a.x.shape, (0, 3), **options
-    )
+    rule, shape = RULES["small"], a.x.shape
+    end, path = samplers.trajectory(KEY, rule, GRID, shape, (0, 3), **options)
     return end, *path.x_t, *path.x0
-
-
-def _ode(a):
-    times = jnp.asarray(0.6), jnp.asarray(0.3)
-    return ode.ode(denoiser(made=VP), VP, **SOLVE).step(a.keys, a.x, (), *times)[::2]
 
 
 def _ode_bits(a):
@@ -207,11 +201,8 @@ def _by_classifier(a, clip):
 def _x0_variance(a):
     """Of each example by itself, since a table has no batch."""
     made = schedule.linear(2)
-    return jax.vmap(
-        lambda key, one: analytic.x0_variance(
-            key[None], denoiser(made=made), made, one[None]
-        )
-    )(a.keys, a.x0)
+    one = partial(analytic.x0_variance, denoise=denoiser(made=made), schedule=made)
+    return jax.vmap(lambda key, x0: one(key[None], x0=x0[None]))(a.keys, a.x0)
 
 
 def _recorded(a):
@@ -254,23 +245,14 @@ def _jump(x, t, s):
 
 def _distilled(a):
     """Each loss and target of distillation, by its name."""
-    (ends, u), denoise = _still(a), denoiser("v", VP)
+    (ends, u), denoise, to = _still(a), denoiser("v", VP), distillation
     return {
-        "two_steps": distillation.two_steps(
-            denoise, ends.eps, VP, u, 0.7 * u, LATE * u
-        ),
-        "tangent": distillation.tangent(denoise, ends, VP, u, warmup=0.7),
-        "difference": distillation.difference(denoise, ends, VP, u, LATE * u),
-        "consistency": distillation.consistency(ends, ends.x0, VP(u)),
-        "mean_flow": distillation.mean_flow(_jump, ends, FLOW, u, LATE * u),
+        "two_steps": to.two_steps(denoise, ends.eps, VP, u, 0.7 * u, LATE * u),
+        "tangent": to.tangent(denoise, ends, VP, u, warmup=0.7),
+        "difference": to.difference(denoise, ends, VP, u, LATE * u),
+        "consistency": to.consistency(ends, ends.x0, VP(u)),
+        "mean_flow": to.mean_flow(_jump, ends, FLOW, u, LATE * u),
     }
-
-
-def _jumped(make, denoise):
-    """A step of a rule of few steps, of all examples from one time to another."""
-    return lambda a: make(denoise, FLOW).step(
-        a.keys, a.x, (), jnp.asarray(0.9), jnp.asarray(0.4)
-    )[::2]
 
 
 def _minimised(a):
@@ -282,25 +264,9 @@ def _minimised(a):
     return learned.minimise_variance(PARAMS, a.u, of, has_aux=True)
 
 
-def pair(a):
-    return a.level, a.prev_level
-
-
 def every(options, call):
     """All options of a function, as one call."""
     return lambda a: {option: call(a, option) for option in options}
-
-
-def of_steps(make):
-    return lambda a: make(T)(a.t)
-
-
-def in_time(make):
-    return lambda a: make()(a.u)
-
-
-def weighted(make):
-    return lambda a: make()(a.level.logsnr)
 
 
 DISCRETE = ("linear", "quad", "const", "jsd", "warmup", "cosine", "sigmoid")
@@ -311,7 +277,10 @@ BOTH = ("small", "large")
 # Functions without arrays of their own make schedules, weightings and rules: they are
 # called with what they make.
 CALLS = {
-    **{f"schedule.{name}": of_steps(getattr(schedule, name)) for name in DISCRETE},
+    **{
+        f"schedule.{name}": lambda a, name=name: getattr(schedule, name)(T)(a.t)
+        for name in DISCRETE
+    },
     "schedule.from_betas": lambda a: schedule.from_betas([0.1] * T)(a.t),
     "schedule.from_tables": lambda a: schedule.from_tables(*LIN.args)(a.t),
     "schedule.tables": lambda a: [jnp.asarray(x)[a.t] for x in schedule.tables(LIN)],
@@ -319,7 +288,10 @@ CALLS = {
     "schedule.real_time": lambda a: schedule.real_time(a.u),
     "schedule.real_data": lambda a: schedule.real_data(a.x0),
     "schedule.widened": lambda a: schedule.widened(a.u, a.x),
-    **{f"continuous.{name}": in_time(getattr(continuous, name)) for name in REALS},
+    **{
+        f"continuous.{name}": lambda a, name=name: getattr(continuous, name)()(a.u)
+        for name in REALS
+    },
     "continuous.interpolate": lambda a: REAL(T * a.u),
     "continuous.shifted": lambda a: continuous.shifted(REAL, -1.0)(T * a.u),
     "continuous.discretize": lambda a: continuous.discretize(VP, T)(a.t),
@@ -328,32 +300,28 @@ CALLS = {
     "learned.init": lambda a: jax.vmap(learned.init)(a.keys).interior.offset,
     "learned.minimise_variance": _minimised,
     "gaussian.q_sample": lambda a: gaussian.q_sample(a.x0, a.x, a.level),
-    "gaussian.q_posterior": lambda a: gaussian.q_posterior(a.x0, a.x, *pair(a)),
-    "gaussian.q_step": lambda a: gaussian.q_step(
-        a.keys, a.x, *pair(a)[::-1], noise=1.1
-    ),
+    "gaussian.q_posterior": lambda a: gaussian.q_posterior(a.x0, a.x, *a.pair),
+    "gaussian.q_step": lambda a: gaussian.q_step(a.keys, a.x, *a.pair[::-1], noise=1.1),
     "gaussian.predict": every(
-        KINDS, lambda a, kind: gaussian.predict(kind, a.x0, a.x, *pair(a))
+        KINDS, lambda a, kind: gaussian.predict(kind, a.x0, a.x, *a.pair)
     ),
     "gaussian.target": every(
-        KINDS, lambda a, kind: gaussian.target(kind, a.x0, a.x, *pair(a))
+        KINDS, lambda a, kind: gaussian.target(kind, a.x0, a.x, *a.pair)
     ),
     "gaussian.p_sample": every(
         VARIANCES,
-        lambda a, kind: gaussian.p_sample(
-            a.keys, _believed(a), a.x, *pair(a), variance=kind
-        ),
+        lambda a, v: gaussian.p_sample(a.keys, _believed(a), a.x, *a.pair, variance=v),
     ),
     "gaussian.denoiser": every(DENOISERS, lambda a, name: DENOISERS[name](a.x, a.t)),
     "gaussian.denoiser of ve": lambda a: denoiser("edm", VE)(a.x, a.u),
     "gaussian.normal": lambda a: gaussian.normal(a.keys, (len(a.keys), 3)),
     "prediction.reverse_variance": every(
-        BOTH, lambda a, kind: prediction.reverse_variance(kind, *pair(a))
+        BOTH, lambda a, kind: prediction.reverse_variance(kind, *a.pair)
     ),
     "prediction.log_variance": every(
         VARIANCES,
         lambda a, kind: prediction.log_variance(
-            kind, _believed(a), *pair(a), log_small=jnp.full_like(a.log, -4.0)
+            kind, _believed(a), *a.pair, log_small=jnp.full_like(a.log, -4.0)
         ),
     ),
     "analytic.attach": lambda a: attached(1)(a.x, a.t),
@@ -361,16 +329,19 @@ CALLS = {
     "analytic.bounded": jax.vmap(
         lambda a: analytic.bounded(0.01 * jnp.exp(a.log).ravel(), schedule.linear(3))
     ),
-    **{f"weightings.{name}": weighted(getattr(weightings, name)) for name in WEIGHTS},
+    **{
+        f"weightings.{n}": lambda a, n=n: getattr(weightings, n)()(a.level.logsnr)
+        for n in WEIGHTS
+    },
     "weightings.slope": lambda a: [
         weightings.slope(made, t)
         for made, t in ((VP, a.u), (REAL, T * a.u), (LIN, a.t))
     ],
     "timesteps.uniform": lambda a: timesteps.uniform(KEY, a.number),
-    "timesteps.low_discrepancy": lambda a: timesteps.low_discrepancy(
-        KEY, a.number % B, B
-    ),
-    "timesteps.antithetic": lambda a: timesteps.antithetic(KEY, a.number % B, B),
+    **{
+        f"timesteps.{make.__name__}": lambda a, f=make: f(KEY, a.number % B, B)
+        for make in (timesteps.low_discrepancy, timesteps.antithetic)
+    },
     "timesteps.steps": lambda a: timesteps.steps(a.u, T),
     "timesteps.times": lambda a: timesteps.times(a.u),
     "timesteps.log_normal": lambda a: timesteps.log_normal(
@@ -396,17 +367,10 @@ CALLS = {
     "autoencoding.perceptual": lambda a: autoencoding.perceptual([a.x], [a.y]),
     "latents.bound": lambda a: latents.bound(a.u, 2 * a.u, a.log, dimensions=8),
     "losses.simple": every(
-        KINDS,
-        lambda a, space: losses.simple(
-            gaussian.Prediction(a.y, a.x), a.x0, a.x, *pair(a), space=space
-        ),
+        KINDS, lambda a, kind: losses.simple(a.pred, a.x0, a.x, *a.pair, space=kind)
     ),
-    "losses.weighted": lambda a: losses.weighted(
-        gaussian.Prediction(a.y, a.y), a.x, a.level, jax.nn.sigmoid
-    ),
-    "losses.diffusion": lambda a: losses.diffusion(
-        gaussian.Prediction(a.y, a.y), a.x, a.u
-    ),
+    "losses.weighted": lambda a: losses.weighted(a.pred, a.y, a.level, jax.nn.sigmoid),
+    "losses.diffusion": lambda a: losses.diffusion(a.pred, a.y, a.u),
     "losses.prior": lambda a: losses.prior(a.x0, a.level),
     "losses.vlb": every(
         VARIANCES,
@@ -420,16 +384,16 @@ CALLS = {
         for name in ("two_steps", "tangent", "difference", "consistency", "mean_flow")
     },
     "distillation.progressive": lambda a: distillation.progressive(
-        gaussian.Prediction(a.x0, a.y), a.x, VP(a.u)
+        a.pred, a.x0, VP(a.u)
     ),
-    "distillation.across": lambda a: distillation.across(
-        gaussian.Prediction(a.x0, a.y), a.level
-    ),
+    "distillation.across": lambda a: distillation.across(a.pred, a.level),
     "distillation.derivative": lambda a: distillation.derivative(
         lambda t: network(a.x, t), a.u
     ),
-    "jumps.consistency": _jumped(jumps.consistency, denoiser("v", FLOW)),
-    "jumps.mean_flow": _jumped(jumps.mean_flow, _jump),
+    "jumps.consistency": stepped(
+        jumps.consistency(denoiser("v", FLOW), FLOW), 0.9, 0.4
+    ),
+    "jumps.mean_flow": stepped(jumps.mean_flow(_jump, FLOW), 0.9, 0.4),
     "losses.reconstruction": lambda a: losses.reconstruction(
         a.x0, a.x0 + 0.1 * a.x, schedule.NoiseLevel(-0.1 * a.u, 2 + 8 * a.u)
     ),
@@ -446,12 +410,7 @@ CALLS = {
     "guidance.classifier_free": _free,
     "guidance.within": lambda a: _free(a, guidance.within(LIN, 0.1, 0.3)),
     "guidance.classifier": every((False, True), _by_classifier),
-    "samplers.ddpm": every(
-        VARIANCES,
-        lambda a, name: RULES[name].step(
-            a.keys, a.x, (), jnp.asarray(9), jnp.asarray(7)
-        )[::2],
-    ),
+    "samplers.ddpm": every(VARIANCES, lambda a, name: stepped(RULES[name], 9, 7)(a)),
     "samplers.ddim": walked(samplers.ddim, eta=0.5),
     "samplers.padded": _padded,
     "samplers.trajectory": _trajectory,
@@ -464,7 +423,10 @@ CALLS = {
     "samplers.fold": lambda a: jax.random.key_data(samplers.fold(a.keys, 3)),
     "solvers.heun": walked(solvers.heun),
     "solvers.edm": walked(solvers.edm, churn=1.0),
-    "solvers.dpm_solver_pp": _solvers,
+    "solvers.dpm_solver_pp": every(
+        ("2S", "3M", "SDE"),
+        lambda a, order: walked(solvers.dpm_solver_pp, order=order)(a),
+    ),
     "solvers.unipc": walked(solvers.unipc, order=3),
     "solvers.phi": lambda a: solvers.phi(2, a.u),
     "langevin.predictor_corrector": walked(langevin.predictor_corrector),
@@ -485,6 +447,6 @@ CALLS = {
     "editing.colorize": lambda a: _sampled(
         a, editing.colorize(RULES["small"], LIN, a.x0), channels=3
     ),
-    "ode.ode": _ode,
+    "ode.ode": stepped(ode.ode(denoiser(made=VP), VP, **SOLVE), 0.6, 0.3),
     "likelihood.ode_bits_per_dim": _ode_bits,
 }

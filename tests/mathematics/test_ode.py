@@ -14,9 +14,12 @@ from diffusion_jax import continuous, ode, samplers, schedule, sde
 DATA = mixtures.one()
 KEY = jax.random.key(0)
 TOLERANCES = {"rtol": 1e-5, "atol": 1e-5}
-STEPS = {name: getattr(schedule, name)() for name in ("linear", "cosine")}
-REAL = {name: continuous.interpolate(made) for name, made in STEPS.items()}
-MADE = {**{name: truth.schedule for name, truth in SDES.items()}, **REAL}
+LINEAR, VP = schedule.linear(), continuous.vp()
+MADE = {name: truth.schedule for name, truth in SDES.items()}
+MADE |= {
+    "linear": continuous.interpolate(LINEAR),
+    "cosine": continuous.interpolate(schedule.cosine()),
+}
 NUMBERED = dict(zip(MADE, numbered(MADE.values()), strict=True))
 LAST = 1e-3
 
@@ -28,21 +31,19 @@ def start(count=8, std=1.0, seed=2):
 
 @cache
 def follow(tolerance):
-    @jax.jit
-    def run(made, x):
-        field = sde.flow(DATA.denoiser(made), made)
-        options = {"rtol": tolerance, "atol": tolerance}
-        return ode.follow(field, made, x, 1.0, LAST, **options)
-
-    return run
+    options = {"rtol": tolerance, "atol": tolerance}
+    return jax.jit(
+        lambda made, x: ode.follow(
+            sde.flow(DATA.denoiser(made), made), made, x, 1.0, LAST, **options
+        )
+    )
 
 
 def errors(name, tolerance=1e-5):
     made = NUMBERED[name]
-    high, low = made(1.0), made(LAST)
-    x = start(std=float(high.sigma))
+    x = start(std=float(made(1.0).sigma))
     solved = follow(tolerance)(made, x)
-    return np.abs(solved.x - DATA.flow(x, high, low)).max(), solved
+    return np.abs(solved.x - DATA.flow(x, made(1.0), made(LAST))).max(), solved
 
 
 def test_ends_where_the_exact_flow_does(precision):
@@ -103,58 +104,44 @@ def test_each_example_has_its_own_steps(x64):
         assert alone.evaluations[0] == evaluations[i]
 
 
-@cache
-def draw():
-    """Draws along any grid of at most four steps of "linear", as one program."""
-    denoise = DATA.denoiser(MADE["linear"])
-    rule = samplers.padded(ode.ode(denoise, STEPS["linear"], **TOLERANCES))
+def test_samples_end_in_the_exact_flow_and_encoding_leads_back(x64):
+    """All along grids of at most four steps, by one program."""
+    made, x, x0 = MADE["linear"], start(), start(std=0.5)
+    rule = samplers.padded(ode.ode(DATA.denoiser(made), LINEAR, **TOLERANCES))
     run = jax.jit(lambda grid, x: samplers.sample(KEY, rule, grid, x.shape, start=x))
-    return lambda grid, x: run(jnp.asarray(samplers.pad(np.array(grid), 4)), x)
 
+    def draw(x, *grid):
+        return run(jnp.asarray(samplers.pad(np.array(grid), 4)), x)
 
-def test_samples_end_in_the_exact_flow(x64):
-    made, x, grid = MADE["linear"], start(), [1000, 500, 1, 0]
-    found, near = draw()(grid, x), draw()(grid[:-1], x)
-    ends = [made(float(t)) for t in grid]
+    def off(found, x, t, s):
+        return np.abs(found - DATA.flow(x, made(float(t)), made(float(s)))).max()
+
+    found, near = draw(x, 1000, 500, 1, 0), draw(x, 1000, 500, 1)
     # The last step, where the flow is singular, is DDIM's: one of order one.
-    assert np.abs(found - DATA.flow(x, ends[0], ends[-1])).max() < 1e-3
-    assert np.abs(near - DATA.flow(x, ends[0], ends[-2])).max() < 1e-4
+    assert off(found, x, 1000, 0) < 1e-3
+    assert off(near, x, 1000, 1) < 1e-4
     seen = DATA.denoiser(made)(near, jnp.asarray(1.0)).x0
     np.testing.assert_allclose(found, seen, rtol=1e-9, atol=1e-12)
-
-
-def test_encoding_and_decoding_gives_the_data_back(x64):
-    made, run, x0 = MADE["linear"], draw(), start(std=0.5)
-    down = [1000, 500, 1]
-    noise = run(down[::-1], x0)
-    assert np.abs(noise - DATA.flow(x0, made(1.0), made(1000.0))).max() < 5e-4
-    np.testing.assert_allclose(run(down, noise), x0, atol=2e-4)
+    noise = draw(x0, 1, 500, 1000)
+    assert off(noise, x0, 1, 1000) < 5e-4
+    np.testing.assert_allclose(draw(noise, 1000, 500, 1), x0, atol=2e-4)
     # From data themselves the first step is DDIM's, at time 0.
-    encoded = run([0, *down[::-1]], x0)
-    assert np.all(np.isfinite(encoded))
-    assert 0 < np.abs(encoded - noise).max() < 0.1
+    assert 0 < np.abs(draw(x0, 0, 1, 500, 1000) - noise).max() < 0.1
 
 
 def test_evaluations_are_counted_and_none_is_needless():
     """Only the solve in a step to noise, only DDIM's one evaluation in that to data."""
-    made, calls = continuous.vp(), []
-
-    def denoise(x, t):
-        jax.debug.callback(lambda _: calls.append(1), t.ravel())
-        return DATA.denoiser(made)(x, t)
-
-    rule, x = ode.ode(denoise, made, **TOLERANCES), start(1)
+    calls, x = [], start(1)
+    rule = ode.ode(samplers.counted(DATA.denoiser(VP), calls), VP, **TOLERANCES)
     run = jax.jit(lambda grid: samplers.sample(KEY, rule, grid, x.shape, start=x))
-    jax.block_until_ready(run(jnp.array([1.0, 0.0])))
-    jax.effects_barrier()
-    # A callback keeps alive the prediction that a Step records; two in all.
-    assert len(calls) == 2
-    calls.clear()
-    jax.block_until_ready(run(jnp.array([1.0, 1e-3])))
-    jax.effects_barrier()
-    field = sde.flow(DATA.denoiser(made), made)
-    solved = ode.follow(field, made, x, 1.0, 1e-3, **TOLERANCES)
-    assert len(calls) == solved.evaluations[0] + 1
+    field = sde.flow(DATA.denoiser(VP), VP)
+    solved = ode.follow(field, VP, x, 1.0, LAST, **TOLERANCES).evaluations[0]
+    # A callback keeps alive the prediction that a Step records: one more.
+    for last, count in ((0.0, 2), (LAST, solved + 1)):
+        calls.clear()
+        jax.block_until_ready(run(jnp.array([1.0, last])))
+        jax.effects_barrier()
+        assert len(calls) == count
 
 
 def test_the_limit_of_steps_is_never_silent(refuses):
@@ -165,8 +152,7 @@ def test_the_limit_of_steps_is_never_silent(refuses):
         limited(x, 0.0, 1.0, rates)
     end, _ = jax.jit(lambda x: limited(x, 0.0, 1.0, rates))(x)
     np.testing.assert_array_equal(np.isnan(end), [[0, 0], [1, 1], [0, 0]])
-    made = continuous.vp()
-    rule = ode.ode(DATA.denoiser(made), made, max_steps=3)
+    rule = ode.ode(DATA.denoiser(VP), VP, max_steps=3)
     x = start(2)
     out = samplers.sample(KEY, rule, np.array([1.0, 1e-3]), x.shape, start=x)
     assert np.all(np.isnan(out))

@@ -29,16 +29,14 @@ def test_levels_at_every_step(precision):
         # jsd ends in pure noise: alpha is 0 and log-SNR -inf, ours are as good as.
         finite = TIMES[truth.alphas_bar > 0][1:]
         assert len(finite) == (T - 1 if name == "jsd" else T)
-        close = {"rtol": bound, "err_msg": name}
-        np.testing.assert_allclose(alpha, truth.alphas, atol=1e-16, **close)
-        np.testing.assert_allclose(sigma, truth.sigmas, **close)
+        close = partial(np.testing.assert_allclose, rtol=bound, err_msg=name)
+        close(alpha, truth.alphas, atol=1e-16)
+        close(sigma, truth.sigmas)
         log_alpha_bar = np.log(truth.alphas_bar[finite])
-        np.testing.assert_allclose(
-            level.log_alpha[finite], 0.5 * log_alpha_bar, **close
-        )
+        close(level.log_alpha[finite], 0.5 * log_alpha_bar)
         # It passes through zero, where only its absolute error means anything.
         logsnr = log_alpha_bar - np.log(truth.noise[finite])
-        np.testing.assert_allclose(level.logsnr[finite], logsnr, atol=bound, **close)
+        close(level.logsnr[finite], logsnr, atol=bound)
         # Data have no noise.
         assert (alpha[0], sigma[0], level.logsnr[0]) == (1, 0, np.inf)
     assert len(traces) == 1
@@ -112,11 +110,8 @@ def test_strong_noise_keeps_its_betas(precision):
 def test_any_integer_is_a_time_and_inside_jit_too():
     """A time closed over is still a constant while the function around is traced."""
     lin = schedule.linear()
-    for t in (
-        500,
-        np.array([[5, 500]]),
-        *(jnp.array([100], dtype) for dtype in ("uint8", "int8", "int32")),
-    ):
+    integers = (jnp.array([100], kind) for kind in ("uint8", "int8", "int32"))
+    for t in (500, np.array([[5, 500]]), *integers):
         expected = lin(np.asarray(t, int)).alpha
         np.testing.assert_array_equal(lin(t).alpha, expected)
         assert expected.shape == np.shape(t)

@@ -17,17 +17,16 @@ import pytest
 
 from diffusion_jax import continuous, gaussian, samplers, schedule, solvers
 
-KEY = jax.random.key(0)
+KEY, VP = jax.random.key(0), continuous.vp()
 # The file has x in float32, and diffusers' multistep solver rounds it to that too.
 TOLERANCE = {"rtol": 0, "atol": 2e-6}
 SCHEDULES = {"linear": schedule.linear, "cosine": schedule.cosine}
+DPM = solvers.dpm_solver_pp
 # What a case is named after is the rule.
 RULES = {
     **{f"ddpm {v}": partial(samplers.ddpm, variance=v) for v in gaussian.VARIANCES},
     **{f"ddim {eta:g}": partial(samplers.ddim, eta=eta) for eta in (0.0, 0.5, 1.0)},
-    **{
-        f"dpm {o}": partial(solvers.dpm_solver_pp, order=o) for o in solvers.DPM_SOLVERS
-    },
+    **{f"dpm {order}": partial(DPM, order=order) for order in solvers.DPM_SOLVERS},
     **{f"unipc {order}": partial(solvers.unipc, order=order) for order in (1, 2, 3)},
     "heun": solvers.heun,
 }
@@ -61,17 +60,15 @@ def network(kind, x, share, alpha, sigma):
     wave = 0.4 * jnp.cos(3 * share)
     bend = 0.6 * jnp.tanh(1.9 * x + 1.1 * left - 0.7 * below + wave)
     spread = 0.7**2 * alpha**2 + sigma**2
-    outputs = {
+    return {
         "eps": x * sigma / spread - alpha * bend,
         "x0": x * (0.49 * alpha / spread) + sigma * bend,
         "v": x * (alpha * sigma * (1 - 0.7**2) / spread) - bend,
-    }
-    return outputs[kind]
+    }[kind]
 
 
 def denoiser_of(case, kind):
     """The network of a case as the rules see it."""
-
     learned = case.options.get("variance_type") == "learned"
 
     def apply_fn(x, t):
@@ -97,14 +94,17 @@ def denoiser_of(case, kind):
     )
 
 
+def path_of(rule, grid, start=None):
+    """X before each step and at the end, [steps + 1, B, ...], and x0."""
+    shape, steps = (golden.BATCH, *golden.SHAPE), range(len(grid) - 1)
+    end, seen = samplers.trajectory(KEY, rule, grid, shape, steps, start=start)
+    return np.concatenate([seen.x_t, end[None]]), np.asarray(seen.x0)
+
+
 def walk(name, kind="eps", *, start=None):
-    """X before each step and at the end by our rule, [steps + 1, B, ...], and x0."""
     case = golden.CASES[name]
     denoise, made = denoiser_of(case, kind), SCHEDULES[case.schedule]()
-    rule = RULES[name.partition(":")[0]](denoise, made)
-    shape, steps = (golden.BATCH, *golden.SHAPE), range(len(case.grid) - 1)
-    end, seen = samplers.trajectory(KEY, rule, case.grid, shape, steps, start=start)
-    return np.concatenate([seen.x_t, end[None]]), np.asarray(seen.x0)
+    return path_of(RULES[name.partition(":")[0]](denoise, made), case.grid, start)
 
 
 @pytest.mark.parametrize(("name", "kind"), DOUBLE)
@@ -148,20 +148,18 @@ def test_third_order_integrates_the_parabola_through_three_outputs(x64):
     np.testing.assert_allclose(path[-1], x0[-1], rtol=0, atol=1e-12)
 
 
-def algorithm_2(
-    x, sigmas, noises, predict, *, churn, churn_range, noise, level=lambda a: a
-):
+def algorithm_2(x, sigmas, noises, predict, level, *, churn, churn_range, noise):
     """x before each step and at the end, by Algorithm 2 of Karras et al. 2022.
 
     Sigmas are its t_0, ..., t_N, noises its eps_i, predict its D(x; sigma), and level
     gives the level that there is next to one that is wanted.
     """
-    steps, path = len(sigmas) - 1, [x]
-    for i, (t, s) in enumerate(itertools.pairwise(sigmas)):
+    path = [x]
+    for z, (t, s) in zip(noises, itertools.pairwise(sigmas), strict=True):
         inside = churn_range[0] <= t <= churn_range[1]
-        gamma = min(churn / steps, np.sqrt(2) - 1) if inside else 0.0
+        gamma = min(churn / len(noises), np.sqrt(2) - 1) if inside else 0.0
         raised = level((1 + gamma) * t) if gamma else t
-        x = x + np.sqrt(raised**2 - t**2) * noise * noises[i]
+        x = x + np.sqrt(raised**2 - t**2) * noise * z
         slope = (x - predict(x, raised)) / raised
         x_s = x + (s - raised) * slope
         if s > 0:
@@ -172,10 +170,32 @@ def algorithm_2(
     return np.stack(path)
 
 
-def vp_time(sigma):
-    """When the continuous schedule has this sigma / alpha: a root of its quadratic."""
-    rise, start, wanted = (20 - 0.1) / 4, 0.1 / 2, 0.5 * np.log1p(sigma**2)
-    return (np.sqrt(start**2 + 4 * rise * wanted) - start) / (2 * rise)
+RATIOS = np.divide(*golden.levels("linear")[::-1])
+
+
+def nearest(sigma):
+    """The level next to this that a chain has, in log-SNR."""
+    return RATIOS[1 + np.abs(np.log(RATIOS[1:] / sigma)).argmin()]
+
+
+def nearest_share(sigma):
+    return np.abs(RATIOS - sigma).argmin() / golden.T
+
+
+def vp_share(sigma):
+    """A root of the quadratic in t that log alpha is."""
+    wanted = 0.5 * np.log1p(sigma**2)
+    return (np.sqrt(0.05**2 + 19.9 * wanted) - 0.05) / (19.9 / 2)
+
+
+def vp_network(x, t):
+    t = t[:, None, None, None]
+    log_alpha = -(t**2) * 19.9 / 4 - t * 0.05
+    alpha, sigma = jnp.exp(log_alpha), jnp.sqrt(-jnp.expm1(2 * log_alpha))
+    return network("x0", x, t, alpha, sigma)
+
+
+STEPS = golden.uniform(10)
 
 
 @pytest.mark.parametrize(
@@ -183,59 +203,33 @@ def vp_time(sigma):
 )
 def test_edm_is_algorithm_2(time, churn, x64):
     """In real time exactly; in whole steps with the nearest level that there is."""
-    # Real time goes on beyond t = 1, where this ratio is 152.
-    most = 50.0 if time == "whole" else 200.0
-    options = {"churn": churn, "churn_range": (0.05, most), "noise": 1.007}
-    alphas, deviations = golden.levels("linear")
-    ratios = deviations / alphas
-    steps, shape = 10, (golden.BATCH, *golden.SHAPE)
+    if time == "whole":
+        most, made, grid, sigmas = 50.0, schedule.linear(), STEPS, RATIOS[STEPS]
+        denoise = denoiser_of(golden.CASES["heun: 10"], "x0")
+        share, level = nearest_share, nearest
+    else:  # which goes on beyond t = 1, where sigma / alpha is 152
+        most, made, grid, share, level = 200.0, VP, STEPS / golden.T, vp_share, abs
+        sigmas = np.sqrt(np.expm1(2 * (grid**2 * 19.9 / 4 + grid * 0.05)))
+        denoise = gaussian.denoiser(vp_network, made, "x0")
 
     def predict(y, sigma):
         alpha = 1 / np.sqrt(1 + sigma**2)
-        share = vp_time(sigma)
-        if time == "whole":
-            share = np.abs(ratios - sigma).argmin() / golden.T
-        return golden.network("x0", alpha * y, share, alpha, alpha * sigma)
+        return golden.network("x0", alpha * y, share(sigma), alpha, alpha * sigma)
 
-    if time == "whole":
-        made, grid = schedule.linear(), golden.uniform(steps)
-        sigmas, denoise = ratios[grid], denoiser_of(golden.CASES["heun: 10"], "x0")
-
-        def level(sigma):
-            """A whole time's, nearest in log-SNR."""
-            return ratios[1 + np.abs(np.log(ratios[1:] / sigma)).argmin()]
-    else:
-        made, grid = continuous.vp(), golden.uniform(steps) / golden.T
-        sigmas = np.sqrt(np.expm1(2 * (grid**2 * 19.9 / 4 + grid * 0.05)))
-
-        def apply_fn(x, t):
-            t = t[:, None, None, None]
-            log_alpha = -(t**2) * 19.9 / 4 - t * 0.05
-            alpha, sigma = jnp.exp(log_alpha), jnp.sqrt(-jnp.expm1(2 * log_alpha))
-            return network("x0", x, t, alpha, sigma)
-
-        denoise = gaussian.denoiser(apply_fn, made, "x0")
-
-        def level(sigma):
-            return sigma
-
-    rule = solvers.edm(denoise, made, **options)
-    end, seen = samplers.trajectory(KEY, rule, grid, shape, range(steps))
-    ours = np.concatenate([seen.x_t, end[None]])
-    drawn = golden.noise(steps, "float64")
-    start = drawn[0] * np.sqrt(1 + sigmas[0] ** 2)
-    theirs = algorithm_2(start, sigmas, drawn[1:], predict, level=level, **options)
-    theirs = theirs / np.sqrt(1 + sigmas**2)[:, None, None, None, None]
+    options = {"churn": churn, "churn_range": (0.05, most), "noise": 1.007}
+    ours, _ = path_of(solvers.edm(denoise, made, **options), grid)
+    start, *noises = golden.noise(10, "float64")
+    scales = np.sqrt(1 + sigmas**2)
+    start = start * scales[0]
+    theirs = algorithm_2(start, sigmas, noises, predict, level, **options)
+    theirs /= scales[:, None, None, None, None]
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-8)
 
 
 def test_churn_beyond_the_end_step_by_step(x64):
     """Outside of a trace times beyond 1 are refused where they are not asked for so."""
     ve, start = continuous.ve(sigma_min=0.002, sigma_max=80.0), jnp.zeros((4000, 1))
-    keys = jax.random.split(KEY, len(start))
-    denoise = gaussian.denoiser(lambda x, t: 0 * x, ve, "eps")
-    rule = solvers.edm(denoise, ve, churn=10.0)
-    memory = rule.init(start, np.array([1.0, 0.97]))
-    end = rule.step(keys, start, memory, jnp.asarray(1.0), jnp.asarray(0.97)).x
-    gamma = np.sqrt(2) - 1
-    assert end.std() == pytest.approx(80 * np.sqrt((1 + gamma) ** 2 - 1), rel=0.04)
+    rule = solvers.edm(gaussian.denoiser(lambda x, t: 0 * x, ve, "eps"), ve, churn=10.0)
+    times, keys = jnp.array([1.0, 0.97]), jax.random.split(KEY, len(start))
+    end = rule.step(keys, start, rule.init(start, times), *times).x
+    assert end.std() == pytest.approx(80.0, rel=0.04)  # (1 + gamma)^2 is 2

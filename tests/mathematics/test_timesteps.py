@@ -1,6 +1,7 @@
 """How times are drawn: their shares, their cuts, and what is remembered of losses."""
 
 from collections import deque
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -28,18 +29,17 @@ def middles(count):
 
 
 def test_cuts_of_a_batch_draw_what_it_draws():
-    sizes = {"uniform": 9, "antithetic": 9, "low_discrepancy": 12}
-    for name, batch_size in sizes.items():
-        key, make = jax.random.key(3), SPREADS[name]
-        spread = jax.jit(lambda key, part, f=make, b=batch_size: f(key, part, b))
-        whole = np.asarray(spread(key, jnp.arange(batch_size)))
-        assert len(set(whole.tolist())) == batch_size
-        order = np.random.default_rng(0).permutation(batch_size)
-        for cuts in ([1], [1, 6]):
-            for part in np.split(order, cuts):
-                np.testing.assert_array_equal(spread(key, part), whole[part])
-        other = spread(jax.random.key(4), jnp.arange(batch_size))
-        assert not np.any(whole == np.asarray(other)), name
+    for name, size in (("uniform", 9), ("antithetic", 9), ("low_discrepancy", 12)):
+        spread = jax.jit(partial(SPREADS[name], batch_size=size))
+        key, all_of = jax.random.key(3), jnp.arange(size)
+        whole, other = (
+            np.asarray(spread(k, position=all_of)) for k in (key, jax.random.key(4))
+        )
+        assert len(np.unique(whole)) == size
+        assert np.all(whole != other), name
+        order = np.random.default_rng(0).permutation(size)
+        for part in np.split(order, [1, 6]):
+            np.testing.assert_array_equal(spread(key, position=part), whole[part])
 
 
 def many(name):
@@ -100,29 +100,32 @@ def test_steps_have_equal_shares_to_the_ends():
 
 
 def test_times_are_uniform_between_their_ends():
+    u = np.concatenate([[0.0], middles(1000), [TOP]]).astype(np.float32)
     for first in (0.0, 1e-5, 0.3):
-        t = np.asarray(timesteps.times(middles(1000), first=first), np.float64)
-        expected = first + (1 - first) * middles(1000).astype(np.float64)
-        np.testing.assert_allclose(t, expected, rtol=2e-6)
-        edges = timesteps.times(jnp.asarray([0.0, TOP]), first=first)
-        assert edges[0] == np.float32(first)
-        assert TOP - 1e-7 <= edges[1] <= 1
+        t = np.asarray(timesteps.times(u, first=first), np.float64)
+        np.testing.assert_allclose(t, first + (1 - first) * u.astype(float), rtol=2e-6)
+        assert t[0] == np.float32(first)
+        assert t[-1] <= 1
 
 
 VE = continuous.ve(sigma_min=0.002, sigma_max=80.0)
 
 
-def test_log_normal_noise(precision):
+def test_log_normal_noise_and_logit_normal_times(precision):
     u = jnp.asarray(middles(2001), precision)
-    wide = np.asarray(u, np.float64)
-    for made, digit in ((VE, 1), (continuous.vp(), 5)):
-        # A time of float32 near 0 is good to 1e-7, where vp has 5e-3 a digit.
-        atol = digit * {"float32": 2e-5, "float64": 1e-8}[precision]
-        for options in ({}, {"mean": 0.1, "std": 0.7}):
+    wide, digits = np.asarray(u, np.float64), precision == "float32"
+    for options in ({}, {"mean": 0.1, "std": 0.7}):
+        for made, digit in ((VE, 1), (continuous.vp(), 5)):
+            # A time of float32 near 0 is good to 1e-7, where vp has 5e-3 a digit.
             found = made(timesteps.log_normal(u, made, **options)).logsnr
-            mean, std = options.get("mean", -1.2), options.get("std", 1.2)
-            expected = scipy.stats.norm.ppf(wide, mean, std)
+            expected = scipy.stats.norm.ppf(wide, *(options.values() or (-1.2, 1.2)))
+            atol = digit * (2e-5 if digits else 1e-8)
             np.testing.assert_allclose(-0.5 * found, expected, atol=atol)
+        t = timesteps.logit_normal(u, **options)
+        expected = scipy.special.expit(scipy.stats.norm.ppf(wide, *options.values()))
+        np.testing.assert_allclose(t, expected, rtol=2e-5 if digits else 1e-10)
+    edges = np.asarray(timesteps.logit_normal(jnp.asarray([0.0, TOP])))
+    assert ((edges > 0) & (edges < 1)).all()
 
 
 def test_log_normal_beyond_the_ends_of_a_schedule():
@@ -144,20 +147,6 @@ def test_log_normal_takes_the_nearest_step_of_a_chain_and_no_gradient():
     assert jnp.issubdtype(t.dtype, jnp.integer)
     assert t.tolist() == [1, 1 + np.argmin(abs(ln_sigma + 1.2))]
     assert jax.jit(jax.grad(lambda u: timesteps.log_normal(u, VE)))(0.3) == 0
-
-
-def test_logit_normal_times(precision):
-    u = jnp.asarray(middles(2001), precision)
-    wide = np.asarray(u, np.float64)
-    rtol = {"float32": 2e-5, "float64": 1e-10}[precision]
-    for options in ({}, {"mean": -0.5, "std": 1.4}):
-        t = timesteps.logit_normal(u, **options)
-        mean, std = options.get("mean", 0.0), options.get("std", 1.0)
-        expected = scipy.special.expit(scipy.stats.norm.ppf(wide, mean, std))
-        np.testing.assert_allclose(t, expected, rtol=rtol)
-    edges = np.asarray(timesteps.logit_normal(jnp.asarray([0.0, TOP])))
-    assert (edges > 0).all()
-    assert (edges < 1).all()
 
 
 RECORD = jax.jit(timesteps.record)
@@ -204,21 +193,16 @@ def test_probabilities_are_roots_of_second_moments(precision):
     values = np.random.default_rng(0).exponential(size=(10, 6)).astype(np.float32)
     expected = np.sqrt((values.astype(np.float64) ** 2).mean(axis=0))
     expected = 0.999 * expected / expected.sum() + 0.001 / 6
-    got = timesteps.probabilities(filled(values))
-    np.testing.assert_allclose(got, expected, rtol=1e-6)
-    # Uniform until every t has ten losses, and where all are 0.
     past = filled(values)
+    np.testing.assert_allclose(timesteps.probabilities(past), expected, rtol=1e-6)
+    # Uniform until every t has ten losses, and where all are 0.
     short = past._replace(counts=past.counts.at[4].set(9))
     for known, share in ((short, 0.0), (filled(0 * values), 0.0), (past, 1.0)):
         got = timesteps.probabilities(known, uniform=share)
         np.testing.assert_allclose(got, 1 / 6, rtol=1e-6)
-
-
-def test_probabilities_of_extreme_losses():
-    """Their squares are beyond float32."""
-    for scale in (1e-30, 1e30):
-        values = scale * np.repeat([[1.0, 3.0]], 10, axis=0)
-        got = timesteps.probabilities(filled(values), uniform=0.0)
+    for scale in (1e-30, 1e30):  # whose squares are beyond float32
+        past = filled(scale * np.repeat([[1.0, 3.0]], 10, axis=0))
+        got = timesteps.probabilities(past, uniform=0.0)
         np.testing.assert_allclose(got, [0.25, 0.75], rtol=1e-6)
 
 
@@ -241,8 +225,7 @@ def test_importance_in_float32():
     u, importance = jnp.asarray(u, jnp.float32), jax.jit(timesteps.importance)
     for kind, p in uneven().items():
         t, weight = map(np.asarray, importance(u, p))
-        assert t.min() >= 1
-        assert t.max() <= len(p)
+        assert 1 <= t[0] <= t[-1] <= len(p)
         assert (np.diff(t) >= 0).all()
         assert (p[t - 1] > 0).all(), kind
         shares = np.bincount(t[2:-2] - 1, minlength=len(p)) / 2**20

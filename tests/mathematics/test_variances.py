@@ -1,5 +1,7 @@
 """The variance of a reverse step, for every kind and any jump, down to data."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,23 +15,18 @@ BOUND = {"float32": 1e-4, "float64": 1e-9}
 
 
 @jax.jit
-def all_kinds(log, share, known, level, prev_level, log_small=None):
-    pred = gaussian.Prediction(0 * log, 0 * log, log, share, known)
-    return {
-        kind: prediction.log_variance(
-            kind, pred, level, prev_level, log_small=log_small
-        )
-        for kind in gaussian.VARIANCES
-    }
+def all_kinds(fields, levels, log_small):
+    pred = gaussian.Prediction(0 * fields[0], 0 * fields[0], *fields)
+    log_variance = partial(prediction.log_variance, log_small=log_small)
+    return {kind: log_variance(kind, pred, *levels) for kind in gaussian.VARIANCES}
 
 
-def log_variances(levels, **options):
+def log_variances(levels, log_small=None):
     """For a prediction of shape [N, 2, 3] that has every field."""
-    n = len(levels[0].logsnr)
-    log, share = draw(5, n, 2, 3), draw(6, n, 2, 3)
-    given = log, share, np.abs(draw(7, n, 2, 3))
-    got = all_kinds(*given, *levels, **options)
-    return {k: np.asarray(a, np.float64) for k, a in got.items()}, *given
+    log, share, known = (draw(seed, len(levels[0].logsnr), 2, 3) for seed in (5, 6, 7))
+    fields = log, share, np.abs(known)
+    got = all_kinds(fields, levels, log_small)
+    return {k: np.asarray(a, np.float64) for k, a in got.items()}, *fields
 
 
 def test_every_kind_over_any_jump(precision):
@@ -83,11 +80,8 @@ def test_last_step_has_no_noise_and_no_nan(precision):
 
     def ends(x0, fields, levels):
         pred = gaussian.Prediction(x0, x0, *fields)
-        draws = [
-            gaussian.p_sample(jax.random.key(0), pred, x, *levels, variance=kind)
-            for kind in gaussian.VARIANCES
-        ]
-        return jnp.stack(draws)
+        sample = partial(gaussian.p_sample, jax.random.key(0), pred, x, *levels)
+        return jnp.stack([sample(variance=kind) for kind in gaussian.VARIANCES])
 
     def total(*args):
         return (ends(*args) ** 2).sum(axis=(1, 2))

@@ -61,21 +61,11 @@ def test_weighting_is_finite_and_positive_far_out():
 
     for name, (got, slope, end) in all_of(logsnr, jnp.float32(jnp.inf)).items():
         assert got.dtype == np.float32
-        assert np.isfinite(got).all(), name
         assert (got >= np.finfo(np.float32).tiny).all(), name
         assert (np.diff(got) <= 0).all(), name  # less noise never counts more
-        assert np.isfinite(slope).all(), name
+        assert np.isfinite([got, slope]).all(), name
         # Data without noise have a weight too, which is finite.
         assert 0 <= float(end) <= 1, name
-
-
-def test_slope_of_continuous_time(x64):
-    """-dlogsnr/dt = g^2 / sigma^2."""
-    t = np.linspace(0.02, 1, 50)
-    for name, sde in SDES.items():
-        expected = sde.squared_diffusion(t) / sde.sigma(t) ** 2
-        got = weightings.slope(sde.schedule, t)
-        np.testing.assert_allclose(got, expected, rtol=1e-9, err_msg=name)
 
 
 def test_slope_of_a_chain_sums_to_its_log_snr(precision):
@@ -98,10 +88,15 @@ def test_slope_of_a_chain_sums_to_its_log_snr(precision):
     np.testing.assert_allclose(got, 2 * np.log(100), rtol=close)
 
 
-def test_slope_of_an_interpolated_chain(x64):
-    """beta is constant within a step: -dlogsnr/dt = -log(1 - beta_t) / sigma^2."""
-    truth, made = oracle("linear"), continuous.interpolate(schedule.linear())
-    t = np.array([1, 2, 10, 500, 1000])
-    got = weightings.slope(made, t - 1e-6)
+def test_slope_of_continuous_time(x64):
+    """-dlogsnr/dt = g^2 / sigma^2, and of steps, in which beta is constant,
+    -log(1 - beta_t) / sigma^2."""
+    t = np.linspace(0.02, 1, 50)
+    for name, sde in SDES.items():
+        expected = sde.squared_diffusion(t) / sde.sigma(t) ** 2
+        got = weightings.slope(sde.schedule, t)
+        np.testing.assert_allclose(got, expected, rtol=1e-9, err_msg=name)
+    truth, t = oracle("linear"), np.array([1, 2, 10, 500, 1000])
+    got = weightings.slope(continuous.interpolate(schedule.linear()), t - 1e-6)
     expected = -np.log1p(-truth.betas[t]) / truth.noise[t]
     np.testing.assert_allclose(got / T, expected, rtol=1e-5)

@@ -44,18 +44,16 @@ def denoiser(made, **options):
 
 
 def times_of(made):
-    """Three times of the schedule itself, for uses that are handed a wrapped one."""
-    grid = grids.uniform(made, 3)
-    return jnp.asarray(grid[:2])
+    """Two times of the schedule itself, for uses that are handed a wrapped one."""
+    return jnp.asarray(grids.uniform(made, 3)[:2])
 
 
 def drawn(make):
     """From a rule to a use: images along three steps, the denoiser told its shift."""
 
     def use(made, known):
-        denoise = denoiser(made, time_shift=1)
-        grid = grids.uniform(known, 3)
-        return samplers.sample(KEY, make(denoise, made), grid, X.shape)
+        rule = make(denoiser(made, time_shift=1), made)
+        return samplers.sample(KEY, rule, grids.uniform(known, 3), X.shape)
 
     return use
 
@@ -79,10 +77,10 @@ NEEDS_TIMES = {
     "last_time": lambda s, k: continuous.last_time(s),
     "weighting": lambda s, k: weightings.slope(s, times_of(k)),
     "log-normal": lambda s, k: timesteps.log_normal(jnp.array([0.3]), s),
-    "uniform": lambda s, k: grids.uniform(s, 3),
-    "quadratic": lambda s, k: grids.quadratic(s, 3),
-    "logsnr": lambda s, k: grids.logsnr(s, 3),
-    "karras": lambda s, k: grids.karras(s, 3),
+    **{
+        make.__name__: lambda s, k, make=make: make(s, 3)
+        for make in (grids.uniform, grids.quadratic, grids.logsnr, grids.karras)
+    },
     "shifted": lambda s, k: continuous.shifted(s, 0.5)(times_of(k)),
 }
 PRED = gaussian.Prediction(X, X, fraction=X)
@@ -101,37 +99,28 @@ REAL = {
 }
 
 
-def uses_of(known):
-    return {**NEEDS_TIMES, **(WHOLE if known.whole else REAL)}
-
-
-def hold(uses, known, others):
-    """All numbers in one program: the schedule's own, and those of the others."""
+@pytest.mark.parametrize("name", MADE)
+def test_a_wrapped_schedule_gives_the_same_numbers(name):
+    """As it does where it is told its times; all in one program."""
+    known = MADE[name]
+    own = schedule.from_tables(*jax.jit(known)(np.arange(T + 1)))
+    told = own if known.whole else schedule.Timed(jax.jit(known))
 
     def run():
-        return [[use(made, known) for made in (known, *others)] for use in uses]
+        ways = (known, jax.jit(known), told)
+        return [[use(made, known) for made in ways] for use in NEEDS_LEVELS.values()]
 
     for expected, *found in jax.jit(run)():
-        for a in jax.tree.leaves(expected):
-            assert np.all(np.isfinite(a))
+        assert all(np.all(np.isfinite(a)) for a in jax.tree.leaves(expected))
         same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
         for other in found:
             jax.tree.map(same, expected, other)
 
 
-@pytest.mark.parametrize("name", ["linear", "vp"])
-def test_a_wrapped_schedule_gives_the_same_numbers(name):
-    """As it does where it is told its times."""
-    known = MADE[name]
-    own = schedule.from_tables(*jax.jit(known)(np.arange(T + 1)))
-    told = own if known.whole else schedule.Timed(jax.jit(known))
-    hold(NEEDS_LEVELS.values(), known, [jax.jit(known), told])
-
-
 @pytest.mark.parametrize("name", MADE)
 def test_where_the_unit_of_time_is_needed_a_wrapped_schedule_is_refused(name, refuses):
     known = MADE[name]
-    for use in uses_of(known).values():
+    for use in (NEEDS_TIMES | (WHOLE if known.whole else REAL)).values():
         for wrap in WRAPPERS:
             wrapped = wrap(known)
             with refuses(repr(wrapped)):
