@@ -384,6 +384,7 @@ def _unwritable(what: str, path: Any, error: Exception) -> CheckpointError:
     )
     said = said or type(error).__name__
     return CheckpointError(
-        f"{what} must be written whole to {path}; got {said}. Make room there or check "
-        "the permissions, and start again: the run resumes from the last whole one."
+        f"{what} must be written whole to {path}; got {said}. Make room there, "
+        "check the permissions and whether a host was lost, and start again: the run "
+        "resumes from the last whole one."
     )
