@@ -87,14 +87,14 @@ _ALL = (
         _latent(digits.CONFIG, _DIGITS), net=replace(digits.CONFIG.net, attention=(2,))
     ),
     _CLOTHES,
-    # The network of the digits, which are as large as these latents.
+    # The network of the digits, which are as large as these latents, twice as wide.
     replace(
         _latent(fashion_mnist.CONFIG, _CLOTHES),
-        net=digits.CONFIG.net,
+        net=replace(digits.CONFIG.net, channels=32),
         optimizer=Optimizer(
-            learning_rate=2e-3, warmup=300, decay="cosine", ema_decay=(0.999,)
+            learning_rate=1.5e-3, warmup=300, decay="cosine", ema_decay=(0.999,)
         ),
-        train=Train(steps=9000, batch_size=256, checkpoint_every=3000),
+        train=Train(steps=15_000, batch_size=128, checkpoint_every=3000),
     ),
     _FACES,
     replace(

@@ -8,9 +8,11 @@ import pickle
 import struct
 import tarfile
 
+import hypothesis
 import nonsense
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 from image_data import archive, binary, binary_members, idx, random_batches
 
 from diffusion_jax.data import sources
@@ -123,6 +125,18 @@ def test_cifar10_pickles_are_not_run(tmp_path, protocol):
     with contextlib.suppress(DataError):
         sources.read_cifar10(path, "test")
     assert not program.canary.exists()
+
+
+@nonsense.PROFILE
+@hypothesis.given(st.data())
+def test_damaged_pickles_are_read_or_refused(tmp_path_factory, data):
+    raw = bytearray(pickle.dumps({b"labels": [3], b"data": ROW}, 4))
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / PY
+    path.write_bytes(raw)
+    with contextlib.suppress(DataError):
+        sources.read_cifar10(path.parent, "test")
 
 
 def test_cifar10_links_are_not_followed(tmp_path):
