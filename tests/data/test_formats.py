@@ -133,7 +133,7 @@ def test_damaged_pickles_are_read_or_refused(tmp_path_factory, data):
     raw = bytearray(pickle.dumps({b"labels": [3], b"data": ROW}, 4))
     for _ in range(data.draw(st.integers(1, 3))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-    path = tmp_path_factory.getbasetemp() / PY
+    path = tmp_path_factory.getbasetemp() / "test_batch"
     path.write_bytes(raw)
     with contextlib.suppress(DataError):
         sources.read_cifar10(path.parent, "test")

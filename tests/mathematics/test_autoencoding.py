@@ -5,11 +5,12 @@ Lucas et al. 2019), whose optima are sums over eigenvalues l_i of the data's cov
 Data and noise are points with just those second moments, so that no mean is estimated.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracles
 import pytest
 import scipy.special
 import scipy.stats
@@ -26,6 +27,18 @@ def points(covariance):
     values, vectors = np.linalg.eigh(covariance)
     rows = np.sqrt(len(values) * values)[:, None] * vectors.T
     return jnp.asarray(np.concatenate([rows, -rows]))
+
+
+def digits():
+    """The covariance of the digits on 0..255, made continuous by uniform noise."""
+    pixels = datasets.load("digits").images.reshape(-1, 64).astype(float)
+    return np.cov(pixels.T, ddof=0) + np.eye(64) / 12
+
+
+def rotated(values):
+    rng = np.random.default_rng(3)
+    turn = scipy.stats.ortho_group.rvs(len(values), random_state=rng)
+    return turn @ np.diag(values) @ turn.T
 
 
 class Linear:
@@ -58,54 +71,59 @@ class Linear:
         )(z @ params["decode"])
         return 0.5 * (errors.mean() + self.x.shape[1] * LOG_2PI)
 
-    def elbo(self, params, beta):
+    def elbo(self, params, beta=1.0):
         moments = self.moments(params)
         return self.nll(params, moments) + beta * autoencoding.kl(moments).mean()
 
-    def trained(self, betas, fixed=()):
-        """Full-batch Adam for each beta; returns parameters and losses on the way."""
-        rule = optax.adam(optax.cosine_decay_schedule(0.03, 2000), b2=0.99)
+    def error(self, params):
+        """A mean over pixels, without noise."""
+        guess = self.x @ params["encode"] @ params["decode"]
+        options = {"kind": "l2", "mean": True}
+        return autoencoding.reconstruction(self.x, guess, **options).mean()
+
+    def trained(self, loss, *, fixed=(), steps=2000, rate=0.03):
+        """Full-batch Adam; returns parameters and all losses on the way."""
+        schedule = optax.cosine_decay_schedule(rate, steps)
+        rule = optax.adam(schedule, b2=0.99)
         # Each parameter moves in units of its size.
         scale = {
             k: jnp.maximum(jnp.abs(v).mean(), 1e-3) * 10 for k, v in self.params.items()
         }
         scale |= {"s": 1.0, "log_d": 1.0}
 
-        def whole(free):
-            return {k: v * scale[k] for k, v in free.items()} | {
-                k: self.params[k] for k in fixed
-            }
+        def at(free):
+            whole = {k: v * scale[k] for k, v in free.items()}
+            return loss(whole | {k: self.params[k] for k in fixed})
+
+        def step(carry, _):
+            free, memory = carry
+            value, slope = jax.value_and_grad(at)(free)
+            update, memory = rule.update(slope, memory)
+            return (optax.apply_updates(free, update), memory), value
 
         @jax.jit
-        @jax.vmap
-        def run(beta):
-            def step(carry, _):
-                free, memory = carry
-                value, slope = jax.value_and_grad(
-                    lambda free: self.elbo(whole(free), beta)
-                )(free)
-                update, memory = rule.update(slope, memory)
-                return (optax.apply_updates(free, update), memory), value
-
+        def run():
             free = {k: v / scale[k] for k, v in self.params.items()}
-            (free, _), values = jax.lax.scan(step, (free, rule.init(free)), None, 2000)
-            return whole(free), values
+            (free, _), values = jax.lax.scan(step, (free, rule.init(free)), None, steps)
+            return free, values
 
-        return run(jnp.asarray(betas))
+        free, values = run()
+        whole = {k: v * scale[k] for k, v in free.items()}
+        return whole | {k: self.params[k] for k in fixed}, np.asarray(values)
 
 
 @pytest.mark.usefixtures("x64")
 def test_a_linear_vae_reaches_probabilistic_pca_on_the_digits_and_never_passes_it():
-    # Of the digits on 0..255, made continuous by uniform noise.
-    pixels = datasets.load("digits").images.reshape(-1, 64).astype(float)
-    covariance, k = np.cov(pixels.T, ddof=0) + np.eye(64) / 12, 8
-    values = np.linalg.eigvalsh(covariance)[::-1].copy()
-    values[k:] = values[k:].mean()
-    best = 0.5 * (64 * LOG_2PI + np.log(values).sum() + 64)
+    covariance, k = digits(), 8
+    values = np.linalg.eigvalsh(covariance)[::-1]
+    rest = values[k:].mean()
+    best = 0.5 * (
+        64 * LOG_2PI + np.log(values[:k]).sum() + (64 - k) * np.log(rest) + 64
+    )
     bits = 1 / (64 * np.log(2))
     assert abs(best * bits - 7.6729) < 1e-4
     vae = Linear(covariance, k)
-    params, passed = (jax.tree.map(lambda a: a[0], both) for both in vae.trained([1.0]))
+    params, passed = vae.trained(vae.elbo)
     assert passed.min() > best * (1 - 1e-9)
     assert (passed[-1] - best) * bits < 0.002
     rate = autoencoding.kl(vae.moments(params)).mean() / np.log(2)
@@ -115,17 +133,31 @@ def test_a_linear_vae_reaches_probabilistic_pca_on_the_digits_and_never_passes_i
 @pytest.mark.usefixtures("x64")
 def test_latents_are_used_just_where_the_data_vary_more_than_beta_times_the_noise():
     values = np.array([9.0, 6.0, 3.0, 1.6, 0.7, 0.3])
-    turn = scipy.stats.ortho_group.rvs(6, random_state=np.random.default_rng(3))
-    vae = Linear(turn @ np.diag(values) @ turn.T, 6)
+    vae = Linear(rotated(values), 6)
     vae.params["s"] = jnp.zeros(())
-    betas = np.array([0.5, 1.0, 4.0])
-    params, _ = vae.trained(betas, fixed=("s",))
-    lengths = np.sort((params["decode"] ** 2).sum(axis=-1))[:, ::-1]
-    left = np.maximum(values - betas[:, None], 0)
-    np.testing.assert_allclose(lengths, left, atol=0.02)
+    for beta, active in ((0.5, 5), (1.0, 4), (4.0, 2)):
+        params, _ = vae.trained(functools.partial(vae.elbo, beta=beta), fixed=("s",))
+        lengths = np.sort((params["decode"] ** 2).sum(axis=1))[::-1]
+        np.testing.assert_allclose(
+            lengths, np.maximum(values - beta, 0), atol=0.02, err_msg=str(beta)
+        )
+        assert (lengths > 0.1).sum() == active
 
 
-def test_elbo_is_the_sum_of_its_terms_and_below_the_exact_likelihood():
+@pytest.mark.usefixtures("x64")
+def test_a_linear_autoencoder_is_pca():
+    covariance = rotated([5.0, 3.0, 1.0, 0.6, 0.2, 0.1])
+    plain = Linear(covariance, 2)
+    params, passed = plain.trained(plain.error)
+    best = 1.9 / 6
+    assert passed.min() > best * (1 - 1e-9)
+    assert passed[-1] < best + 1e-6
+    _, vectors = np.linalg.eigh(covariance)
+    angles = scipy.linalg.subspace_angles(vectors[:, -2:], params["decode"].T)
+    assert angles.max() < 1e-3
+
+
+def test_elbo_is_below_importance_sampling_and_that_below_the_exact_likelihood():
     """One latent and a bent decoder: the integral over z is a sum on a fine grid."""
     rng = np.random.default_rng(0)
     x = np.round(rng.uniform(60, 190, (5, 3))) / 127.5 - 1
@@ -135,25 +167,32 @@ def test_elbo_is_the_sum_of_its_terms_and_below_the_exact_likelihood():
     def decode(z):
         return np.concatenate([np.tanh(z), np.sin(z), 0.3 * z**2 - 0.2], axis=-1)
 
-    def nll(z, **options):
-        return oracles.decoder_nll(x, decode(z), spread, **options).sum(axis=-1)
+    def log_p(z):
+        """log p(x, z) of each image, by SciPy."""
+        centre = decode(z)
+        high, low = (
+            scipy.stats.norm.cdf(x + edge, centre, 0.2) for edge in (1 / 255, -1 / 255)
+        )
+        return (
+            np.log(np.maximum(high - low, 1e-300)).sum(-1)
+            + scipy.stats.norm.logpdf(z)[..., 0]
+        )
 
     grid = np.linspace(-8, 8, 8001)[:, None, None] + np.zeros((1, 5, 1))
-    logp = scipy.stats.norm.logpdf(grid)[..., 0] - nll(grid, exact=True)
-    exact = scipy.special.logsumexp(logp, axis=0) + np.log(16 / 8000)
+    exact = scipy.special.logsumexp(log_p(grid), axis=0) + np.log(16 / 8000)
     z = mean + np.exp(0.5 * log_variance) * rng.normal(size=(64, 5, 1))
-    moments = jnp.asarray(mean), jnp.asarray(log_variance)
-    bits = jax.vmap(
-        lambda guess: autoencoding.elbo(
-            jnp.asarray(x), guess, spread, moments, beta=0.5
-        )
-    )(jnp.asarray(decode(z)))
-    total, told, kl = (np.asarray(a) * 3 * np.log(2) for a in bits)
-    expected = oracles.normal_kl(mean, log_variance, 0, 0).sum(axis=1)
-    np.testing.assert_allclose(kl, np.broadcast_to(expected, (64, 5)), rtol=1e-5)
-    np.testing.assert_allclose(told, nll(z), rtol=1e-4)
-    np.testing.assert_allclose(total, told + 0.5 * kl, rtol=1e-6)
-    assert np.all(-(told + kl).mean(axis=0) < exact)
+    log_q = scipy.stats.norm.logpdf(z, mean, np.exp(0.5 * log_variance))[..., 0]
+    importance = scipy.special.logsumexp(log_p(z) - log_q, axis=0) - np.log(64)
+    options = jnp.asarray(spread), (jnp.asarray(mean), jnp.asarray(log_variance))
+    draw = jax.vmap(lambda guess: autoencoding.elbo(jnp.asarray(x), guess, *options))
+    bits = jax.tree.map(np.asarray, draw(jnp.asarray(decode(z))))
+    elbo = -bits.total.mean(axis=0) * 3 * np.log(2)
+    assert np.all(elbo < importance)
+    assert np.all(importance < exact + 0.1)
+    # The same terms by SciPy, but for the draws in the KL divergence.
+    error = (log_p(z) - log_q).std(axis=0) / 8
+    assert np.all(abs(elbo - (log_p(z) - log_q).mean(axis=0)) < 5 * error + 0.01)
+    np.testing.assert_allclose(bits.total, bits.reconstruction + bits.kl, rtol=1e-6)
 
 
 def test_free_bits_cost_nothing_until_they_are_used():
@@ -167,24 +206,26 @@ def test_free_bits_cost_nothing_until_they_are_used():
     np.testing.assert_allclose(found, 4 * 1.0 + channels[:, 1:].sum(), rtol=1e-5)
     assert np.all(slope[..., 0] == 0)
     np.testing.assert_allclose(slope[..., 1:], mean[..., 1:], rtol=1e-5)
-    whole = channels.sum(axis=1)
-    np.testing.assert_allclose(autoencoding.kl(moments), whole, rtol=1e-6)
+    np.testing.assert_allclose(
+        autoencoding.kl(moments), channels.sum(axis=1), rtol=1e-6
+    )
 
 
-def test_a_learned_scalar_ends_at_the_log_of_the_mean_error(refuses):
+def test_a_learned_scalar_ends_at_the_log_of_the_mean_error():
     """Where the derivative of sum(error e^-s + s) by s is 0."""
     rng = np.random.default_rng(0)
     x, guess = (jnp.asarray(rng.normal(size=(3, 4, 4, 2))) for _ in range(2))
     for kind, power in (("l1", 1), ("l2", 2)):
-
-        def error(s=0.0, kind=kind, **options):
-            return autoencoding.reconstruction(x, guess, s, kind=kind, **options)
-
         s = np.log((abs(x - guess) ** power).mean())
-        assert abs(jax.grad(lambda s, error=error: error(s).sum())(s)) < 1e-3
-        np.testing.assert_allclose(error(), 32 * error(mean=True), rtol=1e-6)
-    with refuses("'l3'"):
-        autoencoding.reconstruction(x, guess, kind="l3")
+        slope = jax.grad(
+            lambda s, kind=kind: autoencoding.reconstruction(
+                x, guess, s, kind=kind
+            ).sum()
+        )(s)
+        assert abs(slope) < 1e-3
+        total = autoencoding.reconstruction(x, guess, kind=kind)
+        mean = autoencoding.reconstruction(x, guess, kind=kind, mean=True)
+        np.testing.assert_allclose(total, 32 * mean, rtol=1e-6)
 
 
 def test_the_discriminator_and_the_decoder_pull_against_each_other():
@@ -198,3 +239,9 @@ def test_the_discriminator_and_the_decoder_pull_against_each_other():
     np.testing.assert_allclose(weight(3 * fake, -fake), 1.5, rtol=1e-3)
     assert weight(fake, 0 * fake) == 0.5 * 1e4
     assert jax.grad(weight)(fake, real).sum() == 0
+
+
+def test_unknown_errors_are_refused():
+    x = jnp.zeros([1, 2])
+    with pytest.raises(ValueError, match="one of l1, l2; got 'l3'"):
+        autoencoding.reconstruction(x, x, kind="l3")
