@@ -9,15 +9,14 @@ from diffusion_jax.lab.schema.config import replace
 
 
 def test_a_recipe_that_nobody_told_is_not_on_the_card(tmp_path):
-    folder = tmp_path / 'we"ird'
     config = replace(small(), "data", source="folder:a|b")
-    diffusers_folder.write(folder, network_of(config))
-    text = (folder / "README.md").read_text()
-    assert "| training | loss v, batch 64" in text
+    diffusers_folder.write(tmp_path / 'we"ird', network_of(config))
+    text = (tmp_path / 'we"ird' / "README.md").read_text()
     compile(text.partition("```python\n")[2].partition("```")[0], "card", "exec")
+    assert "| training | loss v, batch 64" in text
     assert "| data | folder:a\\|b |" in text
-    (folder / diffusers_folder.RECORD).unlink()
-    diffusers_folder.write(tmp_path / "again", read(folder))
+    (tmp_path / 'we"ird' / diffusers_folder.RECORD).unlink()
+    diffusers_folder.write(tmp_path / "again", read(tmp_path / 'we"ird'))
     assert "training" not in (tmp_path / "again" / "README.md").read_text()
     assert read(tmp_path / "again").about.recipe is False
 

@@ -6,6 +6,7 @@ import math
 import re
 import typing
 
+import numpy as np
 import pytest
 
 from diffusion_jax import errors
@@ -80,6 +81,7 @@ def test_the_large_images_are_the_paper_to_the_constant():
 
 BAD = {
     "--diffusion.num-steps 1": "diffusion.num_steps must be from 2 to 1000000; got 1",
+    "--net.channels 12": "must be a multiple of net.groups = 8; got 12",
     "--net.attention 5": r"among the resolutions \[4, 8\]; got 5",
     "--data.image-size 9": "data.image_size must be a multiple of 2.*; got 9",
     "--data.channels 2": "data.channels must be 1 or 3; got 2",
@@ -190,21 +192,18 @@ def test_what_may_differ_when_a_run_goes_on():
     assert config.changed(old, longer) == {"train.steps": (5000, 9000)}
 
 
-@pytest.mark.parametrize(
-    ("flag", "size", "shape"),
-    [
-        ("16", 16, (16, 16, 1)),
-        ("16 16", 16, (16, 16, 1)),
-        ("8 16", (8, 16), (8, 16, 1)),
-    ],
-)
-def test_a_size_is_a_side_or_height_and_width(flag, size, shape):
+SIZES = {"16": (16, 16), "16 16": (16, 16), "8 16": ((8, 16), [8, 16])}
+
+
+@pytest.mark.parametrize("flag", SIZES)
+def test_a_size_is_a_side_or_height_and_width(flag):
     """Read back it is the same; that of a square is one number, as it always was."""
-    flags = f"--data.image-size {flag} --net.attention 8".split()
-    chosen = parse("digits", *flags)
-    assert (chosen.data.image_size, chosen.data.shape) == (size, shape)
+    chosen = parse("digits", "--data.image-size", *flag.split(), "--net.attention", "8")
+    size, in_json = SIZES[flag]
+    assert chosen.data.image_size == size
+    assert chosen.data.shape == (*np.broadcast_to(size, 2), 1)
     written = json.loads(json.dumps(config.to_dict(chosen)))
-    assert written["data"]["image_size"] == (size if size == 16 else list(size))
+    assert written["data"]["image_size"] == in_json
     assert config.from_dict(written) == chosen
 
 

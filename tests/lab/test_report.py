@@ -110,7 +110,16 @@ def test_the_best_is_the_lowest_of_what_was_measured_last(two):
     ):
         numbers = {"numbers": {name: {"mean": mean}}}
         results.write(two[0], "fid", {**FID, **numbers, **more})
-    assert reading.best(reading.story(two[0])) == ("FID vs train", 2.0, 100)
+    story = reading.story(two[0])
+    assert reading.best(story) == ("FID vs train", 2.0, 100)
+    # What is the best is marked, and what is no default.
+    table = tables.figures([story, reading.story(two[1])])
+    marked = [(table.rows[row][0], column) for row, column in table.marked]
+    assert ("loss (mean of the last tenth)", 2) in marked
+    assert "step" not in dict(marked)
+    parts = {part.title: part for part in tables.configuration(reading.story(two[1]))}
+    assert parts["net"].rows[0] == ("channels", "32")
+    assert (0, 1) in parts["net"].marked
 
 
 def line(path, text):
@@ -147,17 +156,6 @@ def test_a_damaged_run_is_shown_with_what_is_wrong(said, two, tmp_path, capsys):
     assert text.count("note: ") == 1
     assert "second: " in shown(capsys, "compare", *(run.folder for run in two))
     assert f"second: {said}" in reported(tmp_path, *two).text
-
-
-def test_a_cell_is_marked_where_one_is_best(two):
-    table = tables.figures([reading.story(run) for run in two])
-    names = [row[0] for row in table.rows]
-    assert (names.index("loss (mean of the last tenth)"), 2) in table.marked
-    assert all(names[row] != "step" for row, _ in table.marked)
-    parts = tables.configuration(reading.story(two[1]))
-    (net,) = (part for part in parts if part.title == "net")
-    assert net.rows[0] == ("channels", "32")
-    assert (0, 1) in net.marked
 
 
 class Parser(HTMLParser):
@@ -215,11 +213,9 @@ def test_several_runs_stand_side_by_side_what_differs_first(two, tmp_path):
     assert re.search(r"net\.channels\s*16\s*32", page.text)
     again = reported(tmp_path, *two, two[0]).text
     assert again.partition("Made ")[0] == page.text.partition("Made ")[0]
-    many = [tmp_path / "many" / str(i) for i in range(9)]
-    for folder in many:
-        (folder / "checkpoints").mkdir(parents=True)
+    many = [shutil.copytree(two[0].folder, tmp_path / str(i)) for i in range(9)]
     with pytest.raises(ConfigError, match="at most 8 runs; got 9"):
-        report.main(list(map(str, many)))
+        report.main([*map(str, many)])
 
 
 def foreign(page):
