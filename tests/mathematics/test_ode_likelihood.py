@@ -1,6 +1,6 @@
 """The density of the probability flow against that of Gaussian data."""
 
-import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +14,16 @@ from diffusion_jax import continuous, gaussian, likelihood, samplers, schedule
 
 DATA = mixtures.one()
 KEY = jax.random.key(0)
-MADE = {
-    **{name: truth.schedule for name, truth in SDES.items()},
-    "linear": schedule.linear(),
-}
+MADE = {name: truth.schedule for name, truth in SDES.items()}
+MADE["linear"] = schedule.linear()
 REAL = {**MADE, "linear": continuous.interpolate(MADE["linear"])}
 VP = MADE["vp"]
 
 
 def density(name, x, **options):
     denoise = DATA.denoiser(REAL[name])
-    log_density = functools.partial(likelihood.log_density, KEY, denoise, MADE[name])
-    return jax.jit(lambda x: log_density(x, **options))(x)
+    solve = partial(likelihood.log_density, KEY, denoise, MADE[name], **options)
+    return jax.jit(solve)(x)
 
 
 def images(count=4):
@@ -62,9 +60,8 @@ def test_density_of_gaussian_data(name, x64):
 def test_bits_are_those_of_the_dequantised_images(x64):
     """-log2 of the exact density at them, on the scale of 0..255."""
     x0, denoise = images(), DATA.denoiser(VP)
-    bits = jax.jit(
-        lambda x: likelihood.ode_bits_per_dim(KEY, denoise, VP, x, trace="exact")
-    )(x0)
+    solve = partial(likelihood.ode_bits_per_dim, KEY, denoise, VP, trace="exact")
+    bits = jax.jit(solve)(x0)
     # The documented noise: uniform, from the key of the image folded with 0.
     keys = jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(4))
     shift = np.stack(
@@ -97,10 +94,9 @@ def test_rademacher_probes_of_a_diagonal_jacobian_are_exact(x64):
     """v_i^2 is 1, and nothing else is in v . J v, of which the mean is taken."""
     denoise = gaussian.denoiser(lambda x, t: jnp.tanh(x), VP, "eps")
 
-    @functools.partial(jax.jit, static_argnums=1)
     def logp(x, trace):
-        options = {"trace": trace, "probes": 3}
-        return likelihood.log_density(KEY, denoise, VP, x, **options).logp
+        solve = partial(likelihood.log_density, KEY, denoise, VP, probes=3, trace=trace)
+        return jax.jit(solve)(x).logp
 
     x = images()
     np.testing.assert_allclose(logp(x, "rademacher"), logp(x, "exact"), atol=1e-4)
@@ -110,9 +106,7 @@ def test_value_and_divergence_take_one_pass():
     """As many calls of the network as evaluations, whatever the number of probes."""
     calls = []
     denoise = samplers.counted(DATA.denoiser(VP), calls)
-    found = jax.jit(
-        lambda x: likelihood.log_density(KEY, denoise, VP, x, probes=5, rtol=1e-3)
-    )(images(1))
-    evaluations = int(found.evaluations[0])
+    solve = partial(likelihood.log_density, KEY, denoise, VP, probes=5, rtol=1e-3)
+    evaluations = int(jax.jit(solve)(images(1)).evaluations[0])
     jax.effects_barrier()
     assert len(calls) == evaluations

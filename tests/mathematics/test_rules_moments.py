@@ -71,19 +71,13 @@ PAIRS = [(name, one) for name in RULES for one in SCHEDULES.get(name, "linear").
 def test_samples_have_the_weights_means_and_covariance_of_a_mixture(
     name, schedule_name
 ):
-    """With schedules and grids as arguments of one compiled program."""
+    """Five standard errors, and some percent for the size of the steps."""
     data, x = drawn(name, schedule_name)
     error = 5 * np.sqrt(data.weights * (1 - data.weights) / len(x))
     np.testing.assert_array_less(np.abs(data.shares(x) - data.weights), error)
-    hold_moments(RULES[name], data, x, LAST_STEP.get(schedule_name, 0))
-
-
-def hold_moments(rule, data, x, extra):
-    """Five standard errors, and some percent for the size of the steps."""
-    flat = x.reshape(len(x), -1)
-    size = np.sqrt(np.diag(data.cov))
+    flat, size = x.reshape(len(x), -1), np.sqrt(np.diag(data.cov))
     error = np.abs(flat.mean(axis=0) - data.mean) / size
     assert error.max() < 5 / np.sqrt(len(x)) + 0.02
-    error = np.abs(np.cov(flat.T) - data.cov) / np.outer(size, size)
-    off = error - rule.excess * np.abs(data.cov) / np.outer(size, size)
-    assert off.max() < 5 * np.sqrt(2 / len(x)) + 0.04 + extra
+    error = np.abs(np.cov(flat.T) - data.cov) - RULES[name].excess * np.abs(data.cov)
+    more = 0.04 + LAST_STEP.get(schedule_name, 0)
+    assert (error / np.outer(size, size)).max() < 5 * np.sqrt(2 / len(x)) + more

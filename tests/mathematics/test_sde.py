@@ -41,9 +41,8 @@ def test_an_interpolated_schedule_has_the_betas_of_its_steps(precision):
         betas = betas_of("linear" if name == "from_betas" else name, 50)[1:-1]
         f, g = coefficients(made, t)
         # From the inside of the step whatever precision the times have.
-        fall = np.log1p(-betas)
-        np.testing.assert_allclose(f, 0.5 * fall, rtol=1e-6, err_msg=name)
-        np.testing.assert_allclose(np.square(g), -fall, rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(f, 0.5 * np.log1p(-betas), rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(g**2, -np.log1p(-betas), rtol=1e-4, err_msg=name)
 
 
 def _affine(field, t):
@@ -57,10 +56,8 @@ def _affine(field, t):
 def test_both_equations_move_the_exact_marginals(name, x64):
     """For x' = A x + b and noise g: m' = A m + b and C' = A C + C A' (+ g^2 I back in
     time, for the reverse equation). Fokker-Planck's, for Gaussian data."""
-    if name == "linear":
-        made = continuous.interpolate(schedule.linear(10))
-    else:
-        made = LEVELS[name].schedule
+    steps = continuous.interpolate(schedule.linear(10))
+    made = steps if name == "linear" else LEVELS[name].schedule
     denoise, h = DATA.denoiser(made), 1e-6
     fields = [jax.jit(make(denoise, made)) for make in (sde.flow, sde.reverse_drift)]
 

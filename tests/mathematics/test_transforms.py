@@ -23,16 +23,9 @@ MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 # A solver's loops begin with constants, which shard_map is not to check.
 SOLVED = ("ode.ode", "likelihood.ode_bits_per_dim")
 # The calls of a module are one program, but for those that take long to compile.
-GROUPS = [
-    *(
-        list(names)
-        for _, names in itertools.groupby(
-            (name for name in CALLS if name not in SOLVED),
-            lambda name: name.partition(".")[0],
-        )
-    ),
-    *([name] for name in SOLVED),
-]
+QUICK = (name for name in CALLS if name not in SOLVED)
+MODULES = itertools.groupby(QUICK, lambda name: name.partition(".")[0])
+GROUPS = [*(list(names) for _, names in MODULES), *([name] for name in SOLVED)]
 # Of each kind of function one runs on devices: there it is what it is for one example.
 SPREAD = ["gaussian.q_sample", "gaussian.p_sample", "losses.simple", "samplers.sample"]
 pytestmark = pytest.mark.usefixtures("x64")
@@ -64,10 +57,8 @@ def test_every_public_function_is_called():
     public = {
         f"{place}.{name}"
         for place, module in modules.items()
-        for name, member in vars(module).items()
-        if inspect.isfunction(member)
-        and member.__module__ == module.__name__
-        and not name.startswith("_")
+        for name, member in inspect.getmembers(module, inspect.isfunction)
+        if member.__module__ == module.__name__ and name[0] != "_"
     }
     others = {f"{place}.{n}" for place, names in calls.OTHERS.items() for n in names}
     assert {name.partition(" ")[0] for name in CALLS} == public - others
@@ -130,10 +121,10 @@ def hold_slopes(compiled, a, slopes):
     way = [rng.normal(size=leaf.shape) if is_float(leaf) else None for leaf in leaves]
 
     def moved(h):
-        pairs = zip(leaves, way, strict=True)
-        return jax.tree.unflatten(
-            tree, [x if b is None else x + h * b for x, b in pairs]
-        )
+        there = [
+            x if b is None else x + h * b for x, b in zip(leaves, way, strict=True)
+        ]
+        return jax.tree.unflatten(tree, there)
 
     ahead, behind = compiled(moved(step)), compiled(moved(-step))
     for name, found in slopes.items():
