@@ -10,12 +10,12 @@ Command   make train EXP=digits_autoencoder
           python -m experiments.eval_autoencoder runs/digits_autoencoder
 Hardware  digits, fashion_mnist_latent: 2 CPU cores; fashion_mnist_autoencoder: one
           GPU; celebahq256: 8 GPUs
-Time      minutes for the digits, half an hour for fashion_mnist_latent;
+Time      minutes for the digits, an hour for fashion_mnist_latent;
           celebahq256 was not measured
 Expected  of held-out digits: PSNR 28.9 dB, and 4.27 bits/dim by digits_vae;
           samples of digits_latent as legible as 0.95 of held-out digits;
           Frechet distance of 2,000 samples of fashion_mnist_latent by our
-          classifier 6.63. All in docs/latent.md
+          classifier 3.67. All in docs/latent.md
 
 Of the digits 4x4 latents of 2 channels (f2), half as many numbers as pixels; of
 Fashion-MNIST 8x8 of 4 (f4), a quarter; of CelebA-HQ 64x64 of 3 (f4), a sixteenth. A

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from small_run import SMALL, digests, restored
+from small_run import SMALL, digests, restored, train_small
 
 from diffusion_jax import gaussian, lab, losses
 from diffusion_jax.errors import ConfigError
@@ -34,9 +34,15 @@ SHORT = shlex.split(
 )
 
 
-def distilled(trained, folder, name, *flags):
+@pytest.fixture
+def teacher(trained, small_network):
+    """Beside a classifier that is trained."""
+    return train_small(trained.folder.parent, "teacher")
+
+
+def distilled(teacher, folder, name, *flags):
     where = ["--output", str(folder), "--name", name]
-    assert distil.main([str(trained.folder), *flags, *SHORT, *where]) == 0
+    assert distil.main([str(teacher.folder), *flags, *SHORT, *where]) == 0
     return runs.Run(folder / name)
 
 
@@ -44,59 +50,60 @@ def params_of(run):
     return weights.load(runs.read_config(run), run, weights.Weights())[0]
 
 
-def test_a_student_trains_resumes_to_the_bit_and_is_sampled(trained, tmp_path):
-    run = distilled(trained, tmp_path, "whole")
+def test_a_student_trains_resumes_to_the_bit_and_is_sampled(teacher, tmp_path):
+    run = distilled(teacher, tmp_path, "whole")
     lines = runs.read_lines(run.metrics)
     assert [line["step"] for line in lines] == [4, 8, 12]
     assert all(0 < line["self_consistency"] < 2 for line in lines)
     told = runs.json_fields.load(run.folder / "teacher.json")
-    teacher = params_of(trained)
-    assert told["sha256"] == trees.digest(teacher)
-    assert told["teacher"] == str(trained.folder)
+    params, where = params_of(teacher), str(teacher.folder)
+    assert (told["sha256"], told["teacher"]) == (trees.digest(params), where)
     memory = restored(run).state.memory
     assert memory.step == 12
-    jax.tree.map(np.testing.assert_array_equal, memory.teacher, teacher)
+    jax.tree.map(np.testing.assert_array_equal, memory.teacher, params)
     # It needs its teacher no more.
-    parts = distilled(trained, tmp_path, "parts", "ect", "--train.stop-at", "4")
-    moved = trained.folder.rename(trained.folder.with_name("away"))
-    try:
-        config = replace(runs.read_config(parts), "train", stop_at=None)
-        assert lab.train(config).step == 12
-    finally:
-        moved.rename(trained.folder)
+    parts = distilled(teacher, tmp_path, "parts", "ect", "--train.stop-at", "4")
+    moved = teacher.folder.rename(teacher.folder.with_name("away"))
+    config = replace(runs.read_config(parts), "train", stop_at=None)
+    assert lab.train(config).step == 12
+    moved.rename(teacher.folder)
     assert digests(parts) == digests(run)
 
-    net = lab.load(run.folder)
+    net, key = lab.load(run.folder), jax.random.key(0)
     assert net.config.sample.sampler == "consistency"
-    assert net.sample(jax.random.key(0), 2, steps=1).shape == (2, 8, 8, 1)
-    with pytest.raises(ConfigError, match=r"sampler must be consistency, since its x0"):
-        net.sample(jax.random.key(0), 1, sampler="ddim")
-    with pytest.raises(ConfigError, match=r"few.method ect or cons"):
-        lab.load(trained.folder).sample(jax.random.key(0), 1, sampler="consistency")
-    with pytest.raises(ConfigError, match=r"mean of the images.*few.method ect"):
-        net.bits_per_dim(np.zeros((1, 8, 8, 1), np.uint8))
-    with pytest.raises(ConfigError, match=r"not distilled; got one of few.method ect"):
-        distil.main([str(run.folder), *SHORT, "--output", str(tmp_path), "--name", "b"])
+    assert net.sample(key, 2, steps=1).shape == (2, 8, 8, 1)
+    image, again = np.zeros((1, 8, 8, 1), np.uint8), [str(run.folder), *SHORT]
+    for refused, words in (
+        (lambda: net.sample(key, 1, sampler="ddim"), "consistency, since its x0"),
+        (
+            lambda: lab.load(teacher.folder).sample(key, 1, sampler="consistency"),
+            "few.method ect or cons",
+        ),
+        (lambda: net.bits_per_dim(image), r"mean of the images.*few.method ect"),
+        (lambda: distil.main(again), "not distilled; got one of few.method ect"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            refused()
     out = ["--out", str(tmp_path / "table"), "--count", "80", "--evaluations", "1", "2"]
-    both = [str(trained.folder), "--rules", "ddim", "--beside", str(run.folder)]
+    both = [str(teacher.folder), "--rules", "ddim", "--beside", str(run.folder)]
     for _ in range(2):  # and again what is known
         assert compare_samplers.main([*both, *out]) == 0
         points = runs.json_fields.load(tmp_path / "table" / "samplers.json")["points"]
         found = [(p["rule"], p["evaluations"]) for p in points]
-        rows = [("ddim", n) for n in (1, 2)]
-        assert found == [*rows, *(("whole consistency", n) for n in (1, 2))]
+        rules = ("ddim", "whole consistency")
+        assert found == [(rule, n) for rule in rules for n in (1, 2)]
 
 
-def test_halving_ends_in_one_step_taught_by_the_student_of_two(trained, tmp_path):
+def test_halving_ends_in_one_step_taught_by_the_student_of_two(teacher, tmp_path):
     own = {"name": "halved", "output": str(tmp_path), "few": Few(first=4)}
     plan = Train(12, batch_size=8, log_every=4, checkpoint_every=4, devices=1)
-    found = lab.distil(trained.folder, "progressive", train=plan, **own)
+    found = lab.distil(teacher.folder, "progressive", train=plan, **own)
     run = found.run
     # What few= leaves out is the student's.
     assert found.config.few == Few("progressive", first=4)
     memory = restored(run).state.memory
     ends = np.asarray(jax.tree.leaves(memory.teacher)[0])
-    assert np.any(ends != np.asarray(jax.tree.leaves(params_of(trained))[0]))
+    assert np.any(ends != np.asarray(jax.tree.leaves(params_of(teacher))[0]))
     config = runs.read_config(run)
     # Stages of 4, 2 and 1 steps on the 20 of the chain.
     for step, ends in ((0, (10, 8, 5)), (5, (10, 5, 0)), (9, (20, 10, 0))):
@@ -111,12 +118,8 @@ def test_halving_ends_in_one_step_taught_by_the_student_of_two(trained, tmp_path
 def test_consistency_is_taught_at_even_angles_between_the_whole_times(name):
     made = student(digits.CONFIG, "consistency", init_from="x")
     made = replace(made, "diffusion", schedule=name)
-    key, position, levels = (
-        jax.random.key(0),
-        jnp.arange(1000),
-        build.make_schedule(made),
-    )
-    t, _ = learning.draw_times(made, key, position, levels, None)
+    key, levels = jax.random.key(0), build.make_schedule(made)
+    t, _ = learning.draw_times(made, key, jnp.arange(1000), levels, None)
     level = few_steps.real_schedule(made)(t)
     angles = np.sort(np.arctan2(level.sigma, level.alpha)) / (np.pi / 2)
     wanted = np.minimum(np.linspace(0, 1.05, 1000), 1)
@@ -126,9 +129,8 @@ def test_consistency_is_taught_at_even_angles_between_the_whole_times(name):
 
 
 def test_mean_flow_trains_from_scratch_and_jumps(tmp_path):
-    flags = ["--train.log-every", "4", "--output", str(tmp_path)]
-    few = ["--sample.steps", "2"]
-    assert train.main(["digits_meanflow", *SMALL, *flags, *few]) == 0
+    flags = ["--train.log-every", "4", "--output", str(tmp_path), "--sample.steps", "2"]
+    assert train.main(["digits_meanflow", *SMALL, *flags]) == 0
     net = lab.load(tmp_path / "digits_meanflow")
     one, other = (
         net.sample(jax.random.key(0), 2, sampler=rule, steps=1)
@@ -140,36 +142,25 @@ def test_mean_flow_trains_from_scratch_and_jumps(tmp_path):
 
 
 def test_networks_of_jumps_are_told_times_without_fast_waves(monkeypatch):
-    told = {}
+    def apply(variables, x, t, label, span):
+        return t, span
 
-    class Net:
-        def apply(self, variables, x, t, label, span):
-            told.update(t=t, span=span)
-            return x
-
-    monkeypatch.setattr(build, "make_network", lambda config: Net())
+    monkeypatch.setattr(build, "make_network", lambda _: SimpleNamespace(apply=apply))
     made, one = EXPERIMENTS["digits_meanflow"].config, jnp.ones(1)
-    apply = build.make_apply(made, {"net": {}}, few_steps.real_schedule(made))
-    apply(jnp.ones([1, 8, 8, 1]), one, None, one / 2)
-    assert (told["t"], told["span"]) == (10, 5)
+    told = build.make_apply(made, {"net": {}}, few_steps.real_schedule(made))
+    assert told(jnp.ones([1, 8, 8, 1]), one, None, one / 2) == (10, 5)
 
 
 @pytest.mark.parametrize("method", DISTILLED)
 def test_every_method_has_a_loss_of_its_own_and_guided(method):
-    small = dataclasses.replace(
-        digits.CONFIG,
-        net=dataclasses.replace(digits.CONFIG.net, multipliers=(1,), attention=()),
-    )
-    labelled = dataclasses.replace(small.net, classes=10, label_dropout=0.1)
-    made = student(small, method, init_from="x")
-    made = dataclasses.replace(made, net=labelled, few=Few(method, guidance=2.0))
+    made = student(digits.CONFIG, method, init_from="x")
+    made = replace(made, "net", classes=10, label_dropout=0.1)
+    made = dataclasses.replace(made, few=Few(method, guidance=2.0))
     checks.validate(made)
     state = learning.state_shapes(made)
-    batch = {
-        "image": jax.ShapeDtypeStruct((4, 8, 8, 1), jnp.uint8),
-        "position": jax.ShapeDtypeStruct((4,), jnp.int32),
-        "label": jax.ShapeDtypeStruct((4,), jnp.int32),
-    }
+    number = jax.ShapeDtypeStruct((4,), jnp.int32)
+    batch = {"image": jax.ShapeDtypeStruct((4, 8, 8, 1), jnp.uint8)}
+    batch |= {"position": number, "label": number}
     loss = learning.make_loss(made)
     _, seen = jax.eval_shape(loss, state.params, batch, state.key, state.memory)
     assert seen["loss"].shape == (4,)
@@ -268,12 +259,9 @@ def test_teachers_that_cannot_be_are_refused(tmp_path):
         checks.validate(student(eps, "ect", init_from="x"))
     with pytest.raises(ConfigError, match="RUN must be a folder"):
         distil.main([str(tmp_path / "nothing")])
+    made = EXPERIMENTS["digits_consistency"].config
     with pytest.raises(ConfigError, match=r"given with few.method ect"):
-        checks.of_training(
-            dataclasses.replace(
-                EXPERIMENTS["digits_consistency"].config, init_from=None
-            )
-        )
+        checks.of_training(dataclasses.replace(made, init_from=None))
 
 
 def test_experiments_of_few_steps_fit_their_teachers():
@@ -284,7 +272,5 @@ def test_experiments_of_few_steps_fit_their_teachers():
         teacher = EXPERIMENTS[made.config.init_from.removeprefix("runs/")].config
         assert teacher.few.method == "none", name
         assert teacher.diffusion == made.config.diffusion
-    assert (
-        EXPERIMENTS["cifar10_meanflow"].config.net.channels
-        == cifar10.CONFIG.net.channels
-    )
+    large = EXPERIMENTS["cifar10_meanflow"].config
+    assert large.net.channels == cifar10.CONFIG.net.channels

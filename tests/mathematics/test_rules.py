@@ -39,7 +39,7 @@ def test_any_shape_in_bfloat16_clipped(name, given):
 
     clip = {"clip": threshold is None, "threshold": threshold}
     sampler = rule.make(gaussian.denoiser(net, made, "eps", **clip), made)
-    grid = rule.grid(made, 3)
+    grid = rule.grid(made, 6)
     end, seen = samplers.trajectory(KEY, sampler, grid, shape, [0, len(grid) - 2])
     assert (end.shape, end.dtype) == (shape, jnp.float32)
     assert seen.x_t.shape == seen.x0.shape == (2, *shape)
