@@ -53,7 +53,7 @@ def test_a_row_for_each_batch_size(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["cifar"], "the experiment must be one that .*got 'cifar'"),
+        (["cifar"], "must be one that .*got 'cifar'. Did you mean cifar10"),
         (["digits", "--batch-sizes", "0"], "batch_sizes must be one or more whole"),
         (["--table", "--scaling"], "what and scaling must be left out of a table"),
         (["--table", "--what", "train"], "must be left out.*got what train and"),
