@@ -119,6 +119,7 @@ def test_a_network_that_says_nothing_errs_by_the_variance_of_the_noise(
         ("--steps 0", "steps must be at least 1; got 0"),
     ],
 )
-def test_bad_options_are_named(folder, flags, words):
+def test_bad_options_are_named(folder, flags, words, monkeypatch):
+    monkeypatch.setattr(ablation, "measured", lambda *_: pytest.fail("it was trained"))
     with pytest.raises(ValueError, match=words):
         ablation.main(["digits", "--output", str(folder), *flags.split()])
